@@ -1,0 +1,1984 @@
+"""Train, quantize, pack and score a language model that fits in 16,000,000 bytes, code included.
+
+One file, from text shards to bits per byte, for the public Parameter Golf challenge.
+
+    make demo                                              the whole pipeline in a few minutes on a laptop
+    python train_gpt.py --help                             every knob: type, default, presets, meaning
+    python train_gpt.py --dry-run                          what a run would do, as JSON; touches nothing
+    PRESET=baseline torchrun --standalone --nproc_per_node=8 train_gpt.py
+
+Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
+Sections, in the order in which data meets them; each calls only those above it:
+
+    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules
+    -> Training -> GPTQ -> Artifact -> Evaluation -> main
+
+Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
+V vocabulary, L layers.
+"""
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Waiting OpenMP threads must sleep, and OpenMP reads this once, when torch is loaded: spinning ones slow a run
+    # down tenfold beside another busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import json
+import math
+import platform
+import resource
+import shutil
+import struct
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1  # every document starts with it
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config: the table of knobs, the only place that reads the environment
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """A value that a user can mend: names the variable or file, the value, and what is allowed. Exit code 2."""
+
+    def __init__(self, name: str, value: object, allowed: str):
+        super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
+
+
+def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None, model=False):
+    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed.
+
+    `model` marks what a forward pass needs to know: those values travel in the artifact.
+    """
+    return field(default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices,
+                                                model=model))
+
+
+model_knob = functools.partial(knob, model=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. A field is the environment variable of the same name in capitals."""
+
+    # What to run, and where
+    preset: str = knob("", "row set that gives the defaults; empty: demo without CUDA, baseline with it", "config")
+    mode: str = knob("all", "train: up to the artifact; eval: only score an artifact; all: both", "stages run",
+                     choices=("all", "train", "eval"))
+    run_id: str = knob("", "name of the run's folder; empty: date, time, preset and seed", "folder name")
+    artifact_dir: str = knob("", "the run's folder; empty: logs/$RUN_ID", "folder name")
+    seed: int = knob(1337, "seed of the initial weights, of the order of the data, of noise", "weights, batches", low=0,
+                     high=2**31 - 1)
+    device: str = knob("auto", "where to compute; auto: cuda where there is one", "log", choices=("auto", "cpu", "cuda"))
+    compute_dtype: str = knob("bfloat16", "type of activations and matrix products; masters are float32 (float64 with "
+                              "float64)", "loss", choices=("bfloat16", "float32", "float64"))
+    compile: str = knob("auto", "torch.compile; auto: on CUDA, not on CPUs", "log", choices=("auto", "0", "1"))
+    cpu_threads: int = knob(0, "threads of each rank on CPUs; 0: the cores shared out evenly", "log", low=0, high=1024)
+
+    # Data
+    data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
+    vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536)
+
+    # Length of the training, batches
+    iterations: int = knob(20000, "training steps at most", "steps", low=0)
+    max_wallclock_seconds: float = knob(600.0, "training seconds at most; 0: no limit", "steps", low=0)
+    gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
+    warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
+    train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
+    train_seq_len: int = model_knob(1024, "tokens of a training row; longer documents are cut", "batches", low=1)
+    micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
+    train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
+    val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
+    val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "batch layout", low=1)
+
+    # Model
+    num_layers: int = model_knob(9, "transformer layers", "parameters", low=1, high=256)
+    model_dim: int = model_knob(512, "width of the residual stream", "parameters", low=8)
+    num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1)
+    num_kv_heads: int = model_knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
+    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01)
+    leaky_relu_slope: float = model_knob(0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss",
+                                   low=0, high=1)
+    tie_embeddings: bool = model_knob(True, "the head is the embedding transposed", "parameters")
+    tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
+    rope_base: float = model_knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
+    rope_dims: int = model_knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
+    qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
+    logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
+    ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
+    xsa_last_n: int = model_knob(0, "last layers whose attention output loses its part along its own value (XSA)", "loss",
+                           low=0)
+    skip_gates_enabled: bool = model_knob(False, "U-Net skips blend through a learned gate instead of being added", "loss")
+    sparse_attn_gate_enabled: bool = model_knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
+    sparse_attn_gate_scale: float = model_knob(0.5, "the scale in the sparse head gate", "loss", low=0)
+    gated_attn_enabled: bool = model_knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
+    attn_out_gate_enabled: bool = model_knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
+    smear_gate_enabled: bool = model_knob(False, "mix the previous token's embedding in, gated", "parameters")
+    gate_window: int = model_knob(12, "input channels that the small gates read", "parameters", low=1)
+    num_loops: int = model_knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16)
+    loop_start: int = model_knob(3, "first layer of the loop", "execution order", low=0)
+    loop_end: int = model_knob(5, "last layer of the loop", "execution order", low=0)
+    enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
+    parallel_start_layer: int = model_knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1)
+    neftune_alpha: float = knob(0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss",
+                                low=0)
+    z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
+
+    # Optimizers
+    matrix_lr: float = knob(0.04, "learning rate of the matrix banks (Muon)", "weights", low=0)
+    scalar_lr: float = knob(0.04, "learning rate of vectors, scalars and gates (AdamW)", "weights", low=0)
+    tied_embed_lr: float = knob(0.05, "learning rate of a tied embedding", "weights", low=0)
+    embed_lr: float = knob(0.6, "learning rate of an untied embedding", "weights", low=0)
+    head_lr: float = knob(0.008, "learning rate of an untied head", "weights", low=0)
+    muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", "weights", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", "weights", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
+    muon_coefficients: str = knob("classic", "Newton-Schulz polynomial", "weights", choices=("classic", "polar_express"))
+    muon_row_normalize: bool = knob(False, "rows of the update to unit norm before Newton-Schulz", "weights")
+    muon_wd: float = knob(0.0, "decoupled weight decay of the banks", "weights", low=0)
+    beta1: float = knob(0.9, "AdamW's first beta", "weights", low=0, high=0.99999)
+    beta2: float = knob(0.95, "AdamW's second beta", "weights", low=0, high=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", "weights", low=1e-30)
+    adam_wd: float = knob(0.0, "weight decay of vectors, scalars and gates", "weights", low=0)
+    embed_wd: float = knob(0.0, "weight decay of the embedding and the head", "weights", low=0)
+    grad_clip_norm: float = knob(0.0, "largest norm of the averaged gradient; 0: no clipping", "weights", low=0)
+
+    # Schedules
+    warmdown_frac: float = knob(0.0, "last fraction of the training over which the rate falls to 0", "learning rate",
+                                low=0, high=1)
+    warmdown_iters: int = knob(1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0",
+                               "learning rate", low=0)
+    min_lr: float = knob(0.0, "floor of the learning-rate multiplier", "learning rate", low=0, high=1)
+    ema_decay: float = knob(0.0, "decay of the average of the weights that is kept; 0: the last weights", "weights",
+                            low=0, high=0.999999)
+
+    # Quantization and the artifact
+    matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
+    embed_bits: int = knob(8, "bits of the embedding and the head", "bytes", low=2, high=8)
+    attn_clip_sigmas: float = knob(13.0, "range of a row of attention's matrices, in standard deviations", "bytes",
+                                   low=0.1)
+    mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
+    embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
+    gptq_calibration_batches: int = knob(16, "training batches from which Hessians are summed", "quantized weights",
+                                         low=1)
+    gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
+    gptq_block_size: int = knob(128, "columns between two updates of the rest", "seconds", low=1)
+    compressor: str = knob("zstd", "entropy coder of the artifact", "bytes", choices=("zstd", "brotli", "lzma"))
+    artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
+
+    # Evaluation
+    eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0)
+    eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
+                            "val_bpb", low=0)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def eval_context(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def loops(self) -> bool:
+        return self.num_loops > 0
+
+    @property
+    def lanes(self) -> bool:
+        return self.parallel_start_layer >= 0
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
+    def model_values(self) -> dict[str, Any]:
+        """What the artifact must say for a forward pass to be the same."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["model"]}
+
+
+# Recipes are rows of this table; a row not named keeps the default above.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two CPU cores; the sizes were chosen by measuring bits per byte after two minutes of training.
+    "demo": dict(
+        seed=42, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, mlp_mult=3.0, train_seq_len=256,
+        train_batch_tokens=4096, micro_batch_tokens=4096, iterations=100000, max_wallclock_seconds=110.0,
+        warmup_steps=1, train_log_every=20, val_loss_every=0, val_batch_size=8192, warmdown_frac=0.6, matrix_lr=0.03,
+        scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum_warmup_steps=100, gptq_calibration_batches=4,
+    ),
+    # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
+    "baseline": dict(leaky_relu_slope=0.0),
+    # PR #2163 of openai/parameter-golf.
+    "record": dict(
+        vocab_size=8192, seed=42, num_layers=11, mlp_mult=4.0, train_seq_len=2048, train_batch_tokens=786432,
+        rope_dims=16, qk_gain_init=5.0, ln_scale=True, xsa_last_n=11, skip_gates_enabled=True,
+        sparse_attn_gate_enabled=True, smear_gate_enabled=True, num_loops=2, parallel_start_layer=8,
+        neftune_alpha=5.0, z_loss_weight=1e-4, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
+        matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
+        grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="brotli",
+    ),
+    # PR #1325 on the stack of PR #549.
+    "poly5": dict(
+        num_layers=11, mlp_mult=3.0, train_seq_len=2048, train_batch_tokens=786432, iterations=9000, xsa_last_n=4,
+        rope_dims=16, ln_scale=True, z_loss_weight=1e-4, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
+        embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997, eval_stride=16,
+    ),
+}
+# Honesty about presets under construction: the log of a run names what its preset still lacks.
+UNFINISHED = {
+    "record": "CaseOps, fused kernels, LQER, per-group compression and phased TTT",
+    "poly5": "BigramHash, value embeddings, channel SmearGate, polynomial softcap, focal loss, progressive depth, SWA, "
+             "late QAT, GPTQ-lite, residual quantization and chunked TTT",
+}
+# Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
+FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
+            "GLOBAL_TTT_", "MATRIX_", "EMBED_", "WARMDOWN_", "LOOP_", "XSA_", "SMEAR_", "SPARSE_ATTN_", "GATED_ATTN_")
+
+
+def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
+    """The text of one variable as its type; refuses what the table does not allow."""
+    kinds = {"int": "an integer", "float": "a finite number", "bool": "0 or 1"}
+    try:
+        if kind == "bool":
+            value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        else:
+            value = {"int": int, "float": float, "str": str}[kind](text)
+        if kind == "float" and not math.isfinite(value):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ConfigError(name, text, f"must be {kinds[kind]}") from None
+    low, high = row["low"], row["high"]
+    if row["choices"] and value not in row["choices"]:
+        raise ConfigError(name, text, "must be one of " + ", ".join(row["choices"]))
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ConfigError(name, text, "must be " + (f"from {low} to {high}" if low is not None and high is not None
+                                                    else f"at least {low}" if high is None else f"at most {high}"))
+    return value
+
+
+def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
+    """Preset, then overrides, then checks. Returns the config, the knobs set explicitly, and remarks for the log.
+
+    Errors: ConfigError for a value that is not allowed.
+    """
+    remarks = []
+    preset = environment.get("PRESET", "")
+    if not preset:
+        preset = "baseline" if cuda else "demo"
+        remarks.append(f"PRESET is not set and there is {'a' if cuda else 'no'} CUDA device: PRESET={preset}")
+    if preset not in PRESETS:
+        raise ConfigError("PRESET", preset, "must be one of " + ", ".join(PRESETS))
+    values, explicit = dict(PRESETS[preset], preset=preset), set()
+    for f in dataclasses.fields(Config):
+        name = f.name.upper()
+        if f.name != "preset" and environment.get(name, "") != "":
+            values[f.name] = parse_value(name, f.type, environment[name], f.metadata)
+            explicit.add(f.name)
+    if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
+        values["warmdown_frac"] = 0.0  # older commands set steps and know no fraction
+    config = Config(**values)
+    check_config(config)
+    if preset in UNFINISHED:
+        remarks.append(f"preset {preset} is not complete yet: it runs without {UNFINISHED[preset]}")
+    return config, explicit, remarks + misspelt(environment)
+
+
+def misspelt(environment: dict[str, str]) -> list[str]:
+    """One warning for each variable that looks like a knob and is none."""
+    names = [f.name.upper() for f in dataclasses.fields(Config)]
+    warnings = []
+    for name in sorted(set(environment) - set(names)):
+        near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85) if len(name) > 3 else []
+        if near or name.upper().startswith(FAMILIES):
+            hint = f"did you mean {near[0]}?" if near else "no knob of this script has that name; see --help"
+            warnings.append(f"warning: {name}={environment[name]} has no effect: {hint}")
+    return warnings
+
+
+def check_config(c: Config) -> None:
+    """Checks across fields. Errors: ConfigError."""
+    def require(holds: bool, name: str, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(name.upper(), getattr(c, name), allowed)
+
+    require(c.model_dim % c.num_heads == 0, "num_heads", f"must divide MODEL_DIM={c.model_dim}")
+    require(c.head_dim % 2 == 0, "num_heads", f"MODEL_DIM/NUM_HEADS={c.head_dim} must be even for rotary embedding")
+    require(c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={c.num_heads}")
+    require(c.rotary_dims % 2 == 0 and c.rotary_dims <= c.head_dim, "rope_dims",
+            f"must be even and at most the head width {c.head_dim}")
+    require(c.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={c.model_dim}")
+    require(c.xsa_last_n <= c.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={c.num_layers}")
+    require(c.gate_window <= c.model_dim, "gate_window", f"must be at most MODEL_DIM={c.model_dim}")
+    gates = [g for g in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(c, g)]
+    if len(gates) > 1:
+        require(False, gates[1], f"only one head gate can be on, and {gates[0].upper()} is")
+    if c.loops:
+        require(c.loop_end < c.num_layers, "loop_end", f"must be below NUM_LAYERS={c.num_layers}")
+        require(c.loop_start <= c.loop_end, "loop_start", f"must be at most LOOP_END={c.loop_end}")
+    if c.lanes:
+        orders = [execution_order(c, looped) for looped in (False, True)]
+        first = max(max(order[:len(order) // 2], default=-1) for order in orders) + 1
+        allowed = f"must be -1, or from {first} to {c.num_layers - 1}: lanes start in the second half, after the loop"
+        start = max(first, c.loop_end + 1 if c.loops else 0)
+        require(start <= c.parallel_start_layer < c.num_layers, "parallel_start_layer",
+                allowed.replace(f"from {first}", f"from {start}"))
+    require(c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
+            f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
+    require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
+    require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
+            f"must be below MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
+    require(c.muon_momentum_warmup_start <= c.muon_momentum, "muon_momentum_warmup_start",
+            f"must be at most MUON_MOMENTUM={c.muon_momentum:g}")
+
+
+def execution_order(c: Config, looped: bool) -> list[int]:
+    """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped."""
+    if not (looped and c.loops):
+        return list(range(c.num_layers))
+    loop = list(range(c.loop_start, c.loop_end + 1))
+    return [*range(c.loop_start), *loop * (c.num_loops + 1), *range(c.loop_end + 1, c.num_layers)]
+
+
+class BatchLayout(NamedTuple):
+    """How a step's rows are shared out: rows = world * micro_steps * micro_rows."""
+
+    rows: int
+    world: int
+    micro_steps: int
+    micro_rows: int
+
+
+def batch_layout(c: Config, world: int) -> BatchLayout:
+    """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's rows. Errors: ConfigError."""
+    rows = c.train_batch_tokens // c.train_seq_len
+    if rows % world:
+        raise ConfigError("TRAIN_BATCH_TOKENS", c.train_batch_tokens,
+                          f"is {rows} rows of TRAIN_SEQ_LEN={c.train_seq_len}, which {world} ranks do not divide; "
+                          f"a multiple of {world * c.train_seq_len} is needed")
+    local = rows // world
+    micro_rows = max(n for n in range(1, local + 1) if local % n == 0 and (n == 1 or n * c.train_seq_len
+                                                                            <= c.micro_batch_tokens))
+    return BatchLayout(rows, world, local // micro_rows, micro_rows)
+
+
+def help_text() -> str:
+    """The table of knobs, generated from Config and PRESETS."""
+    lines = ["usage: [KNOB=value ...] python train_gpt.py [--mode all|train|eval] [--dry-run] [--help]",
+             "       [KNOB=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py", "",
+             "Every knob is an environment variable: its type and default, then each preset that differs."]
+    for f in dataclasses.fields(Config):
+        default = f.default if f.default != "" else '""'
+        rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
+        allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
+        lines += ["", f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
+                  f"    {allowed}{f.metadata['meaning']}", f"    seen in: {f.metadata['alive']}"]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Run: rank, world, device, clock, log
+# ---------------------------------------------------------------------------------------------------------------
+
+CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
+
+
+def write_aside(path: Path, content: bytes | str) -> None:
+    """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, cut by a container's CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+@dataclass
+class Run:
+    """Who this process is among the ranks, where it computes, and where it writes. Only rank 0 writes."""
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+    folder: Path | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    control: Any = None  # a gloo group for host-side agreement, so that a GPU's queue is never waited for
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def log(self, text: str) -> None:
+        """One line on stdout and in log.txt, from rank 0."""
+        if self.main:
+            print(text, flush=True)
+            if self.folder:
+                with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+                    file.write(text + "\n")
+
+    def metric(self, **values: Any) -> None:
+        """One line of metrics.jsonl, from rank 0."""
+        if self.main and self.folder:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def agree(self, value: float) -> float:
+        """Rank 0's number on every rank."""
+        if self.world == 1:
+            return value
+        number = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(number, 0, group=self.control)
+        return number.item()
+
+    def agree_object(self, value: Any) -> Any:
+        """Rank 0's object (text, bytes, numbers) on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, group=self.control)
+        return box[0]
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sums tensors over all ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU's allocator, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stage:
+    """Context that adds the seconds of a stage to the run's ledger."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.name = run, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.run.synchronize()
+        self.run.seconds[self.name] = self.run.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+def start_run(c: Config, environment: dict[str, str]) -> Run:
+    """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
+    rank, world, local = (int(environment.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    local_world = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    cuda = c.device == "cuda" or (c.device == "auto" and torch.cuda.is_available())
+    if cuda and torch.cuda.device_count() < local_world:
+        raise ConfigError("DEVICE", c.device, f"{local_world} ranks here need as many CUDA devices, and "
+                                              f"{torch.cuda.device_count()} are visible")
+    batch_layout(c, world)  # refuses a world that does not divide the batch before anything starts
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(c.cpu_threads or max(1, available_cores() // local_world))
+    run = Run(rank, world, local_world, device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20),
+                                device_id=device if cuda else None)
+        run.control = dist.new_group(backend="gloo")
+    return run
+
+
+def open_folder(run: Run, c: Config) -> None:
+    """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = run.agree_object(c.run_id or f"{stamp}-{c.preset}-seed{c.seed}")
+    folder = Path(c.artifact_dir or Path("logs") / name)
+    if run.main:
+        problem = folder_problem(folder, c)
+    else:
+        problem = None
+    problem = run.agree_object(problem)
+    if problem:
+        raise ConfigError(*problem)
+    run.folder = folder
+    if run.main and c.mode != "eval":
+        write_aside(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+
+
+def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
+    """Makes the folder; returns what is wrong with it, as ConfigError's arguments, or None."""
+    name = "ARTIFACT_DIR" if c.artifact_dir else "RUN_ID"
+    if c.mode == "eval":
+        if not (folder / CONTAINER_FILE).is_file():
+            return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = sorted(p.name for p in folder.iterdir())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return name, str(folder), f"must be a folder that can be written ({error.strerror})"
+    if {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
+        return name, str(folder), "already holds a run, and nothing is written over; choose another name"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: shards -> documents -> batches, a pure function of (seed, step), whatever the number of ranks
+# ---------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; `documents` holds, for every token, the position in its row where its document begins."""
+
+    ids: Tensor        # [R, T] int64
+    targets: Tensor    # [R, T] int64
+    documents: Tensor  # [R, T] int32
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, [n] uint16, memory-mapped. Errors: ConfigError naming the file."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise ConfigError(str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, 1")
+    tokens = int(header[2])
+    if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
+        raise ConfigError(str(path), "", f"is damaged: the header promises {tokens} tokens, which take "
+                                         f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)) if tokens else \
+        np.zeros(0, np.uint16)
+
+
+class TokenStream:
+    """All shards of a split as one sequence of tokens."""
+
+    def __init__(self, c: Config, split: str):
+        folder, pattern = Path(c.data_path), f"fineweb_{split}_*.bin"
+        paths = sorted(folder.glob(pattern))
+        if not paths:
+            raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
+                                                        f"{c.data_path}` makes such shards from built-in text")
+        self.shards = [open_shard(path) for path in paths]
+        self.paths, self.vocab_size = paths, c.vocab_size
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        if len(self) < 2:
+            raise ConfigError("DATA_PATH", c.data_path, f"{pattern} hold {len(self)} tokens, and 2 are needed")
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1, [n] int64. Errors: ConfigError for an id outside the vocabulary."""
+        parts, shard = [], int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            offset = start - int(self.starts[shard])
+            part = self.shards[shard][offset:offset + stop - start]
+            if len(part) and int(part.max()) >= self.vocab_size:
+                raise ConfigError(str(self.paths[shard]), "", f"holds token id {int(part.max())}, and VOCAB_SIZE="
+                                                              f"{self.vocab_size} allows less")
+            parts.append(part)
+            start, shard = start + len(part), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+def document_starts(ids: np.ndarray) -> np.ndarray:
+    """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
+    positions = np.arange(ids.shape[-1], dtype=np.int32)
+    return np.maximum.accumulate(np.where(ids == BOS_ID, positions, 0).astype(np.int32), axis=-1)
+
+
+class TrainLoader:
+    """Batches of training rows. Row r holds tokens rT..rT+T of the stream; each epoch visits all rows in a new order.
+
+    A batch depends on the seed, the step and the layout's total alone, so warmup needs no rewinding, a resumed run
+    continues exactly, and ranks only share the rows out.
+    """
+
+    def __init__(self, c: Config, run: Run, layout: BatchLayout):
+        self.stream, self.c, self.run, self.layout = TokenStream(c, "train"), c, run, layout
+        self.rows = (len(self.stream) - 1) // c.train_seq_len
+        if self.rows < 1:
+            raise ConfigError("TRAIN_SEQ_LEN", c.train_seq_len, f"the training shards in DATA_PATH={c.data_path} hold "
+                                                                f"only {len(self.stream)} tokens")
+        self.epoch, self.order = -1, np.zeros(0, np.int64)
+
+    def row_index(self, position: int) -> int:
+        """The row that stands at a position of the endless sequence of epochs."""
+        epoch, place = divmod(position, self.rows)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.c.seed, epoch]).permutation(self.rows)
+        return int(self.order[place])
+
+    def row_numbers(self, step: int, micro: int) -> range:
+        """Places in the global sequence of rows that this rank computes in a micro-step."""
+        _, world, _, micro_rows = self.layout
+        first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
+        return range(first, first + micro_rows)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """This rank's rows of one micro-step, on its device."""
+        length = self.c.train_seq_len
+        starts = [self.row_index(p) * length for p in self.row_numbers(step, micro)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])        # [R, T + 1]
+        return to_device(tokens[:, :-1], tokens[:, 1:], document_starts(tokens[:, :-1]), self.run.device)
+
+    def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
+        """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
+        if not self.c.neftune_alpha:
+            return None
+        generator, rows = torch.Generator(self.run.device), []
+        for place in self.row_numbers(step, micro):
+            generator.manual_seed((self.c.seed << 40) + place)
+            rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
+        return torch.stack(rows) * (self.c.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+
+
+def to_device(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch on the device; the copy to a GPU does not block."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, documents)]
+    if device.type == "cuda":
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return Batch(*tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Score: bytes of tokens, and the only BPB formula
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over scored targets: nats of negative log-likelihood, targets, bytes of text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+
+
+class Vocabulary:
+    """How many bytes of text each token stands for, from the SentencePiece model."""
+
+    def __init__(self, c: Config):
+        import sentencepiece  # only scoring needs it
+
+        path = c.tokenizer_file
+        if not path.is_file():
+            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
+        size = self.model.vocab_size()
+        if size != c.vocab_size:
+            raise ConfigError("VOCAB_SIZE", c.vocab_size, f"the tokenizer {path} has {size} tokens")
+        if self.model.bos_id() != BOS_ID:
+            raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
+        m, ids = self.model, range(size)
+        self.special = np.array([m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i) for i in ids])
+        pieces = [m.IdToPiece(i) for i in ids]
+        self.marked = np.array([p.startswith("\u2581") for p in pieces]) & ~self.special
+        self.width = np.array([0 if self.special[i] else 1 if m.IsByte(i) else len(p.removeprefix("\u2581").encode())
+                               for i, p in enumerate(pieces)])
+
+    def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
+        return self.width[targets] + (self.marked[targets] & ~self.special[previous])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels: plain torch references and faster versions of the same signature
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension (arXiv 1910.07467), without a gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) of x's last dimension; the rest passes.
+
+    x [R, T, H, h], cos and sin [T, rotary/2]: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
+    """
+    half = cos.size(-1)
+    cos, sin = cos[None, :, None, :].to(x.dtype), sin[None, :, None, :].to(x.dtype)
+    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    """max(x, slope*x)^2 (ReLU^2 of arXiv 2109.08668 with a leak)."""
+    return F.leaky_relu(x, slope).square()
+
+
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Per-token NLL and log-sum-exp of cap*tanh(logits/cap), in float32 at least.
+
+    logits [..., V], targets [...] -> nll [...], lse [...]; both carry their true gradient.
+    """
+    z = cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+    lse = torch.logsumexp(z, dim=-1)
+    return lse - z.gather(-1, targets.unsqueeze(-1)).squeeze(-1), lse
+
+
+def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
+    """Each row's own low-rank map (LoRA, arXiv 2106.09685): x [R, T, in], A [R, r, in], B [R, out, r] -> [R, T, out]."""
+    a, b = adapter
+    return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
+
+
+def visible(documents: Tensor) -> Tensor:
+    """[R, T] document starts -> [R, 1, T, T] bool: key j is at or before query i and in its document."""
+    positions = torch.arange(documents.size(1), device=documents.device)
+    return ((positions[None, None, :] <= positions[None, :, None])
+            & (positions[None, None, :] >= documents[:, :, None]))[:, None]
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Causal attention inside documents. q [R, T, H, h], k and v [R, T, K, h], mask of `visible` -> [R, T, H, h]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """One step of the forward pass: which layer runs, which saved output it blends in first, and what it does after."""
+
+    layer: int
+    skip: int | None  # place in the second half (row of the skip weights) whose saved output is popped
+    save: bool        # push the output for the second half
+    lanes: bool       # run on the two-lane residual stream
+
+
+def visit_plan(c: Config, looped: bool) -> tuple[Visit, ...]:
+    """The U-Net over the execution order: the first half pushes, the second pops, last in first out."""
+    order = execution_order(c, looped)
+    half = len(order) // 2
+    return tuple(Visit(layer, place - half if half <= place < 2 * half else None, place < half,
+                       c.lanes and layer >= c.parallel_start_layer) for place, layer in enumerate(order))
+
+
+class Projection(nn.Module):
+    """A seat for a matrix that lives in a bank: casts nothing, owns nothing; inputs are tapped by forward pre-hooks.
+
+    x [R, T, in], weight [out, in], adapter (A [R, r, in], B [R, out, r]) or None -> [R, T, out].
+    """
+
+    def forward(self, x: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        y = F.linear(x, weight)
+        return y if adapter is None else y + low_rank(x, adapter)
+
+
+class Weights(NamedTuple):
+    """One layer's matrices in the compute type, taken from the banks."""
+
+    q: Tensor
+    out: Tensor
+    k: Tensor
+    v: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Shared(NamedTuple):
+    """What every layer of one forward pass uses."""
+
+    mask: Tensor  # [R, 1, T, T]
+    cos: Tensor   # [T, rotary/2]
+    sin: Tensor
+
+
+class Block(nn.Module):
+    """A layer: its vectors, gates and seats. `attend` and `feed` serve one lane and two."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.c, self.layer = c, layer
+        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # m0, m1
+        self.attention_scale = nn.Parameter(torch.ones(c.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
+        self.query_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
+        if c.sparse_attn_gate_enabled or c.attn_out_gate_enabled or c.gated_attn_enabled:
+            width = c.model_dim if c.gated_attn_enabled else c.gate_window
+            self.head_gate = nn.Parameter(torch.zeros(c.num_heads, width))
+        else:
+            self.register_parameter("head_gate", None)
+        self.q, self.k, self.v, self.out, self.up, self.down = (Projection() for _ in range(6))
+        self.norm_scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
+        self.subtract_own_value = layer >= c.num_layers - c.xsa_last_n
+
+    def attend(self, x: Tensor, w: Weights, shared: Shared, adapters: dict) -> Tensor:
+        """Attention of the mixed input x [R, T, d] -> [R, T, d], before the output scale."""
+        c, (rows, length, _) = self.c, x.shape
+        n = rms_norm(x) * self.norm_scale
+        q = self.q(n, w.q, adapters.get("q")).view(rows, length, c.num_heads, c.head_dim)
+        k = self.k(n, w.k, adapters.get("k")).view(rows, length, c.num_kv_heads, c.head_dim)
+        v = self.v(n, w.v, adapters.get("v")).view(rows, length, c.num_kv_heads, c.head_dim)
+        q = rotate(rms_norm(q), shared.cos, shared.sin) * self.query_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), shared.cos, shared.sin)
+        y = attention_sdpa(q, k, v, shared.mask)
+        if self.subtract_own_value:
+            y = exclude_own_value(y, v)
+        if self.head_gate is not None:
+            y = y * self.gate(n)[..., None]
+        y = self.out(y.reshape(rows, length, c.model_dim), w.out)
+        return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
+
+    def gate(self, n: Tensor) -> Tensor:
+        """Head gates [R, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
+        c = self.c
+        g = F.linear(n[..., :self.head_gate.size(1)], self.head_gate.to(n.dtype))
+        if c.sparse_attn_gate_enabled:
+            return torch.sigmoid(c.sparse_attn_gate_scale * g)
+        return 2 * torch.sigmoid(g) if c.attn_out_gate_enabled else torch.sigmoid(g)
+
+    def feed(self, x: Tensor, w: Weights, adapters: dict) -> Tensor:
+        """MLP of x [R, T, d] -> [R, T, d], before the output scale."""
+        n = rms_norm(x) * self.norm_scale
+        y = self.down(leaky_relu_squared(self.up(n, w.up), self.c.leaky_relu_slope), w.down)
+        return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: takes from y [R, T, H, h] its component along the value of its own position and kv head, v [R, T, K, h]."""
+    rows, length, heads, width = y.shape
+    direction = F.normalize(v, dim=-1).unsqueeze(3)                                       # [R, T, K, 1, h]
+    grouped = y.view(rows, length, v.size(2), heads // v.size(2), width)                  # [R, T, K, H/K, h]
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(rows, length, heads, width)
+
+
+class SmearGate(nn.Module):
+    """x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}, and nothing where a document begins."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(c.gate_window))
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, documents: Tensor) -> Tensor:
+        inside = documents != torch.arange(x.size(1), device=x.device)                    # [R, T]
+        gate = torch.sigmoid(F.linear(x[..., :self.weight.numel()], self.weight.to(x.dtype)[None]))
+        return x + self.scale.to(x.dtype) * gate * F.pad(x, (0, 0, 1, -1)) * inside[..., None]
+
+
+def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, [length, rotary/2] each, float64."""
+    frequencies = c.rope_base ** (-torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return angles.cos(), angles.sin()
+
+
+class GPT(nn.Module):
+    """The language model; `reset` gives it its initial weights. Matrices live in four banks of equal shapes, for Muon.
+
+    In a visit plan's sequential part `lane` merely follows `x`, so it is right where the two-lane part begins.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.plans = {looped: visit_plan(c, looped) for looped in (False, True)}
+        layers, d = c.num_layers, c.model_dim
+        self.embedding = nn.Parameter(torch.empty(c.vocab_size, d))
+        self.head = None if c.tie_embeddings else nn.Parameter(torch.empty(c.vocab_size, d))
+        self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))            # q of all layers, then out
+        self.kv_bank = nn.Parameter(torch.empty(2 * layers, c.kv_dim, d))     # k of all layers, then v
+        self.up_bank = nn.Parameter(torch.empty(layers, c.hidden_dim, d))
+        self.down_bank = nn.Parameter(torch.empty(layers, d, c.hidden_dim))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(layers))
+        self.smear = SmearGate(c) if c.smear_gate_enabled else None
+        skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
+        self.skip_weights = nn.Parameter(torch.ones(skips, d))
+        self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if c.skip_gates_enabled else None
+        # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
+        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(layers, 2, 1)) if c.lanes else None
+        self.logits = Projection()
+        length = max(c.train_seq_len, c.eval_context)
+        for name, table in zip(("cos", "sin"), rotary_tables(c, length)):
+            self.register_buffer(name, table, persistent=False)
+        self.to(master_dtype(c))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initial weights, from SEED alone: orthogonal inputs of the layers, zero outputs, a small embedding."""
+        c, generator = self.c, torch.Generator().manual_seed(self.c.seed)
+        self.embedding.normal_(std=c.tied_embed_init_std if c.tie_embeddings else 1.0, generator=generator)
+        if self.head is not None:
+            self.head.zero_()
+        for bank, zero_from in ((self.qo_bank, c.num_layers), (self.kv_bank, 2 * c.num_layers),
+                                (self.up_bank, c.num_layers), (self.down_bank, 0)):
+            bank.zero_()
+            for matrix in bank[:zero_from]:
+                nn.init.orthogonal_(matrix, generator=generator)
+
+    def layer_weights(self, dtype: torch.dtype) -> list[Weights]:
+        """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
+        n = self.c.num_layers
+        qo, kv, up, down = (bank.to(dtype).unbind() for bank in (self.qo_bank, self.kv_bank, self.up_bank,
+                                                                 self.down_bank))
+        return [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
+
+    def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
+        """U-Net skip: added, or blended through a gate."""
+        skip = self.skip_weights[place].to(x.dtype) * saved
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
+
+    def embed(self, ids: Tensor, documents: Tensor, noise: Tensor | None) -> Tensor:
+        """Token embeddings in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
+        x = F.embedding(ids, self.embedding).to(getattr(torch, self.c.compute_dtype))
+        if noise is not None:
+            x = x + noise.to(x.dtype)
+        if self.smear is not None:
+            x = self.smear(x, documents)
+        return rms_norm(x)
+
+    def visit(self, v: Visit, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared,
+              adapters: dict) -> tuple[Tensor, Tensor]:
+        """Runs one layer on one lane (x; lane passes) or on two."""
+        block = self.blocks[v.layer]
+        m0, m1 = block.input_mix.to(x.dtype).unbind()
+        a, b = block.attention_scale.to(x.dtype), block.mlp_scale.to(x.dtype)
+        u = m0 * x + m1 * x0
+        attended = a * block.attend(u, w, shared, adapters)
+        if not v.lanes:
+            x = u + attended
+            x = x + b * block.feed(x, w, adapters)
+            return x, x
+        fed = b * block.feed(lane, w, adapters)
+        (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in self.lane_mix[v.layer].to(x.dtype).unbind())
+        return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
+
+    def forward(self, ids: Tensor, targets: Tensor, documents: Tensor, *, looped: bool,
+                adapters: list[dict] | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
+
+        `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
+        one for the head (key head); absent ones leave no trace in the graph.
+        """
+        plan = self.plans[looped]
+        adapters = adapters or [{}] * (len(plan) + 1)
+        length = ids.size(1)
+        x0 = x = lane = self.embed(ids, documents, noise)
+        weights = self.layer_weights(x.dtype)
+        shared = Shared(visible(documents), self.cos[:length], self.sin[:length])
+        saved: list[Tensor] = []
+        for place, v in enumerate(plan):
+            if v.skip is not None:
+                x = self.blend_skip(x, saved.pop(), v.skip)
+            x, lane = self.visit(v, x, lane, x0, weights[v.layer], shared, adapters[place])
+            if v.save:
+                saved.append(x)
+        hidden = rms_norm((x + lane) / 2 if plan[-1].lanes else x)
+        head = self.embedding if self.head is None else self.head
+        logits = self.logits(hidden, head.to(x.dtype), adapters[-1].get("head"))
+        return softcapped_cross_entropy(logits, targets, self.c.logit_softcap)
+
+
+def master_dtype(c: Config) -> torch.dtype:
+    """Weights are kept in float32; float64 where everything is."""
+    return torch.float64 if c.compute_dtype == "float64" else torch.float32
+
+
+def parameter_count(c: Config) -> int:
+    """Learned numbers of the model, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(c).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimizers: Muon on the banks, AdamW on the rest; reduce -> clip -> update, the same on any number of ranks
+# ---------------------------------------------------------------------------------------------------------------
+
+BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
+NEWTON_SCHULZ = {
+    # Keller Jordan's quintic (kellerjordan.github.io/posts/muon), the same at every iteration.
+    "classic": ((3.4445, -4.775, 2.0315),),
+    # Polar Express, arXiv 2505.16932: the optimal polynomial for each iteration; the last one repeats.
+    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                      (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                      (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                      (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
+                      (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
+
+
+class Group(NamedTuple):
+    """Parameters that share an optimizer, a rate and a decay."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    muon: bool
+    lr: float
+    weight_decay: float
+
+
+def parameter_groups(model: GPT, c: Config) -> list[Group]:
+    """The table of groups. Every parameter is in exactly one: asserted."""
+    banks = [getattr(model, name) for name in BANKS]
+    tables = [("embedding", [model.embedding], c.tied_embed_lr if c.tie_embeddings else c.embed_lr)]
+    if model.head is not None:
+        tables.append(("head", [model.head], c.head_lr))
+    taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [Group("banks", banks, True, c.matrix_lr, c.muon_wd),
+              *(Group(name, ps, False, lr, c.embed_wd) for name, ps, lr in tables),
+              Group("scalars", rest, False, c.scalar_lr, c.adam_wd)]
+    covered = [id(p) for g in groups for p in g.parameters]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is in no group, or in two"
+    return groups
+
+
+def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz: a batch of matrices [B, r, c] -> nearly U V^T of each one's SVD, in `dtype`.
+
+    Works on the smaller side. The norm is taken in float32 and above: in bfloat16 its square loses small entries.
+    """
+    tall = update.size(-2) > update.size(-1)
+    x = update.mT if tall else update
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * (1.02 if coefficients == "polar_express" else 1) + 1e-7)).to(dtype)
+    table = NEWTON_SCHULZ[coefficients]
+    for i in range(steps):
+        a, b, c = table[min(i, len(table) - 1)]
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum and orthogonalization of the banks, each rank on its share of a bank's first axis.
+
+    A bank of n matrices is padded to a multiple of the ranks; gradients are reduce-scattered, updates all-gathered.
+    """
+
+    def __init__(self, group: Group, c: Config, run: Run):
+        self.banks, self.lr, self.weight_decay, self.c, self.run = group.parameters, group.lr, group.weight_decay, c, run
+        self.share = [-(-bank.size(0) // run.world) for bank in self.banks]
+        self.momentum = [torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
+                         for n, bank in zip(self.share, self.banks)]
+
+    def start_reduce(self) -> list[tuple[Tensor, Any]]:
+        """Begins the sum of every bank's gradient over the ranks; returns this rank's share and a handle for each."""
+        if self.run.world == 1:
+            return [(bank.grad, None) for bank in self.banks]
+        pending = []
+        for share, bank in zip(self.share, self.banks):
+            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, share * self.run.world - bank.size(0)))
+            part = torch.empty(share, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
+            pending.append((part, dist.reduce_scatter_tensor(part, grad, async_op=True)))
+        return pending
+
+    def direction(self, grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
+        """Nesterov momentum, then orthogonalization, with the shape's step scale: [B, r, c] in the masters' type."""
+        c = self.c
+        momentum.lerp_(grad, 1 - beta)
+        update = grad.lerp(momentum, beta)
+        if c.muon_row_normalize:
+            update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
+        rows, columns = update.shape[-2:]
+        update = orthogonalize(update, c.muon_backend_steps, c.muon_coefficients, getattr(torch, c.compute_dtype))
+        return update * max(1.0, rows / columns) ** 0.5
+
+    @torch.no_grad()
+    def step(self, grads: list[Tensor], beta: float, multiplier: float) -> None:
+        """Updates the banks. The gathering of one bank overlaps the orthogonalization of the next."""
+        lr, pending = self.lr * multiplier, []
+        for grad, momentum, bank in zip(grads, self.momentum, self.banks):
+            update = self.direction(grad, momentum, beta)
+            handle = None
+            if self.run.world > 1:
+                whole = torch.empty(update.size(0) * self.run.world, *update.shape[1:], dtype=update.dtype,
+                                    device=update.device)
+                handle = dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
+                update = whole
+            pending.append((bank, update, handle))
+        for bank, update, handle in pending:
+            if handle is not None:
+                handle.wait()
+            bank.mul_(1 - lr * self.weight_decay).sub_(update[:bank.size(0)], alpha=lr)
+
+
+class Optimizers:
+    """Both optimizers behind one `step`: reduces the gradients over the ranks, clips their norm, updates."""
+
+    def __init__(self, model: GPT, c: Config, run: Run):
+        groups = parameter_groups(model, c)
+        self.c, self.run, self.model = c, run, model
+        self.muon = Muon(next(g for g in groups if g.muon), c, run)
+        self.adam_groups = [g for g in groups if not g.muon]
+        self.adam = self.new_adam()
+
+    def new_adam(self) -> torch.optim.AdamW:
+        c = self.c
+        rows = [dict(params=g.parameters, lr=g.lr, weight_decay=g.weight_decay) for g in self.adam_groups]
+        return torch.optim.AdamW(rows, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=self.run.device.type == "cuda")
+
+    def reset(self) -> None:
+        """Forgets everything: as after construction."""
+        for momentum in self.muon.momentum:
+            momentum.zero_()
+        self.adam = self.new_adam()
+
+    @torch.no_grad()
+    def step(self, beta: float, multiplier: float) -> float:
+        """One update with the sum of all ranks' gradients; returns its norm before clipping."""
+        pending = self.muon.start_reduce()
+        rest = [p for g in self.adam_groups for p in g.parameters]
+        for p in rest:
+            if p.grad is None:  # a parameter that this execution order does not reach
+                p.grad = torch.zeros_like(p)
+        self.sum_small([p.grad for p in rest])
+        for _, handle in pending:
+            if handle is not None:
+                handle.wait()
+        shares = [share for share, _ in pending]
+        norm = self.clip(shares, [p.grad for p in rest])
+        for row, group in zip(self.adam.param_groups, self.adam_groups):
+            row["lr"] = group.lr * multiplier
+        self.muon.step(shares, beta, multiplier)
+        self.adam.step()
+        self.model.zero_grad(set_to_none=True)
+        return norm
+
+    def sum_small(self, grads: list[Tensor]) -> None:
+        """All-reduces many small gradients as one."""
+        if self.run.world == 1:
+            return
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(part.view_as(grad))
+
+    def clip(self, shares: list[Tensor], rest: list[Tensor]) -> float:
+        """Norm of the averaged gradient over all parameters; scales it down to GRAD_CLIP_NORM."""
+        if not self.c.grad_clip_norm:
+            return math.nan
+        squares = sum(s.float().square().sum() for s in shares)
+        self.run.add_up(squares)
+        norm = (squares + sum(g.float().square().sum() for g in rest)).sqrt()
+        scale = (self.c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for tensor in (*shares, *rest):
+            tensor.mul_(scale.to(tensor.dtype))
+        return norm.item()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of how far the training is
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """Steps taken and seconds of training so far."""
+
+    step: int
+    seconds: float
+
+
+def fraction_done(p: Progress, c: Config) -> float:
+    """Share of the training that is over, in 0..1: of the time limit, or of the steps, whichever is further."""
+    limit = c.max_wallclock_seconds - c.gptq_reserve_seconds
+    return min(1.0, max(p.step / c.iterations, p.seconds / limit if c.max_wallclock_seconds else 0.0))
+
+
+def lr_multiplier(p: Progress, c: Config) -> float:
+    """1, then linear to 0 over the warmdown, not below MIN_LR."""
+    left = 1.0 - fraction_done(p, c)
+    warmdown = c.warmdown_frac
+    if not warmdown and c.warmdown_iters:
+        # In steps: the share of the run that they take at the pace so far.
+        by_time = c.warmdown_iters * p.seconds / max(p.step, 1) / c.max_wallclock_seconds if c.max_wallclock_seconds else 0
+        warmdown = min(1.0, max(c.warmdown_iters / c.iterations, by_time))
+    return max(c.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
+
+
+def muon_beta(p: Progress, c: Config) -> float:
+    """Muon's momentum, linear over its warmup."""
+    share = min(1.0, p.step / c.muon_momentum_warmup_steps) if c.muon_momentum_warmup_steps else 1.0
+    return c.muon_momentum_warmup_start + share * (c.muon_momentum - c.muon_momentum_warmup_start)
+
+
+def loops_on(p: Progress, c: Config) -> bool:
+    """Whether the depth recurrence runs already."""
+    return c.loops and fraction_done(p, c) >= c.enable_looping_at
+
+
+def ema_share(step: int, c: Config) -> float:
+    """Share of the new weights in the average; larger at first, so that a short run does not average its start in.
+
+    The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
+    """
+    return 1.0 - min(c.ema_decay, (1 + step) / (10 + step))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def compiled_forward(model: GPT, c: Config, run: Run) -> Callable:
+    """The model's forward, compiled where COMPILE asks for it and a compiler is there; the log says which."""
+    wanted = c.compile == "1" or (c.compile == "auto" and run.device.type == "cuda")
+    if not wanted:
+        return model
+    if run.device.type == "cpu" and not any(shutil.which(x) for x in ("g++", "clang++", "c++")):
+        run.log("COMPILE=1, but no C++ compiler is installed: running eagerly")
+        return model
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+class Trainer:
+    """Weights, optimizers, averages and the position in the data: all that a training step changes."""
+
+    def __init__(self, model: GPT, c: Config, run: Run):
+        self.model, self.c, self.run = model, c, run
+        self.layout = batch_layout(c, run.world)
+        self.loader = TrainLoader(c, run, self.layout)
+        self.optimizers = Optimizers(model, c, run)
+        self.forward = compiled_forward(model, c, run)
+        self.average = [p.detach().clone() for p in model.parameters()] if c.ema_decay else None
+
+    def step(self, p: Progress, looped: bool) -> Tensor:
+        """One update; returns this rank's sum of NLL over its targets, as a tensor (reading it would wait)."""
+        c, nats = self.c, torch.zeros((), dtype=torch.float32, device=self.run.device)
+        for micro in range(self.layout.micro_steps):
+            batch = self.loader.batch(p.step, micro)
+            noise = self.loader.noise(p.step, micro, (c.train_seq_len, c.model_dim))
+            nll, lse = self.forward(*batch, looped=looped, noise=noise)
+            loss = nll.sum()
+            if c.z_loss_weight:
+                loss = loss + c.z_loss_weight * lse.square().sum()
+            (loss / c.train_batch_tokens).backward()
+            nats += nll.detach().sum()
+        self.optimizers.step(muon_beta(p, c), lr_multiplier(p, c))
+        if self.average is not None:
+            torch._foreach_lerp_(self.average, [q.detach() for q in self.model.parameters()], ema_share(p.step, c))
+        return nats
+
+    def warm_up(self) -> None:
+        """Runs every graph that the training will need, then puts everything back, bit for bit."""
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        orders = (False, True) if self.c.loops else (False,)
+        for step in range(self.c.warmup_steps):
+            for looped in orders:
+                self.step(Progress(step, 0.0), looped)
+        with torch.no_grad():
+            for tensors in (self.model.parameters(), self.average or []):
+                for p, saved in zip(tensors, kept):
+                    p.copy_(saved)
+        self.optimizers.reset()
+        self.loader.epoch = -1
+
+    def use_average(self) -> None:
+        """Puts the averaged weights into the model."""
+        if self.average is not None:
+            with torch.no_grad():
+                for p, average in zip(self.model.parameters(), self.average):
+                    p.copy_(average)
+
+
+def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
+    """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
+    c, run = trainer.c, trainer.run
+    progress, looped, since = Progress(0, 0.0), False, time.perf_counter()
+    while True:
+        last = fraction_done(progress, c) >= 1.0
+        if c.val_loss_every and (last or progress.step % c.val_loss_every == 0):
+            run.synchronize()
+            log_validation(run, c, progress, validate())
+            since = time.perf_counter()
+        if last:
+            return progress
+        if loops_on(progress, c) and not looped:
+            looped = True
+            run.log(f"step:{progress.step} looping on: layers {execution_order(c, True)}")
+        nats = trainer.step(progress, looped)
+        now = time.perf_counter()
+        progress = Progress(progress.step + 1, run.agree(progress.seconds + now - since))
+        since = now
+        if c.train_log_every and (progress.step <= 3 or progress.step % c.train_log_every == 0):
+            log_step(run, c, progress, nats)
+
+
+def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
+    """The line of a training step, in the words that the field's scripts parse, and its metrics."""
+    run.add_up(nats)
+    loss, share = nats.item() / c.train_batch_tokens, fraction_done(p, c)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss} at step {p.step}: lower MATRIX_LR={c.matrix_lr:g} or "
+                                 "the other learning rates")
+    ms, eta = 1000 * p.seconds, p.seconds / share * (1 - share) if share else 0.0
+    rate = p.step * c.train_batch_tokens / p.seconds
+    run.log(f"step:{p.step}/{c.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
+            f"lr_scale:{lr_multiplier(p, c):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s")
+    run.metric(step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_multiplier(p, c),
+               momentum=muon_beta(p, c), tokens=p.step * c.train_batch_tokens)
+
+
+def log_validation(run: Run, c: Config, p: Progress, score: Score) -> None:
+    ms = 1000 * p.seconds
+    run.log(f"step:{p.step}/{c.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
+    run.metric(step=p.step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=p.seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# GPTQ: Hessians, rounding; quantize(weights) -> tensors, dequantize is its inverse
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Quantized(NamedTuple):
+    """A stored tensor: integer codes with one fp16 scale per row, or plain fp16 values (scales None, bits 16)."""
+
+    codes: Tensor          # int8 [..., r, c], or float16
+    scales: Tensor | None  # float16 [..., r]
+    bits: int
+
+
+def quantization_bits(name: str, c: Config) -> tuple[int, float]:
+    """(bits, clip sigmas) of a parameter by its role; gates take int8 over their whole range, the rest fp16."""
+    if name in ("qo_bank", "kv_bank"):
+        return c.matrix_bits, c.attn_clip_sigmas
+    if name in ("up_bank", "down_bank"):
+        return c.matrix_bits, c.mlp_clip_sigmas
+    if name in ("embedding", "head"):
+        return c.embed_bits, c.embed_clip_sigmas
+    return (8, 0.0) if name.endswith("head_gate") else (16, 0.0)
+
+
+class HessianTaps:
+    """Context that adds up X^T X of the inputs of every projection while the model runs eagerly.
+
+    q, k and v of a layer read the same input, so one tap serves the three.
+    """
+
+    def __init__(self, model: GPT):
+        self.sums: dict[str, Tensor] = {}
+        self.tokens = 0
+        self.seats = {f"{i}.{name}": getattr(block, name) for i, block in enumerate(model.blocks)
+                      for name in ("q", "out", "up", "down")}
+        self.seats["logits"] = model.logits
+
+    def __enter__(self) -> HessianTaps:
+        self.handles = [seat.register_forward_pre_hook(functools.partial(self.tap, name))
+                        for name, seat in self.seats.items()]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def tap(self, name: str, _module: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].detach().flatten(0, -2).float()
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(x.size(1), x.size(1), device=x.device)
+        self.sums[name].addmm_(x.mT, x)
+
+
+@torch.no_grad()
+def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
+    """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
+    c, run, model = trainer.c, trainer.run, trainer.model
+    with HessianTaps(model) as taps:
+        for step in range(first_step, first_step + c.gptq_calibration_batches):
+            for micro in range(trainer.layout.micro_steps):
+                model(*trainer.loader.batch(step, micro), looped=c.loops)
+    run.add_up(*taps.sums.values())
+    tokens = c.gptq_calibration_batches * c.train_batch_tokens
+    mean = {name: total / tokens for name, total in taps.sums.items()}
+    stack = {name: torch.stack([mean[f"{i}.{name}"] for i in range(c.num_layers)]) for name in ("q", "out", "up", "down")}
+    return {"qo_bank": torch.cat((stack["q"], stack["out"])), "kv_bank": torch.cat((stack["q"], stack["q"])),
+            "up_bank": stack["up"], "down_bank": stack["down"],
+            "embedding" if model.head is None else "head": mean["logits"][None]}
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper U with U^T U = (H + damping)^-1, float32, for a batch [B, c, c].
+
+    One Cholesky of the reversed H and one triangular solve, in float64: the inverse itself is never formed. Damping
+    grows tenfold where H is singular beyond it. Errors: FloatingPointError where H is not finite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise FloatingPointError("a Hessian is not finite: the calibration activations overflowed")
+    h = hessian.double().flip(-1, -2)
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)
+    for _ in range(20):
+        factor, info = torch.linalg.cholesky_ex(h + torch.diag_embed(damp * mean.expand_as(diagonal)))
+        if not info.any():
+            return torch.linalg.solve_triangular(factor.flip(-1, -2), eye, upper=True).float()
+        damp = max(10 * damp, 1e-8)
+    raise FloatingPointError("a Hessian cannot be factored")
+
+
+def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: float, block: int) -> Tensor:
+    """GPTQ (arXiv 2210.17323): rounds columns in falling order of the Hessian's diagonal, feeding errors forward.
+
+    weights [B, r, c], hessian [B, c, c], scales [B, r] -> integer codes int8 [B, r, c] in -limit..limit.
+    """
+    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)                # [B, c]
+    row_order = order[:, None, :].expand_as(weights)
+    w = weights.float().gather(-1, row_order)
+    h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    u, s = inverse_factor(h, damp), scales.float()
+    codes = torch.empty_like(w)
+    for start in range(0, w.size(-1), block):
+        stop = min(start + block, w.size(-1))
+        errors = torch.empty_like(w[..., start:stop])
+        for j in range(start, stop):
+            codes[..., j] = (w[..., j] / s).round().clamp(-limit, limit)
+            error = (w[..., j] - codes[..., j] * s) / u[:, j, j, None]
+            w[..., j:stop] -= error[..., None] * u[:, j, None, j:stop]
+            errors[..., j - start] = error
+        w[..., stop:] -= errors @ u[:, start:stop, stop:]
+    return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int8)
+
+
+def row_scales(weights: Tensor, bits: int, sigmas: float) -> Tensor:
+    """fp16 step of each row [..., r]: sigmas standard deviations, or the largest magnitude (sigmas 0), over 2^(b-1)-1."""
+    reach = sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
+    return (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504).half()
+
+
+@torch.no_grad()
+def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config) -> dict[str, Quantized]:
+    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest."""
+    stored = {}
+    for name, value in weights.items():
+        bits, sigmas = quantization_bits(name, c)
+        if bits == 16:
+            stored[name] = Quantized(value.half(), None, 16)
+            continue
+        scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
+        if name in hessians:
+            batch = value if value.dim() == 3 else value[None]
+            codes = gptq(batch, hessians[name], scales.view(batch.shape[:2]), limit, c.gptq_damp, c.gptq_block_size)
+        else:
+            codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
+        stored[name] = Quantized(codes.view(value.shape), scales, bits)
+    return stored
+
+
+def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
+    """Float32 weights from their stored form."""
+    return {name: q.codes.float() if q.scales is None else q.codes.float() * q.scales.float()[..., None]
+            for name, q in stored.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Artifact: a container with a header, lengths and checksums; nothing in it can run code
+# ---------------------------------------------------------------------------------------------------------------
+
+MAGIC = b"PGOLF\x00\x00\x01"
+PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
+HEADER_LIMIT, TENSOR_LIMIT = 1 << 20, 1 << 33
+
+
+class ArtifactError(ConfigError):
+    """The file is not a whole artifact of this program."""
+
+    def __init__(self, why: str):
+        super().__init__("artifact", "", why)
+
+
+def compress(codec: str, data: bytes) -> bytes:
+    """The data at the codec's strongest level."""
+    if codec == "zstd":
+        import zstandard
+
+        return zstandard.ZstdCompressor(level=22, write_checksum=False, write_content_size=False).compress(data)
+    if codec == "brotli":
+        import brotli
+
+        return brotli.compress(data, quality=11, lgwin=24)
+    import lzma
+
+    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+
+
+def decompress(codec: str, data: bytes, size: int) -> bytes:
+    """Exactly `size` bytes; never allocates more than that, whatever the data claims. Errors: ArtifactError."""
+    try:
+        if codec == "zstd":
+            import zstandard
+
+            with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+                out = reader.read(size + 1)
+        elif codec == "brotli":
+            import brotli
+
+            stream, out = brotli.Decompressor(), b""
+            out = stream.process(data, output_buffer_limit=size + 1)
+        elif codec == "lzma":
+            import lzma
+
+            out = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(data, max_length=size + 1)
+        else:
+            raise ArtifactError(f"uses an unknown codec {codec!r}")
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"a section does not unpack ({type(error).__name__})") from None
+    if len(out) != size:
+        raise ArtifactError(f"a section unpacks to another length than the {size} bytes promised")
+    return out
+
+
+def pack(stored: dict[str, Quantized], c: Config) -> bytes:
+    """The artifact's bytes: prefix, header (model values, tensors, sections), sections of one role each."""
+    roles: dict[str, list[bytes]] = {}
+    for name, q in stored.items():
+        role = name if q.codes.dim() == 3 or name in ("embedding", "head") else "small"
+        roles.setdefault(role, []).append(q.codes.cpu().contiguous().numpy().tobytes())
+        if q.scales is not None:
+            roles.setdefault("scales", []).append(q.scales.cpu().contiguous().numpy().tobytes())
+    sections, payload = [], []
+    for role, parts in roles.items():
+        raw = b"".join(parts)
+        packed = compress(c.compressor, raw)
+        sections.append([role, c.compressor, len(packed), len(raw), zlib.crc32(packed)])
+        payload.append(packed)
+    header = dict(model=c.model_values(), sections=sections,
+                  tensors=[[name, q.bits, list(q.codes.shape)] for name, q in stored.items()])
+    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
+
+
+def read_header(data: bytes) -> tuple[dict, int]:
+    """The header and where the sections begin. Errors: ArtifactError."""
+    if len(data) < PREFIX.size or data[:8] != MAGIC:
+        raise ArtifactError("is not an artifact of this program (or of another version)")
+    _, length, checksum = PREFIX.unpack_from(data)
+    packed = data[PREFIX.size:PREFIX.size + length]
+    if len(packed) != length or zlib.crc32(packed) != checksum:
+        raise ArtifactError("is damaged: the header's checksum does not match")
+    stream = zlib.decompressobj()
+    header = json.loads(stream.decompress(packed, HEADER_LIMIT))
+    return header, PREFIX.size + length
+
+
+def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
+    """(model values, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
+    header, offset = read_header(data)
+    raw: dict[str, memoryview] = {}
+    for role, codec, length, size, checksum in header["sections"]:
+        packed = data[offset:offset + length]
+        offset += length
+        if len(packed) != length or zlib.crc32(packed) != checksum:
+            raise ArtifactError(f"is damaged: the checksum of its section {role!r} does not match")
+        if not 0 <= size <= TENSOR_LIMIT:
+            raise ArtifactError(f"its section {role!r} claims {size} bytes")
+        raw[role] = memoryview(decompress(codec, packed, size))
+    if offset != len(data):
+        raise ArtifactError(f"has {len(data) - offset} bytes too many")
+
+    def take(role: str, count: int, dtype: np.dtype, shape: list[int]) -> Tensor:
+        size = count * dtype.itemsize
+        if len(raw.get(role, b"")) < size:
+            raise ArtifactError(f"its section {role!r} is too short for its tensors")
+        part, raw[role] = raw[role][:size], raw[role][size:]
+        return torch.from_numpy(np.frombuffer(part, dtype=dtype).copy()).view(shape)
+
+    stored = {}
+    for name, bits, shape in header["tensors"]:
+        role = name if len(shape) == 3 or name in ("embedding", "head") else "small"
+        codes = take(role, math.prod(shape), np.dtype("<f2" if bits == 16 else "i1"), shape)
+        scales = None if bits == 16 else take("scales", math.prod(shape[:-1]), np.dtype("<f2"), shape[:-1])
+        stored[name] = Quantized(codes, scales, bits)
+    return header["model"], stored
+
+
+def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
+    """The model that an artifact holds, and the config with the artifact's model values.
+
+    Errors: ArtifactError for a damaged file; ConfigError where a knob was set to what the artifact is not.
+    """
+    values, stored = unpack(data)
+    for name, value in values.items():
+        if name in explicit and getattr(c, name) != value:
+            raise ConfigError(name.upper(), getattr(c, name), f"the artifact was made with {value}")
+    c = dataclasses.replace(c, **values)
+    with torch.device("meta"):
+        model = GPT(c)
+    model.to_empty(device=device)
+    for name, table in zip(("cos", "sin"), rotary_tables(c, model.cos.size(0))):
+        getattr(model, name).copy_(table)
+    weights = dequantize(stored)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if {name: tuple(w.shape) for name, w in weights.items()} != expected:
+        raise ArtifactError("its tensors are not those of its model")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    return model, c
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation: sliding windows inside documents, every target once
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def document_bounds(tokens: np.ndarray) -> np.ndarray:
+    """Where documents begin in a stream of tokens, and the last target's position: [documents + 1] int64.
+
+    A document's inputs run from its BOS to just before the next, whose BOS is its last target. A stream that does not
+    begin with BOS begins with the rest of a document.
+    """
+    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+    if not len(starts) or starts[0] != 0:
+        starts = np.concatenate(([0], starts))
+    return np.append(starts, len(tokens) - 1)
+
+
+def evaluation_windows(bounds: np.ndarray, context: int, stride: int) -> np.ndarray:
+    """Windows [n, 3] of (first input, inputs, first scored input): each target of each document is scored once.
+
+    A document's first window scores all its targets; each next one adds `stride` targets with `context` inputs.
+    """
+    windows = []
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
+        scored = min(begin + context, end)
+        windows.append((begin, scored - begin, 0))
+        while scored < end:
+            stop = min(scored + stride, end)
+            first = max(begin, stop - context)
+            windows.append((first, stop - first, scored - first))
+            scored = stop
+    return np.array(windows, dtype=np.int64)
+
+
+def pack_rows(windows: np.ndarray, context: int) -> list[list[int]]:
+    """Puts windows into rows of `context` inputs, longest first, each where it leaves the least room (best fit)."""
+    rows: list[list[int]] = []
+    room: list[list[int]] = [[] for _ in range(context + 1)]  # rows by the room they have left
+    filled = 0  # bit b says that some row has b places left
+    for index in np.argsort(-windows[:, 1], kind="stable").tolist():
+        length = int(windows[index, 1])
+        fitting = filled >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1
+            row = room[left].pop()
+            filled &= ~(1 << left) if not room[left] else -1
+        else:
+            left, row = context, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if left > length:
+            room[left - length].append(row)
+            filled |= 1 << (left - length)
+    return rows
+
+
+class Evaluator:
+    """Validation stream, byte counts and the fixed list of batches, the same on any number of ranks."""
+
+    def __init__(self, c: Config, run: Run):
+        self.c, self.run = c, run
+        self.vocabulary, stream = Vocabulary(c), TokenStream(c, "val")
+        self.tokens = stream.read(0, len(stream))
+        self.bytes = self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:])
+        self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_stride or c.eval_context)
+        assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
+        self.rows = pack_rows(self.windows, c.eval_context)
+        self.batch_rows = max(1, min(c.val_batch_size // c.eval_context, len(self.rows)))
+        self.reference = self.check_manifest(stream.paths)
+
+    def check_manifest(self, paths: list[Path]) -> dict[str, float]:
+        """Holds the counts against the shards' manifest; returns its reference compressors' bits per byte."""
+        file = paths[0].parent / "manifest.json"
+        if not file.is_file():
+            self.run.log(f"{file} is not there: validation tokens and bytes are not checked against it")
+            return {}
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            split = manifest["splits"]["val"]
+            promised = int(split["tokens"]), int(split["bytes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(str(file), "", f"is not a manifest of data/prepare.py ({error!r})") from None
+        found = len(self.tokens), int(self.bytes.sum())
+        if found != promised:
+            raise ConfigError(str(file), "", f"promises {promised[0]} validation tokens of {promised[1]} bytes, and the "
+                                             f"shards and the tokenizer give {found[0]} of {found[1]}")
+        return manifest.get("reference_compressors", {})
+
+    def batch(self, number: int) -> tuple[Batch, np.ndarray]:
+        """Rows of one batch, and for each place the target's position in the stream, or -1 where nothing is scored."""
+        rows, length = self.rows[number * self.batch_rows:(number + 1) * self.batch_rows], self.c.eval_context
+        position = np.zeros((self.batch_rows, length), np.int64)
+        documents = np.tile(np.arange(length, dtype=np.int32), (self.batch_rows, 1))  # padding sees only itself
+        scored = np.full((self.batch_rows, length), -1, np.int64)
+        for r, row in enumerate(rows):
+            place = 0
+            for start, size, first in self.windows[row].tolist():
+                position[r, place:place + size] = np.arange(start, start + size)
+                documents[r, place:place + size] = place
+                scored[r, place + first:place + size] = np.arange(start + first, start + size)
+                place += size
+        return to_device(self.tokens[position], self.tokens[position + 1], documents, self.run.device), scored
+
+    @torch.no_grad()
+    def __call__(self, forward: Callable) -> Score:
+        """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
+        run, targets = self.run, len(self.tokens) - 1
+        total = torch.zeros(2, dtype=torch.float64, device=run.device)
+        for number in range(run.rank, -(-len(self.rows) // self.batch_rows), run.world):
+            batch, scored = self.batch(number)
+            nll, _ = forward(*batch, looped=self.c.loops)
+            counted = torch.from_numpy(scored >= 0).to(run.device)
+            total += torch.stack((nll.double()[counted].sum(), counted.sum()))
+        run.add_up(total)
+        nats, count = total.tolist()
+        assert count == targets, f"{count} targets were scored, and there are {targets}"
+        return Score(nats, targets, int(self.bytes.sum()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """What a reader of a log needs to repeat it."""
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                cuda=torch.version.cuda or "none")
+
+
+def hardware(run: Run) -> str:
+    """Chips of this machine and how many of them the run uses, all machines counted."""
+    if run.device.type == "cuda":
+        return f"{run.world} x {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
+
+
+def train_stages(c: Config, run: Run, evaluator: Evaluator) -> dict[str, Any]:
+    """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
+    with Stage(run, "setup"):
+        model = GPT(c)
+        model.reset()
+        trainer = Trainer(model.to(run.device), c, run)
+    with Stage(run, "warmup"):
+        trainer.warm_up()
+    with Stage(run, "train"):
+        end = train(trainer, lambda: evaluator(trainer.forward))
+        trainer.use_average()
+    with Stage(run, "validate"):
+        score = evaluator(trainer.forward)
+        run.log(f"pre_quant {score}")
+    with Stage(run, "quantize"):
+        hessians = collect_hessians(trainer, end.step)
+        if run.main:
+            stored = quantize({name: p.detach() for name, p in model.named_parameters()}, hessians, c)
+    with Stage(run, "pack"):
+        if run.main:
+            write_aside(run.folder / CONTAINER_FILE, pack(stored, c))
+        run.barrier()
+    tokens = end.step * c.train_batch_tokens
+    return dict(val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step, train_tokens=tokens,
+                train_seconds=end.seconds, tokens_per_second=tokens / end.seconds, parameters=parameter_count(c))
+
+
+def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
+    """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
+    with Stage(run, "unpack"):
+        path = run.folder / CONTAINER_FILE
+        data = run.agree_object(path.read_bytes() if run.main else None)
+        model, c = load_artifact(data, c, explicit, run.device)
+    with Stage(run, "evaluate"):
+        evaluator = evaluator or Evaluator(c, run)
+        score = evaluator(compiled_forward(model, c, run))
+        run.log(f"quantized {score}")
+    code = len(Path(__file__).read_bytes())
+    return dict(val_bpb_quantized=score.bpb, val_loss_quantized=score.loss, val_bpb_ttt=None, val_bpb=score.bpb,
+                val_loss=score.loss, val_tokens=score.tokens, val_bytes=score.bytes, code_bytes=code,
+                model_bytes=len(data), artifact_bytes=code + len(data), artifact_limit_bytes=c.artifact_limit_bytes,
+                parameters=parameter_count(c), reference_compressors=evaluator.reference)
+
+
+def print_summary(run: Run, s: dict[str, Any]) -> None:
+    """The last lines of a run, from what it measured."""
+    run.log("-" * 72)
+    if "val_bpb_pre_quant" in s:
+        run.log(f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
+                f"{s['parameters']} parameters")
+        run.log(f"val_bpb    {s['val_bpb_pre_quant']:.4f} before quantization")
+    if "val_bpb_quantized" in s:
+        run.log(f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
+                f"{s['val_bytes']} bytes, each once")
+        for name, bpb in s["reference_compressors"].items():
+            run.log(f"           {bpb:.4f} {name} on the same text, for orientation")
+        share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
+        run.log(f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
+                f"{share:.1%} of the limit of {s['artifact_limit_bytes']}")
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
+    run.log(f"seconds    {stages}; in all {sum(s['seconds'].values()):.1f}")
+    run.log(f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}")
+
+
+def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
+    """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
+    evaluator = None
+    if c.mode != "eval":
+        with Stage(run, "data"):
+            evaluator, _ = Evaluator(c, run), TokenStream(c, "train")
+    open_folder(run, c)
+    for remark in remarks:
+        run.log(remark)
+    run.log(f"{run.folder}  {hardware(run)}  {versions()}")
+    summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode)
+    if c.mode != "eval":
+        run.log(f"parameters:{parameter_count(c)} layout:{batch_layout(c, run.world)} orders:{execution_order(c, False)}"
+                + (f" looped {execution_order(c, True)}" if c.loops else ""))
+        summary |= train_stages(c, run, evaluator)
+    if c.mode != "train":
+        summary |= eval_stages(c, explicit, run, evaluator)
+    summary |= dict(seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(),
+                    hardware=hardware(run))
+    name = SUMMARY_FILE if c.mode != "eval" else "summary_eval.json"
+    if run.main:
+        write_aside(run.folder / name, json.dumps(summary, indent=1) + "\n")
+    print_summary(run, summary)
+    over = summary.get("artifact_bytes", 0) - c.artifact_limit_bytes
+    if over > 0:
+        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={c.artifact_limit_bytes}")
+    return 1 if over > 0 else 0
+
+
+def dry_run(c: Config, world: int) -> str:
+    """What a run would do, as one JSON object."""
+    return json.dumps(dict(
+        config=dataclasses.asdict(c), parameters=parameter_count(c),
+        execution_order=dict(plain=execution_order(c, False), looped=execution_order(c, True)),
+        batch_layout=dict(**batch_layout(c, world)._asdict(), row_tokens=c.train_seq_len)), indent=1)
+
+
+def main(arguments: list[str], environment: dict[str, str]) -> int:
+    """Runs the script. Returns the exit code: 2 for what a user can mend, with one line that says how."""
+    rank = int(environment.get("RANK", 0))
+    try:
+        options, environment = parse_arguments(arguments, environment)
+        if "--help" in options:
+            print(help_text())
+            return 0
+        c, explicit, remarks = config_from_env(environment, torch.cuda.is_available())
+        if "--dry-run" in options:
+            print(*remarks, sep="\n", file=sys.stderr)
+            print(dry_run(c, int(environment.get("WORLD_SIZE", 1))))
+            return 0
+        run = start_run(c, environment)
+        try:
+            return execute(c, explicit, remarks, run)
+        finally:
+            if run.world > 1:
+                dist.destroy_process_group()
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[set[str], dict[str, str]]:
+    """(options, environment with --mode put into it). Errors: ConfigError."""
+    options, environment, queue = set(), dict(environment), list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith("--mode"):
+            _, equals, value = word.partition("=")
+            environment["MODE"] = value if equals else (queue.pop(0) if queue else "")
+        elif word in ("--help", "-h", "--dry-run"):
+            options.add("--help" if word == "-h" else word)
+        else:
+            raise ConfigError("argument", word, "must be --mode train|eval|all, --dry-run or --help; every other setting "
+                                                "is an environment variable")
+    return options, environment
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))

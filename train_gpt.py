@@ -89,9 +89,11 @@ class Config:
     artifact_dir: str = knob("", "the run's folder; empty: logs/$RUN_ID", "folder name")
     seed: int = knob(1337, "seed of the initial weights, of the order of the data, of noise", "weights, batches", low=0,
                      high=2**31 - 1)
-    device: str = knob("auto", "where to compute; auto: cuda where there is one", "log", choices=("auto", "cpu", "cuda"))
-    compute_dtype: str = knob("bfloat16", "type of activations and matrix products; masters are float32 (float64 with "
-                              "float64)", "loss", choices=("bfloat16", "float32", "float64"))
+    device: str = knob("auto", "where to compute; auto: cuda where there is one", "log",
+                       choices=("auto", "cpu", "cuda"))
+    compute_dtype: str = knob("auto", "type of activations and matrix products; auto: bfloat16, but float32 on CPUs "
+                              "without bfloat16 instructions; masters are float32 (float64 with float64)", "loss",
+                              choices=("auto", "bfloat16", "float32", "float64"))
     compile: str = knob("auto", "torch.compile; auto: on CUDA, not on CPUs", "log", choices=("auto", "0", "1"))
     attention: str = knob("auto", "attention backend; auto: blocked on CPUs, sdpa elsewhere", "log",
                           choices=("auto", "sdpa", "blocked"))
@@ -100,7 +102,8 @@ class Config:
     # Data
     data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
     tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
-    vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536)
+    vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4,
+                                 high=65536)
 
     # Length of the training, batches
     iterations: int = knob(20000, "training steps at most", "steps", low=0)
@@ -112,7 +115,7 @@ class Config:
     micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
     train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
-    val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "batch layout", low=1)
+    val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "evaluation layout", low=1)
 
     # Model
     num_layers: int = model_knob(9, "transformer layers", "parameters", low=1, high=256)
@@ -120,8 +123,8 @@ class Config:
     num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1)
     num_kv_heads: int = model_knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
     mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01)
-    leaky_relu_slope: float = model_knob(0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss",
-                                   low=0, high=1)
+    leaky_relu_slope: float = model_knob(0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2",
+                                         "loss", low=0, high=1)
     tie_embeddings: bool = model_knob(True, "the head is the embedding transposed", "parameters")
     tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
     rope_base: float = model_knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
@@ -129,20 +132,23 @@ class Config:
     qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
     logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
     ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
-    xsa_last_n: int = model_knob(0, "last layers whose attention output loses its part along its own value (XSA)", "loss",
-                           low=0)
-    skip_gates_enabled: bool = model_knob(False, "U-Net skips blend through a learned gate instead of being added", "loss")
+    xsa_last_n: int = model_knob(0, "last layers whose attention output loses its part along its own value (XSA)",
+                                 "loss", low=0)
+    skip_gates_enabled: bool = model_knob(False, "U-Net skips blend through a learned gate instead of being added",
+                                          "parameters")
     sparse_attn_gate_enabled: bool = model_knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
     sparse_attn_gate_scale: float = model_knob(0.5, "the scale in the sparse head gate", "loss", low=0)
     gated_attn_enabled: bool = model_knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
     attn_out_gate_enabled: bool = model_knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
     smear_gate_enabled: bool = model_knob(False, "mix the previous token's embedding in, gated", "parameters")
     gate_window: int = model_knob(12, "input channels that the small gates read", "parameters", low=1)
-    num_loops: int = model_knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16)
+    num_loops: int = model_knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0,
+                                high=16)
     loop_start: int = model_knob(3, "first layer of the loop", "execution order", low=0)
     loop_end: int = model_knob(5, "last layer of the loop", "execution order", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
-    parallel_start_layer: int = model_knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1)
+    parallel_start_layer: int = model_knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters",
+                                           low=-1)
     neftune_alpha: float = knob(0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss",
                                 low=0)
     z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
@@ -157,7 +163,8 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", "weights", low=0, high=0.9999)
     muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
-    muon_coefficients: str = knob("classic", "Newton-Schulz polynomial", "weights", choices=("classic", "polar_express"))
+    muon_coefficients: str = knob("classic", "Newton-Schulz polynomial", "weights",
+                                  choices=("classic", "polar_express"))
     muon_row_normalize: bool = knob(False, "rows of the update to unit norm before Newton-Schulz", "weights")
     muon_wd: float = knob(0.0, "decoupled weight decay of the banks", "weights", low=0)
     beta1: float = knob(0.9, "AdamW's first beta", "weights", low=0, high=0.99999)
@@ -186,7 +193,6 @@ class Config:
     gptq_calibration_batches: int = knob(16, "training batches from which Hessians are summed", "quantized weights",
                                          low=1)
     gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
-    gptq_block_size: int = knob(128, "columns between two updates of the rest", "seconds", low=1)
     compressor: str = knob("zstd", "entropy coder of the artifact", "bytes", choices=("zstd", "brotli", "lzma"))
     artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
 
@@ -194,6 +200,16 @@ class Config:
     eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0)
     eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
                             "val_bpb", low=0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and matrix products."""
+        return getattr(torch, self.compute_dtype)
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of the weights that are trained: float32, or float64 where everything is."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def head_dim(self) -> int:
@@ -214,6 +230,14 @@ class Config:
     @property
     def eval_context(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def eval_step(self) -> int:
+        return self.eval_stride or self.eval_context
+
+    @property
+    def eval_rows(self) -> int:
+        return max(1, self.val_batch_size // self.eval_context)
 
     @property
     def loops(self) -> bool:
@@ -313,11 +337,34 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
             explicit.add(f.name)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
         values["warmdown_frac"] = 0.0  # older commands set steps and know no fraction
-    config = Config(**values)
+    config = resolved(Config(**values), cuda)
     check_config(config)
     if preset in UNFINISHED:
         remarks.append(f"preset {preset} is not complete yet: it runs without {UNFINISHED[preset]}")
     return config, explicit, remarks + misspelt(environment)
+
+
+def resolved(c: Config, cuda: bool) -> Config:
+    """Puts what `auto` means on this machine in its place. Errors: ConfigError for what this machine cannot do."""
+    device = c.device if c.device != "auto" else "cuda" if cuda else "cpu"
+    if device == "cuda" and not cuda:
+        raise ConfigError("DEVICE", c.device, "no CUDA device is visible; cpu or auto are possible")
+    native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
+    on_cpu = {"compute_dtype": "bfloat16" if native else "float32", "compile": "0", "attention": "blocked"}
+    on_cuda = {"compute_dtype": "bfloat16", "compile": "1", "attention": "sdpa"}
+    choices = on_cpu if device == "cpu" else on_cuda
+    if c.compile == "1" and device == "cpu" and not any(shutil.which(x) for x in ("g++", "clang++", "c++")):
+        raise ConfigError("COMPILE", 1, "needs a C++ compiler on CPUs (g++ or clang++), and none is installed")
+    return dataclasses.replace(c, device=device, **{k: v for k, v in choices.items() if getattr(c, k) == "auto"})
+
+
+def cpu_info(*fields: str) -> str:
+    """The first of these fields in Linux's description of the processor, or an empty text."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in fields), "")
 
 
 def misspelt(environment: dict[str, str]) -> list[str]:
@@ -535,7 +582,7 @@ def start_run(c: Config, environment: dict[str, str]) -> Run:
     """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
     rank, world, local = (int(environment.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     local_world = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    cuda = c.device == "cuda" or (c.device == "auto" and torch.cuda.is_available())
+    cuda = c.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError("DEVICE", c.device, f"{local_world} ranks here need as many CUDA devices, and "
                                               f"{torch.cuda.device_count()} are visible")
@@ -698,7 +745,7 @@ class TrainLoader:
             return None
         generator, rows = torch.Generator(self.run.device), []
         for place in self.row_numbers(step, micro):
-            generator.manual_seed((self.c.seed << 40) + place)
+            generator.manual_seed(int(np.random.SeedSequence([self.c.seed, place]).generate_state(1, np.uint64)[0]) >> 1)
             rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
         return torch.stack(rows) * (self.c.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
@@ -880,7 +927,10 @@ def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> tup
 
 
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
-    """Each row's own low-rank map (LoRA, arXiv 2106.09685): x [R, T, in], A [R, r, in], B [R, out, r] -> [R, T, out]."""
+    """Each row's own low-rank map (LoRA, arXiv 2106.09685).
+
+    x [R, T, in], A [R, r, in], B [R, out, r] -> [R, T, out].
+    """
     a, b = adapter
     return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
 
@@ -947,11 +997,6 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 ATTENTION = {"sdpa": attention_sdpa, "blocked": attention_blocked}
-
-
-def choose_attention(wanted: str, device: torch.device) -> str:
-    """The backend that ATTENTION=auto means on a device."""
-    return wanted if wanted != "auto" else "blocked" if device.type == "cpu" else "sdpa"
 
 
 def prepare_mask(documents: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
@@ -1126,7 +1171,7 @@ class GPT(nn.Module):
         length = max(c.train_seq_len, c.eval_context)
         for name, table in zip(("cos", "sin"), rotary_tables(c, length)):
             self.register_buffer(name, table, persistent=False)
-        self.to(master_dtype(c))
+        self.to(c.master_dtype)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -1157,7 +1202,7 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, documents: Tensor, noise: Tensor | None) -> Tensor:
         """Token embeddings in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
-        x = F.embedding(ids, self.embedding).to(getattr(torch, self.c.compute_dtype))
+        x = F.embedding(ids, self.embedding).to(self.c.dtype)
         if noise is not None:
             x = x + noise.to(x.dtype)
         if self.smear is not None:
@@ -1192,9 +1237,8 @@ class GPT(nn.Module):
         length = ids.size(1)
         x0 = x = lane = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype)
-        backend = choose_attention(self.c.attention, ids.device)
-        shared = Shared(ATTENTION[backend], prepare_mask(documents, backend, x.dtype), self.cos[:length],
-                        self.sin[:length])
+        mask = prepare_mask(documents, self.c.attention, x.dtype)
+        shared = Shared(ATTENTION[self.c.attention], mask, self.cos[:length], self.sin[:length])
         saved: list[Tensor] = []
         for place, v in enumerate(plan):
             if v.skip is not None:
@@ -1206,11 +1250,6 @@ class GPT(nn.Module):
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype), adapters[-1].get("head"))
         return softcapped_cross_entropy(logits, targets, self.c.logit_softcap)
-
-
-def master_dtype(c: Config) -> torch.dtype:
-    """Weights are kept in float32; float64 where everything is."""
-    return torch.float64 if c.compute_dtype == "float64" else torch.float32
 
 
 def parameter_count(c: Config) -> int:
@@ -1269,7 +1308,7 @@ def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dt
     """
     tall = update.size(-2) > update.size(-1)
     x = update.mT if tall else update
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * (1.02 if coefficients == "polar_express" else 1) + 1e-7)).to(dtype)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     table = NEWTON_SCHULZ[coefficients]
     for i in range(steps):
         a, b, c = table[min(i, len(table) - 1)]
@@ -1285,7 +1324,8 @@ class Muon:
     """
 
     def __init__(self, group: Group, c: Config, run: Run):
-        self.banks, self.lr, self.weight_decay, self.c, self.run = group.parameters, group.lr, group.weight_decay, c, run
+        self.banks, self.lr, self.weight_decay = group.parameters, group.lr, group.weight_decay
+        self.c, self.run = c, run
         self.share = [-(-bank.size(0) // run.world) for bank in self.banks]
         self.momentum = [torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
                          for n, bank in zip(self.share, self.banks)]
@@ -1309,7 +1349,7 @@ class Muon:
         if c.muon_row_normalize:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         rows, columns = update.shape[-2:]
-        update = orthogonalize(update, c.muon_backend_steps, c.muon_coefficients, getattr(torch, c.compute_dtype))
+        update = orthogonalize(update, c.muon_backend_steps, c.muon_coefficients, c.dtype)
         return update * max(1.0, rows / columns) ** 0.5
 
     @torch.no_grad()
@@ -1419,7 +1459,8 @@ def lr_multiplier(p: Progress, c: Config) -> float:
     warmdown = c.warmdown_frac
     if not warmdown and c.warmdown_iters:
         # In steps: the share of the run that they take at the pace so far.
-        by_time = c.warmdown_iters * p.seconds / max(p.step, 1) / c.max_wallclock_seconds if c.max_wallclock_seconds else 0
+        seconds = c.warmdown_iters * p.seconds / max(p.step, 1)
+        by_time = seconds / c.max_wallclock_seconds if c.max_wallclock_seconds else 0.0
         warmdown = min(1.0, max(c.warmdown_iters / c.iterations, by_time))
     return max(c.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
 
@@ -1448,16 +1489,9 @@ def ema_share(step: int, c: Config) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def will_compile(c: Config, device: torch.device) -> bool:
-    """What COMPILE=auto means here. Errors: ConfigError where it is asked for and no C++ compiler is there."""
-    if c.compile == "1" and device.type == "cpu" and not any(shutil.which(x) for x in ("g++", "clang++", "c++")):
-        raise ConfigError("COMPILE", 1, "needs a C++ compiler on CPUs (g++ or clang++), and none is installed")
-    return c.compile == "1" or (c.compile == "auto" and device.type == "cuda")
-
-
-def compiled_forward(model: GPT, c: Config, device: torch.device) -> Callable:
+def compiled_forward(model: GPT) -> Callable:
     """The model's forward, compiled as one graph for each use where COMPILE says so."""
-    return torch.compile(model, dynamic=False, fullgraph=True) if will_compile(c, device) else model
+    return torch.compile(model, dynamic=False, fullgraph=True) if model.c.compile == "1" else model
 
 
 class Trainer:
@@ -1468,7 +1502,7 @@ class Trainer:
         self.layout = batch_layout(c, run.world)
         self.loader = TrainLoader(c, run, self.layout)
         self.optimizers = Optimizers(model, c, run)
-        self.forward = compiled_forward(model, c, run.device)
+        self.forward = compiled_forward(model)
         self.average = [p.detach().clone() for p in model.parameters()] if c.ema_decay else None
 
     def step(self, p: Progress, looped: bool) -> Tensor:
@@ -1625,7 +1659,8 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     run.add_up(*taps.sums.values())
     tokens = c.gptq_calibration_batches * c.train_batch_tokens
     mean = {name: total / tokens for name, total in taps.sums.items()}
-    stack = {name: torch.stack([mean[f"{i}.{name}"] for i in range(c.num_layers)]) for name in ("q", "out", "up", "down")}
+    stack = {name: torch.stack([mean[f"{i}.{name}"] for i in range(c.num_layers)])
+             for name in ("q", "out", "up", "down")}
     return {"qo_bank": torch.cat((stack["q"], stack["out"])), "kv_bank": torch.cat((stack["q"], stack["q"])),
             "up_bank": stack["up"], "down_bank": stack["down"],
             "embedding" if model.head is None else "head": mean["logits"][None]}
@@ -1651,7 +1686,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
-def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: float, block: int) -> Tensor:
+def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: float, block: int = 128) -> Tensor:
     """GPTQ (arXiv 2210.17323): rounds columns in falling order of the Hessian's diagonal, feeding errors forward.
 
     weights [B, r, c], hessian [B, c, c], scales [B, r] -> integer codes int8 [B, r, c] in -limit..limit.
@@ -1675,7 +1710,7 @@ def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: flo
 
 
 def row_scales(weights: Tensor, bits: int, sigmas: float) -> Tensor:
-    """fp16 step of each row [..., r]: sigmas standard deviations, or the largest magnitude (sigmas 0), over 2^(b-1)-1."""
+    """fp16 step of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1)-1."""
     reach = sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
     return (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504).half()
 
@@ -1692,7 +1727,7 @@ def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config)
         scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
         if name in hessians:
             batch = value if value.dim() == 3 else value[None]
-            codes = gptq(batch, hessians[name], scales.view(batch.shape[:2]), limit, c.gptq_damp, c.gptq_block_size)
+            codes = gptq(batch, hessians[name], scales.view(batch.shape[:2]), limit, c.gptq_damp)
         else:
             codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
         stored[name] = Quantized(codes.view(value.shape), scales, bits)
@@ -1918,10 +1953,10 @@ class Evaluator:
         self.vocabulary, stream = Vocabulary(c), TokenStream(c, "val")
         self.tokens = stream.read(0, len(stream)).astype(np.uint16)
         self.bytes = int(self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]).sum())
-        self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_stride or c.eval_context)
+        self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
         self.rows = pack_rows(self.windows, c.eval_context)
-        self.batch_rows = max(1, min(c.val_batch_size // c.eval_context, len(self.rows)))
+        self.batch_rows = min(c.eval_rows, len(self.rows))
         self.remarks: list[str] = []
         self.reference = self.check_manifest(stream.paths)
 
@@ -1939,8 +1974,8 @@ class Evaluator:
             raise ConfigError(str(file), "", f"is not a manifest of data/prepare.py ({error!r})") from None
         found = len(self.tokens), self.bytes
         if found != promised:
-            raise ConfigError(str(file), "", f"promises {promised[0]} validation tokens of {promised[1]} bytes, and the "
-                                             f"shards and the tokenizer give {found[0]} of {found[1]}")
+            raise ConfigError(str(file), "", f"promises {promised[0]} validation tokens of {promised[1]} bytes, and "
+                                             f"the shards and the tokenizer give {found[0]} of {found[1]}")
         return manifest.get("reference_compressors", {})
 
     def batch(self, number: int) -> tuple[Batch, np.ndarray]:
@@ -1990,12 +2025,7 @@ def hardware(run: Run) -> str:
     """Chips of this machine and how many of them the run uses, all machines counted."""
     if run.device.type == "cuda":
         return f"{run.world} x {torch.cuda.get_device_name()}"
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
+    model = cpu_info("model name") or platform.processor() or platform.machine()
     return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
 
@@ -2037,7 +2067,7 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
             evaluator = Evaluator(c, run)
             for remark in evaluator.remarks:
                 run.log(remark)
-        score = evaluator(compiled_forward(model, c, run.device))
+        score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
     code = len(Path(__file__).read_bytes())
     return dict(val_bpb_quantized=score.bpb, val_loss_quantized=score.loss, val_bpb_ttt=None, val_bpb=score.bpb,
@@ -2077,11 +2107,12 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
         run.log(remark)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
     run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
-            f"attention:{choose_attention(c.attention, run.device)} compile:{will_compile(c, run.device)}")
+            f"attention:{c.attention} compile:{c.compile}")
     summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode)
     if c.mode != "eval":
-        run.log(f"parameters:{parameter_count(c)} layout:{batch_layout(c, run.world)} orders:{execution_order(c, False)}"
-                + (f" looped {execution_order(c, True)}" if c.loops else ""))
+        looped = f" looped:{execution_order(c, True)}" if c.loops else ""
+        run.log(f"parameters:{parameter_count(c)} order:{execution_order(c, False)}{looped}")
+        run.log(str(batch_layout(c, run.world)))
         summary |= train_stages(c, run, evaluator)
     if c.mode != "train":
         summary |= eval_stages(c, explicit, run, evaluator)
@@ -2101,7 +2132,8 @@ def dry_run(c: Config, world: int) -> str:
     return json.dumps(dict(
         config=dataclasses.asdict(c), parameters=parameter_count(c),
         execution_order=dict(plain=execution_order(c, False), looped=execution_order(c, True)),
-        batch_layout=dict(**batch_layout(c, world)._asdict(), row_tokens=c.train_seq_len)), indent=1)
+        batch_layout=dict(**batch_layout(c, world)._asdict(), row_tokens=c.train_seq_len),
+        evaluation=dict(context=c.eval_context, stride=c.eval_step, batch_rows=c.eval_rows)), indent=1)
 
 
 def main(arguments: list[str], environment: dict[str, str]) -> int:
@@ -2143,8 +2175,8 @@ def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[
         elif word in ("--help", "-h", "--dry-run"):
             options.add("--help" if word == "-h" else word)
         else:
-            raise ConfigError("argument", word, "must be --mode train|eval|all, --dry-run or --help; every other setting "
-                                                "is an environment variable")
+            raise ConfigError("argument", word, "must be --mode train|eval|all, --dry-run or --help; every other "
+                                                "setting is an environment variable")
     return options, environment
 
 

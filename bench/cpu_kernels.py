@@ -1,0 +1,101 @@
+"""What the hand-written CPU kernels gain: plain and fast version in turn, in one process, as ratios.
+
+    python bench/cpu_kernels.py [--rows 16] [--length 256] [--repeats 9]
+
+Each figure is the median of several alternating runs of forward and backward; a ratio above 1 means that the fast
+version is faster. The last line is a whole training step of the demo preset with ATTENTION=sdpa against blocked.
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # noqa: E402
+
+
+def alternate(slow: Callable, fast: Callable, repeats: int) -> tuple[float, float]:
+    """Median seconds of both, run in turn so that a change of the machine's speed meets both."""
+    times: tuple[list, list] = ([], [])
+    for _ in range(repeats + 1):
+        for function, seconds in zip((slow, fast), times):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
+def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable:
+    """A call that runs the function forward and backward."""
+    def call() -> None:
+        out = function(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    return call
+
+
+def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
+    """Name -> (plain, fast), at the demo's shapes."""
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    targets = torch.randint(1024, (rows, length))
+    documents = torch.zeros(rows, length, dtype=torch.int32)
+    masks = {name: t.prepare_mask(documents, name, dtype) for name in t.ATTENTION}
+    qkv = draw(rows, length, 4, 64), draw(rows, length, 2, 64), draw(rows, length, 2, 64)
+    x, hidden, logits = draw(rows, length, 256), draw(rows, length, 768), draw(rows, length, 1024)
+    attention = {name: both_ways(lambda q, k, v, f=f, name=name: f(q, k, v, masks[name]), *qkv)
+                 for name, f in t.ATTENTION.items()}
+    return {
+        "attention": (attention["sdpa"], attention["blocked"]),
+        "rms_norm": (both_ways(t.rms_norm_plain, x), both_ways(t.RMSNormCPU.apply, x)),
+        "leaky_relu_squared": (both_ways(lambda h: t.leaky_relu_squared_plain(h, 0.5), hidden),
+                               both_ways(lambda h: t.LeakyReLUSquaredCPU.apply(h, 0.5), hidden)),
+        "cross_entropy": (both_ways(lambda z: t.softcapped_cross_entropy_plain(z, targets, 30.0), logits),
+                          both_ways(lambda z: t.SoftcappedCrossEntropyCPU.apply(z, targets, 30.0), logits)),
+    }
+
+
+def training_step(attention: str) -> Callable:
+    """Forward and backward of the demo's model on random tokens."""
+    c = dataclasses.replace(t.resolved(t.Config(**t.PRESETS["demo"]), False), attention=attention)
+    model = t.GPT(c)
+    model.reset()
+    rows = c.micro_batch_tokens // c.train_seq_len
+    ids = torch.randint(4, c.vocab_size, (rows, c.train_seq_len))
+    documents = torch.zeros(rows, c.train_seq_len, dtype=torch.int32)
+
+    def call() -> None:
+        model(ids, ids, documents, looped=False)[0].mean().backward()
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(t.available_cores())
+    print(f"torch {torch.__version__}, {t.available_cores()} cores, {options.rows} rows of {options.length}, bfloat16")
+    pairs = kernels(options.rows, options.length, torch.bfloat16)
+    pairs["training step"] = training_step("sdpa"), training_step("blocked")
+    for name, (plain, fast) in pairs.items():
+        before, after = alternate(plain, fast, options.repeats)
+        print(f"{name:20s} plain {1000 * before:8.2f} ms   fast {1000 * after:8.2f} ms   ratio {before / after:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -853,15 +853,32 @@ def rms_norm(x: Tensor) -> Tensor:
     return RMSNormCPU.apply(x) if eager_on_cpu(x) else rms_norm_plain(x)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) of x's last dimension; the rest passes.
 
-    x [R, T, H, h], cos and sin [T, rotary/2]: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
+    x [R, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
     """
     half = cos.size(-1)
-    cos, sin = cos[None, :, None, :].to(x.dtype), sin[None, :, None, :].to(x.dtype)
     x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+class RotateCPU(torch.autograd.Function):
+    """`rotate_plain`, whose gradient is the rotation back: autograd would pad and add a gradient for each slice."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate_plain(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate_plain(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return RotateCPU.apply(x, cos, sin) if eager_on_cpu(x) else rotate_plain(x, cos, sin)
 
 
 def leaky_relu_squared_plain(x: Tensor, slope: float) -> Tensor:
@@ -1056,7 +1073,7 @@ class Shared(NamedTuple):
 
     attention: Callable  # (q, k, v, mask) -> y
     mask: Tensor         # of `prepare_mask`
-    cos: Tensor          # [T, rotary/2]
+    cos: Tensor          # [T, 1, rotary/2]
     sin: Tensor
 
 
@@ -1238,7 +1255,8 @@ class GPT(nn.Module):
         x0 = x = lane = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype)
         mask = prepare_mask(documents, self.c.attention, x.dtype)
-        shared = Shared(ATTENTION[self.c.attention], mask, self.cos[:length], self.sin[:length])
+        cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
+        shared = Shared(ATTENTION[self.c.attention], mask, cos, sin)
         saved: list[Tensor] = []
         for place, v in enumerate(plan):
             if v.skip is not None:

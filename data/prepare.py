@@ -1,0 +1,1028 @@
+"""Turn text into the files that `train_gpt.py` reads: a tokenizer, training and validation shards, and a manifest.
+
+    python data/prepare.py builtin --out data/builtin
+    python data/prepare.py books/ more.txt web.jsonl.zst --out data/mine --vocab-size 8192
+
+Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
+sample to train the tokenizer on; the second tokenizes, over all cores, and writes. Everything is written in a
+temporary folder inside --out and renamed at the very end, the manifest last, so that a file under its final name is
+always whole. The output depends on the texts and the options alone, not on the number of workers.
+
+What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
+back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import heapq
+import importlib.metadata
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import zstandard
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
+import corpus  # noqa: E402
+
+FORMAT = 1
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte
+MIN_VOCAB, MAX_VOCAB = 300, 65535
+SPACE = "\u2581"  # SentencePiece writes a space as this character
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val)_\d{6}\.bin")
+TEMPORARY = ".prepare-"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+SAMPLE_BYTES = 32 << 20  # text that the tokenizer is trained on, at most
+TRAINING_LINE_BYTES = 4000  # SentencePiece aborts on words of more than 65,535 characters, so feed it short lines
+CHARACTER_COVERAGE = 0.9995  # of the sample; other characters are written as bytes
+BATCH_BYTES = 512 << 10  # text that one worker tokenizes at a time
+CHUNK_BYTES = 1 << 20
+REFERENCE_BYTES = 128 << 20  # xz -9 and zstd -22 run at about 1 MB/s: more text would tell nothing new
+
+
+class PrepareError(Exception):
+    """Something that the user can mend; the message is one line that names the option or the file."""
+
+
+class Terminated(BaseException):
+    """SIGTERM or Ctrl-C arrived; the argument is the signal's number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to prepare and how; the fields are the options of the command line."""
+
+    sources: tuple[str, ...]
+    out: Path
+    vocab_size: int | None = None  # None: 1024, or that of the given tokenizer
+    val_fraction: float = 0.05
+    shard_tokens: int = 100_000_000
+    workers: int = 1
+    tokenizer: Path | None = None
+    seed: int = 0
+    max_document_bytes: int = 32 << 10
+    text_field: str = "text"
+    force: bool = False
+    quiet: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
+    """The sources with folders replaced by the files in them, sorted; the path is None for `builtin`."""
+    listed = []
+    for source in sources:
+        path = Path(source)
+        if builtin_packages(source):
+            if any(path is None for _, path in listed):
+                raise PrepareError(f"{source}: builtin can be given once; builtin:numpy,torch names several packages")
+            listed.append((source, None))
+        elif path.is_dir():
+            inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+            inside = sorted((item for item in inside if item.name.endswith(SUFFIXES)), key=lambda item: item.parts)
+            if not inside:
+                raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file")
+            listed += [(str(item), item) for item in inside]
+        elif not path.exists():
+            raise PrepareError(f"{source}: no such file or folder (nor is it `builtin`)")
+        elif not path.name.endswith(SUFFIXES):
+            raise PrepareError(f"{source}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
+        else:
+            listed.append((source, path))
+    return listed
+
+
+def builtin_packages(source: str) -> tuple[str, ...]:
+    """The packages that `builtin` or `builtin:numpy,torch` stands for; empty for any other source."""
+    if source == "builtin":
+        return corpus.PACKAGES
+    if not source.startswith("builtin:"):
+        return ()
+    names = tuple(sorted(set(source.removeprefix("builtin:").split(","))))
+    if not set(names) <= set(corpus.PACKAGES):
+        raise PrepareError(f"{source}: allowed packages are {', '.join(corpus.PACKAGES)}")
+    return names
+
+
+def read_texts(path: Path, max_document_bytes: int, text_field: str) -> Iterator[str]:
+    """The documents of one file, in its order."""
+    if path.name.endswith(".txt"):
+        with open(path, "rb") as file:
+            yield from _text_file(str(path), file, max_document_bytes)
+    else:
+        yield from _jsonl_file(path, text_field)
+
+
+def _text_file(name: str, file: io.BufferedIOBase, limit: int) -> Iterator[str]:
+    buffer, start = file.read(limit + 1), 0
+    while buffer:
+        end = len(buffer) if len(buffer) <= limit else cut(buffer, limit)
+        yield _decode(buffer[:end], name, start)
+        start += end
+        buffer = buffer[end:] + file.read(limit + 1 - (len(buffer) - end))
+
+
+def cut(data: bytes, limit: int) -> int:
+    """Where to end a piece of at most `limit` bytes of a longer UTF-8 text: after a blank line, a line, or a space.
+
+    Only the second half is searched, so that pieces are not tiny; without any of the three, between two characters.
+    """
+    for mark in (b"\n\n", b"\n", b" "):
+        found = data.rfind(mark, limit // 2, limit)
+        if found >= 0:
+            return found + len(mark)
+    end = limit
+    while end > max(1, limit - 3) and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _decode(data: bytes, name: str, start: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PrepareError(f"{name}: not UTF-8 at byte offset {start + error.start}") from None
+
+
+def _jsonl_file(path: Path, field: str) -> Iterator[str]:
+    number, start = 0, 0
+    for line in _lines(_chunks(path)):
+        number += 1
+        where = f"{path}:{number}"
+        text = _decode(line, where, start)
+        start += len(line) + 1
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PrepareError(f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise PrepareError(f'{where}: no text in field "{field}" (--text-field names the field)')
+        yield record[field]
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, unpacked if it is .zst; a cut-off or damaged .zst file is an error, not a short text."""
+    with open(path, "rb") as file:
+        if not path.name.endswith(".zst"):
+            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
+            return
+        unpacker = None
+        for packed in iter(lambda: file.read(CHUNK_BYTES // 8), b""):
+            while packed:
+                unpacker = unpacker or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                try:
+                    yield unpacker.decompress(packed)
+                except zstandard.ZstdError as error:
+                    raise PrepareError(f"{path}: damaged zstd file: {error}") from None
+                packed, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
+        if unpacker is not None:
+            raise PrepareError(f"{path}: damaged zstd file: it ends too early")
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    parts = []
+    for chunk in chunks:
+        *whole, rest = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join(parts) + line
+            parts = []
+        parts.append(rest)
+    if last := b"".join(parts):
+        yield last
+
+
+# ------------------------------------------------------------------------------------------------------------ split
+
+
+def text_hash(data: bytes, seed: int) -> int:
+    """A number below 2**64 that decides a document's side; equal texts have equal ones."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def validation_groups(documents: Iterable[corpus.Document], fraction: float, seed: int) -> set[str]:
+    """Groups that together hold `fraction` of the bytes, or a little less; never all groups, and at least one.
+
+    Groups come in an order given by their hashes, and one that would exceed the share is passed over, so that a
+    large group of look-alikes can't become half of the validation text.
+    """
+    sizes = Counter()
+    for document in documents:
+        sizes[document.group] += len(document.text.encode())
+    order = sorted(sizes, key=lambda group: text_hash(group.encode(), seed))
+    wanted, taken, chosen = fraction * sum(sizes.values()), 0, set()
+    for group in order[:-1]:
+        if taken + sizes[group] <= wanted:
+            taken += sizes[group]
+            chosen.add(group)
+    return chosen or set(sorted(order, key=lambda group: sizes[group])[: min(1, len(order) - 1)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Splitter:
+    """Validation is what hashes below the threshold, but for documents whose side is already known by hash."""
+
+    threshold: int
+    known: dict[int, str]
+
+    def side(self, number: int) -> str:
+        """`train` or `val` for the document with this hash."""
+        return self.known.get(number) or ("val" if number < self.threshold else "train")
+
+
+class Sources:
+    """All documents of all sources, as often as asked for, always in the same order."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.listed = list_files(options.sources)
+        self.builtin: dict[str, tuple[corpus.Document, ...]] = {}
+        self.known: dict[int, str] = {}
+        self.described: list[dict] = []
+        for name, path in self.listed:
+            if path is None:
+                self._gather(name)
+            else:
+                self.described.append({"path": name, "bytes": path.stat().st_size})
+
+    def _gather(self, name: str) -> None:
+        packages = builtin_packages(name)
+        try:
+            gathered = corpus.gather(packages, self.options.workers)
+        except ModuleNotFoundError as error:
+            raise PrepareError(f"{name}: {error}") from None
+        documents = list(gathered.documents)
+        groups = validation_groups(documents, self.options.val_fraction, self.options.seed)
+        for document in documents:
+            side = "val" if document.group in groups else "train"
+            self.known[text_hash(document.text.encode(), self.options.seed)] = side
+        # The files' order is package by package; training must not meet one package at the end only.
+        random.Random(self.options.seed).shuffle(documents)
+        self.builtin[name] = tuple(documents)
+        self.described.append({
+            "builtin": package_versions(packages), "documents": len(documents), "files": gathered.files,
+            "files_not_parsed": list(gathered.unparsed), "groups": len({d.group for d in documents}),
+        })
+
+    def __iter__(self) -> Iterator[str]:
+        for name, path in self.listed:
+            if path is None:
+                yield from (document.text for document in self.builtin[name])
+            else:
+                yield from read_texts(path, self.options.max_document_bytes, self.options.text_field)
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions of packages; `python` is the interpreter."""
+    return {
+        name: platform.python_version() if name == "python" else importlib.metadata.version(name) for name in packages
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- first pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What the first pass learns: how much there is, on which side each document goes, and a training sample."""
+
+    documents: int
+    bytes: int
+    empty: int
+    digest: str
+    splitter: Splitter
+    sample: tuple[str, ...]
+
+
+def survey(sources: Sources, options: Options) -> Survey:
+    """Read everything once. The sample is of the training side only: the documents with the largest hashes."""
+    count = size = empty = held = 0
+    low, high = 1 << 64, -1
+    digest = hashlib.sha256()
+    sample: list[tuple[int, str]] = []
+    sampled = set()
+    for text in sources:
+        data = text.encode("utf-8", "surrogatepass")
+        number = text_hash(data, options.seed)
+        digest.update(number.to_bytes(8, "little"))
+        empty += not data
+        count += bool(data)
+        size += len(data)
+        if data and number not in sources.known:
+            low, high = min(low, number), max(high, number)
+        if options.tokenizer or not data or sources.known.get(number) == "val" or number in sampled:
+            continue
+        heapq.heappush(sample, (number, text))
+        sampled.add(number)
+        held += len(data)
+        while held > SAMPLE_BYTES and len(sample) > 1:
+            number, text = heapq.heappop(sample)
+            sampled.discard(number)
+            held -= len(text.encode("utf-8", "surrogatepass"))
+    if not count:
+        raise PrepareError(f"{' '.join(options.sources)}: there is no text in it")
+    threshold = _threshold(options.val_fraction, low, high, set(sources.known.values()))
+    splitter = Splitter(threshold, sources.known)
+    sample = sorted(item for item in sample if splitter.side(item[0]) == "train")
+    return Survey(count, size, empty, digest.hexdigest(), splitter, tuple(text for _, text in sample))
+
+
+def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> int:
+    """The hash below which a document validates, moved where needed so that neither side is empty."""
+    threshold = math.floor(fraction * 2**64)
+    if "val" not in known_sides:
+        threshold = max(threshold, low + 1)
+    if "train" not in known_sides:
+        threshold = min(threshold, high)
+    if not ("val" in known_sides or low < threshold) or not ("train" in known_sides or high >= threshold):
+        raise PrepareError("there is only one distinct document, or one group of look-alikes; training and validation "
+                           "need one each (a smaller --max-document-bytes cuts a .txt file into more)")
+    return threshold
+
+
+# -------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(sample: Iterable[str], vocab_size: int) -> tuple[bytes, dict]:
+    """Train SentencePiece BPE on texts. Returns the model file's bytes and the options that made it."""
+    lines = []
+    for text in sample:
+        data = text.encode("utf-8", "ignore")
+        while data:
+            end = len(data) if len(data) <= TRAINING_LINE_BYTES else cut(data, TRAINING_LINE_BYTES)
+            lines.append(data[:end].decode("utf-8"))
+            data = data[end:]
+    rare = _rare_characters(lines, (vocab_size - FIXED_PIECES) * 3 // 4)
+    lines = [line for line in (line.translate(rare) for line in lines) if line.strip("\r\n")]
+    if not lines:
+        raise PrepareError("the training text holds no words to train a tokenizer on; give more text")
+    options = {
+        "model_type": "bpe", "vocab_size": vocab_size, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK,
+        "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "add_dummy_prefix": True, "character_coverage": 1.0,
+        "max_sentence_length": 2 * TRAINING_LINE_BYTES, "num_threads": 4,
+    }
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, minloglevel=3, **options
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), vocab_size) from None
+    sample_bytes = sum(len(text.encode("utf-8", "ignore")) for text in sample)
+    sizes = {"sample_documents": len(sample), "sample_bytes": sample_bytes}
+    return model.getvalue(), {**options, **sizes, "removed_characters": len(rare)}
+
+
+def _rare_characters(lines: list[str], most: int) -> dict[int, None]:
+    """A table for `str.translate` that removes the characters which get no piece of their own.
+
+    SentencePiece's own way (`character_coverage`) goes down to 0.98 only, where a text with thousands of characters
+    does not fit a small vocabulary. It also skips every line that holds one of three characters that it uses itself.
+    """
+    counts = Counter()
+    for line in lines:
+        counts.update(line)
+    reserved = {"\0", SPACE, "\u2585"}
+    wanted, covered, kept = CHARACTER_COVERAGE * sum(counts.values()), 0, {" "}
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if covered >= wanted or len(kept) >= most:
+            break
+        covered += count
+        if character not in reserved:
+            kept.add(character)
+    return {ord(character): None for character in counts if character not in kept}
+
+
+def _training_error(message: str, vocab_size: int) -> PrepareError:
+    largest = re.search(r"value <= (\d+)", message)
+    if largest:
+        return PrepareError(f"--vocab-size {vocab_size}: the training text supports at most {largest[1]}")
+    return PrepareError(f"--vocab-size {vocab_size}: SentencePiece refused: {' '.join(message.split())}")
+
+
+class Codec:
+    """A tokenizer with what the score's arithmetic needs: exact encoding, and the bytes of every token."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer"):
+        """Check the model's ids and pieces. Raises PrepareError, naming `name`, if the score would not be exact."""
+        try:
+            self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, TypeError, ValueError):
+            raise PrepareError(f"{name}: not a SentencePiece model") from None
+        self.vocab_size = sp.vocab_size()
+        if self.vocab_size > MAX_VOCAB:
+            raise PrepareError(f"{name}: {self.vocab_size} pieces; at most {MAX_VOCAB} fit the shards' format")
+        ids = (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
+        if ids != (PAD, BOS, EOS, UNK):
+            raise PrepareError(f"{name}: pad, bos, eos, unk have the ids {ids}; they must have {(PAD, BOS, EOS, UNK)}")
+        pieces = [sp.id_to_piece(number) for number in range(self.vocab_size)]
+        self.byte_ids = [sp.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
+        if not all(sp.is_byte(number) for number in self.byte_ids):
+            raise PrepareError(f"{name}: it lacks byte pieces (byte_fallback)")
+        # Byte pieces stand for 1 byte, control, unknown and unused pieces for 0, others for their text. The space in
+        # front counts apart: it is a byte unless a piece of 0 bytes stands before it (SentencePiece puts a space
+        # before each text). A space anywhere else would be counted as the three bytes of U+2581.
+        self.silent = np.array([
+            sp.is_control(n) or sp.is_unknown(n) or sp.is_unused(n) for n in range(self.vocab_size)
+        ])
+        is_byte = np.array([sp.is_byte(n) for n in range(self.vocab_size)])
+        spaced = np.array([piece.startswith(SPACE) for piece in pieces])
+        lengths = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
+        self.base_bytes = np.where(self.silent, 0, np.where(is_byte, 1, lengths))
+        self.leading_space = spaced & ~self.silent & ~is_byte
+        for piece, plain in zip(pieces, ~self.silent & ~is_byte, strict=True):
+            if plain and SPACE in piece[1:]:
+                raise PrepareError(f"{name}: piece {piece!r} has a space that is not in front; bytes can't be counted")
+        self.alphabet = frozenset("".join(pieces))
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes that tokens stand for, by the rule of the score; the first id has nothing before it."""
+        after_silent = np.concatenate([[True], self.silent[ids[:-1]]])
+        return int(self.base_bytes[ids].sum() + (self.leading_space[ids] & ~after_silent).sum())
+
+    def encode(self, text: str) -> np.ndarray | None:
+        """BOS and the tokens of a document as uint16, or None if they don't stand for exactly this text."""
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:  # An unpaired surrogate, which JSON can spell and UTF-8 can't.
+            return None
+        stand_in = self._absent_character(text) if SPACE in text else ""
+        if stand_in is None:
+            return None
+        tokens = self.processor.encode(text.replace(SPACE, stand_in) if stand_in else text)
+        ids = np.array([BOS, *tokens], np.uint16)
+        if stand_in:
+            # Text's own U+2581 looks like a space to SentencePiece. Write it as its three bytes instead: encode a
+            # character that only bytes can express, and put those of U+2581 in the place of its bytes.
+            old, new = ([self.byte_ids[byte] for byte in c.encode()] for c in (stand_in, SPACE))
+            at = np.flatnonzero((ids[:-2] == old[0]) & (ids[1:-1] == old[1]) & (ids[2:] == old[2]))
+            for offset, number in enumerate(new):
+                ids[at + offset] = number
+        exact = self.processor.decode(ids[1:].tolist()) == text and self.count_bytes(ids) == size
+        return ids if exact else None
+
+    def _absent_character(self, text: str) -> str | None:
+        """A character of three bytes that neither the text nor any piece holds; private use first."""
+        present = self.alphabet.union(text)
+        for number in (*range(0xE000, 0x10000), *range(0x0800, 0xD800)):
+            if chr(number) not in present:
+                return chr(number)
+        return None
+
+
+@functools.lru_cache(maxsize=2)
+def _codec(path: str, sha256: str) -> Codec:
+    return Codec(Path(path).read_bytes(), path)
+
+
+def tokenize(path: str, sha256: str, texts: list[str]) -> list[np.ndarray | None]:
+    """`Codec.encode` of each text, in a worker process that loads the model once. None for a document to drop."""
+    codec = _codec(path, sha256)
+    return [codec.encode(text) for text in texts]
+
+
+# ----------------------------------------------------------------------------------------------------------- shards
+
+
+class ShardWriter:
+    """Writes one side's documents, each whole, into files of at most `shard_tokens` tokens.
+
+    Only a document that alone has more makes a longer file.
+    """
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.shards: list[dict] = []
+        self.text = hashlib.sha256()
+        self.file = None
+
+    def add(self, ids: np.ndarray, data: bytes) -> None:
+        """Append a document's tokens; `data` is its text."""
+        if self.file and self.shards[-1]["tokens"] + len(ids) > self.shard_tokens:
+            self.close()
+        if not self.file:
+            name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
+            self.shards.append({"file": name, "tokens": 0, "documents": 0, "bytes": 0})
+            self.file = open(self.folder / name, "w+b")
+            self.file.write(bytes(4 * HEADER_INTS))
+        self.file.write(ids.astype("<u2").tobytes())
+        self.text.update(data)
+        shard = self.shards[-1]
+        shard["tokens"] += len(ids)
+        shard["documents"] += 1
+        shard["bytes"] += len(data)
+
+    def close(self) -> None:
+        """Finish the open file: its header, its checksum, and its bytes on the disk."""
+        if not self.file:
+            return
+        file, self.file = self.file, None
+        with file:
+            header = np.zeros(HEADER_INTS, "<i4")
+            header[:3] = SHARD_MAGIC, SHARD_VERSION, self.shards[-1]["tokens"]
+            file.seek(0)
+            file.write(header.tobytes())
+            file.seek(0)
+            self.shards[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+
+    def summary(self) -> dict:
+        """This side's entry in the manifest."""
+        totals = {key: sum(shard[key] for shard in self.shards) for key in ("documents", "tokens", "bytes")}
+        return {**totals, "text_sha256": self.text.hexdigest(), "shards": self.shards}
+
+
+def write_shards(
+    sources: Sources, found: Survey, model: Path, folder: Path, options: Options, progress: Callable[[int], None]
+) -> tuple[dict[str, dict], int]:
+    """The second pass. Returns the manifest's `splits` and the number of dropped documents."""
+    writers = {split: ShardWriter(folder, split, options.shard_tokens) for split in ("train", "val")}
+    sent: deque[list[str]] = deque()
+    digest, dropped = hashlib.sha256(), 0
+
+    def batches() -> Iterator[list[str]]:
+        for batch in in_batches(sources):
+            sent.append(batch)
+            yield [text for text in batch if text]
+
+    job = functools.partial(tokenize, str(model), hashlib.sha256(model.read_bytes()).hexdigest())
+    workers = min(options.workers, -(-found.bytes // BATCH_BYTES))
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
+        validation = stack.enter_context(open(folder / "validation", "wb"))
+        for results in corpus.map_in_order(job, batches(), workers):
+            remaining = iter(results)
+            for text in sent.popleft():
+                data = text.encode("utf-8", "surrogatepass")
+                number = text_hash(data, options.seed)
+                digest.update(number.to_bytes(8, "little"))
+                ids = next(remaining) if data else None
+                if ids is None:
+                    dropped += bool(data)
+                    continue
+                side = found.splitter.side(number)
+                writers[side].add(ids, data)
+                if side == "val":
+                    validation.write(data)
+                progress(len(data))
+    if digest.hexdigest() != found.digest:
+        raise PrepareError(f"{' '.join(options.sources)}: the text changed while it was being read")
+    return {split: writer.summary() for split, writer in writers.items()}, dropped
+
+
+def in_batches(texts: Iterable[str], size: int = BATCH_BYTES) -> Iterator[list[str]]:
+    """Texts in lists of about `size` characters, so that a worker's job outweighs its hand-over."""
+    batch, held = [], 0
+    for text in texts:
+        batch.append(text)
+        held += len(text)
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The uint16 tokens of a shard; ValueError if its header and its size disagree."""
+    data = path.read_bytes()
+    header = np.frombuffer(data[: 4 * HEADER_INTS], "<i4")
+    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise ValueError(f"{path}: not a shard")
+    tokens = np.frombuffer(data[4 * HEADER_INTS :], "<u2")
+    if len(tokens) != header[2]:
+        raise ValueError(f"{path}: {len(tokens)} tokens, {header[2]} in its header")
+    return tokens
+
+
+def reference_compressors(path: Path) -> dict[str, float]:
+    """Bits per byte of general compressors on the file's first 128 MiB: what any language model should beat."""
+    size = min(path.stat().st_size, REFERENCE_BYTES)
+    stop = threading.Event()  # Lets a Ctrl-C end the threads within a chunk, not at the end of the text.
+    compressors = {
+        "xz -9": lzma.LZMACompressor(preset=9),
+        "zstd -22": zstandard.ZstdCompressor(level=22).compressobj(size=size),
+    }
+
+    def bits_per_byte(compressor) -> float:
+        packed, left = 0, size
+        with open(path, "rb") as file:
+            while left and not stop.is_set():
+                chunk = file.read(min(left, CHUNK_BYTES))
+                left -= len(chunk)
+                packed += len(compressor.compress(chunk))
+        return round(8 * (packed + (0 if stop.is_set() else len(compressor.flush()))) / size, 4)
+
+    with ThreadPoolExecutor(len(compressors)) as pool:
+        try:
+            return dict(zip(compressors, pool.map(bits_per_byte, compressors.values()), strict=True))
+        except BaseException:
+            stop.set()
+            raise
+
+
+# ------------------------------------------------------------------------------------------- manifest and final names
+
+
+def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
+    """Equal for two runs that would write the same: options, and for each source what tells that it changed."""
+    parts = [FORMAT, recorded_options(options)]
+    for name, path in listed:
+        if path is None:
+            code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (__file__, corpus.__file__)]
+            parts.append([name, package_versions(builtin_packages(name)), code])
+        else:
+            status = path.stat()
+            parts.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def recorded_options(options: Options) -> dict:
+    """The options that change the output, as the manifest holds them."""
+    tokenizer = hashlib.sha256(options.tokenizer.read_bytes()).hexdigest() if options.tokenizer else None
+    return {
+        "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
+        "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
+        "text_field": options.text_field,
+    }
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a folder, or None if it has none. Raises PrepareError if it is not one of ours."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT or not {"options", "fingerprint"} <= set(manifest):
+            raise ValueError("another format")
+        manifest_files(manifest)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PrepareError(f"{path}: not a manifest of this program; choose another --out") from None
+    return manifest
+
+
+def manifest_files(manifest: dict) -> dict[str, int]:
+    """The files that a manifest lists, with their sizes in bytes."""
+    files = {manifest["tokenizer"]["file"]: manifest["tokenizer"]["bytes"]}
+    for split in manifest["splits"].values():
+        files |= {shard["file"]: 4 * HEADER_INTS + 2 * shard["tokens"] for shard in split["shards"]}
+    if not all(OWN_FILE.fullmatch(name) for name in files):
+        raise ValueError("a file that is not ours")
+    return files
+
+
+def check_folder(options: Options, mark: str) -> dict | None:
+    """The manifest if --out already holds this very preparation, None if it may be (over)written; else an error."""
+    out = options.out
+    manifest = read_manifest(out)
+    own = manifest_files(manifest) if manifest else {}
+    for path in sorted(out.iterdir()):
+        if OWN_FILE.fullmatch(path.name) and path.name not in own:
+            raise PrepareError(f"{path}: in the way, and no manifest says that this program made it; "
+                               "move it or choose another --out")
+    if manifest is None:
+        return None
+    if manifest["fingerprint"] == mark:
+        present = all((out / name).is_file() and (out / name).stat().st_size == size for name, size in own.items())
+        return None if options.force or not present else manifest
+    if not options.force:
+        recorded = recorded_options(options)
+        other = [f"{key} {manifest['options'].get(key)} there, {value} asked"
+                 for key, value in recorded.items() if manifest["options"].get(key) != value]
+        raise PrepareError(f"--out {out}: holds other data ({'; '.join(other) or 'other or changed sources'}); "
+                           "choose another folder, or --force replaces it")
+    return None
+
+
+def commit(temporary: Path, out: Path) -> None:
+    """Give the finished files their names, the manifest last.
+
+    It can be repeated from any point: a run that was killed while renaming is completed by the next one, as the
+    temporary folder with its manifest stays until the end.
+    """
+    manifest = read_manifest(temporary)
+    if (out / "manifest.json").exists():
+        os.replace(out / "manifest.json", temporary / "previous.json")
+    if (temporary / "previous.json").exists():
+        previous = json.loads((temporary / "previous.json").read_bytes())
+        for name in set(manifest_files(previous)) - set(manifest_files(manifest)):
+            (out / name).unlink(missing_ok=True)
+    for name in (*manifest_files(manifest), "manifest.json"):
+        if (temporary / name).exists():
+            os.replace(temporary / name, out / name)
+    shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def output_folder(out: Path) -> Iterator[None]:
+    """Make --out and hold it for this process alone; after a failure nothing of ours is left, not even the folder."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    descriptor = None
+    try:
+        if out.exists() and not out.is_dir():
+            raise PrepareError(f"--out {out}: a file, not a folder")
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepareError(f"--out {out}: another run of this program is writing there") from None
+        for stale in sorted(out.glob(TEMPORARY + "*")):  # Left by a run that was killed, as we hold the lock.
+            if (stale / "manifest.json").exists():
+                commit(stale, out)
+            else:
+                shutil.rmtree(stale)
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # Succeeds for empty folders only.
+        raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def no_interruption() -> Iterator[None]:
+    """Be deaf to Ctrl-C and SIGTERM for the moment that it takes to rename the files: then all is done anyway."""
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------ all together
+
+
+def prepare(options: Options) -> tuple[dict, bool]:
+    """Prepare the sources as the options say. Returns the manifest, and whether it was there already.
+
+    Raises PrepareError for what a user can mend and OSError where the disk refuses; then nothing is left behind.
+    """
+    options, given = _complete(options)
+    listed = list_files(options.sources)
+    mark = fingerprint(options, listed)
+    with output_folder(options.out):
+        manifest = check_folder(options, mark)
+        if manifest:
+            return manifest, True
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=options.out))
+        try:
+            manifest = _fill(temporary, options, given, mark)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        with no_interruption():
+            commit(temporary, options.out)
+    return manifest, False
+
+
+def _complete(options: Options) -> tuple[Options, bytes | None]:
+    """Check the options that need checking together; read a given tokenizer."""
+    if not options.tokenizer:
+        return dataclasses.replace(options, vocab_size=options.vocab_size or 1024), None
+    try:
+        model = options.tokenizer.read_bytes()
+    except OSError as error:
+        raise PrepareError(f"--tokenizer {options.tokenizer}: {error.strerror}") from None
+    size = Codec(model, f"--tokenizer {options.tokenizer}").vocab_size
+    if options.vocab_size not in (None, size):
+        raise PrepareError(f"--vocab-size {options.vocab_size}: --tokenizer {options.tokenizer} has {size} pieces")
+    return dataclasses.replace(options, vocab_size=size), model
+
+
+def _fill(temporary: Path, options: Options, model: bytes | None, mark: str) -> dict:
+    """Write all files of a preparation into a folder; the manifest last."""
+    report = Report(options.quiet)
+    report.say("reading " + " ".join(options.sources))
+    sources = Sources(options)
+    found = survey(sources, options)
+    training: dict = {"given": True}
+    if model is None:
+        report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(found.sample)} documents")
+        model, training = train_tokenizer(found.sample, options.vocab_size)
+        Codec(model, "the trained tokenizer")
+    path = temporary / "tokenizer.model"
+    _write(path, model)
+    with report.bar("tokenizing", found.bytes) as progress:
+        splits, dropped = write_shards(sources, found, path, temporary, options, progress)
+    for split, summary in splits.items():
+        if not summary["documents"]:
+            raise PrepareError(f"no {split} document is left ({dropped} of {found.documents} documents dropped because "
+                               "decoding does not give them back); give more text or another --tokenizer")
+    report.say("compressing the validation text with xz -9 and zstd -22")
+    reference = reference_compressors(temporary / "validation")
+    (temporary / "validation").unlink()
+    manifest = {
+        "format": FORMAT,
+        "source": sources.described,
+        "created_with": {"prepare": FORMAT, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])},
+        "options": recorded_options(options),
+        "tokenizer": {
+            "file": path.name, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
+            "vocab_size": options.vocab_size, "options": training,
+        },
+        "splits": splits,
+        "dropped_documents": dropped,
+        "empty_documents": found.empty,
+        "reference_compressors": reference,
+        "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
+        "fingerprint": mark,
+    }
+    _write(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Report:
+    """What a user sees on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        """One line about what begins now."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A function to call with each number of bytes done."""
+        if sys.stderr.isatty() and not self.quiet:
+            with tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
+                yield bar.update
+            return
+        done, said = 0, time.monotonic()
+
+        def update(count: int) -> None:
+            nonlocal done, said
+            done += count
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                self.say(f"{label}: {100 * done / total:.0f}% of {total / 1e6:.1f} MB")
+
+        self.say(f"{label} {total / 1e6:.1f} MB")
+        yield update
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line instead of argparse's usage and line."""
+        raise PrepareError(message)
+
+
+def _number(kind: type, low: float, high: float, text: str, open_: bool = False):
+    """An argparse type: a number from `low` to `high`, without the ends if `open_`."""
+    wanted = f"{'between' if open_ else 'from'} {low:,} {'and' if open_ else 'to'} {high:,}"
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (low < value < high if open_ else low <= value <= high):
+        raise argparse.ArgumentTypeError(f"{text}: allowed is {'a whole' if kind is int else 'a'} number {wanted}")
+    return value
+
+
+def parse_arguments(arguments: list[str]) -> Options:
+    """Options from the command line. Raises PrepareError."""
+
+    def whole(low: int, high: int) -> Callable:
+        return functools.partial(_number, int, low, high)
+
+    parser = _Parser(
+        prog="prepare.py", description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="""\
+A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl or
+.jsonl.zst file is one. `builtin` is the documentation inside Python, torch, numpy, sympy and networkx, about 16 MB;
+`builtin:networkx,numpy` takes some of them. Folders are searched with all that is in them, in sorted order.
+A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
+shuffled.
+
+exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
+130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out.""",
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="`builtin`, a .txt, .jsonl or .jsonl.zst file, or a folder")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
+    add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
+    add("--val-fraction", type=lambda text: _number(float, 0, 1, text, True), default=0.05, metavar="F",
+        help="share of the documents that validates (default: %(default)s)")
+    add("--shard-tokens", type=whole(1, 1_000_000_000), default=100_000_000, metavar="N",
+        help="most tokens in a shard, unless one document has more (default: %(default)s)")
+    add("--workers", type=whole(1, 1024), default=cores, metavar="N",
+        help="processes (default: one per core, %(default)s)")
+    add("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece model to use instead of training one")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the split and shuffle (default: 0)")
+    add("--max-document-bytes", type=whole(64, 1 << 30), default=32 << 10, metavar="N",
+        help="cut .txt files that are longer (default: %(default)s)")
+    add("--text-field", default="text", metavar="NAME",
+        help="the field that holds the text of a .jsonl line (default: %(default)s)")
+    add("--force", action="store_true", help="replace what this program made in DIR with other options")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    values = vars(parser.parse_intermixed_args(arguments))
+    return Options(**{**values, "sources": tuple(values["sources"])})
+
+
+def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
+    """What a run prints on stdout."""
+    for split, entry in manifest["splits"].items():
+        yield (f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
+               f"{len(entry['shards'])} shard(s)")
+    if manifest["dropped_documents"]:
+        yield f"dropped: {manifest['dropped_documents']:,} documents that decoding does not give back"
+    reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
+    yield f"bits per byte of the validation text: {reference}"
+    yield f"written: {out / 'manifest.json'}"
+
+
+def _on_signal(number: int, frame: object) -> None:
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # The clean-up is short; let a second Ctrl-C not break it.
+    raise Terminated(number)
+
+
+def _disk_error(error: OSError, out: Path) -> str:
+    """One line for what the disk refused: a file to read, or (also where the error names none) --out."""
+    path = Path(os.path.abspath(error.filename or out))
+    folder = Path(os.path.abspath(out))
+    if path.is_relative_to(folder) or folder.is_relative_to(path):
+        return f"--out {out}: {error.strerror}; it must be a folder that may be written to, with room"
+    return f"{error.filename}: {error.strerror}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        for number in SIGNALS:
+            signal.signal(number, _on_signal)
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        manifest, before = prepare(options)
+    except PrepareError as error:
+        message, code = str(error), 2
+    except OSError as error:
+        message, code = _disk_error(error, options.out), 2
+    except BrokenProcessPool:
+        message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
+    except Terminated as error:
+        message, code = "interrupted; nothing was written", 128 + error.args[0]
+    else:
+        if before:
+            print("already prepared")
+        print("\n".join(summary_lines(manifest, options.out)))
+        return 0
+    print("prepare.py: error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,14 @@
 # Each target works from a fresh clone: what it needs, it makes first.
 PYTHON ?= python3
 VENV ?= .venv
-DATA ?= data/builtin_sp1024
+DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
 .PHONY: demo test bench venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score.
 demo: venv
-	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 1024
+	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
 	@PRESET=demo DATA_PATH=$(DATA) $(PY) train_gpt.py
 
 test: venv

@@ -129,6 +129,10 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
     rope_base: float = model_knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
     rope_dims: int = model_knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
+    rope_type: str = model_knob("rope", "yarn: stretch long wavelengths where the longest evaluated context is longer "
+                                "than TRAIN_SEQ_LEN", "loss", choices=("rope", "yarn"))
+    rope_yarn: bool = model_knob(False, "the same as ROPE_TYPE=yarn", "loss")
+    yarn_max_len: int = model_knob(0, "context that YaRN stretches to; 0: the longest evaluated one", "loss", low=0)
     qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
     logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
     ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
@@ -228,6 +232,10 @@ class Config:
         return self.rope_dims or self.head_dim
 
     @property
+    def yarn(self) -> bool:
+        return self.rope_yarn or self.rope_type == "yarn"
+
+    @property
     def eval_context(self) -> int:
         return self.eval_seq_len or self.train_seq_len
 
@@ -260,9 +268,10 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores; the sizes were chosen by measuring bits per byte after two minutes of training.
     "demo": dict(
-        seed=42, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, mlp_mult=3.0, train_seq_len=256,
-        train_batch_tokens=4096, micro_batch_tokens=4096, iterations=100000, max_wallclock_seconds=110.0,
-        warmup_steps=1, train_log_every=20, val_loss_every=0, val_batch_size=8192, warmdown_frac=0.6, matrix_lr=0.03,
+        data_path="data/builtin_sp4096", vocab_size=4096, seed=42, num_layers=6, model_dim=256, num_heads=4,
+        num_kv_heads=2, mlp_mult=3.0, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=4096,
+        iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=50, val_loss_every=0,
+        val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.03,
         scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum_warmup_steps=100, gptq_calibration_batches=4,
     ),
     # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
@@ -673,7 +682,8 @@ class TokenStream:
         paths = sorted(folder.glob(pattern))
         if not paths:
             raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
-                                                        f"{c.data_path}` makes such shards from built-in text")
+                                                        f"{c.data_path} --vocab-size {c.vocab_size}` makes such "
+                                                        "shards from built-in text")
         self.shards = [open_shard(path) for path in paths]
         self.paths, self.vocab_size = paths, c.vocab_size
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
@@ -745,7 +755,8 @@ class TrainLoader:
             return None
         generator, rows = torch.Generator(self.run.device), []
         for place in self.row_numbers(step, micro):
-            generator.manual_seed(int(np.random.SeedSequence([self.c.seed, place]).generate_state(1, np.uint64)[0]) >> 1)
+            own = np.random.SeedSequence([self.c.seed, place]).generate_state(1, np.uint64)[0]
+            generator.manual_seed(int(own) >> 1)
             rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
         return torch.stack(rows) * (self.c.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
@@ -923,8 +934,8 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
     def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
         t = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(cap).tanh_()
         at_target = cap * t.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        # |cap*t| <= cap, so exp needs no shift by the maximum as long as exp(cap) is finite.
-        lse = torch.exp(cap * t).sum(-1).log_() if cap <= 80 else torch.logsumexp(cap * t, dim=-1)
+        # |cap*t| <= cap, so exp needs no shift by the maximum where V*exp(cap) is far from overflowing.
+        lse = torch.exp(cap * t).sum(-1).log_() if cap <= 60 else torch.logsumexp(cap * t, dim=-1)
         ctx.save_for_backward(t, targets, lse)
         ctx.cap, ctx.dtype = cap, logits.dtype
         return lse - at_target, lse
@@ -959,10 +970,13 @@ def visible(documents: Tensor) -> Tensor:
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention inside documents. q [R, T, H, h], k and v [R, T, K, h], mask of `visible` -> [R, T, H, h]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
+    """Causal attention inside documents. q [R, T, H, h], k and v [R, T, K, h], mask of `visible` -> [R, T, H, h].
+
+    Keys and values are repeated for their groups of heads: with a mask, CUDA's lean kernels take no grouped ones.
+    """
+    groups = q.size(2) // k.size(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -1154,8 +1168,16 @@ class SmearGate(nn.Module):
 
 
 def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, [length, rotary/2] each, float64."""
-    frequencies = c.rope_base ** (-torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims)
+    """cos and sin of position * frequency, [length, rotary/2] each, float64.
+
+    YaRN (arXiv 2309.00071): wavelengths are stretched by the ratio of the contexts, the long ones wholly, the short
+    ones not at all, with a ramp between. It acts only where that ratio is above 1.
+    """
+    share = torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims
+    frequencies = c.rope_base ** -share
+    stretch = (c.yarn_max_len or c.eval_context) / c.train_seq_len
+    if c.yarn and stretch > 1:
+        frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return angles.cos(), angles.sin()
 

@@ -111,7 +111,8 @@ class Config:
     gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
     warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
     train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
-    train_seq_len: int = model_knob(1024, "tokens of a training row; longer documents are cut", "batches", low=1)
+    train_seq_len: int = model_knob(1024, "tokens of a training row; longer documents are cut", "batches", low=1,
+                                    high=1 << 20)
     micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
     train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
@@ -119,10 +120,11 @@ class Config:
 
     # Model
     num_layers: int = model_knob(9, "transformer layers", "parameters", low=1, high=256)
-    model_dim: int = model_knob(512, "width of the residual stream", "parameters", low=8)
-    num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1)
+    model_dim: int = model_knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
+    num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
     num_kv_heads: int = model_knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
-    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01)
+    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01,
+                                 high=64)
     leaky_relu_slope: float = model_knob(0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2",
                                          "loss", low=0, high=1)
     tie_embeddings: bool = model_knob(True, "the head is the embedding transposed", "parameters")
@@ -201,7 +203,7 @@ class Config:
     artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
 
     # Evaluation
-    eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0)
+    eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0, high=1 << 20)
     eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
                             "val_bpb", low=0)
 
@@ -230,6 +232,11 @@ class Config:
     @property
     def rotary_dims(self) -> int:
         return self.rope_dims or self.head_dim
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training at most, calibration's reserve taken off; infinite without a limit."""
+        return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
 
     @property
     def yarn(self) -> bool:
@@ -268,11 +275,12 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores; the sizes were chosen by measuring bits per byte after two minutes of training.
     "demo": dict(
-        data_path="data/builtin_sp4096", vocab_size=4096, seed=42, num_layers=6, model_dim=256, num_heads=4,
+        data_path="data/builtin_sp4096", vocab_size=4096, seed=42, num_layers=4, model_dim=256, num_heads=4,
         num_kv_heads=2, mlp_mult=3.0, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=4096,
-        iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=50, val_loss_every=0,
+        iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=100, val_loss_every=0,
         val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.03,
-        scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum_warmup_steps=100, gptq_calibration_batches=4,
+        smear_gate_enabled=True, scalar_lr=0.04, tied_embed_lr=0.03, muon_momentum_warmup_steps=100,
+        gptq_calibration_batches=8,
     ),
     # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
     "baseline": dict(leaky_relu_slope=0.0),
@@ -317,13 +325,18 @@ def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
             raise ValueError
     except (ValueError, KeyError):
         raise ConfigError(name, text, f"must be {kinds[kind]}") from None
+    check_allowed(name, value, row)
+    return value
+
+
+def check_allowed(name: str, value: Any, row: dict) -> None:
+    """Refuses a value of the right type that the table does not allow. Errors: ConfigError."""
     low, high = row["low"], row["high"]
     if row["choices"] and value not in row["choices"]:
-        raise ConfigError(name, text, "must be one of " + ", ".join(row["choices"]))
+        raise ConfigError(name, value, "must be one of " + ", ".join(row["choices"]))
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ConfigError(name, text, "must be " + (f"from {low} to {high}" if low is not None and high is not None
-                                                    else f"at least {low}" if high is None else f"at most {high}"))
-    return value
+        raise ConfigError(name, value, "must be " + (f"from {low} to {high}" if low is not None and high is not None
+                                                     else f"at least {low}" if high is None else f"at most {high}"))
 
 
 def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
@@ -415,7 +428,7 @@ def check_config(c: Config) -> None:
         start = max(first, c.loop_end + 1 if c.loops else 0)
         require(start <= c.parallel_start_layer < c.num_layers, "parallel_start_layer",
                 allowed.replace(f"from {first}", f"from {start}"))
-    require(c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
+    require(c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
             f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
     require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
@@ -979,6 +992,9 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
 
+QUERY_BLOCK = 128  # queries at once: measured best of 64 to 512 for rows of 256 to 1,024 tokens
+
+
 class BlockedAttention(torch.autograd.Function):
     """`attention_sdpa` for CPUs, from matrix products: 3 times as fast there as SDPA in bfloat16.
 
@@ -986,13 +1002,11 @@ class BlockedAttention(torch.autograd.Function):
     q [R, K, G, T, h] (G query heads share a kv head), k and v [R, K, T, h], bias [R, 1, 1, T, T] -> [R, K, G, T, h].
     """
 
-    QUERY_BLOCK = 128
-
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         y, scale, kept = torch.empty_like(q), q.size(-1) ** -0.5, []
-        for start in range(0, q.size(3), BlockedAttention.QUERY_BLOCK):
-            block = slice(start, min(start + BlockedAttention.QUERY_BLOCK, q.size(3)))
+        for start in range(0, q.size(3), QUERY_BLOCK):
+            block = slice(start, min(start + QUERY_BLOCK, q.size(3)))
             rows = (q[..., block, :] * scale).flatten(2, 3)                                # [R, K, G*n, h]
             scores = (rows @ k[..., :block.stop, :].mT).unflatten(2, (q.size(2), -1))      # [R, K, G, n, keys]
             p = torch.softmax(scores.add_(bias[..., block, :block.stop]), dim=-1)
@@ -1489,8 +1503,7 @@ class Progress(NamedTuple):
 
 def fraction_done(p: Progress, c: Config) -> float:
     """Share of the training that is over, in 0..1: of the time limit, or of the steps, whichever is further."""
-    limit = c.max_wallclock_seconds - c.gptq_reserve_seconds
-    return min(1.0, max(p.step / c.iterations, p.seconds / limit if c.max_wallclock_seconds else 0.0))
+    return min(1.0, max(p.step / c.iterations, p.seconds / c.train_seconds))
 
 
 def lr_multiplier(p: Progress, c: Config) -> float:
@@ -1500,8 +1513,7 @@ def lr_multiplier(p: Progress, c: Config) -> float:
     if not warmdown and c.warmdown_iters:
         # In steps: the share of the run that they take at the pace so far.
         seconds = c.warmdown_iters * p.seconds / max(p.step, 1)
-        by_time = seconds / c.max_wallclock_seconds if c.max_wallclock_seconds else 0.0
-        warmdown = min(1.0, max(c.warmdown_iters / c.iterations, by_time))
+        warmdown = min(1.0, max(c.warmdown_iters / c.iterations, seconds / c.train_seconds))
     return max(c.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
 
 
@@ -1534,6 +1546,11 @@ def compiled_forward(model: GPT) -> Callable:
     return torch.compile(model, dynamic=False, fullgraph=True) if model.c.compile == "1" else model
 
 
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 class Trainer:
     """Weights, optimizers, averages and the position in the data: all that a training step changes."""
 
@@ -1562,13 +1579,15 @@ class Trainer:
             torch._foreach_lerp_(self.average, [q.detach() for q in self.model.parameters()], ema_share(p.step, c))
         return nats
 
-    def warm_up(self) -> None:
-        """Runs every graph that the training will need, then puts everything back, bit for bit."""
+    def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
+        """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
         kept = [p.detach().clone() for p in self.model.parameters()]
         orders = (False, True) if self.c.loops else (False,)
         for step in range(self.c.warmup_steps):
             for looped in orders:
                 self.step(Progress(step, 0.0), looped)
+        if self.c.warmup_steps:
+            evaluate_once(self.forward)
         with torch.no_grad():
             for tensors in (self.model.parameters(), self.average or []):
                 for p, saved in zip(tensors, kept):
@@ -1786,7 +1805,8 @@ def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
 
 MAGIC = b"PGOLF\x00\x00\x01"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
-HEADER_LIMIT, TENSOR_LIMIT = 1 << 20, 1 << 33
+HEADER_LIMIT = 1 << 20
+CONTENT_LIMIT = 1 << 30  # bytes of all sections unpacked: far above what 16 MB can hold, far below a machine's memory
 
 
 class ArtifactError(ConfigError):
@@ -1808,26 +1828,31 @@ def compress(codec: str, data: bytes) -> bytes:
         return brotli.compress(data, quality=11, lgwin=24)
     import lzma
 
-    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    # A dictionary no larger than the data: the reader then knows how much memory an honest file can need.
+    dictionary = min(max(len(data), 4096), 1 << 26)
+    filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, dict_size=dictionary)]
+    return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
 def decompress(codec: str, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes; never allocates more than that, whatever the data claims. Errors: ArtifactError."""
+    """Exactly `size` bytes; memory grows with what really comes out, not with the claim. Errors: ArtifactError."""
     try:
         if codec == "zstd":
             import zstandard
 
-            with zstandard.ZstdDecompressor().stream_reader(data) as reader:
-                out = reader.read(size + 1)
+            chunks = zstandard.ZstdDecompressor(max_window_size=1 << 27).read_to_iter(data)
+            out = bytearray()
+            while len(out) <= size and (chunk := next(chunks, b"")):
+                out += chunk
         elif codec == "brotli":
             import brotli
 
-            stream, out = brotli.Decompressor(), b""
-            out = stream.process(data, output_buffer_limit=size + 1)
+            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
         elif codec == "lzma":
             import lzma
 
-            out = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(data, max_length=size + 1)
+            reader = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * size + (1 << 20))
+            out = reader.decompress(data, max_length=size + 1)
         else:
             raise ArtifactError(f"uses an unknown codec {codec!r}")
     except ArtifactError:
@@ -1843,8 +1868,7 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
     """The artifact's bytes: prefix, header (model values, tensors, sections), sections of one role each."""
     roles: dict[str, list[bytes]] = {}
     for name, q in stored.items():
-        role = name if q.codes.dim() == 3 or name in ("embedding", "head") else "small"
-        roles.setdefault(role, []).append(q.codes.cpu().contiguous().numpy().tobytes())
+        roles.setdefault(role_of(name, q.codes.shape), []).append(q.codes.cpu().contiguous().numpy().tobytes())
         if q.scales is not None:
             roles.setdefault("scales", []).append(q.scales.cpu().contiguous().numpy().tobytes())
     sections, payload = [], []
@@ -1860,35 +1884,53 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
 
 
 def read_header(data: bytes) -> tuple[dict, int]:
-    """The header and where the sections begin. Errors: ArtifactError."""
+    """The header, of which the form is checked, and where the sections begin. Errors: ArtifactError."""
     if len(data) < PREFIX.size or data[:8] != MAGIC:
         raise ArtifactError("is not an artifact of this program (or of another version)")
     _, length, checksum = PREFIX.unpack_from(data)
     packed = data[PREFIX.size:PREFIX.size + length]
     if len(packed) != length or zlib.crc32(packed) != checksum:
         raise ArtifactError("is damaged: the header's checksum does not match")
-    stream = zlib.decompressobj()
-    header = json.loads(stream.decompress(packed, HEADER_LIMIT))
+    try:
+        header = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
+        formed = (all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
+                  and all(list(map(type, t)) == [str, int, list] and all(type(n) is int and n >= 0 for n in t[2])
+                          for t in header["tensors"]) and isinstance(header["model"], dict))
+    except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
+        formed = False
+    if not formed:
+        raise ArtifactError("its header does not make sense")
     return header, PREFIX.size + length
+
+
+def role_of(name: str, shape: list[int] | torch.Size) -> str:
+    """The section in which a tensor's codes stand."""
+    return name if len(shape) == 3 or name in ("embedding", "head") else "small"
+
+
+def read_sections(data: bytes, offset: int, sections: list[list]) -> dict[str, memoryview]:
+    """Role -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
+    if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
+        raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
+    raw: dict[str, memoryview] = {}
+    for role, codec, length, size, checksum in sections:
+        packed = data[offset:offset + length]
+        offset += length
+        if len(packed) != length or zlib.crc32(packed) != checksum:
+            raise ArtifactError(f"is damaged: the checksum of its section {role!r} does not match")
+        raw[role] = memoryview(decompress(codec, packed, size))
+    if offset != len(data):
+        raise ArtifactError(f"has {len(data) - offset} bytes too many")
+    return raw
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
     """(model values, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
     header, offset = read_header(data)
-    raw: dict[str, memoryview] = {}
-    for role, codec, length, size, checksum in header["sections"]:
-        packed = data[offset:offset + length]
-        offset += length
-        if len(packed) != length or zlib.crc32(packed) != checksum:
-            raise ArtifactError(f"is damaged: the checksum of its section {role!r} does not match")
-        if not 0 <= size <= TENSOR_LIMIT:
-            raise ArtifactError(f"its section {role!r} claims {size} bytes")
-        raw[role] = memoryview(decompress(codec, packed, size))
-    if offset != len(data):
-        raise ArtifactError(f"has {len(data) - offset} bytes too many")
+    raw = read_sections(data, offset, header["sections"])
 
-    def take(role: str, count: int, dtype: np.dtype, shape: list[int]) -> Tensor:
-        size = count * dtype.itemsize
+    def take(role: str, dtype: str, shape: list[int]) -> Tensor:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         if len(raw.get(role, b"")) < size:
             raise ArtifactError(f"its section {role!r} is too short for its tensors")
         part, raw[role] = raw[role][:size], raw[role][size:]
@@ -1896,11 +1938,34 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
 
     stored = {}
     for name, bits, shape in header["tensors"]:
-        role = name if len(shape) == 3 or name in ("embedding", "head") else "small"
-        codes = take(role, math.prod(shape), np.dtype("<f2" if bits == 16 else "i1"), shape)
-        scales = None if bits == 16 else take("scales", math.prod(shape[:-1]), np.dtype("<f2"), shape[:-1])
-        stored[name] = Quantized(codes, scales, bits)
+        codes = take(role_of(name, shape), "<f2" if bits == 16 else "i1", shape)
+        stored[name] = Quantized(codes, None if bits == 16 else take("scales", "<f2", shape[:-1]), bits)
+    left = [role for role, rest in raw.items() if len(rest)]
+    if left or len(stored) != len(header["tensors"]):
+        raise ArtifactError(f"its tensors do not fill its sections {left}")
     return header["model"], stored
+
+
+def artifact_config(values: dict[str, Any], c: Config, explicit: set[str]) -> Config:
+    """The config with an artifact's model values, each of the right type and allowed.
+
+    Errors: ArtifactError for values that no run can have; ConfigError where a knob was set to something else.
+    """
+    rows = {f.name: f for f in dataclasses.fields(Config) if f.metadata["model"]}
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    if set(values) != set(rows) or not all(type(v) in kinds[rows[name].type] for name, v in values.items()):
+        raise ArtifactError("its model values are not those of this program")
+    for name, value in values.items():
+        if name in explicit and getattr(c, name) != value:
+            raise ConfigError(name.upper(), getattr(c, name), f"the artifact was made with {value}")
+    try:
+        for name, value in values.items():
+            check_allowed(name.upper(), value, rows[name].metadata)
+    except ConfigError as error:
+        raise ArtifactError(f"holds a model that cannot be: {error}") from None
+    c = dataclasses.replace(c, **values)
+    check_config(dataclasses.replace(c, mode="eval"))
+    return c
 
 
 def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
@@ -1908,22 +1973,18 @@ def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.devi
 
     Errors: ArtifactError for a damaged file; ConfigError where a knob was set to what the artifact is not.
     """
-    values, stored = unpack(data)
-    for name, value in values.items():
-        if name in explicit and getattr(c, name) != value:
-            raise ConfigError(name.upper(), getattr(c, name), f"the artifact was made with {value}")
-    c = dataclasses.replace(c, **values)
-    check_config(c)
+    header, _ = read_header(data)
+    c = artifact_config(header["model"], c, explicit)
     with torch.device("meta"):
         model = GPT(c)
-    model.to_empty(device=device)
-    for name, table in zip(("cos", "sin"), rotary_tables(c, model.cos.size(0))):
-        getattr(model, name).copy_(table)
-    weights = dequantize(stored)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if {name: tuple(w.shape) for name, w in weights.items()} != expected:
+    expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
+    if [[name, shape] for name, _, shape in header["tensors"]] != expected:
         raise ArtifactError("its tensors are not those of its model")
+    weights = dequantize(unpack(data)[1])
+    model.to_empty(device=device)
     with torch.no_grad():
+        for name, table in zip(("cos", "sin"), rotary_tables(c, model.cos.size(0))):
+            getattr(model, name).copy_(table)
         for name, p in model.named_parameters():
             p.copy_(weights[name])
     return model, c
@@ -2035,15 +2096,19 @@ class Evaluator:
         return to_device(ids, targets, documents, self.run.device), scored
 
     @torch.no_grad()
+    def score_batch(self, forward: Callable, number: int = 0) -> Tensor:
+        """Nats and targets of one batch, float64 [2]."""
+        batch, scored = self.batch(number)
+        nll, _ = forward(*batch, looped=self.c.loops)
+        counted = torch.from_numpy(scored >= 0).to(nll.device)
+        return torch.stack((nll.double()[counted].sum(), counted.sum()))
+
     def __call__(self, forward: Callable) -> Score:
         """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
         run, targets = self.run, len(self.tokens) - 1
         total = torch.zeros(2, dtype=torch.float64, device=run.device)
         for number in range(run.rank, -(-len(self.rows) // self.batch_rows), run.world):
-            batch, scored = self.batch(number)
-            nll, _ = forward(*batch, looped=self.c.loops)
-            counted = torch.from_numpy(scored >= 0).to(run.device)
-            total += torch.stack((nll.double()[counted].sum(), counted.sum()))
+            total += self.score_batch(forward, number)
         run.add_up(total)
         nats, count = total.tolist()
         assert count == targets, f"{count} targets were scored, and there are {targets}"
@@ -2076,13 +2141,16 @@ def train_stages(c: Config, run: Run, evaluator: Evaluator) -> dict[str, Any]:
         model.reset()
         trainer = Trainer(model.to(run.device), c, run)
     with Stage(run, "warmup"):
-        trainer.warm_up()
+        trainer.warm_up(evaluator.score_batch)
+        warm = graphs_compiled()
     with Stage(run, "train"):
         end = train(trainer, lambda: evaluator(trainer.forward))
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
         log_score(run, "pre_quant", score)
+        if c.compile == "1":
+            run.log(f"graphs compiled: {warm} in the warmup, {graphs_compiled() - warm} after it")
     with Stage(run, "quantize"):
         hessians = collect_hessians(trainer, end.step)
         if run.main:

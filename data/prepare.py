@@ -983,6 +983,7 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
     yield f"bits per byte of the validation text: {reference}"
     yield f"written: {out / 'manifest.json'}"
+    yield f"train on it: DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']} python train_gpt.py"
 
 
 def _on_signal(number: int, frame: object) -> None:

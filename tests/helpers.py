@@ -1,0 +1,213 @@
+"""What several test files share: a tiny corpus with its tokenizer and shards, configurations, and ways to run the script."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_gpt.py"
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+VOCAB_SIZE = 384
+# The same examples in every run, and no time limit: the machine's cores may be shared.
+examples = functools.partial(settings, derandomize=True, deadline=None, database=None)
+
+WORDS = ("the of and to a in that is was he for it with as his on be at by had not are but from or have an they which "
+         "river stone garden letter winter morning captain village silence window mountain paper candle market "
+         "carried walked opened remembered followed answered waited gathered small quiet golden broken ancient "
+         "café naïve über Åse “quoted” — 12 345 1999").split()
+
+# A model that trains in seconds; every value that a preset may set is given, so that a change of one leaves the tests alone.
+TINY = dict(
+    PRESET="baseline", VOCAB_SIZE=VOCAB_SIZE, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2,
+    LEAKY_RELU_SLOPE=0.5, QK_GAIN_INIT=1.5, ROPE_DIMS=0, XSA_LAST_N=0, LN_SCALE=0, NUM_LOOPS=0, PARALLEL_START_LAYER=-1,
+    TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=768, MICRO_BATCH_TOKENS=256, ITERATIONS=12, MAX_WALLCLOCK_SECONDS=0,
+    GPTQ_RESERVE_SECONDS=0, WARMUP_STEPS=0, TRAIN_LOG_EVERY=4, VAL_LOSS_EVERY=0, VAL_BATCH_SIZE=2048, EVAL_SEQ_LEN=0,
+    EVAL_STRIDE=0, GPTQ_CALIBRATION_BATCHES=2, SEED=7, CPU_THREADS=1, DEVICE="cpu", COMPUTE_DTYPE="bfloat16",
+    MATRIX_LR=0.03, SCALAR_LR=0.02, TIED_EMBED_LR=0.03, MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_START=0.85,
+    MUON_MOMENTUM_WARMUP_STEPS=100, MUON_WD=0, ADAM_WD=0, EMBED_WD=0, GRAD_CLIP_NORM=0, WARMDOWN_FRAC=0.6, MIN_LR=0,
+    EMA_DECAY=0, NEFTUNE_ALPHA=0, Z_LOSS_WEIGHT=0, MATRIX_BITS=6, EMBED_BITS=8, COMPRESSOR="zstd",
+)
+# Everything that PRESET=record switches on, at a width that takes milliseconds.
+RECORD_LIKE = dict(
+    TINY, NUM_LAYERS=6, LOOP_START=1, LOOP_END=2, NUM_LOOPS=2, PARALLEL_START_LAYER=4, XSA_LAST_N=6, LN_SCALE=1,
+    SKIP_GATES_ENABLED=1, SPARSE_ATTN_GATE_ENABLED=1, SMEAR_GATE_ENABLED=1, GATE_WINDOW=5, ROPE_DIMS=4,
+    QK_GAIN_INIT=5.0, MLP_MULT=4, LEAKY_RELU_SLOPE=0.5, ENABLE_LOOPING_AT=0.5, NEFTUNE_ALPHA=5.0, Z_LOSS_WEIGHT=1e-4,
+    MUON_COEFFICIENTS="polar_express", MUON_ROW_NORMALIZE=1, MUON_WD=0.095, EMA_DECAY=0.9, GRAD_CLIP_NORM=0.3,
+    MIN_LR=0.1, EMBED_WD=0.085, ADAM_WD=0.02, EMBED_BITS=7,
+)
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+def strings(values):
+    """Settings as an environment holds them."""
+    return {name: str(value) for name, value in values.items()}
+
+
+def config(base=TINY, **knobs):
+    """The Config of a base and some knobs, as from an environment."""
+    return tg.config_from_env(strings({**base, **knobs}), False)[0]
+
+
+def single_run(rank=0, world=1):
+    """A Run without process groups and without a folder."""
+    return tg.Run(rank, world, world, torch.device("cpu"))
+
+
+def knob_names():
+    return [f.name.upper() for f in dataclasses.fields(tg.Config)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def build_model(c, seed=0, spread=0.3):
+    """A model whose every weight is random: also the vectors, gates and outputs that begin at zero or one."""
+    model = tg.GPT(c)
+    model.reset()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            if name in tg.BANKS:
+                p.copy_(noise * p.size(-1) ** -0.5)
+            elif name in ("embedding", "head"):
+                p.copy_(noise * 0.5)
+            else:
+                p.add_(noise * spread)
+    return model
+
+
+def random_batch(c, rows, length, seed=0, document_length=11):
+    """A Batch of random tokens with several documents a row; the first one of a row may be cut."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(4, c.vocab_size, (rows, length + 1))
+    tokens[generator.random(tokens.shape) < 1 / document_length] = tg.BOS_ID
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    return tg.to_device(ids, targets, tg.document_starts(ids), torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def make_documents(seed, count, words=60):
+    """Deterministic prose of a few words that often follow each other, so that there is something to learn."""
+    generator = random.Random(seed)
+    follows = {word: random.Random(word).sample(WORDS, 4) for word in WORDS}
+    documents = []
+    for _ in range(count):
+        word, text = generator.choice(WORDS), []
+        for _ in range(generator.randint(3, 2 * words)):
+            text.append(word + generator.choice(["", "", "", "", ",", ".", "\n"]))
+            word = generator.choice(follows[word]) if generator.random() < 0.9 else generator.choice(WORDS)
+        documents.append(" ".join(text))
+    return documents
+
+
+def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
+    """A SentencePiece BPE model with byte fallback, as bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        add_dummy_prefix=True, remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=3)
+    return model.getvalue()
+
+
+def write_shard(path, tokens, magic=20240520, promised=None):
+    """A shard file: 256 little-endian int32, then the tokens as uint16."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, len(tokens) if promised is None else promised
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def encode(processor, documents):
+    """BOS and the tokens of each document, one after the other."""
+    return np.array([token for text in documents for token in (tg.BOS_ID, *processor.encode(text))])
+
+
+def write_data(folder):
+    """Tokenizer, three training shards, two validation shards and the manifest."""
+    training, validation = make_documents(1, 400), make_documents(2, 40)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(training))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokens = encode(processor, training)
+    for number, part in enumerate(np.array_split(tokens, 3)):
+        write_shard(folder / f"fineweb_train_{number:06d}.bin", part)
+    tokens = encode(processor, validation)
+    for number, part in enumerate(np.array_split(tokens, 2)):
+        write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
+    split = dict(tokens=len(tokens), bytes=sum(len(text.encode()) for text in validation))
+    (folder / "validation.json").write_text(json.dumps(validation))
+    (folder / "manifest.json").write_text(json.dumps(dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5})))
+
+
+def built_once(tmp_path_factory, name, build):
+    """A folder that the first of the parallel test processes makes with `build(folder)` and the others share."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder, done = base / name, base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def clean_environment(values):
+    """This process's environment without any knob of the script, and the given settings."""
+    kept = {name: value for name, value in os.environ.items() if name not in knob_names()}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        kept.pop(name, None)
+    return {**kept, **strings(values)}
+
+
+def launch(script, values, *arguments, ranks=1, cwd=None):
+    """Runs a script with settings, on some ranks; returns the finished process, its output as text."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*command, str(script), *map(str, arguments)], env=clean_environment(values), cwd=cwd,
+                          capture_output=True, text=True, timeout=240)
+
+
+def run_script(values, *arguments, ranks=1, cwd=None):
+    """Runs train_gpt.py as a user does."""
+    return launch(SCRIPT, values, *arguments, ranks=ranks, cwd=cwd)
+
+
+@contextlib.contextmanager
+def working_folder(folder):
+    """The current folder, for a while: `logs/` of a run in this process is made here."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+def snapshot(folder):
+    """Every file below a folder, with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

@@ -1,0 +1,54 @@
+"""One rank of a test: runs jobs (a JSON file) and saves what each gives, under the job's name and the rank's number."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from helpers import build_model, config, tg
+
+
+def train(c, run, steps):
+    """Some training steps from random weights: the weights and their average afterwards, as arrays."""
+    model = build_model(c, seed=1)
+    trainer = tg.Trainer(model, c, run)
+    losses = []
+    for step in range(steps):
+        losses.append(trainer.step(tg.Progress(step, 0.0), looped=c.loops and step >= steps // 2))
+        run.add_up(losses[-1])
+    arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    if trainer.average is not None:
+        arrays |= {f"average {i}": p.numpy() for i, p in enumerate(trainer.average)}
+    return dict(arrays, losses=np.array([n.item() for n in losses]))
+
+
+def score(c, run):
+    """The validation score of random weights."""
+    result = tg.Evaluator(c, run)(build_model(c, seed=2, spread=0.1))
+    return dict(nats=np.array(result.nats), tokens=np.array(result.tokens), bytes=np.array(result.bytes))
+
+
+def hessians(c, run):
+    """Calibration from random weights."""
+    found = tg.collect_hessians(tg.Trainer(build_model(c, seed=1), c, run), 5)
+    return {name: h.numpy() for name, h in found.items()}
+
+
+def run_jobs(jobs, run, folder):
+    for job in jobs:
+        arguments = dict(job.get("arguments", {}))
+        result = {"train": train, "score": score, "hessians": hessians}[job["kind"]](config(job["knobs"]), run, **arguments)
+        np.savez(folder / f"{job['name']}.{run.rank}.npz", **result)
+
+
+def main(jobs, folder):
+    """As train_gpt.py's main: the run, which holds a process group, must not live until the interpreter's end."""
+    run = tg.start_run(config(jobs[0]["knobs"]), dict(os.environ))
+    run_jobs(jobs, run, folder)
+    run.barrier()
+    tg.dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -1,0 +1,155 @@
+"""The model of SPEC.md section 2, written again for the tests: one position at a time, in float64, with no batching."""
+
+import math
+
+import torch
+
+
+def unit(x):
+    """Root mean square 1."""
+    return x / torch.sqrt((x * x).mean() + torch.finfo(torch.float64).eps)
+
+
+def turn(x, position, c):
+    """Rotary embedding of one head's vector at one position."""
+    dims = c.rope_dims or c.head_dim
+    out = list(x)
+    for i in range(dims // 2):
+        frequency = c.rope_base ** (-2 * i / dims)
+        longest = c.yarn_max_len or c.eval_seq_len or c.train_seq_len
+        if (c.rope_yarn or c.rope_type == "yarn") and longest > c.train_seq_len:
+            ramp = min(1.0, max(0.0, (2 * i / dims - 0.25) / 0.75))
+            frequency /= 1 + ramp * (longest / c.train_seq_len - 1)
+        angle = position * frequency
+        a, b = x[i], x[i + dims // 2]
+        out[i] = a * math.cos(angle) + b * math.sin(angle)
+        out[i + dims // 2] = -a * math.sin(angle) + b * math.cos(angle)
+    return torch.stack(out)
+
+
+def order_of_layers(c, looped):
+    if not looped or not c.num_loops:
+        return list(range(c.num_layers))
+    middle = list(range(c.loop_start, c.loop_end + 1))
+    return list(range(c.loop_start)) + middle * (c.num_loops + 1) + list(range(c.loop_end + 1, c.num_layers))
+
+
+class Reference:
+    """The forward pass of one row. Weights are read from a GPT's parameters by name."""
+
+    def __init__(self, model):
+        self.c, self.p = model.c, dict(model.named_parameters())
+
+    def of(self, layer, name):
+        return self.p[f"blocks.{layer}.{name}"]
+
+    def normed(self, x, layer):
+        return unit(x) * (1 / math.sqrt(layer + 1) if self.c.ln_scale else 1)
+
+    def gate(self, n, layer):
+        """One number per head, or ones."""
+        c = self.c
+        if c.sparse_attn_gate_enabled:
+            return torch.sigmoid(c.sparse_attn_gate_scale * (self.of(layer, "head_gate") @ n[:c.gate_window]))
+        if c.attn_out_gate_enabled:
+            return 2 * torch.sigmoid(self.of(layer, "head_gate") @ n[:c.gate_window])
+        if c.gated_attn_enabled:
+            return torch.sigmoid(self.of(layer, "head_gate") @ n)
+        return torch.ones(c.num_heads, dtype=n.dtype)
+
+    def attention(self, inputs, layer, starts):
+        """Attention's output at every position, from its inputs, before the output vector a."""
+        c, h, depth = self.c, self.c.head_dim, self.c.num_layers
+        n = [self.normed(x, layer) for x in inputs]
+        wq, wo = self.p["qo_bank"][layer], self.p["qo_bank"][depth + layer]
+        wk, wv = self.p["kv_bank"][layer], self.p["kv_bank"][depth + layer]
+        q, k, v = [], [], []
+        for t, x in enumerate(n):
+            q.append([turn(unit(a), t, c) * g for a, g in zip((wq @ x).split(h), self.of(layer, "query_gain"))])
+            k.append([turn(unit(a), t, c) for a in (wk @ x).split(h)])
+            v.append((wv @ x).split(h))
+        outputs = []
+        for t in range(len(n)):
+            heads = []
+            for head in range(c.num_heads):
+                group = head // (c.num_heads // c.num_kv_heads)
+                scores = torch.stack([q[t][head] @ k[s][group] / math.sqrt(h) for s in range(starts[t], t + 1)])
+                weights = torch.softmax(scores, 0)
+                y = sum(w * v[s][group] for w, s in zip(weights, range(starts[t], t + 1)))
+                if layer >= c.num_layers - c.xsa_last_n:
+                    own = v[t][group] / v[t][group].norm()
+                    y = y - (y @ own) * own
+                heads.append(y)
+            gates = self.gate(n[t], layer)
+            outputs.append(wo @ torch.cat([g * y for g, y in zip(gates, heads)]))
+        return outputs
+
+    def mlp(self, inputs, layer):
+        outputs = []
+        for x in inputs:
+            hidden = self.p["up_bank"][layer] @ self.normed(x, layer)
+            hidden = torch.where(hidden > 0, hidden, self.c.leaky_relu_slope * hidden) ** 2
+            outputs.append(self.p["down_bank"][layer] @ hidden)
+        return outputs
+
+    def embed(self, ids, starts, noise):
+        x = [self.p["embedding"][token] for token in ids]
+        if noise is not None:
+            x = [a + b for a, b in zip(x, noise)]
+        if self.c.smear_gate_enabled:
+            w, scale = self.p["smear.weight"], self.p["smear.scale"]
+            x = [x[t] if starts[t] == t else
+                 x[t] + scale * torch.sigmoid(w @ x[t][:self.c.gate_window]) * x[t - 1] for t in range(len(x))]
+        return [unit(a) for a in x]
+
+    def blend(self, x, saved, place):
+        skip = self.p["skip_weights"][place] * saved
+        if not self.c.skip_gates_enabled:
+            return x + skip
+        g = torch.sigmoid(self.p["skip_gates"][place])
+        return (1 - g) * skip + g * x
+
+    def layer(self, number, lanes, x0, starts):
+        """One layer on one lane (a list with one entry) or on two."""
+        m0, m1 = self.of(number, "input_mix")
+        a, b = self.of(number, "attention_scale"), self.of(number, "mlp_scale")
+        u = [m0 * x + m1 * y for x, y in zip(lanes[0], x0)]
+        attended = [a * y for y in self.attention(u, number, starts)]
+        if len(lanes) == 1:
+            x = [y + z for y, z in zip(u, attended)]
+            return [[y + b * z for y, z in zip(x, self.mlp(x, number))]]
+        fed = [b * y for y in self.mlp(lanes[1], number)]
+        mixed = []
+        for lane, (r, p, q) in zip(lanes, self.p["lane_mix"][number]):
+            mixed.append([r * x + p * y + q * z for x, y, z in zip(lane, attended, fed)])
+        return mixed
+
+    def row(self, ids, targets, starts, looped, noise=None):
+        """NLL and log-sum-exp of each position of a row: lists of scalars."""
+        c, order, saved = self.c, order_of_layers(self.c, looped), []
+        half = len(order) // 2
+        x0 = self.embed(ids, starts, noise)
+        lanes = [x0]
+        for place, number in enumerate(order):
+            if 0 <= c.parallel_start_layer <= number and len(lanes) == 1:
+                lanes = [lanes[0], lanes[0]]
+            if place >= half and saved:
+                skip = saved.pop()
+                lanes[0] = [self.blend(x, y, place - half) for x, y in zip(lanes[0], skip)]
+            lanes = self.layer(number, lanes, x0, starts)
+            if place < half:
+                saved.append(lanes[0])
+        head = self.p["embedding"] if c.tie_embeddings else self.p["head"]
+        nll, lse = [], []
+        for t, target in enumerate(targets):
+            hidden = unit(sum(lane[t] for lane in lanes) / len(lanes))
+            z = c.logit_softcap * torch.tanh(head @ hidden / c.logit_softcap)
+            lse.append(z.max() + torch.log(torch.exp(z - z.max()).sum()))
+            nll.append(lse[-1] - z[target])
+        return torch.stack(nll), torch.stack(lse)
+
+    def __call__(self, batch, looped, noise=None):
+        rows = [self.row(ids.tolist(), targets.tolist(), starts.tolist(), looped, None if noise is None else noise[r])
+                for r, (ids, targets, starts) in enumerate(zip(*batch))]
+        nll, lse = zip(*rows)
+        return torch.stack(nll), torch.stack(lse)

@@ -1,0 +1,288 @@
+"""The container: what goes in comes out, any damage is refused by name, and nothing in it can run code."""
+
+import json
+import random
+import signal
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import train_gpt as tg
+from helpers import RECORD_LIKE, TINY, build_model, config, examples, random_batch
+from hypothesis import given
+from hypothesis import strategies as st
+
+CODECS = ["zstd", "brotli", "lzma"]
+SMALL = dict(NUM_LAYERS=2, MODEL_DIM=16, VOCAB_SIZE=64, NUM_KV_HEADS=2, GATE_WINDOW=4)
+
+
+def stored_model(base=TINY, **knobs):
+    """A config, and the stored form of a model with random weights, rounded to nearest."""
+    c = config(base, **knobs)
+    weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
+    return c, tg.quantize(weights, {}, c)
+
+
+def equal(x, y):
+    return list(x) == list(y) and all(
+        x[n].bits == y[n].bits and x[n].codes.dtype == y[n].codes.dtype and torch.equal(x[n].codes, y[n].codes)
+        and (x[n].scales is None) == (y[n].scales is None) and (x[n].scales is None or torch.equal(x[n].scales, y[n].scales))
+        for n in x)
+
+
+# ----------------------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
+def test_unpacking_gives_back_what_was_packed(base, codec):
+    c, stored = stored_model(base, COMPRESSOR=codec)
+    data = tg.pack(stored, c)
+    values, back = tg.unpack(data)
+    assert values == c.model_values() and equal(back, stored)
+    assert tg.pack(stored, c) == data  # the same bytes each time
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_any_number_of_bits(bits):
+    c, stored = stored_model(MATRIX_BITS=bits, EMBED_BITS=bits, **SMALL)
+    assert equal(tg.unpack(tg.pack(stored, c))[1], stored)
+
+
+def test_fewer_bits_take_fewer_bytes():
+    sizes = [len(tg.pack(stored, c)) for c, stored in (stored_model(MATRIX_BITS=b, EMBED_BITS=b) for b in (2, 4, 6, 8))]
+    assert sizes == sorted(sizes) and sizes[0] < 0.5 * sizes[-1]
+
+
+def test_each_codec_packs_and_takes_exactly_the_promised_bytes():
+    noise = random.Random(0).randbytes(3000)
+    for data in (b"", b"a", b"abc" * 5000, noise, bytes(2**20)):
+        packed = {codec: tg.compress(codec, data) for codec in CODECS}
+        for codec, content in packed.items():
+            assert tg.decompress(codec, content, len(data)) == data
+            for wrong in {len(data) + 1, max(0, len(data) - 1), 0, 2 * len(data) + 7} - {len(data)}:
+                with pytest.raises(tg.ArtifactError):
+                    tg.decompress(codec, content, wrong)
+        assert len(data) < 10_000 or all(len(content) < len(data) / 50 for content in packed.values())
+    with pytest.raises(tg.ArtifactError, match="unknown codec 'zip'"):
+        tg.decompress("zip", b"", 0)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_bomb_is_not_unpacked(codec):
+    """2^27 zeros behind a promise of 100 bytes: refused without allocating them (LZMA's window takes 2^26)."""
+    bomb = tg.compress(codec, bytes(2**27))
+    tracemalloc.start()
+    try:
+        with pytest.raises(tg.ArtifactError, match="another length|does not unpack"):
+            tg.decompress(codec, bomb, 100)
+        assert tracemalloc.get_traced_memory()[1] < (2**21 if codec != "lzma" else 2**26 + 2**21)
+    finally:
+        tracemalloc.stop()
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def container(request):
+    c, stored = stored_model(RECORD_LIKE, COMPRESSOR=request.param, **SMALL, NUM_LOOPS=0, PARALLEL_START_LAYER=-1, XSA_LAST_N=2)
+    return tg.pack(stored, c)
+
+
+def refused(data):
+    """The message of the only kind of error that damage may cause."""
+    with pytest.raises(tg.ArtifactError) as caught:
+        tg.load_artifact(data, config(), set(), torch.device("cpu"))
+    assert str(caught.value).startswith("artifact: ") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@examples(max_examples=300)
+@given(st.data())
+def test_any_changed_byte_is_noticed(container, data):
+    place, change = data.draw(st.integers(0, len(container) - 1)), data.draw(st.integers(1, 255))
+    changed = bytearray(container)
+    changed[place] ^= change
+    refused(bytes(changed))
+
+
+def test_every_byte_of_the_prefix_is_checked(container):
+    for place in range(16):
+        for bit in range(8):
+            changed = bytearray(container)
+            changed[place] ^= 1 << bit
+            refused(bytes(changed))
+
+
+@examples(max_examples=200)
+@given(st.data())
+def test_any_truncation_is_noticed(container, data):
+    refused(container[:data.draw(st.integers(0, len(container) - 1))])
+
+
+@examples(max_examples=50)
+@given(st.binary(min_size=1, max_size=40))
+def test_any_addition_is_noticed(container, extra):
+    assert "too many" in refused(container + extra)
+
+
+@examples(max_examples=200)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(content):
+    refused(content)
+    refused(tg.MAGIC + content)
+
+
+@examples(max_examples=50)
+@given(st.data())
+def test_swapped_parts_are_noticed(container, data):
+    a, b = sorted(data.draw(st.lists(st.integers(16, len(container)), min_size=2, max_size=2, unique=True)))
+    mixed = container[:16] + container[a:b] + container[16:a] + container[b:]
+    if mixed != container:
+        refused(mixed)
+
+
+def with_header(container, change):
+    """The container with another header, whose checksum is right: what only a forger makes."""
+    header, offset = tg.read_header(container)
+    changed = change(json.loads(json.dumps(header)))
+    packed = zlib.compress(json.dumps(changed).encode() if not isinstance(changed, bytes) else changed)
+    return struct.pack("<8sII", tg.MAGIC, len(packed), zlib.crc32(packed)) + packed + container[offset:]
+
+
+def test_an_unchanged_header_is_no_forgery(container):
+    assert equal(tg.unpack(with_header(container, lambda h: h))[1], tg.unpack(container)[1])
+
+
+FORGERIES = {
+    "not json": lambda h: b"hello", "not utf-8": lambda h: b"\xff\xfe{", "a list": lambda h: [], "null": lambda h: None,
+    "empty": lambda h: {}, "deep": lambda h: b"[" * 100_000,
+    "no sections": lambda h: {**h, "sections": []}, "no tensors": lambda h: {**h, "tensors": []},
+    "no model": lambda h: {**h, "model": {}}, "unknown knob": lambda h: {**h, "model": {**h["model"], "evil": 1}},
+    "knob of another type": lambda h: {**h, "model": {**h["model"], "num_layers": "many"}},
+    "null knob": lambda h: {**h, "model": {**h["model"], "model_dim": None}},
+    "no width": lambda h: {**h, "model": {**h["model"], "num_heads": 0}},
+    "negative depth": lambda h: {**h, "model": {**h["model"], "num_layers": -1}},
+    "enormous": lambda h: {**h, "model": {**h["model"], "model_dim": 2**40, "num_layers": 2**20}},
+    "enormous rows": lambda h: {**h, "model": {**h["model"], "train_seq_len": 2**50}},
+    "a path": lambda h: {**h, "model": {**h["model"], "tokenizer_path": "/etc/passwd", "data_path": "/"}},
+    "unknown codec": lambda h: {**h, "sections": [[s[0], "pickle", *s[2:]] for s in h["sections"]]},
+    "short sections": lambda h: {**h, "sections": [s[:3] for s in h["sections"]]},
+    "negative length": lambda h: {**h, "sections": [[*s[:2], -5, *s[3:]] for s in h["sections"]]},
+    "negative size": lambda h: {**h, "sections": [[*s[:3], -1, s[4]] for s in h["sections"]]},
+    "a float": lambda h: {**h, "sections": [[*s[:2], float(s[2]), *s[3:]] for s in h["sections"]]},
+    "enormous size": lambda h: {**h, "sections": [[*s[:3], 2**33, s[4]] for s in h["sections"]]},
+    "negative shape": lambda h: {**h, "tensors": [[n, b, [-x for x in s]] for n, b, s in h["tensors"]]},
+    "large shape": lambda h: {**h, "tensors": [[n, b, [2**20, *s[1:]]] for n, b, s in h["tensors"]]},
+    "text shape": lambda h: {**h, "tensors": [[n, b, "ab"] for n, b, s in h["tensors"]]},
+    "other names": lambda h: {**h, "tensors": [[n + "x", b, s] for n, b, s in h["tensors"]]},
+    "other bits": lambda h: {**h, "tensors": [[n, 16 if b < 16 else 6, s] for n, b, s in h["tensors"]]},
+    "twice": lambda h: {**h, "tensors": h["tensors"] * 2},
+}
+
+
+def out_of_time(*_):
+    raise AssertionError("took more than 10 seconds")
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_header_is_refused(name):
+    """Also by a right checksum: with one line, at once, and without believing any size before it is checked."""
+    c, stored = stored_model(**SMALL)
+    forged = with_header(tg.pack(stored, c), FORGERIES[name])
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(10)
+    try:
+        with pytest.raises(tg.ConfigError):
+            tg.load_artifact(forged, config(), set(), torch.device("cpu"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+                    max_leaves=10)
+
+
+@examples(max_examples=300)
+@given(st.data())
+def test_junk_in_a_header_is_refused_or_harmless(data):
+    """Anything at any place of the header: unpacking gives an ArtifactError or tensors, nothing else."""
+    def forge(header):
+        node, path = header, []
+        while isinstance(node, (dict, list)) and node and (not path or data.draw(st.booleans())):
+            path.append((node, data.draw(st.sampled_from(sorted(node)) if isinstance(node, dict)
+                                         else st.integers(0, len(node) - 1))))
+            node = path[-1][0][path[-1][1]]
+        path[-1][0][path[-1][1]] = data.draw(JUNK)
+        return header
+
+    try:
+        values, stored = tg.unpack(with_header(FORGED, forge))
+    except tg.ArtifactError:
+        return
+    assert all(isinstance(q, tg.Quantized) for q in stored.values())
+
+
+FORGED = tg.pack(*reversed(stored_model(**SMALL)))
+
+
+# --------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
+@torch.no_grad()
+def test_a_loaded_model_is_the_dequantized_one(base):
+    """The same NLLs, bit for bit, as weights that are dequantized and set by hand; the preset at loading is another."""
+    c, stored = stored_model(base)
+    loaded, found = tg.load_artifact(tg.pack(stored, c), config({"PRESET": "record"}, DEVICE="cpu", COMPUTE_DTYPE="bfloat16"),
+                                     set(), torch.device("cpu"))
+    by_hand = tg.GPT(c)
+    weights = tg.dequantize(stored)
+    for name, p in by_hand.named_parameters():
+        p.copy_(weights[name])
+    assert found.model_values() == c.model_values()
+    assert [p.dtype for p in loaded.parameters()] == [torch.float32] * len(weights)
+    batch = random_batch(c, 3, 32)
+    for looped in {False, c.loops}:
+        assert all(map(torch.equal, loaded(*batch, looped=looped), by_hand(*batch, looped=looped)))
+
+
+def test_knobs_that_contradict_the_artifact_are_refused():
+    c, stored = stored_model()
+    data = tg.pack(stored, c)
+    for name, value in (("NUM_LAYERS", 4), ("MODEL_DIM", 64), ("LOGIT_SOFTCAP", 20.0), ("LN_SCALE", 1), ("ROPE_BASE", 500.0)):
+        other = config(**{name: value})
+        with pytest.raises(tg.ConfigError, match=rf"^{name}={other.__dict__[name.lower()]}: the artifact was made with "):
+            tg.load_artifact(data, other, {name.lower()}, torch.device("cpu"))
+        assert tg.load_artifact(data, other, {"seed"}, torch.device("cpu"))[1].model_values() == c.model_values()
+    everything = {f.name for f in tg.dataclasses.fields(tg.Config)}
+    assert tg.load_artifact(data, c, everything, torch.device("cpu"))[1] == c  # what agrees may be said
+
+
+def test_an_artifact_of_a_row_length_that_the_preset_does_not_fit_can_be_read():
+    """Training's own settings (here 4096 tokens a batch, no multiple of 48) play no part in reading an artifact."""
+    c, stored = stored_model(TRAIN_SEQ_LEN=48, TRAIN_BATCH_TOKENS=96)
+    here = config(TINY, MODE="eval", TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=4096)
+    _, found = tg.load_artifact(tg.pack(stored, c), here, set(), torch.device("cpu"))
+    assert found.train_seq_len == 48
+
+
+def test_the_longest_context_may_be_longer_than_the_training_rows():
+    c, stored = stored_model()
+    model, found = tg.load_artifact(tg.pack(stored, c), config(EVAL_SEQ_LEN=100), set(), torch.device("cpu"))
+    assert found.eval_context == 100
+    nll, _ = model(*random_batch(c, 1, 100), looped=False)
+    assert nll.shape == (1, 100) and torch.isfinite(nll).all()
+
+
+def test_a_model_travels_through_a_file(tmp_path):
+    c, stored = stored_model()
+    tg.write_aside(tmp_path / "model", tg.pack(stored, c))
+    assert equal(tg.unpack((tmp_path / "model").read_bytes())[1], stored)
+    assert np.frombuffer((tmp_path / "model").read_bytes()[:8], np.uint8).tobytes() == tg.MAGIC

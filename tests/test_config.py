@@ -1,0 +1,521 @@
+"""The table of knobs, presets, errors, help, dry run; and what holds for the source of train_gpt.py as a whole."""
+
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import train_gpt as tg
+from helpers import ROOT, SCRIPT, TINY, clean_environment, config, knob_names, run_script, snapshot, strings, write_shard
+
+SOURCE = SCRIPT.read_text()
+TREE = ast.parse(SOURCE)
+FIELDS = dataclasses.fields(tg.Config)
+WIDE = dict(TINY, MODEL_DIM=256, NUM_LAYERS=6, TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=4096, MAX_WALLCLOCK_SECONDS=110)
+
+
+def error_of(values, world=1):
+    """The message for a wrong setting, up to the layout of the batch."""
+    with pytest.raises(tg.ConfigError) as caught:
+        tg.batch_layout(config(WIDE, **values), world)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- wrong values
+
+# variable, settings, what the message must hold beside NAME=value
+WRONG = [
+    ("ITERATIONS", dict(ITERATIONS="ten"), "an integer"),
+    ("ITERATIONS", dict(ITERATIONS="1e3"), "an integer"),
+    ("NUM_LAYERS", dict(NUM_LAYERS="2.5"), "an integer"),
+    ("MATRIX_LR", dict(MATRIX_LR="fast"), "number"),
+    ("MATRIX_LR", dict(MATRIX_LR="nan"), "finite"),
+    ("SCALAR_LR", dict(SCALAR_LR="inf"), "finite"),
+    ("LN_SCALE", dict(LN_SCALE="maybe"), "0 or 1"),
+    ("NUM_LAYERS", dict(NUM_LAYERS="0"), "from 1 to 256"),
+    ("MATRIX_BITS", dict(MATRIX_BITS="9"), "from 2 to 8"),
+    ("MATRIX_LR", dict(MATRIX_LR="-0.1"), "at least 0"),
+    ("BETA2", dict(BETA2="1.0"), "from 0 to"),
+    ("VOCAB_SIZE", dict(VOCAB_SIZE="70000"), "65536"),
+    ("COMPRESSOR", dict(COMPRESSOR="rar"), "zstd, brotli, lzma"),
+    ("MODE", dict(MODE="test"), "all, train, eval"),
+    ("COMPUTE_DTYPE", dict(COMPUTE_DTYPE="float16"), "bfloat16, float32, float64"),
+    ("PRESET", dict(PRESET="big"), "demo, baseline, record, poly5"),
+    ("NUM_HEADS", dict(NUM_HEADS="7"), "MODEL_DIM=256"),
+    ("NUM_HEADS", dict(NUM_HEADS="256"), "even"),
+    ("NUM_KV_HEADS", dict(NUM_KV_HEADS="3"), "NUM_HEADS=4"),
+    ("ROPE_DIMS", dict(ROPE_DIMS="15"), "even"),
+    ("ROPE_DIMS", dict(ROPE_DIMS="128"), "64"),
+    ("GATED_ATTN_ENABLED", dict(SPARSE_ATTN_GATE_ENABLED="1", GATED_ATTN_ENABLED="1"), "SPARSE_ATTN_GATE_ENABLED"),
+    ("XSA_LAST_N", dict(XSA_LAST_N="99"), "NUM_LAYERS=6"),
+    ("GATE_WINDOW", dict(GATE_WINDOW="300"), "MODEL_DIM=256"),
+    ("LOOP_END", dict(NUM_LOOPS="1", LOOP_END="6"), "NUM_LAYERS=6"),
+    ("LOOP_START", dict(NUM_LOOPS="1", LOOP_START="5", LOOP_END="4"), "LOOP_END=4"),
+    ("PARALLEL_START_LAYER", dict(PARALLEL_START_LAYER="1"), "from 3 to 5"),
+    ("PARALLEL_START_LAYER", dict(PARALLEL_START_LAYER="6"), "from 3 to 5"),
+    ("PARALLEL_START_LAYER", dict(PARALLEL_START_LAYER="3", NUM_LOOPS="1", LOOP_START="2", LOOP_END="4"), "to 5"),
+    ("TRAIN_BATCH_TOKENS", dict(TRAIN_BATCH_TOKENS="4097"), "TRAIN_SEQ_LEN=256"),
+    ("EVAL_STRIDE", dict(EVAL_STRIDE="257"), "256"),
+    ("GPTQ_RESERVE_SECONDS", dict(GPTQ_RESERVE_SECONDS="110"), "MAX_WALLCLOCK_SECONDS=110"),
+    ("MUON_MOMENTUM_WARMUP_START", dict(MUON_MOMENTUM_WARMUP_START="0.99"), "MUON_MOMENTUM=0.95"),
+    ("MLP_MULT", dict(MLP_MULT="0.01", MODEL_DIM="16", NUM_HEADS="4"), "at least 1"),
+    ("ARTIFACT_LIMIT_BYTES", dict(ARTIFACT_LIMIT_BYTES="16e6"), "an integer"),
+]
+
+
+@pytest.mark.parametrize("name, values, allowed", WRONG, ids=lambda value: str(value)[:60])
+def test_a_wrong_value_is_named_with_what_is_allowed(name, values, allowed):
+    message = error_of(values)
+    assert "\n" not in message
+    value = values[name]
+    assert re.match(rf"{name}=({re.escape(value)}|True)\b", message), message  # a switch is shown as Python shows it
+    assert allowed in message
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+def test_every_world_size_that_does_not_divide_the_rows_is_refused(world):
+    values = dict(TRAIN_SEQ_LEN="256", TRAIN_BATCH_TOKENS=str(256 * 840 + 256))  # 841 = 29 * 29 rows
+    message = error_of(values, world)
+    assert message.startswith("TRAIN_BATCH_TOKENS=215296: ") and f"{world} ranks" in message
+    assert str(world * 256) in message  # the multiple that is needed
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_world_sizes_that_divide_share_all_rows_out(world):
+    layout = tg.batch_layout(config(TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=16 * 840, MICRO_BATCH_TOKENS=16 * 9), world)
+    assert layout.rows == 840 == layout.world * layout.micro_steps * layout.micro_rows and layout.world == world
+    assert 1 <= layout.micro_rows <= 9
+    # No larger micro-batch would do.
+    assert not [n for n in range(layout.micro_rows + 1, 10) if (840 // world) % n == 0]
+
+
+def test_a_row_longer_than_the_micro_batch_is_computed_alone():
+    layout = tg.batch_layout(config(MICRO_BATCH_TOKENS=8), 2)  # rows of 32
+    assert (layout.micro_rows, layout.micro_steps) == (1, 12)
+
+
+# ------------------------------------------------------------------------------- the script's answer to wrong settings
+
+
+def run_main(values, folder, capfd, monkeypatch, arguments=()):
+    """main() in this process and folder: exit code, standard error."""
+    monkeypatch.chdir(folder)
+    capfd.readouterr()
+    code = tg.main(list(arguments), strings(values))
+    return code, capfd.readouterr().err
+
+
+def refused(values, folder, capfd, monkeypatch, arguments=()):
+    """Asserts exit code 2, one line, and an untouched folder; returns the line."""
+    before = snapshot(folder)
+    code, errors = run_main(values, folder, capfd, monkeypatch, arguments)
+    assert code == 2
+    assert len(errors.splitlines()) == 1 and "Traceback" not in errors, errors
+    assert errors.startswith("error: ")
+    assert snapshot(folder) == before
+    return errors
+
+
+def copy_data(data, folder, skip=()):
+    """A data folder of links, without some of its files."""
+    target = folder / "data"
+    target.mkdir()
+    for path in data.iterdir():
+        if path.name not in skip:
+            (target / path.name).symlink_to(path)
+    return target
+
+
+def test_a_missing_folder_of_shards(tiny, tmp_path, capfd, monkeypatch):
+    line = refused(dict(tiny, DATA_PATH="no/such"), tmp_path, capfd, monkeypatch)
+    assert "DATA_PATH=no/such" in line or "no/such/tokenizer.model" in line
+    assert "prepare.py" in line or "no such file" in line
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_shards_of_a_split(split, tiny, data, tmp_path, capfd, monkeypatch):
+    names = [p.name for p in data.glob(f"fineweb_{split}_*")]
+    folder = copy_data(data, tmp_path, names)
+    line = refused(dict(tiny, DATA_PATH=folder), tmp_path, capfd, monkeypatch)
+    assert f"DATA_PATH={folder}" in line and f"fineweb_{split}_*.bin" in line and "prepare.py" in line
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("damage", ["magic", "truncated", "short header", "empty", "too long"])
+def test_a_damaged_shard(damage, split, tiny, data, tmp_path, capfd, monkeypatch):
+    name = f"fineweb_{split}_000001.bin"
+    folder, content = copy_data(data, tmp_path, [name]), (data / name).read_bytes()
+    shard = folder / name
+    shard.write_bytes({"magic": b"\x00" + content[1:], "truncated": content[:-2], "short header": content[:600],
+                       "empty": b"", "too long": content + b"\x00\x00"}[damage])
+    line = refused(dict(tiny, DATA_PATH=folder), tmp_path, capfd, monkeypatch)
+    assert str(shard) in line
+    assert ("header" in line) if damage in ("magic", "short header", "empty") else ("tokens" in line)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_beyond_the_vocabulary(split, tiny, data, tmp_path, capfd, monkeypatch):
+    name = f"fineweb_{split}_000001.bin"
+    folder = copy_data(data, tmp_path, [name])
+    tokens = tg.open_shard(data / name).copy()
+    tokens[1000::50] = 384
+    write_shard(folder / name, tokens)
+    line = refused(dict(tiny, DATA_PATH=folder), tmp_path, capfd, monkeypatch)
+    assert str(folder / name) in line and "384" in line
+
+
+def test_a_training_text_shorter_than_a_row(tiny, tmp_path, capfd, monkeypatch):
+    values = dict(tiny, TRAIN_SEQ_LEN=100_000, TRAIN_BATCH_TOKENS=100_000)
+    assert "TRAIN_SEQ_LEN=100000" in refused(values, tmp_path, capfd, monkeypatch)
+
+
+def test_a_missing_tokenizer(tiny, data, tmp_path, capfd, monkeypatch):
+    folder = copy_data(data, tmp_path, ["tokenizer.model"])
+    line = refused(dict(tiny, DATA_PATH=folder), tmp_path, capfd, monkeypatch)
+    assert f"TOKENIZER_PATH={folder / 'tokenizer.model'}" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 50])
+def test_a_file_that_is_no_tokenizer(content, tiny, tmp_path, capfd, monkeypatch):
+    (tmp_path / "garbage.model").write_bytes(content)
+    line = refused(dict(tiny, TOKENIZER_PATH="garbage.model"), tmp_path, capfd, monkeypatch)
+    assert "TOKENIZER_PATH=garbage.model" in line and "SentencePiece" in line
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(tiny, tmp_path, capfd, monkeypatch):
+    line = refused(dict(tiny, VOCAB_SIZE=512), tmp_path, capfd, monkeypatch)
+    assert "VOCAB_SIZE=512" in line and "384" in line
+
+
+@pytest.mark.parametrize("mark", ["log.txt", "config.json", "model.pgolf", "summary.json"])
+def test_a_folder_that_holds_a_run_is_not_written_over(mark, tiny, tmp_path, capfd, monkeypatch):
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / mark).write_text("precious")
+    line = refused(dict(tiny, ARTIFACT_DIR="taken"), tmp_path, capfd, monkeypatch)
+    assert "ARTIFACT_DIR=taken" in line and "already holds a run" in line
+
+
+def test_a_run_id_whose_folder_holds_a_run(tiny, tmp_path, capfd, monkeypatch):
+    (tmp_path / "logs" / "first").mkdir(parents=True)
+    (tmp_path / "logs" / "first" / "log.txt").write_text("precious")
+    assert "RUN_ID=" in refused(dict(tiny, RUN_ID="first"), tmp_path, capfd, monkeypatch)
+
+
+def test_a_folder_that_cannot_be_made(tiny, tmp_path, capfd, monkeypatch):
+    (tmp_path / "file").write_text("")
+    line = refused(dict(tiny, ARTIFACT_DIR="file/run"), tmp_path, capfd, monkeypatch)
+    assert "ARTIFACT_DIR=file/run" in line and "can be written" in line
+
+
+def test_a_world_size_that_does_not_divide_is_refused_before_anything_starts(tiny, tmp_path, capfd, monkeypatch):
+    values = dict(tiny, WORLD_SIZE=5, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=5)
+    line = refused(values, tmp_path, capfd, monkeypatch)
+    assert "TRAIN_BATCH_TOKENS=768" in line and "5 ranks" in line
+
+
+def test_evaluation_without_an_artifact(tiny, tmp_path, capfd, monkeypatch):
+    assert "RUN_ID" in refused(dict(tiny, MODE="eval"), tmp_path, capfd, monkeypatch)
+    line = refused(dict(tiny, MODE="eval", RUN_ID="never"), tmp_path, capfd, monkeypatch)
+    assert "RUN_ID=" in line and "never" in line and "model.pgolf" in line
+
+
+def test_an_unknown_argument(tiny, tmp_path, capfd, monkeypatch):
+    for word in ("--iterations=5", "train", "--modes", "--modest=train"):
+        assert f"argument={word}" in refused(tiny, tmp_path, capfd, monkeypatch, [word])
+
+
+@pytest.mark.parametrize("arguments", [["--mode"], ["--mode="], ["--mode", "evil"], ["--mode=evil"]])
+def test_a_wrong_mode_argument(arguments, tiny, tmp_path, capfd, monkeypatch):
+    assert "mode" in refused(tiny, tmp_path, capfd, monkeypatch, arguments).lower()
+
+
+def test_no_steps_at_all_is_refused_or_runs(tiny, tmp_path, capfd, monkeypatch):
+    """ITERATIONS=0: a clear line, or a run of the initial weights; never a traceback."""
+    code, errors = run_main(dict(tiny, ITERATIONS=0, RUN_ID="zero"), tmp_path, capfd, monkeypatch)
+    assert (code == 2 and "ITERATIONS=0" in errors) or (code == 0 and not errors)
+
+
+def test_the_real_script_answers_like_main(tiny, tmp_path):
+    done = run_script(dict(tiny, NUM_HEADS=5), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == ["error: NUM_HEADS=5: must divide MODEL_DIM=32"]
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- knobs and presets
+
+
+def test_every_knob_says_what_it_means_and_where_it_is_seen():
+    for f in FIELDS:
+        assert f.type in ("int", "float", "bool", "str"), f.name
+        assert isinstance(f.default, {"int": int, "float": float, "bool": bool, "str": str}[f.type]), f.name
+        assert len(f.metadata["meaning"]) > 10 and len(f.metadata["alive"]) >= 3, f.name
+        low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+        if low is not None:
+            assert low <= f.default, f.name
+        if high is not None:
+            assert f.default <= high, f.name
+        if choices:
+            assert f.default in choices, f.name
+        if f.type in ("int", "float"):
+            assert low is not None, f"{f.name} has no lower bound"
+
+
+def test_every_preset_names_existing_knobs_of_the_right_type_and_passes_the_checks():
+    types = {f.name: type(f.default) for f in FIELDS}
+    for preset, row in tg.PRESETS.items():
+        for name, value in row.items():
+            assert type(value) is types[name], (preset, name)
+            f = next(f for f in FIELDS if f.name == name)
+            assert tg.parse_value(name, f.type, str(value), f.metadata) == value
+        c, explicit, _ = tg.config_from_env({"PRESET": preset}, False)
+        assert c.preset == preset and not explicit
+        for name, value in row.items():
+            assert getattr(c, name) == value
+    assert set(tg.PRESETS) == {"demo", "baseline", "record", "poly5"}
+
+
+def test_a_setting_overrides_its_preset_and_is_known_as_explicit():
+    c, explicit, _ = tg.config_from_env({"PRESET": "record", "NUM_LAYERS": "12", "TIE_EMBEDDINGS": "0", "SEED": ""}, False)
+    assert (c.num_layers, c.tie_embeddings, c.model_dim) == (12, False, 512)
+    assert c.seed == 42  # an empty variable is as none
+    assert explicit == {"num_layers", "tie_embeddings"}
+
+
+@pytest.mark.parametrize("text, value", [("1", True), ("true", True), ("YES", True), ("0", False), ("False", False)])
+def test_switches(text, value):
+    assert config(LN_SCALE=text).ln_scale is value
+
+
+def test_the_preset_without_a_choice_depends_on_cuda_and_is_remarked():
+    for cuda, preset in ((False, "demo"), (True, "baseline")):
+        c, _, remarks = tg.config_from_env({}, cuda)
+        assert c.preset == preset
+        assert sum(f"PRESET={preset}" in remark for remark in remarks) == 1
+
+
+def test_steps_of_warmdown_replace_a_presets_fraction():
+    assert config({"PRESET": "record"}, WARMDOWN_ITERS=100).warmdown_frac == 0
+    assert config({"PRESET": "record"}, WARMDOWN_ITERS=100, WARMDOWN_FRAC=0.3).warmdown_frac == 0.3
+    assert config({"PRESET": "record"}).warmdown_frac == 0.85
+
+
+# SPEC.md's values of the presets, so that a change of a default cannot change a recipe unseen.
+RECIPES = {
+    "record": dict(vocab_size=8192, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=4,
+                   tied_embed_init_std=0.005, neftune_alpha=5, gate_window=12, rope_dims=16, rope_base=1e4, qk_gain_init=5,
+                   train_seq_len=2048, xsa_last_n=11, sparse_attn_gate_scale=0.5, leaky_relu_slope=0.5,
+                   enable_looping_at=0.35, loop_start=3, loop_end=5, num_loops=2, parallel_start_layer=8,
+                   logit_softcap=30, z_loss_weight=1e-4, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
+                   muon_momentum_warmup_steps=1500, muon_backend_steps=5, muon_wd=0.095, matrix_lr=0.026,
+                   tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta1=0.9, beta2=0.99, adam_eps=1e-8,
+                   grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, max_wallclock_seconds=600, warmup_steps=20,
+                   train_batch_tokens=786432, ema_decay=0.9965, gptq_calibration_batches=16, gptq_damp=0.01,
+                   attn_clip_sigmas=13, mlp_clip_sigmas=11.5, embed_clip_sigmas=14, matrix_bits=6,
+                   embed_bits=7, artifact_limit_bytes=16_000_000),
+    "poly5": dict(vocab_size=1024, num_layers=11, mlp_mult=3, xsa_last_n=4, num_loops=0, parallel_start_layer=-1,
+                  qk_gain_init=1.5, neftune_alpha=0, z_loss_weight=1e-4, muon_momentum=0.99,
+                  muon_momentum_warmup_start=0.92, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
+                  adam_wd=0.04, warmdown_iters=3500, warmdown_frac=0, iterations=9000, ema_decay=0.997,
+                  train_seq_len=2048, eval_stride=16, compressor="zstd", skip_gates_enabled=False),
+    "baseline": dict(vocab_size=1024, num_layers=9, model_dim=512, xsa_last_n=0, num_loops=0, parallel_start_layer=-1,
+                     smear_gate_enabled=False, neftune_alpha=0, ema_decay=0, leaky_relu_slope=0),
+}
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_presets_hold_the_recipes_values(preset):
+    c = config({"PRESET": preset})
+    assert {name: getattr(c, name) for name in RECIPES[preset]} == RECIPES[preset]
+
+
+def test_the_record_preset_has_the_records_size_and_order():
+    c = config({"PRESET": "record"})
+    assert tg.parameter_count(c) == 35_945_671
+    assert tg.execution_order(c, True) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert tg.execution_order(c, False) == list(range(11))
+
+
+# ------------------------------------------------------------------------------------------------------ misspelt names
+
+
+@pytest.mark.parametrize("name", ["TTT_LORA_RNAK", "MATRIX_LRR", "NUM_LAYER", "num_layerz", "MUON_MOMENTUMS", "TRAIN_SEQLEN",
+                                  "WARMDOWN_ITER", "ARTIFACT_LIMIT_BYTE", "ITERATION", "EVAL_STRIDES", "SWA_EVER"])
+def test_a_misspelt_knob_is_warned_about_by_name(name):
+    warnings = tg.misspelt({name: "5"})
+    assert len(warnings) == 1 and f"{name}=5" in warnings[0] and "no effect" in warnings[0]
+
+
+@pytest.mark.parametrize("name, meant", [("MATRIX_LRR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"), ("ITERATION", "ITERATIONS")])
+def test_the_knob_that_was_meant_is_named(name, meant):
+    assert f"did you mean {meant}?" in tg.misspelt({name: "5"})[0]
+
+
+def test_ordinary_variables_and_real_knobs_are_not_warned_about():
+    ordinary = ("HOME PATH USER LANG LC_ALL SHELL TERM PWD OLDPWD EDITOR PAGER HOSTNAME LOGNAME MAIL DISPLAY VIRTUAL_ENV "
+                "OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG RANK WORLD_SIZE LOCAL_RANK "
+                "LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID "
+                "TORCHINDUCTOR_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTHONPATH PYTHONHASHSEED XDG_RUNTIME_DIR CI GITHUB_RUN_ID "
+                "SLURM_JOB_ID TMPDIR NODE_RANK LD_LIBRARY_PATH DEBIAN_FRONTEND PYTEST_CURRENT_TEST MODELS _ SHLVL TZ")
+    assert tg.misspelt(dict.fromkeys(ordinary.split(), "x")) == []
+    assert tg.misspelt(dict.fromkeys(knob_names(), "1")) == []
+
+
+# -------------------------------------------------------------------------------------------------- help and dry run
+
+
+def test_help_names_every_knob_with_the_values_of_each_preset():
+    done = run_script({"NUM_LAYERS": "wrong"}, "--help")  # help is for those who have set something wrong, too
+    assert done.returncode == 0 and not done.stderr
+    parts = re.split(r"\n\n(?=[A-Z0-9_]+ )", done.stdout)
+    entries = {part.split()[0]: part for part in parts}
+    for f in FIELDS:
+        entry = entries[f.name.upper()]
+        assert f.metadata["meaning"] in entry and f.type in entry
+        for preset, row in tg.PRESETS.items():
+            if f.name in row:
+                assert f"{preset}={row[f.name]}" in entry
+        for choice in f.metadata["choices"] or ():
+            assert choice in entry
+
+
+def test_dry_run_is_one_json_object_and_touches_nothing(tmp_path):
+    done = run_script({"PRESET": "record", "WORLD_SIZE": "8", "RANK": "0", "MATRIX_LRR": "1"}, "--dry-run", cwd=tmp_path)
+    plan = json.loads(done.stdout)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    assert set(plan["config"]) == {f.name for f in FIELDS} and plan["config"]["matrix_lr"] == 0.026
+    assert plan["parameters"] == 35_945_671
+    assert plan["execution_order"]["plain"] == list(range(11))
+    assert plan["execution_order"]["looped"] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    layout = plan["batch_layout"]
+    assert layout["rows"] == 384 and layout["world"] == 8 and layout["row_tokens"] == 2048
+    assert layout["rows"] == layout["world"] * layout["micro_steps"] * layout["micro_rows"]
+    assert "MATRIX_LRR" in done.stderr
+
+
+@pytest.mark.parametrize("preset", sorted(tg.PRESETS))
+def test_dry_run_of_every_preset_needs_no_data(preset, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tg.main(["--dry-run"], {"PRESET": preset}) == 0
+    out = capfd.readouterr().out
+    plan = json.loads(out)
+    model = tg.GPT(config({"PRESET": preset}, VOCAB_SIZE=384))  # a smaller table, counted out of the promise
+    counted = sum(p.numel() for p in model.parameters()) + (plan["config"]["vocab_size"] - 384) * model.c.model_dim
+    assert plan["parameters"] == counted
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_wrong_layout_is_refused(tmp_path, capfd, monkeypatch):
+    values = dict(TINY, WORLD_SIZE=5)
+    assert "5 ranks" in refused(values, tmp_path, capfd, monkeypatch, ["--dry-run"])
+
+
+# ----------------------------------------------------------------------------------------------------- the source file
+
+IMPORT_CHECK = """
+import os, sys, threading
+import numpy, torch, torch.distributed, torch.nn.functional, resource, platform, tempfile, shutil
+class Locked:
+    def __getattr__(self, name): raise AssertionError("the environment was touched: " + name)
+    def __getitem__(self, name): raise AssertionError("the environment was read: " + name)
+    def __contains__(self, name): raise AssertionError("the environment was searched: " + name)
+    def __iter__(self): raise AssertionError("the environment was listed")
+os.environ, os.getenv = Locked(), None
+threads, written, state = threading.active_count(), set(os.listdir(".")), torch.random.get_rng_state()
+count = torch.get_num_threads()
+sys.path.insert(0, sys.argv[1])
+import train_gpt
+assert threading.active_count() == threads and set(os.listdir(".")) == written
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized() and torch.get_num_threads() == count
+assert torch.equal(torch.random.get_rng_state(), state)
+assert "sentencepiece" not in sys.modules and "zstandard" not in sys.modules
+print("clean", end="")
+"""
+
+
+def test_importing_reads_no_environment_and_starts_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT_CHECK, str(ROOT)], cwd=tmp_path, capture_output=True,
+                          text=True, env=clean_environment({"NUM_LAYERS": "wrong"}), timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "clean", "")
+    assert not list(tmp_path.iterdir())
+
+
+def functions():
+    return [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_no_function_is_longer_than_80_lines():
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions()}
+    assert len(lengths) > 50
+    assert {name: n for name, n in lengths.items() if n > 80} == {}
+
+
+def test_no_knob_is_read_with_a_fallback():
+    """getattr(c, name, default) hides a knob that does not exist."""
+    calls = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "getattr"]
+    assert calls and [ast.unparse(n) for n in calls if len(n.args) > 2] == []
+
+
+def test_one_place_knows_the_formula_of_bits_per_byte():
+    logs = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func) in (
+        "math.log", "math.log2", "np.log", "np.log2", "torch.log2")]
+    assert len(logs) == 1
+    assert len([n for n in ast.walk(TREE) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div)
+                and "math.log(2)" in ast.unparse(n.right)]) == 1
+
+
+def test_sections_stand_in_the_houses_order():
+    titles = re.findall(r"^# -{20,}\n# (\w+)", SOURCE, flags=re.MULTILINE)
+    house = ["Config", "Run", "Data", "Score", "Kernels", "Model", "Adapters", "Optimizers", "Schedules", "Training", "GPTQ",
+             "Artifact", "Evaluation", "TTT", "main"]
+    assert titles == [name for name in house if name in titles]
+    assert set(house) - set(titles) <= {"Adapters", "TTT"}  # these two may still be unbuilt
+
+
+def test_each_section_calls_only_those_above_it():
+    """Top-level names are defined before the first top-level definition that uses them, except within a section."""
+    borders = [n for n, line in enumerate(SOURCE.splitlines(), 1) if re.match(r"# -{20,}$", line)][::2]
+    section = {}
+    for node in TREE.body:
+        names = [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
+        section |= {name: sum(b <= node.lineno for b in borders) for name in names}
+    late = []
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            annotations = {id(a) for f in ast.walk(node) if isinstance(f, (ast.arg, ast.AnnAssign)) and f.annotation
+                           for a in ast.walk(f.annotation)}
+            annotations |= {id(a) for f in ast.walk(node) if isinstance(f, ast.FunctionDef) and f.returns
+                            for a in ast.walk(f.returns)}
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and id(n) not in annotations}
+            late += [(node.name, name) for name in used if section.get(name, 0) > section[node.name]]
+    assert late == []
+
+
+def test_the_forward_of_the_model_exists_once():
+    model = next(n for n in TREE.body if isinstance(n, ast.ClassDef) and n.name == "GPT")
+    assert [n.name for n in model.body if isinstance(n, ast.FunctionDef) and "forward" in n.name] == ["forward"]
+    visits = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(".visit")]
+    assert len(visits) == 1  # one loop over the layers, whatever the use
+
+
+def test_the_environment_is_read_in_the_main_block_alone():
+    main_blocks = [n for n in TREE.body if isinstance(n, ast.If) and "__main__" in ast.unparse(n.test)]
+    inside = {id(n) for block in main_blocks for n in ast.walk(block)}
+    reads = [n for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv", "environb")]
+    assert reads and all(id(n) in inside for n in reads)
+
+
+def test_nothing_is_imported_that_can_run_an_artifacts_content():
+    imported = {alias.name.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.Import) for alias in n.names}
+    imported |= {n.module.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)}
+    assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "importlib", "subprocess", "ctypes"}
+    called = {ast.unparse(n.func) for n in ast.walk(TREE) if isinstance(n, ast.Call)}
+    assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
+
+
+def test_lines_are_at_most_120_characters():
+    assert [n for n, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 120] == []

@@ -1,0 +1,282 @@
+"""Quantization: GPTQ against rounding, Hessians against plain products, and the forms in which tensors are stored."""
+
+import numpy as np
+import pytest
+import torch
+import train_gpt as tg
+from helpers import RECORD_LIKE, TINY, build_model, config, examples, single_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def correlated(count, columns, seed=0, rank=None):
+    """Inputs whose channels go together and differ in size, and their mean X^T X, [1, c, c] float32."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(rank or columns, columns, generator=generator) * torch.logspace(0.5, -1, columns)
+    x = torch.randn(count, rank or columns, generator=generator) @ mix
+    return x, (x.T @ x / count)[None]
+
+
+def matrix(rows, columns, seed=1):
+    return torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def weighted_error(weights, codes, scales, hessian):
+    error = (weights - codes.float() * scales.float()[..., None]).double()
+    return torch.einsum("bri,bij,brj->", error, hessian.double(), error).item()
+
+
+def nearest(weights, scales, limit):
+    return (weights / scales.float()[..., None]).round().clamp(-limit, limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPTQ
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shape", [(24, 40), (16, 200), (1, 5)])
+def test_gptq_beats_rounding_to_nearest(shape, bits):
+    """In the error that matters, of outputs on inputs like the calibration's."""
+    for seed in range(3):
+        w, (_, hessian) = matrix(*shape, seed), correlated(500, shape[1], seed + 10)
+        limit = 2 ** (bits - 1) - 1
+        scales = tg.row_scales(w, bits, 3.0 if bits < 6 else 0.0)
+        codes = tg.gptq(w, hessian, scales, limit, 0.01)
+        assert codes.dtype == torch.int8 and codes.abs().max() <= limit
+        ours, plain = (weighted_error(w, x, scales, hessian) for x in (codes, nearest(w, scales, limit)))
+        assert ours <= plain * (1 + 1e-6)
+        if shape[1] >= 40 and bits >= 3:
+            assert ours < 0.8 * plain
+
+
+def plain_gptq(w, hessian, scales, limit, damp):
+    """Column by column with the inverse of what is left, as in the paper (no Cholesky, no blocks), float64."""
+    w, h = w.astype(np.float64).copy(), hessian.astype(np.float64)
+    h = h + damp * np.mean(np.diag(h)) * np.eye(len(h))
+    left, codes = list(np.argsort(-np.diag(hessian), kind="stable")), np.zeros_like(w)
+    while left:
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
+        j = left[0]
+        codes[:, j] = np.clip(np.round(w[:, j] / scales), -limit, limit)
+        error = (w[:, j] - codes[:, j] * scales) / inverse[0, 0]
+        w[:, left] -= np.outer(error, inverse[0])
+        left = left[1:]
+    return codes
+
+
+def test_gptq_is_the_papers_algorithm():
+    for seed in range(4):
+        w, (_, hessian) = matrix(12, 30, seed), correlated(300, 30, seed)
+        scales = tg.row_scales(w, 4, 0.0)
+        found = tg.gptq(w, hessian, scales, 7, 0.01)[0].numpy()
+        expected = plain_gptq(w[0].numpy(), hessian[0].numpy(), scales[0].float().numpy().astype(np.float64), 7, 0.01)
+        assert (found == expected).mean() > 0.995  # rounding of a value between two codes may differ
+
+
+def test_blocks_do_not_matter():
+    w, (_, hessian) = matrix(12, 300), correlated(900, 300)
+    scales = tg.row_scales(w, 6, 0.0)
+    whole = tg.gptq(w, hessian, scales, 31, 0.01, 300)
+    for block in (1, 7, 128):
+        assert (tg.gptq(w, hessian, scales, 31, 0.01, block) == whole).float().mean() > 0.999
+
+
+def test_a_batch_is_quantized_like_its_matrices_one_by_one():
+    w = torch.cat([matrix(16, 48, seed) for seed in range(5)])
+    hessian = torch.cat([correlated(200, 48, seed)[1] for seed in range(5)])
+    scales = tg.row_scales(w, 6, 0.0)
+    together = tg.gptq(w, hessian, scales, 31, 0.01)
+    for i in range(5):
+        assert torch.equal(together[i:i + 1], tg.gptq(w[i:i + 1], hessian[i:i + 1], scales[i:i + 1], 31, 0.01))
+
+
+def test_independent_inputs_make_gptq_round_to_nearest():
+    w = matrix(8, 20)
+    scales = tg.row_scales(w, 5, 0.0)
+    found = tg.gptq(w, torch.diag_embed(torch.linspace(2, 1, 20))[None], scales, 15, 0.01)
+    assert torch.equal(found.float(), nearest(w, scales, 15))
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.0])
+def test_a_hessian_of_rank_one_works(damp):
+    w, (_, hessian) = matrix(8, 24), correlated(100, 24, rank=1)
+    scales = tg.row_scales(w, 6, 0.0)
+    codes = tg.gptq(w, hessian, scales, 31, damp)
+    assert weighted_error(w, codes, scales, hessian) <= weighted_error(w, nearest(w, scales, 31), scales, hessian)
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.0])
+def test_dead_columns_are_rounded_and_disturb_nothing(damp):
+    x, _ = correlated(400, 30)
+    x[:, [3, 17, 29]] = 0
+    hessian, w = (x.T @ x / 400)[None], matrix(8, 30)
+    scales = tg.row_scales(w, 6, 0.0)
+    codes = tg.gptq(w, hessian, scales, 31, damp)
+    dead = [3, 17, 29]
+    assert torch.equal(codes[..., dead].float(), nearest(w, scales, 31)[..., dead])
+    assert weighted_error(w, codes, scales, hessian) < weighted_error(w, nearest(w, scales, 31), scales, hessian)
+    none = tg.gptq(w, torch.zeros(1, 30, 30), scales, 31, damp)
+    assert torch.equal(none.float(), nearest(w, scales, 31))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_is_an_error(bad):
+    w, (_, hessian) = matrix(4, 8), correlated(50, 8)
+    hessian[0, 2, 3] = bad
+    with pytest.raises(FloatingPointError, match="not finite"):
+        tg.gptq(w, hessian, tg.row_scales(w, 6, 0.0), 31, 0.01)
+
+
+def test_the_inverse_factor_is_one():
+    _, hessian = correlated(300, 20)
+    u = tg.inverse_factor(hessian, 0.01)[0].double()
+    h = hessian[0].double() + 0.01 * hessian[0].double().diagonal().mean() * torch.eye(20)
+    assert torch.equal(u, u.triu())
+    assert torch.allclose(u.T @ u @ h, torch.eye(20, dtype=torch.float64), atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- stored forms
+
+
+@examples(max_examples=60)
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(1, 40), st.sampled_from([0.0, 3.0, 13.0]), st.integers(0, 99))
+def test_codes_stay_within_their_bits(bits, rows, columns, sigmas, seed):
+    w, (_, hessian) = matrix(rows, columns, seed), correlated(60, columns, seed)
+    limit = 2 ** (bits - 1) - 1
+    scales = tg.row_scales(w, bits, sigmas)
+    codes = tg.gptq(w, hessian, scales, limit, 0.01)
+    assert scales.dtype == torch.float16 and scales.shape == (1, rows) and (scales > 0).all()
+    assert codes.min() >= -limit and codes.max() <= limit
+
+
+def test_row_scales_are_those_of_the_specification():
+    w = matrix(10, 64)[0]
+    for bits, sigmas in ((6, 13.0), (7, 14.0), (4, 2.5)):
+        expected = sigmas * w.std(dim=1, correction=0) / (2 ** (bits - 1) - 1)
+        assert torch.allclose(tg.row_scales(w, bits, sigmas).float(), expected, rtol=1e-3)
+    assert torch.allclose(tg.row_scales(w, 8, 0.0).float(), w.abs().amax(1) / 127, rtol=1e-3)
+    assert (tg.row_scales(torch.zeros(3, 5), 6, 13.0) > 0).all()  # a row of zeros is no division by zero
+
+
+def quantized(base, bits=None, **knobs):
+    """A model with random weights, its random Hessians, and its stored form."""
+    c = config(base, **knobs)
+    model = build_model(c)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    head = "embedding" if model.head is None else "head"
+    hessians = {name: torch.cat([correlated(100, w.size(-1), i)[1] for i in range(w.size(0) if w.dim() == 3 else 1)])
+                for name, w in weights.items() if name in (*tg.BANKS, head)}
+    return c, model, weights, tg.quantize(weights, hessians, c)
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
+def test_every_parameter_is_stored_in_the_form_of_its_role(base):
+    c, model, weights, stored = quantized(base, MATRIX_BITS=6, EMBED_BITS=7)
+    back = tg.dequantize(stored)
+    assert set(stored) == set(back) == set(weights)
+    for name, w in weights.items():
+        q = stored[name]
+        role = "bank" if name in tg.BANKS else "gate" if name.endswith("head_gate") else name
+        bits = {"bank": 6, "embedding": 7, "head": 7, "gate": 8}.get(role, 16)
+        assert q.bits == bits and q.codes.shape == w.shape and back[name].shape == w.shape
+        if bits == 16:
+            assert q.codes.dtype == torch.float16 and q.scales is None and torch.equal(back[name], w.half().float())
+            continue
+        limit = 2 ** (bits - 1) - 1
+        assert q.codes.dtype == torch.int8 and q.codes.abs().max() <= limit and q.scales.dtype == torch.float16
+        assert torch.equal(back[name], q.codes.float() * q.scales.float()[..., None])
+        if role == "gate":
+            assert (back[name] - w).abs().max() <= 0.51 * q.scales.float().max()
+        elif name != "head" and not (name == "embedding" and model.head is not None):
+            assert torch.corrcoef(torch.stack((back[name].flatten(), w.flatten())))[0, 1] > 0.9
+
+
+def test_quantizing_what_was_quantized_changes_nothing():
+    c, model, weights, stored = quantized(TINY)
+    once = tg.dequantize(stored)
+    again = tg.quantize(once, {}, c)  # to nearest, of values that lie on the grid of another scale or of its own
+    for name in once:
+        if stored[name].bits == 16:
+            assert torch.equal(again[name].codes, stored[name].codes)
+        else:
+            codes = (once[name] / stored[name].scales.float()[..., None]).round().to(torch.int8)
+            assert torch.equal(codes, stored[name].codes)
+
+
+@pytest.mark.parametrize("knob", ["MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS",
+                                  "GPTQ_DAMP"])
+def test_each_knob_of_the_quantization_acts_on_its_tensors(knob):
+    changed = {"MATRIX_BITS": set(tg.BANKS), "EMBED_BITS": {"embedding"}, "ATTN_CLIP_SIGMAS": {"qo_bank", "kv_bank"},
+               "MLP_CLIP_SIGMAS": {"up_bank", "down_bank"}, "EMBED_CLIP_SIGMAS": {"embedding"},
+               "GPTQ_DAMP": {*tg.BANKS, "embedding"}}[knob]
+    value = {"MATRIX_BITS": 4, "EMBED_BITS": 5, "GPTQ_DAMP": 0.5}.get(knob, 4.0)
+    before, after = (tg.dequantize(quantized(TINY, **k)[3]) for k in ({}, {knob: value}))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+
+
+# ------------------------------------------------------------------------------------------------------------ Hessians
+
+
+def make_trainer(base, data, **knobs):
+    c = config(base, DATA_PATH=data, COMPUTE_DTYPE="float64", **knobs)
+    return tg.Trainer(build_model(c, seed=3), c, single_run())
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
+def test_hessians_are_the_mean_products_of_every_matrix_inputs(base, data, monkeypatch):
+    """Against X^T X of the arguments of F.linear, told apart by the weight that they meet."""
+    trainer = make_trainer(base, data, NEFTUNE_ALPHA=5)
+    model, c = trainer.model, trainer.c
+    found = tg.collect_hessians(trainer, 7)
+    inputs, linear = {}, torch.nn.functional.linear
+
+    def watch(x, weight, bias=None):
+        # A view's values name the matrix: no two matrices have the same first row.
+        key = tuple(weight.reshape(-1)[:4].tolist())
+        flat = x.detach().reshape(-1, x.size(-1))
+        inputs[key] = inputs.get(key, 0) + flat.T @ flat
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
+    with torch.no_grad():
+        for step in (7, 8):
+            for micro in range(trainer.layout.micro_steps):
+                model(*trainer.loader.batch(step, micro), looped=c.loops)
+    tokens = 2 * c.train_batch_tokens
+    head = "embedding" if model.head is None else "head"
+    assert set(found) == {*tg.BANKS, head}
+    for name, hessians in found.items():
+        matrices = getattr(model, name).detach()
+        for i, weight in enumerate(matrices if matrices.dim() == 3 else [matrices]):
+            expected = inputs[tuple(weight.reshape(-1)[:4].tolist())] / tokens
+            assert torch.allclose(hessians[i].double(), expected, rtol=1e-3, atol=1e-5 * expected.abs().max()), (name, i)
+            assert torch.allclose(hessians[i], hessians[i].T)
+
+
+def test_taps_are_removed(data):
+    trainer = make_trainer(TINY, data)
+    tg.collect_hessians(trainer, 0)
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
+def test_calibration_reads_other_batches_with_another_start(data):
+    trainer = make_trainer(TINY, data)
+    first, same, other = (tg.collect_hessians(trainer, step)["qo_bank"] for step in (0, 0, 5))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
+    """On the model's own loss: a coarse grid of 3 bits, calibrated on training batches, scored on validation text."""
+    c = config(TINY, DATA_PATH=data, ITERATIONS=40, MATRIX_BITS=3, EMBED_BITS=8, ATTN_CLIP_SIGMAS=3, MLP_CLIP_SIGMAS=3,
+               TRAIN_LOG_EVERY=0, COMPUTE_DTYPE="float32")
+    model = tg.GPT(c)
+    model.reset()
+    trainer = tg.Trainer(model, c, single_run())
+    tg.train(trainer, None)
+    evaluator, weights = tg.Evaluator(c, single_run()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    exact, losses = evaluator(model).bpb, {}
+    for name, hessians in (("gptq", tg.collect_hessians(trainer, 40)), ("nearest", {})):
+        with torch.no_grad():
+            model.load_state_dict(tg.dequantize(tg.quantize(weights, hessians, c)))
+        losses[name] = evaluator(model).bpb - exact
+    assert 0 < losses["gptq"] < 0.7 * losses["nearest"]

@@ -1,0 +1,304 @@
+"""Every hand-differentiated kernel against its plain version: values and gradients in float64, rounding in bfloat16."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import train_gpt as tg
+from helpers import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def normal(*shape, seed=0, dtype=torch.float64, scale=1.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+def compare(fast, plain, inputs, tolerance=1e-10):
+    """Values of both, and gradients of a random weighting of all outputs, for each of the inputs."""
+    results = []
+    for function in (fast, plain):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((y * normal(*y.shape, seed=50 + i).to(y.dtype)).sum() for i, y in enumerate(outputs))
+        results.append([*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)])
+    for x, y in zip(*results, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert (x - y).abs().max() <= tolerance * (1 + y.abs().max())
+    assert results[1][0].abs().max() > 0 and results[1][-1].abs().max() > 0
+
+
+def relative_error(x, exact):
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+def rounding_is_no_worse(fast, plain, inputs, slack=1.6, floor=2.0 ** -9):
+    """In bfloat16 the fast version's errors, against float64, are at most the plain version's, with some slack."""
+    def run(function, dtype):
+        leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((y * normal(*y.shape, seed=50 + i).to(torch.bfloat16).to(y.dtype)).sum() for i, y in enumerate(outputs))
+        return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)]
+
+    exact = run(plain, torch.float64)
+    for ours, theirs, truth in zip(run(fast, torch.bfloat16), run(plain, torch.bfloat16), exact):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, truth) <= slack * max(relative_error(theirs, truth), floor)
+
+
+# ------------------------------------------------------------------------------------------------------------ RMS norm
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4, 8), (4, 1)])
+def test_rms_norm(shape):
+    for scale in (1.0, 1e-3, 1e3):
+        compare(tg.RMSNormCPU.apply, tg.rms_norm_plain, [normal(*shape, scale=scale)], 1e-9)
+    assert torch.autograd.gradcheck(tg.RMSNormCPU.apply, normal(*shape).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_of_tiny_and_zero_rows(dtype):
+    """The epsilon is float32's, whatever the input's type; a zero row stays zero and its gradient finite."""
+    x = normal(6, 16, dtype=dtype, scale=1e-4)
+    x[2] = 0
+    x = x.requires_grad_()
+    y = tg.RMSNormCPU.apply(x)
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all() and not y[2].any()
+    exact = tg.rms_norm_plain(x.detach())
+    assert torch.allclose(y.float(), exact.float(), rtol=0.02, atol=1e-6)
+    assert y[0].abs().max() > 0.3  # not crushed by a large epsilon
+
+
+def test_rms_norm_rounds_no_worse_than_the_plain_one():
+    rounding_is_no_worse(tg.RMSNormCPU.apply, tg.rms_norm_plain, [normal(64, 256)], slack=3)
+
+
+def test_rms_norm_of_the_dispatcher_is_the_plain_one():
+    x = normal(4, 32)
+    assert torch.allclose(tg.rms_norm(x), tg.rms_norm_plain(x), rtol=1e-12)
+    assert torch.allclose(tg.rms_norm(x).square().mean(-1), torch.ones(4, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------------- activation
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.5, 1.0])
+def test_leaky_relu_squared(slope):
+    x = normal(4, 33)
+    compare(lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope), lambda a: tg.leaky_relu_squared_plain(a, slope), [x])
+    assert torch.autograd.gradcheck(lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope), x.requires_grad_())
+    rounding_is_no_worse(lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope),
+                         lambda a: tg.leaky_relu_squared_plain(a, slope), [normal(64, 64)])
+
+
+def test_leaky_relu_squared_by_hand():
+    x = torch.tensor([-2.0, -1.0, 0.0, 3.0])
+    assert tg.leaky_relu_squared(x, 0.5).tolist() == [1.0, 0.25, 0.0, 9.0]
+    assert tg.leaky_relu_squared(x, 0.0).tolist() == [0.0, 0.0, 0.0, 9.0]
+
+
+# ------------------------------------------------------------------------------------------------------- cross entropy
+
+
+@pytest.mark.parametrize("cap", [0.5, 5.0, 30.0, 80.0, 200.0])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_softcapped_cross_entropy(cap, scale):
+    logits, targets = normal(3, 5, 40, scale=scale), torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(1))
+    compare(lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, cap),
+            lambda x: tg.softcapped_cross_entropy_plain(x, targets, cap), [logits])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.3, -2.0)])
+def test_both_outputs_carry_their_gradient(weights):
+    """gradcheck of the loss through nll alone, through lse alone (which a peer's kernel drops), and through both."""
+    targets = torch.tensor([0, 3, 6, 6])
+
+    def loss(x):
+        nll, lse = tg.SoftcappedCrossEntropyCPU.apply(x, targets, 30.0)
+        return weights[0] * nll + weights[1] * lse
+
+    assert torch.autograd.gradcheck(loss, normal(4, 7, scale=8).requires_grad_())
+
+
+def test_the_z_loss_trains():
+    """d/dx mean(lse^2), worked out by hand in float64: 2 lse softmax(z) (1 - tanh(x/C)^2) / N, in every version."""
+    logits, targets, cap = normal(6, 20, scale=20), torch.arange(6), 30.0
+    z = cap * torch.tanh(logits / cap)
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    expected = 2 * lse * torch.softmax(z, -1) * (1 - torch.tanh(logits / cap) ** 2) / 6
+    assert expected.abs().max() > 0.1
+    for function in (tg.SoftcappedCrossEntropyCPU.apply, tg.softcapped_cross_entropy_plain, tg.softcapped_cross_entropy):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            x = logits.detach().clone().to(dtype).requires_grad_()
+            function(x, targets, cap)[1].square().mean().backward()
+            assert (x.grad.double() - expected).abs().max() <= tolerance * expected.abs().max(), (function, dtype)
+
+
+def test_cross_entropy_is_torchs_on_the_capped_logits():
+    logits, targets = normal(9, 11, scale=40), torch.arange(9)
+    nll, lse = tg.softcapped_cross_entropy(logits, targets, 30.0)
+    capped = 30 * torch.tanh(logits / 30)
+    assert torch.allclose(nll, F.cross_entropy(capped, targets, reduction="none"))
+    assert torch.allclose(lse, torch.logsumexp(capped, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [30.0, 80.0, 200.0])
+@pytest.mark.parametrize("value", [-1e4, 1e4, 0.0])
+def test_cross_entropy_of_saturated_logits_is_finite(value, cap, dtype):
+    """All logits alike: log V, however large; a vocabulary of 8192 tokens, as the record's."""
+    x = torch.full((2, 8192), value, dtype=dtype).requires_grad_()
+    nll, lse = tg.SoftcappedCrossEntropyCPU.apply(x, torch.tensor([0, 8191]), cap)
+    (nll.sum() + lse.sum()).backward()
+    assert torch.allclose(nll, torch.full_like(nll, math.log(8192)), atol=1e-3)
+    assert torch.isfinite(lse).all() and torch.isfinite(x.grad).all()
+
+
+def test_cross_entropy_rounds_no_worse_than_the_plain_one():
+    targets = torch.randint(100, (32,), generator=torch.Generator().manual_seed(2))
+    rounding_is_no_worse(lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, 30.0),
+                         lambda x: tg.softcapped_cross_entropy_plain(x, targets, 30.0), [normal(32, 100, scale=5)])
+
+
+def test_cross_entropy_leaves_its_input_alone():
+    x = normal(3, 8, dtype=torch.float32)
+    before = x.clone()
+    y = x.clone().requires_grad_()
+    tg.SoftcappedCrossEntropyCPU.apply(y, torch.tensor([0, 1, 2]), 30.0)[0].sum().backward()
+    assert torch.equal(y.detach(), before)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def documents_of(starts, rows, length):
+    """[rows, length] document starts, from each row's list of starts."""
+    out = torch.zeros(rows, length, dtype=torch.int32)
+    for r in range(rows):
+        for start in starts[r % len(starts)]:
+            out[r, start:] = start
+    return out
+
+
+def attention_naive(q, k, v, documents):
+    """Position by position and head by head."""
+    y = torch.empty_like(q)
+    for r in range(q.size(0)):
+        for t in range(q.size(1)):
+            first = int(documents[r, t])
+            for head in range(q.size(2)):
+                g = head * k.size(2) // q.size(2)
+                scores = k[r, first:t + 1, g] @ q[r, t, head] / q.size(-1) ** 0.5
+                y[r, t, head] = torch.softmax(scores, 0) @ v[r, first:t + 1, g]
+    return y
+
+
+def backends(documents, dtype):
+    return {name: (lambda q, k, v, name=name, f=f: f(q, k, v, tg.prepare_mask(documents, name, dtype)))
+            for name, f in tg.ATTENTION.items()}
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
+@pytest.mark.parametrize("length", [1, 7, 127, 128, 129, 300])
+def test_blocked_attention_equals_torchs(length, heads, kv_heads):
+    q, k, v = (normal(2, length, n, 8, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    for starts in ([[0]], [[0, 3, 5, 128, 200], [0, 1, 2, 127, 129]]):
+        documents = documents_of([[s for s in row if s < length] for row in starts], 2, length)
+        both = backends(documents, torch.float64)
+        compare(both["blocked"], both["sdpa"], [q, k, v])
+
+
+def test_every_backend_equals_the_definition():
+    q, k, v = (normal(2, 20, n, 4, seed=i) for i, n in enumerate((4, 2, 2)))
+    documents = documents_of([[0, 5, 6, 13], [0, 19]], 2, 20)
+    for function in backends(documents, torch.float64).values():
+        compare(function, lambda q, k, v: attention_naive(q, k, v, documents), [q, k, v])
+
+
+def test_blocked_attention_passes_gradcheck(monkeypatch):
+    block = "BlockedAttention" if hasattr(tg.BlockedAttention, "QUERY_BLOCK") else None
+    monkeypatch.setattr(tg.BlockedAttention if block else tg, "QUERY_BLOCK", 3)  # several blocks in few positions
+    q, k, v = (normal(1, 7, n, 2, seed=i).requires_grad_() for i, n in enumerate((2, 1, 1)))
+    documents = documents_of([[0, 4]], 1, 7)
+    function = backends(documents, torch.float64)["blocked"]
+    assert torch.autograd.gradcheck(function, (q, k, v))
+    compare(function, backends(documents, torch.float64)["sdpa"], [q, k, v])
+
+
+@examples(max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 200), st.sampled_from([(2, 1), (2, 2), (4, 2)]), st.data())
+def test_attention_of_random_shapes_and_documents(rows, length, heads, data):
+    starts = [sorted({0, *data.draw(st.lists(st.integers(0, length - 1), max_size=6))}) for _ in range(rows)]
+    documents = documents_of(starts, rows, length)
+    q, k, v = (normal(rows, length, n, 4, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1])))
+    both = backends(documents, torch.float64)
+    compare(both["blocked"], both["sdpa"], [q, k, v])
+
+
+def test_blocked_attention_rounds_like_torchs():
+    q, k, v = (normal(2, 200, n, 32, seed=i) for i, n in enumerate((4, 2, 2)))
+    documents = documents_of([[0, 90], [0, 10, 150]], 2, 200)
+
+    def of(name):
+        return lambda q, k, v: tg.ATTENTION[name](q, k, v, tg.prepare_mask(documents, name, q.dtype))
+
+    rounding_is_no_worse(of("blocked"), of("sdpa"), [q, k, v], slack=3)
+
+
+def test_who_sees_whom():
+    seen = tg.visible(torch.tensor([[0, 0, 2, 2]]))[0].tolist()
+    assert seen == [[True, False, False, False], [True, True, False, False], [False, False, True, False],
+                    [False, False, True, True]]
+
+
+# -------------------------------------------------------------------------------------------------- rotary and low rank
+
+
+def tables(length, frequencies):
+    """cos and sin as the model hands them out, [length, 1, frequencies], and the angles."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))[:, None]
+    return angles.cos(), angles.sin(), angles
+
+
+def test_rotation_turns_pairs_and_passes_the_rest():
+    x, (cos, sin, angles) = normal(2, 6, 3, 10), tables(6, [1.0, 0.1])
+    for function in (tg.rotate, tg.rotate_plain):
+        y = function(x, cos, sin)
+        assert torch.equal(y[..., 4:], x[..., 4:])
+        as_complex = torch.complex(x[..., :2], x[..., 2:4]) * torch.exp(-1j * angles)
+        assert torch.allclose(y[..., :2], as_complex.real) and torch.allclose(y[..., 2:4], as_complex.imag)
+        assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("width", [4, 10])
+def test_rotation_has_the_plain_ones_gradient(width):
+    cos, sin, _ = tables(6, [1.0, 0.1])
+
+    def fast(x):
+        return tg.RotateCPU.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    def plain(x):
+        return tg.rotate_plain(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    compare(fast, plain, [normal(2, 6, 3, width)])
+    assert torch.autograd.gradcheck(fast, normal(1, 6, 2, width).requires_grad_())
+    rounding_is_no_worse(fast, plain, [normal(8, 6, 4, width)])
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    x, y, (cos, sin, _) = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1), tables(30, [1.0, 0.1, 0.01, 0.001])
+    q, k = (tg.rotate(z.expand(1, 30, 1, 8), cos, sin)[0, :, 0] for z in (x, y))
+    for distance in (0, 1, 7):
+        products = (q[distance:] * k[:30 - distance]).sum(-1)
+        assert torch.allclose(products, products[:1].expand_as(products))
+
+
+def test_low_rank_maps_each_row_by_its_own_pair():
+    x, a, b = normal(3, 4, 6), normal(3, 2, 6, seed=1), normal(3, 5, 2, seed=2)
+    y = tg.low_rank(x, (a, b))
+    for r in range(3):
+        assert torch.allclose(y[r], x[r] @ (b[r] @ a[r]).T)

@@ -1,0 +1,351 @@
+"""The forward pass: against a plain one, causality, isolation of documents, normalization, adapters, the U-Net's plan."""
+
+import pytest
+import torch
+import train_gpt as tg
+from helpers import RECORD_LIKE, TINY, build_model, config, random_batch
+from reference import Reference
+
+EXACT = dict(COMPUTE_DTYPE="float64", VOCAB_SIZE=48, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2)
+BASELINE = dict(TINY, **EXACT, NUM_LAYERS=3, LEAKY_RELU_SLOPE=0.0)
+RECORD = dict(RECORD_LIKE, **EXACT)
+ODD = dict(TINY, **EXACT, NUM_LAYERS=4, TIE_EMBEDDINGS=0, NUM_LOOPS=1, LOOP_START=0, LOOP_END=1, ROPE_BASE=50,
+           LOGIT_SOFTCAP=5.0, MLP_MULT=1.5, XSA_LAST_N=2, PARALLEL_START_LAYER=3)
+CONFIGURATIONS = {
+    "baseline": BASELINE, "record": RECORD, "odd": ODD, "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
+    "one kv head": dict(BASELINE, NUM_KV_HEADS=1), "one layer": dict(BASELINE, NUM_LAYERS=1),
+    "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
+    "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128), "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
+    "output gate": dict(BASELINE, ATTN_OUT_GATE_ENABLED=1, GATE_WINDOW=7, XSA_LAST_N=1),
+}
+
+
+def gradients(model, nll, lse):
+    """Gradients of a loss that uses both outputs, by name."""
+    loss = nll.mean() + 0.1 * lse.square().mean()
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads)}
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+@pytest.mark.parametrize("name, looped", [*((name, False) for name in CONFIGURATIONS), ("record", True), ("odd", True)])
+def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
+    c = config(CONFIGURATIONS[name], ATTENTION=attention)
+    model, batch = build_model(c, seed=3), random_batch(c, 2, 13, seed=5, document_length=5)
+    assert (batch.documents.amax(1) > 0).all()  # several documents in each row
+    noise = torch.randn(2, 13, c.model_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.1
+    nll, lse = model(*batch, looped=looped, noise=noise)
+    expected_nll, expected_lse = Reference(model)(batch, looped, noise)
+    assert torch.allclose(nll, expected_nll, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(lse, expected_lse, rtol=1e-9, atol=1e-9)
+    found, expected = gradients(model, nll, lse), gradients(model, expected_nll, expected_lse)
+    reached = 0
+    for parameter, gradient in expected.items():
+        scale = gradient.abs().sum() / max(1, gradient.numel())
+        assert torch.allclose(found[parameter], gradient, rtol=1e-7, atol=1e-8 * scale + 1e-15), parameter
+        reached += bool(gradient.abs().sum() > 0)
+    assert reached >= len(expected) - 3  # the comparison compares something
+
+
+def test_the_full_record_order_matches_too():
+    """11 layers, the loop 3..5 three times, lanes from 8: the published layout, at a small width."""
+    c = config(RECORD, NUM_LAYERS=11, NUM_LOOPS=2, LOOP_START=3, LOOP_END=5, PARALLEL_START_LAYER=8, XSA_LAST_N=11,
+               MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2)
+    model, batch = build_model(c, seed=4), random_batch(c, 1, 7, seed=2, document_length=4)
+    for looped in (False, True):
+        nll, _ = model(*batch, looped=looped)
+        assert torch.allclose(nll, Reference(model)(batch, looped)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_low_precision_stays_near_the_exact_result():
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.15)):
+        c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype)
+        model, exact = build_model(c, seed=3), build_model(config(RECORD), seed=3)
+        batch = random_batch(c, 4, 32, seed=5)
+        for looped in (False, True):
+            nll, reference = model(*batch, looped=looped)[0], exact(*batch, looped=looped)[0]
+            assert nll.dtype == torch.float32
+            assert (nll - reference).abs().mean() < tolerance
+            assert (nll - reference).abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------ documents and causality
+
+SETTINGS = [(TINY, "bfloat16"), (TINY, "float32"), (RECORD_LIKE, "bfloat16"), (RECORD_LIKE, "float32")]
+
+
+def features(base, dtype, **knobs):
+    return config(base, COMPUTE_DTYPE=dtype, VOCAB_SIZE=48, TRAIN_SEQ_LEN=160, TRAIN_BATCH_TOKENS=320, **knobs)
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+@pytest.mark.parametrize("base, dtype", SETTINGS, ids=["plain bf16", "plain f32", "record bf16", "record f32"])
+@torch.no_grad()
+def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
+    c = features(base, dtype, ATTENTION=attention)
+    model, generator = build_model(c, seed=6), torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 48, (2, 160), generator=generator)
+    for place in (0, 37, 38, 120, 140):  # one document has a single token; one crosses the attention's block border
+        ids[:, place] = tg.BOS_ID
+    documents = torch.from_numpy(tg.document_starts(ids.numpy()))
+    targets = torch.randint(4, 48, (2, 160), generator=generator)
+    for looped in (False, True):
+        before, _ = model(ids, targets, documents, looped=looped)
+        changed = ids.clone()
+        changed[:, 39:120] = torch.randint(4, 48, (2, 81), generator=generator)
+        after, _ = model(changed, targets, documents, looped=looped)
+        inside = torch.zeros(160, dtype=torch.bool)
+        inside[39:120] = True
+        assert torch.equal(before[:, ~inside], after[:, ~inside])
+        assert (before[:, inside] != after[:, inside]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+@pytest.mark.parametrize("base, dtype", SETTINGS, ids=["plain bf16", "plain f32", "record bf16", "record f32"])
+@torch.no_grad()
+def test_a_token_changes_nothing_before_itself(base, dtype, attention):
+    c = features(base, dtype, ATTENTION=attention)
+    model, generator = build_model(c, seed=7), torch.Generator().manual_seed(1)
+    ids, targets = torch.randint(4, 48, (2, 2, 160), generator=generator)
+    ids[:, 0] = tg.BOS_ID
+    documents = torch.zeros(2, 160, dtype=torch.int32)
+    for looped in (False, True):
+        before, _ = model(ids, targets, documents, looped=looped)
+        for place in (1, 64, 127, 128, 159):
+            changed = ids.clone()
+            changed[:, place] = (ids[:, place] - 4 + 7) % 44 + 4
+            after, _ = model(changed, targets, documents, looped=looped)
+            assert torch.equal(before[:, :place], after[:, :place])
+            assert (before[:, place:] != after[:, place:]).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    c = features(RECORD_LIKE, "float32")
+    model, batch = build_model(c, seed=8), random_batch(c, 4, 160, seed=3)
+    together, _ = model(*batch, looped=True)
+    for r in range(4):
+        alone, _ = model(*(x[r:r + 1] for x in batch), looped=True)
+        assert torch.allclose(together[r], alone[0], atol=1e-4)
+    swapped, _ = model(*(x.flip(0) for x in batch), looped=True)
+    assert torch.allclose(swapped.flip(0), together, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE], ids=["plain", "record"])
+@torch.no_grad()
+def test_probabilities_of_all_tokens_sum_to_one(base):
+    c = config(base, COMPUTE_DTYPE="float64", VOCAB_SIZE=48)
+    model, batch = build_model(c, seed=9), random_batch(c, 2, 20, seed=4)
+    for looped in (False, True):
+        total, reference = 0, model(*batch, looped=looped)[1]
+        for token in range(48):
+            nll, lse = model(batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped)
+            assert torch.equal(lse, reference)  # fixed before the target is seen
+            total = total + torch.exp(-nll)
+        assert torch.allclose(total, torch.ones_like(total), rtol=1e-12)
+
+
+def test_softcap_bounds_every_probability():
+    """|z| <= C, so no NLL exceeds 2C + log V."""
+    c = config(TINY, COMPUTE_DTYPE="float64", VOCAB_SIZE=48, LOGIT_SOFTCAP=2.0)
+    model, batch = build_model(c, seed=1), random_batch(c, 2, 20)
+    with torch.no_grad():
+        model.embedding.mul_(1000)
+        nll, lse = model(*batch, looped=False)
+    assert nll.max() <= 4 + torch.tensor(48.0).log() and nll.max() > 3
+    assert lse.max() <= 2 + torch.tensor(48.0).log()
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def make_adapters(c, rows, looped, rank=3, zero=False, seed=0):
+    """A low-rank pair per row for every seat of every visit, and one for the head."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim)
+
+    def pair(outputs):
+        a = torch.randn(rows, rank, c.model_dim, generator=generator).to(c.master_dtype) * 0.1
+        b = torch.zeros(rows, outputs, rank) if zero else torch.randn(rows, outputs, rank, generator=generator) * 0.1
+        return a.requires_grad_(), b.to(c.master_dtype).requires_grad_()
+
+    visits = len(tg.visit_plan(c, looped))
+    return [{name: pair(n) for name, n in wide.items()} for _ in range(visits)] + [{"head": pair(c.vocab_size)}]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("looped", [False, True])
+def test_zero_adapters_change_no_bit_and_get_gradients(looped, dtype):
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype)
+    model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
+    plain = model(*batch, looped=looped)
+    adapters = make_adapters(c, 3, looped, zero=True)
+    adapted = model(*batch, looped=looped, adapters=adapters)
+    assert all(torch.equal(x, y) for x, y in zip(plain, adapted))
+    adapted[0].mean().backward()
+    for visit in adapters:
+        for name, (a, b) in visit.items():
+            assert b.grad.abs().sum() > 0, name      # B learns at once
+            assert a.grad.abs().sum() == 0, name     # A only after B has moved
+
+
+def test_each_adapter_acts_on_its_own_row_and_its_own_visit():
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float64")
+    model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
+    with torch.no_grad():
+        plain, _ = model(*batch, looped=True)
+        full = make_adapters(c, 3, True)
+        for place in range(len(full)):
+            for name, (a, b) in full[place].items():
+                only = [{} for _ in full]
+                b = b.clone()
+                b[0] = b[2] = 0
+                only[place] = {name: (a, b)}
+                nll, _ = model(*batch, looped=True, adapters=only)
+                assert torch.equal(nll[[0, 2]], plain[[0, 2]]) and not torch.equal(nll[1], plain[1]), (place, name)
+
+
+def test_adapters_are_low_rank_additions_to_the_matrices():
+    """One adapter on q of a single-layer model equals a changed weight; so does the head's."""
+    c = config(TINY, VOCAB_SIZE=48, NUM_LAYERS=1, COMPUTE_DTYPE="float64")
+    model, batch = build_model(c, seed=2), random_batch(c, 1, 24)
+    pairs = make_adapters(c, 1, False)
+    with torch.no_grad():
+        both, _ = model(*batch, looped=False, adapters=[{"q": pairs[0]["q"], "v": pairs[0]["v"]}, pairs[1]])
+        for bank, row, (a, b) in ((model.qo_bank, 0, pairs[0]["q"]), (model.kv_bank, 1, pairs[0]["v"])):
+            bank[row] += b[0] @ a[0]
+        a, b = pairs[1]["head"]
+        untied = tg.GPT(config(TINY, VOCAB_SIZE=48, NUM_LAYERS=1, COMPUTE_DTYPE="float64", TIE_EMBEDDINGS=0))
+        untied.load_state_dict({**model.state_dict(), "head": model.embedding + b[0] @ a[0]})
+        assert torch.allclose(untied(*batch, looped=False)[0], both, rtol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------- plan and weights
+
+
+def plan(looped, **knobs):
+    return tg.visit_plan(config({"PRESET": "record"}, **knobs), looped)
+
+
+def test_the_plan_of_the_record_is_the_specifications_example():
+    plain, looped = plan(False), plan(True)
+    assert [v.layer for v in plain] == list(range(11))
+    assert [v.save for v in plain] == [True] * 5 + [False] * 6                      # 0-4 | 5-10
+    assert [v.skip for v in plain] == [None] * 5 + [0, 1, 2, 3, 4] + [None]
+    assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [v.save for v in looped] == [True] * 8 + [False] * 9                     # 0,1,2,3,4,5,3,4 | 5,3,...,10
+    assert [v.skip for v in looped] == [None] * 8 + list(range(8)) + [None]
+    for visits in (plain, looped):
+        assert [v.layer for v in visits if v.lanes] == [8, 9, 10]
+
+
+def test_plans_pop_what_they_push():
+    for layers in range(1, 9):
+        for loops in range(3):
+            c = config(TINY, NUM_LAYERS=layers, NUM_LOOPS=loops, LOOP_START=layers // 3, LOOP_END=layers // 2)
+            for looped in (False, True):
+                visits, depth = tg.visit_plan(c, looped), 0
+                for v in visits:
+                    depth -= v.skip is not None
+                    assert depth >= 0
+                    depth += v.save
+                assert depth == 0 and len(visits) == layers + looped * loops * (layers // 2 - layers // 3 + 1)
+
+
+def test_the_looped_order_is_used_when_asked_for():
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float32")
+    model, batch, visited = build_model(c), random_batch(c, 1, 8), []
+    for number, block in enumerate(model.blocks):
+        block.q.register_forward_pre_hook(lambda *_, number=number: visited.append(number))
+    for looped in (False, True):
+        visited.clear()
+        model(*batch, looped=looped)
+        assert visited == tg.execution_order(c, looped)
+
+
+def test_xsa_leaves_nothing_along_the_own_value():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, 5, 6, 4, dtype=torch.float64, generator=generator)
+    v = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator)
+    out, own = tg.exclude_own_value(y, v), v.repeat_interleave(2, dim=2)
+    assert out.shape == y.shape
+    assert (out * own).sum(-1).abs().max() < 1e-12
+    removed = y - out                                             # parallel to the value, nothing else is taken
+    cosine = torch.nn.functional.cosine_similarity(removed, own, dim=-1).abs()
+    assert torch.allclose(cosine, torch.ones_like(cosine))
+
+
+def test_yarn_acts_where_and_only_where_the_evaluated_context_is_longer():
+    plain = tg.GPT(config(TINY))
+    for knobs, acts in ((dict(), False), (dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=16), False), (dict(EVAL_SEQ_LEN=64), True),
+                        (dict(YARN_MAX_LEN=40), True), (dict(YARN_MAX_LEN=20), False)):
+        for switch in (dict(ROPE_YARN=1), dict(ROPE_TYPE="yarn"), dict()):
+            model = tg.GPT(config(TINY, **knobs, **switch))
+            changed = not torch.equal(model.cos[:32], plain.cos)
+            assert changed is (acts and bool(switch)), (knobs, switch)
+
+
+def test_smear_gate_does_nothing_where_a_document_begins():
+    c = config(RECORD_LIKE, COMPUTE_DTYPE="float64")
+    gate = tg.SmearGate(c).double()
+    torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.constant_(gate.scale, 0.7)
+    x = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = gate(x, torch.tensor([[0, 0, 2, 2, 2, 5]]))
+    assert torch.equal(y[0, [0, 2, 5]], x[0, [0, 2, 5]])
+    for t in (1, 3, 4):
+        expected = x[0, t] + 0.7 * torch.sigmoid(gate.weight @ x[0, t, :5]) * x[0, t - 1]
+        assert torch.allclose(y[0, t], expected)
+
+
+def test_initial_weights_are_those_of_the_specification():
+    c = config(RECORD_LIKE, VOCAB_SIZE=4000, SEED=3)
+    model = tg.GPT(c)
+    model.reset()
+    layers, p = c.num_layers, dict(model.named_parameters())
+    for matrix in (*p["qo_bank"][:layers], *p["kv_bank"], *p["up_bank"]):
+        small = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
+        assert torch.allclose(small @ small.T, torch.eye(small.size(0)), atol=1e-5)
+    assert not p["qo_bank"][layers:].any() and not p["down_bank"].any()
+    assert abs(p["embedding"].std().item() - 0.005) < 2e-4 and abs(p["embedding"].mean().item()) < 1e-4
+    assert (p["skip_weights"] == 1).all() and not p["skip_gates"].any()
+    assert not p["smear.weight"].any() and not p["smear.scale"].any()
+    assert torch.equal(p["lane_mix"], torch.tensor([1.1, 1, 1]).expand(layers, 2, 3))
+    for i in range(layers):
+        assert torch.equal(p[f"blocks.{i}.input_mix"], torch.tensor([[1.0], [0.0]]).expand(2, 32))
+        assert (p[f"blocks.{i}.attention_scale"] == 1).all() and (p[f"blocks.{i}.mlp_scale"] == 1).all()
+        assert (p[f"blocks.{i}.query_gain"] == 5).all() and not p[f"blocks.{i}.head_gate"].any()
+    assert all(q.dtype == torch.float32 for q in p.values())
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    def weights(seed):
+        torch.manual_seed(torch.randint(10**6, ()).item())  # the global stream must play no part
+        model = tg.GPT(config(RECORD_LIKE, SEED=seed))
+        model.reset()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
+
+
+def test_parameters_are_counted_without_allocation():
+    for base in (TINY, RECORD_LIKE, ODD):
+        c = config(base)
+        assert tg.parameter_count(c) == sum(p.numel() for p in tg.GPT(c).parameters())
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+def test_each_use_is_one_graph_with_the_eager_result(attention):
+    """Traced with fullgraph=True, which refuses a break, and run without a compiler: values and gradients agree."""
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float64", ATTENTION=attention, NUM_LAYERS=3, LOOP_START=1,
+               LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=2, XSA_LAST_N=3)
+    model, batch = build_model(c), random_batch(c, 2, 16)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+    for looped in (False, True):
+        found, expected = compiled(*batch, looped=looped), model(*batch, looped=looped)
+        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
+        ours, plain = gradients(model, *found), gradients(model, *expected)
+        assert all(torch.allclose(ours[name], plain[name], rtol=1e-7, atol=1e-10) for name in plain)
+    with torch.no_grad():
+        assert torch.allclose(compiled(*batch, looped=True)[0], expected[0], rtol=1e-9)

@@ -1,0 +1,247 @@
+"""Groups, Muon and AdamW against plain float64 versions, clipping, and the same update on any number of ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import train_gpt as tg
+from helpers import RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run
+from rank_worker import run_jobs
+
+UNTIED = dict(TINY, TIE_EMBEDDINGS=0)
+EXACT = dict(COMPUTE_DTYPE="float64", VOCAB_SIZE=48)
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("base", [TINY, UNTIED, RECORD_LIKE], ids=["tiny", "untied", "record"])
+def test_every_parameter_is_in_one_group(base):
+    c = config(base, MATRIX_LR=0.1, SCALAR_LR=0.2, TIED_EMBED_LR=0.3, EMBED_LR=0.4, HEAD_LR=0.5, MUON_WD=0.01, ADAM_WD=0.02,
+               EMBED_WD=0.03)
+    model = tg.GPT(c)
+    groups = tg.parameter_groups(model, c)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {g.name: sorted(names[id(p)] for p in g.parameters) for g in groups}
+    assert sorted(sum(found.values(), [])) == sorted(names.values())
+    assert found["banks"] == ["down_bank", "kv_bank", "qo_bank", "up_bank"] and found["embedding"] == ["embedding"]
+    assert all("scale" in n or "mix" in n or "gain" in n or "gate" in n or "skip" in n or "smear" in n for n in found["scalars"])
+    rates = {g.name: (g.muon, g.lr, g.weight_decay) for g in groups}
+    assert rates["banks"] == (True, 0.1, 0.01) and rates["scalars"] == (False, 0.2, 0.02)
+    assert rates["embedding"] == (False, 0.3 if c.tie_embeddings else 0.4, 0.03)
+    assert rates.get("head") == (None if c.tie_embeddings else (False, 0.5, 0.03))
+
+
+def test_a_parameter_in_no_group_is_noticed():
+    c = config()
+    model = tg.GPT(c)
+    model.up_bank = None
+    with pytest.raises((AssertionError, AttributeError)):
+        tg.parameter_groups(model, c)
+
+
+# ------------------------------------------------------------------------------------------------ plain float64 versions
+
+POLAR = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
+         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+         (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
+         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
+CLASSIC = [(3.4445, -4.775, 2.0315)] * 5
+
+
+def newton_schulz(matrix, polynomials):
+    """Odd polynomials of a matrix's singular values, by SVD: no iteration of products at all."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    s = s / (np.linalg.norm(matrix) + 1e-7)
+    for a, b, c in polynomials:
+        s = a * s + b * s**3 + c * s**5
+    return u @ np.diag(s) @ vt
+
+
+def muon_reference(weight, gradients, c):
+    """The weight after one step for each gradient, with Nesterov momentum."""
+    momentum = np.zeros_like(weight)
+    polynomials = {"classic": CLASSIC, "polar_express": POLAR}[c.muon_coefficients]
+    for step, gradient in enumerate(gradients):
+        share = min(1, step / c.muon_momentum_warmup_steps) if c.muon_momentum_warmup_steps else 1
+        beta = c.muon_momentum_warmup_start + share * (c.muon_momentum - c.muon_momentum_warmup_start)
+        momentum = beta * momentum + (1 - beta) * gradient
+        update = (1 - beta) * gradient + beta * momentum
+        if c.muon_row_normalize:
+            update = update / np.linalg.norm(update, axis=1, keepdims=True)
+        rows, columns = weight.shape
+        update = newton_schulz(update, polynomials) * max(1, rows / columns) ** 0.5
+        weight = weight * (1 - c.matrix_lr * c.muon_wd) - c.matrix_lr * update
+    return weight
+
+
+def adam_reference(weight, gradients, lr, decay, c):
+    first = second = np.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        first = c.beta1 * first + (1 - c.beta1) * gradient
+        second = c.beta2 * second + (1 - c.beta2) * gradient**2
+        mean, deviation = first / (1 - c.beta1**step), np.sqrt(second / (1 - c.beta2**step))
+        weight = weight * (1 - lr * decay) - lr * mean / (deviation + c.adam_eps)
+    return weight
+
+
+def clipped(gradients, limit):
+    norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+    return {name: g * min(1, limit / (norm + 1e-6)) for name, g in gradients.items()} if limit else gradients
+
+
+RECIPES = {
+    "classic": dict(), "polar": dict(MUON_COEFFICIENTS="polar_express"), "rows": dict(MUON_ROW_NORMALIZE=1),
+    "decay": dict(MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.1), "clip": dict(GRAD_CLIP_NORM=0.05),
+    "no clip in effect": dict(GRAD_CLIP_NORM=1e6), "momentum": dict(MUON_MOMENTUM=0.6, MUON_MOMENTUM_WARMUP_START=0.1,
+                                                                    MUON_MOMENTUM_WARMUP_STEPS=2, BETA1=0.5, BETA2=0.9),
+    "record": dict(MUON_COEFFICIENTS="polar_express", MUON_ROW_NORMALIZE=1, MUON_WD=0.095, GRAD_CLIP_NORM=0.3, ADAM_WD=0.02,
+                   EMBED_WD=0.085, BETA2=0.99),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_steps_are_those_of_plain_optimizers(recipe):
+    c = config(RECORD_LIKE, **EXACT, **{"MUON_COEFFICIENTS": "classic", "MUON_ROW_NORMALIZE": 0, "MUON_WD": 0, "ADAM_WD": 0,
+                                        "EMBED_WD": 0, "GRAD_CLIP_NORM": 0, **RECIPES[recipe]})
+    model = build_model(c, seed=1)
+    optimizers = tg.Optimizers(model, c, single_run())
+    before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    history, generator = {name: [] for name in before}, np.random.default_rng(0)
+    for step in range(3):
+        gradients = {name: generator.normal(size=w.shape) * 0.01 for name, w in before.items()}
+        for name, p in model.named_parameters():
+            p.grad = torch.from_numpy(gradients[name].copy())
+        optimizers.step(tg.muon_beta(tg.Progress(step, 0.0), c), 1.0)
+        for name, g in clipped(gradients, c.grad_clip_norm).items():
+            history[name].append(g)
+    assert all(p.grad is None for p in model.parameters())
+    for name, p in model.named_parameters():
+        if name in tg.BANKS:
+            expected = np.stack([muon_reference(w, [g[i] for g in history[name]], c) for i, w in enumerate(before[name])])
+        else:
+            lr, decay = (c.tied_embed_lr, c.embed_wd) if name == "embedding" else (c.scalar_lr, c.adam_wd)
+            expected = adam_reference(before[name], history[name], lr, decay, c)
+        assert not np.allclose(expected, before[name], rtol=1e-4)
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_rates_multiplier_scales_every_step():
+    """Half the rate, half the change: for both optimizers, without decay."""
+    c, changes = config(RECORD_LIKE, **EXACT, MUON_WD=0, ADAM_WD=0, EMBED_WD=0), {}
+    for multiplier in (1.0, 0.5, 0.0):
+        model = build_model(c, seed=1)
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) * 0.01
+        tg.Optimizers(model, c, single_run()).step(0.9, multiplier)
+        changes[multiplier] = [p.detach() - b for p, b in zip(model.parameters(), before)]
+    for full, half, none in zip(*changes.values()):
+        assert full.abs().max() > 0 and torch.allclose(half, full / 2, rtol=1e-6, atol=1e-9) and not none.any()
+
+
+def test_the_norm_is_that_of_all_gradients():
+    c = config(RECORD_LIKE, **EXACT, GRAD_CLIP_NORM=0.3)
+    model, total = build_model(c), 0.0
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, 0.01 * (i + 1))
+        total += p.grad.square().sum().item()
+    assert tg.Optimizers(model, c, single_run()).step(0.9, 1.0) == pytest.approx(total**0.5, rel=1e-6)
+
+
+def test_an_unreached_parameter_is_no_obstacle():
+    """Skip weights of places that the plain order does not have get no gradient; they must neither stop nor move."""
+    c = config(RECORD_LIKE, **EXACT, ADAM_WD=0)
+    model, batch = build_model(c), random_batch(c, 2, 8)
+    before = model.skip_weights.detach().clone()
+    model(*batch, looped=False)[0].mean().backward()
+    tg.Optimizers(model, c, single_run()).step(0.9, 1.0)
+    moved = (model.skip_weights != before).any(1)
+    assert moved.tolist() == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("coefficients", ["classic", "polar_express"])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 4), (2, 4, 16), (1, 1, 5)])
+def test_newton_schulz_orthogonalizes(shape, coefficients):
+    update = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    polynomials = {"classic": CLASSIC, "polar_express": POLAR}[coefficients]
+    found = tg.orthogonalize(update, 5, coefficients, torch.float64)
+    for one, matrix in zip(found, update):
+        np.testing.assert_allclose(one.numpy(), newton_schulz(matrix.numpy(), polynomials), rtol=1e-5, atol=1e-5)
+    longer = tg.orthogonalize(update, 12, coefficients, torch.float64)
+    singular = torch.linalg.svdvals(longer)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    assert tg.orthogonalize(update * 1e-6, 5, coefficients, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.isfinite(tg.orthogonalize(update * 0, 5, coefficients, torch.bfloat16)).all()
+
+
+def test_reset_forgets_everything():
+    c = config(RECORD_LIKE, **EXACT)
+
+    def run(first):
+        model = build_model(c)
+        optimizers = tg.Optimizers(model, c, single_run())
+        for step in range(2 if first else 1):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.full_like(p, 0.01 if first and step == 0 else 0.03) * (torch.arange(p.numel()) % 7).view(p.shape)
+            if first and step == 1:
+                model.load_state_dict(build_model(c).state_dict())
+                optimizers.reset()
+            optimizers.step(0.9, 0.7)
+        return [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(x, y) for x, y in zip(run(True), run(False)))
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def jobs_for(data):
+    """Training and scoring, exact and in the usual types; banks of 1, 4 and 6 layers, which few ranks divide."""
+    record = dict(RECORD_LIKE, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=48,
+                  ITERATIONS=100, MUON_MOMENTUM_WARMUP_STEPS=3)
+    tiny = dict(TINY, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=64, ITERATIONS=100)
+    score = dict(tiny, EVAL_STRIDE=5, VAL_BATCH_SIZE=512)
+    steps = dict(steps=4)
+    return [
+        dict(name="record", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float64", GRAD_CLIP_NORM=0)),
+        dict(name="clipped", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float64", GRAD_CLIP_NORM=0.05)),
+        dict(name="uneven", kind="train", arguments=steps, knobs=dict(tiny, NUM_LAYERS=4, COMPUTE_DTYPE="float64")),
+        dict(name="one layer", kind="train", arguments=steps, knobs=dict(tiny, NUM_LAYERS=1, COMPUTE_DTYPE="float64")),
+        dict(name="usual", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float32")),
+        dict(name="score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float32")),
+        dict(name="exact score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float64")),
+        dict(name="hessians", kind="hessians", knobs=dict(record, COMPUTE_DTYPE="float64")),
+    ]
+
+
+def difference(x, y):
+    """Largest difference of two results, over the size of each array."""
+    assert set(x) == set(y)
+    return max(np.abs(x[name] - y[name]).max() / (np.abs(y[name]).max() + 1e-12) for name in x
+               if x[name].size and name != "losses")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_path):
+    jobs = jobs_for(data)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    for name in ("one", "many"):
+        (tmp_path / name).mkdir()
+    run_jobs(jobs, single_run(), tmp_path / "one")
+    done = launch(ROOT / "tests" / "rank_worker.py", {"OMP_NUM_THREADS": 1}, tmp_path / "jobs.json", tmp_path / "many",
+                  ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The clip's norm is summed in float32 (clipped); the Hessians are kept in float32.
+    tolerances = {"record": 1e-9, "clipped": 1e-5, "uneven": 1e-9, "one layer": 1e-9, "usual": 1e-2, "score": 1e-7,
+                  "exact score": 1e-13, "hessians": 1e-4}
+    for name, tolerance in tolerances.items():
+        alone = dict(np.load(tmp_path / "one" / f"{name}.0.npz"))
+        together = [dict(np.load(tmp_path / "many" / f"{name}.{rank}.npz")) for rank in range(ranks)]
+        for other in together[1:]:
+            assert all(np.array_equal(other[key], together[0][key]) for key in alone), f"{name}: ranks differ"
+        assert difference(together[0], alone) <= tolerance, name
+        if "losses" in alone:  # for the log, kept in float32
+            np.testing.assert_allclose(together[0]["losses"], alone["losses"], rtol=1e-5)

@@ -1,0 +1,138 @@
+"""Ranks, folders, logs: what a run writes, when, and who writes it."""
+
+import json
+import os
+
+import pytest
+import torch
+import train_gpt as tg
+from helpers import config, single_run, working_folder
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    tg.write_aside(target, "first\n")
+    assert target.read_text() == "first\n" and oct(target.stat().st_mode)[-3:] == "644"
+    tg.write_aside(target, b"\x00second")
+    assert target.read_bytes() == b"\x00second"
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        tg.write_aside(target, "third")
+    assert target.read_bytes() == b"\x00second" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_rank_0_alone_writes(tmp_path, capsys):
+    for rank in (1, 0):
+        run = single_run(rank, 2)
+        run.folder = tmp_path
+        run.log("a line")
+        run.metric(step=1, loss=0.5)
+        assert run.main is (rank == 0)
+        assert (tmp_path / "log.txt").exists() is run.main
+    assert capsys.readouterr().out == "a line\n"
+    assert (tmp_path / "log.txt").read_text() == "a line\n"
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1, "loss": 0.5}]
+
+
+def test_lines_are_added_and_evaluation_has_files_of_its_own(tmp_path):
+    run = single_run()
+    run.folder = tmp_path
+    run.log("one")
+    run.log("zwei: äöü")
+    run.prefix = "eval_"
+    run.log("three")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "one\nzwei: äöü\n"
+    assert (tmp_path / "eval_log.txt").read_text() == "three\n"
+
+
+def test_one_process_agrees_with_itself():
+    run = single_run()
+    tensor = torch.tensor([2.0])
+    run.add_up(tensor)
+    run.barrier()
+    assert (run.agree(0.1), run.agree_object({"a": b"b"}), tensor.item()) == (0.1, {"a": b"b"}, 2.0)
+
+
+def test_stages_add_their_seconds_up():
+    run = single_run()
+    for _ in range(2):
+        with tg.Stage(run, "work"):
+            sum(range(10000))
+    first = run.seconds["work"]
+    with pytest.raises(KeyError), tg.Stage(run, "work"):
+        raise KeyError
+    assert run.seconds["work"] > first > 0 and set(run.seconds) == {"work"}
+
+
+def test_memory_and_cores_are_plausible():
+    assert 2**20 < single_run().peak_memory() < 2**40
+    assert 1 <= tg.available_cores() <= (os.cpu_count() or 1)
+
+
+def test_start_of_a_single_process(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    run = tg.start_run(config(CPU_THREADS=3), {})
+    assert (run.rank, run.world, run.local_world, run.device.type, run.main) == (0, 1, 1, "cpu", True)
+    tg.start_run(config(CPU_THREADS=0), {})
+    assert threads == [3, tg.available_cores()]
+
+
+def test_ranks_share_the_cores(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(tg, "available_cores", lambda: 8)
+    monkeypatch.setattr(tg.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(tg.dist, "new_group", lambda *_, **__: None)
+    for ranks in (1, 2, 3, 12):
+        environment = dict(RANK="1", WORLD_SIZE=str(ranks), LOCAL_RANK="1", LOCAL_WORLD_SIZE=str(ranks))
+        tg.start_run(config(CPU_THREADS=0), environment)
+    assert threads == [8, 4, 2, 1]
+
+
+def test_cuda_is_refused_where_there_is_none():
+    with pytest.raises(tg.ConfigError, match="^DEVICE=cuda: "):
+        tg.start_run(config(DEVICE="cuda"), {})
+
+
+def test_the_folder_is_named_by_the_run_or_given(tmp_path):
+    with working_folder(tmp_path):
+        for knobs, folder in ((dict(RUN_ID="mine"), "logs/mine"), (dict(ARTIFACT_DIR="a/b", RUN_ID="other"), "a/b")):
+            run = single_run()
+            tg.open_folder(run, config(**knobs))
+            assert run.folder.as_posix() == folder
+            saved = json.loads((tmp_path / folder / "config.json").read_text())
+            assert saved["model_dim"] == 32 and set(saved) == {f.name for f in tg.dataclasses.fields(tg.Config)}
+        run = single_run()
+        tg.open_folder(run, config(SEED=5))
+        assert run.folder.parent.name == "logs" and run.folder.name.endswith("-demo-seed5")
+        assert not (tmp_path / "logs" / "other").exists()
+
+
+def test_a_folder_with_other_files_may_be_used(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    run = single_run()
+    tg.open_folder(run, config(ARTIFACT_DIR=tmp_path))
+    assert run.folder == tmp_path and (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(tg.ConfigError, match="already holds a run"):
+        tg.open_folder(single_run(), config(ARTIFACT_DIR=tmp_path))
+
+
+def test_errors_name_what_stands_where():
+    assert str(tg.ConfigError("KNOB", 3, "must be 4")) == "KNOB=3: must be 4"
+    assert str(tg.ConfigError("file.bin", "", "is damaged")) == "file.bin: is damaged"
+    assert issubclass(tg.ArtifactError, tg.ConfigError)
+
+
+@pytest.mark.parametrize("arguments, options, mode", [
+    ([], set(), None), (["--help"], {"--help"}, None), (["-h"], {"--help"}, None), (["--mode", "eval"], set(), "eval"),
+    (["--mode=train"], set(), "train"), (["--dry-run", "--mode", "all"], {"--dry-run"}, "all")])
+def test_arguments(arguments, options, mode):
+    given = {"MODE": "other"} if mode else {}
+    found, environment = tg.parse_arguments(arguments, given)
+    assert found == options and environment.get("MODE") == mode
+    assert given == ({"MODE": "other"} if mode else {})  # the caller's environment is not changed

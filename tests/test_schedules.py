@@ -1,0 +1,122 @@
+"""Schedules are pure functions of the progress: their corners."""
+
+import pytest
+import train_gpt as tg
+from helpers import config, examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def at(step, seconds=0.0):
+    return tg.Progress(step, seconds)
+
+
+def by_steps(**knobs):
+    return config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=0, **knobs)
+
+
+def by_time(**knobs):
+    return config(ITERATIONS=10**9, MAX_WALLCLOCK_SECONDS=600, **knobs)
+
+
+def test_the_fraction_is_the_larger_of_time_and_steps():
+    c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=100)
+    assert tg.fraction_done(at(0), c) == 0
+    assert tg.fraction_done(at(250, 10), c) == 0.25
+    assert tg.fraction_done(at(250, 70), c) == 0.7
+    assert tg.fraction_done(at(1000, 70), c) == 1
+    assert tg.fraction_done(at(10, 100), c) == 1
+    assert tg.fraction_done(at(5000, 500), c) == 1
+    assert tg.fraction_done(at(250, 1e9), by_steps()) == 0.25  # no limit of time
+
+
+def test_reserved_seconds_are_not_trained():
+    c = config(ITERATIONS=10**9, MAX_WALLCLOCK_SECONDS=600, GPTQ_RESERVE_SECONDS=12)
+    assert tg.fraction_done(at(1, 294), c) == pytest.approx(0.5)
+    assert tg.fraction_done(at(1, 588), c) == 1
+
+
+@pytest.mark.parametrize("make", [by_steps, by_time])
+def test_warmdown_by_fraction(make):
+    c = make(WARMDOWN_FRAC=0.4)
+    for share, expected in ((0, 1), (0.3, 1), (0.6, 1), (0.8, 0.5), (0.9, 0.25), (1, 0)):
+        progress = at(round(1000 * share)) if make is by_steps else at(5, 600 * share)
+        assert tg.lr_multiplier(progress, c) == pytest.approx(expected, abs=1e-6)
+
+
+def test_warmdown_has_a_floor():
+    c = by_steps(WARMDOWN_FRAC=0.85, MIN_LR=0.1)
+    assert tg.lr_multiplier(at(150), c) == 1 and tg.lr_multiplier(at(575), c) == pytest.approx(0.5)
+    assert tg.lr_multiplier(at(990), c) == tg.lr_multiplier(at(1000), c) == 0.1
+
+
+def test_warmdown_by_steps():
+    c = by_steps(WARMDOWN_FRAC=0, WARMDOWN_ITERS=200)
+    for step, expected in ((0, 1), (799, 1), (800, 1), (900, 0.5), (1000, 0)):
+        assert tg.lr_multiplier(at(step), c) == pytest.approx(expected, abs=1e-9)
+
+
+def test_warmdown_by_steps_under_a_limit_of_time_follows_the_pace():
+    """At 0.1 s a step, 1200 steps take 120 of the 600 s."""
+    c = by_time(WARMDOWN_FRAC=0, WARMDOWN_ITERS=1200)
+    for seconds, expected in ((100, 1), (480, 1), (540, 0.5), (570, 0.25), (600, 0)):
+        assert tg.lr_multiplier(at(seconds * 10, seconds), c) == pytest.approx(expected, abs=1e-4)
+
+
+def test_warmdown_by_steps_ends_where_the_training_time_ends():
+    """The reserve shortens the training, and the warmdown's 1200 steps still are its last 1200."""
+    c = by_time(WARMDOWN_FRAC=0, WARMDOWN_ITERS=1200, GPTQ_RESERVE_SECONDS=120)
+    for seconds, expected in ((359, 1), (420, 0.5), (480, 0)):
+        assert tg.lr_multiplier(at(seconds * 10, seconds), c) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_warmdown_longer_than_the_run_starts_at_once():
+    assert tg.lr_multiplier(at(0), by_steps(WARMDOWN_ITERS=5000)) == 1
+    assert tg.lr_multiplier(at(500), by_steps(WARMDOWN_ITERS=5000)) == pytest.approx(0.5)
+    assert tg.lr_multiplier(at(1), by_steps(WARMDOWN_FRAC=1)) == pytest.approx(0.999)
+
+
+def test_no_warmdown():
+    assert [tg.lr_multiplier(at(step), by_steps(WARMDOWN_FRAC=0, WARMDOWN_ITERS=0)) for step in (0, 999, 1000)] == [1, 1, 1]
+
+
+@examples(max_examples=200)
+@given(st.integers(0, 2000), st.floats(0, 700), st.sampled_from([0, 0.3, 1.0]), st.sampled_from([0, 10, 5000]),
+       st.sampled_from([0, 0.1]), st.sampled_from([0, 600]))
+def test_the_rate_stays_between_its_floor_and_one_and_never_rises(step, seconds, fraction, steps, floor, limit):
+    c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=limit, WARMDOWN_FRAC=fraction, WARMDOWN_ITERS=steps, MIN_LR=floor)
+    now, later = tg.lr_multiplier(at(step, seconds), c), tg.lr_multiplier(at(step + 7, seconds * (step + 7) / max(step, 1)), c)
+    assert floor <= later <= now + 1e-12 and now <= 1
+    assert 0 <= tg.fraction_done(at(step, seconds), c) <= 1
+
+
+def test_momentum_warms_up_linearly():
+    c = config(MUON_MOMENTUM=0.97, MUON_MOMENTUM_WARMUP_START=0.92, MUON_MOMENTUM_WARMUP_STEPS=1500)
+    for step, expected in ((0, 0.92), (750, 0.945), (1500, 0.97), (9000, 0.97)):
+        assert tg.muon_beta(at(step), c) == pytest.approx(expected, rel=1e-12)
+    assert tg.muon_beta(at(0), config(MUON_MOMENTUM=0.9, MUON_MOMENTUM_WARMUP_STEPS=0)) == pytest.approx(0.9)
+
+
+def test_the_loop_switches_on_once():
+    looped = dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=1, ENABLE_LOOPING_AT=0.35)
+    c = by_steps(**looped)
+    assert [tg.loops_on(at(step), c) for step in (0, 349, 350, 1000)] == [False, False, True, True]
+    assert tg.loops_on(at(0), by_steps(**{**looped, "ENABLE_LOOPING_AT": 0}))
+    assert not tg.loops_on(at(1000), by_steps())  # a model without a loop
+    assert tg.loops_on(at(1, 210.1), by_time(**looped)) and not tg.loops_on(at(1, 209), by_time(**looped))
+
+
+def test_the_average_forgets_its_start():
+    c = config(EMA_DECAY=0.9965)
+    shares = [tg.ema_share(step, c) for step in range(10_000)]
+    assert shares[0] == pytest.approx(0.9) and all(a >= b for a, b in zip(shares, shares[1:]))
+    assert shares[9999] == pytest.approx(1 - 0.9965) and min(shares) == pytest.approx(0.0035)
+    start = 1.0
+    for share in shares[:1000]:
+        start *= 1 - share
+    assert start < 1e-6  # what is left of the initial weights
+
+
+def test_schedules_do_not_depend_on_anything_else():
+    c = by_steps(WARMDOWN_FRAC=0.5)
+    assert [tg.lr_multiplier(at(700), c) for _ in range(3)] == [tg.lr_multiplier(at(700), c)] * 3

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny corpus with its tokenizer and shards, configurations, and ways to run the script."""
+"""What several test files share: a tiny corpus with its tokenizer and shards, configurations, running the script."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ WORDS = ("the of and to a in that is was he for it with as his on be at by had n
          "carried walked opened remembered followed answered waited gathered small quiet golden broken ancient "
          "café naïve über Åse “quoted” — 12 345 1999").split()
 
-# A model that trains in seconds; every value that a preset may set is given, so that a change of one leaves the tests alone.
+# A model that trains in seconds; every value that presets set is given, so that a change of one leaves the tests alone.
 TINY = dict(
     PRESET="baseline", VOCAB_SIZE=VOCAB_SIZE, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2,
     LEAKY_RELU_SLOPE=0.5, QK_GAIN_INIT=1.5, ROPE_DIMS=0, XSA_LAST_N=0, LN_SCALE=0, NUM_LOOPS=0, PARALLEL_START_LAYER=-1,
@@ -155,7 +155,8 @@ def write_data(folder):
         write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
     split = dict(tokens=len(tokens), bytes=sum(len(text.encode()) for text in validation))
     (folder / "validation.json").write_text(json.dumps(validation))
-    (folder / "manifest.json").write_text(json.dumps(dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5})))
+    manifest = dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def built_once(tmp_path_factory, name, build):

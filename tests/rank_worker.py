@@ -38,7 +38,8 @@ def hessians(c, run):
 def run_jobs(jobs, run, folder):
     for job in jobs:
         arguments = dict(job.get("arguments", {}))
-        result = {"train": train, "score": score, "hessians": hessians}[job["kind"]](config(job["knobs"]), run, **arguments)
+        work = {"train": train, "score": score, "hessians": hessians}[job["kind"]]
+        result = work(config(job["knobs"]), run, **arguments)
         np.savez(folder / f"{job['name']}.{run.rank}.npz", **result)
 
 

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import train_gpt as tg
-from helpers import ROOT, SCRIPT, TINY, clean_environment, config, knob_names, run_script, snapshot, strings, write_shard
+from helpers import (
+    ROOT, SCRIPT, TINY, clean_environment, config, knob_names, run_script, snapshot, strings, write_shard,
+)
 
 SOURCE = SCRIPT.read_text()
 TREE = ast.parse(SOURCE)
@@ -131,8 +133,7 @@ def copy_data(data, folder, skip=()):
 
 def test_a_missing_folder_of_shards(tiny, tmp_path, capfd, monkeypatch):
     line = refused(dict(tiny, DATA_PATH="no/such"), tmp_path, capfd, monkeypatch)
-    assert "DATA_PATH=no/such" in line or "no/such/tokenizer.model" in line
-    assert "prepare.py" in line or "no such file" in line
+    assert "DATA_PATH=no/such" in line and "prepare.py" in line
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -217,6 +218,12 @@ def test_a_world_size_that_does_not_divide_is_refused_before_anything_starts(tin
     assert "TRAIN_BATCH_TOKENS=768" in line and "5 ranks" in line
 
 
+def test_an_evaluations_own_settings_are_held_against_the_artifact_not_the_preset():
+    """Which context there is, the artifact says: a stride of 300 may be right for a model of longer rows."""
+    c = tg.config_from_env({"PRESET": "demo", "MODE": "eval", "EVAL_STRIDE": "300", "DEVICE": "cpu"}, False)[0]
+    assert c.eval_stride == 300
+
+
 def test_evaluation_without_an_artifact(tiny, tmp_path, capfd, monkeypatch):
     assert "RUN_ID" in refused(dict(tiny, MODE="eval"), tmp_path, capfd, monkeypatch)
     line = refused(dict(tiny, MODE="eval", RUN_ID="never"), tmp_path, capfd, monkeypatch)
@@ -280,7 +287,8 @@ def test_every_preset_names_existing_knobs_of_the_right_type_and_passes_the_chec
 
 
 def test_a_setting_overrides_its_preset_and_is_known_as_explicit():
-    c, explicit, _ = tg.config_from_env({"PRESET": "record", "NUM_LAYERS": "12", "TIE_EMBEDDINGS": "0", "SEED": ""}, False)
+    environment = {"PRESET": "record", "NUM_LAYERS": "12", "TIE_EMBEDDINGS": "0", "SEED": ""}
+    c, explicit, _ = tg.config_from_env(environment, False)
     assert (c.num_layers, c.tie_embeddings, c.model_dim) == (12, False, 512)
     assert c.seed == 42  # an empty variable is as none
     assert explicit == {"num_layers", "tie_embeddings"}
@@ -307,12 +315,14 @@ def test_steps_of_warmdown_replace_a_presets_fraction():
 # SPEC.md's values of the presets, so that a change of a default cannot change a recipe unseen.
 RECIPES = {
     "record": dict(vocab_size=8192, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=4,
-                   tied_embed_init_std=0.005, neftune_alpha=5, gate_window=12, rope_dims=16, rope_base=1e4, qk_gain_init=5,
+                   tied_embed_init_std=0.005, neftune_alpha=5, gate_window=12, rope_dims=16, rope_base=1e4,
+                   qk_gain_init=5,
                    train_seq_len=2048, xsa_last_n=11, sparse_attn_gate_scale=0.5, leaky_relu_slope=0.5,
                    enable_looping_at=0.35, loop_start=3, loop_end=5, num_loops=2, parallel_start_layer=8,
                    logit_softcap=30, z_loss_weight=1e-4, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
                    muon_momentum_warmup_steps=1500, muon_backend_steps=5, muon_wd=0.095, matrix_lr=0.026,
-                   tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta1=0.9, beta2=0.99, adam_eps=1e-8,
+                   tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta1=0.9, beta2=0.99,
+                   adam_eps=1e-8,
                    grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, max_wallclock_seconds=600, warmup_steps=20,
                    train_batch_tokens=786432, ema_decay=0.9965, gptq_calibration_batches=16, gptq_damp=0.01,
                    attn_clip_sigmas=13, mlp_clip_sigmas=11.5, embed_clip_sigmas=14, matrix_bits=6,
@@ -343,23 +353,26 @@ def test_the_record_preset_has_the_records_size_and_order():
 # ------------------------------------------------------------------------------------------------------ misspelt names
 
 
-@pytest.mark.parametrize("name", ["TTT_LORA_RNAK", "MATRIX_LRR", "NUM_LAYER", "num_layerz", "MUON_MOMENTUMS", "TRAIN_SEQLEN",
-                                  "WARMDOWN_ITER", "ARTIFACT_LIMIT_BYTE", "ITERATION", "EVAL_STRIDES", "SWA_EVER"])
+@pytest.mark.parametrize("name", ["TTT_LORA_RNAK", "MATRIX_LRR", "NUM_LAYER", "num_layerz", "MUON_MOMENTUMS",
+                                  "SWA_EVER", "TRAIN_SEQLEN", "WARMDOWN_ITER", "ARTIFACT_LIMIT_BYTE", "ITERATION"])
 def test_a_misspelt_knob_is_warned_about_by_name(name):
     warnings = tg.misspelt({name: "5"})
     assert len(warnings) == 1 and f"{name}=5" in warnings[0] and "no effect" in warnings[0]
 
 
-@pytest.mark.parametrize("name, meant", [("MATRIX_LRR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"), ("ITERATION", "ITERATIONS")])
+@pytest.mark.parametrize("name, meant", [("MATRIX_LRR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"),
+                                         ("ITERATION", "ITERATIONS")])
 def test_the_knob_that_was_meant_is_named(name, meant):
     assert f"did you mean {meant}?" in tg.misspelt({name: "5"})[0]
 
 
 def test_ordinary_variables_and_real_knobs_are_not_warned_about():
-    ordinary = ("HOME PATH USER LANG LC_ALL SHELL TERM PWD OLDPWD EDITOR PAGER HOSTNAME LOGNAME MAIL DISPLAY VIRTUAL_ENV "
-                "OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG RANK WORLD_SIZE LOCAL_RANK "
+    ordinary = ("HOME PATH USER LANG LC_ALL SHELL TERM PWD OLDPWD EDITOR PAGER HOSTNAME LOGNAME MAIL DISPLAY "
+                "VIRTUAL_ENV OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG "
+                "RANK WORLD_SIZE LOCAL_RANK "
                 "LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID "
-                "TORCHINDUCTOR_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTHONPATH PYTHONHASHSEED XDG_RUNTIME_DIR CI GITHUB_RUN_ID "
+                "TORCHINDUCTOR_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTHONPATH PYTHONHASHSEED XDG_RUNTIME_DIR CI "
+                "GITHUB_RUN_ID "
                 "SLURM_JOB_ID TMPDIR NODE_RANK LD_LIBRARY_PATH DEBIAN_FRONTEND PYTEST_CURRENT_TEST MODELS _ SHLVL TZ")
     assert tg.misspelt(dict.fromkeys(ordinary.split(), "x")) == []
     assert tg.misspelt(dict.fromkeys(knob_names(), "1")) == []
@@ -384,7 +397,7 @@ def test_help_names_every_knob_with_the_values_of_each_preset():
 
 
 def test_dry_run_is_one_json_object_and_touches_nothing(tmp_path):
-    done = run_script({"PRESET": "record", "WORLD_SIZE": "8", "RANK": "0", "MATRIX_LRR": "1"}, "--dry-run", cwd=tmp_path)
+    done = run_script(dict(PRESET="record", WORLD_SIZE=8, RANK=0, MATRIX_LRR=1), "--dry-run", cwd=tmp_path)
     plan = json.loads(done.stdout)
     assert done.returncode == 0 and not list(tmp_path.iterdir())
     assert set(plan["config"]) == {f.name for f in FIELDS} and plan["config"]["matrix_lr"] == 0.026
@@ -456,7 +469,7 @@ def test_no_function_is_longer_than_80_lines():
 
 def test_no_knob_is_read_with_a_fallback():
     """getattr(c, name, default) hides a knob that does not exist."""
-    calls = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "getattr"]
+    calls = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
     assert calls and [ast.unparse(n) for n in calls if len(n.args) > 2] == []
 
 
@@ -470,8 +483,8 @@ def test_one_place_knows_the_formula_of_bits_per_byte():
 
 def test_sections_stand_in_the_houses_order():
     titles = re.findall(r"^# -{20,}\n# (\w+)", SOURCE, flags=re.MULTILINE)
-    house = ["Config", "Run", "Data", "Score", "Kernels", "Model", "Adapters", "Optimizers", "Schedules", "Training", "GPTQ",
-             "Artifact", "Evaluation", "TTT", "main"]
+    house = ["Config", "Run", "Data", "Score", "Kernels", "Model", "Adapters", "Optimizers", "Schedules", "Training",
+             "GPTQ", "Artifact", "Evaluation", "TTT", "main"]
     assert titles == [name for name in house if name in titles]
     assert set(house) - set(titles) <= {"Adapters", "TTT"}  # these two may still be unbuilt
 
@@ -481,7 +494,8 @@ def test_each_section_calls_only_those_above_it():
     borders = [n for n, line in enumerate(SOURCE.splitlines(), 1) if re.match(r"# -{20,}$", line)][::2]
     section = {}
     for node in TREE.body:
-        names = [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
+        targets = [t for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
+        names = [node.name] if hasattr(node, "name") else [t.id for t in targets]
         section |= {name: sum(b <= node.lineno for b in borders) for name in names}
     late = []
     for node in TREE.body:

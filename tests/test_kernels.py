@@ -40,7 +40,8 @@ def rounding_is_no_worse(fast, plain, inputs, slack=1.6, floor=2.0 ** -9):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = sum((y * normal(*y.shape, seed=50 + i).to(torch.bfloat16).to(y.dtype)).sum() for i, y in enumerate(outputs))
+        weights = [normal(*y.shape, seed=50 + i).to(torch.bfloat16).to(y.dtype) for i, y in enumerate(outputs)]
+        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights))
         return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)]
 
     exact = run(plain, torch.float64)
@@ -107,7 +108,8 @@ def test_leaky_relu_squared_by_hand():
 @pytest.mark.parametrize("cap", [0.5, 5.0, 30.0, 80.0, 200.0])
 @pytest.mark.parametrize("scale", [0.1, 30.0])
 def test_softcapped_cross_entropy(cap, scale):
-    logits, targets = normal(3, 5, 40, scale=scale), torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(1))
+    logits = normal(3, 5, 40, scale=scale)
+    targets = torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(1))
     compare(lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, cap),
             lambda x: tg.softcapped_cross_entropy_plain(x, targets, cap), [logits])
 
@@ -131,7 +133,8 @@ def test_the_z_loss_trains():
     lse = torch.logsumexp(z, -1, keepdim=True)
     expected = 2 * lse * torch.softmax(z, -1) * (1 - torch.tanh(logits / cap) ** 2) / 6
     assert expected.abs().max() > 0.1
-    for function in (tg.SoftcappedCrossEntropyCPU.apply, tg.softcapped_cross_entropy_plain, tg.softcapped_cross_entropy):
+    functions = (tg.SoftcappedCrossEntropyCPU.apply, tg.softcapped_cross_entropy_plain, tg.softcapped_cross_entropy)
+    for function in functions:
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             x = logits.detach().clone().to(dtype).requires_grad_()
             function(x, targets, cap)[1].square().mean().backward()
@@ -220,8 +223,7 @@ def test_every_backend_equals_the_definition():
 
 
 def test_blocked_attention_passes_gradcheck(monkeypatch):
-    block = "BlockedAttention" if hasattr(tg.BlockedAttention, "QUERY_BLOCK") else None
-    monkeypatch.setattr(tg.BlockedAttention if block else tg, "QUERY_BLOCK", 3)  # several blocks in few positions
+    monkeypatch.setattr(tg, "QUERY_BLOCK", 3)  # several blocks in few positions
     q, k, v = (normal(1, 7, n, 2, seed=i).requires_grad_() for i, n in enumerate((2, 1, 1)))
     documents = documents_of([[0, 4]], 1, 7)
     function = backends(documents, torch.float64)["blocked"]
@@ -260,7 +262,8 @@ def test_who_sees_whom():
 
 def tables(length, frequencies):
     """cos and sin as the model hands them out, [length, 1, frequencies], and the angles."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))[:, None]
+    positions, frequencies = torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64)
+    angles = torch.outer(positions, frequencies)[:, None]
     return angles.cos(), angles.sin(), angles
 
 

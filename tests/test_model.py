@@ -1,4 +1,4 @@
-"""The forward pass: against a plain one, causality, isolation of documents, normalization, adapters, the U-Net's plan."""
+"""The forward pass: against a plain one, causality, isolation of documents, normalization, adapters, the plan."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ CONFIGURATIONS = {
     "baseline": BASELINE, "record": RECORD, "odd": ODD, "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
     "one kv head": dict(BASELINE, NUM_KV_HEADS=1), "one layer": dict(BASELINE, NUM_LAYERS=1),
     "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
-    "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128), "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
+    "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128),
+    "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
     "output gate": dict(BASELINE, ATTN_OUT_GATE_ENABLED=1, GATE_WINDOW=7, XSA_LAST_N=1),
 }
 

@@ -35,7 +35,8 @@ def test_rank_0_alone_writes(tmp_path, capsys):
         assert (tmp_path / "log.txt").exists() is run.main
     assert capsys.readouterr().out == "a line\n"
     assert (tmp_path / "log.txt").read_text() == "a line\n"
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1, "loss": 0.5}]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}]
 
 
 def test_lines_are_added_and_evaluation_has_files_of_its_own(tmp_path):
@@ -109,7 +110,7 @@ def test_the_folder_is_named_by_the_run_or_given(tmp_path):
             assert saved["model_dim"] == 32 and set(saved) == {f.name for f in tg.dataclasses.fields(tg.Config)}
         run = single_run()
         tg.open_folder(run, config(SEED=5))
-        assert run.folder.parent.name == "logs" and run.folder.name.endswith("-demo-seed5")
+        assert run.folder.parent.name == "logs" and run.folder.name.endswith("-baseline-seed5")
         assert not (tmp_path / "logs" / "other").exists()
 
 

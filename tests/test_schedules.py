@@ -71,13 +71,14 @@ def test_warmdown_by_steps_ends_where_the_training_time_ends():
 
 
 def test_a_warmdown_longer_than_the_run_starts_at_once():
-    assert tg.lr_multiplier(at(0), by_steps(WARMDOWN_ITERS=5000)) == 1
-    assert tg.lr_multiplier(at(500), by_steps(WARMDOWN_ITERS=5000)) == pytest.approx(0.5)
+    assert tg.lr_multiplier(at(0), by_steps(WARMDOWN_FRAC=0, WARMDOWN_ITERS=5000)) == 1
+    assert tg.lr_multiplier(at(500), by_steps(WARMDOWN_FRAC=0, WARMDOWN_ITERS=5000)) == pytest.approx(0.5)
     assert tg.lr_multiplier(at(1), by_steps(WARMDOWN_FRAC=1)) == pytest.approx(0.999)
 
 
 def test_no_warmdown():
-    assert [tg.lr_multiplier(at(step), by_steps(WARMDOWN_FRAC=0, WARMDOWN_ITERS=0)) for step in (0, 999, 1000)] == [1, 1, 1]
+    c = by_steps(WARMDOWN_FRAC=0, WARMDOWN_ITERS=0)
+    assert [tg.lr_multiplier(at(step), c) for step in (0, 999, 1000)] == [1, 1, 1]
 
 
 @examples(max_examples=200)
@@ -85,7 +86,8 @@ def test_no_warmdown():
        st.sampled_from([0, 0.1]), st.sampled_from([0, 600]))
 def test_the_rate_stays_between_its_floor_and_one_and_never_rises(step, seconds, fraction, steps, floor, limit):
     c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=limit, WARMDOWN_FRAC=fraction, WARMDOWN_ITERS=steps, MIN_LR=floor)
-    now, later = tg.lr_multiplier(at(step, seconds), c), tg.lr_multiplier(at(step + 7, seconds * (step + 7) / max(step, 1)), c)
+    progress, further = at(step, seconds), at(step + 7, seconds * (step + 7) / max(step, 1))  # at the same pace
+    now, later = tg.lr_multiplier(progress, c), tg.lr_multiplier(further, c)
     assert floor <= later <= now + 1e-12 and now <= 1
     assert 0 <= tg.fraction_done(at(step, seconds), c) <= 1
 

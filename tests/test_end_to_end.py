@@ -1,0 +1,290 @@
+"""The real script, from shards to a score, in seconds: the files that a run leaves, and that it can be repeated."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import train_gpt as tg
+from helpers import RECORD_LIKE, SCRIPT, TINY, built_once, knob_names, run_script, snapshot, strings
+
+SUMMARY = {"val_bpb_pre_quant", "val_bpb_quantized", "val_bpb_ttt", "val_bpb", "val_tokens", "val_bytes", "code_bytes",
+           "model_bytes", "artifact_bytes", "parameters", "steps", "train_tokens", "tokens_per_second", "seconds",
+           "peak_memory_bytes", "versions", "hardware"}
+STEP = r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms"
+VALIDATION = r"val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)"
+RUN = dict(TINY, ITERATIONS=30, VAL_LOSS_EVERY=15, TRAIN_LOG_EVERY=10, WARMUP_STEPS=1, RUN_ID="run")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, data):
+    """The folder of one run of the script with MODE=all, shared by the tests below; its output is in out.json."""
+    def build(folder):
+        done = run_script(dict(RUN, DATA_PATH=data, MATRIX_LRR=1), cwd=folder)
+        (folder / "out.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    return built_once(tmp_path_factory, "whole_run", build)
+
+
+def output(folder):
+    return json.loads((folder / "out.json").read_text())
+
+
+def summary_of(folder, name="summary.json"):
+    return json.loads((folder / name).read_text())
+
+
+def test_the_script_succeeds_and_leaves_its_files(whole_run):
+    code, out, errors = output(whole_run)
+    assert code == 0 and errors == "", errors
+    assert {p.name for p in (whole_run / "logs" / "run").iterdir()} == {
+        "log.txt", "metrics.jsonl", "config.json", "model.pgolf", "summary.json"}
+    assert (whole_run / "logs" / "run" / "log.txt").read_text() == out  # what is printed is what is logged
+
+
+def test_the_summary_holds_every_field(whole_run, validation_texts, data):
+    folder = whole_run / "logs" / "run"
+    s = summary_of(folder)
+    assert SUMMARY <= set(s)
+    assert s["val_bytes"] == sum(len(t.encode()) for t in validation_texts)
+    assert s["val_tokens"] == sum((p.stat().st_size - 1024) // 2 for p in data.glob("fineweb_val_*")) - 1
+    assert s["model_bytes"] == (folder / "model.pgolf").stat().st_size
+    assert s["artifact_bytes"] == s["code_bytes"] + s["model_bytes"] and 0 < s["code_bytes"] <= SCRIPT.stat().st_size
+    assert (s["steps"], s["train_tokens"]) == (30, 30 * 768)
+    assert s["parameters"] == tg.parameter_count(tg.config_from_env(strings(TINY), False)[0])
+    assert s["val_bpb_ttt"] is None and s["val_bpb"] == s["val_bpb_quantized"]
+    assert abs(s["val_bpb_quantized"] - s["val_bpb_pre_quant"]) < 0.02 < s["val_bpb"] < 2.5
+    assert s["tokens_per_second"] > 0 and 2**20 < s["peak_memory_bytes"] < 2**36
+    stages = {"data", "setup", "warmup", "train", "validate", "quantize", "pack", "unpack", "evaluate"}
+    assert stages <= set(s["seconds"]) and all(seconds >= 0 for seconds in s["seconds"].values())
+    assert s["versions"]["torch"] == torch.__version__ and "core" in s["hardware"]
+
+
+def test_the_log_can_be_parsed_as_the_fields_scripts_do(whole_run):
+    log = (whole_run / "logs" / "run" / "log.txt").read_text()
+    steps = re.findall(STEP, log)
+    assert {int(s[0]) for s in steps} >= {10, 20, 30}
+    for step, loss, time, average in steps:
+        assert 0 < float(loss) < 7 and float(time) / int(step) == pytest.approx(float(average), abs=1)
+    assert float(steps[-1][1]) < float(steps[0][1]) - 1
+    validations = re.findall(r"step:(\d+)/30 " + VALIDATION, log)
+    assert [int(v[0]) for v in validations] == [0, 15, 30]
+    assert len(re.findall(VALIDATION, log)) == 5  # these, and before and after quantization
+    assert "warning: MATRIX_LRR=1 has no effect: did you mean MATRIX_LR?" in log
+    assert re.search(r"peak memory \d+ MiB", log) and re.search(r"artifact +\d+ bytes \(code \d+ \+ model \d+\)", log)
+    assert "eta:" in log and "2.5000 xz -9" in log
+
+
+def test_metrics_are_json_lines_and_agree_with_the_summary(whole_run):
+    folder = whole_run / "logs" / "run"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    s = summary_of(folder)
+    scores = {m["stage"]: m["val_bpb"] for m in metrics if "stage" in m}
+    assert scores == {"pre_quant": s["val_bpb_pre_quant"], "quantized": s["val_bpb_quantized"]}
+    losses = {m["step"]: m["train_loss"] for m in metrics if "train_loss" in m}
+    assert losses[30] < losses[10] and all(math.isfinite(x) for x in losses.values())
+    assert [m["tokens"] for m in metrics if "train_loss" in m] == [768 * step for step in losses]
+
+
+def test_the_saved_configuration_is_the_runs(whole_run):
+    saved = summary_of(whole_run / "logs" / "run", "config.json")
+    assert {name.lower() for name in knob_names()} == set(saved)
+    for name, value in RUN.items():
+        assert saved[name.lower()] == type(saved[name.lower()])(value), name
+
+
+def test_the_scored_model_is_the_one_in_the_file(whole_run, data):
+    """Unpacked and scored again, here: the same number."""
+    s = summary_of(whole_run / "logs" / "run")
+    c = tg.config_from_env(strings(dict(RUN, DATA_PATH=data)), False)[0]
+    run = tg.Run(0, 1, 1, torch.device("cpu"))
+    model, c = tg.load_artifact((whole_run / "logs" / "run" / "model.pgolf").read_bytes(), c, set(), run.device)
+    assert tg.Evaluator(c, run)(model).bpb == s["val_bpb"]
+
+
+def call(values, folder, capfd, monkeypatch, *arguments):
+    """main() in this process, in a folder: exit code, output, errors."""
+    monkeypatch.chdir(folder)
+    capfd.readouterr()
+    code = tg.main(list(arguments), strings(values))
+    return code, *capfd.readouterr()
+
+
+def validation_only(data, folder):
+    """A data folder with what an evaluation may read."""
+    folder.mkdir()
+    for path in data.iterdir():
+        if "train" not in path.name:
+            shutil.copy(path, folder)
+    return folder
+
+
+def test_training_and_evaluating_apart_give_the_score_of_both_together(whole_run, data, tmp_path):
+    """Two processes; the second one has no training shards and no config.json."""
+    first = run_script(dict(RUN, DATA_PATH=data), "--mode", "train", cwd=tmp_path)
+    folder = tmp_path / "logs" / "run"
+    assert first.returncode == 0 and "val_bpb_quantized" not in summary_of(folder)
+    together = summary_of(whole_run / "logs" / "run")
+    assert summary_of(folder)["val_bpb_pre_quant"] == together["val_bpb_pre_quant"]
+    assert (folder / "model.pgolf").read_bytes() == (whole_run / "logs" / "run" / "model.pgolf").read_bytes()
+    for path in folder.iterdir():
+        if path.name != "model.pgolf":
+            path.unlink()
+    kept = ("PRESET", "RUN_ID", "CPU_THREADS", "DEVICE", "COMPUTE_DTYPE", "VAL_BATCH_SIZE")
+    here = {name: RUN[name] for name in kept}
+    shards = validation_only(data, tmp_path / "data")
+    second = run_script(dict(here, MODE="eval", DATA_PATH=shards), cwd=tmp_path)
+    assert second.returncode == 0 and not second.stderr
+    apart = summary_of(folder, "eval_summary.json")
+    same = ("val_bpb", "val_bpb_quantized", "val_tokens", "val_bytes", "model_bytes", "artifact_bytes", "parameters")
+    assert {name: apart[name] for name in same} == {name: together[name] for name in same}
+    assert {p.name for p in folder.iterdir()} == {"model.pgolf", "eval_log.txt", "eval_metrics.jsonl",
+                                                  "eval_config.json", "eval_summary.json"}
+
+
+def test_evaluation_leaves_the_trainings_files_alone(whole_run, data, tmp_path, capfd, monkeypatch):
+    shutil.copytree(whole_run / "logs", tmp_path / "logs")
+    before = snapshot(tmp_path)
+    values = dict(RUN, MODE="eval", DATA_PATH=data)
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    assert code == 0 and not errors and re.search(VALIDATION, out)
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all("eval_" in name for name in set(after) - set(before))
+
+
+def test_other_evaluation_settings_change_the_score_and_not_the_bytes(whole_run, data, tmp_path, capfd, monkeypatch):
+    shutil.copytree(whole_run / "logs", tmp_path / "logs")
+    plain = summary_of(tmp_path / "logs" / "run")
+    code, _, _ = call(dict(RUN, MODE="eval", DATA_PATH=data, EVAL_STRIDE=4), tmp_path, capfd, monkeypatch)
+    other = summary_of(tmp_path / "logs" / "run", "eval_summary.json")
+    assert code == 0 and 0 < abs(other["val_bpb"] - plain["val_bpb"]) < 0.1
+    assert all(other[name] == plain[name] for name in ("val_tokens", "val_bytes", "model_bytes"))
+
+
+def test_a_knob_that_contradicts_the_artifact_is_refused(whole_run, data, tmp_path, capfd, monkeypatch):
+    shutil.copytree(whole_run / "logs", tmp_path / "logs")
+    code, out, errors = call(dict(RUN, MODE="eval", DATA_PATH=data, NUM_LAYERS=5), tmp_path, capfd, monkeypatch)
+    assert code == 2 and errors == "error: NUM_LAYERS=5: the artifact was made with 3\n"
+
+
+def test_a_damaged_artifact_is_refused(whole_run, data, tmp_path, capfd, monkeypatch):
+    shutil.copytree(whole_run / "logs", tmp_path / "logs")
+    path = tmp_path / "logs" / "run" / "model.pgolf"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    code, out, errors = call(dict(RUN, MODE="eval", DATA_PATH=data), tmp_path, capfd, monkeypatch)
+    assert code == 2 and errors.startswith("error: artifact: is damaged") and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["all", "eval"])
+def test_an_artifact_over_the_limit_is_an_error(mode, whole_run, data, tmp_path, capfd, monkeypatch):
+    if mode == "eval":
+        shutil.copytree(whole_run / "logs", tmp_path / "logs")
+    values = dict(RUN, ITERATIONS=2, MODE=mode, DATA_PATH=data, ARTIFACT_LIMIT_BYTES=1000)
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    prefix = "eval_" if mode == "eval" else ""
+    size = summary_of(tmp_path / "logs" / "run", prefix + "summary.json")["artifact_bytes"]
+    assert code not in (0, 2) and f"{size - 1000} bytes over ARTIFACT_LIMIT_BYTES=1000" in out + errors
+
+
+def test_training_alone_also_holds_its_artifact_against_the_limit(data, tmp_path, capfd, monkeypatch):
+    """The artifact is finished then, and so is its size: known, in the summary, and an error where it is too much."""
+    values = dict(RUN, ITERATIONS=2, MODE="train", DATA_PATH=data, ARTIFACT_LIMIT_BYTES=1000)
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    s = summary_of(tmp_path / "logs" / "run")
+    assert s["artifact_bytes"] == s["code_bytes"] + s["model_bytes"]
+    assert code not in (0, 2) and f"{s['artifact_bytes'] - 1000} bytes over ARTIFACT_LIMIT_BYTES=1000" in out + errors
+
+
+@pytest.mark.parametrize("log_every", [0, 1])
+def test_a_run_that_diverges_ends_with_one_clear_line(log_every, data, tmp_path, capfd, monkeypatch):
+    rates = dict.fromkeys(("MATRIX_LR", "SCALAR_LR", "TIED_EMBED_LR"), 1e30)
+    values = dict(RUN, **rates, ITERATIONS=6, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=log_every, DATA_PATH=data)
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    assert code == 2 and len(errors.splitlines()) == 1 and errors.startswith("error: ") and "MATRIX_LR" in errors
+    assert not (tmp_path / "logs" / "run" / "model.pgolf").exists()
+
+
+def test_an_artifact_of_exactly_the_limit_is_allowed(whole_run, data, tmp_path, capfd, monkeypatch):
+    shutil.copytree(whole_run / "logs", tmp_path / "logs")
+    size = summary_of(tmp_path / "logs" / "run")["artifact_bytes"]
+    for limit, expected in ((size, 0), (size - 1, 1)):
+        values = dict(RUN, MODE="eval", DATA_PATH=data, ARTIFACT_LIMIT_BYTES=limit)
+        assert call(values, tmp_path, capfd, monkeypatch)[0] == expected
+
+
+def test_a_manifest_that_disagrees_stops_the_run_before_it_starts(data, tmp_path, capfd, monkeypatch):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    manifest = summary_of(folder, "manifest.json")
+    manifest["splits"]["val"]["bytes"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    code, out, errors = call(dict(RUN, DATA_PATH=folder), tmp_path, capfd, monkeypatch)
+    assert code == 2 and "manifest.json" in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_same_seed_gives_the_same_artifact_and_another_seed_another(data, tmp_path, capfd, monkeypatch):
+    results = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        values = dict(RECORD_LIKE, ITERATIONS=4, DATA_PATH=data, RUN_ID=name, SEED=seed, COMPRESSOR="brotli",
+                      WARMUP_STEPS=1)
+        code, _, errors = call(values, tmp_path, capfd, monkeypatch)
+        assert code == 0 and not errors
+        folder = tmp_path / "logs" / name
+        results[name] = (folder / "model.pgolf").read_bytes(), summary_of(folder)["val_bpb"]
+    assert results["a"] == results["b"] and results["a"][0] != results["c"][0] and results["a"][1] != results["c"][1]
+
+
+def test_two_ranks_end_to_end(whole_run, data, tmp_path):
+    """The same run on two processes: one log, and the score of one process."""
+    done = run_script(dict(RUN, DATA_PATH=data), ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "logs" / "run"
+    one, two = summary_of(whole_run / "logs" / "run"), summary_of(folder)
+    assert "2 ranks" in two["hardware"] and two["steps"] == 30
+    assert abs(one["val_bpb"] - two["val_bpb"]) < 0.03 and one["val_bytes"] == two["val_bytes"]
+    log = (folder / "log.txt").read_text()
+    assert len(re.findall(r"step:30/30 " + VALIDATION, log)) == 1 and len(re.findall(r"^quantized ", log, re.M)) == 1
+    assert {p.name for p in folder.iterdir()} == {p.name for p in (whole_run / "logs" / "run").iterdir()}
+
+
+def test_two_ranks_refuse_with_one_line(data, tmp_path):
+    done = run_script(dict(RUN, DATA_PATH=data, VOCAB_SIZE=300), ranks=2, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(lines) == 1 and "VOCAB_SIZE=300" in lines[0]
+    assert "train_gpt.ConfigError" not in done.stderr and not (tmp_path / "logs").exists()
+
+
+def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeypatch):
+    """All stages for the other switches; each gives a score of its own."""
+    scores = set()
+    variants = (dict(COMPUTE_DTYPE="float32"), dict(COMPUTE_DTYPE="float64"), dict(TIE_EMBEDDINGS=0),
+                dict(ATTENTION="sdpa"), dict(GATED_ATTN_ENABLED=1), dict(ATTN_OUT_GATE_ENABLED=1),
+                dict(COMPRESSOR="lzma", MATRIX_BITS=4),
+                dict(NUM_LAYERS=1), dict(WARMDOWN_FRAC=0, WARMDOWN_ITERS=2), dict(EMBED_BITS=2))
+    for number, knobs in enumerate(variants):
+        values = dict(RUN, ITERATIONS=3, VAL_LOSS_EVERY=0, DATA_PATH=data, RUN_ID=f"v{number}")
+        code, out, errors = call({**values, **knobs}, tmp_path, capfd, monkeypatch)
+        assert code == 0 and not errors, (knobs, errors)
+        scores.add(summary_of(tmp_path / "logs" / f"v{number}")["val_bpb"])
+    assert len(scores) == len(variants)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on CPUs")
+def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypatch):
+    """And compiles nothing after the warmup: one graph for training, one for validation."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    scores = {}
+    for compiled in (0, 1):
+        values = dict(RUN, NUM_LAYERS=1, ITERATIONS=4, VAL_LOSS_EVERY=0, COMPUTE_DTYPE="float32", DATA_PATH=data,
+                      COMPILE=compiled, RUN_ID=f"compile{compiled}")
+        code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+        assert code == 0, errors
+        scores[compiled] = summary_of(tmp_path / "logs" / f"compile{compiled}")["val_bpb"]
+        graphs = re.findall(r"graphs compiled: (\d+) in the warmup, (\d+) after", out)
+        assert graphs == ([("2", "0")] if compiled else [])
+    assert scores[1] == pytest.approx(scores[0], abs=2e-3)

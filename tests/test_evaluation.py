@@ -1,0 +1,272 @@
+"""Every target is scored once, inside its document, with the promised context; the score is that of a plain loop."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import train_gpt as tg
+from helpers import RECORD_LIKE, TINY, build_model, config, encode, examples, single_run, write_shard
+from hypothesis import given
+from hypothesis import strategies as st
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+
+
+# ------------------------------------------------------------------------------------------------------------- windows
+
+
+def test_where_documents_begin_and_end():
+    assert tg.document_bounds(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]       # the last BOS is a target
+    assert tg.document_bounds(np.array([5, 6, 1, 7, 8])).tolist() == [0, 2, 4]          # begins within a document
+    assert tg.document_bounds(np.array([5, 6, 7])).tolist() == [0, 2]                   # no BOS at all
+    assert tg.document_bounds(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]          # documents of one token
+    assert tg.document_bounds(np.array([1, 1])).tolist() == [0, 1]
+
+
+def test_windows_by_hand():
+    assert tg.evaluation_windows(np.array([0, 10]), 4, 4).tolist() == [[0, 4, 0], [4, 4, 0], [6, 4, 2]]
+    assert tg.evaluation_windows(np.array([0, 10]), 4, 1).tolist() == [[0, 4, 0], *([s, 4, 3] for s in range(1, 7))]
+    assert tg.evaluation_windows(np.array([0, 3, 4]), 8, 8).tolist() == [[0, 3, 0], [3, 1, 0]]
+
+
+@examples(max_examples=300)
+@given(LENGTHS, st.integers(1, 20), st.data())
+def test_windows_score_each_target_once_with_the_promised_context(lengths, context, data):
+    stride = data.draw(st.integers(1, context))
+    bounds = np.cumsum([0, *lengths])
+    windows = tg.evaluation_windows(bounds, context, stride)
+    counts, document = np.zeros(bounds[-1], int), np.repeat(np.arange(len(lengths)), lengths)
+    for start, size, first in windows.tolist():
+        assert 1 <= size <= context and 0 <= first < size
+        inputs = range(start, start + size)
+        assert len(set(document[list(inputs)])) == 1                      # never across documents
+        begin = bounds[document[start]]
+        for place in range(first, size):
+            counts[start + place] += 1
+            # Context: all of the document so far, or at least what the stride leaves of the window.
+            assert start == begin or place + 1 > context - stride
+    assert (counts == 1).all()
+    assert windows.dtype == np.int64
+
+
+def test_windows_without_overlap_count_like_a_division():
+    windows = tg.evaluation_windows(np.array([0, 1000]), 100, 100)
+    assert len(windows) == 10 and (windows[:, 2] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@examples(max_examples=300)
+@given(st.integers(1, 30), st.data())
+def test_rows_hold_every_window_once_and_are_never_overfull(context, data):
+    sizes = data.draw(st.lists(st.integers(1, context), min_size=1, max_size=60))
+    windows = np.array([(0, size, 0) for size in sizes])
+    rows = tg.pack_rows(windows, context)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    filled = sorted(sum(sizes[i] for i in row) for row in rows)
+    assert filled[-1] <= context
+    assert len(filled) < 2 or filled[0] + filled[1] > context  # no two rows would fit into one
+
+
+def test_packing_wastes_little():
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(1, 257, 5000)
+    rows = tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 256)
+    assert len(rows) * 256 < sizes.sum() * 1.02
+
+
+def test_packing_is_fast_for_many_windows():
+    import time
+
+    sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
+    start = time.perf_counter()
+    tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 2048)
+    assert time.perf_counter() - start < 20
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def evaluator_of(folder, data, tokens, **knobs):
+    """An Evaluator of a validation stream of these tokens."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "tokenizer.model").symlink_to(data / "tokenizer.model")
+    for number, part in enumerate(np.array_split(np.array(tokens), 3)):
+        write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
+    return tg.Evaluator(config(**{"COMPUTE_DTYPE": "float64", **knobs}, DATA_PATH=folder), single_run())
+
+
+@torch.no_grad()
+def naive_nats(model, tokens, context, stride):
+    """Document by document and target by target: each NLL from a forward pass over its own context alone."""
+    starts = [i for i, t in enumerate(tokens[:-1]) if t == tg.BOS_ID]
+    starts = starts if starts and starts[0] == 0 else [0, *starts]
+    total, looped = 0.0, model.c.loops
+    for begin, end in pairwise([*starts, len(tokens) - 1]):
+        done = begin
+        while done < end:
+            stop = min(begin + context if done == begin else done + stride, end)
+            first = max(begin, stop - context)
+            ids, targets = (torch.tensor([tokens[first + k:stop + k]]) for k in (0, 1))
+            nll, _ = model(ids, targets, torch.zeros(1, stop - first, dtype=torch.int32), looped=looped)
+            total += nll[0, done - first:].double().sum().item()
+            done = stop
+    return total
+
+
+def streams():
+    """Token streams with every odd shape of documents."""
+    generator = np.random.default_rng(0)
+
+    def document(length):
+        return [1, *generator.integers(4, 384, length - 1).tolist()]
+
+    return {
+        "usual": [t for n in (30, 7, 90, 1, 12, 45) for t in document(n)],
+        "documents of one token": [1] * 20,
+        "no bos": document(100)[1:],
+        "begins within a document": document(40)[1:] + document(25),
+        "one long document": document(200),
+        "ends with a bos": document(20) + document(9) + [1],
+        "two tokens": [1, 17],
+    }
+
+
+@pytest.mark.parametrize("name", streams())
+def test_the_score_is_that_of_a_plain_loop(name, data, tmp_path):
+    tokens = streams()[name]
+    for base in (TINY, RECORD_LIKE):
+        model = build_model(config(base, COMPUTE_DTYPE="float64"), spread=0.1)
+        for knobs in (dict(), dict(EVAL_STRIDE=8), dict(EVAL_SEQ_LEN=20, EVAL_STRIDE=7),
+                      dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=1)):
+            evaluator = evaluator_of(tmp_path / "data", data, tokens, **{**base, "COMPUTE_DTYPE": "float64", **knobs})
+            score = evaluator(model)
+            context = knobs.get("EVAL_SEQ_LEN", 32)
+            expected = naive_nats(model, tokens, context, knobs.get("EVAL_STRIDE", context))
+            assert score.nats == pytest.approx(expected, rel=1e-11)
+            assert score.tokens == len(tokens) - 1
+            text = evaluator.vocabulary.model.decode([t for t in tokens[1:] if t > 3])
+            assert score.bytes > 0 or not text
+
+
+def test_the_score_of_the_validation_shards(data, validation_texts):
+    """Bytes are those of the text; the manifest agrees and holds the reference compressors."""
+    c = config(DATA_PATH=data, COMPUTE_DTYPE="float64", EVAL_STRIDE=16)
+    evaluator, model = tg.Evaluator(c, single_run()), build_model(c, spread=0.1)
+    score = evaluator(model)
+    assert score.bytes == sum(len(t.encode()) for t in validation_texts)
+    tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
+    assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
+    assert evaluator.reference == {"xz -9": 2.5} and evaluator.remarks == []
+    assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
+    assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-6)])
+def test_the_batch_size_does_not_matter(dtype, tolerance, data):
+    scores = []
+    for size in (1, 200, 1000, 10**6):
+        c = config(RECORD_LIKE, DATA_PATH=data, COMPUTE_DTYPE=dtype, VAL_BATCH_SIZE=size)
+        evaluator = tg.Evaluator(c, single_run())
+        assert evaluator.batch_rows == max(1, min(size // 32, len(evaluator.rows)))
+        scores.append(evaluator(build_model(c, spread=0.1)).bpb)
+    assert max(scores) - min(scores) < tolerance and scores[0] > 1
+
+
+def test_ranks_share_the_batches_and_add_up(data):
+    """The sum over simulated ranks is the whole, whatever their number; a rank may have nothing to do."""
+    c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
+    model, alone = build_model(c, spread=0.1), tg.Evaluator(c, single_run())
+    whole = alone(model)
+    for world in (2, 3, 40):
+        collected = torch.zeros(2, dtype=torch.float64)
+        for rank in range(world):
+            run = single_run(rank, world)
+
+            def add_up(total, whole=collected):
+                whole += total
+                total.copy_(torch.tensor([0.0, len(alone.tokens) - 1]))  # satisfies the count's assertion
+
+            run.add_up = add_up
+            alone.run = run
+            alone(model)
+        assert collected[0].item() == pytest.approx(whole.nats, rel=1e-12) and collected[1].item() == whole.tokens
+
+
+def test_a_missed_target_is_noticed(data):
+    c = config(DATA_PATH=data)
+    evaluator = tg.Evaluator(c, single_run())
+    evaluator.rows = evaluator.rows[:-1]
+    with pytest.raises(AssertionError, match="targets were scored"):
+        evaluator(build_model(c))
+
+
+def test_batches_hold_documents_and_their_targets(data):
+    c = config(DATA_PATH=data, EVAL_STRIDE=10, VAL_BATCH_SIZE=256)
+    evaluator, seen = tg.Evaluator(c, single_run()), []
+    whole = evaluator.tokens
+    for number in range(-(-len(evaluator.rows) // evaluator.batch_rows)):
+        (ids, targets, documents), scored = evaluator.batch(number)
+        assert ids.shape == targets.shape == documents.shape == scored.shape == (8, 32)
+        r, t = np.nonzero(scored >= 0)
+        assert np.array_equal(ids.numpy()[r, t], whole[scored[r, t]])
+        assert np.array_equal(targets.numpy()[r, t], whole[scored[r, t] + 1])
+        assert (documents.numpy() <= np.arange(32)).all()
+        seen += scored[r, t].tolist()
+    assert sorted(seen) == list(range(len(whole) - 1))
+
+
+def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
+    """The context reaches the model: its NLL of a late target depends on a token at the promised distance."""
+    c = config(COMPUTE_DTYPE="float64", EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
+    model = build_model(c)
+    tokens = [1, *np.random.default_rng(1).integers(4, 384, 99).tolist()]
+    before = evaluator_of(tmp_path / "data", data, tokens, EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
+    far = [*tokens]
+    far[40] = 4 + (far[40] - 3) % 300
+    after = evaluator_of(tmp_path / "data", data, far, EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
+    changed = []
+    for evaluator in (before, after):
+        nlls = np.zeros(99)
+        for number in range(-(-len(evaluator.rows) // evaluator.batch_rows)):
+            batch, scored = evaluator.batch(number)
+            nll = model(*batch, looped=False)[0].detach().numpy()
+            nlls[scored[scored >= 0]] = nll[scored >= 0]
+        changed.append(nlls)
+    different = np.flatnonzero(changed[0] != changed[1])
+    assert different[0] == 39 and set(range(39, 39 + 20)) <= set(different.tolist()) and different[-1] < 40 + 24
+
+
+# ------------------------------------------------------------------------------------------------------------- manifest
+
+
+def manifest(folder, content):
+    (folder / "manifest.json").write_text(content)
+
+
+@pytest.mark.parametrize("content", [
+    '{"splits": {"val": {"tokens": %d, "bytes": 1}}}', '{"splits": {"val": {"tokens": 1, "bytes": %d}}}'])
+def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
+    evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
+    right = len(evaluator.tokens), evaluator.bytes
+    assert any("manifest.json is not there" in remark for remark in evaluator.remarks) and evaluator.reference == {}
+    manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
+    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises .* give {right[0]} of {right[1]}"):
+        tg.Evaluator(evaluator.c, single_run())
+    manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
+    assert tg.Evaluator(evaluator.c, single_run()).remarks == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '{"splits": 3}', '{"splits": {"val": {}}}', '"text"',
+                                     '{"splits": {"val": {"tokens": "many", "bytes": 1}}}',
+                                     '{"splits": {"val": {"tokens": null, "bytes": 1}}}', "\xff\xfe"])
+def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
+    evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
+    manifest(tmp_path / "data", content)
+    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
+        tg.Evaluator(evaluator.c, single_run())

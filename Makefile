@@ -4,15 +4,19 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test bench venv clean
+.PHONY: demo test test-gpu bench venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score.
 demo: venv
 	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
 	@PRESET=demo DATA_PATH=$(DATA) $(PY) train_gpt.py
 
-test: venv
+test: $(VENV)/test-tools
 	$(PY) -m pytest -q -n 2 tests
+
+# The same kernels and backends, for real, on a CUDA device.
+test-gpu: $(VENV)/test-tools
+	$(PY) -m pytest -q -m gpu tests
 
 # What each hand-written CPU kernel gains, as ratios against its plain version.
 bench: venv
@@ -25,6 +29,11 @@ $(VENV)/installed: requirements.txt
 	    { echo "error: PYTHON=$(PYTHON): must be Python 3.11 or newer" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/test-tools: $(VENV)/installed requirements-test.txt
+	@$(PY) -c "import triton" 2>/dev/null || \
+	    $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
 clean:

@@ -10,8 +10,8 @@ One file, from text shards to bits per byte, for the public Parameter Golf chall
 Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
 Sections, in the order in which data meets them; each calls only those above it:
 
-    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules
-    -> Training -> GPTQ -> Artifact -> Evaluation -> main
+    Config -> Run -> Data -> Score -> Kernels -> Model -> Optimizers -> Schedules -> Training -> GPTQ -> Artifact
+    -> Evaluation -> main
 
 Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
 V vocabulary, L layers.
@@ -30,7 +30,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
-import hashlib
+import inspect
 import json
 import math
 import platform
@@ -39,6 +39,7 @@ import shutil
 import struct
 import tempfile
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
+    triton = tl = None
 
 BOS_ID = 1  # every document starts with it
 
@@ -95,8 +102,10 @@ class Config:
                               "without bfloat16 instructions; masters are float32 (float64 with float64)", "loss",
                               choices=("auto", "bfloat16", "float32", "float64"))
     compile: str = knob("auto", "torch.compile; auto: on CUDA, not on CPUs", "log", choices=("auto", "0", "1"))
-    attention: str = knob("auto", "attention backend; auto: blocked on CPUs, sdpa elsewhere", "log",
-                          choices=("auto", "sdpa", "blocked"))
+    attention: str = knob("auto", "attention backend; auto: blocked on CPUs, else the first of fa3, fa2, varlen, sdpa "
+                          "that is installed", "log", choices=("auto", "fa3", "fa2", "varlen", "sdpa", "blocked"))
+    triton_kernels: str = knob("auto", "fused loss and MLP; auto: on CUDA where Triton is installed", "log",
+                               choices=("auto", "0", "1"))
     cpu_threads: int = knob(0, "threads of each rank on CPUs; 0: the cores shared out evenly", "log", low=0, high=1024)
 
     # Data
@@ -106,7 +115,7 @@ class Config:
                                  high=65536)
 
     # Length of the training, batches
-    iterations: int = knob(20000, "training steps at most", "steps", low=0)
+    iterations: int = knob(20000, "training steps at most", "steps", low=1)
     max_wallclock_seconds: float = knob(600.0, "training seconds at most; 0: no limit", "steps", low=0)
     gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
     warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
@@ -134,9 +143,11 @@ class Config:
     rope_type: str = model_knob("rope", "yarn: stretch long wavelengths where the longest evaluated context is longer "
                                 "than TRAIN_SEQ_LEN", "loss", choices=("rope", "yarn"))
     rope_yarn: bool = model_knob(False, "the same as ROPE_TYPE=yarn", "loss")
-    yarn_max_len: int = model_knob(0, "context that YaRN stretches to; 0: the longest evaluated one", "loss", low=0)
+    yarn_max_len: int = model_knob(0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss",
+                                  low=0, high=1 << 20)
     qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
     logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
+    softcap_type: str = model_knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
     ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
     xsa_last_n: int = model_knob(0, "last layers whose attention output loses its part along its own value (XSA)",
                                  "loss", low=0)
@@ -166,7 +177,8 @@ class Config:
     embed_lr: float = knob(0.6, "learning rate of an untied embedding", "weights", low=0)
     head_lr: float = knob(0.008, "learning rate of an untied head", "weights", low=0)
     muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", "weights", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", "weights", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0, or MUON_MOMENTUM where that is less", "weights",
+                                             low=0, high=0.9999)
     muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
     muon_coefficients: str = knob("classic", "Newton-Schulz polynomial", "weights",
@@ -300,13 +312,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_dims=16, ln_scale=True, z_loss_weight=1e-4, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
         embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997, eval_stride=16,
+        softcap_type="poly",
     ),
 }
 # Honesty about presets under construction: the log of a run names what its preset still lacks.
 UNFINISHED = {
-    "record": "CaseOps, fused kernels, LQER, per-group compression and phased TTT",
-    "poly5": "BigramHash, value embeddings, channel SmearGate, polynomial softcap, focal loss, progressive depth, SWA, "
-             "late QAT, GPTQ-lite, residual quantization and chunked TTT",
+    "record": "CaseOps, LQER, per-group compression and phased TTT",
+    "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, GPTQ-lite, "
+             "residual quantization and chunked TTT",
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
@@ -359,8 +372,14 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
             explicit.add(f.name)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
         values["warmdown_frac"] = 0.0  # older commands set steps and know no fraction
+    if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
+        values["warmdown_iters"] = 0  # so that a fraction of 0 means none
     config = resolved(Config(**values), cuda)
-    check_config(config)
+    if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
+        raise ConfigError("MUON_MOMENTUM_WARMUP_START", config.muon_momentum_warmup_start,
+                          f"must be at most MUON_MOMENTUM={config.muon_momentum:g}")
+    if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
+        check_config(config)
     if preset in UNFINISHED:
         remarks.append(f"preset {preset} is not complete yet: it runs without {UNFINISHED[preset]}")
     return config, explicit, remarks + misspelt(environment)
@@ -372,12 +391,16 @@ def resolved(c: Config, cuda: bool) -> Config:
     if device == "cuda" and not cuda:
         raise ConfigError("DEVICE", c.device, "no CUDA device is visible; cpu or auto are possible")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
-    on_cpu = {"compute_dtype": "bfloat16" if native else "float32", "compile": "0", "attention": "blocked"}
-    on_cuda = {"compute_dtype": "bfloat16", "compile": "1", "attention": "sdpa"}
-    choices = on_cpu if device == "cpu" else on_cuda
+    choices = {"compute_dtype": "bfloat16" if native else "float32", "compile": "01"[device == "cuda"]}
     if c.compile == "1" and device == "cpu" and not any(shutil.which(x) for x in ("g++", "clang++", "c++")):
         raise ConfigError("COMPILE", 1, "needs a C++ compiler on CPUs (g++ or clang++), and none is installed")
-    return dataclasses.replace(c, device=device, **{k: v for k, v in choices.items() if getattr(c, k) == "auto"})
+    if c.triton_kernels == "1" and (device == "cpu" or triton is None):
+        raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
+    choices["triton_kernels"] = "01"[device == "cuda" and triton is not None]
+    if c.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
+        choices["yarn_max_len"] = max(c.yarn_max_len, c.eval_context)
+    return dataclasses.replace(c, device=device, **{k: v for k, v in choices.items()
+                                                    if getattr(c, k) == "auto" or k == "yarn_max_len"})
 
 
 def cpu_info(*fields: str) -> str:
@@ -433,8 +456,6 @@ def check_config(c: Config) -> None:
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
     require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
             f"must be below MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
-    require(c.muon_momentum_warmup_start <= c.muon_momentum, "muon_momentum_warmup_start",
-            f"must be at most MUON_MOMENTUM={c.muon_momentum:g}")
 
 
 def execution_order(c: Config, looped: bool) -> list[int]:
@@ -600,10 +621,18 @@ class Stage:
         self.run.seconds[self.name] = self.run.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
 
 
+def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
+    """One of torchrun's numbers. Errors: ConfigError."""
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(name, text, "must be a number, as torchrun sets it")
+    return int(text)
+
+
 def start_run(c: Config, environment: dict[str, str]) -> Run:
     """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
-    rank, world, local = (int(environment.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    local_world = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local, local_world = (rank_variable(environment, name, default) for name, default in
+                                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     cuda = c.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError("DEVICE", c.device, f"{local_world} ranks here need as many CUDA devices, and "
@@ -618,6 +647,10 @@ def start_run(c: Config, environment: dict[str, str]) -> Run:
         torch.set_num_threads(c.cpu_threads or max(1, available_cores() // local_world))
     run = Run(rank, world, local_world, device)
     if world > 1:
+        if "MASTER_ADDR" not in environment:
+            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; torchrun sets what several ranks need")
+        # Newer versions have other names for the collectives used here, which older ones do not know.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20),
                                 device_id=device if cuda else None)
         run.control = dist.new_group(backend="gloo")
@@ -645,7 +678,8 @@ def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
             return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, to know which run's artifact to score"
         if not (folder / CONTAINER_FILE).is_file():
             return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
-        return None
+    if "/" in c.run_id or c.run_id in (".", ".."):
+        return "RUN_ID", c.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = sorted(p.name for p in folder.iterdir())
@@ -653,7 +687,7 @@ def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
             pass
     except OSError as error:
         return name, str(folder), f"must be a folder that can be written ({error.strerror})"
-    if {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
+    if c.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
         return name, str(folder), "already holds a run, and nothing is written over; choose another name"
     return None
 
@@ -665,12 +699,19 @@ def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
-class Batch(NamedTuple):
-    """Rows of tokens; `documents` holds, for every token, the position in its row where its document begins."""
+class Documents(NamedTuple):
+    """Where documents lie in a batch of rows, in the two forms that attention takes."""
 
-    ids: Tensor        # [R, T] int64
-    targets: Tensor    # [R, T] int64
-    documents: Tensor  # [R, T] int32
+    starts: Tensor  # [R, T] int32: for every token, the position in its row where its document begins
+    bounds: Tensor  # [n + 1] int32: begin of every document in the flattened rows, then R*T for the end and as padding
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, the token after each, and the documents that they belong to."""
+
+    ids: Tensor      # [R, T] int64
+    targets: Tensor  # [R, T] int64
+    documents: Documents
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -706,18 +747,27 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def check_ids(self, run: Run) -> None:
+        """Holds every id against the vocabulary; ranks share the shards. Errors: ConfigError, on every rank."""
+        highest = torch.zeros(len(self.shards), dtype=torch.int64)
+        for number in range(run.rank, len(self.shards), run.world):
+            highest[number] = int(self.shards[number].max()) if len(self.shards[number]) else 0
+        if run.world > 1:
+            dist.all_reduce(highest, group=run.control)
+        for path, value in zip(self.paths, highest.tolist()):
+            if value >= self.vocab_size:
+                raise ConfigError(str(path), "", f"holds token id {value}, and VOCAB_SIZE={self.vocab_size} needs "
+                                                 "ids below it")
+
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1, [n] int64. Errors: ConfigError for an id outside the vocabulary."""
+        """Tokens start..stop-1, [n] uint16."""
         parts, shard = [], int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             offset = start - int(self.starts[shard])
             part = self.shards[shard][offset:offset + stop - start]
-            if len(part) and int(part.max()) >= self.vocab_size:
-                raise ConfigError(str(self.paths[shard]), "", f"holds token id {int(part.max())}, and VOCAB_SIZE="
-                                                              f"{self.vocab_size} allows less")
             parts.append(part)
             start, shard = start + len(part), shard + 1
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(parts)
 
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
@@ -733,8 +783,8 @@ class TrainLoader:
     continues exactly, and ranks only share the rows out.
     """
 
-    def __init__(self, c: Config, run: Run, layout: BatchLayout):
-        self.stream, self.c, self.run, self.layout = TokenStream(c, "train"), c, run, layout
+    def __init__(self, c: Config, run: Run):
+        self.stream, self.c, self.run, self.layout = TokenStream(c, "train"), c, run, batch_layout(c, run.world)
         self.rows = (len(self.stream) - 1) // c.train_seq_len
         if self.rows < 1:
             raise ConfigError("TRAIN_SEQ_LEN", c.train_seq_len, f"the training shards in DATA_PATH={c.data_path} hold "
@@ -759,7 +809,7 @@ class TrainLoader:
         """This rank's rows of one micro-step, on its device."""
         length = self.c.train_seq_len
         starts = [self.row_index(p) * length for p in self.row_numbers(step, micro)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])        # [R, T + 1]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts]).astype(np.int64)  # [R, T + 1]
         return to_device(tokens[:, :-1], tokens[:, 1:], document_starts(tokens[:, :-1]), self.run.device)
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
@@ -774,12 +824,21 @@ class TrainLoader:
         return torch.stack(rows) * (self.c.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
-def to_device(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, device: torch.device) -> Batch:
+def document_bounds_of(starts: np.ndarray) -> np.ndarray:
+    """[R, T] starts -> [n + 1] int32 bounds of the flattened rows; n is a power of two, so that few shapes compile."""
+    flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
+    bounds = np.full(max(32, 1 << (len(flat) - 1).bit_length()) + 1, starts.size, np.int32)
+    bounds[:len(flat)] = flat
+    return bounds
+
+
+def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
     """Arrays [R, T] -> a Batch on the device; the copy to a GPU does not block."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, documents)]
+    arrays = ids, targets, starts, document_bounds_of(starts)
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return Batch(*tensors)
+    return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -930,12 +989,33 @@ def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     return LeakyReLUSquaredCPU.apply(x, slope) if eager_on_cpu(x) else leaky_relu_squared_plain(x, slope)
 
 
-def softcapped_cross_entropy_plain(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Per-token NLL and log-sum-exp of cap*tanh(logits/cap), in float32 at least.
+def mlp_plain(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """x [..., d], up [hidden, d], down [out, hidden] -> leaky_relu(x up^T)^2 down^T, [..., out]."""
+    return F.linear(leaky_relu_squared_plain(F.linear(x, up), slope), down)
+
+
+def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
+    """Logits squashed into [-cap, cap], in float32 at least: cap*tanh(logits/cap), or tanh's series, clamped (poly).
+
+    The series ends at x^5 and reaches 1 at |x| = 1.69; from there on the clamp holds the value, and its gradient is 0.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap
+    if kind == "tanh":
+        return cap * torch.tanh(x)
+    if kind != "poly":
+        raise ValueError(f"softcap kind {kind!r}: not tanh or poly")
+    x = x.clamp(-2, 2)
+    square = x * x
+    return cap * (x * (1 - square / 3 + square * square / 15)).clamp(-1, 1)
+
+
+def softcapped_cross_entropy_plain(logits: Tensor, targets: Tensor, cap: float,
+                                   kind: str = "tanh") -> tuple[Tensor, Tensor]:
+    """Per-token NLL and log-sum-exp of the softcapped logits, in float32 at least.
 
     logits [..., V], targets [...] -> nll [...], lse [...]; both carry their true gradient.
     """
-    z = cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+    z = softcap_plain(logits, cap, kind)
     lse = torch.logsumexp(z, dim=-1)
     return lse - z.gather(-1, targets.unsqueeze(-1)).squeeze(-1), lse
 
@@ -961,10 +1041,14 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
         return grad.addcmul_(grad * t, t, value=-1).to(ctx.dtype), None, None
 
 
-def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    if eager_on_cpu(logits):
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh",
+                             fused: bool = False) -> tuple[Tensor, Tensor]:
+    """`softcapped_cross_entropy_plain` by the fastest version there is; `fused` allows Triton's."""
+    if fused and triton_takes(logits):
+        return softcapped_cross_entropy_triton(logits, targets, cap, kind)
+    if kind == "tanh" and eager_on_cpu(logits):
         return SoftcappedCrossEntropyCPU.apply(logits, targets, cap)
-    return softcapped_cross_entropy_plain(logits, targets, cap)
+    return softcapped_cross_entropy_plain(logits, targets, cap, kind)
 
 
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
@@ -976,10 +1060,10 @@ def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
 
 
-def visible(documents: Tensor) -> Tensor:
+def visible(starts: Tensor) -> Tensor:
     """[R, T] document starts -> [R, T, T] bool: key j is at or before query i and in its document."""
-    positions = torch.arange(documents.size(1), device=documents.device)
-    return (positions <= positions[:, None]) & (positions >= documents[:, :, None])
+    positions = torch.arange(starts.size(1), device=starts.device)
+    return (positions <= positions[:, None]) & (positions >= starts[:, :, None])
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -1033,23 +1117,372 @@ class BlockedAttention(torch.autograd.Function):
         return dq.mul_(scale), dk.mul_(scale), dv, None
 
 
-def attention_blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention. Here the mask is additive, [R, T, T]: see `prepare_mask`."""
+def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`attention_sdpa` through BlockedAttention, with an additive mask: `additive` of `visible`, [R, T, T]."""
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
-    y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), mask[:, None, None])
+    y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
     return y.permute(0, 3, 1, 2, 4).flatten(2, 3)                                          # [R, T, H, h]
 
 
-ATTENTION = {"sdpa": attention_sdpa, "blocked": attention_blocked}
-
-
-def prepare_mask(documents: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
-    """What a backend takes as its mask, once for all layers of a forward pass: [R, T, T] bool, or an additive one."""
-    mask = visible(documents)
-    if backend == "sdpa":
-        return mask
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores: 0 where it is true, minus infinity where it is not."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, kernel: Callable) -> Tensor:
+    """`attention_sdpa` through a kernel for sequences of many lengths: no mask, and no work between documents."""
+    longest = q.size(1)
+    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, longest).view(q.shape)
+
+
+def flash_attention(backend: str) -> Callable:
+    """(q [N, H, h], k and v [N, K, h], bounds, longest) -> [N, H, h], causal. Errors: ImportError where it is not."""
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
+
+        known = inspect.signature(varlen_attn).parameters  # its words for "causal" and "grouped" changed over versions
+        causal = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
+        grouped = dict(enable_gqa=True) if "enable_gqa" in known else None
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+            if grouped is None:
+                k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+            return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal, **(grouped or {}))
+        return call
+    if backend == "fa3":
+        import flash_attn_interface as module
+    else:
+        import flash_attn as module
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        y = module.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+        return y[0] if isinstance(y, tuple) else y  # early versions of fa3 return the log-sum-exp too
+    return call
+
+
+def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]:
+    """What turns a batch's documents into the attention (q, k, v) -> y of all its layers. Errors: ImportError."""
+    if name == "sdpa":
+        return lambda documents, dtype: functools.partial(attention_sdpa, mask=visible(documents.starts))
+    if name == "blocked":
+        return lambda documents, dtype: functools.partial(attention_blocked,
+                                                          bias=additive(visible(documents.starts), dtype))
+    kernel = flash_attention(name)
+    return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.bounds, kernel=kernel)
+
+
+def choose_attention(c: Config) -> tuple[str, str]:
+    """The backend to use and why: FlashAttention 3, 2, torch's own varlen attention, SDPA, whichever is first here.
+
+    Errors: ConfigError where the one that is asked for cannot run.
+    """
+    wanted, reasons = c.attention, []
+    for name in ("fa3", "fa2", "varlen"):
+        if wanted not in ("auto", name):
+            continue
+        if c.device == "cpu" or c.compute_dtype != "bfloat16":
+            reasons.append(f"{name}: takes bfloat16 on CUDA only")
+            continue
+        try:
+            flash_attention(name)
+            return name, "; ".join((*reasons, f"{name}: found"))
+        except (ImportError, OSError, AttributeError) as error:
+            reasons.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    if wanted in ("fa3", "fa2", "varlen"):
+        raise ConfigError("ATTENTION", wanted, f"cannot run here ({reasons[0]}); auto takes what can")
+    if wanted != "auto":
+        return wanted, "asked for"
+    return ("blocked", "fastest on CPUs") if c.device == "cpu" else ("sdpa", "; ".join(reasons))
+
+
+# Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes that belong to the weights
+# (vocabulary, widths) are compile-time constants; the number of tokens is not, so a new batch size compiles nothing.
+
+
+def triton_jit(function):
+    """`triton.jit` where Triton is installed; the functions below are defined, and never called, where it is not."""
+    return function if triton is None else triton.jit(function)
+
+
+def triton_takes(x: Tensor) -> bool:
+    """Whether the Triton versions below can run on x."""
+    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton_jit
+def softcap_with_slope(x, KIND: tl.constexpr):
+    """t of softcap = cap*t, and dt/dx, for x = logits/cap in float32. A NaN stays one: no minimum or maximum here."""
+    square = x * x
+    if KIND == "poly":
+        raw = x * (1.0 + square * (-1.0 / 3.0 + square * (1.0 / 15.0)))
+        raw = tl.where(x > 2.0, 2.0, tl.where(x < -2.0, -2.0, raw))
+        t = tl.where(raw > 1.0, 1.0, tl.where(raw < -1.0, -1.0, raw))
+        slope = tl.where(t == raw, 1.0 - square + square * square * (1.0 / 3.0), 0.0)
+    else:
+        # tanh|x| = (1 - e) / (1 + e) with e = exp(-2|x|), which cannot overflow. Below 0.6, 1 - e would lose digits
+        # that the cap multiplies; there, x times a least-maximum fit of tanh(x)/x in x^2 (relative error 3e-9).
+        tl.static_assert(KIND == "tanh")
+        size = tl.abs(x)
+        e = tl.exp(-2.0 * size)
+        inverse = 1.0 / (1.0 + e)
+        near = -0.05378383 + square * (0.020795971 + square * -0.0058951577)
+        near = x + x * square * (-0.33333298 + square * (0.13331924 + square * near))
+        t = tl.where(size < 0.6, near, tl.where(x < 0.0, e - 1.0, 1.0 - e) * inverse)
+        slope = 4.0 * e * inverse * inverse  # 1 - tanh^2 without its cancellation
+    return t, slope
+
+
+@triton_jit
+def cross_entropy_forward_kernel(logits, targets, nll, lse, row_stride, V: tl.constexpr, CAP: tl.constexpr,
+                                 KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits per program, in one pass: the sum of exponentials follows the running maximum."""
+    row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31 with 262,144 tokens of 8,192 logits
+    logits += row * row_stride
+    highest = tl.full([], -CAP, tl.float32)  # no softcapped logit is lower
+    total = tl.full([], 0.0, tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+        t, _ = softcap_with_slope(x * (1.0 / CAP), KIND)
+        z = tl.where(columns < V, CAP * t, float("-inf"))
+        before, highest = highest, tl.maximum(highest, tl.max(z, axis=0))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(z - highest), axis=0)
+    result = highest + tl.log(total)
+    target = tl.load(targets + row)
+    # A target outside the vocabulary makes a NaN, where an index out of bounds would read a stranger's memory.
+    x = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    t, _ = softcap_with_slope(x * (1.0 / CAP), KIND)
+    tl.store(nll + row, result - CAP * t)
+    tl.store(lse + row, result)
+
+
+@triton_jit
+def cross_entropy_backward_kernel(logits, targets, lse, grad_nll, grad_lse, grad, row_stride, V: tl.constexpr,
+                                  CAP: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """grad = (grad_nll * (softmax - onehot) + grad_lse * softmax) * d softcap, one row [V] per program."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    grad += row * V
+    target, row_lse = tl.load(targets + row), tl.load(lse + row)
+    to_nll, to_lse = tl.load(grad_nll + row), tl.load(grad_lse + row)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+        t, slope = softcap_with_slope(x * (1.0 / CAP), KIND)
+        p = tl.exp(CAP * t - row_lse)
+        # Not (to_nll + to_lse) * p - to_nll: where p is near 1, that would lose a small to_lse.
+        to_z = to_nll * (p - tl.where(columns == target, 1.0, 0.0)) + to_lse * p
+        tl.store(grad + columns, (to_z * slope).to(grad.dtype.element_ty), mask=columns < V)
+
+
+def cross_entropy_tiles(vocabulary: int) -> dict[str, int]:
+    """Columns per block and warps: a row of up to 8,192 logits is one block, with 16 bytes or more for each load."""
+    block = min(1 << (vocabulary - 1).bit_length(), 8192)
+    return dict(BLOCK=block, num_warps=min(max(block // 512, 1), 8))
+
+
+class SoftcappedCrossEntropyTriton(torch.autograd.Function):
+    """`softcapped_cross_entropy_plain` that keeps the logits as they are and one number per row."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, cap: float, kind: str) -> tuple[Tensor, Tensor]:
+        vocabulary = logits.size(-1)
+        rows, wanted = logits.reshape(-1, vocabulary), targets.reshape(-1).contiguous()
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        nll, lse = (torch.empty(rows.size(0), dtype=torch.float32, device=logits.device) for _ in range(2))
+        if rows.size(0):
+            cross_entropy_forward_kernel[(rows.size(0),)](rows, wanted, nll, lse, rows.stride(0), V=vocabulary,
+                                                          CAP=cap, KIND=kind, **cross_entropy_tiles(vocabulary))
+        ctx.save_for_backward(rows, wanted, lse)
+        ctx.cap, ctx.kind, ctx.shape = cap, kind, logits.shape
+        return nll.view(targets.shape), lse.view(targets.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, wanted, lse = ctx.saved_tensors
+        vocabulary = rows.size(1)
+        grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        if rows.size(0):
+            cross_entropy_backward_kernel[(rows.size(0),)](
+                rows, wanted, lse, grad_nll.reshape(-1).contiguous(), grad_lse.reshape(-1).contiguous(), grad,
+                rows.stride(0), V=vocabulary, CAP=ctx.cap, KIND=ctx.kind, **cross_entropy_tiles(vocabulary))
+        return grad.view(ctx.shape), None, None, None
+
+
+def softcapped_cross_entropy_triton(logits: Tensor, targets: Tensor, cap: float,
+                                    kind: str = "tanh") -> tuple[Tensor, Tensor]:
+    """`softcapped_cross_entropy_plain` of float32, bfloat16 or float16 logits; results are float32.
+
+    One pass over the logits and one over their gradient, which has their type. Unlike the public kernels that this
+    replaces, lse is that of the logits themselves, not shifted by the cap, and its gradient is not dropped.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
+    return SoftcappedCrossEntropyTriton.apply(logits, targets, float(cap), kind)
+
+
+# Tiles of the two products below: BLOCK_M x BLOCK_N of the result by BLOCK_K at a time. In 16 bits, 96 KiB of shared
+# memory: two programs on each multiprocessor of an H100, so that one multiplies while the other stores. In float32
+# the products are exact (no TF32), on the ordinary cores, for checks rather than for speed.
+SIXTEEN_BIT_TILES = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
+MLP_TILES = {
+    torch.bfloat16: SIXTEEN_BIT_TILES,
+    torch.float16: SIXTEEN_BIT_TILES,
+    torch.float32: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP=8, num_warps=8, num_stages=2),
+}
+
+
+@triton_jit
+def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of this program's tile. GROUP rows of tiles go column by column, so that L2 serves them."""
+    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    first = program // (GROUP * across) * GROUP
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
+    inside = program % (GROUP * across)
+    return (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+
+
+@triton_jit
+def tile_product(a, b, row, column, M, N: tl.constexpr, K: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tile of a [M, K] @ b [K, N] that begins at (row, column), in float32; a is contiguous, b has these steps.
+
+    Rows and columns past the end are read from elsewhere instead of being masked: what they give is never stored.
+    """
+    down, across, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    a += row.to(tl.int64) * K
+    a += tl.where(down < M - row, down, 0)[:, None] * K + inner[None, :]
+    b += inner[:, None] * STEP_K + ((column + across) % N)[None, :] * STEP_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            left, right = tl.load(a), tl.load(b)
+        else:
+            left = tl.load(a, mask=inner[None, :] < K - start, other=0.0)
+            right = tl.load(b, mask=inner[:, None] < K - start, other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+        a += BLOCK_K
+        b += BLOCK_K * STEP_K
+    return total
+
+
+@triton_jit
+def tile_places(row, column, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile of a contiguous [M, N] lies: offset of its first element (64 bits), offsets from there, mask."""
+    down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    mask = (down[:, None] < M - row) & (across[None, :] < N - column)
+    return row.to(tl.int64) * N + column, down[:, None] * N + across[None, :], mask
+
+
+@triton_jit
+def mlp_up_kernel(x, up, square, leaky, M, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """square = leaky^2 with leaky = leaky_relu(x [M, K] @ up^T [K, N]), which is stored too unless it is None."""
+    row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    total = tile_product(x, up, row, column, M, N, K, 1, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
+    y = tl.where(total > 0, total, total * SLOPE).to(square.dtype.element_ty)
+    wide = y.to(tl.float32)  # rounded first: the backward pass squares what was stored, and must get the same
+    tl.store(square + first + places, (wide * wide).to(square.dtype.element_ty), mask=mask)
+    if leaky is not None:
+        tl.store(leaky + first + places, y, mask=mask)
+
+
+@triton_jit
+def store_activation_gradient(total, leaky, grad_up, square, row, column, M, N: tl.constexpr, SLOPE: tl.constexpr,
+                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The epilogue of `mlp_up_backward_kernel` for a tile of its product."""
+    first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
+    y = tl.load(leaky + first + places, mask=mask, other=0.0).to(tl.float32)
+    total *= y * tl.where(y > 0, 2.0, 2.0 * SLOPE)
+    tl.store(grad_up + first + places, total.to(grad_up.dtype.element_ty), mask=mask)
+    if square is not None:
+        tl.store(square + first + places, (y * y).to(square.dtype.element_ty), mask=mask)
+
+
+@triton_jit
+def mlp_up_backward_kernel(grad, down, leaky, grad_up, square, M, N: tl.constexpr, K: tl.constexpr,
+                           SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                           GROUP: tl.constexpr):
+    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T; square = leaky^2 unless it is None.
+
+    The epilogue takes the tile in two halves: 125 registers a thread instead of 188, so that two programs fit on a
+    multiprocessor (as in the persistent matmul of Triton's tutorials).
+    """
+    row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    total = tile_product(grad, down, row, column, M, N, K, N, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+    half: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, half)), (0, 2, 1)))
+    store_activation_gradient(left, leaky, grad_up, square, row, column, M, N, SLOPE, BLOCK_M, half)
+    store_activation_gradient(right, leaky, grad_up, square, row, column + half, M, N, SLOPE, BLOCK_M, half)
+
+
+def mlp_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
+    """Number of tiles."""
+    return (-(-rows // tiles["BLOCK_M"]) * -(-hidden // tiles["BLOCK_N"]),)
+
+
+def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """x [M, d], up [hidden, d] -> leaky_relu(x up^T)^2 [M, hidden] and, if `keep`, the same without the square."""
+    (rows, width), hidden, tiles = x.shape, up.size(0), MLP_TILES[x.dtype]
+    square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
+    leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
+    if rows:
+        mlp_up_kernel[mlp_grid(rows, hidden, tiles)](x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden,
+                                                     K=width, SLOPE=slope, **tiles)
+    return square, leaky
+
+
+class MLPTriton(torch.autograd.Function):
+    """`mlp_plain` that keeps x and the leaky ReLU alone: its sign is that of x up^T, its square is cheap.
+
+    x [M, d], up [hidden, d], down [out, hidden] -> [M, out]. The products that need no epilogue are torch's.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        square, leaky = mlp_up_triton(x, up, slope, keep=True)
+        ctx.save_for_backward(x, up, down, leaky)
+        ctx.slope = slope
+        return square @ down.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, leaky = ctx.saved_tensors
+        for_x, for_up, for_down, _ = ctx.needs_input_grad
+        (rows, hidden), tiles = leaky.shape, MLP_TILES[x.dtype]
+        grad = grad.contiguous()
+        # Not empty_like: torch.compile would merge two of those into one buffer, and copy it to get two again.
+        grad_up = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
+        square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
+        if rows:
+            mlp_up_backward_kernel[mlp_grid(rows, hidden, tiles)](
+                grad, down.contiguous(), leaky, grad_up, square, rows, N=hidden, K=grad.size(1), SLOPE=ctx.slope,
+                **tiles)
+        return (grad_up @ up if for_x else None, grad_up.mT @ x if for_up else None,
+                grad.mT @ square if for_down else None, None)
+
+
+def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """`mlp_plain` of float32, bfloat16 or float16 tensors of one type, with a slope of at least 0.
+
+    The activation is the epilogue of its product (as in modded-nanogpt's ReLU^2 kernel), its derivative that of the
+    product before it. Without gradients only the square is written.
+    """
+    if up.size(1) != x.size(-1) or down.size(1) != up.size(0):
+        raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
+    if slope < 0:
+        raise ValueError(f"slope {slope}: the sign of the activation must be that of its input")
+    rows = x.reshape(-1, x.size(-1))
+    if torch.is_grad_enabled():
+        y = MLPTriton.apply(rows, up, down, float(slope))
+    else:
+        y = mlp_up_triton(rows, up, float(slope), keep=False)[0] @ down.mT
+    return y.view(*x.shape[:-1], down.size(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1099,8 +1532,7 @@ class Weights(NamedTuple):
 class Shared(NamedTuple):
     """What every layer of one forward pass uses."""
 
-    attention: Callable  # (q, k, v, mask) -> y
-    mask: Tensor         # of `prepare_mask`
+    attention: Callable  # (q [R, T, H, h], k, v [R, T, K, h]) -> y [R, T, H, h]
     cos: Tensor          # [T, 1, rotary/2]
     sin: Tensor
 
@@ -1121,6 +1553,7 @@ class Block(nn.Module):
         else:
             self.register_parameter("head_gate", None)
         self.q, self.k, self.v, self.out, self.up, self.down = (Projection() for _ in range(6))
+        self.fused = c.triton_kernels != "0"  # taps on the seats of up and down turn it off for their time
         self.norm_scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
         self.subtract_own_value = layer >= c.num_layers - c.xsa_last_n
 
@@ -1133,7 +1566,7 @@ class Block(nn.Module):
         v = self.v(n, w.v, adapters.get("v")).view(rows, length, c.num_kv_heads, c.head_dim)
         q = rotate(rms_norm(q), shared.cos, shared.sin) * self.query_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), shared.cos, shared.sin)
-        y = shared.attention(q, k, v, shared.mask)
+        y = shared.attention(q, k, v)
         if self.subtract_own_value:
             y = exclude_own_value(y, v)
         if self.head_gate is not None:
@@ -1155,7 +1588,10 @@ class Block(nn.Module):
     def feed(self, x: Tensor, w: Weights, adapters: dict) -> Tensor:
         """MLP of x [R, T, d] -> [R, T, d], before the output scale."""
         n = self.norm(x)
-        y = self.down(leaky_relu_squared(self.up(n, w.up), self.c.leaky_relu_slope), w.down)
+        if self.fused and triton_takes(n):
+            y = mlp_triton(n, w.up, w.down, self.c.leaky_relu_slope)
+        else:
+            y = self.down(leaky_relu_squared(self.up(n, w.up), self.c.leaky_relu_slope), w.down)
         return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
 
 
@@ -1175,8 +1611,8 @@ class SmearGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.gate_window))
         self.scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, documents: Tensor) -> Tensor:
-        inside = documents != torch.arange(x.size(1), device=x.device)                    # [R, T]
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        inside = documents.starts != torch.arange(x.size(1), device=x.device)             # [R, T]
         gate = torch.sigmoid(F.linear(x[..., :self.weight.numel()], self.weight.to(x.dtype)[None]))
         return x + self.scale.to(x.dtype) * gate * F.pad(x, (0, 0, 1, -1)) * inside[..., None]
 
@@ -1189,7 +1625,7 @@ def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
     """
     share = torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims
     frequencies = c.rope_base ** -share
-    stretch = (c.yarn_max_len or c.eval_context) / c.train_seq_len
+    stretch = max(c.yarn_max_len, c.eval_context) / c.train_seq_len
     if c.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -1205,6 +1641,7 @@ class GPT(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
+        self.attention = attention_backend(choose_attention(c)[0])
         self.plans = {looped: visit_plan(c, looped) for looped in (False, True)}
         layers, d = c.num_layers, c.model_dim
         self.embedding = nn.Parameter(torch.empty(c.vocab_size, d))
@@ -1253,7 +1690,7 @@ class GPT(nn.Module):
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
-    def embed(self, ids: Tensor, documents: Tensor, noise: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, documents: Documents, noise: Tensor | None) -> Tensor:
         """Token embeddings in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
         x = F.embedding(ids, self.embedding).to(self.c.dtype)
         if noise is not None:
@@ -1278,7 +1715,7 @@ class GPT(nn.Module):
         (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in self.lane_mix[v.layer].to(x.dtype).unbind())
         return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
 
-    def forward(self, ids: Tensor, targets: Tensor, documents: Tensor, *, looped: bool,
+    def forward(self, ids: Tensor, targets: Tensor, documents: Documents, *, looped: bool,
                 adapters: list[dict] | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
 
@@ -1290,9 +1727,8 @@ class GPT(nn.Module):
         length = ids.size(1)
         x0 = x = lane = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype)
-        mask = prepare_mask(documents, self.c.attention, x.dtype)
         cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
-        shared = Shared(ATTENTION[self.c.attention], mask, cos, sin)
+        shared = Shared(self.attention(documents, x.dtype), cos, sin)
         saved: list[Tensor] = []
         for place, v in enumerate(plan):
             if v.skip is not None:
@@ -1303,7 +1739,8 @@ class GPT(nn.Module):
         hidden = rms_norm((x + lane) / 2 if plan[-1].lanes else x)
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype), adapters[-1].get("head"))
-        return softcapped_cross_entropy(logits, targets, self.c.logit_softcap)
+        c = self.c
+        return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.triton_kernels != "0")
 
 
 def parameter_count(c: Config) -> int:
@@ -1480,9 +1917,9 @@ class Optimizers:
         """Norm of the averaged gradient over all parameters; scales it down to GRAD_CLIP_NORM."""
         if not self.c.grad_clip_norm:
             return math.nan
-        squares = sum(s.float().square().sum() for s in shares)
+        squares = sum(s.square().sum() for s in shares)
         self.run.add_up(squares)
-        norm = (squares + sum(g.float().square().sum() for g in rest)).sqrt()
+        norm = (squares + sum(g.square().sum() for g in rest)).sqrt()
         scale = (self.c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensor in (*shares, *rest):
             tensor.mul_(scale.to(tensor.dtype))
@@ -1520,7 +1957,8 @@ def lr_multiplier(p: Progress, c: Config) -> float:
 def muon_beta(p: Progress, c: Config) -> float:
     """Muon's momentum, linear over its warmup."""
     share = min(1.0, p.step / c.muon_momentum_warmup_steps) if c.muon_momentum_warmup_steps else 1.0
-    return c.muon_momentum_warmup_start + share * (c.muon_momentum - c.muon_momentum_warmup_start)
+    start = min(c.muon_momentum_warmup_start, c.muon_momentum)
+    return start + share * (c.muon_momentum - start)
 
 
 def loops_on(p: Progress, c: Config) -> bool:
@@ -1554,17 +1992,16 @@ def graphs_compiled() -> int:
 class Trainer:
     """Weights, optimizers, averages and the position in the data: all that a training step changes."""
 
-    def __init__(self, model: GPT, c: Config, run: Run):
-        self.model, self.c, self.run = model, c, run
-        self.layout = batch_layout(c, run.world)
-        self.loader = TrainLoader(c, run, self.layout)
+    def __init__(self, model: GPT, loader: TrainLoader):
+        c, run = loader.c, loader.run
+        self.model, self.loader, self.layout, self.c, self.run = model, loader, loader.layout, c, run
         self.optimizers = Optimizers(model, c, run)
         self.forward = compiled_forward(model)
         self.average = [p.detach().clone() for p in model.parameters()] if c.ema_decay else None
 
     def step(self, p: Progress, looped: bool) -> Tensor:
         """One update; returns this rank's sum of NLL over its targets, as a tensor (reading it would wait)."""
-        c, nats = self.c, torch.zeros((), dtype=torch.float32, device=self.run.device)
+        c, nats = self.c, torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
             noise = self.loader.noise(p.step, micro, (c.train_seq_len, c.model_dim))
@@ -1573,7 +2010,7 @@ class Trainer:
             if c.z_loss_weight:
                 loss = loss + c.z_loss_weight * lse.square().sum()
             (loss / c.train_batch_tokens).backward()
-            nats += nll.detach().sum()
+            nats += nll.detach().sum(dtype=torch.float64)
         self.optimizers.step(muon_beta(p, c), lr_multiplier(p, c))
         if self.average is not None:
             torch._foreach_lerp_(self.average, [q.detach() for q in self.model.parameters()], ema_share(p.step, c))
@@ -1627,13 +2064,18 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
             log_step(run, c, progress, nats)
 
 
+def diverged(c: Config, what: str) -> ConfigError:
+    """The error of a training that has run away."""
+    return ConfigError("MATRIX_LR", c.matrix_lr, f"{what}; lower this rate, SCALAR_LR={c.scalar_lr:g} or the "
+                                                 "embedding's")
+
+
 def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
     """The line of a training step, in the words that the field's scripts parse, and its metrics."""
     run.add_up(nats)
     loss, share = nats.item() / c.train_batch_tokens, fraction_done(p, c)
     if not math.isfinite(loss):
-        raise ConfigError("MATRIX_LR", c.matrix_lr, f"the training loss is {loss} at step {p.step}; lower this rate or "
-                                                    f"SCALAR_LR={c.scalar_lr:g} or the embedding's")
+        raise diverged(c, f"the training loss is {loss} at step {p.step}")
     ms, eta = 1000 * p.seconds, p.seconds / share * (1 - share) if share else 0.0
     rate = p.step * c.train_batch_tokens / p.seconds
     run.log(f"step:{p.step}/{c.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
@@ -1650,6 +2092,8 @@ def log_score(run: Run, stage: str, score: Score) -> None:
 
 def log_validation(run: Run, c: Config, p: Progress, score: Score) -> None:
     ms = 1000 * p.seconds
+    if not math.isfinite(score.nats):
+        raise diverged(c, f"the validation loss is {score.loss} at step {p.step}")
     run.log(f"step:{p.step}/{c.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
     run.metric(step=p.step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=p.seconds)
 
@@ -1685,8 +2129,8 @@ class HessianTaps:
     """
 
     def __init__(self, model: GPT):
+        self.model = model
         self.sums: dict[str, Tensor] = {}
-        self.tokens = 0
         self.seats = {f"{i}.{name}": getattr(block, name) for i, block in enumerate(model.blocks)
                       for name in ("q", "out", "up", "down")}
         self.seats["logits"] = model.logits
@@ -1694,11 +2138,18 @@ class HessianTaps:
     def __enter__(self) -> HessianTaps:
         self.handles = [seat.register_forward_pre_hook(functools.partial(self.tap, name))
                         for name, seat in self.seats.items()]
+        self.set_fused(False)
         return self
 
     def __exit__(self, *_) -> None:
         for handle in self.handles:
             handle.remove()
+        self.set_fused(self.model.c.triton_kernels != "0")
+
+    def set_fused(self, fused: bool) -> None:
+        """The fused MLP passes its seats by, so they are served only without it."""
+        for block in self.model.blocks:
+            block.fused = fused
 
     def tap(self, name: str, _module: nn.Module, inputs: tuple) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
@@ -2051,8 +2502,9 @@ class Evaluator:
 
     def __init__(self, c: Config, run: Run):
         self.c, self.run = c, run
-        self.vocabulary, stream = Vocabulary(c), TokenStream(c, "val")
-        self.tokens = stream.read(0, len(stream)).astype(np.uint16)
+        stream, self.vocabulary = TokenStream(c, "val"), Vocabulary(c)
+        stream.check_ids(Run(0, 1, 1, run.device))  # every rank reads the whole stream anyway
+        self.tokens = stream.read(0, len(stream))
         self.bytes = int(self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]).sum())
         self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
@@ -2083,17 +2535,18 @@ class Evaluator:
         """Rows of one batch, and for each place the target's position in the stream, or -1 where nothing is scored."""
         rows, length = self.rows[number * self.batch_rows:(number + 1) * self.batch_rows], self.c.eval_context
         position = np.zeros((self.batch_rows, length), np.int64)
-        documents = np.tile(np.arange(length, dtype=np.int32), (self.batch_rows, 1))  # padding sees only itself
+        starts = np.zeros((self.batch_rows, length), np.int32)
         scored = np.full((self.batch_rows, length), -1, np.int64)
         for r, row in enumerate(rows):
             place = 0
             for start, size, first in self.windows[row].tolist():
                 position[r, place:place + size] = np.arange(start, start + size)
-                documents[r, place:place + size] = place
+                starts[r, place:place + size] = place
                 scored[r, place + first:place + size] = np.arange(start + first, start + size)
                 place += size
+            starts[r, place:] = place  # padding is a document of its own
         ids, targets = (self.tokens[p].astype(np.int64) for p in (position, position + 1))
-        return to_device(ids, targets, documents, self.run.device), scored
+        return to_device(ids, targets, starts, self.run.device), scored
 
     @torch.no_grad()
     def score_batch(self, forward: Callable, number: int = 0) -> Tensor:
@@ -2134,12 +2587,12 @@ def hardware(run: Run) -> str:
     return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
 
-def train_stages(c: Config, run: Run, evaluator: Evaluator) -> dict[str, Any]:
+def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
     """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
     with Stage(run, "setup"):
         model = GPT(c)
         model.reset()
-        trainer = Trainer(model.to(run.device), c, run)
+        trainer = Trainer(model.to(run.device), loader)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.score_batch)
         warm = graphs_compiled()
@@ -2149,6 +2602,8 @@ def train_stages(c: Config, run: Run, evaluator: Evaluator) -> dict[str, Any]:
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
         log_score(run, "pre_quant", score)
+        if not math.isfinite(score.nats):
+            raise diverged(c, f"the validation loss is {score.loss}")
         if c.compile == "1":
             run.log(f"graphs compiled: {warm} in the warmup, {graphs_compiled() - warm} after it")
     with Stage(run, "quantize"):
@@ -2160,8 +2615,17 @@ def train_stages(c: Config, run: Run, evaluator: Evaluator) -> dict[str, Any]:
             write_aside(run.folder / CONTAINER_FILE, pack(stored, c))
         run.barrier()
     tokens = end.step * c.train_batch_tokens
-    return dict(val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step, train_tokens=tokens,
-                train_seconds=end.seconds, tokens_per_second=tokens / end.seconds, parameters=parameter_count(c))
+    size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
+    return dict(**sizes(size, c), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
+                train_tokens=tokens, train_seconds=end.seconds, tokens_per_second=tokens / end.seconds,
+                parameters=parameter_count(c))
+
+
+def sizes(model_bytes: int, c: Config) -> dict[str, int]:
+    """The summary's rows about bytes: what counts toward the limit is the code, as it runs, and the model."""
+    code = len(Path(__file__).read_bytes())
+    return dict(code_bytes=code, model_bytes=model_bytes, artifact_bytes=code + model_bytes,
+                artifact_limit_bytes=c.artifact_limit_bytes)
 
 
 def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
@@ -2177,10 +2641,8 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
                 run.log(remark)
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
-    code = len(Path(__file__).read_bytes())
-    return dict(val_bpb_quantized=score.bpb, val_loss_quantized=score.loss, val_bpb_ttt=None, val_bpb=score.bpb,
-                val_loss=score.loss, val_tokens=score.tokens, val_bytes=score.bytes, code_bytes=code,
-                model_bytes=len(data), artifact_bytes=code + len(data), artifact_limit_bytes=c.artifact_limit_bytes,
+    return dict(**sizes(len(data), c), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss, val_bpb_ttt=None,
+                val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens, val_bytes=score.bytes,
                 parameters=parameter_count(c), reference_compressors=evaluator.reference)
 
 
@@ -2196,6 +2658,7 @@ def print_summary(run: Run, s: dict[str, Any]) -> None:
                 f"{s['val_bytes']} bytes, each once")
         for name, bpb in s["reference_compressors"].items():
             run.log(f"           {bpb:.4f} {name} on the same text, for orientation")
+    if "artifact_bytes" in s:
         share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
         run.log(f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
                 f"{share:.1%} of the limit of {s['artifact_limit_bytes']}")
@@ -2208,20 +2671,23 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
     """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
     evaluator = None
     if c.mode != "eval":
-        with Stage(run, "data"):
-            evaluator, _ = Evaluator(c, run), TokenStream(c, "train")
+        with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
+            loader, evaluator = TrainLoader(c, run), Evaluator(c, run)
+            loader.stream.check_ids(run)
     open_folder(run, c)
     for remark in (*remarks, *(evaluator.remarks if evaluator else ())):
         run.log(remark)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
+    attention, why = choose_attention(c)
     run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
-            f"attention:{c.attention} compile:{c.compile}")
+            f"attention:{attention} ({why}) compile:{c.compile} "
+            f"triton:{c.triton_kernels}")
     summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode)
     if c.mode != "eval":
         looped = f" looped:{execution_order(c, True)}" if c.loops else ""
         run.log(f"parameters:{parameter_count(c)} order:{execution_order(c, False)}{looped}")
         run.log(str(batch_layout(c, run.world)))
-        summary |= train_stages(c, run, evaluator)
+        summary |= train_stages(c, run, loader, evaluator)
     if c.mode != "train":
         summary |= eval_stages(c, explicit, run, evaluator)
     summary |= dict(seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(),
@@ -2246,7 +2712,6 @@ def dry_run(c: Config, world: int) -> str:
 
 def main(arguments: list[str], environment: dict[str, str]) -> int:
     """Runs the script. Returns the exit code: 2 for what a user can mend, with one line that says how."""
-    rank = int(environment.get("RANK", 0))
     try:
         options, environment = parse_arguments(arguments, environment)
         if "--help" in options:
@@ -2254,17 +2719,21 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
             return 0
         c, explicit, remarks = config_from_env(environment, torch.cuda.is_available())
         if "--dry-run" in options:
-            print(*remarks, sep="\n", file=sys.stderr)
-            print(dry_run(c, int(environment.get("WORLD_SIZE", 1))))
+            plan = dry_run(c, rank_variable(environment, "WORLD_SIZE", 1))
+            for remark in remarks:
+                print(remark, file=sys.stderr)
+            print(plan)
             return 0
         run = start_run(c, environment)
         try:
-            return execute(c, explicit, remarks, run)
+            code = execute(c, explicit, remarks, run)
+            run.barrier()  # a rank that leaves early would cut off what others still send
+            return code
         finally:
             if run.world > 1:
                 dist.destroy_process_group()
     except ConfigError as error:
-        if rank == 0:
+        if environment.get("RANK", "0") in ("0", "") or not environment["RANK"].isdecimal():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -2277,9 +2746,11 @@ def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[
     options, environment, queue = set(), dict(environment), list(arguments)
     while queue:
         word = queue.pop(0)
-        if word.startswith("--mode"):
-            _, equals, value = word.partition("=")
-            environment["MODE"] = value if equals else (queue.pop(0) if queue else "")
+        if word == "--mode" or word.startswith("--mode="):
+            value = word[len("--mode="):] if "=" in word else (queue.pop(0) if queue else "")
+            if not value:
+                raise ConfigError("argument", word, "needs a mode: train, eval or all")
+            environment["MODE"] = value
         elif word in ("--help", "-h", "--dry-run"):
             options.add("--help" if word == "-h" else word)
         else:

@@ -45,18 +45,22 @@ def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable:
     return call
 
 
+def one_document(rows: int, length: int) -> t.Documents:
+    """A document for each row."""
+    starts = torch.zeros(rows, length, dtype=torch.int32)
+    return t.Documents(starts, torch.from_numpy(t.document_bounds_of(starts.numpy())))
+
+
 def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
     """Name -> (plain, fast), at the demo's shapes."""
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, requires_grad=True)
 
     targets = torch.randint(1024, (rows, length))
-    documents = torch.zeros(rows, length, dtype=torch.int32)
-    masks = {name: t.prepare_mask(documents, name, dtype) for name in t.ATTENTION}
+    documents = one_document(rows, length)
     qkv = draw(rows, length, 4, 64), draw(rows, length, 2, 64), draw(rows, length, 2, 64)
     x, hidden, logits = draw(rows, length, 256), draw(rows, length, 768), draw(rows, length, 1024)
-    attention = {name: both_ways(lambda q, k, v, f=f, name=name: f(q, k, v, masks[name]), *qkv)
-                 for name, f in t.ATTENTION.items()}
+    attention = {name: both_ways(t.attention_backend(name)(documents, dtype), *qkv) for name in ("sdpa", "blocked")}
     return {
         "attention": (attention["sdpa"], attention["blocked"]),
         "rms_norm": (both_ways(t.rms_norm_plain, x), both_ways(t.RMSNormCPU.apply, x)),
@@ -74,10 +78,9 @@ def training_step(attention: str) -> Callable:
     model.reset()
     rows = c.micro_batch_tokens // c.train_seq_len
     ids = torch.randint(4, c.vocab_size, (rows, c.train_seq_len))
-    documents = torch.zeros(rows, c.train_seq_len, dtype=torch.int32)
 
     def call() -> None:
-        model(ids, ids, documents, looped=False)[0].mean().backward()
+        model(ids, ids, one_document(*ids.shape), looped=False)[0].mean().backward()
     return call
 
 

@@ -94,6 +94,11 @@ def build_model(c, seed=0, spread=0.3):
     return model
 
 
+def documents_from(starts):
+    """A batch's documents from their starts [R, T]."""
+    return tg.Documents(starts, torch.from_numpy(tg.document_bounds_of(starts.numpy())))
+
+
 def random_batch(c, rows, length, seed=0, document_length=11):
     """A Batch of random tokens with several documents a row; the first one of a row may be cut."""
     generator = np.random.default_rng(seed)

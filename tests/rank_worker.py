@@ -12,7 +12,7 @@ from helpers import build_model, config, tg
 def train(c, run, steps):
     """Some training steps from random weights: the weights and their average afterwards, as arrays."""
     model = build_model(c, seed=1)
-    trainer = tg.Trainer(model, c, run)
+    trainer = tg.Trainer(model, tg.TrainLoader(c, run))
     losses = []
     for step in range(steps):
         losses.append(trainer.step(tg.Progress(step, 0.0), looped=c.loops and step >= steps // 2))
@@ -31,7 +31,7 @@ def score(c, run):
 
 def hessians(c, run):
     """Calibration from random weights."""
-    found = tg.collect_hessians(tg.Trainer(build_model(c, seed=1), c, run), 5)
+    found = tg.collect_hessians(tg.Trainer(build_model(c, seed=1), tg.TrainLoader(c, run)), 5)
     return {name: h.numpy() for name, h in found.items()}
 
 

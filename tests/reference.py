@@ -150,6 +150,6 @@ class Reference:
 
     def __call__(self, batch, looped, noise=None):
         rows = [self.row(ids.tolist(), targets.tolist(), starts.tolist(), looped, None if noise is None else noise[r])
-                for r, (ids, targets, starts) in enumerate(zip(*batch))]
+                for r, (ids, targets, starts) in enumerate(zip(batch.ids, batch.targets, batch.documents.starts))]
         nll, lse = zip(*rows)
         return torch.stack(nll), torch.stack(lse)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, encode, examples, single_run, write_shard
+from helpers import RECORD_LIKE, TINY, build_model, config, documents_from, encode, examples, single_run, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,7 +113,8 @@ def naive_nats(model, tokens, context, stride):
             stop = min(begin + context if done == begin else done + stride, end)
             first = max(begin, stop - context)
             ids, targets = (torch.tensor([tokens[first + k:stop + k]]) for k in (0, 1))
-            nll, _ = model(ids, targets, torch.zeros(1, stop - first, dtype=torch.int32), looped=looped)
+            documents = documents_from(torch.zeros(1, stop - first, dtype=torch.int32))
+            nll, _ = model(ids, targets, documents, looped=looped)
             total += nll[0, done - first:].double().sum().item()
             done = stop
     return total
@@ -212,11 +213,11 @@ def test_batches_hold_documents_and_their_targets(data):
     whole = evaluator.tokens
     for number in range(-(-len(evaluator.rows) // evaluator.batch_rows)):
         (ids, targets, documents), scored = evaluator.batch(number)
-        assert ids.shape == targets.shape == documents.shape == scored.shape == (8, 32)
+        assert ids.shape == targets.shape == documents.starts.shape == scored.shape == (8, 32)
         r, t = np.nonzero(scored >= 0)
         assert np.array_equal(ids.numpy()[r, t], whole[scored[r, t]])
         assert np.array_equal(targets.numpy()[r, t], whole[scored[r, t] + 1])
-        assert (documents.numpy() <= np.arange(32)).all()
+        assert (documents.starts.numpy() <= np.arange(32)).all()
         seen += scored[r, t].tolist()
     assert sorted(seen) == list(range(len(whole) - 1))
 

@@ -219,7 +219,7 @@ def test_each_knob_of_the_quantization_acts_on_its_tensors(knob):
 
 def make_trainer(base, data, **knobs):
     c = config(base, DATA_PATH=data, COMPUTE_DTYPE="float64", **knobs)
-    return tg.Trainer(build_model(c, seed=3), c, single_run())
+    return tg.Trainer(build_model(c, seed=3), tg.TrainLoader(c, single_run()))
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
@@ -272,7 +272,7 @@ def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
                TRAIN_LOG_EVERY=0, COMPUTE_DTYPE="float32")
     model = tg.GPT(c)
     model.reset()
-    trainer = tg.Trainer(model, c, single_run())
+    trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()))
     tg.train(trainer, None)
     evaluator, weights = tg.Evaluator(c, single_run()), {n: p.detach().clone() for n, p in model.named_parameters()}
     exact, losses = evaluator(model).bpb, {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_gpt as tg
-from helpers import examples
+from helpers import documents_from, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,8 +201,7 @@ def attention_naive(q, k, v, documents):
 
 
 def backends(documents, dtype):
-    return {name: (lambda q, k, v, name=name, f=f: f(q, k, v, tg.prepare_mask(documents, name, dtype)))
-            for name, f in tg.ATTENTION.items()}
+    return {name: tg.attention_backend(name)(documents_from(documents), dtype) for name in ("sdpa", "blocked")}
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
@@ -246,7 +245,7 @@ def test_blocked_attention_rounds_like_torchs():
     documents = documents_of([[0, 90], [0, 10, 150]], 2, 200)
 
     def of(name):
-        return lambda q, k, v: tg.ATTENTION[name](q, k, v, tg.prepare_mask(documents, name, q.dtype))
+        return lambda q, k, v: tg.attention_backend(name)(documents_from(documents), q.dtype)(q, k, v)
 
     rounding_is_no_worse(of("blocked"), of("sdpa"), [q, k, v], slack=3)
 

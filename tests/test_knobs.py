@@ -40,7 +40,8 @@ CHANGES = {
     "EMBED_BITS": (5, {}), "COMPRESSOR": ("lzma", {}), "ARTIFACT_LIMIT_BYTES": (1000, {}), "EVAL_SEQ_LEN": (8, {}),
     "EVAL_STRIDE": (4, {}), "GPTQ_DAMP": (0.5, dict(MATRIX_BITS=3)), "SEED": (8, {}), "RUN_ID": ("other", {}),
     "ARTIFACT_DIR": ("elsewhere", {}), "PRESET": ("poly5", {}), "MODE": ("train", {}),
-    "TOKENIZER_PATH": ("missing.model", {}), "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
+    "TOKENIZER_PATH": ("missing.model", {}), "TRITON_KERNELS": (1, {}), "SOFTCAP_TYPE": ("poly", {}),
+    "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
 }
 
@@ -110,7 +111,8 @@ def test_every_knob_changes_what_a_run_shows(name, data, tmp_path, capfd):
     changed = differences(before, after) - ({"files"} if name not in ("RUN_ID", "ARTIFACT_DIR") else set())
     assert changed, f"{name}={value} changes nothing"
     if after["code"]:
-        assert name in ("TOKENIZER_PATH", "DATA_PATH", "VOCAB_SIZE", "DEVICE", "ARTIFACT_LIMIT_BYTES"), after["errors"]
+        assert name in ("TOKENIZER_PATH", "DATA_PATH", "VOCAB_SIZE", "DEVICE", "TRITON_KERNELS",
+                        "ARTIFACT_LIMIT_BYTES"), after["errors"]
         assert name in after["errors"] or name == "ARTIFACT_LIMIT_BYTES"
     elif field.metadata["model"] or "weights" in field.metadata["alive"] or field.metadata["alive"] == "batches":
         assert "model" in changed, f"{name} does not reach the weights"

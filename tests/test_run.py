@@ -90,7 +90,8 @@ def test_ranks_share_the_cores(monkeypatch):
     monkeypatch.setattr(tg.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(tg.dist, "new_group", lambda *_, **__: None)
     for ranks in (1, 2, 3, 12):
-        environment = dict(RANK="1", WORLD_SIZE=str(ranks), LOCAL_RANK="1", LOCAL_WORLD_SIZE=str(ranks))
+        environment = dict(RANK="1", WORLD_SIZE=str(ranks), LOCAL_RANK="1", LOCAL_WORLD_SIZE=str(ranks),
+                           MASTER_ADDR="127.0.0.1")
         tg.start_run(config(CPU_THREADS=0), environment)
     assert threads == [8, 4, 2, 1]
 

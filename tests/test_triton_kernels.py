@@ -1,0 +1,409 @@
+"""The Triton kernels: values and gradients, cubins for an H100 built without one, one graph, and a real GPU's answers.
+
+Without a GPU they run under Triton's interpreter, which is chosen by the environment when a kernel is defined. So each
+such check is a process of its own: `python tests/test_triton_kernels.py NAME` runs check_NAME of this file.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import tg as k
+
+needs_triton = pytest.mark.skipif(k.triton is None, reason="triton is not installed")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), needs_triton]
+KINDS = ("tanh", "poly")
+CAP = 30.0
+
+
+def run_check(name, interpreted, options=(), **environment):
+    """Runs check_<name> of this file in a process; its whole output stands in the failure."""
+    environment |= {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, *options, __file__, name], env={**os.environ, **environment}, text=True,
+                          timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+
+
+# ----------------------------------------------------------------------------------------------- what checks share
+
+
+def normal(*shape, seed=0, dtype=torch.float32, scale=1.0, device="cpu"):
+    """Normal numbers that every 16-bit type holds exactly."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(torch.bfloat16).to(device, dtype)
+
+
+def random_targets(*shape, below, device="cpu"):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(9)).to(device)
+
+
+def values_and_gradients(function, inputs, dtype=None):
+    """Outputs, and each input's gradient of a random weighting of all of them; computed in `dtype`, if one is given."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((y * normal(*y.shape, seed=50 + i, dtype=y.dtype, device=y.device)).sum() for i, y in enumerate(outputs))
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)]
+
+
+def distance(x, exact):
+    """Norm of the difference over the norm; where the exact values are all zero, the norm of the difference."""
+    assert x.shape == exact.shape and not x.isnan().any()
+    return ((x.double() - exact).norm() / (exact.norm() if exact.any() else 1.0)).item()
+
+
+def compare(fast, plain, inputs):
+    """Against float64: 1e-5 relative where a result is float32; in 16 bits, what the plain version errs too."""
+    ours, exact = values_and_gradients(fast, inputs), values_and_gradients(plain, inputs, torch.float64)
+    theirs = values_and_gradients(plain, inputs)
+    for x, y, truth in zip(ours, theirs, exact, strict=True):
+        assert x.dtype == y.dtype
+        rounding = max(distance(y, truth), torch.finfo(x.dtype).eps / 4)
+        allowed = 1e-5 if x.dtype == torch.float32 else 1.6 * rounding
+        assert distance(x, truth) <= allowed, (distance(x, truth), allowed, x.shape)
+
+
+def compare_cross_entropy(shape, kind, dtype=torch.float32, scale=12.0, device="cpu", cap=CAP):
+    logits = normal(*shape, dtype=dtype, scale=scale, device=device)
+    targets = random_targets(*shape[:-1], below=shape[-1], device=device)
+    compare(lambda x: k.softcapped_cross_entropy_triton(x, targets, cap, kind),
+            lambda x: k.softcapped_cross_entropy_plain(x, targets, cap, kind), [logits])
+
+
+def z_loss_gradient(logits, function):
+    """Gradient of mean(lse^2) alone, with its own small weight as in training."""
+    leaf = logits.detach().clone().requires_grad_()
+    _, lse = function(leaf)
+    (1e-4 * lse.square().mean()).backward()
+    return leaf.grad
+
+
+def compare_z_loss(kind, dtype=torch.float32, device="cpu"):
+    logits = normal(7, 1025, dtype=dtype, scale=9.0, device=device)
+    targets = random_targets(7, below=1025, device=device)
+    ours = z_loss_gradient(logits, lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP, kind))
+    exact = z_loss_gradient(logits.double(), lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP, kind))
+    assert exact.norm() > 1e-6 and distance(ours, exact) <= (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def mlp_inputs(rows, width, hidden, out, dtype=torch.float32, device="cpu"):
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    return [normal(*rows, width, dtype=dtype, device=device),
+            normal(hidden, width, seed=1, dtype=dtype, scale=width ** -0.5, device=device),
+            normal(out, hidden, seed=2, dtype=dtype, scale=hidden ** -0.5, device=device)]
+
+
+def compare_mlp(rows, width, hidden, out, slope=0.5, dtype=torch.float32, device="cpu"):
+    inputs = mlp_inputs(rows, width, hidden, out, dtype, device)
+    compare(lambda *xs: k.mlp_triton(*xs, slope), lambda *xs: k.mlp_plain(*xs, slope), inputs)
+    with torch.no_grad():
+        without = k.mlp_triton(*inputs, slope)
+    assert torch.equal(without, k.mlp_triton(*(x.requires_grad_() for x in inputs), slope))
+
+
+def mend_bfloat16():
+    """Triton's interpreter cuts float32 off to get bfloat16, and multiplies bfloat16 matrices as integers.
+
+    Here it rounds to nearest, as GPUs do, and widens the operands of a product.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounding_cast(self, x, to):
+        if x.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, x, to)
+        return TensorHandle(torch.tensor(x.data).to(torch.bfloat16).view(torch.uint16).numpy(), tl.bfloat16)
+
+    def widen(x):
+        if x.dtype != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    InterpreterBuilder.cast_impl = rounding_cast
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+
+
+# ------------------------------------------------------------------------------------------- under the interpreter
+
+
+def check_cross_entropy():
+    mend_bfloat16()
+    for kind, rows, vocabulary in itertools.product(KINDS, (1, 3, 130), (1, 7, 1023, 1025, 8192)):
+        compare_cross_entropy((rows, vocabulary), kind)
+    for kind, dtype in itertools.product(KINDS, (torch.bfloat16, torch.float16)):
+        for shape in ((1, 1), (130, 1025), (2, 3, 8192)):
+            compare_cross_entropy(shape, kind, dtype)
+    for kind in KINDS:
+        compare_z_loss(kind)
+        compare_z_loss(kind, torch.bfloat16)
+        compare_cross_entropy((3, 20000), kind)  # several blocks a row
+        compare_cross_entropy((130, 1), kind, scale=0.01)  # lse is the softcap itself
+
+
+def check_cross_entropy_edges():
+    for cap in (5, 200.0):  # exp(200) is no float32; an integer is a cap too
+        compare_cross_entropy((5, 20000), "tanh", scale=cap, cap=cap)
+    rising = torch.linspace(-60, 60, 20000).repeat(2, 1)
+    rising[1] = rising[1].flip(0)  # the maximum lies in the last block, and in the first
+    targets = torch.tensor([3, 19999])
+    for kind in KINDS:
+        compare(lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP, kind),
+                lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP, kind), [rising])
+    wide = normal(4, 6, 100, scale=9.0)
+    for logits in (wide[..., :77], wide.transpose(0, 1), wide.mT, wide[:, ::2, ::3], wide[0, 0]):
+        targets = random_targets(*logits.shape[:-1], below=logits.size(-1))
+        compare(lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP),
+                lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP), [logits])
+    targets, results = random_targets(8, below=100)[::2], []
+    for function in (k.softcapped_cross_entropy_triton, k.softcapped_cross_entropy_plain):
+        x = wide[:, 0].clone().requires_grad_()
+        nll, lse = function(x, targets, CAP)
+        results.append([nll, lse, *torch.autograd.grad(nll.sum() + lse.sum(), x)])  # both are given one expanded number
+    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(*results, strict=True))
+    for shape in ((0, 5), (2, 0, 5)):
+        x = torch.zeros(shape, requires_grad=True)
+        nll, lse = k.softcapped_cross_entropy_triton(x, torch.zeros(shape[:-1], dtype=torch.int64), CAP)
+        (nll.sum() + lse.sum()).backward()
+        assert nll.shape == lse.shape == shape[:-1] and x.grad.shape == shape
+    check_extreme_logits()
+    x = wide[0].requires_grad_()
+    nll, _ = k.softcapped_cross_entropy_triton(x, random_targets(6, below=100), CAP)
+    first, = torch.autograd.grad(nll.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+def check_extreme_logits(device="cpu"):
+    """Infinite and huge logits are capped; one that is not a number makes the row's results NaN, and no other row's."""
+    for kind in KINDS:
+        x = normal(5, 50, scale=9.0)
+        x[0, 3], x[1, 4], x[2, 5], x[3, 6] = torch.inf, -torch.inf, 1e30, torch.nan
+        x, targets = x.to(device).requires_grad_(), torch.tensor([3, 4, 1, 2, 50], device=device)
+        nll, lse = k.softcapped_cross_entropy_triton(x, targets, CAP, kind)
+        (nll[:3].sum() + lse.sum()).backward()
+        expected = k.softcapped_cross_entropy_plain(x.detach()[:3], targets[:3], CAP, kind)
+        assert torch.allclose(nll[:3], expected[0]) and torch.allclose(lse[:3], expected[1])
+        assert nll[3:].isnan().all() and lse.isnan().tolist() == [False, False, False, True, False]
+        assert x.grad[[0, 1, 2, 4]].isfinite().all() and x.grad[3].isnan().any()
+        assert not x.grad[[0, 1, 2], [3, 4, 5]].any()
+
+
+def check_mlp():
+    mend_bfloat16()
+    sizes = ((1, 1, 1, 1), (3, 7, 5, 2), (130, 70, 200, 33), (129, 128, 257, 64), ((2, 3, 5), 33, 130, 17))
+    for size in sizes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            compare_mlp(*size, dtype=dtype)
+    for slope in (0.0, 0.01, 1.0, 2.0):
+        compare_mlp(65, 17, 70, 9, slope)
+    compare_mlp(577, 16, 70, 8)                        # ten rows of tiles: more than a group
+    compare_mlp(1100, 16, 70, 8, dtype=torch.float16)
+    compare_mlp((), 16, 70, 8)                         # one vector
+    for rows in (0, (2, 0)):
+        x, up, down = (v.requires_grad_() for v in mlp_inputs(rows, 4, 6, 3))
+        y = k.mlp_triton(x, up, down, 0.5)
+        y.sum().backward()
+        assert y.numel() == 0 and x.grad.shape == x.shape and not up.grad.any() and not down.grad.any()
+
+
+def check_mlp_edges():
+    x, up, down = mlp_inputs((40, 3), 20, 30, 12)
+    for strided in ([x.transpose(0, 1), up.T.contiguous().T[::2], down[:, ::2]], [x[..., :17], up[:, :17], down]):
+        compare(lambda *xs: k.mlp_triton(*xs, 0.5), lambda *xs: k.mlp_plain(*xs, 0.5), strided)
+    for wanted in itertools.product((False, True), repeat=3):  # frozen weights, as in test-time training, or inputs
+        if any(wanted):
+            results = []
+            for function in (k.mlp_triton, k.mlp_plain):
+                leaves = [v.detach().clone().requires_grad_(w) for v, w in zip((x, up, down), wanted)]
+                function(*leaves, 0.5).sum().backward()  # its gradient is one number, expanded
+                results.append([v.grad for v in leaves])
+            for ours, theirs, w in zip(*results, wanted):
+                assert (ours is None) == (theirs is None) == (not w)
+                assert not w or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    for arguments in ((x, up[:, 1:], down, 0.5), (x, up, down[:, 1:], 0.5), (x, up, down, -0.5)):
+        with pytest.raises(ValueError):
+            k.mlp_triton(*arguments)
+    with pytest.raises(ValueError):
+        k.softcapped_cross_entropy_triton(x, torch.zeros(40, dtype=torch.int64), CAP)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges"])
+def test_under_the_interpreter(name):
+    run_check(name, interpreted=True)
+
+
+# ------------------------------------------------------------------------------- compiled, without a GPU to run it
+
+
+def kernels_to_compile():
+    """(kernel, types of tensors and integers, constants, options) of every kernel: the record's sizes and odd ones."""
+    sizes = (*itertools.product(KINDS, ("bf16", "fp32"), (8192, 1025)), ("tanh", "fp16", 20000), ("poly", "bf16", 1))
+    for kind, dtype, vocabulary in sizes:
+        tiles = k.cross_entropy_tiles(vocabulary)
+        options, logits = dict(num_warps=tiles.pop("num_warps")), f"*{dtype}"
+        constants = dict(tiles, V=vocabulary, CAP=CAP, KIND=kind)
+        rows = dict(logits=logits, targets="*i64", lse="*fp32", row_stride="i64" if vocabulary == 1 else "i32")
+        yield k.cross_entropy_forward_kernel, dict(rows, nll="*fp32"), constants, options
+        gradients = dict(grad_nll="*fp32", grad_lse="*fp32", grad=logits)
+        yield k.cross_entropy_backward_kernel, rows | gradients, constants, options
+    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    for (dtype, pointer), (hidden, width) in itertools.product(pointers.items(), ((2048, 512), (130, 70))):
+        constants = dict(k.MLP_TILES[dtype], N=hidden, K=width, SLOPE=0.5)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        for kernel, optional in ((k.mlp_up_kernel, "leaky"), (k.mlp_up_backward_kernel, "square")):
+            types = dict.fromkeys(kernel.arg_names[:kernel.arg_names.index("M")], pointer)
+            yield kernel, {**types, "M": "i32"}, constants, options
+            yield kernel, {**types, "M": "i64"}, {**constants, optional: None}, options
+
+
+def check_cubins():
+    """Every kernel becomes a cubin for sm_90, on whose multiprocessors two programs find room in shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    compiled = set()
+    for kernel, types, constants, options in kernels_to_compile():
+        types = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
+        binary = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned),
+                                target=GPUTarget("cuda", 90, 32), options=options)
+        compiled.add(kernel.__name__)
+        assert len(binary.asm["cubin"]) > 1000
+        assert binary.metadata.shared <= 227 * 1024 // 2 - 1024  # of an H100's multiprocessor, half
+        assert ("wgmma" in binary.asm["ptx"]) == (kernel.__name__.startswith("mlp") and "*fp32" not in types.values())
+        print(kernel.__name__, *types.values(), *constants.values(), binary.metadata.shared, len(binary.asm["cubin"]))
+    assert compiled == {name for name in vars(k) if name.endswith("_kernel")}
+
+
+def check_one_graph():
+    """torch.compile takes MLP and loss, with gradients, into one graph, and sees which buffers each kernel writes.
+
+    Nothing runs: the graphs are recorded and give zeros. Triton is told of an H100, which only names the target.
+    """
+    import torch.utils._triton
+    import triton
+    from triton.backends.compiler import GPUTarget
+    torch.utils._triton.has_triton = lambda: True
+    triton.runtime.driver.set_active(type("H100", (), {"get_current_target": lambda self: GPUTarget("cuda", 90, 32)})())
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    graphs = []
+
+    def record(module, inputs):
+        results = next(node for node in module.graph.nodes if node.op == "output").args[0]
+        graphs.append([node.kwargs for node in module.graph.nodes if "triton_kernel" in str(node.target)])
+        shapes = [y if y is None else y.meta["val"] for y in results]
+        return make_boxed_func(lambda *_: [y if y is None else torch.zeros(y.shape, dtype=y.dtype) for y in shapes])
+
+    def loss(x, up, down, head, targets):
+        nll, lse = k.softcapped_cross_entropy_triton(k.mlp_triton(x, up, down, 0.5) @ head.mT, targets, CAP)
+        return nll.mean() + 1e-4 * lse.square().mean()
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    inputs = [*mlp_inputs((4, 32), 64, 256, 64, torch.bfloat16), normal(1000, 64, dtype=torch.bfloat16)]
+    inputs = [x.requires_grad_() for x in inputs]
+    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=False)
+    compiled(*inputs, random_targets(4, 32, below=1000)).backward()
+    assert all(x.grad.shape == x.shape for x in inputs)
+    written = [[sorted(call["tensors_to_clone"]) for call in calls] for calls in graphs]
+    assert written == [[["leaky", "square"], ["lse", "nll"]], [["grad"], ["grad_up", "square"]]], written
+    for call in itertools.chain(*graphs):  # no two outputs share a buffer, which would then be copied
+        buffers = [call["kwargs"][name] for name in call["tensors_to_clone"]]
+        assert len(set(buffers)) == len(buffers)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["cubins", "one_graph"])
+def test_compiled(name, tmp_path):
+    run_check(name, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def check_without_triton():
+    assert k.triton is None and not k.triton_takes(torch.zeros(2))
+    assert k.mlp_plain(*mlp_inputs(3, 4, 8, 2), 0.5).shape == (3, 2)
+    nll, lse = k.softcapped_cross_entropy_plain(normal(3, 5), torch.tensor([0, 1, 2]), CAP, "poly")
+    assert nll.shape == lse.shape == (3,)
+
+
+def test_without_triton():
+    """None in sys.modules makes an import fail as that of a missing module does."""
+    run = "import runpy, sys; sys.modules['triton'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, '{}'); "
+    run += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    run_check("without_triton", interpreted=False, options=("-c", run.format(os.path.dirname(__file__))))
+
+
+# ------------------------------------------------------------------------------------------------- the plain softcap
+
+
+def test_plain_softcaps():
+    x = torch.linspace(-100, 100, 4001, dtype=torch.float64)
+    u = (x / CAP).clamp(-2, 2)
+    assert torch.allclose(k.softcap_plain(x, CAP), CAP * torch.tanh(x / CAP))
+    assert torch.allclose(k.softcap_plain(x, CAP, "poly"), CAP * (u * (1 - u ** 2 / 3 + u ** 4 / 15)).clamp(-1, 1))
+    assert k.softcap_plain(x.to(torch.bfloat16), CAP).dtype == torch.float32
+    with pytest.raises(ValueError, match="sigmoid"):
+        k.softcap_plain(x, CAP, "sigmoid")
+
+
+# ------------------------------------------------------------------------------------------------------- a real GPU
+
+
+class TestGPU:
+    """What the interpreter cannot see: the compiled kernels' own answers."""
+
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_cross_entropy(self, kind, dtype):
+        for shape in ((1, 1), (3, 7), (130, 1023), (3, 1025), (4, 130, 8192), (5, 20000)):
+            compare_cross_entropy(shape, kind, dtype, device="cuda")
+        compare_z_loss(kind, dtype, device="cuda")
+        check_extreme_logits("cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_mlp(self, dtype):
+        for size in ((1, 1, 1, 1), (130, 70, 200, 33), ((2, 300), 512, 2048, 512), (3000, 96, 384, 96)):
+            compare_mlp(*size, dtype=dtype, device="cuda")
+        compare_mlp(65, 17, 70, 9, 0.0, dtype, "cuda")
+
+    def test_more_than_2_to_the_31_logits(self):
+        if torch.cuda.mem_get_info()[0] < 16e9:
+            pytest.skip("needs 16 GB of free GPU memory")
+        rows = 2 ** 31 // 8192 + 3
+        logits = torch.zeros(rows, 8192, dtype=torch.bfloat16, device="cuda")
+        logits[-3:] = normal(3, 8192, dtype=torch.bfloat16, scale=12.0, device="cuda")
+        targets = random_targets(rows, below=8192, device="cuda")
+        ours = values_and_gradients(lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP)[0][-3:], [logits])
+        exact = values_and_gradients(lambda x: k.softcapped_cross_entropy_plain(x, targets[-3:], CAP)[0], [logits[-3:]],
+                                     torch.float64)
+        assert distance(ours[0], exact[0]) <= 1e-5 and distance(ours[1][-3:], exact[1]) <= 3e-3
+
+    def test_fullgraph(self):
+        """Compiled by Inductor: the same values and gradients, for other numbers of rows and without gradients too."""
+        def loss(x, up, down, head, targets):
+            nll, lse = k.softcapped_cross_entropy_triton(k.mlp_triton(x, up, down, 0.5) @ head.mT, targets, CAP)
+            return nll.mean() + 1e-4 * lse.square().mean()
+
+        compiled = torch.compile(loss, fullgraph=True)
+        for rows in ((4, 96), (3, 50), (2, 7)):
+            inputs = mlp_inputs(rows, 64, 256, 64, torch.bfloat16, "cuda")
+            inputs.append(normal(1000, 64, seed=3, dtype=torch.bfloat16, device="cuda"))
+            targets = random_targets(*rows, below=1000, device="cuda")
+            for x, y in zip(values_and_gradients(lambda *xs: compiled(*xs, targets), inputs),
+                            values_and_gradients(lambda *xs: loss(*xs, targets), inputs), strict=True):
+                assert distance(x, y.double()) <= 1e-2
+            with torch.no_grad():
+                assert torch.allclose(compiled(*inputs, targets), loss(*inputs, targets), rtol=1e-4)
+
+
+if __name__ == "__main__":
+    globals()[f"check_{sys.argv[1]}"]()

@@ -1021,24 +1021,46 @@ def softcapped_cross_entropy_plain(logits: Tensor, targets: Tensor, cap: float,
 
 
 class SoftcappedCrossEntropyCPU(torch.autograd.Function):
-    """`softcapped_cross_entropy_plain` that keeps one wide tensor, t = tanh(logits/cap), and works in place."""
+    """`softcapped_cross_entropy_plain` in blocks of rows that stay in a core's cache; keeps the logits alone.
+
+    Nothing as wide as the vocabulary is stored in float32: the gradient is worked out from the logits again, which
+    costs less than the memory that it saves.
+    """
+
+    @staticmethod
+    def blocks(logits: Tensor, cap: float) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the rows of logits [N, V], and tanh(logits/cap) of each in one buffer that is used again."""
+        rows = max(1, (1 << 20) // logits.size(1))  # fewer blocks: less waiting of threads for each other
+        buffer = torch.empty(rows, logits.size(1), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for start in range(0, logits.size(0), rows):
+            block = slice(start, min(start + rows, logits.size(0)))
+            yield block, buffer[:block.stop - start].copy_(logits[block]).div_(cap).tanh_()
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-        t = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(cap).tanh_()
-        at_target = cap * t.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        # |cap*t| <= cap, so exp needs no shift by the maximum where V*exp(cap) is far from overflowing.
-        lse = torch.exp(cap * t).sum(-1).log_() if cap <= 60 else torch.logsumexp(cap * t, dim=-1)
-        ctx.save_for_backward(t, targets, lse)
-        ctx.cap, ctx.dtype = cap, logits.dtype
-        return lse - at_target, lse
+        flat, wanted = logits.flatten(0, -2), targets.flatten()
+        lse = torch.empty(wanted.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+        nll = torch.empty_like(lse)
+        for block, t in SoftcappedCrossEntropyCPU.blocks(flat, cap):
+            z = t.mul_(cap)
+            at_target = z.gather(1, wanted[block, None])[:, 0]
+            # |z| <= cap, so exp needs no shift by the maximum where V*exp(cap) is far from overflowing.
+            lse[block] = z.exp_().sum(1).log_() if cap <= 60 else torch.logsumexp(z, dim=1)
+            nll[block] = lse[block] - at_target
+        ctx.save_for_backward(flat, wanted, lse)
+        ctx.cap, ctx.shape = cap, logits.shape
+        return nll.view(targets.shape), lse.view(targets.shape)
 
     @staticmethod
     def backward(ctx, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:
-        t, targets, lse = ctx.saved_tensors
-        grad = torch.mul(t, ctx.cap).sub_(lse.unsqueeze(-1)).exp_().mul_((grad_nll + grad_lse).unsqueeze(-1))
-        grad.scatter_add_(-1, targets.unsqueeze(-1), -grad_nll.unsqueeze(-1))
-        return grad.addcmul_(grad * t, t, value=-1).to(ctx.dtype), None, None
+        flat, wanted, lse = ctx.saved_tensors
+        to_nll, grad = grad_nll.flatten()[:, None], torch.empty_like(flat)
+        to_both = to_nll + grad_lse.flatten()[:, None]
+        for block, t in SoftcappedCrossEntropyCPU.blocks(flat, ctx.cap):
+            to_z = torch.mul(t, ctx.cap).sub_(lse[block, None]).exp_().mul_(to_both[block])
+            to_z.scatter_add_(1, wanted[block, None], -to_nll[block])
+            grad[block] = to_z.addcmul_(to_z * t, t, value=-1)
+        return grad.view(ctx.shape), None, None
 
 
 def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh",

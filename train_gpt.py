@@ -318,8 +318,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Honesty about presets under construction: the log of a run names what its preset still lacks.
 UNFINISHED = {
     "record": "CaseOps, LQER, per-group compression and phased TTT",
-    "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, GPTQ-lite, "
-             "residual quantization and chunked TTT",
+    "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, "
+             "GPTQ-lite, residual quantization and chunked TTT",
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",

@@ -825,9 +825,14 @@ class TrainLoader:
 
 
 def document_bounds_of(starts: np.ndarray) -> np.ndarray:
-    """[R, T] starts -> [n + 1] int32 bounds of the flattened rows; n is a power of two, so that few shapes compile."""
+    """[R, T] starts -> [n + 1] int32 bounds of the flattened rows.
+
+    n is a power of two, enough for documents of 64 tokens on average: one shape for all batches of a size, so that
+    nothing is compiled again, but for a batch of many tiny documents.
+    """
     flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
-    bounds = np.full(max(32, 1 << (len(flat) - 1).bit_length()) + 1, starts.size, np.int32)
+    room = max(starts.size // 64, len(flat), 2)
+    bounds = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
     bounds[:len(flat)] = flat
     return bounds
 
@@ -2618,6 +2623,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.score_batch)
         warm = graphs_compiled()
+        run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm} graphs compiled, everything put back")
     with Stage(run, "train"):
         end = train(trainer, lambda: evaluator(trainer.forward))
         trainer.use_average()
@@ -2627,7 +2633,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         if not math.isfinite(score.nats):
             raise diverged(c, f"the validation loss is {score.loss}")
         if c.compile == "1":
-            run.log(f"graphs compiled: {warm} in the warmup, {graphs_compiled() - warm} after it")
+            run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "quantize"):
         hessians = collect_hessians(trainer, end.step)
         if run.main:

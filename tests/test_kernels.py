@@ -1,5 +1,6 @@
 """Every hand-differentiated kernel against its plain version: values and gradients in float64, rounding in bfloat16."""
 
+import itertools
 import math
 
 import pytest
@@ -304,3 +305,61 @@ def test_low_rank_maps_each_row_by_its_own_pair():
     y = tg.low_rank(x, (a, b))
     for r in range(3):
         assert torch.allclose(y[r], x[r] @ (b[r] @ a[r]).T)
+
+
+# ------------------------------------------------------------------------------ attention that takes packed documents
+
+
+def document_by_document(q, k, v, bounds, longest):
+    """What a kernel for sequences of many lengths computes, [N, H, h], one sequence after the other."""
+    parts = []
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        if begin < end:
+            assert end - begin <= longest
+            one = torch.zeros(1, end - begin, dtype=torch.int32)
+            q1, k1, v1 = (x[None, begin:end] for x in (q, k, v))
+            parts.append(tg.attention_sdpa(q1, k1, v1, tg.visible(one))[0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("starts", [[[0], [0, 30]], [[0, 1, 2, 3], [0]], [[0, 49], [0, 25, 26]]])
+def test_packed_attention_equals_torchs(starts):
+    """The bounds of the flattened rows say what the mask says: padding, documents of one token, rows that continue."""
+    documents = documents_from(documents_of(starts, 3, 50))
+    mask = tg.visible(documents.starts)
+    compare(lambda q, k, v: tg.attention_packed(q, k, v, documents.bounds, document_by_document),
+            lambda q, k, v: tg.attention_sdpa(q, k, v, mask),
+            [normal(3, 50, 4, 8), normal(3, 50, 2, 8), normal(3, 50, 2, 8)])
+
+
+def test_bounds_have_one_shape_for_all_batches_of_a_size():
+    shapes = {tg.document_bounds_of(documents_of([starts], 8, 256).numpy()).shape
+              for starts in ([0], [0, 5], [0, 100, 200], list(range(0, 256, 128)))}
+    assert shapes == {(33,)}
+    many = tg.document_bounds_of(documents_of([list(range(256))], 8, 256).numpy())
+    assert many.tolist() == list(range(2049))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fa3", "fa2", "varlen"])
+def test_every_backend_of_the_machine_agrees_with_sdpa(name):
+    """Values and gradients in bfloat16, each no further from float64's than rounding takes SDPA itself, and a little."""
+    try:
+        prepare = tg.attention_backend(name)
+    except ImportError as error:
+        pytest.skip(f"{name} is not installed: {error}")
+    starts = documents_of([[0, 17, 300], [0], [0, 511]], 3, 512)
+    documents = tg.Documents(starts.cuda(), documents_from(starts).bounds.cuda())
+    inputs = [normal(3, 512, heads, 64).cuda() for heads in (8, 4, 4)]
+
+    def results(backend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        y = backend(documents, dtype)(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    exact, plain, other = (results(b, d) for b, d in ((tg.attention_backend("sdpa"), torch.float64),
+                                                     (tg.attention_backend("sdpa"), torch.bfloat16),
+                                                     (prepare, torch.bfloat16)))
+    for truth, x, y in zip(exact, plain, other):
+        assert (y - truth).abs().max() <= 2 * (x - truth).abs().max() + 1e-3

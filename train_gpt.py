@@ -290,8 +290,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         data_path="data/builtin_sp4096", vocab_size=4096, seed=42, num_layers=4, model_dim=256, num_heads=4,
         num_kv_heads=2, mlp_mult=3.0, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=4096,
         iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=100, val_loss_every=0,
-        val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.03,
-        smear_gate_enabled=True, scalar_lr=0.04, tied_embed_lr=0.03, muon_momentum_warmup_steps=100,
+        val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.02,
+        smear_gate_enabled=True, scalar_lr=0.04, tied_embed_lr=0.01, muon_momentum_warmup_steps=100,
         gptq_calibration_batches=8,
     ),
     # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.

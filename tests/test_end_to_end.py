@@ -4,11 +4,15 @@ import json
 import math
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, SCRIPT, TINY, built_once, knob_names, run_script, snapshot, strings
+from helpers import (RECORD_LIKE, SCRIPT, TINY, built_once, clean_environment, knob_names, run_script, snapshot,
+                     strings)
 
 SUMMARY = {"val_bpb_pre_quant", "val_bpb_quantized", "val_bpb_ttt", "val_bpb", "val_tokens", "val_bytes", "code_bytes",
            "model_bytes", "artifact_bytes", "parameters", "steps", "train_tokens", "tokens_per_second", "seconds",
@@ -250,6 +254,28 @@ def test_two_ranks_end_to_end(whole_run, data, tmp_path):
     log = (folder / "log.txt").read_text()
     assert len(re.findall(r"step:30/30 " + VALIDATION, log)) == 1 and len(re.findall(r"^quantized ", log, re.M)) == 1
     assert {p.name for p in folder.iterdir()} == {p.name for p in (whole_run / "logs" / "run").iterdir()}
+
+
+def test_two_machines_share_no_folder(data, tmp_path, capfd, monkeypatch):
+    """Two launchers, each in a folder of its own, over loopback: the artifact reaches the one that did not write it."""
+    values = dict(RUN, DATA_PATH=data, COMPUTE_DTYPE="float32", ITERATIONS=6)
+    (tmp_path / "one").mkdir()
+    assert call(values, tmp_path / "one", capfd, monkeypatch)[0] == 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    nodes = []
+    for node in (0, 1):
+        (tmp_path / f"node{node}").mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
+                   "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", str(SCRIPT)]
+        nodes.append(subprocess.Popen(command, env=clean_environment(values), cwd=tmp_path / f"node{node}",
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for node in nodes:
+        out, _ = node.communicate(timeout=240)
+        assert node.returncode == 0, out[-2000:]
+    one, two = (summary_of(tmp_path / name / "logs" / "run") for name in ("one", "node0"))
+    assert one["val_bpb"] == pytest.approx(two["val_bpb"], abs=1e-3)
+    assert not (tmp_path / "node1" / "logs").exists()
 
 
 def test_two_ranks_refuse_with_one_line(data, tmp_path):

@@ -344,7 +344,7 @@ def test_bounds_have_one_shape_for_all_batches_of_a_size():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["fa3", "fa2", "varlen"])
 def test_every_backend_of_the_machine_agrees_with_sdpa(name):
-    """Values and gradients in bfloat16, each no further from float64's than rounding takes SDPA itself, and a little."""
+    """Values and gradients in bfloat16: no further from float64 than rounding takes SDPA itself, and a little."""
     try:
         prepare = tg.attention_backend(name)
     except ImportError as error:

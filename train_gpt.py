@@ -392,8 +392,8 @@ def resolved(c: Config, cuda: bool) -> Config:
         raise ConfigError("DEVICE", c.device, "no CUDA device is visible; cpu or auto are possible")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
     choices = {"compute_dtype": "bfloat16" if native else "float32", "compile": "01"[device == "cuda"]}
-    if c.compile == "1" and device == "cpu" and not any(shutil.which(x) for x in ("g++", "clang++", "c++")):
-        raise ConfigError("COMPILE", 1, "needs a C++ compiler on CPUs (g++ or clang++), and none is installed")
+    if c.compile == "1" and device == "cpu" and not cpu_compiler():
+        raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
     if c.triton_kernels == "1" and (device == "cpu" or triton is None):
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
     choices["triton_kernels"] = "01"[device == "cuda" and triton is not None]
@@ -401,6 +401,14 @@ def resolved(c: Config, cuda: bool) -> Config:
         choices["yarn_max_len"] = max(c.yarn_max_len, c.eval_context)
     return dataclasses.replace(c, device=device, **{k: v for k, v in choices.items()
                                                     if getattr(c, k) == "auto" or k == "yarn_max_len"})
+
+
+def cpu_compiler() -> bool:
+    """Whether torch.compile can build its C++ code here: it needs a compiler and Python.h."""
+    import sysconfig  # it looks at the environment when it is loaded
+
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return headers and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def cpu_info(*fields: str) -> str:

@@ -300,7 +300,7 @@ def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeyp
     assert len(scores) == len(variants)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on CPUs")
+@pytest.mark.skipif(not tg.cpu_compiler(), reason="torch.compile needs a C++ compiler and Python's headers on CPUs")
 def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypatch):
     """And compiles nothing after the warmup: one graph for training, one for validation."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

@@ -391,16 +391,16 @@ def resolved(c: Config, cuda: bool) -> Config:
     if device == "cuda" and not cuda:
         raise ConfigError("DEVICE", c.device, "no CUDA device is visible; cpu or auto are possible")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
-    choices = {"compute_dtype": "bfloat16" if native else "float32", "compile": "01"[device == "cuda"]}
+    automatic = {"compute_dtype": "bfloat16" if native else "float32", "compile": "01"[device == "cuda"],
+                 "triton_kernels": "01"[device == "cuda" and triton is not None]}
     if c.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
     if c.triton_kernels == "1" and (device == "cpu" or triton is None):
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
-    choices["triton_kernels"] = "01"[device == "cuda" and triton is not None]
+    values = {name: value for name, value in automatic.items() if getattr(c, name) == "auto"}
     if c.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
-        choices["yarn_max_len"] = max(c.yarn_max_len, c.eval_context)
-    return dataclasses.replace(c, device=device, **{k: v for k, v in choices.items()
-                                                    if getattr(c, k) == "auto" or k == "yarn_max_len"})
+        values["yarn_max_len"] = max(c.yarn_max_len, c.eval_context)
+    return dataclasses.replace(c, device=device, **values)
 
 
 def cpu_compiler() -> bool:
@@ -755,12 +755,15 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def check_ids(self, run: Run) -> None:
-        """Holds every id against the vocabulary; ranks share the shards. Errors: ConfigError, on every rank."""
+    def check_ids(self, run: Run | None = None) -> None:
+        """Holds every id against the vocabulary; a run's ranks share the shards, without a run all are read.
+
+        Errors: ConfigError, on every rank.
+        """
         highest = torch.zeros(len(self.shards), dtype=torch.int64)
-        for number in range(run.rank, len(self.shards), run.world):
+        for number in range(run.rank, len(self.shards), run.world) if run else range(len(self.shards)):
             highest[number] = int(self.shards[number].max()) if len(self.shards[number]) else 0
-        if run.world > 1:
+        if run and run.world > 1:
             dist.all_reduce(highest, group=run.control)
         for path, value in zip(self.paths, highest.tolist()):
             if value >= self.vocab_size:
@@ -2024,6 +2027,12 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Writes the values into the tensors."""
+    for tensor, value in zip(tensors, values):
+        tensor.copy_(value)
+
+
 class Trainer:
     """Weights, optimizers, averages and the position in the data: all that a training step changes."""
 
@@ -2032,7 +2041,11 @@ class Trainer:
         self.model, self.loader, self.layout, self.c, self.run = model, loader, loader.layout, c, run
         self.optimizers = Optimizers(model, c, run)
         self.forward = compiled_forward(model)
-        self.average = [p.detach().clone() for p in model.parameters()] if c.ema_decay else None
+        self.average = [p.clone() for p in self.parameters()] if c.ema_decay else None
+
+    def parameters(self) -> list[Tensor]:
+        """The model's weights, outside of autograd."""
+        return [p.detach() for p in self.model.parameters()]
 
     def step(self, p: Progress, looped: bool) -> Tensor:
         """One update; returns this rank's sum of NLL over its targets, as a tensor (reading it would wait)."""
@@ -2048,31 +2061,27 @@ class Trainer:
             nats += nll.detach().sum(dtype=torch.float64)
         self.optimizers.step(muon_beta(p, c), lr_multiplier(p, c))
         if self.average is not None:
-            torch._foreach_lerp_(self.average, [q.detach() for q in self.model.parameters()], ema_share(p.step, c))
+            torch._foreach_lerp_(self.average, self.parameters(), ema_share(p.step, c))
         return nats
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
-        kept = [p.detach().clone() for p in self.model.parameters()]
+        kept = [p.clone() for p in self.parameters()]
         orders = (False, True) if self.c.loops else (False,)
         for step in range(self.c.warmup_steps):
             for looped in orders:
                 self.step(Progress(step, 0.0), looped)
         if self.c.warmup_steps:
             evaluate_once(self.forward)
-        with torch.no_grad():
-            for tensors in (self.model.parameters(), self.average or []):
-                for p, saved in zip(tensors, kept):
-                    p.copy_(saved)
+        for tensors in (self.parameters(), self.average or []):
+            copy_all(tensors, kept)
         self.optimizers.reset()
         self.loader.epoch = -1
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model."""
         if self.average is not None:
-            with torch.no_grad():
-                for p, average in zip(self.model.parameters(), self.average):
-                    p.copy_(average)
+            copy_all(self.parameters(), self.average)
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
@@ -2538,7 +2547,7 @@ class Evaluator:
     def __init__(self, c: Config, run: Run):
         self.c, self.run = c, run
         stream, self.vocabulary = TokenStream(c, "val"), Vocabulary(c)
-        stream.check_ids(Run(0, 1, 1, run.device))  # every rank reads the whole stream anyway
+        stream.check_ids()  # every rank reads the whole stream anyway
         self.tokens = stream.read(0, len(stream))
         self.bytes = int(self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]).sum())
         self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_step)

@@ -2,6 +2,7 @@
 
     python data/prepare.py builtin --out data/builtin
     python data/prepare.py books/ more.txt web.jsonl.zst --out data/mine --vocab-size 8192
+    python data/prepare.py builtin --out data/builtin_caseops --caseops
 
 Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
 sample to train the tokenizer on; the second tokenizes, over all cores, and writes. Everything is written in a
@@ -10,6 +11,9 @@ always whole. The output depends on the texts and the options alone, not on the 
 
 What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
 back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
+
+With --caseops, tokens stand for the text as caseops.py encodes it, and a sidecar of each validation shard holds every
+token's bytes of the original text. All else is about the original: the split, bytes, hashes, reference compressors.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ import zstandard
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
+import caseops  # noqa: E402
 import corpus  # noqa: E402
 
 FORMAT = 1
@@ -57,7 +62,7 @@ FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte
 MIN_VOCAB, MAX_VOCAB = 300, 65535
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
-OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val)_\d{6}\.bin")
+OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val|val_bytes)_\d{6}\.bin")
 TEMPORARY = ".prepare-"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -91,6 +96,7 @@ class Options:
     seed: int = 0
     max_document_bytes: int = 32 << 10
     text_field: str = "text"
+    caseops: bool = False
     force: bool = False
     quiet: bool = False
 
@@ -375,16 +381,17 @@ def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> i
 # -------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(sample: Iterable[str], vocab_size: int) -> tuple[bytes, dict]:
+def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool = False) -> tuple[bytes, dict]:
     """Train SentencePiece BPE on texts. Returns the model file's bytes and the options that made it."""
+    symbols = list(caseops.OPERATORS.values()) if with_caseops else []
     lines = []
     for text in sample:
-        data = text.encode("utf-8", "ignore")
+        data = (caseops.encode(text) if with_caseops else text).encode("utf-8", "ignore")
         while data:
             end = len(data) if len(data) <= TRAINING_LINE_BYTES else cut(data, TRAINING_LINE_BYTES)
             lines.append(data[:end].decode("utf-8"))
             data = data[end:]
-    rare = _rare_characters(lines, (vocab_size - FIXED_PIECES) * 3 // 4)
+    rare = _rare_characters(lines, (vocab_size - FIXED_PIECES - len(symbols)) * 3 // 4, symbols)
     lines = [line for line in (line.translate(rare) for line in lines) if line.strip("\r\n")]
     if not lines:
         raise PrepareError("the training text holds no words to train a tokenizer on; give more text")
@@ -393,7 +400,7 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int) -> tuple[bytes, dict
         "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False, "add_dummy_prefix": True, "character_coverage": 1.0,
         "max_sentence_length": 2 * TRAINING_LINE_BYTES, "num_threads": 4,
-    }
+    } | ({"user_defined_symbols": symbols} if symbols else {})
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -406,8 +413,8 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int) -> tuple[bytes, dict
     return model.getvalue(), {**options, **sizes, "removed_characters": len(rare)}
 
 
-def _rare_characters(lines: list[str], most: int) -> dict[int, None]:
-    """A table for `str.translate` that removes the characters which get no piece of their own.
+def _rare_characters(lines: list[str], most: int, symbols: Iterable[str]) -> dict[int, None]:
+    """A table for `str.translate` that removes the characters which get no piece; `symbols` have theirs anyway.
 
     SentencePiece's own way (`character_coverage`) goes down to 0.98 only, where a text with thousands of characters
     does not fit a small vocabulary. It also skips every line that holds one of three characters that it uses itself.
@@ -415,6 +422,8 @@ def _rare_characters(lines: list[str], most: int) -> dict[int, None]:
     counts = Counter()
     for line in lines:
         counts.update(line)
+    for symbol in symbols:
+        counts.pop(symbol, None)
     reserved = {"\0", SPACE, "\u2585"}
     wanted, covered, kept = CHARACTER_COVERAGE * sum(counts.values()), 0, {" "}
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -436,7 +445,7 @@ def _training_error(message: str, vocab_size: int) -> PrepareError:
 class Codec:
     """A tokenizer with what the score's arithmetic needs: exact encoding, and the bytes of every token."""
 
-    def __init__(self, model: bytes, name: str = "tokenizer"):
+    def __init__(self, model: bytes, name: str = "tokenizer", with_caseops: bool = False):
         """Check the model's ids and pieces. Raises PrepareError, naming `name`, if the score would not be exact."""
         try:
             self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -467,18 +476,31 @@ class Codec:
             if plain and SPACE in piece[1:]:
                 raise PrepareError(f"{name}: piece {piece!r} has a space that is not in front; bytes can't be counted")
         self.alphabet = frozenset("".join(pieces))
+        self.operators = self._operators(pieces, name) if with_caseops else None
 
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes that tokens stand for, by the rule of the score; the first id has nothing before it."""
+    def _operators(self, pieces: list[str], name: str) -> dict[str, int]:
+        """The ids of CaseOps' operators. No other piece may hold one: then each is always a token of its own."""
+        ids = {}
+        for operator, symbol in caseops.OPERATORS.items():
+            ids[operator] = self.processor.piece_to_id(symbol)
+            if [piece for piece in pieces if symbol in piece] != [symbol] or self.silent[ids[operator]]:
+                raise PrepareError(f"{name}: --caseops needs the user-defined symbol U+{ord(symbol):04X} ({operator}), "
+                                   "in no other piece")
+        return ids
+
+    def token_bytes(self, ids: np.ndarray) -> np.ndarray:
+        """[n] UTF-8 bytes of the text that each token stands for; the first id has nothing before it."""
         after_silent = np.concatenate([[True], self.silent[ids[:-1]]])
-        return int(self.base_bytes[ids].sum() + (self.leading_space[ids] & ~after_silent).sum())
+        widths = self.base_bytes[ids] + (self.leading_space[ids] & ~after_silent)
+        return caseops.original_bytes(ids, widths, self.operators) if self.operators else widths
 
-    def encode(self, text: str) -> np.ndarray | None:
+    def encode(self, document: str) -> np.ndarray | None:
         """BOS and the tokens of a document as uint16, or None if they don't stand for exactly this text."""
         try:
-            size = len(text.encode())
+            size = len(document.encode())
         except UnicodeEncodeError:  # An unpaired surrogate, which JSON can spell and UTF-8 can't.
             return None
+        text = caseops.encode(document) if self.operators else document
         stand_in = self._absent_character(text) if SPACE in text else ""
         if stand_in is None:
             return None
@@ -491,7 +513,9 @@ class Codec:
             at = np.flatnonzero((ids[:-2] == old[0]) & (ids[1:-1] == old[1]) & (ids[2:] == old[2]))
             for offset, number in enumerate(new):
                 ids[at + offset] = number
-        exact = self.processor.decode(ids[1:].tolist()) == text and self.count_bytes(ids) == size
+        exact = self.processor.decode(ids[1:].tolist()) == text and self.token_bytes(ids).sum() == size
+        if self.operators:
+            exact = exact and caseops.decode(text) == document
         return ids if exact else None
 
     def _absent_character(self, text: str) -> str | None:
@@ -504,13 +528,13 @@ class Codec:
 
 
 @functools.lru_cache(maxsize=2)
-def _codec(path: str, sha256: str) -> Codec:
-    return Codec(Path(path).read_bytes(), path)
+def _codec(path: str, sha256: str, with_caseops: bool) -> Codec:
+    return Codec(Path(path).read_bytes(), path, with_caseops)
 
 
-def tokenize(path: str, sha256: str, texts: list[str]) -> list[np.ndarray | None]:
+def tokenize(path: str, sha256: str, with_caseops: bool, texts: list[str]) -> list[np.ndarray | None]:
     """`Codec.encode` of each text, in a worker process that loads the model once. None for a document to drop."""
-    codec = _codec(path, sha256)
+    codec = _codec(path, sha256, with_caseops)
     return [codec.encode(text) for text in texts]
 
 
@@ -520,7 +544,8 @@ def tokenize(path: str, sha256: str, texts: list[str]) -> list[np.ndarray | None
 class ShardWriter:
     """Writes one side's documents, each whole, into files of at most `shard_tokens` tokens.
 
-    Only a document that alone has more makes a longer file.
+    Only a document that alone has more makes a longer file. A writer of sidecars gets each token's bytes in the
+    place of the token, and so parts its files where the tokens' are parted.
     """
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
@@ -569,7 +594,8 @@ def write_shards(
     sources: Sources, found: Survey, model: Path, folder: Path, options: Options, progress: Callable[[int], None]
 ) -> tuple[dict[str, dict], int]:
     """The second pass. Returns the manifest's `splits` and the number of dropped documents."""
-    writers = {split: ShardWriter(folder, split, options.shard_tokens) for split in ("train", "val")}
+    names = ("train", "val", "val_bytes") if options.caseops else ("train", "val")
+    writers = {name: ShardWriter(folder, name, options.shard_tokens) for name in names}
     sent: deque[list[str]] = deque()
     digest, dropped = hashlib.sha256(), 0
 
@@ -578,7 +604,8 @@ def write_shards(
             sent.append(batch)
             yield [text for text in batch if text]
 
-    job = functools.partial(tokenize, str(model), hashlib.sha256(model.read_bytes()).hexdigest())
+    codec_key = str(model), hashlib.sha256(model.read_bytes()).hexdigest(), options.caseops
+    job = functools.partial(tokenize, *codec_key)
     workers = min(options.workers, -(-found.bytes // BATCH_BYTES))
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
@@ -598,10 +625,15 @@ def write_shards(
                 writers[side].add(ids, data)
                 if side == "val":
                     validation.write(data)
+                    if options.caseops:
+                        writers["val_bytes"].add(_codec(*codec_key).token_bytes(ids), data)
                 progress(len(data))
     if digest.hexdigest() != found.digest:
         raise PrepareError(f"{' '.join(options.sources)}: the text changed while it was being read")
-    return {split: writer.summary() for split, writer in writers.items()}, dropped
+    splits = {name: writer.summary() for name, writer in writers.items()}
+    if options.caseops:
+        splits["val"]["sidecars"] = splits.pop("val_bytes")["shards"]
+    return splits, dropped
 
 
 def in_batches(texts: Iterable[str], size: int = BATCH_BYTES) -> Iterator[list[str]]:
@@ -661,9 +693,10 @@ def reference_compressors(path: Path) -> dict[str, float]:
 def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
     """Equal for two runs that would write the same: options, and for each source what tells that it changed."""
     parts = [FORMAT, recorded_options(options)]
+    modules = (__file__, caseops.__file__, corpus.__file__)
     for name, path in listed:
         if path is None:
-            code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (__file__, corpus.__file__)]
+            code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in modules]
             parts.append([name, package_versions(builtin_packages(name)), code])
         else:
             status = path.stat()
@@ -677,7 +710,7 @@ def recorded_options(options: Options) -> dict:
     return {
         "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
         "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
-        "text_field": options.text_field,
+        "text_field": options.text_field, "caseops": options.caseops,
     }
 
 
@@ -700,7 +733,8 @@ def manifest_files(manifest: dict) -> dict[str, int]:
     """The files that a manifest lists, with their sizes in bytes."""
     files = {manifest["tokenizer"]["file"]: manifest["tokenizer"]["bytes"]}
     for split in manifest["splits"].values():
-        files |= {shard["file"]: 4 * HEADER_INTS + 2 * shard["tokens"] for shard in split["shards"]}
+        for shard in (*split["shards"], *split.get("sidecars", ())):
+            files[shard["file"]] = 4 * HEADER_INTS + 2 * shard["tokens"]
     if not all(OWN_FILE.fullmatch(name) for name in files):
         raise ValueError("a file that is not ours")
     return files
@@ -824,7 +858,7 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
         model = options.tokenizer.read_bytes()
     except OSError as error:
         raise PrepareError(f"--tokenizer {options.tokenizer}: {error.strerror}") from None
-    size = Codec(model, f"--tokenizer {options.tokenizer}").vocab_size
+    size = Codec(model, f"--tokenizer {options.tokenizer}", options.caseops).vocab_size
     if options.vocab_size not in (None, size):
         raise PrepareError(f"--vocab-size {options.vocab_size}: --tokenizer {options.tokenizer} has {size} pieces")
     return dataclasses.replace(options, vocab_size=size), model
@@ -839,8 +873,8 @@ def _fill(temporary: Path, options: Options, model: bytes | None, mark: str) -> 
     training: dict = {"given": True}
     if model is None:
         report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(found.sample)} documents")
-        model, training = train_tokenizer(found.sample, options.vocab_size)
-        Codec(model, "the trained tokenizer")
+        model, training = train_tokenizer(found.sample, options.vocab_size, options.caseops)
+        Codec(model, "the trained tokenizer", options.caseops)
     path = temporary / "tokenizer.model"
     _write(path, model)
     with report.bar("tokenizing", found.bytes) as progress:
@@ -967,6 +1001,9 @@ exit codes: 0 done, or done before with the same options; 2 something to mend, s
         help="cut .txt files that are longer (default: %(default)s)")
     add("--text-field", default="text", metavar="NAME",
         help="the field that holds the text of a .jsonl line (default: %(default)s)")
+    add("--caseops", action="store_true",
+        help="write capitals as operators before small letters (caseops.py), and each validation token's original "
+             "bytes as fineweb_val_bytes_*.bin")
     add("--force", action="store_true", help="replace what this program made in DIR with other options")
     add("--quiet", action="store_true", help="no progress on stderr")
     values = vars(parser.parse_intermixed_args(arguments))
@@ -983,7 +1020,9 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
     yield f"bits per byte of the validation text: {reference}"
     yield f"written: {out / 'manifest.json'}"
-    yield f"train on it: DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']} python train_gpt.py"
+    knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
+    knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""
+    yield f"train on it: {knobs} python train_gpt.py"
 
 
 def _on_signal(number: int, frame: object) -> None:

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))
+import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
 
@@ -143,7 +144,7 @@ def test_every_text_round_trips_with_exact_bytes(model, text):
     ids = codec.encode(text)
     assert ids.dtype == np.uint16 and ids[0] == prepare.BOS and not set(ids[1:].tolist()) & {0, 1, 2, 3}
     assert codec.processor.decode(ids[1:].tolist()) == text
-    assert naive_bytes(codec.processor, ids.tolist()) == codec.count_bytes(ids) == len(text.encode())
+    assert naive_bytes(codec.processor, ids.tolist()) == codec.token_bytes(ids).sum() == len(text.encode())
 
 
 def test_every_character_round_trips(model):
@@ -466,7 +467,8 @@ def test_other_options_or_sources_need_force(tmp_path, source, command):
                                   "fineweb_val_000000.bin", "notes.md"}
 
 
-@pytest.mark.parametrize("name", ["fineweb_train_000007.bin", "fineweb_val_000000.bin", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["fineweb_train_000007.bin", "fineweb_val_000000.bin", "tokenizer.model",
+                                  "fineweb_val_bytes_000000.bin"])
 def test_files_of_others_are_not_touched(tmp_path, source, command, name):
     out = tmp_path / "out"
     out.mkdir()
@@ -489,6 +491,101 @@ def test_a_manifest_of_others_is_not_touched(tmp_path, source, command, text):
     (out / "manifest.json").write_text(text)
     assert refused(command(source, "--out", out, "--force"), "manifest.json: not a manifest of this program")
     assert contents(out) == {"manifest.json": text.encode()}
+
+
+# ---------------------------------------------------------------------------------------------------------- caseops
+
+
+NASTY = ["\ue001", "\ue004\ue004\ue002Ab", "ESC \ue004", "▁ THE ▁The ", "A\ud7ffB \uf8ff", "ıİ ß ﬁ e\u0301 É",
+         "🙂 I\n\n", "X" * 3000, "\0 iPhone\r\n", " ", "\ue003" * 99, "The THE the tHe McDonald's"]
+
+
+def check_caseops(out, expected, dropped=0):
+    """What --caseops wrote stands for the expected texts: tokens, sidecars, manifest, by the formats' description."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["options"]["caseops"] is True and manifest["dropped_documents"] == dropped
+    assert "sidecars" not in manifest["splits"]["train"]
+    split, found = manifest["splits"]["val"], []
+    for number, (shard, sidecar) in enumerate(zip(split["shards"], split["sidecars"], strict=True)):
+        assert sidecar["file"] == f"fineweb_val_bytes_{number:06d}.bin"
+        raw = (out / sidecar["file"]).read_bytes()
+        assert hashlib.sha256(raw).hexdigest() == sidecar["sha256"]
+        assert struct.unpack("<256i", raw[:1024]) == (20240520, 1, shard["tokens"]) + (0,) * 253
+        counts = np.frombuffer(raw[1024:], "<u2").astype(int)
+        starts = np.flatnonzero(prepare.read_shard(out / shard["file"]) == 1)
+        assert len(counts) == shard["tokens"] == sidecar["tokens"] and not counts[starts].any()
+        assert {key: shard[key] for key in ("documents", "bytes")} == {
+            "documents": len(starts), "bytes": counts.sum()
+        } == {key: sidecar[key] for key in ("documents", "bytes")}
+        found += [part.sum() for part in np.split(counts, starts[1:])]
+    texts = {side: [caseops.decode(text) for text in documents_of(out, manifest, side)] for side in ("train", "val")}
+    assert found == [len(text.encode()) for text in texts["val"]] and sum(found) == split["bytes"]
+    assert split["text_sha256"] == hashlib.sha256("".join(texts["val"]).encode()).hexdigest()
+    assert sorted(texts["train"] + texts["val"]) == sorted(expected)
+    assert set(prepare.manifest_files(manifest)) | {"manifest.json"} == set(contents(out))
+    return manifest
+
+
+def test_caseops_of_nasty_documents(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
+    texts = [f"{nasty} {number} {story(number, 20).title()}" for number in range(12) for nasty in NASTY] + NASTY
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, "", "half a pair \ud800"])
+    for workers in (1, 2):
+        code, printed, _ = command(source, "--out", tmp_path / str(workers), "--caseops", "--vocab-size", 320,
+                                   "--val-fraction", 0.4, "--shard-tokens", 3000, "--workers", workers, "--quiet")
+        assert code == 0 and "VOCAB_SIZE=320 CASEOPS_ENABLED=1 python train_gpt.py" in printed
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    manifest = check_caseops(tmp_path / "1", texts, dropped=1)
+    assert len(manifest["splits"]["val"]["sidecars"]) > 2
+    assert manifest["tokenizer"]["options"]["user_defined_symbols"] == list(caseops.OPERATORS.values())
+
+
+def test_caseops_of_builtin(tmp_path):
+    made = options("builtin:networkx", out=tmp_path / "case", vocab_size=512, caseops=True)
+    manifest, before = prepare.prepare(made)
+    assert not before and prepare.prepare(made) == (manifest, True)
+    check_caseops(tmp_path / "case", [document.text for document in corpus.gather(["networkx"]).documents])
+    plain, _ = prepare.prepare(options("builtin:networkx", out=tmp_path / "plain", vocab_size=512))
+    for split in ("train", "val"):  # The split and all figures of the text are those of the plain preparation.
+        assert all(plain["splits"][split][key] == manifest["splits"][split][key] for key in ("bytes", "text_sha256"))
+    assert plain["reference_compressors"] == manifest["reference_compressors"]
+
+
+def test_caseops_folders_are_recognized_completed_and_replaced(tmp_path, source, command):
+    out = tmp_path / "out"
+    plain = (source, "--out", out, "--vocab-size", 320)
+    assert command(*plain)[0] == 0
+    assert refused(command(*plain, "--caseops"), "caseops False there, True asked", "--force")
+    assert command(*plain, "--caseops", "--force")[0] == 0
+    before = contents(out)
+    assert "fineweb_val_bytes_000000.bin" in before and command(*plain, "--caseops")[1].startswith("already prepared")
+    (out / "fineweb_val_bytes_000000.bin").write_bytes(b"cut")
+    assert command(*plain, "--caseops")[0] == 0 and contents(out) == before
+    assert refused(command(*plain), "caseops True there, False asked", "--force")
+    assert command(*plain, "--force")[0] == 0 and "fineweb_val_bytes_000000.bin" not in contents(out)
+
+
+def test_caseops_with_a_given_tokenizer(tmp_path, command):
+    path = train(path=tmp_path / "given.model", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False,
+                 vocab_size=334, user_defined_symbols=list(caseops.OPERATORS.values()))
+    texts = [" ".join(story(seed).split()).title() for seed in range(40)]
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, "ﬁ Becomes fi and is lost"])
+    code, _, _ = command(source, "--out", tmp_path / "out", "--caseops", "--tokenizer", path, "--val-fraction", 0.2)
+    assert code == 0 and (tmp_path / "out" / "tokenizer.model").read_bytes() == path.read_bytes()
+    check_caseops(tmp_path / "out", texts, dropped=1)
+
+
+@pytest.mark.parametrize(("changes", "symbol"), [
+    ({}, "U+E001 (TITLE)"),
+    ({"user_defined_symbols": ["\ue001", "\ue002", "\ue004"]}, "U+E003 (CAPNEXT)"),
+    ({"user_defined_symbols": [*caseops.OPERATORS.values(), "\ue002a"]}, "U+E002 (ALLCAPS)"),
+    ({"control_symbols": list(caseops.OPERATORS.values())}, "U+E001 (TITLE)"),
+])
+def test_tokenizers_without_the_operators_are_refused(tmp_path, source, command, changes, symbol):
+    path = train(path=tmp_path / "given.model", **changes)
+    result = command(source, "--out", tmp_path / "out", "--caseops", "--tokenizer", path)
+    assert refused(result, f"--tokenizer {path}: --caseops needs the user-defined symbol {symbol}, in no other piece")
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -741,7 +838,7 @@ def test_help_and_silence(tmp_path, source, command, capfd):
     text = capfd.readouterr().out
     assert done.value.code == 0
     for word in ("SOURCE", "--out", "--vocab-size", "--val-fraction", "--shard-tokens", "--workers", "--tokenizer",
-                 "--seed", "--max-document-bytes", "--force", "--text-field", "builtin", "exit codes"):
+                 "--seed", "--max-document-bytes", "--caseops", "--force", "--text-field", "builtin", "exit codes"):
         assert word in text
     code, printed, err = command(source, "--out", tmp_path / "out", "--vocab-size", 320, "--quiet")
     assert (code, err) == (0, "") and "bits per byte" in printed

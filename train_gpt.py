@@ -106,11 +106,15 @@ class Config:
                           "that is installed", "log", choices=("auto", "fa3", "fa2", "varlen", "sdpa", "blocked"))
     triton_kernels: str = knob("auto", "fused loss and MLP; auto: on CUDA where Triton is installed", "log",
                                choices=("auto", "0", "1"))
+    fused_ce_enabled: bool = knob(True, "the cross-entropy with a backward of its own: Triton's with TRITON_KERNELS=1, "
+                                  "blocks on CPUs; 0: plain autograd", "log")
     cpu_threads: int = knob(0, "threads of each rank on CPUs; 0: the cores shared out evenly", "log", low=0, high=1024)
 
     # Data
     data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
     tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
+    caseops_enabled: str = knob("auto", "1: the shards' text went through CaseOps, so the byte sidecar counts its "
+                                "bytes; auto: where there is one", "byte counts", choices=("auto", "0", "1"))
     vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4,
                                  high=65536)
 
@@ -203,11 +207,29 @@ class Config:
 
     # Quantization and the artifact
     matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
+    attn_bits: int = knob(0, "bits of attention's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
+    mlp_bits: int = knob(0, "bits of the MLP's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
     embed_bits: int = knob(8, "bits of the embedding and the head", "bytes", low=2, high=8)
     attn_clip_sigmas: float = knob(13.0, "range of a row of attention's matrices, in standard deviations", "bytes",
                                    low=0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
+    scale_grid: int = knob(16, "row scales to an octave; 0: any fp16 scale", "bytes", low=0, high=1024)
+    awq_groups: int = knob(0, "groups of 64 input columns that keep 8 bits: those with most activation x weight",
+                           "bytes", low=0)
+    gated_attn_quant_gate: bool = knob(False, "head gates in int8 per row instead of fp16", "bytes")
+    lqer_enabled: bool = knob(False, "low-rank corrections of the quantization error (LQER)", "bytes")
+    lqer_rank: int = knob(4, "rank of a correction", "bytes", low=1, high=256)
+    lqer_top_k: int = knob(3, "corrections at most", "bytes", low=1)
+    lqer_select: str = knob("gain", "which matrices: norm, the largest errors; gain, those where a correction saves "
+                            "more than its bytes would elsewhere", "bytes", choices=("norm", "gain"))
+    lqer_asym_enabled: str = knob("auto", "1: factors in -2..1 and -8..7; 0: in LQER_FACTOR_BITS per row; auto: what "
+                                  "saves more", "bytes", choices=("auto", "0", "1"))
+    lqer_asym_group: int = knob(64, "right factor's elements to a scale, at most", "bytes", low=1)
+    lqer_factor_bits: int = knob(4, "bits of the symmetric factors", "bytes", low=2, high=8)
+    rvq_enabled: bool = knob(False, "a second rounding of the matrices where it saves most, while bytes are left",
+                             "bytes")
+    rvq_bits: int = knob(4, "bits of the second rounding", "bytes", low=2, high=8)
     gptq_calibration_batches: int = knob(16, "training batches from which Hessians are summed", "quantized weights",
                                          low=1)
     gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
@@ -305,6 +327,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
         matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
         grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="brotli",
+        gated_attn_quant_gate=True, lqer_enabled=True,
     ),
     # PR #1325 on the stack of PR #549.
     "poly5": dict(
@@ -312,14 +335,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_dims=16, ln_scale=True, z_loss_weight=1e-4, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
         embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997, eval_stride=16,
-        softcap_type="poly",
+        softcap_type="poly", rvq_enabled=True,
     ),
 }
 # Honesty about presets under construction: the log of a run names what its preset still lacks.
 UNFINISHED = {
-    "record": "CaseOps, LQER, per-group compression and phased TTT",
+    "record": "per-group compression and phased TTT",
     "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, "
-             "GPTQ-lite, residual quantization and chunked TTT",
+             "GPTQ-lite and chunked TTT",
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
@@ -462,6 +485,8 @@ def check_config(c: Config) -> None:
     require(c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
             f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
+    for name in ("attn_bits", "mlp_bits"):
+        require(getattr(c, name) != 1, name, "must be 0 or from 2 to 8")
     require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
             f"must be below MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
 
@@ -740,7 +765,7 @@ class TokenStream:
     """All shards of a split as one sequence of tokens."""
 
     def __init__(self, c: Config, split: str):
-        folder, pattern = Path(c.data_path), f"fineweb_{split}_*.bin"
+        folder, pattern = Path(c.data_path), f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
         paths = sorted(folder.glob(pattern))
         if not paths:
             raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
@@ -914,6 +939,35 @@ class Vocabulary:
         return self.width[targets] + (self.marked[targets] & ~self.special[previous])
 
 
+def sidecar_path(shard: Path) -> Path:
+    """Where a shard's byte counts stand: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
+    head, _, number = shard.name.rpartition("_")
+    return shard.with_name(f"{head}_bytes_{number}")
+
+
+def read_sidecar(c: Config, stream: TokenStream) -> np.ndarray | None:
+    """Bytes of the original text that each token of the stream stands for, or None where the text was not transformed.
+
+    Errors: ConfigError for a sidecar that is missing, of another length, or there although CASEOPS_ENABLED=0: by the
+    tokenizer's table, case operators would count as text.
+    """
+    there = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
+    if c.caseops_enabled == "0" and there:
+        raise ConfigError("CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 "
+                                                "count by it")
+    if c.caseops_enabled == "0" or not there and c.caseops_enabled == "auto":
+        return None
+    counts = []
+    for shard, path, tokens in zip(stream.paths, map(sidecar_path, stream.paths), stream.shards):
+        if not path.is_file():
+            raise ConfigError("CASEOPS_ENABLED", c.caseops_enabled, f"{path} is missing; `data/prepare.py --caseops` "
+                                                                    "makes shards with their byte counts")
+        counts.append(open_shard(path))
+        if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
+            raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
+    return np.concatenate(counts)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels: plain torch references and faster versions of the same signature
 # ---------------------------------------------------------------------------------------------------------------
@@ -1079,12 +1133,12 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
         return grad.view(ctx.shape), None, None
 
 
-def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh",
-                             fused: bool = False) -> tuple[Tensor, Tensor]:
-    """`softcapped_cross_entropy_plain` by the fastest version there is; `fused` allows Triton's."""
-    if fused and triton_takes(logits):
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh", fused: bool = True,
+                             on_triton: bool = False) -> tuple[Tensor, Tensor]:
+    """`softcapped_cross_entropy_plain`, or where `fused`, the fastest version of it; `on_triton` allows Triton's."""
+    if fused and on_triton and triton_takes(logits):
         return softcapped_cross_entropy_triton(logits, targets, cap, kind)
-    if kind == "tanh" and eager_on_cpu(logits):
+    if fused and kind == "tanh" and eager_on_cpu(logits):
         return SoftcappedCrossEntropyCPU.apply(logits, targets, cap)
     return softcapped_cross_entropy_plain(logits, targets, cap, kind)
 
@@ -1778,7 +1832,8 @@ class GPT(nn.Module):
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype), adapters[-1].get("head"))
         c = self.c
-        return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.triton_kernels != "0")
+        return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.fused_ce_enabled,
+                                        c.triton_kernels != "0")
 
 
 def parameter_count(c: Config) -> int:
@@ -2148,22 +2203,41 @@ def log_validation(run: Run, c: Config, p: Progress, score: Score) -> None:
 
 
 class Quantized(NamedTuple):
-    """A stored tensor: integer codes with one fp16 scale per row, or plain fp16 values (scales None, bits 16)."""
+    """A stored tensor: integer codes with one fp16 step per row, or plain fp16 values (scales None, bits 16).
+
+    `extras` holds what `dequantize` adds to that, each piece of it named in `EXTRAS`.
+    """
 
     codes: Tensor          # int8 [..., r, c], or float16
     scales: Tensor | None  # float16 [..., r]
     bits: int
+    extras: dict[str, Tensor]
+
+
+# Extra arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
+EXTRAS = {
+    "fine": (torch.int32, 1),             # [n] groups of columns, counted through all matrices, with steps of 8 bits
+    "corrected": (torch.int32, 1),        # [n] matrices to which left @ right is added (LQER)
+    "left": (torch.int8, 3),              # [n, r, k]
+    "left_scales": (torch.float16, 2),    # [n, r], or [n, 1]
+    "right": (torch.int8, 3),             # [n, k, c]
+    "right_scales": (torch.float16, 3),   # [n, k, groups]
+    "refined": (torch.int32, 1),          # [n] matrices to which a second rounding is added (RVQ)
+    "residual": (torch.int8, 3),          # [n, r, c]
+    "residual_scales": (torch.float16, 2),  # [n, r]
+}
+AWQ_COLUMNS = 64  # columns that AWQ-lite treats alike
 
 
 def quantization_bits(name: str, c: Config) -> tuple[int, float]:
-    """(bits, clip sigmas) of a parameter by its role; gates take int8 over their whole range, the rest fp16."""
+    """(bits, clip sigmas) of a parameter by its role; 0 sigmas: the whole range of a row."""
     if name in ("qo_bank", "kv_bank"):
-        return c.matrix_bits, c.attn_clip_sigmas
+        return c.attn_bits or c.matrix_bits, c.attn_clip_sigmas
     if name in ("up_bank", "down_bank"):
-        return c.matrix_bits, c.mlp_clip_sigmas
+        return c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas
     if name in ("embedding", "head"):
         return c.embed_bits, c.embed_clip_sigmas
-    return (8, 0.0) if name.endswith("head_gate") else (16, 0.0)
+    return (8, 0.0) if name.endswith("head_gate") and c.gated_attn_quant_gate else (16, 0.0)
 
 
 class HessianTaps:
@@ -2240,12 +2314,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
-def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: float, block: int = 128) -> Tensor:
+def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int | Tensor, damp: float,
+         block: int = 128) -> Tensor:
     """GPTQ (arXiv 2210.17323): rounds columns in falling order of the Hessian's diagonal, feeding errors forward.
 
-    weights [B, r, c], hessian [B, c, c], scales [B, r] -> integer codes int8 [B, r, c] in -limit..limit.
+    weights [B, r, c], hessian [B, c, c], scales [B, r], limit one or [B, c] -> int8 codes [B, r, c] in -limit..limit.
     """
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)                # [B, c]
+    limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
     w = weights.float().gather(-1, row_order)
     h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
@@ -2255,7 +2331,7 @@ def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: flo
         stop = min(start + block, w.size(-1))
         errors = torch.empty_like(w[..., start:stop])
         for j in range(start, stop):
-            codes[..., j] = (w[..., j] / s).round().clamp(-limit, limit)
+            codes[..., j] = (w[..., j] / s).round().clamp(-limits[:, j, None], limits[:, j, None])
             error = (w[..., j] - codes[..., j] * s) / u[:, j, j, None]
             w[..., j:stop] -= error[..., None] * u[:, j, None, j:stop]
             errors[..., j - start] = error
@@ -2263,35 +2339,278 @@ def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int, damp: flo
     return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int8)
 
 
-def row_scales(weights: Tensor, bits: int, sigmas: float) -> Tensor:
-    """fp16 step of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1)-1."""
+def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0) -> Tensor:
+    """fp16 step of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1)-1.
+
+    With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
+    """
     reach = sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
-    return (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504).half()
+    step = (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504)
+    if per_octave:
+        step = torch.exp2((step.log2() * per_octave).round() / per_octave).clamp(2.0 ** -24, 65504)
+    return step.half()
+
+
+def as_batch(weights: Tensor) -> Tensor:
+    """A bank [B, r, c] as it is, a single matrix as a bank of one."""
+    return weights if weights.dim() == 3 else weights[None]
+
+
+def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H E^T) of each matrix: what an error [B, r, c] does to the outputs, squared and summed, [B]."""
+    return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
+
+
+def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config) -> dict[str, Tensor]:
+    """AWQ-lite (after arXiv 2306.00978): the AWQ_GROUPS groups of columns with the largest activation x weight.
+
+    A group's worth is the sum of rms activation x mean |w| over its AWQ_COLUMNS input columns. Returns each bank's
+    chosen groups, counted through its matrices, [n] int32.
+    """
+    worth = {}
+    for name, hessian in hessians.items():
+        activation = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        columns = activation * as_batch(weights[name]).float().abs().mean(1)                       # [B, c]
+        columns = F.pad(columns, (0, -columns.size(-1) % AWQ_COLUMNS))
+        worth[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1).flatten()
+    ranked = torch.cat(list(worth.values())).argsort(descending=True, stable=True)
+    chosen = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
+    chosen[ranked[:c.awq_groups]] = True
+    parts = chosen.split([len(w) for w in worth.values()])
+    return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
+
+
+def column_factors(shape: torch.Size, fine: Tensor | None, bits: int) -> Tensor:
+    """What a row's step is multiplied with in each column, [B, c]: 2^(bits-8) in fine groups, 1 elsewhere."""
+    matrices, _, columns = shape
+    factors = torch.ones(matrices, -(-columns // AWQ_COLUMNS))
+    if fine is not None:
+        factors.view(-1)[fine.cpu().long()] = 2.0 ** (bits - 8)
+    return factors.repeat_interleave(AWQ_COLUMNS, dim=1)[:, :columns]
+
+
+def quantize_bank(weights: Tensor, hessian: Tensor, fine: Tensor | None, bits: int, sigmas: float,
+                  c: Config) -> Quantized:
+    """GPTQ of a bank (or a single matrix). Fine columns are made larger beforehand, so they meet finer steps."""
+    batch = as_batch(weights).float()
+    scales = row_scales(batch, bits, sigmas, c.scale_grid)
+    factors = column_factors(batch.shape, fine, bits).to(batch.device)
+    limits = (2 ** (bits - 1) - 1 + (128 - 2 ** (bits - 1)) * (factors < 1)).float()
+    larger = hessian * factors[:, :, None] * factors[:, None, :]
+    codes = gptq(batch / factors[:, None], larger, scales, limits, c.gptq_damp)
+    extras = {} if fine is None else {"fine": fine}
+    return Quantized(codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras)
 
 
 @torch.no_grad()
-def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config) -> dict[str, Quantized]:
+def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
+             log: Callable[[str], None] = lambda line: None) -> dict[str, Quantized]:
     """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest."""
-    stored = {}
+    stored, fine = {}, fine_groups(weights, hessians, c) if c.awq_groups and hessians else {}
     for name, value in weights.items():
         bits, sigmas = quantization_bits(name, c)
         if bits == 16:
-            stored[name] = Quantized(value.half(), None, 16)
-            continue
-        scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
-        if name in hessians:
-            batch = value if value.dim() == 3 else value[None]
-            codes = gptq(batch, hessians[name], scales.view(batch.shape[:2]), limit, c.gptq_damp)
+            stored[name] = Quantized(value.half(), None, 16, {})
+        elif name in hessians:
+            stored[name] = quantize_bank(value, hessians[name], fine.get(name), bits, sigmas, c)
         else:
-            codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
-        stored[name] = Quantized(codes.view(value.shape), scales, bits)
+            scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
+            codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
+            stored[name] = Quantized(codes.to(torch.int8), scales, bits, {})
+    if c.lqer_enabled and hessians:
+        correct_errors(stored, weights, hessians, c, log)
+    return stored
+
+
+class Correction(NamedTuple):
+    """A low-rank addend of one matrix [r, c] in few bits: left [r, k] @ right [k, c], and the error that it leaves."""
+
+    left: Tensor          # int8 [r, k]
+    left_scales: Tensor   # float16 [r], or [1]
+    right: Tensor         # int8 [k, c]
+    right_scales: Tensor  # float16 [k, groups]
+    error: float
+    bytes: float
+
+
+def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
+    """Values of a factor: codes [n, m] times scales [1], [n] or, in equal groups along a row, [n, g]."""
+    if scales.dim() == 1:
+        return codes.float() * scales.float()[:, None]
+    width = -(-codes.size(1) // scales.size(1))
+    return codes.float() * scales.float().repeat_interleave(width, dim=1)[:, :codes.size(1)]
+
+
+def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Codes in low..high of each group [..., g], and its fp16 scale [...] with the least squared error.
+
+    Of an uneven range such as -2..1 the scale's sign is searched too, so that the longer side serves the longer tail.
+    """
+    signs = (1.0,) if low == -high else (1.0, -1.0)
+    reach = x.abs().amax(-1).clamp_min(1e-7) / max(-low, high)
+    scales = torch.stack([(reach * sign * t / 16).half() for sign in signs for t in range(8, 25)])  # [candidates, ...]
+    codes = (x / scales.to(x.dtype)[..., None]).nan_to_num(0, 0, 0).round().clamp(low, high)
+    errors = (codes * scales.to(x.dtype)[..., None] - x).square().sum(-1)
+    best = errors.argmin(0, keepdim=True)
+    codes = codes.gather(0, best[..., None].expand(1, *x.shape))[0]
+    return codes.to(torch.int8), scales.gather(0, best)[0]
+
+
+def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, c: Config) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the left or of the right factor: 2 and 4 bits, or LQER_FACTOR_BITS per row."""
+    if not asymmetric:
+        high = 2 ** (c.lqer_factor_bits - 1) - 1
+        codes, scales = round_groups(right if left is None else left, -high, high)
+        return codes, scales if left is not None else scales[:, None]
+    if left is not None:
+        codes, scale = round_groups(left.reshape(1, -1), -2, 1)
+        return codes.view(left.shape), scale
+    groups = -(-right.size(1) // c.lqer_asym_group)
+    width = -(-right.size(1) // groups)
+    padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
+    codes, scales = round_groups(padded, -8, 7)
+    return codes.flatten(1)[:, :right.size(1)], scales
+
+
+def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, c: Config) -> Correction:
+    """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
+
+    Starts at the best factors of that rank, then rounds one and solves the other for it, in turn; the best is kept.
+    """
+    e, h = error.double(), hessian.double()
+    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (1e-6 * h.diagonal().mean() + 1e-30)
+    lower = torch.linalg.cholesky(h)
+    white = e @ lower
+    rank = min(c.lqer_rank, *e.shape)
+    basis = torch.linalg.eigh(white.mT @ white)[1][:, -rank:]
+    left = white @ basis
+    right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
+    size = left.square().mean(0).sqrt().clamp_min(1e-12)  # columns of one size, since they may share one scale
+    right, best, weighted = right * size[:, None], None, e @ h
+    for _ in range(4):
+        right_form = round_factors(None, right, asymmetric, c)
+        r = factor_values(*right_form).double()
+        left = weighted @ r.mT @ torch.linalg.pinv(r @ h @ r.mT, hermitian=True)
+        left_form = round_factors(left, None, asymmetric, c)
+        l = factor_values(*left_form).double()
+        remains = weighted_error((e - l @ r)[None], h[None]).item()
+        if best is None or remains < best.error:
+            best = Correction(*left_form, *right_form, remains, 0.0)
+        right = torch.linalg.pinv(l) @ e
+    bits = (2, 4) if asymmetric else (c.lqer_factor_bits,) * 2
+    scales = best.left_scales.numel() + best.right_scales.numel()
+    return best._replace(bytes=(bits[0] * best.left.numel() + bits[1] * best.right.numel()) / 8 + 2 * scales)
+
+
+def fit_corrections(errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool,
+                    c: Config) -> list[tuple[float, str, int, Correction]]:
+    """The corrections to store, best first: (weighted error that each saves beyond its price, bank, matrix, factors).
+
+    LQER_SELECT=norm takes the matrices with the largest error, as the peers do; gain, those that save most, if any.
+    """
+    measure = {name: e.square().sum((-1, -2)) if c.lqer_select == "norm" else weighted_error(e, hessians[name])
+               for name, e in errors.items()}
+    ranked = sorted(((value, name, i) for name, m in measure.items() for i, value in enumerate(m.tolist())),
+                    reverse=True)
+    fits = []
+    for _, name, i in ranked[:c.lqer_top_k * (1 if c.lqer_select == "norm" else 4)]:
+        fit = fit_correction(errors[name][i], hessians[name][i], asymmetric, c)
+        before = weighted_error(errors[name][i], hessians[name][i]).item()
+        fits.append((before - fit.error - price * fit.bytes, name, i, fit))
+    fits.sort(key=lambda f: -f[0])
+    return fits if c.lqer_select == "norm" else [f for f in fits[:c.lqer_top_k] if f[0] > 0]
+
+
+def correct_errors(stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
+                   log: Callable[[str], None]) -> None:
+    """LQER: adds low-rank corrections to LQER_TOP_K stored matrices.
+
+    A correction has its price: at high rate the error of N weights falls as 2^(-2 bits/N), so a byte spent on finer
+    steps everywhere buys 8 ln 4 / N of the weighted error.
+    """
+    errors = {name: as_batch(weights[name]).float() - as_batch(restore(stored[name])) for name in hessians}
+    total = sum(weighted_error(e, hessians[name]).sum().item() for name, e in errors.items())
+    price = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
+    forms = {"auto": (True, False), "1": (True,), "0": (False,)}[c.lqer_asym_enabled]
+    candidates = [fit_corrections(errors, hessians, price, form, c) for form in forms]
+    fits = max(candidates, key=lambda fits: sum(saved for saved, *_ in fits))
+    for saved, name, i, fit in fits:
+        elsewhere = price * fit.bytes
+        log(f"lqer:{name}[{i}] rank:{fit.left.size(1)} bytes:{fit.bytes:.0f} weighted error of the whole model:"
+            f"{-(saved + elsewhere) / total:+.3%}, the same bytes in finer steps:{-elsewhere / total:+.3%}")
+    if not fits:
+        log("lqer: no correction gains more than its bytes would elsewhere")
+    for name in dict.fromkeys(name for _, name, _, _ in fits):
+        mine = sorted(((i, fit) for _, bank, i, fit in fits if bank == name), key=lambda m: m[0])
+        stored[name].extras["corrected"] = torch.tensor([i for i, _ in mine], dtype=torch.int32)
+        for part in ("left", "left_scales", "right", "right_scales"):
+            stored[name].extras[part] = torch.stack([getattr(fit, part) for _, fit in mine])
+
+
+class Residual(NamedTuple):
+    """A second rounding of one matrix's error: what it saves of the weighted error, for about how many bytes."""
+
+    name: str
+    matrix: int
+    codes: Tensor   # int8 [r, c]
+    scales: Tensor  # float16 [r]
+    saved: float
+    bytes: float
+
+
+def entropy(codes: Tensor) -> float:
+    """Bits per code of an ideal coder that knows only how often each code occurs."""
+    share = torch.unique(codes, return_counts=True)[1].double() / max(1, codes.numel())
+    return -(share * share.log2()).sum().item()
+
+
+@torch.no_grad()
+def fit_residuals(stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor],
+                  c: Config) -> list[Residual]:
+    """RVQ: every matrix's error rounded to RVQ_BITS, its largest value being the range, most saved per byte first."""
+    found = []
+    for name, hessian in hessians.items():
+        errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
+        limit = 2 ** (c.rvq_bits - 1) - 1
+        scales = row_scales(errors, c.rvq_bits, 0.0, c.scale_grid)
+        codes = gptq(errors, hessian, scales, limit, c.gptq_damp)  # to nearest, some matrices would only get worse
+        left = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
+        for i, saved in enumerate((weighted_error(errors, hessian) - left).tolist()):
+            size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
+            found.append(Residual(name, i, codes[i], scales[i], saved, size))
+    return sorted((r for r in found if r.saved > 0), key=lambda r: -r.saved / r.bytes)
+
+
+def with_residuals(stored: dict[str, Quantized], chosen: list[Residual]) -> dict[str, Quantized]:
+    """The stored tensors with these residuals in their extras."""
+    stored = {name: q._replace(extras=dict(q.extras)) for name, q in stored.items()}
+    for name in dict.fromkeys(r.name for r in chosen):
+        mine = sorted((r for r in chosen if r.name == name), key=lambda r: r.matrix)
+        stored[name].extras.update(refined=torch.tensor([r.matrix for r in mine], dtype=torch.int32),
+                                   residual=torch.stack([r.codes for r in mine]),
+                                   residual_scales=torch.stack([r.scales for r in mine]))
     return stored
 
 
 def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
     """Float32 weights from their stored form."""
-    return {name: q.codes.float() if q.scales is None else q.codes.float() * q.scales.float()[..., None]
-            for name, q in stored.items()}
+    return {name: restore(q) for name, q in stored.items()}
+
+
+def restore(q: Quantized) -> Tensor:
+    """Float32 weights of one tensor: its grid, then what its extras add."""
+    if q.scales is None:
+        return q.codes.float()
+    values = q.codes.float() * q.scales.float()[..., None]
+    batch, extras = as_batch(values), q.extras
+    if "fine" in extras:
+        batch *= column_factors(batch.shape, extras["fine"], q.bits).to(batch.device)[:, None]
+    for n, matrix in enumerate(extras.get("corrected", torch.empty(0)).tolist()):
+        left, right = (factor_values(extras[side][n], extras[side + "_scales"][n]) for side in ("left", "right"))
+        batch[matrix] += left @ right
+    for n, matrix in enumerate(extras.get("refined", torch.empty(0)).tolist()):
+        batch[matrix] += extras["residual"][n].float() * extras["residual_scales"][n].float()[:, None]
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2359,23 +2678,93 @@ def decompress(codec: str, data: bytes, size: int) -> bytes:
     return out
 
 
+def pack_within(stored: dict[str, Quantized], residuals: list[Residual], limit: int, c: Config,
+                log: Callable[[str], None]) -> bytes:
+    """The artifact with as many of the residuals, in their order, as `limit` bytes allow."""
+    plain = data = pack(stored, c)
+    room, chosen = limit - len(plain), []
+    for residual in residuals:
+        if residual.bytes <= room:
+            chosen.append(residual)
+            room -= residual.bytes
+    while chosen and len(data := pack(with_residuals(stored, chosen), c)) > limit:
+        chosen.pop()
+    if residuals:
+        names = " ".join(f"{r.name}[{r.matrix}]" for r in chosen)
+        spent = len(data) - len(plain) if chosen else 0
+        log(f"rvq:{len(chosen)} of {len(residuals)} matrices have a residual, {spent} bytes: {names}")
+    return data if chosen else plain
+
+
+def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
+    """(part, array) of all that a stored tensor consists of, in the order in which an artifact holds them."""
+    yield "codes", q.codes
+    if q.scales is not None:
+        yield "scales", q.scales
+    yield from sorted(q.extras.items())
+
+
+def part_dtype(part: str, bits: int) -> np.dtype:
+    """The type of a part's numbers in the artifact; its first letters name the section of small parts."""
+    if part in EXTRAS:
+        return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
+    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+
+
+def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
+    """Large arrays of codes have a section of their own; the others share one for each type."""
+    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
+
+
 def pack(stored: dict[str, Quantized], c: Config) -> bytes:
-    """The artifact's bytes: prefix, header (model values, tensors, sections), sections of one role each."""
-    roles: dict[str, list[bytes]] = {}
+    """The artifact's bytes: prefix, header (model values, tensors, sections), then the sections."""
+    contents: dict[str, list[bytes]] = {}
+    tensors = []
     for name, q in stored.items():
-        roles.setdefault(role_of(name, q.codes.shape), []).append(q.codes.cpu().contiguous().numpy().tobytes())
-        if q.scales is not None:
-            roles.setdefault("scales", []).append(q.scales.cpu().contiguous().numpy().tobytes())
+        for part, array in arrays_of(q):
+            dtype = part_dtype(part, q.bits)
+            content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
+            contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
+        tensors.append([name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())}])
     sections, payload = [], []
-    for role, parts in roles.items():
+    for section, parts in contents.items():
         raw = b"".join(parts)
         packed = compress(c.compressor, raw)
-        sections.append([role, c.compressor, len(packed), len(raw), zlib.crc32(packed)])
+        sections.append([section, c.compressor, len(packed), len(raw), zlib.crc32(packed)])
         payload.append(packed)
-    header = dict(model=c.model_values(), sections=sections,
-                  tensors=[[name, q.bits, list(q.codes.shape)] for name, q in stored.items()])
+    header = dict(model=c.model_values(), sections=sections, tensors=tensors)
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
+
+
+def size_table(data: bytes, stored: dict[str, Quantized], weights: dict[str, Tensor],
+               hessians: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """One row for each section of an artifact: elements, bits, entropy and packed bits of one, bytes, relative error.
+
+    The error is tr(E H E^T) / tr(W H W^T) of what is stored: the share of the outputs' power that quantization moves.
+    """
+    rows = []
+    for section, _, length, size, _ in read_header(data)[0]["sections"]:
+        row = dict(section=section, bytes=length, unpacked_bytes=size)
+        name, _, part = section.partition(".")
+        if part == "codes":
+            q, n = stored[name], stored[name].codes.numel()
+            row |= dict(elements=n, bits=q.bits, entropy=entropy(q.codes), packed_bits=8 * length / n)
+            if name in hessians:
+                w, h = as_batch(weights[name]).float(), hessians[name]
+                moved = weighted_error(w - as_batch(restore(q)), h).sum() / weighted_error(w, h).sum()
+                row |= dict(relative_error=moved.item())
+        rows.append(row)
+    return rows
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """A row of `size_table` as a line of the log."""
+    line = f"section:{row['section']} bytes:{row['bytes']}"
+    if "bits" in row:
+        line += (f" elements:{row['elements']} bits:{row['bits']} entropy:{row['entropy']:.4f} "
+                 f"packed_bits:{row['packed_bits']:.4f}")
+    return line + (f" error:{row['relative_error']:.3e}" if "relative_error" in row else "")
 
 
 def read_header(data: bytes) -> tuple[dict, int]:
@@ -2389,18 +2778,15 @@ def read_header(data: bytes) -> tuple[dict, int]:
     try:
         header = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
         formed = (all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
-                  and all(list(map(type, t)) == [str, int, list] and all(type(n) is int and n >= 0 for n in t[2])
+                  and all(list(map(type, t)) == [str, int, list, dict] and set(t[3]) <= set(EXTRAS)
+                          and all(len(shape) == EXTRAS[part][1] for part, shape in t[3].items())
+                          and all(type(n) is int and n >= 0 for shape in (t[2], *t[3].values()) for n in shape)
                           for t in header["tensors"]) and isinstance(header["model"], dict))
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
         formed = False
     if not formed:
         raise ArtifactError("its header does not make sense")
     return header, PREFIX.size + length
-
-
-def role_of(name: str, shape: list[int] | torch.Size) -> str:
-    """The section in which a tensor's codes stand."""
-    return name if len(shape) == 3 or name in ("embedding", "head") else "small"
 
 
 def read_sections(data: bytes, offset: int, sections: list[list]) -> dict[str, memoryview]:
@@ -2424,21 +2810,45 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
     header, offset = read_header(data)
     raw = read_sections(data, offset, header["sections"])
 
-    def take(role: str, dtype: str, shape: list[int]) -> Tensor:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if len(raw.get(role, b"")) < size:
-            raise ArtifactError(f"its section {role!r} is too short for its tensors")
-        part, raw[role] = raw[role][:size], raw[role][size:]
-        return torch.from_numpy(np.frombuffer(part, dtype=dtype).copy()).view(shape)
+    def take(name: str, part: str, bits: int, shape: list[int]) -> Tensor:
+        dtype, size = part_dtype(part, bits), math.prod(shape)
+        section = section_of(name, part, dtype, size)
+        if len(raw.get(section, b"")) < size * dtype.itemsize:
+            raise ArtifactError(f"its section {section!r} is too short for its tensors")
+        content, raw[section] = raw[section][:size * dtype.itemsize], raw[section][size * dtype.itemsize:]
+        return torch.from_numpy(np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))).view(shape)
 
     stored = {}
-    for name, bits, shape in header["tensors"]:
-        codes = take(role_of(name, shape), "<f2" if bits == 16 else "i1", shape)
-        stored[name] = Quantized(codes, None if bits == 16 else take("scales", "<f2", shape[:-1]), bits)
+    for name, bits, shape, extras in header["tensors"]:
+        codes = take(name, "codes", bits, shape)
+        scales = None if bits == 16 else take(name, "scales", bits, shape[:-1])
+        stored[name] = Quantized(codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())})
     left = [role for role, rest in raw.items() if len(rest)]
     if left or len(stored) != len(header["tensors"]):
         raise ArtifactError(f"its tensors do not fill its sections {left}")
     return header["model"], stored
+
+
+def check_extras(name: str, q: Quantized) -> None:
+    """Holds a stored tensor's extras against its shape. Errors: ArtifactError, before anything large is formed."""
+    matrices, rows, columns = as_batch(q.codes).shape if q.codes.dim() in (2, 3) else (0, 0, 0)
+    shapes = {part: list(array.shape) for part, array in q.extras.items()}
+    expected, x = {}, q.extras
+    if "fine" in x:
+        expected["fine"] = shapes["fine"]
+    if "corrected" in x:
+        n, rank, groups = len(x["corrected"]), shapes.get("left", [0, 0, 0])[2], shapes.get("right_scales", [0] * 3)[2]
+        either = shapes.get("left_scales") == [n, 1]
+        expected |= dict(corrected=[n], left=[n, rows, rank], left_scales=[n, 1 if either else rows],
+                         right=[n, rank, columns], right_scales=[n, rank, max(1, min(groups, columns))])
+    if "refined" in x:
+        n = len(x["refined"])
+        expected |= dict(refined=[n], residual=[n, rows, columns], residual_scales=[n, rows])
+    ends = dict(fine=matrices * -(-columns // AWQ_COLUMNS), corrected=matrices, refined=matrices)
+    inside = all(not len(x[part]) or 0 <= x[part].min() and x[part].max() < end
+                 for part, end in ends.items() if part in x)
+    if shapes != expected or not inside or (shapes and q.scales is None):
+        raise ArtifactError(f"the extras of its tensor {name!r} do not fit it")
 
 
 def artifact_config(values: dict[str, Any], c: Config, explicit: set[str]) -> Config:
@@ -2473,9 +2883,12 @@ def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.devi
     with torch.device("meta"):
         model = GPT(c)
     expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
-    if [[name, shape] for name, _, shape in header["tensors"]] != expected:
+    if [[name, shape] for name, _, shape, _ in header["tensors"]] != expected:
         raise ArtifactError("its tensors are not those of its model")
-    weights = dequantize(unpack(data)[1])
+    stored = unpack(data)[1]
+    for name, q in stored.items():
+        check_extras(name, q)
+    weights = dequantize(stored)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, table in zip(("cos", "sin"), rotary_tables(c, model.cos.size(0))):
@@ -2549,12 +2962,14 @@ class Evaluator:
         stream, self.vocabulary = TokenStream(c, "val"), Vocabulary(c)
         stream.check_ids()  # every rank reads the whole stream anyway
         self.tokens = stream.read(0, len(stream))
-        self.bytes = int(self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]).sum())
+        sidecar = read_sidecar(c, stream)
+        counts = self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]) if sidecar is None else sidecar[1:]
+        self.bytes = int(counts.sum(dtype=np.int64))
         self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
         self.rows = pack_rows(self.windows, c.eval_context)
         self.batch_rows = min(c.eval_rows, len(self.rows))
-        self.remarks: list[str] = []
+        self.remarks = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
         self.reference = self.check_manifest(stream.paths)
 
     def check_manifest(self, paths: list[Path]) -> dict[str, float]:
@@ -2654,21 +3069,32 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "quantize"):
         hessians = collect_hessians(trainer, end.step)
         if run.main:
-            stored = quantize({name: p.detach() for name, p in model.named_parameters()}, hessians, c)
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            stored = quantize(weights, hessians, c, run.log)
     with Stage(run, "pack"):
         if run.main:
-            write_aside(run.folder / CONTAINER_FILE, pack(stored, c))
+            residuals = fit_residuals(stored, weights, hessians, c) if c.rvq_enabled else []
+            data = pack_within(stored, residuals, c.artifact_limit_bytes - code_bytes(), c, run.log)
+            write_aside(run.folder / CONTAINER_FILE, data)
+            sections = size_table(data, unpack(data)[1], weights, hessians)
+            for row in sections:
+                run.log(format_row(row))
         run.barrier()
     tokens = end.step * c.train_batch_tokens
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
     return dict(**sizes(size, c), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
                 train_tokens=tokens, train_seconds=end.seconds, tokens_per_second=tokens / end.seconds,
-                parameters=parameter_count(c))
+                parameters=parameter_count(c), sections=sections if run.main else [])
+
+
+def code_bytes() -> int:
+    """Bytes of the code as it runs."""
+    return len(Path(__file__).read_bytes())
 
 
 def sizes(model_bytes: int, c: Config) -> dict[str, int]:
     """The summary's rows about bytes: what counts toward the limit is the code, as it runs, and the model."""
-    code = len(Path(__file__).read_bytes())
+    code = code_bytes()
     return dict(code_bytes=code, model_bytes=model_bytes, artifact_bytes=code + model_bytes,
                 artifact_limit_bytes=c.artifact_limit_bytes)
 
@@ -2726,7 +3152,7 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
     attention, why = choose_attention(c)
     run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
             f"attention:{attention} ({why}) compile:{c.compile} "
-            f"triton:{c.triton_kernels}")
+            f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)}")
     summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode)
     if c.mode != "eval":
         looped = f" looped:{execution_order(c, True)}" if c.loops else ""

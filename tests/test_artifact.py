@@ -26,11 +26,25 @@ def stored_model(base=TINY, **knobs):
     return c, tg.quantize(weights, {}, c)
 
 
+def stored_with_extras(base=RECORD_LIKE, **knobs):
+    """The same after GPTQ for random Hessians, with corrections, fine groups and residuals."""
+    c = config(base, **{"LQER_SELECT": "norm", "LQER_ENABLED": 1, "AWQ_GROUPS": 5, "RVQ_ENABLED": 1, **knobs})
+    weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
+    generator = torch.Generator().manual_seed(4)
+    hessians = {}
+    for name in (*tg.BANKS, "embedding"):
+        x = torch.randn(len(tg.as_batch(weights[name])), 50, weights[name].size(-1), generator=generator)
+        hessians[name] = x.mT @ x
+    stored = tg.quantize(weights, hessians, c)
+    return c, tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)[::2])
+
+
 def equal(x, y):
+    """Whether two stored models are the same in every array of every tensor."""
     return list(x) == list(y) and all(
-        x[n].bits == y[n].bits and x[n].codes.dtype == y[n].codes.dtype and torch.equal(x[n].codes, y[n].codes)
-        and (x[n].scales is None) == (y[n].scales is None)
-        and (x[n].scales is None or torch.equal(x[n].scales, y[n].scales))
+        x[n].bits == y[n].bits and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
+        and all(a.dtype == b.dtype and torch.equal(a, b)
+                for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n])))
         for n in x)
 
 
@@ -45,6 +59,40 @@ def test_unpacking_gives_back_what_was_packed(base, codec):
     values, back = tg.unpack(data)
     assert values == c.model_values() and equal(back, stored)
     assert tg.pack(stored, c) == data  # the same bytes each time
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_corrections_fine_groups_and_residuals_come_back(codec):
+    c, stored = stored_with_extras(COMPRESSOR=codec)
+    assert {part for q in stored.values() for part in q.extras} == set(tg.EXTRAS)
+    data = tg.pack(stored, c)
+    assert equal(tg.unpack(data)[1], stored)
+    model, _ = tg.load_artifact(data, config(), set(), torch.device("cpu"))
+    weights = tg.dequantize(stored)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("part", sorted(tg.EXTRAS))
+@pytest.mark.parametrize("change", ["missing", "longer", "large", "negative"])
+def test_extras_that_do_not_fit_are_refused(part, change):
+    c, stored = stored_with_extras(dict(TINY, **SMALL), AWQ_GROUPS=3)
+    name, q = next((n, q) for n, q in stored.items() if part in q.extras)
+    array = q.extras[part]
+    numbers = part in ("fine", "corrected", "refined")
+    if change in ("large", "negative"):
+        if not numbers:
+            return  # any codes and scales are values that a tensor may have
+        q.extras[part] = torch.full_like(array, 10**6 if change == "large" else -1)
+    elif change == "missing" and part == "fine":
+        return  # then no column is finer, which is a tensor too
+    elif change == "missing":
+        del q.extras[part]
+    else:
+        q.extras[part] = torch.cat((array, array))
+        if part == "fine":
+            return
+    with pytest.raises(tg.ArtifactError, match=f"extras of its tensor '{name}' do not fit"):
+        tg.load_artifact(tg.pack(stored, c), config(), set(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -178,11 +226,11 @@ FORGERIES = {
     "negative size": lambda h: {**h, "sections": [[*s[:3], -1, s[4]] for s in h["sections"]]},
     "a float": lambda h: {**h, "sections": [[*s[:2], float(s[2]), *s[3:]] for s in h["sections"]]},
     "enormous size": lambda h: {**h, "sections": [[*s[:3], 2**33, s[4]] for s in h["sections"]]},
-    "negative shape": lambda h: {**h, "tensors": [[n, b, [-x for x in s]] for n, b, s in h["tensors"]]},
-    "large shape": lambda h: {**h, "tensors": [[n, b, [2**20, *s[1:]]] for n, b, s in h["tensors"]]},
-    "text shape": lambda h: {**h, "tensors": [[n, b, "ab"] for n, b, s in h["tensors"]]},
-    "other names": lambda h: {**h, "tensors": [[n + "x", b, s] for n, b, s in h["tensors"]]},
-    "other bits": lambda h: {**h, "tensors": [[n, 16 if b < 16 else 6, s] for n, b, s in h["tensors"]]},
+    "negative shape": lambda h: {**h, "tensors": [[n, b, [-x for x in s], e] for n, b, s, e in h["tensors"]]},
+    "large shape": lambda h: {**h, "tensors": [[n, b, [2**20, *s[1:]], e] for n, b, s, e in h["tensors"]]},
+    "text shape": lambda h: {**h, "tensors": [[n, b, "ab", e] for n, b, s, e in h["tensors"]]},
+    "other names": lambda h: {**h, "tensors": [[n + "x", b, s, e] for n, b, s, e in h["tensors"]]},
+    "other bits": lambda h: {**h, "tensors": [[n, 16 if b < 16 else 6, s, e] for n, b, s, e in h["tensors"]]},
     "twice": lambda h: {**h, "tensors": h["tensors"] * 2},
 }
 

@@ -271,3 +271,50 @@ def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     manifest(tmp_path / "data", content)
     with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
         tg.Evaluator(evaluator.c, single_run())
+
+
+# -------------------------------------------------------------------------------------------------------- byte sidecar
+
+
+def with_sidecars(data, folder, change=lambda counts: counts):
+    """The validation shards with sidecars that count twice the bytes of the table, so that one tells them apart."""
+    folder.mkdir()
+    (folder / "tokenizer.model").symlink_to(data / "tokenizer.model")
+    vocabulary = tg.Vocabulary(config(DATA_PATH=data))
+    for shard in sorted(data.glob("fineweb_val_0*.bin")):
+        (folder / shard.name).symlink_to(shard)
+        tokens = np.asarray(tg.open_shard(shard))
+        counts = 2 * vocabulary.target_bytes(np.concatenate((tokens[:1], tokens[:-1])), tokens)
+        counts[tokens == tg.BOS_ID] = 0
+        write_shard(tg.sidecar_path(folder / shard.name), change(counts))
+    return folder
+
+
+def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
+    folder, plain = with_sidecars(data, tmp_path / "d"), tg.Evaluator(config(DATA_PATH=data), single_run())
+    assert tg.sidecar_path(folder / "fineweb_val_000001.bin").name == "fineweb_val_bytes_000001.bin"
+    for setting in ("1", "auto"):
+        evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
+        assert evaluator.bytes == 2 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
+        assert any("sidecar" in remark for remark in evaluator.remarks)
+
+
+@pytest.mark.parametrize("setting, change, message", [
+    ("0", lambda x: x, "CASEOPS_ENABLED=0: .*fineweb_val_bytes_000000.bin says"),
+    ("1", lambda x: x[:-1], "fineweb_val_bytes_000000.bin: does not hold the byte counts of the"),
+    ("auto", lambda x: x + 1, "fineweb_val_bytes_000000.bin: does not hold"),
+])
+def test_a_sidecar_that_does_not_fit_is_refused(setting, change, message, data, tmp_path):
+    folder = with_sidecars(data, tmp_path / "d", change)
+    with pytest.raises(tg.ConfigError, match=message):
+        tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
+
+
+def test_a_missing_sidecar_is_named(data, tmp_path):
+    folder = with_sidecars(data, tmp_path / "d")
+    tg.sidecar_path(folder / "fineweb_val_000001.bin").unlink()
+    for setting in ("1", "auto"):
+        with pytest.raises(tg.ConfigError, match="fineweb_val_bytes_000001.bin is missing"):
+            tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
+    with pytest.raises(tg.ConfigError, match="CASEOPS_ENABLED=1: .*fineweb_val_bytes_000000.bin is missing"):
+        tg.Evaluator(config(DATA_PATH=data, CASEOPS_ENABLED="1"), single_run())

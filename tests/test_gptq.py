@@ -1,5 +1,7 @@
 """Quantization: GPTQ against rounding, Hessians against plain products, and the forms in which tensors are stored."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -184,7 +186,10 @@ def test_every_parameter_is_stored_in_the_form_of_its_role(base):
             continue
         limit = 2 ** (bits - 1) - 1
         assert q.codes.dtype == torch.int8 and q.codes.abs().max() <= limit and q.scales.dtype == torch.float16
-        assert torch.equal(back[name], q.codes.float() * q.scales.float()[..., None])
+        corrected = set(q.extras.get("corrected", torch.empty(0)).tolist())
+        for i, matrix in enumerate(tg.as_batch(back[name])):
+            grid = tg.as_batch(q.codes)[i].float() * tg.as_batch(q.scales[..., None])[i].float()
+            assert torch.equal(matrix, grid) == (i not in corrected)
         if role == "gate":
             assert (back[name] - w).abs().max() <= 0.51 * q.scales.float().max()
         elif name != "head" and not (name == "embedding" and model.head is not None):
@@ -281,3 +286,146 @@ def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
             model.load_state_dict(tg.dequantize(tg.quantize(weights, hessians, c)))
         losses[name] = evaluator(model).bpb - exact
     assert 0 < losses["gptq"] < 0.7 * losses["nearest"]
+
+
+# --------------------------------------------------------------------------------------- LQER, AWQ-lite, RVQ, the grid
+
+
+def total_error(weights, stored, hessians):
+    back = tg.dequantize(stored)
+    return {name: tg.weighted_error(tg.as_batch(weights[name] - back[name]), h) for name, h in hessians.items()}
+
+
+def with_hessians(**knobs):
+    """A random model, its Hessians with a strong common direction, and the stored form that the knobs ask for."""
+    c = config(RECORD_LIKE, **{"LQER_ENABLED": 0, "MATRIX_BITS": 4, "EMBED_BITS": 5, **knobs})
+    weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
+    hessians = {name: torch.cat([correlated(100, w.size(-1), i)[1] for i in range(w.size(0) if w.dim() == 3 else 1)])
+                for name, w in weights.items() if name in (*tg.BANKS, "embedding")}
+    lines = []
+    return c, weights, hessians, tg.quantize(weights, hessians, c, lines.append), lines
+
+
+def test_the_weighted_error_is_the_trace():
+    _, hessian = correlated(50, 12)
+    error = matrix(5, 12)
+    expected = torch.trace(error[0].double() @ hessian[0].double() @ error[0].double().T)
+    assert torch.allclose(tg.weighted_error(error, hessian), expected[None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("asymmetric", ["0", "1", "auto"])
+@pytest.mark.parametrize("select", ["norm", "gain"])
+def test_low_rank_corrections_lower_the_weighted_error(select, asymmetric):
+    knobs = dict(LQER_SELECT=select, LQER_ASYM_ENABLED=asymmetric, LQER_TOP_K=4)
+    _, weights, hessians, plain, _ = with_hessians()
+    c, _, _, corrected, lines = with_hessians(LQER_ENABLED=1, **knobs)
+    before, after = (total_error(weights, stored, hessians) for stored in (plain, corrected))
+    touched = {(name, i) for name, q in corrected.items() for i in q.extras.get("corrected", torch.empty(0)).tolist()}
+    assert len(touched) == len([line for line in lines if "rank:4" in line]) <= 4
+    assert touched or select == "gain"
+    for name in before:
+        for i, (old, new) in enumerate(zip(before[name].tolist(), after[name].tolist())):
+            assert new < old if (name, i) in touched else new == old
+    if select == "norm":
+        norms = {(name, i): error.square().sum().item() for name in hessians for i, error in enumerate(
+            tg.as_batch(weights[name] - tg.restore(plain[name])))}
+        assert touched == set(sorted(norms, key=norms.get)[-4:])
+
+
+def test_factors_have_the_levels_and_scales_of_the_specification():
+    for asymmetric, left, right in (("1", (-2, 1), (-8, 7)), ("0", (-3, 3), (-3, 3))):
+        _, _, _, stored, _ = with_hessians(LQER_ENABLED=1, LQER_SELECT="norm", LQER_ASYM_ENABLED=asymmetric,
+                                           LQER_FACTOR_BITS=3, LQER_ASYM_GROUP=8, LQER_RANK=3)
+        found = [(name, q) for name, q in stored.items() if "corrected" in q.extras]
+        assert found
+        for name, q in found:
+            x, (n, (_, rows, columns)) = q.extras, (len(q.extras["corrected"]), tg.as_batch(q.codes).shape)
+            assert x["left"].shape == (n, rows, 3) and x["right"].shape == (n, 3, columns)
+            assert x["left"].min() >= left[0] and x["left"].max() <= left[1]
+            assert x["right"].min() >= right[0] and x["right"].max() <= right[1]
+            assert x["left_scales"].shape == (n, 1 if asymmetric == "1" else rows)
+            assert x["right_scales"].shape == (n, 3, columns // 8 if asymmetric == "1" else 1)
+
+
+def test_gain_keeps_nothing_where_the_bytes_do_more_elsewhere():
+    """White errors have no low rank: a correction of a large matrix of them cannot pay."""
+    c = config(RECORD_LIKE, LQER_ENABLED=1, LQER_SELECT="gain")
+    w = matrix(400, 300)
+    stored = {"up_bank": tg.quantize_bank(w, torch.eye(300)[None], None, 6, 0.0, c)}
+    lines = []
+    tg.correct_errors(stored, {"up_bank": w}, {"up_bank": torch.eye(300)[None]}, c, lines.append)
+    assert not stored["up_bank"].extras and "no correction" in lines[0]
+
+
+def test_a_correction_of_a_low_rank_error_takes_it_away():
+    c, (_, hessian) = config(LQER_RANK=2, LQER_FACTOR_BITS=8), correlated(300, 60)
+    generator = torch.Generator().manual_seed(3)
+    error = torch.randn(40, 2, generator=generator) @ torch.randn(2, 60, generator=generator)
+    before = tg.weighted_error(error[None], hessian).item()
+    assert tg.fit_correction(error, hessian[0], False, c).error < 1e-3 * before
+    assert tg.fit_correction(error, hessian[0], True, c).error < 0.25 * before
+    for degenerate in (torch.zeros(60, 60), torch.ones(60, 60)):
+        assert math.isfinite(tg.fit_correction(error, degenerate, True, c).error)
+    assert tg.fit_correction(torch.zeros(4, 60), hessian[0], False, c).error == 0
+
+
+def test_the_finest_groups_are_those_with_most_activation_and_weight():
+    c = config(RECORD_LIKE, AWQ_GROUPS=3)
+    weights, hessians = {"up_bank": torch.ones(2, 8, 130), "embedding": torch.ones(30, 64)}, {
+        "up_bank": torch.diag_embed(torch.ones(2, 130)), "embedding": torch.eye(64)[None]}
+    hessians["up_bank"][1, 70, 70] = 1e4  # one loud channel, in the second group of the second matrix
+    weights["up_bank"][0, :, 128:] = 200  # two columns of large weights, in the third group of the first
+    weights["embedding"] *= 3
+    found = tg.fine_groups(weights, hessians, c)
+    assert {name: x.tolist() for name, x in found.items()} == {"up_bank": [2, 4], "embedding": [0]}
+
+
+def test_fine_groups_have_steps_of_eight_bits():
+    _, weights, hessians, plain, _ = with_hessians()
+    c, _, _, fine, _ = with_hessians(AWQ_GROUPS=5)
+    assert sum(len(q.extras.get("fine", ())) for q in fine.values()) == 5
+    before, after = (total_error(weights, stored, hessians) for stored in (plain, fine))
+    for name, q in fine.items():
+        for group in q.extras.get("fine", torch.empty(0)).tolist():
+            per = -(-q.codes.size(-1) // tg.AWQ_COLUMNS)
+            matrix_, columns = int(group // per), slice(int(group % per) * 64, int(group % per + 1) * 64)
+            assert after[name][matrix_] < 0.7 * before[name][matrix_]
+            codes = tg.as_batch(q.codes)[matrix_, :, columns].float()
+            step = tg.as_batch(q.scales[..., None])[matrix_].float() * 2.0 ** (q.bits - 8)
+            assert torch.equal(tg.as_batch(tg.restore(q))[matrix_, :, columns], codes * step)
+
+
+def test_residuals_refine_the_matrices_where_they_save_most_until_the_bytes_are_spent():
+    c, weights, hessians, stored, _ = with_hessians(RVQ_ENABLED=1)
+    residuals = tg.fit_residuals(stored, weights, hessians, c)
+    matrices = sum(len(h) for h in hessians.values())
+    assert len(residuals) == matrices and all(r.saved > 0 for r in residuals)
+    worth = [r.saved / r.bytes for r in residuals]
+    assert worth == sorted(worth, reverse=True)
+    plain, lines = len(tg.pack(stored, c)), []
+    sizes, counts = [], []
+    for limit in (plain, plain + 2000, plain + 10_000, 10**9):
+        data = tg.pack_within(stored, residuals, limit, c, lines.append)
+        refined = {(name, i) for name, q in tg.unpack(data)[1].items()
+                   for i in q.extras.get("refined", torch.empty(0)).tolist()}
+        assert len(data) <= limit and f"rvq:{len(refined)} of {matrices}" in lines[-1]
+        assert refined <= {(r.name, r.matrix) for r in residuals}
+        sizes.append(len(data))
+        counts.append(len(refined))
+    assert sizes == sorted(sizes) and counts[0] == 0 < counts[1] < counts[2] < counts[3] == matrices
+    before = total_error(weights, stored, hessians)
+    after = total_error(weights, tg.with_residuals(stored, residuals), hessians)
+    assert all((after[name] < 0.2 * before[name]).all() for name in before)
+
+
+def test_scales_on_the_grid_are_sixteen_to_an_octave():
+    w = matrix(200, 64)[0] * torch.logspace(-3, 3, 200)[:, None]
+    found, free = (tg.row_scales(w, 6, 13.0, per_octave).float() for per_octave in (16, 0))
+    assert ((found.log2() * 16).round() / 16 - found.log2()).abs().max() < 1e-3
+    assert (found / free).log2().abs().max() <= 0.5 / 16 + 1e-3
+
+
+def test_the_bits_of_each_class_have_a_knob():
+    for knob, banks in (("ATTN_BITS", ("qo_bank", "kv_bank")), ("MLP_BITS", ("up_bank", "down_bank"))):
+        _, _, _, stored, _ = with_hessians(**{knob: 7})
+        assert {name: stored[name].bits for name in tg.BANKS} == {n: 7 if n in banks else 4 for n in tg.BANKS}

@@ -15,6 +15,7 @@ QUICK = dict(TINY, NUM_LAYERS=2, MODEL_DIM=32, TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOK
              GATE_WINDOW=5, WARMDOWN_FRAC=0.5)
 LOOP = dict(NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, NUM_LAYERS=3, ENABLE_LOOPING_AT=0.0)
 SPARSE = dict(SPARSE_ATTN_GATE_ENABLED=1)
+CORRECTED = dict(LQER_ENABLED=1, LQER_SELECT="norm", LQER_ASYM_ENABLED=1)
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
     "COMPUTE_DTYPE": ("float64", {}), "ATTENTION": ("sdpa", {}), "CPU_THREADS": (2, {}),
@@ -42,6 +43,12 @@ CHANGES = {
     "ARTIFACT_DIR": ("elsewhere", {}), "PRESET": ("poly5", {}), "MODE": ("train", {}),
     "TOKENIZER_PATH": ("missing.model", {}), "TRITON_KERNELS": (1, {}), "WARMUP_STEPS": (1, {}),
     "COMPILE": (1, {}), "SOFTCAP_TYPE": ("poly", {}),
+    "FUSED_CE_ENABLED": (0, {}), "CASEOPS_ENABLED": (1, {}), "ATTN_BITS": (4, {}), "MLP_BITS": (4, {}),
+    "SCALE_GRID": (0, {}), "AWQ_GROUPS": (2, {}), "GATED_ATTN_QUANT_GATE": (1, SPARSE), "LQER_ENABLED": (1, {}),
+    **{f"LQER_{name}": (value, dict(CORRECTED, **more)) for name, value, more in (
+        ("RANK", 2, {}), ("TOP_K", 1, {}), ("SELECT", "gain", {}), ("ASYM_ENABLED", 0, {}), ("ASYM_GROUP", 16, {}),
+        ("FACTOR_BITS", 3, dict(LQER_ASYM_ENABLED=0)))},
+    "RVQ_ENABLED": (1, {}), "RVQ_BITS": (3, dict(RVQ_ENABLED=1)),
     "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
 }
@@ -109,7 +116,7 @@ def test_every_knob_changes_what_a_run_shows(name, data, tmp_path, capfd):
     assert changed, f"{name}={value} changes nothing"
     if after["code"]:
         assert name in ("TOKENIZER_PATH", "DATA_PATH", "VOCAB_SIZE", "DEVICE", "TRITON_KERNELS", "COMPILE",
-                        "ARTIFACT_LIMIT_BYTES"), after["errors"]
+                        "ARTIFACT_LIMIT_BYTES", "CASEOPS_ENABLED"), after["errors"]
         assert name in after["errors"] or name == "ARTIFACT_LIMIT_BYTES"
     elif field.metadata["model"] or "weights" in field.metadata["alive"] or field.metadata["alive"] == "batches":
         assert "model" in changed, f"{name} does not reach the weights"

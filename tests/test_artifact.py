@@ -1,9 +1,12 @@
 """The container: what goes in comes out, any damage is refused by name, and nothing in it can run code."""
 
 import json
+import os
 import random
+import resource
 import signal
 import struct
+import time
 import tracemalloc
 import zlib
 
@@ -252,6 +255,82 @@ def test_a_forged_header_is_refused(name):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+# ----------------------------------------------------------------------------------------------------------------- fuzz
+
+MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", 10_000))  # over all codecs; a longer run sets more
+
+
+def mutated(draw, content):
+    """The bytes after one to three changes: a byte, a cut, an insertion, a repetition, two parts exchanged."""
+    for _ in range(draw(st.integers(1, 3))):
+        a, b = sorted((draw(st.integers(0, len(content))), draw(st.integers(0, len(content)))))
+        kind = draw(st.sampled_from(["byte", "bytes", "cut", "end", "insert", "repeat", "exchange"]))
+        if kind == "byte" and a < len(content):
+            content = content[:a] + bytes([draw(st.integers(0, 255))]) + content[a + 1:]
+        elif kind == "bytes":
+            content = content[:a] + draw(st.binary(max_size=9)) + content[a + 9:]
+        elif kind == "cut":
+            content = content[:a] + content[b:]
+        elif kind == "end":
+            content = content[:b]
+        elif kind == "insert":
+            content = content[:a] + draw(st.binary(max_size=9)) + content[a:]
+        elif kind == "repeat":
+            content = content[:b] + content[a:b] + content[b:]
+        elif kind == "exchange":
+            content = content[b:] + content[a:b] + content[:a]
+    return content
+
+
+def signed(header, payload):
+    """A container of this header (JSON bytes, or an object) and these sections, all checksums right."""
+    packed = zlib.compress(header if isinstance(header, bytes) else json.dumps(header).encode(), 1)
+    return struct.pack("<8sII", tg.MAGIC, len(packed), zlib.crc32(packed)) + packed + payload
+
+
+def forge(draw, container):
+    """A mutation anywhere, or one inside the header or a section with the checksums made to fit."""
+    where = draw(st.sampled_from(["anywhere", "header", "section"]))
+    if where == "anywhere":
+        return mutated(draw, container)
+    header, offset = tg.read_header(container)
+    if where == "header":
+        return signed(mutated(draw, json.dumps(header).encode()), container[offset:])
+    number = draw(st.integers(0, len(header["sections"]) - 1))
+    start = offset + sum(s[2] for s in header["sections"][:number])
+    section = header["sections"][number]
+    content = mutated(draw, container[start:start + section[2]])
+    payload = container[offset:start] + content + container[start + section[2]:]
+    section[2], section[4] = len(content), zlib.crc32(content)
+    return signed(header, payload)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_mutation_does_more_than_be_refused(codec):
+    """Bounded time and memory, and one kind of error or a model that the file describes: whatever the bytes are."""
+    c, stored = stored_with_extras(dict(RECORD_LIKE, **SMALL), COMPRESSOR=codec, NUM_LAYERS=6, AWQ_GROUPS=3)
+    container = tg.pack(stored, c)
+    longest = 0.0
+
+    @examples(max_examples=MUTATIONS // len(CODECS))
+    @given(st.data())
+    def attack(data):
+        nonlocal longest
+        forged = forge(data.draw, container)
+        began = time.perf_counter()
+        try:
+            model, _ = tg.load_artifact(forged, config(), set(), torch.device("cpu"))
+            assert all(p.dim() <= 3 for p in model.parameters())
+        except tg.ConfigError as error:
+            assert "\n" not in str(error)
+        longest = max(longest, time.perf_counter() - began)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attack()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert longest < 10 and grown < 2**20  # seconds; KiB
 
 
 JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5),

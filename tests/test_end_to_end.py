@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 import train_gpt as tg
-from helpers import (RECORD_LIKE, SCRIPT, TINY, built_once, clean_environment, knob_names, run_script, snapshot,
-                     strings)
+from helpers import (RECORD_LIKE, ROOT, SCRIPT, TINY, built_once, clean_environment, knob_names, launch,
+                     make_documents, run_script, snapshot, strings)
 
 SUMMARY = {"val_bpb_pre_quant", "val_bpb_quantized", "val_bpb_ttt", "val_bpb", "val_tokens", "val_bytes", "code_bytes",
            "model_bytes", "artifact_bytes", "parameters", "steps", "train_tokens", "tokens_per_second", "seconds",
@@ -314,3 +314,52 @@ def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypa
         graphs = re.findall(r"(\d+) graphs compiled|recompiled:(\d+) graphs", out)
         assert graphs == ([("2", ""), ("", "0")] if compiled else [("0", "")])
     assert scores[1] == pytest.approx(scores[0], abs=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------- commands of the field
+
+# A published command for the record's script, as its authors give it.
+PEERS = """SEED=42 CASEOPS_ENABLED=1 VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 NEFTUNE_ALPHA=5.0
+Z_LOSS_WEIGHT=1e-4 EMBED_BITS=7 MATRIX_LR=0.026 MIN_LR=0.1 MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0
+EMBED_CLIP_SIGMAS=14.0 GRAD_CLIP_NORM=0.3 WARMUP_STEPS=20 WARMDOWN_FRAC=0.85 BETA2=0.99 MUON_BACKEND_STEPS=5
+SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_SCALE=0.5 GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 GATED_ATTN_QUANT_GATE=1
+LQER_ENABLED=1 LQER_ASYM_ENABLED=1 LQER_RANK=4 LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3 FUSED_CE_ENABLED=1
+COMPRESSOR=pergroup"""
+SMALL_SIZES = dict(
+    PRESET="record", VOCAB_SIZE=384, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, ROPE_DIMS=4,
+    TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, MICRO_BATCH_TOKENS=64, ITERATIONS=6, WARMUP_STEPS=1, GATE_WINDOW=12,
+    GPTQ_CALIBRATION_BATCHES=1, VAL_LOSS_EVERY=0, VAL_BATCH_SIZE=1024, CPU_THREADS=1, DEVICE="cpu", LQER_SELECT="norm",
+    RUN_ID="peers",
+)
+
+
+@pytest.fixture(scope="module")
+def caseops_data(tmp_path_factory):
+    """Shards of transformed text with their byte counts, made by data/prepare.py."""
+    def build(folder):
+        texts = [text.title() if number % 3 else text.upper() for number, text in enumerate(make_documents(5, 200))]
+        (folder / "texts.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+        done = launch(ROOT / "data" / "prepare.py", {}, folder / "texts.jsonl", "--out", folder / "data", "--caseops",
+                      "--vocab-size", 384, "--val-fraction", 0.2, "--quiet")
+        assert done.returncode == 0, done.stderr
+    return built_once(tmp_path_factory, "caseops", build) / "data"
+
+
+def test_a_published_command_runs_with_small_sizes_added(caseops_data, tmp_path):
+    """Two ranks train by it; every variable of it is one of ours; the score counts the original text's bytes."""
+    command = dict(word.split("=") for word in PEERS.split())
+    assert set(command) <= set(knob_names())
+    values = {**command, **SMALL_SIZES, "DATA_PATH": caseops_data}
+    done = run_script(values, "--mode", "train", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "has no effect" not in done.stdout + done.stderr
+    for line in ("by the shards' sidecar", "lqer:", "fused_ce:1", "looping"):
+        assert line in done.stdout, line
+    folder = tmp_path / "logs" / "peers"
+    header, _ = tg.read_header((folder / "model.pgolf").read_bytes())
+    assert {codec for _, codec, *_ in header["sections"]} >= {"pergroup"}
+    scored = run_script({**values, "MODE": "eval"}, cwd=tmp_path)
+    summary = summary_of(folder, "eval_summary.json")
+    manifest = json.loads((caseops_data / "manifest.json").read_text())
+    assert scored.returncode == 0, scored.stderr
+    assert summary["val_bytes"] == manifest["splits"]["val"]["bytes"] and 0 < summary["val_bpb"] < 10

@@ -234,7 +234,8 @@ class Config:
     gptq_calibration_batches: int = knob(16, "training batches from which Hessians are summed", "quantized weights",
                                          low=1)
     gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
-    compressor: str = knob("zstd", "entropy coder of the artifact", "bytes", choices=("zstd", "brotli", "lzma"))
+    compressor: str = knob("zstd", "entropy coder of the artifact; pergroup: a range coder for the banks' integers",
+                           "bytes", choices=("zstd", "brotli", "lzma", "pergroup"))
     artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
 
     # Evaluation
@@ -327,7 +328,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         neftune_alpha=5.0, z_loss_weight=1e-4, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
         matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
-        grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="brotli",
+        grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="pergroup",
         gated_attn_quant_gate=True, lqer_enabled=True,
     ),
     # PR #1325 on the stack of PR #549.
@@ -2631,8 +2632,300 @@ class ArtifactError(ConfigError):
         super().__init__("artifact", "", why)
 
 
-def compress(codec: str, data: bytes) -> bytes:
-    """The data at the codec's strongest level."""
+# pergroup: an entropy coder for the integers of quantized banks, in which every probability is a ratio of integers.
+#
+# All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). A
+# weight's context is the sum of two coded scale classes, of its row and of its column, and in a trellis the quantizer
+# that its row has reached; each context counts its symbols as they pass, from a bell-shaped prior, so no table is
+# stored. A single matrix with many rows (the embedding) is coded in passes that double: from the rows that both sides
+# know by then, a pass takes linear prediction along the columns and, where it pays, one earlier row that the new one
+# resembles.
+#
+# Why decoding is exact on any machine: counts are integers; a table's frequencies are integers n_i that sum to 2^24
+# minus their number, which constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, turns into
+# exactly (n_i + 1) / 2^24, because the factor is 1. What is left of floats is single IEEE operations on whole arrays,
+# each rounded in one defined way, and products of matrices of integers below 2^53, exact in any order of summing.
+PRECISION = 1 << 24                # what the probabilities of a table of constriction sum to
+STEPS, CLASSES = 4, 44             # scale classes in an octave; of standard deviations 2^-3 to 2^7.75
+GAIN, PRIOR = 32, 48               # what a symbol adds to its count; symbols that the prior counts for
+CODES_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
+MOST_CODES, MOST_COLUMNS = 1 << 28, 1 << 16  # of a bank: they bound the time that a forged shape can take
+
+
+def power_of_two(sixteenths: int) -> int:
+    """floor(2^(sixteenths / 16)) for sixteenths >= 0: four nested integer roots."""
+    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
+
+
+def bell_counts(low: int, high: int) -> np.ndarray:
+    """Prior counts [CLASSES, symbols] of low..high, as (1 + k^2 / 16 v)^-8 with the class's variance v."""
+    v = np.array([power_of_two(320 + 32 * n // STEPS) / 2 ** 26 for n in range(CLASSES)])[:, None]
+    bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
+    for _ in range(3):
+        bell = bell * bell
+    counts = np.floor(bell * 2 ** 20).astype(np.int64) + 1
+    return counts * (GAIN * PRIOR) // counts.sum(1, keepdims=True)
+
+
+class RangeCoder:
+    """Codes in both directions: an encoder, or (with data) a decoder, so that both sides run the same lines."""
+
+    def __init__(self, data: bytes | None = None):
+        import constriction
+
+        self.categorical, self.encoder = constriction.stream.model.Categorical, constriction.stream.queue.RangeEncoder()
+        words = np.frombuffer((data or b"") + bytes(-len(data or b"") % 4), dtype="<u4").astype(np.uint32)
+        self.decoder = None if data is None else constriction.stream.queue.RangeDecoder(words)
+
+    def code(self, known: np.ndarray | None, amount: int, table) -> np.ndarray:
+        """The `known` int32 symbols, or the next `amount` of them. Errors: ValueError for data that cannot be."""
+        if self.decoder is None:
+            self.encoder.encode(known, table)
+            return known
+        try:
+            return self.decoder.decode(table, amount)
+        except AssertionError:
+            raise ValueError("the integers do not decode") from None
+
+
+class Counts:
+    """Symbol counts int64 [contexts, symbols]; a context's table is made anew once they grew by a sixteenth."""
+
+    def __init__(self, low: int, counts: np.ndarray):
+        self.low, self.counts, self.totals = low, counts, counts.sum(1).tolist()
+        self.due, self.tables = [0] * len(counts), [None] * len(counts)
+
+    def table(self, coder: RangeCoder, context: int):
+        """The context's model, of integer frequencies that sum to PRECISION - symbols."""
+        total, row = self.totals[context], self.counts[context]
+        if total >= self.due[context]:
+            frequencies = row * (PRECISION - row.size) // total
+            frequencies[row.argmax()] += PRECISION - row.size - frequencies.sum()
+            self.tables[context] = coder.categorical(frequencies.astype(np.float64), perfect=False)
+            self.due[context] = total + total // 16
+        return self.tables[context]
+
+    def code(self, coder: RangeCoder, known: np.ndarray | None, contexts: np.ndarray) -> np.ndarray:
+        """Codes integers [n] in their contexts uint16 [n], or (known None) returns the next ones; int32 [n]."""
+        order = contexts.argsort(kind="stable")
+        symbols = None if known is None else np.subtract(known[order], self.low, dtype=np.int32)
+        out, stop = np.empty(contexts.size, dtype=np.int32), 0
+        for context, amount in enumerate(np.bincount(contexts).tolist()):
+            start, stop = stop, stop + amount
+            while start < stop:  # never more at once than were seen before: a long run is learned as it goes
+                end = min(stop, start + self.totals[context] // GAIN)
+                part = None if known is None else symbols[start:end]
+                out[start:end] = coder.code(part, end - start, self.table(coder, context))
+                self.counts[context] += GAIN * np.bincount(out[start:end], minlength=self.counts.shape[1])
+                self.totals[context] += GAIN * (end - start)
+                start = end
+        values = np.empty_like(out)
+        values[order] = out + np.int32(self.low)
+        return values
+
+
+def follow(track: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
+    """The running mean of scale classes, in sixteenths, after number n."""
+    return track + ((16 * classes - track) >> min(n, 3))
+
+
+def class_steps(variance: np.ndarray, samples: int) -> np.ndarray:
+    """Steps [B, n] to the scale classes of integers, `samples` of each of the variances [B, n]. Encoder only.
+
+    A step is from the running mean of the classes before, at first from variance 1. Each class takes the least bits
+    for its integers and its step together; what steps cost is learned in three rounds.
+    """
+    steps, choices = np.zeros(variance.shape, dtype=np.int64), np.arange(-64, 64)
+    toll = 1.0 + 2 * abs(choices)
+    for _ in range(3):
+        track = np.full(len(variance), 48 * STEPS)
+        for n in range(variance.shape[1]):
+            base = track + 8 >> 4
+            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / STEPS)
+            steps[:, n] = choices[(samples * (choices / STEPS + excess / math.log(4)) + toll).argmin(1)]
+            track = follow(track, base + steps[:, n], n)
+        seen = np.bincount(steps.ravel() + 64, minlength=128) + 0.3 / (1 + choices ** 2)
+        toll = math.log2(seen.sum()) - np.log2(seen)
+    return steps
+
+
+def code_classes(coder: RangeCoder, side: Counts, codes: np.ndarray | None, shape) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses from int8 codes [c, B * r], or reads (codes None), the classes of rows [B, r] and of columns [B, c]."""
+    B, r, c = shape
+    rows = steps = None
+    if codes is not None:
+        square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
+        rows = class_steps((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
+        steps = class_steps((square / np.float32(4) ** (rows.reshape(B, r) / STEPS)).mean(2).T, r).ravel()
+    rows = side.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
+    steps = side.code(coder, steps, np.ones(B * c, np.uint16)).reshape(B, c)
+    columns, track = np.empty_like(steps), np.full(B, 48 * STEPS)
+    for j in range(c):
+        columns[:, j] = (track + 8 >> 4) + steps[:, j]
+        track = follow(track, columns[:, j], j)
+    return rows, columns
+
+
+class Predictor:
+    """What to expect of new rows, from n known ones int8 [n, c]. All values are integers, those below in float64.
+
+    The known rows' covariance is L D L^T, so a row is L times its innovations e, and column j is expected at the sum
+    over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus `share` eighths of the innovation of its `source`.
+    """
+
+    def __init__(self, known: np.ndarray, rows: int):
+        n, c = known.shape
+        self.n, self.values = n, np.zeros((c, n + rows))
+        self.values[:, :n] = known.T
+        rest = self.values @ self.values.T
+        rest.flat[::c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge: at first the rows are few
+        factor = np.eye(c)
+        for j in range(c):
+            factor[j + 1:, j] = rest[j + 1:, j] / rest[j, j]
+            rest[j + 1:, j + 1:] -= factor[j + 1:, j, None] * rest[j, j + 1:]
+        self.factor = np.rint(factor * 4096).clip(-2 ** 14, 2 ** 14)
+        self.expected, self.e = np.zeros_like(self.values), np.zeros_like(self.values)
+
+    def expect(self, j: int) -> None:
+        """Linear prediction of column j, in blocks of 32: one product of matrices for all columns before the block."""
+        start = j - j % 32
+        if j == start:
+            self.ahead = self.factor[j:j + 32, :j] @ self.e[:j]
+        self.expected[j] = np.floor((self.ahead[j - start] + self.factor[j, start:j] @ self.e[start:j]) / 4096)
+        self.learn(j, 0)  # for the innovations of the known rows
+
+    def learn(self, j: int, column: np.ndarray | int) -> None:
+        """Takes in column j of the new rows, int8 [rows]."""
+        self.values[j, self.n:] = column
+        self.e[j] = (16 * self.values[j] - self.expected[j]).clip(-2 ** 13, 2 ** 13)
+
+    def means(self, j: int | slice) -> np.ndarray:
+        """The integers expected of the new rows in columns j, int64."""
+        like = np.floor(self.share * self.e[j][..., self.source] / 8)
+        return np.floor((self.expected[j][..., self.n:] + like + 8) / 16).clip(-128, 127).astype(np.int64)
+
+    def study(self, columns: np.ndarray) -> None:
+        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
+        for j, column in enumerate(columns):
+            self.expect(j)
+            self.learn(j, column)
+        old, new = np.split(self.e.astype(np.float32), [self.n], axis=1)
+        power, own = (old ** 2).sum(0) + 1, (new ** 2).sum(0) + 1
+        parts = [new[:, i:i + 1024].T @ (old / np.sqrt(power)) for i in range(0, new.shape[1], 1024)]
+        best = np.concatenate([p.max(1) for p in parts]).clip(0)
+        self.source = np.concatenate([p.argmax(1) for p in parts])
+        saved = -len(new) / 2 * np.log2((1 - best ** 2 / own).clip(1e-6))
+        share = np.rint(8 * best / np.sqrt(power[self.source])).clip(0, 15)
+        self.share = np.where(saved > math.log2(self.n) + 2, share, 0).astype(np.int64)
+
+    def code_sources(self, coder: RangeCoder, side: Counts, encoding: bool, rows: int) -> None:
+        """Codes each new row's share and, where it is not 0, the two digits of its source; or reads them."""
+        def code(values, amount: int, context: int) -> np.ndarray:
+            return side.code(coder, values if encoding else None, np.full(amount, context, np.uint16))
+
+        if not encoding:
+            self.share, self.source = None, np.zeros(rows, dtype=np.int64)
+        self.share = code(self.share, rows, 2)
+        like = self.share.nonzero()[0]
+        digits = divmod(self.source[like], 256)
+        high, low = [code(digit - 128, like.size, 3 + i) + 128 for i, digit in enumerate(digits)]
+        self.source[like] = (high * 256 + low) % self.n
+
+
+def code_pass(coder: RangeCoder, counts: Counts, side: Counts, known, shape, trellis, predictor) -> np.ndarray:
+    """Codes int8 [c, B * r], a bank [B, r, c] or some rows of it, or (known None) returns them."""
+    B, r, c = shape
+    encoding = known is not None
+    residual, out = known, known if encoding else np.empty((c, B * r), dtype=np.int8)
+    if predictor:
+        if encoding:
+            predictor.study(known)
+        predictor.code_sources(coder, side, encoding, r)
+        if encoding:
+            residual = (known - predictor.means(slice(None))).astype(np.int8)  # wraps, and wraps back
+    rows, columns = code_classes(coder, side, residual, shape)
+    following, quantizer = np.array(trellis[0], dtype=np.uint8), np.array(trellis[1], dtype=np.uint16)
+    kinds, state = max(trellis[1]) + 1, np.zeros(B * r, dtype=np.uint8)
+    for j in range(c):
+        scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
+        values = counts.code(coder, residual[j] if encoding else None, scale * np.uint16(kinds) + quantizer[state])
+        if not encoding and predictor:
+            predictor.expect(j)
+            out[j] = (values + predictor.means(j)).astype(np.int8)
+            predictor.learn(j, out[j])
+        elif not encoding:
+            out[j] = values
+        state = following[state, out[j] & 1]
+    return out
+
+
+def code_bank(coder: RangeCoder, codes, shape, trellis, doublings: int, low: int, high: int) -> np.ndarray:
+    """Codes integers [B, r, c] as a whole or, with doublings, in that many passes and one; or returns them."""
+    B, r, c = shape
+    trellis = trellis or (((0, 0),), (0,))
+    low, high = (-128, 127) if doublings else (low, high)
+    counts = Counts(low, bell_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
+    side = Counts(-128, bell_counts(-128, 127)[[3 * STEPS, 3 * STEPS, 4 * STEPS, -1, -1]])
+    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
+    if not doublings:
+        out = code_pass(coder, counts, side, known, shape, trellis, None)
+    else:
+        order = (np.arange(r) * 2654435761 % 2 ** 32).argsort(kind="stable")  # every pass gets rows of every kind
+        out, start = np.empty((c, r), dtype=np.int8), 0
+        for n in range(doublings, -1, -1):
+            seen, part = order[:start], order[start:r >> n]
+            predictor = Predictor(out[:, seen].T, part.size) if start else None
+            some = None if codes is None else known[:, part]
+            out[:, part] = code_pass(coder, counts, side, some, (1, part.size, c), trellis, predictor)
+            start = r >> n
+    return out.reshape(c, B, r).transpose(1, 2, 0)
+
+
+def check_bank(shape) -> None:
+    """Errors: ValueError for a bank whose coding might not end soon."""
+    if len(shape) != 3 or min(shape) < 0 or math.prod(shape) > MOST_CODES or shape[2] > MOST_COLUMNS:
+        raise ValueError(f"a bank of shape {shape} is not for coding")
+
+
+def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
+    """Bytes of int8 codes [B, r, c], columns in processing order.
+
+    trellis: (next state [states][k & 1], quantizer [states]) of codes in which every row starts at state 0, or None.
+    """
+    check_bank(codes.shape)
+    if not codes.size:
+        return b""
+    (B, r, c), low = codes.shape, min(int(codes.min()), 126)
+    high, results = max(int(codes.max()), low + 1), []
+    for doublings in (0, 5) if B == 1 and 256 <= r <= 1 << 16 and c <= 1024 else (0,):
+        coder = RangeCoder()
+        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
+        packed = coder.encoder.get_compressed().astype("<u4").tobytes()
+        results.append(CODES_HEADER.pack(doublings, low, high) + packed)
+    return min(results, key=len)
+
+
+def decode_integers(data: bytes, shape, trellis: tuple | None = None) -> np.ndarray:
+    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
+    check_bank(shape)
+    if not math.prod(shape):
+        return np.zeros(shape, dtype=np.int8)
+    data = bytes(data)
+    doublings, low, high = CODES_HEADER.unpack_from(data) if len(data) >= CODES_HEADER.size else (0, 0, 0)
+    predicted = shape[0] == 1 and 1 << 5 <= shape[1] <= 1 << 16 and shape[2] <= 1024
+    if low >= high or doublings not in (0, 5)[:1 + predicted]:
+        raise ValueError("the integers' header does not make sense")
+    coder = RangeCoder(data[CODES_HEADER.size:])
+    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
+    if not coder.decoder.maybe_exhausted():
+        raise ValueError("the integers end before their data")
+    return codes
+
+
+def compress(codec: str, data: bytes, shape: tuple[int, int, int] | None = None) -> bytes:
+    """The data at the codec's strongest level; `pergroup` takes int8 integers of a bank of this shape."""
+    if codec == "pergroup":
+        return encode_integers(np.frombuffer(data, np.int8).reshape(shape))
     if codec == "zstd":
         import zstandard
 
@@ -2649,9 +2942,13 @@ def compress(codec: str, data: bytes) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
-def decompress(codec: str, data: bytes, size: int) -> bytes:
+def decompress(codec: str, data: bytes, size: int, shape: tuple[int, int, int] | None = None) -> bytes:
     """Exactly `size` bytes; memory grows with what really comes out, not with the claim. Errors: ArtifactError."""
     try:
+        if codec == "pergroup":
+            if shape is None or math.prod(shape) != size:
+                raise ArtifactError("codes integers that are no bank's")
+            return decode_integers(data, shape).tobytes()
         if codec == "zstd":
             import zstandard
 
@@ -2712,9 +3009,23 @@ def part_dtype(part: str, bits: int) -> np.dtype:
     return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
 
 
+def bank_shapes(tensors: list[list]) -> dict[str, tuple[int, int, int]]:
+    """Section -> shape [B, r, c] of each array of integers that has a section of its own, from the header's list."""
+    shapes = {}
+    for name, bits, shape, extras in tensors:
+        for part, s in {"codes": shape, **extras}.items():
+            dtype = part_dtype(part, bits)
+            section = section_of(name, part, dtype, math.prod(s))
+            if section != dtype.name and len(s) in (2, 3):
+                shapes[section] = (1, *s) if len(s) == 2 else tuple(s)
+    return shapes
+
+
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """Large arrays of codes have a section of their own; the others share one for each type."""
-    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
+    if part == "scales" or dtype.itemsize == 1 and size >= 4096:
+        return f"{name}.{part}" if part != "scales" else part
+    return dtype.name
 
 
 def pack(stored: dict[str, Quantized], c: Config) -> bytes:
@@ -2727,11 +3038,13 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
             content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
             contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
         tensors.append([name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())}])
-    sections, payload = [], []
+    sections, payload, shapes = [], [], bank_shapes(tensors)
     for section, parts in contents.items():
-        raw = b"".join(parts)
-        packed = compress(c.compressor, raw)
-        sections.append([section, c.compressor, len(packed), len(raw), zlib.crc32(packed)])
+        raw, codec = b"".join(parts), c.compressor
+        if codec == "pergroup" and section not in shapes:
+            codec = "brotli"
+        packed = compress(codec, raw, shapes.get(section))
+        sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
         payload.append(packed)
     header = dict(model=c.model_values(), sections=sections, tensors=tensors)
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2790,8 +3103,9 @@ def read_header(data: bytes) -> tuple[dict, int]:
     return header, PREFIX.size + length
 
 
-def read_sections(data: bytes, offset: int, sections: list[list]) -> dict[str, memoryview]:
-    """Role -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
+def read_sections(data: bytes, offset: int, sections: list[list],
+                  shapes: dict[str, tuple[int, int, int]]) -> dict[str, memoryview]:
+    """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
     if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
         raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
     raw: dict[str, memoryview] = {}
@@ -2800,7 +3114,7 @@ def read_sections(data: bytes, offset: int, sections: list[list]) -> dict[str, m
         offset += length
         if len(packed) != length or zlib.crc32(packed) != checksum:
             raise ArtifactError(f"is damaged: the checksum of its section {role!r} does not match")
-        raw[role] = memoryview(decompress(codec, packed, size))
+        raw[role] = memoryview(decompress(codec, packed, size, shapes.get(role)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
     return raw
@@ -2809,7 +3123,7 @@ def read_sections(data: bytes, offset: int, sections: list[list]) -> dict[str, m
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
     """(model values, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
     header, offset = read_header(data)
-    raw = read_sections(data, offset, header["sections"])
+    raw = read_sections(data, offset, header["sections"], bank_shapes(header["tensors"]))
 
     def take(name: str, part: str, bits: int, shape: list[int]) -> Tensor:
         dtype, size = part_dtype(part, bits), math.prod(shape)

@@ -478,7 +478,6 @@ def test_one_place_knows_the_formula_of_bits_per_byte():
     logs = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func) in (
         "math.log", "math.log2", "np.log", "np.log2", "torch.log2")]
     assert [ast.unparse(n) for n in logs].count("math.log(2)") == 1
-    assert {ast.unparse(n) for n in logs} == {"math.log(2)", "math.log(4)"}  # the other: what a byte of finer steps saves
     assert len([n for n in ast.walk(TREE) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div)
                 and "math.log(2)" in ast.unparse(n.right)]) == 1
 

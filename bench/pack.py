@@ -1,0 +1,270 @@
+"""How small and how fast the integers of quantized banks pack: every coder on the same integers, in one run.
+
+    python bench/pack.py --artifact runs/demo/model.pgolf
+    python bench/pack.py [--layers 4] [--width 256] [--vocabulary 4096]
+
+With no artifact the integers are synthetic: normal deviates with a scale for each row and column, and an embedding of
+low rank with noise, some rows of which resemble others; a trained model's differ, so quote them only with that word.
+The reference is what the challenge's peers do: all matrices of a role together; rows of the embedding, q and Wup in a
+chain of nearest neighbours in L1; transposed; `lrzip -z -L 9`; the permutations kept, under brotli. It needs the
+`lrzip` binary; `nncodec` (ISO/IEC 15938-17) is measured where it can be imported. Each coder runs in a process of its
+own; its peak memory counts that process, with what it inherits, and its children. Every coder must give the integers
+back.
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import math
+import multiprocessing
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # noqa: E402
+
+Banks = dict[str, np.ndarray]  # name -> int8 [matrices, rows, columns]
+Coder = tuple[Callable[[Banks], tuple[Any, int]], Callable[[Any, Banks], Banks]]  # pack -> (what, bytes), unpack
+BANKS = ("embedding", "head", "qo_bank", "kv_bank", "up_bank", "down_bank")
+SORTED = ("embedding", "head", "q", "up_bank")
+
+
+def artifact_banks(path: Path) -> Banks:
+    """The int8 codes of an artifact's large tensors."""
+    stored = t.unpack(path.read_bytes())[1]
+    codes = {name: stored[name].codes.numpy() for name in BANKS if name in stored and stored[name].scales is not None}
+    return {name: k if k.ndim == 3 else k[None] for name, k in codes.items()}
+
+
+def synthetic_banks(layers: int, width: int, vocabulary: int) -> Banks:
+    """Integers of a model's shapes, about as wide as GPTQ's at 6 bits (8 bits for the embedding)."""
+    rng = np.random.default_rng(0)
+
+    def draw(count: int, rows: int, columns: int) -> np.ndarray:
+        scale = 2.6 * np.exp2(rng.normal(0, 0.3, (count, 1, columns)) + rng.normal(0, 0.02, (count, rows, 1)))
+        return np.rint(rng.standard_normal((count, rows, columns)) * scale).clip(-31, 31).astype(np.int8)
+
+    rank = width // 16
+    rows = rng.standard_normal((vocabulary, rank)) @ rng.standard_normal((rank, width)) * (5 / math.sqrt(rank))
+    rows += rng.standard_normal((vocabulary, width)) * 7
+    like = rng.random(vocabulary) < 0.1
+    rows[like] = rows[0] + rng.standard_normal((like.sum(), width))
+    return {"embedding": np.rint(rows).clip(-127, 127).astype(np.int8)[None],
+            "qo_bank": draw(2 * layers, width, width), "kv_bank": draw(2 * layers, width // 2, width),
+            "up_bank": draw(layers, 4 * width, width), "down_bank": draw(layers, width, 4 * width)}
+
+
+def split_roles(banks: Banks) -> Banks:
+    """q, out, k and v on their own."""
+    roles = {}
+    for name, k in banks.items():
+        if name in ("qo_bank", "kv_bank"):
+            roles[name[0]], roles[name[1]] = np.split(k, 2)
+        else:
+            roles[name] = k
+    return roles
+
+
+def join_roles(roles: Banks, like: Banks) -> Banks:
+    """The banks again."""
+    return {name: np.concatenate([roles[name[0]], roles[name[1]]]) if name in ("qo_bank", "kv_bank") else roles[name]
+            for name in like}
+
+
+def plain_bytes(banks: Banks) -> bytes:
+    return b"".join(k.tobytes() for k in banks.values())
+
+
+def from_plain(raw: bytes, like: Banks) -> Banks:
+    """Arrays of the shapes of `like` from their bytes in turn."""
+    cuts = np.cumsum([k.size for k in like.values()])
+    parts = np.split(np.frombuffer(raw, dtype=np.int8), cuts[:-1])
+    return {name: part.reshape(k.shape) for (name, k), part in zip(like.items(), parts)}
+
+
+def byte_coder(codec: str) -> Coder:
+    """A general compressor over the integers' bytes, one bank after another."""
+    def pack(banks: Banks) -> tuple[bytes, int]:
+        packed = t.compress(codec, plain_bytes(banks))
+        return packed, len(packed)
+
+    def unpack(packed: bytes, like: Banks) -> Banks:
+        return from_plain(t.decompress(codec, packed, sum(k.size for k in like.values())), like)
+
+    return pack, unpack
+
+
+def pergroup_pack(banks: Banks) -> tuple[list[bytes], int]:
+    packed = [t.encode_integers(k) for k in banks.values()]
+    return packed, sum(map(len, packed))
+
+
+def pergroup_unpack(packed: list[bytes], like: Banks) -> Banks:
+    return {name: t.decode_integers(data, k.shape) for data, (name, k) in zip(packed, like.items())}
+
+
+def nearest_chain(rows: np.ndarray) -> np.ndarray:
+    """An order of int8 rows [r, c], uint16 [r]: from row 0 always on to the nearest row left, in L1."""
+    left, order = np.arange(1, len(rows)), [0]
+    wide = rows.astype(np.int16)
+    while left.size:
+        n = int(np.abs(wide[left] - wide[order[-1]]).sum(1, dtype=np.int32).argmin())
+        order.append(int(left[n]))
+        left = np.delete(left, n)
+    return np.array(order, dtype=np.uint16)
+
+
+def lrzip(data: bytes, *options: str) -> bytes:
+    """The bytes that the lrzip binary makes of `data`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in"), Path(folder, "out")
+        source.write_bytes(data)
+        subprocess.run(["lrzip", "-q", *options, "-o", str(target), str(source)], check=True, capture_output=True)
+        return target.read_bytes()
+
+
+def peers_pack(banks: Banks) -> tuple[tuple[bytes, bytes], int]:
+    """One stream of all roles: one archive for each role came out larger."""
+    import brotli
+
+    stream, orders = [], []
+    for role, k in split_roles(banks).items():
+        for matrix in k:
+            if role in SORTED:
+                orders.append(nearest_chain(matrix))
+                matrix = matrix[orders[-1]]
+            stream.append(np.ascontiguousarray(matrix.T).tobytes())
+    permutations = b"".join(order.tobytes() for order in orders)
+    packed = lrzip(b"".join(stream), "-z", "-L", "9"), brotli.compress(permutations, quality=11)
+    return packed, sum(map(len, packed))
+
+
+def peers_unpack(packed: tuple[bytes, bytes], like: Banks) -> Banks:
+    import brotli
+
+    raw, orders = lrzip(packed[0], "-d"), np.frombuffer(brotli.decompress(packed[1]), dtype=np.uint16)
+    roles, at, place = {}, 0, 0
+    for role, k in split_roles(like).items():
+        roles[role] = np.empty_like(k)
+        for matrix in roles[role]:
+            rows = np.frombuffer(raw, dtype=np.int8, count=matrix.size, offset=at).reshape(matrix.T.shape).T
+            at += matrix.size
+            order = slice(None)
+            if role in SORTED:
+                order = orders[place:place + len(matrix)]
+                place += len(matrix)
+            matrix[order] = rows
+    return join_roles(roles, like)
+
+
+def standard_pack(banks: Banks) -> tuple[list[np.ndarray], int]:
+    """DeepCABAC of the standard's reference software, a matrix at a time as it does; 10 of its unary bins."""
+    from nncodec.extensions import deepCABAC
+
+    packed = []
+    for matrix in (m for k in banks.values() for m in k.astype(np.int32)):
+        coder = deepCABAC.Encoder()
+        coder.initCtxModels(11, 1)
+        coder.encodeLayer(matrix, 0, 0, 0, 0, 0, np.zeros(len(matrix), np.int32), deepCABAC.HdspMode.AlwaysOff,
+                          np.zeros(2, np.int8), 0, 0)
+        packed.append(coder.finish())
+    return packed, sum(p.size for p in packed)
+
+
+def standard_unpack(packed: list[np.ndarray], like: Banks) -> Banks:
+    from nncodec.extensions import deepCABAC
+
+    out, parts = {}, iter(packed)
+    for name, k in like.items():
+        out[name] = np.zeros(k.shape, dtype=np.int8)
+        for n in range(len(k)):
+            matrix, decoder = np.zeros(k.shape[1:], dtype=np.int32), deepCABAC.Decoder()
+            decoder.setStream(next(parts))
+            decoder.initCtxModels(11)
+            decoder.decodeLayer(matrix, 0, 0, 0, 0, deepCABAC.HdspMode.AlwaysOff, np.zeros(2, np.int8), 0, 0)
+            out[name][n] = matrix
+    return out
+
+
+def coders() -> dict[str, Coder]:
+    """All that this machine can run; the reference comes first."""
+    found: dict[str, Coder] = {"lrzip, arranged": (peers_pack, peers_unpack)} if shutil.which("lrzip") else {}
+    found |= {"pergroup": (pergroup_pack, pergroup_unpack)}
+    found |= {"zstd-22": byte_coder("zstd"), "brotli-11": byte_coder("brotli"), "lzma": byte_coder("lzma")}
+    try:
+        from nncodec.extensions import deepCABAC  # noqa: F401
+
+        found["nncodec"] = (standard_pack, standard_unpack)
+    except ImportError:
+        pass
+    return found
+
+
+def measure(coder: Coder, banks: Banks, answers) -> None:
+    """Sends (bytes, pack seconds, unpack seconds, peak MiB), after the integers came back the same."""
+    start = time.perf_counter()
+    packed, size = coder[0](banks)
+    between = time.perf_counter()
+    back = coder[1](packed, banks)
+    end = time.perf_counter()
+    assert all(np.array_equal(back[name], k) and back[name].dtype == np.int8 for name, k in banks.items())
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    answers.send((size, between - start, end - between, peak / 1024))
+
+
+def entropy(k: np.ndarray) -> float:
+    """Zero-order entropy, bits an integer."""
+    share = np.bincount(k.ravel().astype(np.int64) + 128)
+    share = share[share > 0] / k.size
+    return float(-(share * np.log2(share)).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifact", type=Path, help="an artifact of train_gpt.py; without it, synthetic integers")
+    for name, default in (("layers", 4), ("width", 256), ("vocabulary", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the synthetic integers")
+    arguments = parser.parse_args()
+    if arguments.artifact:
+        banks, source = artifact_banks(arguments.artifact), str(arguments.artifact)
+    else:
+        banks, source = synthetic_banks(arguments.layers, arguments.width, arguments.vocabulary), "SYNTHETIC integers"
+    if not banks:
+        raise SystemExit(f"{arguments.artifact} holds no integers")
+    weights = sum(k.size for k in banks.values())
+    print(f"{source}: {weights:,} integers,", ", ".join(f"{name} {list(k.shape)}" for name, k in banks.items()))
+    floor = sum(entropy(k) * k.size for k in banks.values()) / 8
+    print(f"{'':16} {'bytes':>12} {'bits each':>10} {'ratio':>7} {'pack s':>8} {'unpack s':>9} {'time':>7} {'MiB':>6}")
+    print(f"{'entropy, order 0':16} {floor:12,.0f} {8 * floor / weights:10.4f}   (of each bank on its own)")
+    reference = None
+    for name, coder in coders().items():
+        receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=measure, args=(coder, banks, send))
+        process.start()
+        send.close()
+        try:
+            size, pack_s, unpack_s, peak = receive.recv()
+        except EOFError:
+            raise SystemExit(f"{name} failed") from None
+        process.join()
+        reference = reference or ((size, pack_s + unpack_s) if name.startswith("lrzip") else (0, 0))
+        ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference)]
+        print(f"{name:16} {size:12,} {8 * size / weights:10.4f} {ratios[0]:>7} {pack_s:8.2f} {unpack_s:9.2f} "
+              f"{ratios[1]:>7} {peak:6.0f}", flush=True)
+    print("ratio, time: bytes, and seconds of pack and unpack, over those of lrzip in the peers' arrangement"
+          if reference[0] else "no lrzip on this machine: no ratios")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The entropy coder of integers: exact round trips, exact probabilities, bounded behaviour on any bytes."""
+from __future__ import annotations
+
+import bisect
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import helpers  # noqa: F401  (the path of the script)
+import train_gpt as p
+
+TRELLIS4 = (((0, 2), (2, 0), (1, 3), (3, 1)), (0, 0, 1, 1))
+TRELLIS8 = (((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)), (0, 1) * 4)
+TRELLISES = st.sampled_from([None, TRELLIS4, TRELLIS8])
+
+
+def draw(shape, spread: float, seed: int) -> np.ndarray:
+    """Integers with a scale for each row and each column."""
+    rng = np.random.default_rng(seed)
+    B, r, c = shape
+    scale = spread * np.exp(rng.normal(0, 0.5, (B, 1, c)) + rng.normal(0, 0.3, (B, r, 1)))
+    return np.rint(rng.normal(size=shape) * scale).clip(-128, 127).astype(np.int8)
+
+
+def embedding_like(r: int = 1024, c: int = 48, seed: int = 0) -> np.ndarray:
+    """Rows of low rank and noise, some of which are near copies of others."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(r, 6)) @ rng.normal(size=(6, c)) * 3 + rng.normal(size=(r, c)) * 2
+    x[r // 2:] = np.where(rng.random((r - r // 2, 1)) < 0.5, x[rng.integers(0, 20, r - r // 2)], x[r // 2:])
+    return np.rint(x + rng.normal(size=(r, c)) * 0.4).clip(-127, 127).astype(np.int8)[None]
+
+
+def same(codes: np.ndarray, trellis=None) -> bytes:
+    """The bytes, after a check that they give the codes back."""
+    data = p.encode_integers(codes, trellis)
+    back = p.decode_integers(data, codes.shape, trellis)
+    assert back.dtype == np.int8 and np.array_equal(back, codes)
+    return data
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=120)
+@given(st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)), st.floats(0.01, 200), st.integers(0, 99),
+       TRELLISES)
+def test_round_trip(shape, spread, seed, trellis):
+    same(draw(shape, spread, seed), trellis)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 5)), st.data(), TRELLISES)
+def test_round_trip_of_any_small_array(shape, data, trellis):
+    values = data.draw(st.lists(st.integers(-128, 127), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
+    same(np.array(values, dtype=np.int8).reshape(shape), trellis)
+
+
+@pytest.mark.parametrize("value", [-128, -1, 0, 126, 127])
+def test_constant(value):
+    assert len(same(np.full((2, 300, 40), value, dtype=np.int8))) < 1500
+
+
+def test_extremes_and_uniform_noise():
+    rng = np.random.default_rng(1)
+    noise = rng.integers(-128, 128, (3, 200, 50), dtype=np.int8)
+    assert len(same(noise)) < 1.02 * noise.size
+    same(rng.choice(np.array([-128, 127], dtype=np.int8), (1, 700, 20)))
+    one = np.zeros((1, 500, 30), dtype=np.int8)
+    one[0, 77, 7] = -128
+    assert len(same(one)) < 300
+
+
+@pytest.mark.parametrize("trellis", [None, TRELLIS4, TRELLIS8])
+def test_prediction_of_a_single_matrix(trellis):
+    codes = embedding_like()
+    data = same(codes, trellis)
+    assert data[0] == 5 and len(data) < 0.8 * len(p.encode_integers(codes.reshape(2, -1, codes.shape[2]), trellis))
+
+
+def test_a_context_of_the_quantizer_pays():
+    rng = np.random.default_rng(0)
+    codes, following = np.zeros((4, 500, 60), dtype=np.int8), np.array(TRELLIS8[0])
+    state = np.zeros((4, 500), dtype=int)
+    for j in range(codes.shape[2]):  # odd states draw from a wider distribution
+        codes[..., j] = np.rint(rng.normal(size=state.shape) * np.where(state & 1, 4, 1.5))
+        state = following[state, codes[..., j] & 1]
+    assert len(same(codes, TRELLIS8)) < 0.97 * len(same(codes))
+
+
+def test_near_the_entropy_of_a_known_source():
+    """Integers of known row and column scales cost at most 1% more than -log2 of their true probabilities."""
+    from math import erf, sqrt
+
+    rng = np.random.default_rng(3)
+    scale = 3 * np.exp2(rng.normal(0, 0.5, (2, 1, 256)) + rng.normal(0, 0.3, (2, 512, 1)))
+    codes = np.rint(rng.normal(size=scale.shape) * scale).clip(-128, 127)
+    cdf = np.vectorize(lambda x: 0.5 * (1 + erf(x / sqrt(2))))
+    bits = -np.log2(cdf((codes + 0.5) / scale) - cdf((codes - 0.5) / scale)).sum()
+    assert 8 * len(same(codes.astype(np.int8))) < 1.01 * bits
+
+
+def reference_decode(words: list[int], tables: list[list[int]]) -> list[int]:
+    """A range decoder in Python's integers alone: one symbol for each cumulative table of probabilities in 1 / 2^24."""
+    low, span, point, at = 0, (1 << 64) - 1, (words[0] << 32) | words[1], 2
+    out = []
+    for table in tables:
+        scale = span >> 24
+        symbol = bisect.bisect_right(table, (point - low) % (1 << 64) // scale) - 1
+        low, span = (low + scale * table[symbol]) % (1 << 64), scale * (table[symbol + 1] - table[symbol])
+        if span < 1 << 32:
+            low, span = (low << 32) % (1 << 64), span << 32
+            point, at = (point << 32) % (1 << 64) | (words[at] if at < len(words) else 0), at + 1
+        out.append(symbol)
+    return out
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(st.lists(st.integers(0, 10 ** 9), min_size=2, max_size=256), st.integers(0, 2 ** 32))
+def test_constriction_uses_exactly_our_integers(row, seed):
+    """Its bytes decode with (n + 1) / 2^24 in integer arithmetic, so no rounding of floats decides a probability."""
+    counts = p.Counts(0, np.array([row], dtype=np.int64) + 1)
+    coder, given_frequencies = p.RangeCoder(), []
+    categorical = coder.categorical
+    coder.categorical = lambda f, perfect: given_frequencies.append(f) or categorical(f, perfect=perfect)
+    table = counts.table(coder, 0)
+    frequencies = [int(f) for f in given_frequencies[0]]
+    assert frequencies == given_frequencies[0].tolist() and min(frequencies) >= 0
+    assert sum(frequencies) == (1 << 24) - len(row)
+    symbols = np.random.default_rng(seed).integers(0, len(row), 300).astype(np.int32)
+    coder.code(symbols, symbols.size, table)
+    words = [int(w) for w in coder.encoder.get_compressed()] + [0, 0]
+    cumulative = [0]
+    for f in frequencies:
+        cumulative.append(cumulative[-1] + f + 1)
+    assert cumulative[-1] == 1 << 24
+    assert reference_decode(words, [cumulative] * symbols.size) == symbols.tolist()
+
+
+def quickly(data: bytes, shape, trellis, seconds: float = 5) -> None:
+    """Decoding ends soon, in codes of the right form or in ValueError."""
+    start = time.perf_counter()
+    try:
+        codes = p.decode_integers(data, shape, trellis)
+        assert codes.shape == tuple(shape) and codes.dtype == np.int8
+    except ValueError:
+        pass
+    assert time.perf_counter() - start < seconds
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=150)
+@given(st.binary(max_size=200), st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 20)), TRELLISES,
+       st.sampled_from([b"", b"\0\xf0\x10", b"\5\x80\x7f"]))
+def test_random_bytes(data, shape, trellis, header):
+    quickly(header + data, shape, trellis)
+
+
+VALID = {shape: p.encode_integers(codes) for shape, codes in
+         {(2, 60, 30): draw((2, 60, 30), 3, 0), (1, 512, 24): embedding_like(512, 24)}.items()}
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=150)
+@given(st.sampled_from(list(VALID)), st.data())
+def test_damaged_data(shape, data):
+    raw = bytearray(VALID[shape])
+    for _ in range(data.draw(st.integers(0, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(raw)))
+    quickly(bytes(raw[:cut] if data.draw(st.booleans()) else raw) + data.draw(st.binary(max_size=9)), shape, None)
+
+
+def test_forged_shapes_and_surplus_are_refused():
+    data = p.encode_integers(draw((1, 30, 30), 3, 0))
+    for shape in [(1, 1, 1 << 20), (1 << 20, 1 << 20, 1), (30, 30), (1, -1, 30)]:
+        with pytest.raises(ValueError):
+            p.decode_integers(data, shape)
+    with pytest.raises(ValueError):
+        p.decode_integers(data + bytes(range(1, 200)), (1, 30, 30))
+    for bad in (b"", b"\0", b"\0\5\5", b"\7\0\1", b"\5\0\1" + bytes(9)):
+        with pytest.raises(ValueError):
+            p.decode_integers(bad, (1, 30, 30))
+
+
+CASES = ((draw((3, 50, 40), 4, 5), None), (draw((2, 64, 64), 2, 6), TRELLIS8), (embedding_like(), None))
+
+
+def digest() -> str:
+    return hashlib.sha256(b"".join(p.encode_integers(*case) for case in CASES)).hexdigest()
+
+
+def test_same_bytes_in_another_process():
+    code = "import test_pergroup as t; print(t.digest())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           cwd=Path(__file__).parent)
+    assert other.stdout.strip() == digest()

@@ -215,6 +215,14 @@ class Config:
                                    low=0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
+    quantizer: str = knob("uniform", "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers",
+                          "bytes", choices=("uniform", "trellis"))
+    trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
+    trellis_rate: float = knob(1.0, "weight of the bits in the trellis search", "bytes", low=0, high=10)
+    column_steps: float = knob(0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0,
+                               high=1)
+    target_bytes: int = knob(0, "bytes of code and model that the steps are fitted to, at most; 0: steps by "
+                             "*_CLIP_SIGMAS alone", "bytes", low=0)
     scale_grid: int = knob(16, "row scales to an octave; 0: any fp16 scale", "bytes", low=0, high=1024)
     awq_groups: int = knob(0, "groups of 64 input columns that keep 8 bits: those with most activation x weight",
                            "bytes", low=0)
@@ -316,7 +324,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=100, val_loss_every=0,
         val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.02,
         smear_gate_enabled=True, scalar_lr=0.04, tied_embed_lr=0.01, muon_momentum_warmup_steps=100,
-        gptq_calibration_batches=8,
+        gptq_calibration_batches=8, quantizer="trellis", column_steps=0.75, compressor="pergroup",
     ),
     # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
     "baseline": dict(leaky_relu_slope=0.0),
@@ -329,6 +337,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
         matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
         grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="pergroup",
+        quantizer="trellis", column_steps=0.75, target_bytes=16_000_000,
         gated_attn_quant_gate=True, lqer_enabled=True,
     ),
     # PR #1325 on the stack of PR #549.
@@ -487,6 +496,7 @@ def check_config(c: Config) -> None:
     require(c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
             f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
+    require(c.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
     for name in ("attn_bits", "mlp_bits"):
         require(getattr(c, name) != 1, name, "must be 0 or from 2 to 8")
     require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
@@ -2214,11 +2224,12 @@ class Quantized(NamedTuple):
     scales: Tensor | None  # float16 [..., r]
     bits: int
     extras: dict[str, Tensor]
+    states: int = 0  # of the trellis whose codes these are; 0: each code is its level
 
 
 # Extra arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
 EXTRAS = {
-    "fine": (torch.int32, 1),             # [n] groups of columns, counted through all matrices, with steps of 8 bits
+    "columns": (torch.int8, 2),           # [B, c] multiples of a row's step, in half octaves
     "corrected": (torch.int32, 1),        # [n] matrices to which left @ right is added (LQER)
     "left": (torch.int8, 3),              # [n, r, k]
     "left_scales": (torch.float16, 2),    # [n, r], or [n, 1]
@@ -2297,11 +2308,14 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, float32, for a batch [B, c, c].
+    """Upper U with U^T U = (H + damping)^-1, float32, for each of a batch [B, c, c].
 
-    One Cholesky of the reversed H and one triangular solve, in float64: the inverse itself is never formed. Damping
-    grows tenfold where H is singular beyond it. Errors: FloatingPointError where H is not finite.
+    One Cholesky of the reversed H and one triangular solve, in float64, of one matrix at a time, for the memory: the
+    inverse itself is never formed. Damping grows tenfold where H is singular beyond it. Errors: FloatingPointError
+    where H is not finite.
     """
+    if len(hessian) > 1:
+        return torch.stack([inverse_factor(h[None], damp)[0] for h in hessian])
     if not torch.isfinite(hessian).all():
         raise FloatingPointError("a Hessian is not finite: calibration saw activations that are not")
     h = hessian.double().flip(-1, -2)
@@ -2316,18 +2330,30 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
+def ordered_factor(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
+    """`inverse_factor` of Hessians [B, c, c] whose columns are put in an order [B, c] first."""
+    h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    return inverse_factor(h, damp)
+
+
+def falling_diagonal(hessian: Tensor) -> Tensor:
+    """Columns [B, c] by their mean square input, the largest first."""
+    return hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+
+
 def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int | Tensor, damp: float,
-         block: int = 128) -> Tensor:
+         columns: Tensor | None = None, block: int = 128) -> Tensor:
     """GPTQ (arXiv 2210.17323): rounds columns in falling order of the Hessian's diagonal, feeding errors forward.
 
-    weights [B, r, c], hessian [B, c, c], scales [B, r], limit one or [B, c] -> int8 codes [B, r, c] in -limit..limit.
+    weights [B, r, c], hessian [B, c, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
+    -> int8 codes [B, r, c] in -limit..limit.
     """
-    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)                # [B, c]
+    order = falling_diagonal(hessian)                                                          # [B, c]
+    factors = torch.ones_like(order, dtype=torch.float) if columns is None else columns.gather(-1, order)
     limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
-    w = weights.float().gather(-1, row_order)
-    h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    u, s = inverse_factor(h, damp), scales.float()
+    w, s = weights.float().gather(-1, row_order) / factors[:, None], scales.float()
+    u = ordered_factor(hessian, order, damp) / factors[:, None]
     codes = torch.empty_like(w)
     for start in range(0, w.size(-1), block):
         stop = min(start + block, w.size(-1))
@@ -2341,13 +2367,198 @@ def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int | Tensor, 
     return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int8)
 
 
-def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0) -> Tensor:
+# Next state by (state, parity of k). 4: VVC; 8: ISO/IEC 15938-17. States 0-1 of 4, and the even ones of the others,
+# use the first quantizer, 2k; the others the second, 2k - sgn k. Larger ones are Ungerboeck's codes (octal h0, h1).
+TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)),
+             8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
+UNGERBOECK = {16: (0o23, 0o04), 32: (0o45, 0o10)}
+TRELLIS_LIMIT = 127        # |k|, so that codes fit int8
+TRELLIS_NOISE = 0.27       # steps^2, sets the price of a bit: errors measure 0.23 to 0.25, a bit more does best
+TRELLIS_STEP = 0.52        # of a uniform quantizer's, for about the same bits
+TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # searched at once: they bound the memory
+UNREACHED = 1e30           # cost of a state that no path reaches
+# Bits by [quantizer, parity] of the codes 0 and 1 beyond a Gaussian density's, as measured: their cells are narrower.
+BITS_NEAR_ZERO = ((0.5, 0.0), (1.0, 0.4))
+
+
+class Trellis(NamedTuple):
+    """A state machine, and the two ways (state, parity) into each state."""
+
+    following: Tensor  # [S, 2] next state by parity
+    second: Tensor     # [S] 1 where a state uses the second quantizer
+    source: Tensor     # [2S] state before; first the one way into each state, then the other
+    parity: Tensor     # [2S]
+    near_zero: Tensor  # [2S] bits of a way's smallest code beyond those of its square
+
+
+def trellis_of(states: int, device: torch.device | str = "cpu") -> Trellis:
+    """The machine of 4, 8, 16 or 32 states."""
+    if states in TRELLISES:
+        rows = TRELLISES[states]
+    else:
+        h0, h1 = UNGERBOECK[states]
+        rows = [[s >> 1 ^ (s & 1) * (h0 >> 1) ^ p * (h1 >> 1) for p in (0, 1)] for s in range(states)]
+    following = torch.tensor(rows, device=device)
+    ways = following.flatten().argsort(stable=True).view(states, 2).T.reshape(-1)  # flat index 2 * state + parity
+    state = torch.arange(states, device=device)
+    second, source, parity = state // 2 if states == 4 else state % 2, ways // 2, ways % 2
+    return Trellis(following, second, source, parity,
+                   torch.tensor(BITS_NEAR_ZERO, device=device)[second[source], parity])
+
+
+def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 [..., c] in processing order -> (levels int16, in steps; state before each code, uint8)."""
+    trellis = trellis_of(states, codes.device)
+    parity = (codes.reshape(-1, codes.size(-1)).T & 1).long()                                  # [c, rows]
+    state, before = torch.zeros_like(parity[0]), torch.empty_like(parity, dtype=torch.uint8)
+    for j, p in enumerate(parity):
+        before[j] = state
+        state = trellis.following.view(-1)[2 * state + p]
+    before = before.T.reshape(codes.shape)
+    return 2 * codes.short() - trellis.second.short()[before.int()] * codes.sign(), before
+
+
+def trellis_step(x: Tensor, cost: Tensor, weight: Tensor, price: Tensor, bit: float,
+                 trellis: Trellis) -> tuple[Tensor, ...]:
+    """One column of the Viterbi search: every state keeps the cheaper of the two ways into it.
+
+    x [B, S, r] is each survivor's weight in steps, cost [B, S, r]; an error of one step costs weight [B, 1, 1] and
+    a level l costs price [B, 1, r] * l^2, a Gaussian code's bits times the cost of a `bit`. The cheapest level of each
+    parity is then the one next to a shrunk weight. Returns (cost, source state, k, error in steps), each [B, S, r].
+    """
+    second = trellis.second[trellis.source].to(x.dtype)[:, None]                               # [2S, 1]
+    parity = trellis.parity.to(x.dtype)[:, None]
+    x = x.index_select(1, trellis.source)                                                      # [B, 2S, r]
+    size = x.abs()
+    target = size * (weight / (weight + price))
+    half = ((target - (2 * parity - second)) * 0.25).round_().clamp_(0, TRELLIS_LIMIT // 2)
+    half *= target >= 1.5 * second * (1 - parity)         # the second quantizer's even levels are 0, 3, 7: not -1, 3, 7
+    k = half.mul_(2).add_(parity)
+    level = (2 * k - second).clamp_(min=0).copysign_(x)
+    error = x - level
+    total = error.square().mul_(weight).add_(level.square_().mul_(price)).add_(cost.index_select(1, trellis.source))
+    total += (k <= 1) * (bit * trellis.near_zero)[:, None]
+    s = cost.size(1)
+    other = total[:, s:] < total[:, :s]
+
+    def kept(value: Tensor) -> Tensor:
+        return torch.where(other, value[:, s:], value[:, :s])
+
+    source = torch.where(other, trellis.source[s:, None], trellis.source[:s, None])
+    return kept(total), source, kept(k.copysign_(x)), kept(error)
+
+
+def trellis_block(work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: Tensor, bit: float,
+                  trellis: Trellis) -> tuple[Tensor, ...]:
+    """Viterbi search through the n columns of a block, each survivor with its own error feedback (per-survivor
+    processing, Raheli, Polydoros and Tzou 1995).
+
+    work [B, S, r, n] holds the survivors' weights in steps and is used up; u [B, n, n] the block of U, weight
+    [B, n, 1, 1] and price [B, n, 1, r] as in `trellis_step`. Returns (errors / U_jj [B, S, r, n], codes int8 alike,
+    cost [B, S, r], flat index of the survivor that each one descends from [B S r]).
+    """
+    batch, states, rows, width = work.shape
+    work, codes = work.view(-1, width), torch.zeros(work.shape, dtype=torch.int8, device=work.device).view(-1, width)
+    origin = torch.arange(len(work), device=work.device)
+    place = (torch.arange(batch, device=work.device)[:, None, None] * states * rows
+             + torch.arange(rows, device=work.device))                                         # [B, 1, r]
+    for j in range(width):
+        x = work[:, j].view(batch, states * rows, 1)
+        if j:
+            x = x - work.view(batch, states * rows, width)[..., :j] @ u[:, :j, j, None]
+        cost, source, k, error = trellis_step(x.view(cost.shape), cost, weight[:, j], price[:, j], bit, trellis)
+        parent = (place + source * rows).view(-1)
+        # A row of `work` is the path's errors up to j and the weights that wait after it: one copy moves both.
+        work, codes, origin = work.index_select(0, parent), codes.index_select(0, parent), origin[parent]
+        work[:, j] = (error / u[:, j, j, None, None]).view(-1)
+        codes[:, j] = k.view(-1)
+    return work, codes, cost, origin
+
+
+def trellis_rows(w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trellis, block: int = 16,
+                 delay: int = 64) -> Tensor:
+    """Codes int8 [B, r, c] of weights w [B, r, c] in steps, with U [B, c, c] and price [B, c, 1, r].
+
+    A column is settled once `delay` further ones are searched: on the path of the best survivor, and survivors of
+    another past are dropped. Thus what precedes is common to all, and its feedback is one product for each block.
+    """
+    (batch, rows, columns), states = w.shape, len(trellis.second)
+    weight = (u.diagonal(dim1=-2, dim2=-1) ** -2)
+    weight = (weight / weight.mean(-1, keepdim=True))[..., None, None]                          # [B, c, 1, 1]
+    cost = torch.full((batch, states, rows), UNREACHED, device=w.device)
+    cost[:, 0] = 0
+    errors, codes = torch.zeros_like(w), torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    past_errors, past_codes = w.new_zeros(cost.numel(), 0), codes.new_zeros(cost.numel(), 0)
+    first = torch.arange(batch, device=w.device)[:, None] * states * rows + torch.arange(rows, device=w.device)
+    done = 0                                                                                    # columns settled
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        common = w[..., start:stop] - errors[..., :done] @ u[:, :done, start:stop]
+        own = past_errors.view(batch, states * rows, start - done) @ u[:, done:start, start:stop]
+        work = common[:, None] - own.view(batch, states, rows, stop - start)
+        found = trellis_block(work, cost, u[:, start:stop, start:stop], weight[:, start:stop], price[:, start:stop],
+                              bit, trellis)
+        cost, origin = found[2], found[3]
+        past_errors = torch.cat((past_errors[origin], found[0]), 1)
+        past_codes = torch.cat((past_codes[origin], found[1]), 1)
+        best = first + cost.argmin(1) * rows                                                    # [B, r]
+        settle = (columns if stop == columns else max(done, stop - delay)) - done
+        if settle:
+            errors[..., done:done + settle] = past_errors[best, :settle]
+            codes[..., done:done + settle] = past_codes[best, :settle]
+            same = (past_codes[:, :settle].view(batch, states, rows, settle)
+                    == codes[:, None, :, done:done + settle]).all(-1)
+            cost = torch.where(same, cost, UNREACHED)
+            past_errors, past_codes, done = past_errors[:, settle:], past_codes[:, settle:], done + settle
+        cost = cost - cost.amin(1, keepdim=True)
+    return codes
+
+
+def steps_by_column(hessian: Tensor, order: Tensor, damp: float, exponent: float) -> Tensor:
+    """Each column's multiple of the row's step, in half octaves: int8 [B, c], 2^(code / 2) ~ U_jj^exponent.
+
+    An error e of column j adds (e / U_jj)^2 to the weighted error, so at high rates steps proportional to U_jj share
+    it evenly, and the product of all U_jj, thus the rate, is the same in every order. Powers below 1 do better where
+    columns would fall to a fraction of a bit. It pays where the entropy coder knows each column's scale.
+    """
+    logs = ordered_factor(hessian, order, damp).diagonal(dim1=-2, dim2=-1).log2()
+    codes = (2 * exponent * (logs - logs.mean(-1, keepdim=True))).round().clamp(-127, 127)
+    return torch.empty_like(codes).scatter_(-1, order, codes).to(torch.int8)
+
+
+def trellis_gptq(weights: Tensor, hessian: Tensor, steps: Tensor, columns: Tensor, c: Config) -> Tensor:
+    """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) in place of rounding, columns in the model's order.
+
+    weights [B, r, c], hessian [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
+    Returns k, int8 [B, r, c], of which `trellis_levels` makes levels. TRELLIS_RATE weighs the bits: 1 is the slope of
+    the rate-distortion function, 0 ignores them. The model's order needs no bytes, and did better than a falling
+    diagonal: a search spends the freedom of the columns that matter little on those that matter much.
+    """
+    trellis, rate = trellis_of(c.trellis_states, weights.device), c.trellis_rate
+    codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
+    bit = math.log(4) * rate * TRELLIS_NOISE                                                    # -dD/dR, 6.02 dB a bit
+    rows, chunk = weights.size(1), TRELLIS_ROWS[weights.device.type]
+    together = max(1, chunk // rows)                                                            # matrices at a time
+    for b in range(0, len(weights), together):
+        some = slice(b, b + together)
+        u = inverse_factor(hessian[some], c.gptq_damp) / columns[some, None]
+        w = weights[some].float() / (steps[some].float()[..., None] * columns[some, None])
+        variance = w.square()
+        row, column, mean = (variance.mean(d, keepdim=True) for d in (2, 1, (1, 2)))
+        price = (rate * TRELLIS_NOISE / (row * column / mean.clamp_min(1e-30) + 1)).mT[:, :, None]  # [B, c, 1, r]
+        for r in range(0, rows, chunk):
+            part = slice(r, r + chunk)
+            codes[some, part] = trellis_rows(w[:, part], u, price[..., part].contiguous(), bit, trellis)
+    return codes
+
+
+def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, times: float = 1.0) -> Tensor:
     """fp16 step of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1)-1.
 
     With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
     """
     reach = sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
-    step = (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504)
+    step = (times * reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504)
     if per_octave:
         step = torch.exp2((step.log2() * per_octave).round() / per_octave).clamp(2.0 ** -24, 65504)
     return step.half()
@@ -2382,39 +2593,48 @@ def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Conf
     return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
 
 
-def column_factors(shape: torch.Size, fine: Tensor | None, bits: int) -> Tensor:
-    """What a row's step is multiplied with in each column, [B, c]: 2^(bits-8) in fine groups, 1 elsewhere."""
-    matrices, _, columns = shape
-    factors = torch.ones(matrices, -(-columns // AWQ_COLUMNS))
-    if fine is not None:
-        factors.view(-1)[fine.cpu().long()] = 2.0 ** (bits - 8)
-    return factors.repeat_interleave(AWQ_COLUMNS, dim=1)[:, :columns]
-
-
 def quantize_bank(weights: Tensor, hessian: Tensor, fine: Tensor | None, bits: int, sigmas: float,
-                  c: Config) -> Quantized:
-    """GPTQ of a bank (or a single matrix). Fine columns are made larger beforehand, so they meet finer steps."""
-    batch = as_batch(weights).float()
-    scales = row_scales(batch, bits, sigmas, c.scale_grid)
-    factors = column_factors(batch.shape, fine, bits).to(batch.device)
-    limits = (2 ** (bits - 1) - 1 + (128 - 2 ** (bits - 1)) * (factors < 1)).float()
-    larger = hessian * factors[:, :, None] * factors[:, None, :]
-    codes = gptq(batch / factors[:, None], larger, scales, limits, c.gptq_damp)
-    extras = {} if fine is None else {"fine": fine}
-    return Quantized(codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras)
+                  c: Config, octaves: float = 0.0) -> Quantized:
+    """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
+
+    Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
+    the bytes, so codes may use all of int8.
+    """
+    batch, device = as_batch(weights).float(), weights.device
+    on_trellis = c.quantizer == "trellis"
+    order = torch.arange(batch.size(-1), device=device).expand(len(batch), -1) if on_trellis else \
+        falling_diagonal(hessian)
+    columns = steps_by_column(hessian, order, c.gptq_damp, c.column_steps)
+    scales = row_scales(batch / torch.exp2(columns / 2)[:, None], bits, sigmas, c.scale_grid,
+                        2.0 ** octaves * (TRELLIS_STEP if on_trellis else 1))
+    limits = torch.full(columns.shape, 127 if c.target_bytes else 2 ** (bits - 1) - 1, device=device)
+    if fine is not None:
+        groups = torch.zeros(len(batch) * -(-batch.size(-1) // AWQ_COLUMNS), dtype=torch.bool, device=device)
+        groups[fine.long()] = True
+        inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, :batch.size(-1)]
+        columns, limits = columns - (16 - 2 * bits) * inside, torch.where(inside, 127, limits)
+    factors = torch.exp2(columns / 2)
+    codes = trellis_gptq(batch, hessian, scales, factors, c) if on_trellis else \
+        gptq(batch, hessian, scales, limits, c.gptq_damp, factors)
+    extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
+    return Quantized(codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras,
+                     c.trellis_states if on_trellis else 0)
 
 
 @torch.no_grad()
 def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
-             log: Callable[[str], None] = lambda line: None) -> dict[str, Quantized]:
-    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest."""
+             log: Callable[[str], None] = lambda line: None, octaves: float = 0.0) -> dict[str, Quantized]:
+    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest.
+
+    `octaves` makes the steps of those with a Hessian larger.
+    """
     stored, fine = {}, fine_groups(weights, hessians, c) if c.awq_groups and hessians else {}
     for name, value in weights.items():
         bits, sigmas = quantization_bits(name, c)
         if bits == 16:
             stored[name] = Quantized(value.half(), None, 16, {})
         elif name in hessians:
-            stored[name] = quantize_bank(value, hessians[name], fine.get(name), bits, sigmas, c)
+            stored[name] = quantize_bank(value, hessians[name], fine.get(name), bits, sigmas, c, octaves)
         else:
             scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
             codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
@@ -2603,10 +2823,10 @@ def restore(q: Quantized) -> Tensor:
     """Float32 weights of one tensor: its grid, then what its extras add."""
     if q.scales is None:
         return q.codes.float()
-    values = q.codes.float() * q.scales.float()[..., None]
+    values = (trellis_levels(q.codes, q.states)[0] if q.states else q.codes).float() * q.scales.float()[..., None]
     batch, extras = as_batch(values), q.extras
-    if "fine" in extras:
-        batch *= column_factors(batch.shape, extras["fine"], q.bits).to(batch.device)[:, None]
+    if "columns" in extras:
+        batch *= torch.exp2(extras["columns"].float() / 2)[:, None]
     for n, matrix in enumerate(extras.get("corrected", torch.empty(0)).tolist()):
         left, right = (factor_values(extras[side][n], extras[side + "_scales"][n]) for side in ("left", "right"))
         batch[matrix] += left @ right
@@ -2619,7 +2839,7 @@ def restore(q: Quantized) -> Tensor:
 # Artifact: a container with a header, lengths and checksums; nothing in it can run code
 # ---------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"PGOLF\x00\x00\x01"
+MAGIC = b"PGOLF\x00\x00\x02"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
 CONTENT_LIMIT = 1 << 30  # bytes of all sections unpacked: far above what 16 MB can hold, far below a machine's memory
@@ -2922,10 +3142,10 @@ def decode_integers(data: bytes, shape, trellis: tuple | None = None) -> np.ndar
     return codes
 
 
-def compress(codec: str, data: bytes, shape: tuple[int, int, int] | None = None) -> bytes:
-    """The data at the codec's strongest level; `pergroup` takes int8 integers of a bank of this shape."""
+def compress(codec: str, data: bytes, bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
+    """The data at the codec's strongest level; `pergroup` takes int8 integers of a bank: its shape, trellis states."""
     if codec == "pergroup":
-        return encode_integers(np.frombuffer(data, np.int8).reshape(shape))
+        return encode_integers(np.frombuffer(data, np.int8).reshape(bank[0]), coder_trellis(bank[1]))
     if codec == "zstd":
         import zstandard
 
@@ -2942,13 +3162,14 @@ def compress(codec: str, data: bytes, shape: tuple[int, int, int] | None = None)
     return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
-def decompress(codec: str, data: bytes, size: int, shape: tuple[int, int, int] | None = None) -> bytes:
+def decompress(codec: str, data: bytes, size: int,
+               bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
     """Exactly `size` bytes; memory grows with what really comes out, not with the claim. Errors: ArtifactError."""
     try:
         if codec == "pergroup":
-            if shape is None or math.prod(shape) != size:
+            if bank is None or math.prod(bank[0]) != size:
                 raise ArtifactError("codes integers that are no bank's")
-            return decode_integers(data, shape).tobytes()
+            return decode_integers(data, bank[0], coder_trellis(bank[1])).tobytes()
         if codec == "zstd":
             import zstandard
 
@@ -3009,23 +3230,30 @@ def part_dtype(part: str, bits: int) -> np.dtype:
     return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
 
 
-def bank_shapes(tensors: list[list]) -> dict[str, tuple[int, int, int]]:
-    """Section -> shape [B, r, c] of each array of integers that has a section of its own, from the header's list."""
-    shapes = {}
-    for name, bits, shape, extras in tensors:
+def banks_of(tensors: list[list]) -> dict[str, tuple[tuple[int, int, int], int]]:
+    """Section -> (shape [B, r, c], trellis states) of arrays of integers with a section of their own, by the header."""
+    banks = {}
+    for name, bits, shape, extras, states in tensors:
         for part, s in {"codes": shape, **extras}.items():
-            dtype = part_dtype(part, bits)
-            section = section_of(name, part, dtype, math.prod(s))
-            if section != dtype.name and len(s) in (2, 3):
-                shapes[section] = (1, *s) if len(s) == 2 else tuple(s)
-    return shapes
+            section = section_of(name, part, part_dtype(part, bits), math.prod(s))
+            if section == f"{name}.{part}" and len(s) in (2, 3):
+                banks[section] = ((1, *s) if len(s) == 2 else tuple(s)), states if part == "codes" else 0
+    return banks
+
+
+def coder_trellis(states: int) -> tuple[list, list] | None:
+    """What the coder of integers must know of a trellis: next states, and the quantizer of each."""
+    if not states:
+        return None
+    trellis = trellis_of(states)
+    return trellis.following.tolist(), trellis.second.tolist()
 
 
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """Large arrays of codes have a section of their own; the others share one for each type."""
-    if part == "scales" or dtype.itemsize == 1 and size >= 4096:
-        return f"{name}.{part}" if part != "scales" else part
-    return dtype.name
+    if part in ("scales", "columns"):
+        return part  # of all tensors together: q, k and v have the same columns, which the codec notices
+    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
 
 
 def pack(stored: dict[str, Quantized], c: Config) -> bytes:
@@ -3037,18 +3265,52 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
             dtype = part_dtype(part, q.bits)
             content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
             contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
-        tensors.append([name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())}])
-    sections, payload, shapes = [], [], bank_shapes(tensors)
+        tensors.append([name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())},
+                        q.states])
+    sections, payload, banks = [], [], banks_of(tensors)
     for section, parts in contents.items():
         raw, codec = b"".join(parts), c.compressor
-        if codec == "pergroup" and section not in shapes:
+        if codec == "pergroup" and section not in banks:
             codec = "brotli"
-        packed = compress(codec, raw, shapes.get(section))
+        packed = compress(codec, raw, banks.get(section))
         sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
         payload.append(packed)
     header = dict(model=c.model_values(), sections=sections, tensors=tensors)
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
+
+
+STEP_OCTAVES = (-2.5, 4.0)  # how far TARGET_BYTES may move the steps: finer ones would not fit int8
+
+
+def quantize_within(weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, c: Config,
+                    log: Callable[[str], None]) -> bytes:
+    """The artifact by TARGET_BYTES: its steps as small as `limit` bytes allow, to a thousandth of them.
+
+    A step that is larger by an octave saves a bit for each weight, which makes nearly a straight line of the bytes, so
+    each attempt starts from the last one's excess. Ends at STEP_OCTAVES where the model is too small for its bytes.
+    """
+    count, (low, high) = sum(weights[name].numel() for name in hessians), STEP_OCTAVES
+    octaves, tried, best = 0.0, set(), None
+    while len(tried) < 8:
+        lines: list[str] = []
+        data = pack(quantize(weights, hessians, c, lines.append, octaves), c)
+        excess = len(data) - limit
+        tried.add(octaves)
+        if excess > 0:
+            low = octaves
+        else:
+            high, best = octaves, (data, octaves, lines)
+        if -limit / 1000 <= excess <= 0 or high - low < 1e-3:
+            break
+        guess = min(max(octaves + 8 * (excess + limit / 4000) / count, low), high)
+        octaves = guess if guess not in tried else (low + high) / 2
+    data, octaves, lines = best or (data, octaves, lines)
+    for line in lines:
+        log(line)
+    log(f"target:{len(data)} bytes of {limit} for the model, with steps {2 ** octaves:.4f} times as large; "
+        f"{len(tried)} attempts")
+    return data
 
 
 def size_table(data: bytes, stored: dict[str, Quantized], weights: dict[str, Tensor],
@@ -3092,7 +3354,8 @@ def read_header(data: bytes) -> tuple[dict, int]:
     try:
         header = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
         formed = (all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
-                  and all(list(map(type, t)) == [str, int, list, dict] and set(t[3]) <= set(EXTRAS)
+                  and all(list(map(type, t)) == [str, int, list, dict, int] and set(t[3]) <= set(EXTRAS)
+                          and t[4] in (0, *TRELLISES, *UNGERBOECK)
                           and all(len(shape) == EXTRAS[part][1] for part, shape in t[3].items())
                           and all(type(n) is int and n >= 0 for shape in (t[2], *t[3].values()) for n in shape)
                           for t in header["tensors"]) and isinstance(header["model"], dict))
@@ -3104,7 +3367,7 @@ def read_header(data: bytes) -> tuple[dict, int]:
 
 
 def read_sections(data: bytes, offset: int, sections: list[list],
-                  shapes: dict[str, tuple[int, int, int]]) -> dict[str, memoryview]:
+                  banks: dict[str, tuple[tuple[int, int, int], int]]) -> dict[str, memoryview]:
     """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
     if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
         raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
@@ -3114,7 +3377,7 @@ def read_sections(data: bytes, offset: int, sections: list[list],
         offset += length
         if len(packed) != length or zlib.crc32(packed) != checksum:
             raise ArtifactError(f"is damaged: the checksum of its section {role!r} does not match")
-        raw[role] = memoryview(decompress(codec, packed, size, shapes.get(role)))
+        raw[role] = memoryview(decompress(codec, packed, size, banks.get(role)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
     return raw
@@ -3123,7 +3386,7 @@ def read_sections(data: bytes, offset: int, sections: list[list],
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
     """(model values, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
     header, offset = read_header(data)
-    raw = read_sections(data, offset, header["sections"], bank_shapes(header["tensors"]))
+    raw = read_sections(data, offset, header["sections"], banks_of(header["tensors"]))
 
     def take(name: str, part: str, bits: int, shape: list[int]) -> Tensor:
         dtype, size = part_dtype(part, bits), math.prod(shape)
@@ -3134,10 +3397,11 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
         return torch.from_numpy(np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))).view(shape)
 
     stored = {}
-    for name, bits, shape, extras in header["tensors"]:
+    for name, bits, shape, extras, states in header["tensors"]:
         codes = take(name, "codes", bits, shape)
         scales = None if bits == 16 else take(name, "scales", bits, shape[:-1])
-        stored[name] = Quantized(codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())})
+        stored[name] = Quantized(codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())},
+                                 states)
     left = [role for role, rest in raw.items() if len(rest)]
     if left or len(stored) != len(header["tensors"]):
         raise ArtifactError(f"its tensors do not fill its sections {left}")
@@ -3149,8 +3413,8 @@ def check_extras(name: str, q: Quantized) -> None:
     matrices, rows, columns = as_batch(q.codes).shape if q.codes.dim() in (2, 3) else (0, 0, 0)
     shapes = {part: list(array.shape) for part, array in q.extras.items()}
     expected, x = {}, q.extras
-    if "fine" in x:
-        expected["fine"] = shapes["fine"]
+    if "columns" in x:
+        expected["columns"] = [matrices, columns]
     if "corrected" in x:
         n, rank, groups = len(x["corrected"]), shapes.get("left", [0, 0, 0])[2], shapes.get("right_scales", [0] * 3)[2]
         either = shapes.get("left_scales") == [n, 1]
@@ -3159,10 +3423,9 @@ def check_extras(name: str, q: Quantized) -> None:
     if "refined" in x:
         n = len(x["refined"])
         expected |= dict(refined=[n], residual=[n, rows, columns], residual_scales=[n, rows])
-    ends = dict(fine=matrices * -(-columns // AWQ_COLUMNS), corrected=matrices, refined=matrices)
-    inside = all(not len(x[part]) or 0 <= x[part].min() and x[part].max() < end
-                 for part, end in ends.items() if part in x)
-    if shapes != expected or not inside or (shapes and q.scales is None):
+    inside = all(not len(x[part]) or 0 <= x[part].min() and x[part].max() < matrices
+                 for part in ("corrected", "refined") if part in x)
+    if shapes != expected or not inside or ((shapes or q.states) and q.scales is None):
         raise ArtifactError(f"the extras of its tensor {name!r} do not fit it")
 
 
@@ -3198,7 +3461,7 @@ def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.devi
     with torch.device("meta"):
         model = GPT(c)
     expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
-    if [[name, shape] for name, _, shape, _ in header["tensors"]] != expected:
+    if [[name, shape] for name, _, shape, *_ in header["tensors"]] != expected:
         raise ArtifactError("its tensors are not those of its model")
     stored = unpack(data)[1]
     for name, q in stored.items():
@@ -3364,13 +3627,14 @@ def hardware(run: Run) -> str:
 def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
     """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
     with Stage(run, "setup"):
-        model = GPT(c)
+        model, earlier = GPT(c), graphs_compiled()
         model.reset()
         trainer = Trainer(model.to(run.device), loader)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.score_batch)
         warm = graphs_compiled()
-        run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm} graphs compiled, everything put back")
+        run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm - earlier} graphs compiled, "
+                "everything put back")
     with Stage(run, "train"):
         end = train(trainer, lambda: evaluator(trainer.forward))
         trainer.use_average()
@@ -3385,11 +3649,15 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         hessians = collect_hessians(trainer, end.step)
         if run.main:
             weights = {name: p.detach() for name, p in model.named_parameters()}
-            stored = quantize(weights, hessians, c, run.log)
+            room = (c.target_bytes or c.artifact_limit_bytes) - shipped_code()[0]
+            if c.target_bytes:
+                data = quantize_within(weights, hessians, room, c, run.log)
+            else:
+                stored = quantize(weights, hessians, c, run.log)
+                residuals = fit_residuals(stored, weights, hessians, c) if c.rvq_enabled else []
+                data = pack_within(stored, residuals, room, c, run.log)
     with Stage(run, "pack"):
         if run.main:
-            residuals = fit_residuals(stored, weights, hessians, c) if c.rvq_enabled else []
-            data = pack_within(stored, residuals, c.artifact_limit_bytes - shipped_code()[0], c, run.log)
             write_aside(run.folder / CONTAINER_FILE, data)
             sections = size_table(data, unpack(data)[1], weights, hessians)
             for row in sections:

@@ -46,7 +46,7 @@ def stored_with_extras(base=RECORD_LIKE, **knobs):
 def equal(x, y):
     """Whether two stored models are the same in every array of every tensor."""
     return list(x) == list(y) and all(
-        x[n].bits == y[n].bits and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
+        (x[n].bits, x[n].states) == (y[n].bits, y[n].states) and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
         and all(a.dtype == b.dtype and torch.equal(a, b)
                 for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n])))
         for n in x)
@@ -66,8 +66,9 @@ def test_unpacking_gives_back_what_was_packed(base, codec):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_corrections_fine_groups_and_residuals_come_back(codec):
-    c, stored = stored_with_extras(COMPRESSOR=codec)
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
+def test_corrections_column_steps_and_residuals_come_back(quantizer, codec):
+    c, stored = stored_with_extras(COMPRESSOR=codec, QUANTIZER=quantizer, COLUMN_STEPS=0.75)
     assert {part for q in stored.values() for part in q.extras} == set(tg.EXTRAS)
     data = tg.pack(stored, c)
     assert equal(tg.unpack(data)[1], stored)
@@ -82,19 +83,17 @@ def test_extras_that_do_not_fit_are_refused(part, change):
     c, stored = stored_with_extras(dict(TINY, **SMALL), AWQ_GROUPS=3)
     name, q = next((n, q) for n, q in stored.items() if part in q.extras)
     array = q.extras[part]
-    numbers = part in ("fine", "corrected", "refined")
+    numbers = part in ("corrected", "refined")
     if change in ("large", "negative"):
         if not numbers:
             return  # any codes and scales are values that a tensor may have
         q.extras[part] = torch.full_like(array, 10**6 if change == "large" else -1)
-    elif change == "missing" and part == "fine":
-        return  # then no column is finer, which is a tensor too
+    elif change == "missing" and part == "columns":
+        return  # then all columns have the same steps, which is a tensor too
     elif change == "missing":
         del q.extras[part]
     else:
         q.extras[part] = torch.cat((array, array))
-        if part == "fine":
-            return
     with pytest.raises(tg.ArtifactError, match=f"extras of its tensor '{name}' do not fit"):
         tg.load_artifact(tg.pack(stored, c), config(), set(), torch.device("cpu"))
 
@@ -230,11 +229,13 @@ FORGERIES = {
     "negative size": lambda h: {**h, "sections": [[*s[:3], -1, s[4]] for s in h["sections"]]},
     "a float": lambda h: {**h, "sections": [[*s[:2], float(s[2]), *s[3:]] for s in h["sections"]]},
     "enormous size": lambda h: {**h, "sections": [[*s[:3], 2**33, s[4]] for s in h["sections"]]},
-    "negative shape": lambda h: {**h, "tensors": [[n, b, [-x for x in s], e] for n, b, s, e in h["tensors"]]},
-    "large shape": lambda h: {**h, "tensors": [[n, b, [2**20, *s[1:]], e] for n, b, s, e in h["tensors"]]},
-    "text shape": lambda h: {**h, "tensors": [[n, b, "ab", e] for n, b, s, e in h["tensors"]]},
-    "other names": lambda h: {**h, "tensors": [[n + "x", b, s, e] for n, b, s, e in h["tensors"]]},
-    "other bits": lambda h: {**h, "tensors": [[n, 16 if b < 16 else 6, s, e] for n, b, s, e in h["tensors"]]},
+    "negative shape": lambda h: {**h, "tensors": [[n, b, [-x for x in s], e, t] for n, b, s, e, t in h["tensors"]]},
+    "large shape": lambda h: {**h, "tensors": [[n, b, [2**20, *s[1:]], e, t] for n, b, s, e, t in h["tensors"]]},
+    "text shape": lambda h: {**h, "tensors": [[n, b, "ab", e, t] for n, b, s, e, t in h["tensors"]]},
+    "other names": lambda h: {**h, "tensors": [[n + "x", b, s, e, t] for n, b, s, e, t in h["tensors"]]},
+    "other bits": lambda h: {**h, "tensors": [[n, 16 if b < 16 else 6, s, e, t] for n, b, s, e, t in h["tensors"]]},
+    "unknown trellis": lambda h: {**h, "tensors": [[n, b, s, e, 7] for n, b, s, e, t in h["tensors"]]},
+    "another trellis": lambda h: {**h, "tensors": [[n, b, s, e, 32] for n, b, s, e, t in h["tensors"]]},
     "twice": lambda h: {**h, "tensors": h["tensors"] * 2},
 }
 

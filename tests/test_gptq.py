@@ -78,9 +78,9 @@ def test_gptq_is_the_papers_algorithm():
 def test_blocks_do_not_matter():
     w, (_, hessian) = matrix(12, 300), correlated(900, 300)
     scales = tg.row_scales(w, 6, 0.0)
-    whole = tg.gptq(w, hessian, scales, 31, 0.01, 300)
+    whole = tg.gptq(w, hessian, scales, 31, 0.01, block=300)
     for block in (1, 7, 128):
-        assert (tg.gptq(w, hessian, scales, 31, 0.01, block) == whole).float().mean() > 0.999
+        assert (tg.gptq(w, hessian, scales, 31, 0.01, block=block) == whole).float().mean() > 0.999
 
 
 def test_a_batch_is_quantized_like_its_matrices_one_by_one():
@@ -280,6 +280,9 @@ def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
     trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()))
     tg.train(trainer, None)
     evaluator, weights = tg.Evaluator(c, single_run()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    hessians = tg.collect_hessians(trainer, 40)
+    ours, plain = (total_error(weights, tg.quantize(weights, h, c), hessians) for h in (hessians, {}))
+    assert all((ours[name] < plain[name]).all() for name in hessians)  # each matrix of the model
     exact, losses = evaluator(model).bpb, {}
     for name, hessians in (("gptq", tg.collect_hessians(trainer, 40)), ("nearest", {})):
         with torch.no_grad():
@@ -380,19 +383,22 @@ def test_the_finest_groups_are_those_with_most_activation_and_weight():
     assert {name: x.tolist() for name, x in found.items()} == {"up_bank": [2, 4], "embedding": [0]}
 
 
-def test_fine_groups_have_steps_of_eight_bits():
-    _, weights, hessians, plain, _ = with_hessians()
-    c, _, _, fine, _ = with_hessians(AWQ_GROUPS=5)
-    assert sum(len(q.extras.get("fine", ())) for q in fine.values()) == 5
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
+def test_fine_groups_have_steps_of_eight_bits(quantizer):
+    _, weights, hessians, plain, _ = with_hessians(QUANTIZER=quantizer)
+    c, _, _, fine, _ = with_hessians(AWQ_GROUPS=5, QUANTIZER=quantizer)
+    groups = tg.fine_groups(weights, hessians, c)
+    assert sum(map(len, groups.values())) == 5
     before, after = (total_error(weights, stored, hessians) for stored in (plain, fine))
     for name, q in fine.items():
-        for group in q.extras.get("fine", torch.empty(0)).tolist():
-            per = -(-q.codes.size(-1) // tg.AWQ_COLUMNS)
-            matrix_, columns = int(group // per), slice(int(group % per) * 64, int(group % per + 1) * 64)
-            assert after[name][matrix_] < 0.7 * before[name][matrix_]
-            codes = tg.as_batch(q.codes)[matrix_, :, columns].float()
-            step = tg.as_batch(q.scales[..., None])[matrix_].float() * 2.0 ** (q.bits - 8)
-            assert torch.equal(tg.as_batch(tg.restore(q))[matrix_, :, columns], codes * step)
+        per = -(-q.codes.size(-1) // tg.AWQ_COLUMNS)
+        chosen = {(int(g // per), int(g % per)) for g in groups.get(name, torch.empty(0))}
+        assert bool(chosen) == ("columns" in q.extras)
+        for i, group in ((i, g) for i in range(len(tg.as_batch(q.codes))) for g in range(per) if chosen):
+            steps = q.extras["columns"][i, 64 * group:64 * group + 64]
+            assert (steps == (-2 * (8 - q.bits) if (i, group) in chosen else 0)).all()
+        for i in {i for i, _ in chosen}:
+            assert after[name][i] < 0.8 * before[name][i]
 
 
 def test_residuals_refine_the_matrices_where_they_save_most_until_the_bytes_are_spent():
@@ -429,3 +435,48 @@ def test_the_bits_of_each_class_have_a_knob():
     for knob, banks in (("ATTN_BITS", ("qo_bank", "kv_bank")), ("MLP_BITS", ("up_bank", "down_bank"))):
         _, _, _, stored, _ = with_hessians(**{knob: 7})
         assert {name: stored[name].bits for name in tg.BANKS} == {n: 7 if n in banks else 4 for n in tg.BANKS}
+
+
+def test_steps_by_column_follow_the_conditional_deviation():
+    _, hessian = correlated(300, 40)
+    order = torch.arange(40)[None]
+    u = tg.inverse_factor(hessian, 0.01).diagonal(dim1=-2, dim2=-1)
+    found = tg.steps_by_column(hessian, order, 0.01, 1.0)
+    expected = (u / u.log2().mean().exp2()).log2()
+    assert found.dtype == torch.int8 and (found / 2 - expected).abs().max() <= 0.2501
+    assert not tg.steps_by_column(hessian, order, 0.01, 0.0).any()
+    moved = torch.randperm(40, generator=torch.Generator().manual_seed(0))[None]  # codes are in the model's order
+    assert torch.equal(tg.steps_by_column(torch.diag_embed(hessian.diagonal(dim1=1, dim2=2)), moved, 0.0, 1.0),
+                       tg.steps_by_column(torch.diag_embed(hessian.diagonal(dim1=1, dim2=2)), order, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
+def test_steps_by_column_lower_the_error_at_equal_bytes(quantizer):
+    """Inputs of very different sizes: what a column matters decides how finely it is stored."""
+    w, (_, hessian) = matrix(256, 64), correlated(600, 64)
+    found = {}
+    for power in (0.0, 0.75):
+        for octaves in (0.0, 1.0):
+            c = config(QUANTIZER=quantizer, COLUMN_STEPS=power, COMPRESSOR="pergroup")
+            q = tg.quantize_bank(w, hessian, None, 6, 13.0, c, octaves)
+            size = len(tg.encode_integers(q.codes.numpy(), tg.coder_trellis(q.states)))
+            found[power, octaves] = size, math.log2(tg.weighted_error(w - tg.restore(q), hessian).item())
+    (b0, e0), (b1, e1) = found[0.0, 0.0], found[0.0, 1.0]
+    bytes_, error = found[0.75, 0.0]
+    assert error < e0 + (e1 - e0) * (bytes_ - b0) / (b1 - b0) - 0.3  # octaves of squared error
+
+
+@pytest.mark.parametrize("quantizer, compressor", [("uniform", "zstd"), ("trellis", "pergroup")])
+def test_the_steps_are_fitted_to_the_target(quantizer, compressor):
+    c, weights, hessians, stored, _ = with_hessians(QUANTIZER=quantizer, COMPRESSOR=compressor, TARGET_BYTES=1,
+                                                    MATRIX_BITS=6, EMBED_BITS=7, COLUMN_STEPS=0.5)
+    plain, errors = len(tg.pack(stored, c)), []
+    for share in (0.8, 1.0, 1.2):
+        limit, lines = int(share * plain), []
+        data = tg.quantize_within(weights, hessians, limit, c, lines.append)
+        assert 0.995 * limit <= len(data) <= limit and f"target:{len(data)} bytes of {limit}" in lines[-1]
+        errors.append(sum(e.sum().item() for e in total_error(weights, tg.unpack(data)[1], hessians).values()))
+    assert errors[0] > errors[1] > errors[2]
+    assert len(tg.quantize_within(weights, hessians, 10**9, c, lines.append)) > 1.2 * plain  # as fine as int8 allows
+    smallest = tg.quantize_within(weights, hessians, 100, c, lines.append)
+    assert 100 < len(smallest) < 0.7 * plain  # nothing fits: the coarsest steps, and the run will say that it is over

@@ -16,6 +16,7 @@ QUICK = dict(TINY, NUM_LAYERS=2, MODEL_DIM=32, TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOK
 LOOP = dict(NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, NUM_LAYERS=3, ENABLE_LOOPING_AT=0.0)
 SPARSE = dict(SPARSE_ATTN_GATE_ENABLED=1)
 CORRECTED = dict(LQER_ENABLED=1, LQER_SELECT="norm", LQER_ASYM_ENABLED=1)
+TRELLIS = dict(QUANTIZER="trellis")
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
     "COMPUTE_DTYPE": ("float64", {}), "ATTENTION": ("sdpa", {}), "CPU_THREADS": (2, {}),
@@ -48,6 +49,8 @@ CHANGES = {
     **{f"LQER_{name}": (value, dict(CORRECTED, **more)) for name, value, more in (
         ("RANK", 2, {}), ("TOP_K", 1, {}), ("SELECT", "gain", {}), ("ASYM_ENABLED", 0, {}), ("ASYM_GROUP", 16, {}),
         ("FACTOR_BITS", 3, dict(LQER_ASYM_ENABLED=0)))},
+    "QUANTIZER": ("trellis", {}), "TRELLIS_STATES": (4, TRELLIS), "TRELLIS_RATE": (0.2, TRELLIS),
+    "COLUMN_STEPS": (0.75, {}), "TARGET_BYTES": (70_000, {}),
     "RVQ_ENABLED": (1, {}), "RVQ_BITS": (3, dict(RVQ_ENABLED=1)),
     "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),

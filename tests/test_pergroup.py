@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import helpers  # noqa: F401  (the path of the script)
 import train_gpt as p
 
 TRELLIS4 = (((0, 2), (2, 0), (1, 3), (3, 1)), (0, 0, 1, 1))
@@ -192,7 +191,7 @@ def digest() -> str:
 
 
 def test_same_bytes_in_another_process():
-    code = "import test_pergroup as t; print(t.digest())"
+    code = "import helpers, test_pergroup as t; print(t.digest())"  # helpers knows where the script is
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            cwd=Path(__file__).parent)
     assert other.stdout.strip() == digest()

@@ -1,0 +1,118 @@
+"""What each part of the quantization is worth on a trained model: bits per byte at equal bytes, bytes at equal error.
+
+    python bench/quantize.py [--seconds 110] [--data data/builtin_sp4096] [--json FILE]
+
+Trains the demo's model, collects its Hessians once, and quantizes the same weights in every way. The reference is plain
+GPTQ at the demo's *_CLIP_SIGMAS with its integers packed by `pergroup` as all the others' are. "error" is the sum over
+banks of tr(E H E^T) / tr(W H W^T). One model and one seed: small differences are noise.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt as t  # noqa: E402
+
+METHODS = {
+    "GPTQ": dict(QUANTIZER="uniform", COLUMN_STEPS=0),
+    "GPTQ, steps by column": dict(QUANTIZER="uniform", COLUMN_STEPS=0.75),
+    "trellis of 4": dict(QUANTIZER="trellis", TRELLIS_STATES=4, COLUMN_STEPS=0),
+    "trellis of 8": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0),
+    "trellis of 8, no rate term": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, TRELLIS_RATE=0),
+    "trellis of 8, steps by column": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0.75),
+    "trellis of 32, steps by column": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75),
+    "the same with LQER": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75, LQER_ENABLED=1),
+    "trellis of 8, AWQ-lite": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, AWQ_GROUPS=8),
+}
+
+
+def config(options: argparse.Namespace, **knobs) -> t.Config:
+    environment = dict(PRESET="demo", DATA_PATH=options.data, MAX_WALLCLOCK_SECONDS=options.seconds, DEVICE="auto",
+                       COMPRESSOR="pergroup", TRAIN_LOG_EVERY=0, TARGET_BYTES=1)
+    environment |= {name: value for name, value in os.environ.items() if name in t.Config.__dataclass_fields__}
+    return t.config_from_env({n: str(v) for n, v in {**environment, **knobs}.items()}, torch.cuda.is_available())[0]
+
+
+def trained(options: argparse.Namespace, folder: str):
+    """(evaluator, weights, Hessians) of the demo's model."""
+    c = config(options)
+    run = t.start_run(c, dict(ARTIFACT_DIR=folder))
+    loader, evaluator = t.TrainLoader(c, run), t.Evaluator(c, run)
+    model = t.GPT(c)
+    model.reset()
+    trainer = t.Trainer(model.to(run.device), loader)
+    end = t.train(trainer, lambda: evaluator(trainer.forward))
+    trainer.use_average()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return evaluator, model, weights, t.collect_hessians(trainer, end.step)
+
+
+def error_of(stored: dict, weights: dict, hessians: dict) -> float:
+    """Sum over banks of the relative weighted error."""
+    total = 0.0
+    for name, hessian in hessians.items():
+        w, back = t.as_batch(weights[name]), t.as_batch(t.restore(stored[name]))
+        total += (t.weighted_error(w - back, hessian).sum() / t.weighted_error(w, hessian).sum()).item()
+    return total
+
+
+def bytes_at_error(c: t.Config, weights: dict, hessians: dict, error: float) -> int:
+    """Bytes with the steps that give an error: 6.02 dB for each octave, from the last attempt."""
+    octaves = 0.0
+    for _ in range(5):
+        stored = t.quantize(weights, hessians, c, octaves=octaves)
+        off = 0.5 * math.log2(error_of(stored, weights, hessians) / error)
+        if abs(off) < 0.002:
+            break
+        octaves -= off
+    return len(t.pack(stored, c))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--data", default=str(ROOT / "data" / "builtin_sp4096"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        evaluator, model, weights, hessians = trained(options, folder)
+    exact = evaluator(model).bpb
+    c_plain = config(options, **METHODS["GPTQ"])
+    plain = t.quantize(weights, hessians, c_plain)
+    limit, error = len(t.pack(plain, c_plain)), error_of(plain, weights, hessians)
+    print(f"float {exact:.5f} bpb; plain GPTQ takes {limit} bytes; torch {torch.__version__}, "
+          f"{t.hardware(evaluator.run)}")
+    print(f"{'at equal bytes':32} {'bytes':>8} {'error':>9} {'dB':>6} {'bpb lost':>9} {'seconds':>8}  "
+          "bytes at equal error")
+    rows = []
+    for name, knobs in METHODS.items():
+        c, start = config(options, **knobs), time.perf_counter()
+        t.quantize(weights, hessians, c)
+        seconds = time.perf_counter() - start
+        data = t.quantize_within(weights, hessians, limit, c, lambda line: None)
+        stored = t.unpack(data)[1]
+        with torch.no_grad():
+            for key, value in t.dequantize(stored).items():
+                model.get_parameter(key).copy_(value)
+        found, lost = error_of(stored, weights, hessians), evaluator(model).bpb - exact
+        same_error = bytes_at_error(c, weights, hessians, error)
+        rows.append(dict(method=name, bytes=len(data), error=found, bpb_lost=lost, seconds=seconds,
+                         bytes_at_equal_error=same_error, ratio=same_error / limit))
+        print(f"{name:32} {len(data):8} {found:9.5f} {10 * math.log10(error / found):6.2f} {lost:9.5f} {seconds:8.1f}  "
+              f"{same_error} ({same_error / limit:.3f})", flush=True)
+    if options.json:
+        t.write_aside(options.json, json.dumps(dict(float_bpb=exact, rows=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

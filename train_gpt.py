@@ -337,7 +337,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
         matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
         grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="pergroup",
-        quantizer="trellis", column_steps=0.75, target_bytes=16_000_000,
+        quantizer="trellis", trellis_states=16, column_steps=0.75, target_bytes=16_000_000,
         gated_attn_quant_gate=True, lqer_enabled=True,
     ),
     # PR #1325 on the stack of PR #549.
@@ -351,7 +351,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Honesty about presets under construction: the log of a run names what its preset still lacks.
 UNFINISHED = {
-    "record": "per-group compression and phased TTT",
+    "record": "phased TTT",
     "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, "
              "GPTQ-lite and chunked TTT",
 }
@@ -3325,7 +3325,7 @@ def size_table(data: bytes, stored: dict[str, Quantized], weights: dict[str, Ten
         name, _, part = section.partition(".")
         if part == "codes":
             q, n = stored[name], stored[name].codes.numel()
-            row |= dict(elements=n, bits=q.bits, entropy=entropy(q.codes), packed_bits=8 * length / n)
+            row |= dict(elements=n, bits=q.bits, states=q.states, entropy=entropy(q.codes), packed_bits=8 * length / n)
             if name in hessians:
                 w, h = as_batch(weights[name]).float(), hessians[name]
                 moved = weighted_error(w - as_batch(restore(q)), h).sum() / weighted_error(w, h).sum()
@@ -3334,13 +3334,16 @@ def size_table(data: bytes, stored: dict[str, Quantized], weights: dict[str, Ten
     return rows
 
 
-def format_row(row: dict[str, Any]) -> str:
-    """A row of `size_table` as a line of the log."""
-    line = f"section:{row['section']} bytes:{row['bytes']}"
-    if "bits" in row:
-        line += (f" elements:{row['elements']} bits:{row['bits']} entropy:{row['entropy']:.4f} "
-                 f"packed_bits:{row['packed_bits']:.4f}")
-    return line + (f" error:{row['relative_error']:.3e}" if "relative_error" in row else "")
+def format_table(rows: list[dict[str, Any]]) -> list[str]:
+    """`size_table` as aligned lines."""
+    lines = [f"{'section':<22}{'elements':>10}{'bits':>6}{'entropy':>9}{'packed':>8}{'bytes':>10}{'error':>11}"]
+    for row in rows:
+        codes = " " * 33
+        if "bits" in row:
+            codes = f"{row['elements']:>10}{row['bits']:>6}{row['entropy']:>9.4f}{row['packed_bits']:>8.4f}"
+        error = f"{row['relative_error']:>11.3e}" if "relative_error" in row else ""
+        lines.append(f"{row['section']:<22}{codes}{row['bytes']:>10}{error}")
+    return lines
 
 
 def read_header(data: bytes) -> tuple[dict, int]:
@@ -3660,8 +3663,8 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         if run.main:
             write_aside(run.folder / CONTAINER_FILE, data)
             sections = size_table(data, unpack(data)[1], weights, hessians)
-            for row in sections:
-                run.log(format_row(row))
+            for line in format_table(sections):
+                run.log(line)
         run.barrier()
     tokens = end.step * c.train_batch_tokens
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)

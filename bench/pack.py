@@ -199,7 +199,7 @@ def standard_unpack(packed: list[np.ndarray], like: Banks) -> Banks:
 
 def coders() -> dict[str, Coder]:
     """All that this machine can run; the reference comes first."""
-    found: dict[str, Coder] = {"lrzip, arranged": (peers_pack, peers_unpack)} if shutil.which("lrzip") else {}
+    found: dict[str, Coder] = {"pergroup-lrzip": (peers_pack, peers_unpack)} if shutil.which("lrzip") else {}
     found |= {"pergroup": (pergroup_pack, pergroup_unpack)}
     found |= {"zstd-22": byte_coder("zstd"), "brotli-11": byte_coder("brotli"), "lzma": byte_coder("lzma")}
     try:
@@ -258,7 +258,7 @@ def main() -> None:
         except EOFError:
             raise SystemExit(f"{name} failed") from None
         process.join()
-        reference = reference or ((size, pack_s + unpack_s) if name.startswith("lrzip") else (0, 0))
+        reference = reference or ((size, pack_s + unpack_s) if name == "pergroup-lrzip" else (0, 0))
         ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference)]
         print(f"{name:16} {size:12,} {8 * size / weights:10.4f} {ratios[0]:>7} {pack_s:8.2f} {unpack_s:9.2f} "
               f"{ratios[1]:>7} {peak:6.0f}", flush=True)

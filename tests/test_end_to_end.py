@@ -91,6 +91,19 @@ def test_metrics_are_json_lines_and_agree_with_the_summary(whole_run):
     assert [m["tokens"] for m in metrics if "train_loss" in m] == [768 * step for step in losses]
 
 
+def test_the_summary_says_what_each_section_of_the_artifact_takes(whole_run):
+    s, (_, out, _) = summary_of(whole_run / "logs" / "run"), output(whole_run)
+    rows = {row["section"]: row for row in s["sections"]}
+    codes = {name: row for name, row in rows.items() if name.endswith(".codes")}
+    assert {name.split(".")[0] for name in codes} == {*tg.BANKS, "embedding"} - {"kv_bank"}  # which is too small
+    assert 0 < s["model_bytes"] - sum(row["bytes"] for row in rows.values()) < 2000  # prefix and header
+    for name, row in codes.items():
+        assert row["unpacked_bytes"] == row["elements"] and row["bits"] == (8 if name == "embedding.codes" else 6)
+        assert row["packed_bits"] == 8 * row["bytes"] / row["elements"] > 0 and 0 < row["relative_error"] < 0.02
+        assert row["entropy"] <= row["bits"]
+        assert re.search(rf"^{name} +{row['elements']} +{row['bits']} +{row['entropy']:.4f} .*{row['bytes']}", out, re.M)
+
+
 def test_the_saved_configuration_is_the_runs(whole_run):
     saved = summary_of(whole_run / "logs" / "run", "config.json")
     assert {name.lower() for name in knob_names()} == set(saved)

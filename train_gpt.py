@@ -241,6 +241,42 @@ class Config:
     eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
                             "val_bpb", low=0)
 
+    # Test-time training: every target is scored before anything learns from it
+    ttt_mode: str = knob("none", "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
+                         "after each chunk of the stream", "val_bpb", choices=("none", "phased", "chunk"))
+    ttt_order: str = knob("length", "documents longest first, or in the order of the stream", "val_bpb",
+                          choices=("length", "stream"))
+    ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
+    ttt_streams: int = knob(8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb",
+                            low=1, high=4096)
+    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them", "val_bpb", low=1)
+    ttt_short_doc_chunks: bool = knob(False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000",
+                                      "val_bpb")
+    ttt_eval_seq_len: int = knob(0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb",
+                                 low=0, high=1 << 20)
+    ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
+    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=0)
+    ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
+    ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
+    ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
+    ttt_grad_steps: int = knob(1, "steps on each chunk", "val_bpb", low=1, high=100)
+    ttt_warm_start_a: bool = knob(True, "a document begins with the A that the one before it left", "val_bpb")
+    ttt_q_lora: bool = knob(True, "adapters of the queries", "val_bpb")
+    ttt_k_lora: bool = knob(True, "adapters of the keys", "val_bpb")
+    ttt_v_lora: bool = knob(True, "adapters of the values", "val_bpb")
+    ttt_o_lora: bool = knob(True, "adapters from attention's input to its output", "val_bpb")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP", "val_bpb")
+    phased_ttt_prefix_docs: int = knob(3000, "first documents of the order that all weights learn from", "val_bpb",
+                                       low=0)
+    phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
+    global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
+    global_ttt_momentum: float = knob(0.9, "its momentum", "val_bpb", low=0, high=0.9999)
+    global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
+    ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
+    eval_budget_seconds: float = knob(600.0, "seconds that an evaluation may take; a projection beyond them is a "
+                                      "warning; 0: none", "log", low=0)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of activations and matrix products."""
@@ -1808,11 +1844,13 @@ class GPT(nn.Module):
         return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
 
     def forward(self, ids: Tensor, targets: Tensor, documents: Documents, *, looped: bool,
-                adapters: list[dict] | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                adapters: list[dict] | None = None, noise: Tensor | None = None,
+                last: int = 0) -> tuple[Tensor, Tensor]:
         """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
 
         `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
-        one for the head (key head); absent ones leave no trace in the graph.
+        one for the head (key head); absent ones leave no trace in the graph. `last` forms logits of the rows' last
+        so many tokens alone, [R, last].
         """
         plan = self.plans[looped]
         adapters = adapters or [{}] * (len(plan) + 1)
@@ -1828,9 +1866,14 @@ class GPT(nn.Module):
             x, lane = self.visit(v, x, lane, x0, weights[v.layer], shared, adapters[place])
             if v.save:
                 saved.append(x)
-        hidden = rms_norm((x + lane) / 2 if plan[-1].lanes else x)
+        x = (x + lane) / 2 if plan[-1].lanes else x
+        if last:
+            x, targets = x[:, -last:], targets[:, -last:]
+        hidden = rms_norm(x)
         head = self.embedding if self.head is None else self.head
-        logits = self.logits(hidden, head.to(x.dtype), adapters[-1].get("head"))
+        logits = self.logits(hidden, head.to(x.dtype))
+        if "head" in adapters[-1]:  # in float32: next to a bfloat16 logit a small contribution would round away
+            logits = logits.float() + low_rank(hidden, adapters[-1]["head"]).float()
         c = self.c
         return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.fused_ce_enabled,
                                         c.triton_kernels != "0")
@@ -1840,6 +1883,68 @@ def parameter_count(c: Config) -> int:
     """Learned numbers of the model, without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(c).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adapters: each document's own low-rank weights during test-time training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Adapters:
+    """LoRA of a batch of documents: a set of pairs for every visit of a layer, and one pair for the head.
+
+    A [R, visits, r, in] starts uniform within 1/sqrt(in), B [R, visits, out, r] at zero. Both are plain tensors; the
+    optimizer is AdamW without a first moment, so that a document's step depends on its own gradient alone.
+    """
+
+    def __init__(self, c: Config, visits: int, rows: int, device: torch.device, seed: int):
+        d, widths = c.model_dim, dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim)
+        wanted = dict(q=c.ttt_q_lora, k=c.ttt_k_lora, v=c.ttt_v_lora, attention=c.ttt_o_lora, mlp=c.ttt_mlp_lora)
+        sizes = {key: (visits, width) for key, width in widths.items() if wanted[key]} | {"head": (1, c.vocab_size)}
+        self.c, self.visits, self.rank = c, visits, c.ttt_lora_rank
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.a = {key: torch.empty(rows, n, self.rank, d, device=device) for key, (n, _) in sizes.items()}
+        self.b = {key: torch.empty(rows, n, width, self.rank, device=device) for key, (n, width) in sizes.items()}
+        self.fresh = True
+
+    def start(self) -> None:
+        """Makes ready for the next documents: B zero, A drawn, or kept from the documents before (warm start)."""
+        if self.fresh or not self.c.ttt_warm_start_a:
+            for a in self.a.values():
+                a.uniform_(-1, 1, generator=self.generator).mul_(a.size(-1) ** -0.5)
+        self.fresh, self.steps = False, 0
+        for b in self.b.values():
+            b.zero_()
+        self.squares = [torch.zeros_like(p) for p in self.parameters()]
+
+    def parameters(self, rows: int | None = None) -> list[Tensor]:
+        """A and B of the first rows, one after the other."""
+        return [p[:rows] for key in self.a for p in (self.a[key], self.b[key])]
+
+    def pairs(self, parameters: list[Tensor]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """What the model's forward takes, of (leaf) tensors in the order of `parameters`."""
+        scale, sets = self.c.ttt_lora_alpha / self.rank, [{} for _ in range(self.visits)]
+        for key, a, b in zip(self.a, parameters[::2], parameters[1::2]):
+            pairs = list(zip(a.unbind(1), (b * scale).unbind(1)))
+            if key == "head":
+                sets.append({"head": pairs[0]})
+                continue
+            for visit, pair in zip(sets, pairs):
+                visit[key] = pair
+        return sets
+
+    @torch.no_grad()
+    def step(self, rows: int, gradients: list[Tensor]) -> None:
+        """AdamW of the first rows: betas (0, TTT_BETA2), eps 1e-10, decoupled decay."""
+        c, parameters = self.c, self.parameters(rows)
+        self.steps += 1
+        squares = [s[:rows] for s in self.squares]
+        torch._foreach_mul_(squares, c.ttt_beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - c.ttt_beta2)
+        roots = torch._foreach_sqrt(torch._foreach_div(squares, 1 - c.ttt_beta2 ** self.steps))
+        torch._foreach_add_(roots, 1e-10)
+        torch._foreach_mul_(parameters, 1 - c.ttt_lora_lr * c.ttt_weight_decay)
+        torch._foreach_addcdiv_(parameters, gradients, roots, -c.ttt_lora_lr)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu bench venv clean
+.PHONY: demo test test-gpu bench pack venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score.
 demo: venv
@@ -18,9 +18,15 @@ test: $(VENV)/test-tools
 test-gpu: $(VENV)/test-tools
 	$(PY) -m pytest -q -m gpu tests
 
-# What each hand-written CPU kernel gains, as ratios against its plain version.
+# Each stage against a reference in the same run: kernels, a training step, the case transform.
 bench: venv
 	$(PY) bench/cpu_kernels.py
+	$(PY) bench/train.py
+	$(PY) bench/caseops.py
+
+# The script that ships: packed/train_gpt.py.
+pack: venv
+	$(PY) tools/pack_code.py
 
 venv: $(VENV)/installed
 

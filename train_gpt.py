@@ -35,6 +35,7 @@ import json
 import math
 import platform
 import resource
+import runpy
 import shutil
 import struct
 import tempfile
@@ -3179,7 +3180,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "pack"):
         if run.main:
             residuals = fit_residuals(stored, weights, hessians, c) if c.rvq_enabled else []
-            data = pack_within(stored, residuals, c.artifact_limit_bytes - code_bytes(), c, run.log)
+            data = pack_within(stored, residuals, c.artifact_limit_bytes - shipped_code()[0], c, run.log)
             write_aside(run.folder / CONTAINER_FILE, data)
             sections = size_table(data, unpack(data)[1], weights, hessians)
             for row in sections:
@@ -3187,20 +3188,30 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         run.barrier()
     tokens = end.step * c.train_batch_tokens
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
-    return dict(**sizes(size, c), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
+    return dict(**sizes(size, c, run), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
                 train_tokens=tokens, train_seconds=end.seconds, tokens_per_second=tokens / end.seconds,
                 parameters=parameter_count(c), sections=sections if run.main else [])
 
 
-def code_bytes() -> int:
-    """Bytes of the code as it runs."""
-    return len(Path(__file__).read_bytes())
+@functools.cache
+def shipped_code() -> tuple[int, str]:
+    """Bytes of this program as it ships, and the form that was counted: packed, where the packer is beside it.
+
+    A packed script has no packer beside it, or is packed already: it ships as it is.
+    """
+    file, packer = Path(__file__), Path(__file__).resolve().parent / "tools" / "pack_code.py"
+    if not packer.is_file():
+        return file.stat().st_size, "as it runs"
+    try:
+        return len(runpy.run_path(str(packer))["pack"](file.read_bytes())), "packed by tools/pack_code.py"
+    except Exception as error:  # a training must not end for want of a count
+        return file.stat().st_size, f"not packed ({error!r})"
 
 
-def sizes(model_bytes: int, c: Config) -> dict[str, int]:
-    """The summary's rows about bytes: what counts toward the limit is the code, as it runs, and the model."""
-    code = code_bytes()
-    return dict(code_bytes=code, model_bytes=model_bytes, artifact_bytes=code + model_bytes,
+def sizes(model_bytes: int, c: Config, run: Run) -> dict[str, Any]:
+    """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
+    code, form = run.agree_object(shipped_code() if run.main else None)
+    return dict(code_bytes=code, code_form=form, model_bytes=model_bytes, artifact_bytes=code + model_bytes,
                 artifact_limit_bytes=c.artifact_limit_bytes)
 
 
@@ -3217,9 +3228,9 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
                 run.log(remark)
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
-    return dict(**sizes(len(data), c), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss, val_bpb_ttt=None,
-                val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens, val_bytes=score.bytes,
-                parameters=parameter_count(c), reference_compressors=evaluator.reference)
+    return dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
+                val_bpb_ttt=None, val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens,
+                val_bytes=score.bytes, parameters=parameter_count(c), reference_compressors=evaluator.reference)
 
 
 def print_summary(run: Run, s: dict[str, Any]) -> None:
@@ -3238,6 +3249,7 @@ def print_summary(run: Run, s: dict[str, Any]) -> None:
         share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
         run.log(f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
                 f"{share:.1%} of the limit of {s['artifact_limit_bytes']}")
+        run.log(f"           code {s['code_form']}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
     run.log(f"seconds    {stages}; in all {sum(s['seconds'].values()):.1f}")
     run.log(f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}")

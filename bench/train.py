@@ -1,0 +1,240 @@
+"""Speed and memory of a training step: tokens/s, ms, FLOPs and, on CUDA, peak memory and the chip's utilization.
+
+    python bench/train.py [--repeats 10] [--warmup 3] [--json FILE]
+    MICRO_BATCH_TOKENS=131072 COMPILE=0 python bench/train.py
+
+With CUDA it takes PRESET=record as it is, a step being one micro-batch; without, the same architecture at a small
+shape. Knobs come from the environment, as for train_gpt.py. The data are random tokens in documents as long as web
+pages are, made in a temporary folder. Measured is the real `Trainer.step`, before and after the loops start: reading
+the batch, forward, backward, clipping, Muon, AdamW, the weights' average; and the same without what comes after the
+backward pass. Parts take turns, so that a change of the machine's speed meets all of them.
+
+To compare with: PR #2163's log has 1.03 million tokens/s for each H100 before its loops start (33% utilization), and
+41.7 GB.
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # noqa: E402
+
+# `record` where a step of it would take minutes: every part of its architecture, narrow.
+SMALL = dict(PRESET="record", VOCAB_SIZE="1024", MODEL_DIM="128", NUM_HEADS="4", NUM_KV_HEADS="2", TRAIN_SEQ_LEN="256",
+             MICRO_BATCH_TOKENS="4096")
+# Dense bfloat16 FLOP/s by the name that CUDA gives the chip, from NVIDIA's data sheets.
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA H100 PCIe": 756e12,
+              "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
+              "NVIDIA A100 80GB PCIe": 312e12}
+FORMULA = ("FLOPs/token = 6 * matmul parameters, each as often as it runs, head and gates included, "
+           "+ 12 * layers run * heads * head width * mean context")
+NOT_COUNTED = "not counted: elementwise work, norms, softmax, what a backward pass computes again, the optimizers"
+
+
+def configuration(environment: dict[str, str], cuda: bool) -> tuple[t.Config, list[str]]:
+    """The knobs, and remarks about them; where TRAIN_BATCH_TOKENS is not set, a step is one micro-batch."""
+    small = not cuda or environment.get("DEVICE") == "cpu"
+    defaults = {} if environment.get("PRESET") else SMALL if small else dict(PRESET="record")
+    given = {name: value for name, value in environment.items() if value}
+    c, explicit, remarks = t.config_from_env({**defaults, **given}, cuda)
+    if "train_batch_tokens" not in explicit:
+        rows = max(1, c.micro_batch_tokens // c.train_seq_len)
+        c = dataclasses.replace(c, train_batch_tokens=rows * c.train_seq_len)
+    return c, remarks
+
+
+def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) -> None:
+    """A training shard of random tokens in documents of lognormal length, sigma 1 and this mean, like web pages."""
+    generator = np.random.default_rng(c.seed)
+    tokens = generator.integers(min(4, c.vocab_size - 1), c.vocab_size, count, dtype=np.uint16)
+    lengths = generator.lognormal(np.log(document_tokens) - 0.5, 1.0, 2 + int(4 * count / document_tokens))
+    starts = np.cumsum(np.maximum(lengths.astype(np.int64), 2))
+    tokens[starts[starts < count]] = tokens[0] = t.BOS_ID
+    header = np.zeros(256, "<i4")
+    header[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, count
+    (folder / "fineweb_train_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def matmul_parameters(model: t.GPT, looped: bool) -> int:
+    """Weights that a token is multiplied with: a layer's as often as it runs, the head's (tied or not) once."""
+    layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.c.num_layers
+    gates = [model.blocks[v.layer].head_gate for v in model.plans[looped]]
+    once = (model.embedding if model.head is None else model.head).numel()
+    once += 0 if model.smear is None else model.smear.weight.numel()
+    return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
+
+
+def attention_flops(c: t.Config, layers: int, context: float) -> float:
+    """Of a token, forward and backward: scores and their product with the values, 2 FLOPs an element each, 3 times."""
+    return 12 * layers * c.num_heads * c.head_dim * context
+
+
+def flops_per_token(model: t.GPT, looped: bool, context: float) -> float:
+    return 6 * matmul_parameters(model, looped) + attention_flops(model.c, len(model.plans[looped]), context)
+
+
+def mean_context(loader: t.TrainLoader, steps: range) -> float:
+    """Keys that a query sees on average, itself included, in the batches of these steps."""
+    total = count = 0
+    for step in steps:
+        for micro in range(loader.layout.micro_steps):
+            starts = loader.batch(step, micro).documents.starts
+            positions = torch.arange(1, starts.size(1) + 1, device=starts.device)
+            total, count = total + (positions - starts).sum().item(), count + starts.numel()
+    return total / count
+
+
+class NoUpdate:
+    """Stands in for the optimizers where the forward and the backward pass are measured alone."""
+
+    def __init__(self, model: t.GPT):
+        self.model = model
+
+    def step(self, beta: float, multiplier: float) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class Bench:
+    """The trainer, in its two execution orders, with and without an update."""
+
+    def __init__(self, c: t.Config, run: t.Run):
+        model = t.GPT(c)
+        model.reset()
+        self.run, self.trainer = run, t.Trainer(model.to(run.device), t.TrainLoader(c, run))
+        self.parts = {"forward+backward": (NoUpdate(model), None),
+                      "whole step": (self.trainer.optimizers, self.trainer.average)}
+        self.variants = [(looped, part) for looped in ((False, True) if c.loops else (False,)) for part in self.parts]
+
+    def measure(self, step: int, looped: bool, part: str) -> tuple[float, int]:
+        """Seconds of one step and, on CUDA, its peak memory in bytes (else 0: a process has one peak alone)."""
+        cuda = self.run.device.type == "cuda"
+        self.trainer.optimizers, self.trainer.average = self.parts[part]
+        self.run.synchronize()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        self.trainer.step(t.Progress(step, 0.0), looped)
+        self.run.synchronize()
+        return time.perf_counter() - start, self.run.peak_memory() if cuda else 0
+
+    def samples(self, warmup: int, repeats: int) -> dict[tuple[bool, str], list[tuple[float, int]]]:
+        """What `measure` gives for each variant, in turn, after warmup steps that are thrown away."""
+        rounds = [{v: self.measure(step, *v) for v in self.variants} for step in range(warmup + repeats)]
+        return {v: [one[v] for one in rounds[warmup:]] for v in self.variants}
+
+
+def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
+    """One line of the table, from what was measured."""
+    c, (looped, part) = bench.trainer.c, variant
+    seconds, memory = zip(*samples)
+    rate = c.train_batch_tokens / statistics.median(seconds)
+    flops = flops_per_token(bench.trainer.model, looped, context)
+    peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None
+    return dict(order="looped" if looped else "plain", part=part, repeats=len(seconds),
+                ms_per_step=1000 * statistics.median(seconds), ms_lowest=1000 * min(seconds),
+                ms_highest=1000 * max(seconds), tokens_per_second=rate, flops_per_token=flops,
+                mfu=rate * flops / peak if peak else None, peak_memory_bytes=max(memory) or None)
+
+
+def chip(run: t.Run) -> str:
+    return torch.cuda.get_device_name() if run.device.type == "cuda" else t.hardware(run)
+
+
+def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str, Any]:
+    """The JSON object: what was measured, on what, and how FLOPs are counted."""
+    c, layout = bench.trainer.c, bench.trainer.layout
+    shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim", "train_seq_len")
+    return dict(
+        benchmark="train", preset=c.preset, chip=chip(bench.run), torch=torch.__version__, dtype=c.compute_dtype,
+        cuda=torch.version.cuda if c.device == "cuda" else None, threads=torch.get_num_threads(),
+        backend=dict(attention=t.choose_attention(c)[0], compile=c.compile == "1", triton=c.triton_kernels == "1"),
+        shape={name: getattr(c, name) for name in shape}, parameters=t.parameter_count(c),
+        layers_run=dict(plain=t.execution_order(c, False), looped=t.execution_order(c, True)),
+        tokens_per_step=c.train_batch_tokens, micro_steps=layout.micro_steps, micro_rows=layout.micro_rows,
+        mean_context=context, formula=FORMULA, not_counted=NOT_COUNTED, peak_flops=PEAK_FLOPS.get(chip(bench.run)),
+        process_peak_memory_bytes=bench.run.peak_memory(), rows=rows)
+
+
+def table(r: dict[str, Any]) -> str:
+    """The report for people."""
+    backend = r["backend"]
+    lines = [f"{r['preset']}  {r['parameters']} parameters  {r['chip']}  torch {r['torch']}  {r['dtype']}  "
+             f"attention {backend['attention']}  compile {backend['compile']:d}  triton {backend['triton']:d}",
+             f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_rows']} rows of "
+             f"{r['shape']['train_seq_len']}; mean context {r['mean_context']:.1f}",
+             f"{'order':7s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
+             f"{'MFLOPs/token':>13s} {'MFU':>6s} {'peak MiB':>9s}"]
+    for x in r["rows"]:
+        mfu = "-" if x["mfu"] is None else f"{x['mfu']:.1%}"
+        memory = "-" if x["peak_memory_bytes"] is None else f"{x['peak_memory_bytes'] / 2**20:.0f}"
+        spread = f"{x['ms_lowest']:.1f}..{x['ms_highest']:.1f}"
+        lines.append(f"{x['order']:7s} {x['part']:17s} {x['ms_per_step']:9.1f} {spread:>18s} "
+                     f"{x['tokens_per_second']:10.0f} {x['flops_per_token'] / 1e6:13.2f} {mfu:>6s} {memory:>9s}")
+    lines += [f"median of {r['rows'][0]['repeats']} each; {r['formula']}", r["not_counted"]]
+    if r["cuda"] is None:
+        lines.append(f"the whole process's peak memory is {r['process_peak_memory_bytes'] / 2**20:.0f} MiB")
+    if r["rows"][0]["mfu"] is None:
+        lines.append(f"MFU is not given: no peak of this chip in {r['dtype']} is known here")
+    return "\n".join(lines)
+
+
+def measured(c: t.Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the data, runs the steps and reports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), c, 16 * c.train_batch_tokens + 1, options.document_tokens)
+        c = dataclasses.replace(c, data_path=folder)
+        bench = Bench(c, t.start_run(c, {}))
+        samples = bench.samples(options.warmup, options.repeats)
+        context = mean_context(bench.trainer.loader, range(options.warmup, options.warmup + options.repeats))
+    return report(bench, [row(bench, v, samples[v], context) for v in bench.variants], context)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; wrong values end with usage and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each kind")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each kind before those")
+    parser.add_argument("--document-tokens", type=float, default=800.0, help="mean length of the documents")
+    parser.add_argument("--json", type=Path, help="file for the JSON object, which is also the last line printed")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1 or options.warmup < 0 or not 2 <= options.document_tokens < 1e9:
+        parser.error("--repeats must be at least 1, --warmup at least 0, --document-tokens from 2 to 1e9")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder")
+    return options
+
+
+def main(arguments: list[str], environment: dict[str, str]) -> int:
+    options = parse(arguments)
+    try:
+        c, remarks = configuration(environment, torch.cuda.is_available())
+        for remark in remarks:
+            print(remark, file=sys.stderr)
+        result = measured(c, options)
+        print(table(result))
+        print(json.dumps(result))
+        if options.json:
+            t.write_aside(options.json, json.dumps(result, indent=1) + "\n")
+    except (t.ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))

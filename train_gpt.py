@@ -10,8 +10,8 @@ One file, from text shards to bits per byte, for the public Parameter Golf chall
 Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
 Sections, in the order in which data meets them; each calls only those above it:
 
-    Config -> Run -> Data -> Score -> Kernels -> Model -> Optimizers -> Schedules -> Training -> GPTQ -> Artifact
-    -> Evaluation -> main
+    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training -> GPTQ
+    -> Artifact -> Evaluation -> TTT -> main
 
 Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
 V vocabulary, L layers.
@@ -274,6 +274,11 @@ class Config:
     global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
     global_ttt_momentum: float = knob(0.9, "its momentum", "val_bpb", low=0, high=0.9999)
     global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
+    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of TTT_MODE=chunk", "val_bpb", low=1)
+    ttt_epochs: int = knob(3, "steps of all weights on each chunk", "val_bpb", low=1, high=100)
+    ttt_lr: float = knob(0.002, "their learning rate, falling to 0 over the chunks as a cosine", "val_bpb", low=0)
+    ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
+    ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
     ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
     eval_budget_seconds: float = knob(600.0, "seconds that an evaluation may take; a projection beyond them is a "
                                       "warning; 0: none", "log", low=0)
@@ -316,6 +321,15 @@ class Config:
     @property
     def eval_context(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def ttt_context(self) -> int:
+        return self.ttt_eval_seq_len or self.eval_context
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest row that a model meets after training."""
+        return max(self.eval_context, self.ttt_context if self.ttt_mode == "phased" else 0)
 
     @property
     def eval_step(self) -> int:
@@ -459,7 +473,7 @@ def resolved(c: Config, cuda: bool) -> Config:
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
     values = {name: value for name, value in automatic.items() if getattr(c, name) == "auto"}
     if c.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
-        values["yarn_max_len"] = max(c.yarn_max_len, c.eval_context)
+        values["yarn_max_len"] = max(c.yarn_max_len, c.longest_context)
     return dataclasses.replace(c, device=device, **values)
 
 
@@ -1754,7 +1768,7 @@ def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
     """
     share = torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims
     frequencies = c.rope_base ** -share
-    stretch = max(c.yarn_max_len, c.eval_context) / c.train_seq_len
+    stretch = max(c.yarn_max_len, c.longest_context) / c.train_seq_len
     if c.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -1787,7 +1801,7 @@ class GPT(nn.Module):
         # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
         self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(layers, 2, 1)) if c.lanes else None
         self.logits = Projection()
-        length = max(c.train_seq_len, c.eval_context)
+        length = max(c.train_seq_len, c.longest_context)
         for name, table in zip(("cos", "sin"), rotary_tables(c, length)):
             self.register_buffer(name, table, persistent=False)
         self.to(c.master_dtype)
@@ -3021,17 +3035,19 @@ def document_bounds(tokens: np.ndarray) -> np.ndarray:
     return np.append(starts, len(tokens) - 1)
 
 
-def evaluation_windows(bounds: np.ndarray, context: int, stride: int) -> np.ndarray:
+def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int = 0) -> np.ndarray:
     """Windows [n, 3] of (first input, inputs, first scored input): each target of each document is scored once.
 
-    A document's first window scores all its targets; each next one adds `stride` targets with `context` inputs.
+    A document's first window scores all its targets; each next one adds `stride` targets with `context` inputs. With
+    `chunk`, no window scores on both sides of a multiple of it in the stream.
     """
     windows = []
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
-        scored = min(begin + context, end)
-        windows.append((begin, scored - begin, 0))
+        scored = begin
         while scored < end:
-            stop = min(scored + stride, end)
+            stop = min(max(begin + context, scored + stride), end)
+            if chunk:
+                stop = min(stop, scored - scored % chunk + chunk)
             first = max(begin, stop - context)
             windows.append((first, stop - first, scored - first))
             scored = stop
@@ -3060,6 +3076,72 @@ def pack_rows(windows: np.ndarray, context: int) -> list[list[int]]:
     return rows
 
 
+EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # what the challenge's ten minutes of evaluation hold
+
+
+class Ledger:
+    """Every target's score, entered once and before anything learns from the target: both are asserted.
+
+    A target is known by its input's position in the stream. Ranks enter what they score; `share` puts it together.
+    """
+
+    def __init__(self, evaluator: Evaluator):
+        self.run, targets = evaluator.run, len(evaluator.tokens) - 1
+        self.nll = np.zeros(targets, np.float64 if evaluator.c.compute_dtype == "float64" else np.float32)
+        self.mine = np.zeros(targets, np.uint8)  # times that this rank scored a target
+        self.all = np.zeros(targets, np.uint8)   # times that all ranks did, when they last shared
+
+    def score(self, positions: np.ndarray, nll: Tensor) -> None:
+        """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
+        places = positions >= 0
+        positions = positions[places]
+        assert not self.mine[positions].any(), "a target was scored twice"
+        self.mine[positions] = 1
+        self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
+
+    def learn(self, positions: np.ndarray) -> None:
+        """Says that weights are about to learn from these targets."""
+        assert (self.mine[positions] | self.all[positions]).all(), "a target was learned before it was scored"
+
+    def share(self) -> None:
+        """Puts together which targets the ranks have scored."""
+        self.all = self.mine.copy()
+        if self.run.world > 1:
+            dist.all_reduce(torch.from_numpy(self.all), group=self.run.control)
+
+    def close(self) -> float:
+        """Nats of all targets, summed over ranks; each must have been scored by one of them."""
+        self.share()
+        assert (self.all == 1).all(), f"{(self.all != 1).sum()} targets were not scored exactly once"
+        nats = torch.tensor(self.nll.sum(dtype=np.float64))
+        if self.run.world > 1:
+            dist.all_reduce(nats, group=self.run.control)
+        return nats.item()
+
+
+class Pace:
+    """Progress of an evaluation: a line every half minute, and one warning when it will not end within its budget."""
+
+    def __init__(self, run: Run, c: Config, what: str, total: float):
+        self.run, self.c, self.what, self.total, self.done, self.warned = run, c, what, total, 0.0, False
+        self.begin = self.last = time.perf_counter()
+
+    def advance(self, work: float) -> None:
+        """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
+        self.done += work
+        now = time.perf_counter()
+        spent = now - self.begin
+        left, budget = spent / self.done * (self.total - self.done), self.c.eval_budget_seconds
+        projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left
+        if now - self.last > 30:
+            self.last = now
+            self.run.log(f"{self.what}:{self.done / self.total:.1%} elapsed:{spent:.0f}s eta:{left:.0f}s")
+        if budget and projected > budget and not self.warned and spent > 1:
+            self.warned = True
+            self.run.log(f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
+                         f"{projected:.0f} s of evaluation, unpacking included")
+
+
 class Evaluator:
     """Validation stream, byte counts and the fixed list of batches, the same on any number of ranks."""
 
@@ -3071,7 +3153,8 @@ class Evaluator:
         sidecar = read_sidecar(c, stream)
         counts = self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]) if sidecar is None else sidecar[1:]
         self.bytes = int(counts.sum(dtype=np.int64))
-        self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_step)
+        self.documents = document_bounds(self.tokens)
+        self.windows = evaluation_windows(self.documents, c.eval_context, c.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
         self.rows = pack_rows(self.windows, c.eval_context)
         self.batch_rows = min(c.eval_rows, len(self.rows))
@@ -3096,15 +3179,19 @@ class Evaluator:
                                              f"the shards and the tokenizer give {found[0]} of {found[1]}")
         return manifest.get("reference_compressors", {})
 
-    def batch(self, number: int) -> tuple[Batch, np.ndarray]:
-        """Rows of one batch, and for each place the target's position in the stream, or -1 where nothing is scored."""
-        rows, length = self.rows[number * self.batch_rows:(number + 1) * self.batch_rows], self.c.eval_context
+    def batches(self, rows: list[list[int]]) -> list[list[list[int]]]:
+        """Rows (lists of windows) in groups of the batch size."""
+        return [rows[i:i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
+
+    def batch(self, rows: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """A batch of rows, and for each place the input's position in the stream, or -1 where nothing is scored."""
+        length = self.c.eval_context
         position = np.zeros((self.batch_rows, length), np.int64)
         starts = np.zeros((self.batch_rows, length), np.int32)
         scored = np.full((self.batch_rows, length), -1, np.int64)
         for r, row in enumerate(rows):
             place = 0
-            for start, size, first in self.windows[row].tolist():
+            for start, size, first in windows[row].tolist():
                 position[r, place:place + size] = np.arange(start, start + size)
                 starts[r, place:place + size] = place
                 scored[r, place + first:place + size] = np.arange(start + first, start + size)
@@ -3114,23 +3201,242 @@ class Evaluator:
         return to_device(ids, targets, starts, self.run.device), scored
 
     @torch.no_grad()
-    def score_batch(self, forward: Callable, number: int = 0) -> Tensor:
-        """Nats and targets of one batch, float64 [2]."""
-        batch, scored = self.batch(number)
+    def score_rows(self, forward: Callable, rows: list[list[int]], ledger: Ledger | None = None,
+                   windows: np.ndarray | None = None) -> None:
+        """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
+        batch, scored = self.batch(rows, self.windows if windows is None else windows)
         nll, _ = forward(*batch, looped=self.c.loops)
-        counted = torch.from_numpy(scored >= 0).to(nll.device)
-        return torch.stack((nll.double()[counted].sum(), counted.sum()))
+        if ledger:
+            ledger.score(scored, nll)
+
+    def rehearse(self, forward: Callable) -> None:
+        """Computes one batch, so that what an evaluation needs is compiled."""
+        self.score_rows(forward, self.rows[:self.batch_rows])
 
     def __call__(self, forward: Callable) -> Score:
         """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
-        run, targets = self.run, len(self.tokens) - 1
-        total = torch.zeros(2, dtype=torch.float64, device=run.device)
-        for number in range(run.rank, -(-len(self.rows) // self.batch_rows), run.world):
-            total += self.score_batch(forward, number)
-        run.add_up(total)
-        nats, count = total.tolist()
-        assert count == targets, f"{count} targets were scored, and there are {targets}"
-        return Score(nats, targets, self.bytes)
+        ledger, batches = Ledger(self), self.batches(self.rows)
+        pace = Pace(self.run, self.c, "sliding", len(batches))
+        for number in range(self.run.rank, len(batches), self.run.world):
+            self.score_rows(forward, batches[number], ledger)
+            pace.advance(min(self.run.world, len(batches) - number))
+        return Score(ledger.close(), len(self.tokens) - 1, self.bytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TTT: score, then adapt -> Score
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class GlobalSteps:
+    """SGD of all weights on text that has been scored; ranks share a step's rows and add up their gradients."""
+
+    def __init__(self, evaluator: Evaluator, model: GPT, ledger: Ledger, momentum: float, frozen_blocks: int = 0):
+        self.c, self.run, self.tokens = evaluator.c, evaluator.run, evaluator.tokens
+        self.model, self.ledger, self.frozen = model, ledger, frozen_blocks
+        self.forward = compiled_forward(model)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+
+    def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
+        """This rank's rows of a step on the targets of the inputs at `positions` [n], and which places are of it."""
+        length = self.c.train_seq_len
+        rows = np.full(-(-len(positions) // length) * length, -1)
+        rows[:len(positions)] = positions
+        rows = rows.reshape(-1, length)[self.run.rank::self.run.world]
+        most = max(1, self.c.micro_batch_tokens // length)
+        for places in (rows[i:i + most] for i in range(0, len(rows), most)):
+            inside = np.maximum(places, 0)
+            ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
+            targets = self.tokens[inside + 1].astype(np.int64)
+            yield to_device(ids, targets, document_starts(ids), self.run.device), torch.from_numpy(places >= 0)
+
+    def step(self, positions: np.ndarray, lr: float) -> None:
+        """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
+        self.ledger.learn(positions)
+        parameters = list(self.model.parameters())
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        for batch, counted in self.batches(positions):
+            nll, _ = self.forward(*batch, looped=self.c.loops)
+            (nll[counted.to(nll.device)].sum() / len(positions)).backward()
+        self.run.add_up(*(p.grad for p in parameters))
+        self.rest_frozen_blocks()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+    def rest_frozen_blocks(self) -> None:
+        """Zeroes the gradients of the first blocks: their vectors, and their matrices in the banks."""
+        if self.frozen:
+            for block in self.model.blocks[:self.frozen]:
+                for p in block.parameters():
+                    p.grad.zero_()
+            for bank in (getattr(self.model, name) for name in BANKS):
+                bank.grad.unflatten(0, (-1, self.c.num_layers))[:, :self.frozen].zero_()
+
+
+def cosine(step: int, steps: int) -> float:
+    """From 1 at step 0 toward 0 at `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
+class PhasedTTT:
+    """Documents in batches, each document with its own LoRA; all weights learn between phases.
+
+    The schedule is fixed before the start: documents in order, their phases, the batches of a phase, and for each batch
+    one of TTT_STREAMS streams. Within a stream A is handed on from batch to batch; ranks share out the streams, so that
+    no number of ranks changes what a batch starts from.
+    """
+
+    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
+        c, self.run, self.evaluator, self.model, self.learn = evaluator.c, evaluator.run, evaluator, model, learn
+        self.c, self.tokens, self.bounds = c, evaluator.tokens, evaluator.documents
+        self.lengths = np.diff(self.bounds)
+        by_length = np.argsort(-self.lengths, kind="stable")
+        self.order = by_length if c.ttt_order == "length" else np.arange(len(self.lengths))
+        prefix = min(c.phased_ttt_prefix_docs, len(self.order))
+        cuts = [prefix * (phase + 1) // c.phased_ttt_num_phases for phase in range(c.phased_ttt_num_phases)]
+        self.cuts = [cut for cut in dict.fromkeys(cuts) if cut]  # documents scored before each learning of all weights
+        self.chunks = np.full(len(self.lengths), c.ttt_chunk_size)
+        if c.ttt_short_doc_chunks:
+            self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
+        self.counts = -(-self.lengths // self.chunks)
+        self.ledger = Ledger(evaluator)
+        self.forward = torch.compile(model, dynamic=True, fullgraph=True) if c.compile == "1" else model
+        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(self.cost(self.order).sum()))
+
+    def cost(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens that pass through the model for each document, about: its chunks, each with its context."""
+        context = np.minimum(self.lengths[documents], self.c.ttt_context)
+        return self.counts[documents] * context - context ** 2 / (2 * self.chunks[documents])
+
+    def __call__(self) -> Score:
+        """Scores every document's targets, each before anything learns from it."""
+        c, run = self.c, self.run
+        self.model.requires_grad_(False)
+        streams = {s: Adapters(c, len(self.model.plans[c.loops]), c.ttt_batch_size, run.device, c.seed + s)
+                   for s in range(run.rank, c.ttt_streams, run.world)} if self.learn else {}
+        begin = 0
+        for end in (*self.cuts, len(self.order)):
+            self.phase(self.order[begin:end], streams)
+            if end in self.cuts and self.learn:
+                self.ledger.share()
+                self.learn_globally(self.order[:end])
+            begin = end
+        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def phase(self, documents: np.ndarray, streams: dict[int, Adapters]) -> None:
+        """Scores and adapts the batches of a phase that fall to this rank's streams."""
+        c, size = self.c, self.c.ttt_batch_size
+        batches = [documents[i:i + size] for i in range(0, len(documents), size)]
+        for number, batch in enumerate(batches):
+            stream = number % c.ttt_streams
+            if stream % self.run.world == self.run.rank:
+                self.adapt(batch, streams.get(stream))
+            self.pace.advance(float(self.cost(batch).sum()))
+
+    def adapt(self, documents: np.ndarray, adapters: Adapters | None) -> None:
+        """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
+        documents = documents[np.argsort(-self.counts[documents], kind="stable")]
+        if adapters:
+            adapters.start()
+        for chunk in range(int(self.counts[documents[0]])):
+            there, learning = (int((self.counts[documents] > chunk + more).sum()) for more in (0, 1))
+            learning = learning if adapters else 0
+            batch, scored = self.window(documents[:there], chunk)
+            leaves = [p.detach().requires_grad_(learning > 0) for p in adapters.parameters(there)] if adapters else []
+            nll = self.score(batch, scored, leaves, adapters)
+            self.ledger.score(scored, nll)
+            for step in range(self.c.ttt_grad_steps if learning else 0):
+                if step:
+                    leaves = [p.detach().requires_grad_() for p in adapters.parameters(there)]
+                    nll = self.score(batch, scored, leaves, adapters)
+                self.ledger.learn(scored[:learning][scored[:learning] >= 0])
+                inside = torch.from_numpy(scored[:learning] >= 0).to(nll.device)
+                loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
+                adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+
+    def score(self, batch: Batch, scored: np.ndarray, leaves: list[Tensor], adapters: Adapters | None) -> Tensor:
+        """NLL [R, last] of a window's last places, with or without adapters."""
+        with torch.set_grad_enabled(bool(leaves) and leaves[0].requires_grad):
+            pairs = adapters.pairs(leaves) if adapters else None
+            nll, _ = self.forward(*batch, looped=self.c.loops, adapters=pairs, last=scored.shape[1])
+        return nll
+
+    def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
+        """One chunk of each document with its context, ending at the right edge; left of it is padding.
+
+        Returns the batch [R, T] and the positions [R, last] of the inputs whose targets are scored, -1 elsewhere.
+        """
+        first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
+        stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
+        begin = np.maximum(0, stop - self.c.ttt_context)
+        length, last = int((stop - begin).max()), int((stop - first).max())
+        offset = stop[:, None] - length + np.arange(length)                        # [R, T] places in their documents
+        padding = offset < begin[:, None]
+        positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
+        ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
+        starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
+        scored = np.where(offset >= first[:, None], positions, -1)[:, length - last:]
+        return to_device(ids, targets, starts, self.run.device), scored
+
+    def learn_globally(self, documents: np.ndarray) -> None:
+        """All weights learn from the documents scored so far, each once an epoch, in chunks; the last is left out."""
+        c = self.c
+        stream = np.concatenate([np.arange(self.bounds[d], self.bounds[d + 1]) for d in documents])
+        chunks = np.split(stream, range(c.global_ttt_chunk_tokens, len(stream), c.global_ttt_chunk_tokens))[:-1]
+        self.model.requires_grad_(True)
+        steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.global_ttt_momentum)
+        total = c.global_ttt_epochs * len(chunks)
+        for step in range(total):
+            steps.step(chunks[step % len(chunks)], c.global_ttt_lr * cosine(step, total))
+        self.model.requires_grad_(False)
+        self.run.log(f"ttt:{total} steps of all weights on {len(documents)} scored documents, {len(stream)} tokens")
+
+
+class ChunkTTT:
+    """The stream in chunks: sliding windows score a chunk, then all weights learn from it; never from the last."""
+
+    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
+        c = self.c = evaluator.c
+        self.evaluator, self.model, self.learn, self.ledger = evaluator, model, learn, Ledger(evaluator)
+        self.size, self.count = c.ttt_chunk_tokens, -(-(len(evaluator.tokens) - 1) // c.ttt_chunk_tokens)
+        self.pace = Pace(evaluator.run, c, "ttt" if learn else "ttt_baseline", self.count)
+
+    def __call__(self) -> Score:
+        """Scores the stream's targets, each before anything learns from it."""
+        c, run, end = self.c, self.evaluator.run, len(self.evaluator.tokens) - 1
+        windows = evaluation_windows(self.evaluator.documents, c.eval_context, c.eval_step, self.size)
+        chunk_of = (windows[:, 0] + windows[:, 2]) // self.size
+        forward = compiled_forward(self.model)
+        steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.ttt_momentum, c.ttt_freeze_blocks)
+        for chunk in range(self.count):
+            mine = windows[chunk_of == chunk]
+            batches = self.evaluator.batches(pack_rows(mine, c.eval_context))
+            for rows in batches[run.rank::run.world]:
+                self.evaluator.score_rows(forward, rows, self.ledger, mine)
+            positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
+            if self.learn and chunk < self.count - 1:
+                self.ledger.share()
+                for _ in range(c.ttt_epochs):
+                    steps.step(positions, c.ttt_lr * cosine(chunk, self.count - 1))
+            self.pace.advance(1)
+        return Score(self.ledger.close(), end, self.evaluator.bytes)
+
+
+def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
+    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without learning. The summary's rows."""
+    run, method = evaluator.run, dict(phased=PhasedTTT, chunk=ChunkTTT)[evaluator.c.ttt_mode]
+    rows: dict[str, Any] = {}
+    if evaluator.c.ttt_baseline:
+        score = method(evaluator, model, learn=False)()
+        log_score(run, "ttt_baseline", score)
+        rows |= dict(val_bpb_ttt_baseline=score.bpb)
+    begin = time.perf_counter()
+    score = method(evaluator, model)()
+    log_score(run, "ttt", score)
+    return rows | dict(val_bpb_ttt=score.bpb, val_bpb=score.bpb, val_loss=score.loss,
+                       ttt_targets_per_second=score.tokens / (time.perf_counter() - begin))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3159,7 +3465,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         model.reset()
         trainer = Trainer(model.to(run.device), loader)
     with Stage(run, "warmup"):
-        trainer.warm_up(evaluator.score_batch)
+        trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()
         run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm} graphs compiled, everything put back")
     with Stage(run, "train"):
@@ -3228,9 +3534,13 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
                 run.log(remark)
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
-    return dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
+    rows = dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
                 val_bpb_ttt=None, val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens,
                 val_bytes=score.bytes, parameters=parameter_count(c), reference_compressors=evaluator.reference)
+    if c.ttt_mode != "none":
+        with Stage(run, "ttt"):
+            rows |= test_time_training(evaluator, model)
+    return rows
 
 
 def print_summary(run: Run, s: dict[str, Any]) -> None:

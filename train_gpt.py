@@ -1912,22 +1912,23 @@ class Adapters:
     optimizer is AdamW without a first moment, so that a document's step depends on its own gradient alone.
     """
 
-    def __init__(self, c: Config, visits: int, rows: int, device: torch.device, seed: int):
-        d, widths = c.model_dim, dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim)
-        wanted = dict(q=c.ttt_q_lora, k=c.ttt_k_lora, v=c.ttt_v_lora, attention=c.ttt_o_lora, mlp=c.ttt_mlp_lora)
-        sizes = {key: (visits, width) for key, width in widths.items() if wanted[key]} | {"head": (1, c.vocab_size)}
-        self.c, self.visits, self.rank = c, visits, c.ttt_lora_rank
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.a = {key: torch.empty(rows, n, self.rank, d, device=device) for key, (n, _) in sizes.items()}
-        self.b = {key: torch.empty(rows, n, width, self.rank, device=device) for key, (n, width) in sizes.items()}
-        self.fresh = True
+    def __init__(self, c: Config, visits: int, device: torch.device):
+        d, rank, rows = c.model_dim, c.ttt_lora_rank, c.ttt_batch_size
+        wanted = dict(q=(c.ttt_q_lora, d), k=(c.ttt_k_lora, c.kv_dim), v=(c.ttt_v_lora, c.kv_dim),
+                      attention=(c.ttt_o_lora, d), mlp=(c.ttt_mlp_lora, d))
+        widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, c.vocab_size)}
+        self.c, self.visits, self.scale, self.device = c, visits, c.ttt_lora_alpha / rank, device
+        self.shapes = {key: (rows, n, rank, d) for key, (n, _) in widths.items()}
+        self.kept: dict[int, dict[str, Tensor]] = {}  # each stream's A
+        self.b = {key: torch.empty(rows, n, width, rank, device=device) for key, (n, width) in widths.items()}
 
-    def start(self) -> None:
-        """Makes ready for the next documents: B zero, A drawn, or kept from the documents before (warm start)."""
-        if self.fresh or not self.c.ttt_warm_start_a:
-            for a in self.a.values():
-                a.uniform_(-1, 1, generator=self.generator).mul_(a.size(-1) ** -0.5)
-        self.fresh, self.steps = False, 0
+    def start(self, stream: int, seed: int) -> None:
+        """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
+        if stream not in self.kept or not self.c.ttt_warm_start_a:
+            generator, bound = torch.Generator(self.device).manual_seed(seed), self.c.model_dim ** -0.5
+            self.kept[stream] = {key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
+                                 for key, shape in self.shapes.items()}
+        self.a, self.steps = self.kept[stream], 0
         for b in self.b.values():
             b.zero_()
         self.squares = [torch.zeros_like(p) for p in self.parameters()]
@@ -1938,9 +1939,9 @@ class Adapters:
 
     def pairs(self, parameters: list[Tensor]) -> list[dict[str, tuple[Tensor, Tensor]]]:
         """What the model's forward takes, of (leaf) tensors in the order of `parameters`."""
-        scale, sets = self.c.ttt_lora_alpha / self.rank, [{} for _ in range(self.visits)]
+        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.visits)]
         for key, a, b in zip(self.a, parameters[::2], parameters[1::2]):
-            pairs = list(zip(a.unbind(1), (b * scale).unbind(1)))
+            pairs = list(zip(a.unbind(1), (b * self.scale).unbind(1)))
             if key == "head":
                 sets.append({"head": pairs[0]})
                 continue
@@ -3312,56 +3313,54 @@ class PhasedTTT:
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything learns from it."""
-        c, run = self.c, self.run
+        c = self.c
         self.model.requires_grad_(False)
-        streams = {s: Adapters(c, len(self.model.plans[c.loops]), c.ttt_batch_size, run.device, c.seed + s)
-                   for s in range(run.rank, c.ttt_streams, run.world)} if self.learn else {}
+        self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
         begin = 0
         for end in (*self.cuts, len(self.order)):
-            self.phase(self.order[begin:end], streams)
+            self.phase(begin, end)
             if end in self.cuts and self.learn:
                 self.ledger.share()
                 self.learn_globally(self.order[:end])
             begin = end
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
 
-    def phase(self, documents: np.ndarray, streams: dict[int, Adapters]) -> None:
-        """Scores and adapts the batches of a phase that fall to this rank's streams."""
-        c, size = self.c, self.c.ttt_batch_size
-        batches = [documents[i:i + size] for i in range(0, len(documents), size)]
-        for number, batch in enumerate(batches):
-            stream = number % c.ttt_streams
+    def phase(self, begin: int, end: int) -> None:
+        """Scores and adapts the batches of documents begin..end-1 of the order that fall to this rank's streams."""
+        c = self.c
+        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
+            batch, stream = self.order[first:min(first + c.ttt_batch_size, end)], number % c.ttt_streams
             if stream % self.run.world == self.run.rank:
-                self.adapt(batch, streams.get(stream))
+                if self.adapters:
+                    self.adapters.start(stream, c.seed + first)
+                self.adapt(batch)
             self.pace.advance(float(self.cost(batch).sum()))
 
-    def adapt(self, documents: np.ndarray, adapters: Adapters | None) -> None:
+    def adapt(self, documents: np.ndarray) -> None:
         """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
         documents = documents[np.argsort(-self.counts[documents], kind="stable")]
-        if adapters:
-            adapters.start()
         for chunk in range(int(self.counts[documents[0]])):
-            there, learning = (int((self.counts[documents] > chunk + more).sum()) for more in (0, 1))
-            learning = learning if adapters else 0
-            batch, scored = self.window(documents[:there], chunk)
-            leaves = [p.detach().requires_grad_(learning > 0) for p in adapters.parameters(there)] if adapters else []
-            nll = self.score(batch, scored, leaves, adapters)
+            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
+            learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
+            nll, leaves = self.score(batch, scored, learning > 0)
             self.ledger.score(scored, nll)
             for step in range(self.c.ttt_grad_steps if learning else 0):
                 if step:
-                    leaves = [p.detach().requires_grad_() for p in adapters.parameters(there)]
-                    nll = self.score(batch, scored, leaves, adapters)
-                self.ledger.learn(scored[:learning][scored[:learning] >= 0])
-                inside = torch.from_numpy(scored[:learning] >= 0).to(nll.device)
+                    nll, leaves = self.score(batch, scored, True)
+                counted = scored[:learning] >= 0
+                self.ledger.learn(scored[:learning][counted])
+                inside = torch.from_numpy(counted).to(nll.device)
                 loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
-                adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+                self.adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
 
-    def score(self, batch: Batch, scored: np.ndarray, leaves: list[Tensor], adapters: Adapters | None) -> Tensor:
-        """NLL [R, last] of a window's last places, with or without adapters."""
-        with torch.set_grad_enabled(bool(leaves) and leaves[0].requires_grad):
-            pairs = adapters.pairs(leaves) if adapters else None
-            nll, _ = self.forward(*batch, looped=self.c.loops, adapters=pairs, last=scored.shape[1])
-        return nll
+    def score(self, batch: Batch, scored: np.ndarray, learning: bool) -> tuple[Tensor, list[Tensor]]:
+        """NLL [R, last] of a window's last places, and the adapters' tensors that it depends on."""
+        adapters, rows = self.adapters, len(scored)
+        leaves = [p.detach().requires_grad_(learning) for p in adapters.parameters(rows)] if adapters else []
+        with torch.set_grad_enabled(learning):
+            nll, _ = self.forward(*batch, looped=self.c.loops, adapters=adapters.pairs(leaves) if adapters else None,
+                                  last=scored.shape[1])
+        return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document with its context, ending at the right edge; left of it is padding.

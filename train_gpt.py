@@ -51,6 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 try:
     import triton
@@ -378,7 +379,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
         matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
         grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="brotli",
-        gated_attn_quant_gate=True, lqer_enabled=True,
+        gated_attn_quant_gate=True, lqer_enabled=True, ttt_mode="phased",
     ),
     # PR #1325 on the stack of PR #549.
     "poly5": dict(
@@ -386,14 +387,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_dims=16, ln_scale=True, z_loss_weight=1e-4, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
         embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997, eval_stride=16,
-        softcap_type="poly", rvq_enabled=True,
+        softcap_type="poly", rvq_enabled=True, ttt_mode="chunk",
     ),
 }
 # Honesty about presets under construction: the log of a run names what its preset still lacks.
 UNFINISHED = {
-    "record": "per-group compression and phased TTT",
+    "record": "per-group compression",
     "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, "
-             "GPTQ-lite and chunked TTT",
+             "GPTQ-lite",
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
@@ -1909,7 +1910,8 @@ class Adapters:
     """LoRA of a batch of documents: a set of pairs for every visit of a layer, and one pair for the head.
 
     A [R, visits, r, in] starts uniform within 1/sqrt(in), B [R, visits, out, r] at zero. Both are plain tensors; the
-    optimizer is AdamW without a first moment, so that a document's step depends on its own gradient alone.
+    optimizer is AdamW with a first beta of 0. B is kept multiplied with the adapters' scale s: AdamW's step does not
+    depend on the size of gradients, so steps s times as large, with an epsilon of 1/s, are the same.
     """
 
     def __init__(self, c: Config, visits: int, device: torch.device):
@@ -1926,12 +1928,14 @@ class Adapters:
         """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
         if stream not in self.kept or not self.c.ttt_warm_start_a:
             generator, bound = torch.Generator(self.device).manual_seed(seed), self.c.model_dim ** -0.5
-            self.kept[stream] = {key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
-                                 for key, shape in self.shapes.items()}
-        self.a, self.steps = self.kept[stream], 0
+            self.kept[stream] = {
+                key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
+                for key, shape in self.shapes.items()}
+        self.a = self.kept[stream]
         for b in self.b.values():
             b.zero_()
-        self.squares = [torch.zeros_like(p) for p in self.parameters()]
+        self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
+        self.taken = [torch.zeros((), device=self.device) for _ in self.parameters()]
 
     def parameters(self, rows: int | None = None) -> list[Tensor]:
         """A and B of the first rows, one after the other."""
@@ -1941,7 +1945,7 @@ class Adapters:
         """What the model's forward takes, of (leaf) tensors in the order of `parameters`."""
         sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.visits)]
         for key, a, b in zip(self.a, parameters[::2], parameters[1::2]):
-            pairs = list(zip(a.unbind(1), (b * self.scale).unbind(1)))
+            pairs = list(zip(a.unbind(1), b.unbind(1)))
             if key == "head":
                 sets.append({"head": pairs[0]})
                 continue
@@ -1953,14 +1957,12 @@ class Adapters:
     def step(self, rows: int, gradients: list[Tensor]) -> None:
         """AdamW of the first rows: betas (0, TTT_BETA2), eps 1e-10, decoupled decay."""
         c, parameters = self.c, self.parameters(rows)
-        self.steps += 1
-        squares = [s[:rows] for s in self.squares]
-        torch._foreach_mul_(squares, c.ttt_beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - c.ttt_beta2)
-        roots = torch._foreach_sqrt(torch._foreach_div(squares, 1 - c.ttt_beta2 ** self.steps))
-        torch._foreach_add_(roots, 1e-10)
-        torch._foreach_mul_(parameters, 1 - c.ttt_lora_lr * c.ttt_weight_decay)
-        torch._foreach_addcdiv_(parameters, gradients, roots, -c.ttt_lora_lr)
+        for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
+            state = {name: [s[:rows] for s in tensors[side]] for name, tensors in self.state.items()}
+            adamw(
+                parameters[side], gradients[side], **state, max_exp_avg_sqs=[], state_steps=self.taken[side],
+                fused=True, amsgrad=False, beta1=0.0, beta2=c.ttt_beta2, lr=c.ttt_lora_lr * scale,
+                weight_decay=c.ttt_weight_decay / scale, eps=1e-10 / scale, maximize=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------

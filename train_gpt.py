@@ -10,8 +10,8 @@ One file, from text shards to bits per byte, for the public Parameter Golf chall
 Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
 Sections, in the order in which data meets them; each calls only those above it:
 
-    Config -> Run -> Data -> Score -> Kernels -> Model -> Optimizers -> Schedules -> Training -> GPTQ -> Artifact
-    -> Evaluation -> main
+    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training -> GPTQ
+    -> Artifact -> Evaluation -> TTT -> main
 
 Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
 V vocabulary, L layers.
@@ -51,6 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 try:
     import triton
@@ -251,6 +252,47 @@ class Config:
     eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
                             "val_bpb", low=0)
 
+    # Test-time training: every target is scored before anything learns from it
+    ttt_mode: str = knob("none", "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
+                         "after each chunk of the stream", "val_bpb", choices=("none", "phased", "chunk"))
+    ttt_order: str = knob("length", "documents longest first, or in the order of the stream", "val_bpb",
+                          choices=("length", "stream"))
+    ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
+    ttt_streams: int = knob(8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb",
+                            low=1, high=4096)
+    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them", "val_bpb", low=1)
+    ttt_short_doc_chunks: bool = knob(False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000",
+                                      "val_bpb")
+    ttt_eval_seq_len: int = knob(0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb",
+                                 low=0, high=1 << 20)
+    ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
+    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=0)
+    ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
+    ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
+    ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
+    ttt_grad_steps: int = knob(1, "steps on each chunk", "val_bpb", low=1, high=100)
+    ttt_warm_start_a: bool = knob(True, "a document begins with the A that the one before it left", "val_bpb")
+    ttt_q_lora: bool = knob(True, "adapters of the queries", "val_bpb")
+    ttt_k_lora: bool = knob(True, "adapters of the keys", "val_bpb")
+    ttt_v_lora: bool = knob(True, "adapters of the values", "val_bpb")
+    ttt_o_lora: bool = knob(True, "adapters from attention's input to its output", "val_bpb")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP", "val_bpb")
+    phased_ttt_prefix_docs: int = knob(3000, "first documents of the order that all weights learn from", "val_bpb",
+                                       low=0)
+    phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
+    global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
+    global_ttt_momentum: float = knob(0.9, "its momentum", "val_bpb", low=0, high=0.9999)
+    global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
+    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of TTT_MODE=chunk", "val_bpb", low=1)
+    ttt_epochs: int = knob(3, "steps of all weights on each chunk", "val_bpb", low=1, high=100)
+    ttt_lr: float = knob(0.002, "their learning rate, falling to 0 over the chunks as a cosine", "val_bpb", low=0)
+    ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
+    ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
+    ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
+    eval_budget_seconds: float = knob(600.0, "seconds that an evaluation may take; a projection beyond them is a "
+                                      "warning; 0: none", "log", low=0)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of activations and matrix products."""
@@ -289,6 +331,15 @@ class Config:
     @property
     def eval_context(self) -> int:
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def ttt_context(self) -> int:
+        return self.ttt_eval_seq_len or self.eval_context
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest row that a model meets after training."""
+        return max(self.eval_context, self.ttt_context if self.ttt_mode == "phased" else 0)
 
     @property
     def eval_step(self) -> int:
@@ -338,7 +389,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
         grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="pergroup",
         quantizer="trellis", trellis_states=16, column_steps=0.75, target_bytes=16_000_000,
-        gated_attn_quant_gate=True, lqer_enabled=True,
+        gated_attn_quant_gate=True, lqer_enabled=True, ttt_mode="phased",
     ),
     # PR #1325 on the stack of PR #549.
     "poly5": dict(
@@ -346,14 +397,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_dims=16, ln_scale=True, z_loss_weight=1e-4, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
         embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997, eval_stride=16,
-        softcap_type="poly", rvq_enabled=True,
+        softcap_type="poly", rvq_enabled=True, ttt_mode="chunk",
     ),
 }
 # Honesty about presets under construction: the log of a run names what its preset still lacks.
 UNFINISHED = {
-    "record": "phased TTT",
     "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, "
-             "GPTQ-lite and chunked TTT",
+             "GPTQ-lite",
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
@@ -433,7 +483,7 @@ def resolved(c: Config, cuda: bool) -> Config:
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
     values = {name: value for name, value in automatic.items() if getattr(c, name) == "auto"}
     if c.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
-        values["yarn_max_len"] = max(c.yarn_max_len, c.eval_context)
+        values["yarn_max_len"] = max(c.yarn_max_len, c.longest_context)
     return dataclasses.replace(c, device=device, **values)
 
 
@@ -1729,7 +1779,7 @@ def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
     """
     share = torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims
     frequencies = c.rope_base ** -share
-    stretch = max(c.yarn_max_len, c.eval_context) / c.train_seq_len
+    stretch = max(c.yarn_max_len, c.longest_context) / c.train_seq_len
     if c.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -1762,7 +1812,7 @@ class GPT(nn.Module):
         # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
         self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(layers, 2, 1)) if c.lanes else None
         self.logits = Projection()
-        length = max(c.train_seq_len, c.eval_context)
+        length = max(c.train_seq_len, c.longest_context)
         for name, table in zip(("cos", "sin"), rotary_tables(c, length)):
             self.register_buffer(name, table, persistent=False)
         self.to(c.master_dtype)
@@ -1820,11 +1870,13 @@ class GPT(nn.Module):
         return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
 
     def forward(self, ids: Tensor, targets: Tensor, documents: Documents, *, looped: bool,
-                adapters: list[dict] | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                adapters: list[dict] | None = None, noise: Tensor | None = None,
+                last: int = 0) -> tuple[Tensor, Tensor]:
         """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
 
         `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
-        one for the head (key head); absent ones leave no trace in the graph.
+        one for the head (key head); absent ones leave no trace in the graph. `last` forms logits of the rows' last
+        so many tokens alone, [R, last].
         """
         plan = self.plans[looped]
         adapters = adapters or [{}] * (len(plan) + 1)
@@ -1840,9 +1892,14 @@ class GPT(nn.Module):
             x, lane = self.visit(v, x, lane, x0, weights[v.layer], shared, adapters[place])
             if v.save:
                 saved.append(x)
-        hidden = rms_norm((x + lane) / 2 if plan[-1].lanes else x)
+        x = (x + lane) / 2 if plan[-1].lanes else x
+        if last:
+            x, targets = x[:, -last:], targets[:, -last:]
+        hidden = rms_norm(x)
         head = self.embedding if self.head is None else self.head
-        logits = self.logits(hidden, head.to(x.dtype), adapters[-1].get("head"))
+        logits = self.logits(hidden, head.to(x.dtype))
+        if "head" in adapters[-1]:  # in float32: next to a bfloat16 logit a small contribution would round away
+            logits = logits.float() + low_rank(hidden, adapters[-1]["head"]).float()
         c = self.c
         return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.fused_ce_enabled,
                                         c.triton_kernels != "0")
@@ -1852,6 +1909,70 @@ def parameter_count(c: Config) -> int:
     """Learned numbers of the model, without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(c).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adapters: each document's own low-rank weights during test-time training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Adapters:
+    """LoRA of a batch of documents: a set of pairs for every visit of a layer, and one pair for the head.
+
+    A [R, visits, r, in] starts uniform within 1/sqrt(in), B [R, visits, out, r] at zero. Both are plain tensors; the
+    optimizer is AdamW with a first beta of 0. B is kept multiplied with the adapters' scale s: AdamW's step does not
+    depend on the size of gradients, so steps s times as large, with an epsilon of 1/s, are the same.
+    """
+
+    def __init__(self, c: Config, visits: int, device: torch.device):
+        d, rank, rows = c.model_dim, c.ttt_lora_rank, c.ttt_batch_size
+        wanted = dict(q=(c.ttt_q_lora, d), k=(c.ttt_k_lora, c.kv_dim), v=(c.ttt_v_lora, c.kv_dim),
+                      attention=(c.ttt_o_lora, d), mlp=(c.ttt_mlp_lora, d))
+        widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, c.vocab_size)}
+        self.c, self.visits, self.scale, self.device = c, visits, c.ttt_lora_alpha / rank, device
+        self.shapes = {key: (rows, n, rank, d) for key, (n, _) in widths.items()}
+        self.kept: dict[int, dict[str, Tensor]] = {}  # each stream's A
+        self.b = {key: torch.empty(rows, n, width, rank, device=device) for key, (n, width) in widths.items()}
+
+    def start(self, stream: int, seed: int) -> None:
+        """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
+        if stream not in self.kept or not self.c.ttt_warm_start_a:
+            generator, bound = torch.Generator(self.device).manual_seed(seed), self.c.model_dim ** -0.5
+            self.kept[stream] = {
+                key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
+                for key, shape in self.shapes.items()}
+        self.a = self.kept[stream]
+        for b in self.b.values():
+            b.zero_()
+        self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
+        self.taken = [torch.zeros((), device=self.device) for _ in self.parameters()]
+
+    def parameters(self, rows: int | None = None) -> list[Tensor]:
+        """A and B of the first rows, one after the other."""
+        return [p[:rows] for key in self.a for p in (self.a[key], self.b[key])]
+
+    def pairs(self, parameters: list[Tensor]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """What the model's forward takes, of (leaf) tensors in the order of `parameters`."""
+        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.visits)]
+        for key, a, b in zip(self.a, parameters[::2], parameters[1::2]):
+            pairs = list(zip(a.unbind(1), b.unbind(1)))
+            if key == "head":
+                sets.append({"head": pairs[0]})
+                continue
+            for visit, pair in zip(sets, pairs):
+                visit[key] = pair
+        return sets
+
+    @torch.no_grad()
+    def step(self, rows: int, gradients: list[Tensor]) -> None:
+        """AdamW of the first rows: betas (0, TTT_BETA2), eps 1e-10, decoupled decay."""
+        c, parameters = self.c, self.parameters(rows)
+        for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
+            state = {name: [s[:rows] for s in tensors[side]] for name, tensors in self.state.items()}
+            adamw(
+                parameters[side], gradients[side], **state, max_exp_avg_sqs=[], state_steps=self.taken[side],
+                fused=True, amsgrad=False, beta1=0.0, beta2=c.ttt_beta2, lr=c.ttt_lora_lr * scale,
+                weight_decay=c.ttt_weight_decay / scale, eps=1e-10 / scale, maximize=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3496,17 +3617,19 @@ def document_bounds(tokens: np.ndarray) -> np.ndarray:
     return np.append(starts, len(tokens) - 1)
 
 
-def evaluation_windows(bounds: np.ndarray, context: int, stride: int) -> np.ndarray:
+def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int = 0) -> np.ndarray:
     """Windows [n, 3] of (first input, inputs, first scored input): each target of each document is scored once.
 
-    A document's first window scores all its targets; each next one adds `stride` targets with `context` inputs.
+    A document's first window scores all its targets; each next one adds `stride` targets with `context` inputs. With
+    `chunk`, no window scores on both sides of a multiple of it in the stream.
     """
     windows = []
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
-        scored = min(begin + context, end)
-        windows.append((begin, scored - begin, 0))
+        scored = begin
         while scored < end:
-            stop = min(scored + stride, end)
+            stop = min(max(begin + context, scored + stride), end)
+            if chunk:
+                stop = min(stop, scored - scored % chunk + chunk)
             first = max(begin, stop - context)
             windows.append((first, stop - first, scored - first))
             scored = stop
@@ -3535,6 +3658,72 @@ def pack_rows(windows: np.ndarray, context: int) -> list[list[int]]:
     return rows
 
 
+EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # what the challenge's ten minutes of evaluation hold
+
+
+class Ledger:
+    """Every target's score, entered once and before anything learns from the target: both are asserted.
+
+    A target is known by its input's position in the stream. Ranks enter what they score; `share` puts it together.
+    """
+
+    def __init__(self, evaluator: Evaluator):
+        self.run, targets = evaluator.run, len(evaluator.tokens) - 1
+        self.nll = np.zeros(targets, np.float64 if evaluator.c.compute_dtype == "float64" else np.float32)
+        self.mine = np.zeros(targets, np.uint8)  # times that this rank scored a target
+        self.all = np.zeros(targets, np.uint8)   # times that all ranks did, when they last shared
+
+    def score(self, positions: np.ndarray, nll: Tensor) -> None:
+        """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
+        places = positions >= 0
+        positions = positions[places]
+        assert not self.mine[positions].any(), "a target was scored twice"
+        self.mine[positions] = 1
+        self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
+
+    def learn(self, positions: np.ndarray) -> None:
+        """Says that weights are about to learn from these targets."""
+        assert (self.mine[positions] | self.all[positions]).all(), "a target was learned before it was scored"
+
+    def share(self) -> None:
+        """Puts together which targets the ranks have scored."""
+        self.all = self.mine.copy()
+        if self.run.world > 1:
+            dist.all_reduce(torch.from_numpy(self.all), group=self.run.control)
+
+    def close(self) -> float:
+        """Nats of all targets, summed over ranks; each must have been scored by one of them."""
+        self.share()
+        assert (self.all == 1).all(), f"{(self.all != 1).sum()} targets were not scored exactly once"
+        nats = torch.tensor(self.nll.sum(dtype=np.float64))
+        if self.run.world > 1:
+            dist.all_reduce(nats, group=self.run.control)
+        return nats.item()
+
+
+class Pace:
+    """Progress of an evaluation: a line every half minute, and one warning when it will not end within its budget."""
+
+    def __init__(self, run: Run, c: Config, what: str, total: float):
+        self.run, self.c, self.what, self.total, self.done, self.warned = run, c, what, total, 0.0, False
+        self.begin = self.last = time.perf_counter()
+
+    def advance(self, work: float) -> None:
+        """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
+        self.done += work
+        now = time.perf_counter()
+        spent = now - self.begin
+        left, budget = spent / self.done * (self.total - self.done), self.c.eval_budget_seconds
+        projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left
+        if now - self.last > 30:
+            self.last = now
+            self.run.log(f"{self.what}:{self.done / self.total:.1%} elapsed:{spent:.0f}s eta:{left:.0f}s")
+        if budget and projected > budget and not self.warned and spent > 1:
+            self.warned = True
+            self.run.log(f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
+                         f"{projected:.0f} s of evaluation, unpacking included")
+
+
 class Evaluator:
     """Validation stream, byte counts and the fixed list of batches, the same on any number of ranks."""
 
@@ -3546,7 +3735,8 @@ class Evaluator:
         sidecar = read_sidecar(c, stream)
         counts = self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]) if sidecar is None else sidecar[1:]
         self.bytes = int(counts.sum(dtype=np.int64))
-        self.windows = evaluation_windows(document_bounds(self.tokens), c.eval_context, c.eval_step)
+        self.documents = document_bounds(self.tokens)
+        self.windows = evaluation_windows(self.documents, c.eval_context, c.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
         self.rows = pack_rows(self.windows, c.eval_context)
         self.batch_rows = min(c.eval_rows, len(self.rows))
@@ -3571,15 +3761,19 @@ class Evaluator:
                                              f"the shards and the tokenizer give {found[0]} of {found[1]}")
         return manifest.get("reference_compressors", {})
 
-    def batch(self, number: int) -> tuple[Batch, np.ndarray]:
-        """Rows of one batch, and for each place the target's position in the stream, or -1 where nothing is scored."""
-        rows, length = self.rows[number * self.batch_rows:(number + 1) * self.batch_rows], self.c.eval_context
+    def batches(self, rows: list[list[int]]) -> list[list[list[int]]]:
+        """Rows (lists of windows) in groups of the batch size."""
+        return [rows[i:i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
+
+    def batch(self, rows: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """A batch of rows, and for each place the input's position in the stream, or -1 where nothing is scored."""
+        length = self.c.eval_context
         position = np.zeros((self.batch_rows, length), np.int64)
         starts = np.zeros((self.batch_rows, length), np.int32)
         scored = np.full((self.batch_rows, length), -1, np.int64)
         for r, row in enumerate(rows):
             place = 0
-            for start, size, first in self.windows[row].tolist():
+            for start, size, first in windows[row].tolist():
                 position[r, place:place + size] = np.arange(start, start + size)
                 starts[r, place:place + size] = place
                 scored[r, place + first:place + size] = np.arange(start + first, start + size)
@@ -3589,23 +3783,240 @@ class Evaluator:
         return to_device(ids, targets, starts, self.run.device), scored
 
     @torch.no_grad()
-    def score_batch(self, forward: Callable, number: int = 0) -> Tensor:
-        """Nats and targets of one batch, float64 [2]."""
-        batch, scored = self.batch(number)
+    def score_rows(self, forward: Callable, rows: list[list[int]], ledger: Ledger | None = None,
+                   windows: np.ndarray | None = None) -> None:
+        """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
+        batch, scored = self.batch(rows, self.windows if windows is None else windows)
         nll, _ = forward(*batch, looped=self.c.loops)
-        counted = torch.from_numpy(scored >= 0).to(nll.device)
-        return torch.stack((nll.double()[counted].sum(), counted.sum()))
+        if ledger:
+            ledger.score(scored, nll)
+
+    def rehearse(self, forward: Callable) -> None:
+        """Computes one batch, so that what an evaluation needs is compiled."""
+        self.score_rows(forward, self.rows[:self.batch_rows])
 
     def __call__(self, forward: Callable) -> Score:
         """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
-        run, targets = self.run, len(self.tokens) - 1
-        total = torch.zeros(2, dtype=torch.float64, device=run.device)
-        for number in range(run.rank, -(-len(self.rows) // self.batch_rows), run.world):
-            total += self.score_batch(forward, number)
-        run.add_up(total)
-        nats, count = total.tolist()
-        assert count == targets, f"{count} targets were scored, and there are {targets}"
-        return Score(nats, targets, self.bytes)
+        ledger, batches = Ledger(self), self.batches(self.rows)
+        pace = Pace(self.run, self.c, "sliding", len(batches))
+        for number in range(self.run.rank, len(batches), self.run.world):
+            self.score_rows(forward, batches[number], ledger)
+            pace.advance(min(self.run.world, len(batches) - number))
+        return Score(ledger.close(), len(self.tokens) - 1, self.bytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TTT: score, then adapt -> Score
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class GlobalSteps:
+    """SGD of all weights on text that has been scored; ranks share a step's rows and add up their gradients."""
+
+    def __init__(self, evaluator: Evaluator, model: GPT, ledger: Ledger, momentum: float, frozen_blocks: int = 0):
+        self.c, self.run, self.tokens = evaluator.c, evaluator.run, evaluator.tokens
+        self.model, self.ledger, self.frozen = model, ledger, frozen_blocks
+        self.forward = compiled_forward(model)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+
+    def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
+        """This rank's rows of a step on the targets of the inputs at `positions` [n], and which places are of it."""
+        length = self.c.train_seq_len
+        rows = np.full(-(-len(positions) // length) * length, -1)
+        rows[:len(positions)] = positions
+        rows = rows.reshape(-1, length)[self.run.rank::self.run.world]
+        most = max(1, self.c.micro_batch_tokens // length)
+        for places in (rows[i:i + most] for i in range(0, len(rows), most)):
+            inside = np.maximum(places, 0)
+            ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
+            targets = self.tokens[inside + 1].astype(np.int64)
+            yield to_device(ids, targets, document_starts(ids), self.run.device), torch.from_numpy(places >= 0)
+
+    def step(self, positions: np.ndarray, lr: float) -> None:
+        """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
+        self.ledger.learn(positions)
+        parameters = list(self.model.parameters())
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        for batch, counted in self.batches(positions):
+            nll, _ = self.forward(*batch, looped=self.c.loops)
+            (nll[counted.to(nll.device)].sum() / len(positions)).backward()
+        self.run.add_up(*(p.grad for p in parameters))
+        self.rest_frozen_blocks()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+    def rest_frozen_blocks(self) -> None:
+        """Zeroes the gradients of the first blocks: their vectors, and their matrices in the banks."""
+        if self.frozen:
+            for block in self.model.blocks[:self.frozen]:
+                for p in block.parameters():
+                    p.grad.zero_()
+            for bank in (getattr(self.model, name) for name in BANKS):
+                bank.grad.unflatten(0, (-1, self.c.num_layers))[:, :self.frozen].zero_()
+
+
+def cosine(step: int, steps: int) -> float:
+    """From 1 at step 0 toward 0 at `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
+class PhasedTTT:
+    """Documents in batches, each document with its own LoRA; all weights learn between phases.
+
+    The schedule is fixed before the start: documents in order, their phases, the batches of a phase, and for each batch
+    one of TTT_STREAMS streams. Within a stream A is handed on from batch to batch; ranks share out the streams, so that
+    no number of ranks changes what a batch starts from.
+    """
+
+    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
+        c, self.run, self.evaluator, self.model, self.learn = evaluator.c, evaluator.run, evaluator, model, learn
+        self.c, self.tokens, self.bounds = c, evaluator.tokens, evaluator.documents
+        self.lengths = np.diff(self.bounds)
+        by_length = np.argsort(-self.lengths, kind="stable")
+        self.order = by_length if c.ttt_order == "length" else np.arange(len(self.lengths))
+        prefix = min(c.phased_ttt_prefix_docs, len(self.order))
+        cuts = [prefix * (phase + 1) // c.phased_ttt_num_phases for phase in range(c.phased_ttt_num_phases)]
+        self.cuts = [cut for cut in dict.fromkeys(cuts) if cut]  # documents scored before each learning of all weights
+        self.chunks = np.full(len(self.lengths), c.ttt_chunk_size)
+        if c.ttt_short_doc_chunks:
+            self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
+        self.counts = -(-self.lengths // self.chunks)
+        self.ledger = Ledger(evaluator)
+        self.forward = torch.compile(model, dynamic=True, fullgraph=True) if c.compile == "1" else model
+        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(self.cost(self.order).sum()))
+
+    def cost(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens that pass through the model for each document, about: its chunks, each with its context."""
+        context = np.minimum(self.lengths[documents], self.c.ttt_context)
+        return self.counts[documents] * context - context ** 2 / (2 * self.chunks[documents])
+
+    def __call__(self) -> Score:
+        """Scores every document's targets, each before anything learns from it."""
+        c = self.c
+        self.model.requires_grad_(False)
+        self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
+        begin = 0
+        for end in (*self.cuts, len(self.order)):
+            self.phase(begin, end)
+            if end in self.cuts and self.learn:
+                self.ledger.share()
+                self.learn_globally(self.order[:end])
+            begin = end
+        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def phase(self, begin: int, end: int) -> None:
+        """Scores and adapts the batches of documents begin..end-1 of the order that fall to this rank's streams."""
+        c = self.c
+        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
+            batch, stream = self.order[first:min(first + c.ttt_batch_size, end)], number % c.ttt_streams
+            if stream % self.run.world == self.run.rank:
+                if self.adapters:
+                    self.adapters.start(stream, c.seed + first)
+                self.adapt(batch)
+            self.pace.advance(float(self.cost(batch).sum()))
+
+    def adapt(self, documents: np.ndarray) -> None:
+        """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
+        documents = documents[np.argsort(-self.counts[documents], kind="stable")]
+        for chunk in range(int(self.counts[documents[0]])):
+            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
+            learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
+            nll, leaves = self.score(batch, scored, learning > 0)
+            self.ledger.score(scored, nll)
+            for step in range(self.c.ttt_grad_steps if learning else 0):
+                if step:
+                    nll, leaves = self.score(batch, scored, True)
+                counted = scored[:learning] >= 0
+                self.ledger.learn(scored[:learning][counted])
+                inside = torch.from_numpy(counted).to(nll.device)
+                loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
+                self.adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+
+    def score(self, batch: Batch, scored: np.ndarray, learning: bool) -> tuple[Tensor, list[Tensor]]:
+        """NLL [R, last] of a window's last places, and the adapters' tensors that it depends on."""
+        adapters, rows = self.adapters, len(scored)
+        leaves = [p.detach().requires_grad_(learning) for p in adapters.parameters(rows)] if adapters else []
+        with torch.set_grad_enabled(learning):
+            nll, _ = self.forward(*batch, looped=self.c.loops, adapters=adapters.pairs(leaves) if adapters else None,
+                                  last=scored.shape[1])
+        return nll, leaves
+
+    def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
+        """One chunk of each document with its context, ending at the right edge; left of it is padding.
+
+        Returns the batch [R, T] and the positions [R, last] of the inputs whose targets are scored, -1 elsewhere.
+        """
+        first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
+        stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
+        begin = np.maximum(0, stop - self.c.ttt_context)
+        length, last = int((stop - begin).max()), int((stop - first).max())
+        offset = stop[:, None] - length + np.arange(length)                        # [R, T] places in their documents
+        padding = offset < begin[:, None]
+        positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
+        ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
+        starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
+        scored = np.where(offset >= first[:, None], positions, -1)[:, length - last:]
+        return to_device(ids, targets, starts, self.run.device), scored
+
+    def learn_globally(self, documents: np.ndarray) -> None:
+        """All weights learn from the documents scored so far, each once an epoch, in chunks; the last is left out."""
+        c = self.c
+        stream = np.concatenate([np.arange(self.bounds[d], self.bounds[d + 1]) for d in documents])
+        chunks = np.split(stream, range(c.global_ttt_chunk_tokens, len(stream), c.global_ttt_chunk_tokens))[:-1]
+        self.model.requires_grad_(True)
+        steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.global_ttt_momentum)
+        total = c.global_ttt_epochs * len(chunks)
+        for step in range(total):
+            steps.step(chunks[step % len(chunks)], c.global_ttt_lr * cosine(step, total))
+        self.model.requires_grad_(False)
+        self.run.log(f"ttt:{total} steps of all weights on {len(documents)} scored documents, {len(stream)} tokens")
+
+
+class ChunkTTT:
+    """The stream in chunks: sliding windows score a chunk, then all weights learn from it; never from the last."""
+
+    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
+        c = self.c = evaluator.c
+        self.evaluator, self.model, self.learn, self.ledger = evaluator, model, learn, Ledger(evaluator)
+        self.size, self.count = c.ttt_chunk_tokens, -(-(len(evaluator.tokens) - 1) // c.ttt_chunk_tokens)
+        self.pace = Pace(evaluator.run, c, "ttt" if learn else "ttt_baseline", self.count)
+
+    def __call__(self) -> Score:
+        """Scores the stream's targets, each before anything learns from it."""
+        c, run, end = self.c, self.evaluator.run, len(self.evaluator.tokens) - 1
+        windows = evaluation_windows(self.evaluator.documents, c.eval_context, c.eval_step, self.size)
+        chunk_of = (windows[:, 0] + windows[:, 2]) // self.size
+        forward = compiled_forward(self.model)
+        steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.ttt_momentum, c.ttt_freeze_blocks)
+        for chunk in range(self.count):
+            mine = windows[chunk_of == chunk]
+            batches = self.evaluator.batches(pack_rows(mine, c.eval_context))
+            for rows in batches[run.rank::run.world]:
+                self.evaluator.score_rows(forward, rows, self.ledger, mine)
+            positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
+            if self.learn and chunk < self.count - 1:
+                self.ledger.share()
+                for _ in range(c.ttt_epochs):
+                    steps.step(positions, c.ttt_lr * cosine(chunk, self.count - 1))
+            self.pace.advance(1)
+        return Score(self.ledger.close(), end, self.evaluator.bytes)
+
+
+def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
+    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without learning. The summary's rows."""
+    run, method = evaluator.run, dict(phased=PhasedTTT, chunk=ChunkTTT)[evaluator.c.ttt_mode]
+    rows: dict[str, Any] = {}
+    if evaluator.c.ttt_baseline:
+        score = method(evaluator, model, learn=False)()
+        log_score(run, "ttt_baseline", score)
+        rows |= dict(val_bpb_ttt_baseline=score.bpb)
+    begin = time.perf_counter()
+    score = method(evaluator, model)()
+    log_score(run, "ttt", score)
+    return rows | dict(val_bpb_ttt=score.bpb, val_bpb=score.bpb, val_loss=score.loss,
+                       ttt_targets_per_second=score.tokens / (time.perf_counter() - begin))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3634,7 +4045,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         model.reset()
         trainer = Trainer(model.to(run.device), loader)
     with Stage(run, "warmup"):
-        trainer.warm_up(evaluator.score_batch)
+        trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()
         run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm - earlier} graphs compiled, "
                 "everything put back")
@@ -3708,9 +4119,13 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
                 run.log(remark)
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
-    return dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
+    rows = dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
                 val_bpb_ttt=None, val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens,
                 val_bytes=score.bytes, parameters=parameter_count(c), reference_compressors=evaluator.reference)
+    if c.ttt_mode != "none":
+        with Stage(run, "ttt"):
+            rows |= test_time_training(evaluator, model)
+    return rows
 
 
 def print_summary(run: Run, s: dict[str, Any]) -> None:

@@ -2451,30 +2451,34 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
-def ordered_factor(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
-    """`inverse_factor` of Hessians [B, c, c] whose columns are put in an order [B, c] first."""
+class Feedback(NamedTuple):
+    """What an error in one column asks of those that follow: their order [B, c], and U [B, c, c] in that order."""
+
+    order: Tensor
+    u: Tensor
+
+
+def feedback_of(hessian: Tensor, damp: float, natural: bool = False) -> Feedback:
+    """Of Hessians [B, c, c]: columns in falling order of the diagonal, or in their own."""
+    order = torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2]) if natural else \
+        hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
     h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    return inverse_factor(h, damp)
+    return Feedback(order, inverse_factor(h, damp))
 
 
-def falling_diagonal(hessian: Tensor) -> Tensor:
-    """Columns [B, c] by their mean square input, the largest first."""
-    return hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+def gptq(weights: Tensor, feedback: Feedback, scales: Tensor, limit: int | Tensor, columns: Tensor | None = None,
+         block: int = 128) -> Tensor:
+    """GPTQ (arXiv 2210.17323): rounds one column after the other, feeding errors forward.
 
-
-def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int | Tensor, damp: float,
-         columns: Tensor | None = None, block: int = 128) -> Tensor:
-    """GPTQ (arXiv 2210.17323): rounds columns in falling order of the Hessian's diagonal, feeding errors forward.
-
-    weights [B, r, c], hessian [B, c, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
+    weights [B, r, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
     -> int8 codes [B, r, c] in -limit..limit.
     """
-    order = falling_diagonal(hessian)                                                          # [B, c]
+    order = feedback.order                                                                     # [B, c]
     factors = torch.ones_like(order, dtype=torch.float) if columns is None else columns.gather(-1, order)
     limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
     w, s = weights.float().gather(-1, row_order) / factors[:, None], scales.float()
-    u = ordered_factor(hessian, order, damp) / factors[:, None]
+    u = feedback.u / factors[:, None]
     codes = torch.empty_like(w)
     for start in range(0, w.size(-1), block):
         stop = min(start + block, w.size(-1))
@@ -2635,22 +2639,22 @@ def trellis_rows(w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trell
     return codes
 
 
-def steps_by_column(hessian: Tensor, order: Tensor, damp: float, exponent: float) -> Tensor:
+def steps_by_column(feedback: Feedback, exponent: float) -> Tensor:
     """Each column's multiple of the row's step, in half octaves: int8 [B, c], 2^(code / 2) ~ U_jj^exponent.
 
     An error e of column j adds (e / U_jj)^2 to the weighted error, so at high rates steps proportional to U_jj share
     it evenly, and the product of all U_jj, thus the rate, is the same in every order. Powers below 1 do better where
     columns would fall to a fraction of a bit. It pays where the entropy coder knows each column's scale.
     """
-    logs = ordered_factor(hessian, order, damp).diagonal(dim1=-2, dim2=-1).log2()
+    logs = feedback.u.diagonal(dim1=-2, dim2=-1).log2()
     codes = (2 * exponent * (logs - logs.mean(-1, keepdim=True))).round().clamp(-127, 127)
-    return torch.empty_like(codes).scatter_(-1, order, codes).to(torch.int8)
+    return torch.empty_like(codes).scatter_(-1, feedback.order, codes).to(torch.int8)
 
 
-def trellis_gptq(weights: Tensor, hessian: Tensor, steps: Tensor, columns: Tensor, c: Config) -> Tensor:
+def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, c: Config) -> Tensor:
     """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) in place of rounding, columns in the model's order.
 
-    weights [B, r, c], hessian [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
+    weights [B, r, c], U [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
     Returns k, int8 [B, r, c], of which `trellis_levels` makes levels. TRELLIS_RATE weighs the bits: 1 is the slope of
     the rate-distortion function, 0 ignores them. The model's order needs no bytes, and did better than a falling
     diagonal: a search spends the freedom of the columns that matter little on those that matter much.
@@ -2662,14 +2666,14 @@ def trellis_gptq(weights: Tensor, hessian: Tensor, steps: Tensor, columns: Tenso
     together = max(1, chunk // rows)                                                            # matrices at a time
     for b in range(0, len(weights), together):
         some = slice(b, b + together)
-        u = inverse_factor(hessian[some], c.gptq_damp) / columns[some, None]
+        scaled = u[some] / columns[some, None]
         w = weights[some].float() / (steps[some].float()[..., None] * columns[some, None])
         variance = w.square()
         row, column, mean = (variance.mean(d, keepdim=True) for d in (2, 1, (1, 2)))
         price = (rate * TRELLIS_NOISE / (row * column / mean.clamp_min(1e-30) + 1)).mT[:, :, None]  # [B, c, 1, r]
         for r in range(0, rows, chunk):
             part = slice(r, r + chunk)
-            codes[some, part] = trellis_rows(w[:, part], u, price[..., part].contiguous(), bit, trellis)
+            codes[some, part] = trellis_rows(w[:, part], scaled, price[..., part].contiguous(), bit, trellis)
     return codes
 
 
@@ -2714,18 +2718,15 @@ def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Conf
     return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
 
 
-def quantize_bank(weights: Tensor, hessian: Tensor, fine: Tensor | None, bits: int, sigmas: float,
+def quantize_bank(weights: Tensor, feedback: Feedback, fine: Tensor | None, bits: int, sigmas: float,
                   c: Config, octaves: float = 0.0) -> Quantized:
     """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
 
     Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
     the bytes, so codes may use all of int8.
     """
-    batch, device = as_batch(weights).float(), weights.device
-    on_trellis = c.quantizer == "trellis"
-    order = torch.arange(batch.size(-1), device=device).expand(len(batch), -1) if on_trellis else \
-        falling_diagonal(hessian)
-    columns = steps_by_column(hessian, order, c.gptq_damp, c.column_steps)
+    batch, device, on_trellis = as_batch(weights).float(), weights.device, c.quantizer == "trellis"
+    columns = steps_by_column(feedback, c.column_steps)
     scales = row_scales(batch / torch.exp2(columns / 2)[:, None], bits, sigmas, c.scale_grid,
                         2.0 ** octaves * (TRELLIS_STEP if on_trellis else 1))
     limits = torch.full(columns.shape, 127 if c.target_bytes else 2 ** (bits - 1) - 1, device=device)
@@ -2735,27 +2736,34 @@ def quantize_bank(weights: Tensor, hessian: Tensor, fine: Tensor | None, bits: i
         inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, :batch.size(-1)]
         columns, limits = columns - (16 - 2 * bits) * inside, torch.where(inside, 127, limits)
     factors = torch.exp2(columns / 2)
-    codes = trellis_gptq(batch, hessian, scales, factors, c) if on_trellis else \
-        gptq(batch, hessian, scales, limits, c.gptq_damp, factors)
+    codes = trellis_gptq(batch, feedback.u, scales, factors, c) if on_trellis else \
+        gptq(batch, feedback, scales, limits, factors)
     extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
     return Quantized(codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras,
                      c.trellis_states if on_trellis else 0)
 
 
+def all_feedbacks(hessians: dict[str, Tensor], c: Config) -> dict[str, Feedback]:
+    """Every bank's. A trellis does best in the columns' own order."""
+    return {name: feedback_of(h, c.gptq_damp, natural=c.quantizer == "trellis") for name, h in hessians.items()}
+
+
 @torch.no_grad()
 def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
-             log: Callable[[str], None] = lambda line: None, octaves: float = 0.0) -> dict[str, Quantized]:
+             log: Callable[[str], None] = lambda line: None, octaves: float = 0.0,
+             feedbacks: dict[str, Feedback] | None = None) -> dict[str, Quantized]:
     """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest.
 
-    `octaves` makes the steps of those with a Hessian larger.
+    `octaves` makes the steps of those with a Hessian larger. `feedbacks` are the Hessians' if they are known already.
     """
+    feedbacks = feedbacks or all_feedbacks(hessians, c)
     stored, fine = {}, fine_groups(weights, hessians, c) if c.awq_groups and hessians else {}
     for name, value in weights.items():
         bits, sigmas = quantization_bits(name, c)
         if bits == 16:
             stored[name] = Quantized(value.half(), None, 16, {})
         elif name in hessians:
-            stored[name] = quantize_bank(value, hessians[name], fine.get(name), bits, sigmas, c, octaves)
+            stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, c, octaves)
         else:
             scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
             codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
@@ -2916,7 +2924,8 @@ def fit_residuals(stored: dict[str, Quantized], weights: dict[str, Tensor], hess
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
         limit = 2 ** (c.rvq_bits - 1) - 1
         scales = row_scales(errors, c.rvq_bits, 0.0, c.scale_grid)
-        codes = gptq(errors, hessian, scales, limit, c.gptq_damp)  # to nearest, some matrices would only get worse
+        # Rounded to nearest, some matrices would only get worse.
+        codes = gptq(errors, feedback_of(hessian, c.gptq_damp), scales, limit)
         left = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
         for i, saved in enumerate((weighted_error(errors, hessian) - left).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
@@ -3412,10 +3421,10 @@ def quantize_within(weights: dict[str, Tensor], hessians: dict[str, Tensor], lim
     each attempt starts from the last one's excess. Ends at STEP_OCTAVES where the model is too small for its bytes.
     """
     count, (low, high) = sum(weights[name].numel() for name in hessians), STEP_OCTAVES
-    octaves, tried, best = 0.0, set(), None
+    octaves, tried, best, feedbacks = 0.0, set(), None, all_feedbacks(hessians, c)
     while len(tried) < 8:
         lines: list[str] = []
-        data = pack(quantize(weights, hessians, c, lines.append, octaves), c)
+        data = pack(quantize(weights, hessians, c, lines.append, octaves, feedbacks), c)
         excess = len(data) - limit
         tried.add(octaves)
         if excess > 0:

@@ -219,7 +219,7 @@ class Config:
     quantizer: str = knob("uniform", "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers",
                           "bytes", choices=("uniform", "trellis"))
     trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
-    trellis_rate: float = knob(1.0, "weight of the bits in the trellis search", "bytes", low=0, high=10)
+    trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
     column_steps: float = knob(0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0,
                                high=1)
     target_bytes: int = knob(0, "bytes of code and model that the steps are fitted to, at most; 0: steps by "

@@ -31,6 +31,7 @@ import datetime
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import platform
@@ -260,13 +261,14 @@ class Config:
     ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
     ttt_streams: int = knob(8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb",
                             low=1, high=4096)
-    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them", "val_bpb", low=1)
+    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them, at most the "
+                               "context", "val_bpb", low=1)
     ttt_short_doc_chunks: bool = knob(False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000",
                                       "val_bpb")
     ttt_eval_seq_len: int = knob(0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb",
                                  low=0, high=1 << 20)
     ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
-    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=0)
+    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=1e-3)
     ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
     ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
     ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
@@ -1899,7 +1901,8 @@ class GPT(nn.Module):
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype))
         if "head" in adapters[-1]:  # in float32: next to a bfloat16 logit a small contribution would round away
-            logits = logits.float() + low_rank(hidden, adapters[-1]["head"]).float()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
         c = self.c
         return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.fused_ce_enabled,
                                         c.triton_kernels != "0")
@@ -1946,6 +1949,12 @@ class Adapters:
             b.zero_()
         self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
         self.taken = [torch.zeros((), device=self.device) for _ in self.parameters()]
+
+    def arrange(self, order: np.ndarray) -> None:
+        """Puts A's first rows in this order: which A a document gets must not depend on others' lengths."""
+        if (order != np.arange(len(order))).any():
+            for a in self.a.values():
+                a[:len(order)] = a[torch.from_numpy(order).to(a.device)]
 
     def parameters(self, rows: int | None = None) -> list[Tensor]:
         """A and B of the first rows, one after the other."""
@@ -2205,9 +2214,12 @@ def ema_share(step: int, c: Config) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def compiled_forward(model: GPT) -> Callable:
+def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
     """The model's forward, compiled as one graph for each use where COMPILE says so."""
-    return torch.compile(model, dynamic=False, fullgraph=True) if model.c.compile == "1" else model
+    if model.c.compile != "1":
+        return model
+    torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together come near the usual 8
+    return torch.compile(model, dynamic=dynamic, fullgraph=True)
 
 
 def graphs_compiled() -> int:
@@ -3636,10 +3648,11 @@ def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
         scored = begin
         while scored < end:
-            stop = min(max(begin + context, scored + stride), end)
+            stop = max(begin + context, scored + stride)
             if chunk:
                 stop = min(stop, scored - scored % chunk + chunk)
-            first = max(begin, stop - context)
+            first = max(begin, stop - context)  # before the end is looked at: a score must not know where that is
+            stop = min(stop, end)
             windows.append((first, stop - first, scored - first))
             scored = stop
     return np.array(windows, dtype=np.int64)
@@ -3686,8 +3699,8 @@ class Ledger:
         """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
         places = positions >= 0
         positions = positions[places]
-        assert not self.mine[positions].any(), "a target was scored twice"
-        self.mine[positions] = 1
+        np.add.at(self.mine, positions, 1)  # counts a target that stands here twice as well
+        assert (self.mine[positions] == 1).all(), "a target was scored twice"
         self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
 
     def learn(self, positions: np.ndarray) -> None:
@@ -3716,13 +3729,17 @@ class Pace:
     def __init__(self, run: Run, c: Config, what: str, total: float):
         self.run, self.c, self.what, self.total, self.done, self.warned = run, c, what, total, 0.0, False
         self.begin = self.last = time.perf_counter()
+        self.first: tuple[float, float] | None = None  # work and time of the first advance, which may have compiled
 
     def advance(self, work: float) -> None:
         """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
         self.done += work
         now = time.perf_counter()
-        spent = now - self.begin
-        left, budget = spent / self.done * (self.total - self.done), self.c.eval_budget_seconds
+        if self.first is None:
+            self.first = self.done, now
+            return
+        spent, rate = now - self.begin, (now - self.first[1]) / (self.done - self.first[0])
+        left, budget = rate * (self.total - self.done), self.c.eval_budget_seconds
         projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left
         if now - self.last > 30:
             self.last = now
@@ -3887,14 +3904,17 @@ class PhasedTTT:
         self.order = by_length if c.ttt_order == "length" else np.arange(len(self.lengths))
         prefix = min(c.phased_ttt_prefix_docs, len(self.order))
         cuts = [prefix * (phase + 1) // c.phased_ttt_num_phases for phase in range(c.phased_ttt_num_phases)]
-        self.cuts = [cut for cut in dict.fromkeys(cuts) if cut]  # documents scored before each learning of all weights
+        # Documents scored before each learning of all weights; after the last document nothing would gain from it.
+        self.cuts = [cut for cut in dict.fromkeys(cuts) if 0 < cut < len(self.order)]
         self.chunks = np.full(len(self.lengths), c.ttt_chunk_size)
         if c.ttt_short_doc_chunks:
             self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
+        self.chunks = np.minimum(self.chunks, c.ttt_context)  # a window must hold its chunk
         self.counts = -(-self.lengths // self.chunks)
         self.ledger = Ledger(evaluator)
-        self.forward = torch.compile(model, dynamic=True, fullgraph=True) if c.compile == "1" else model
-        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(self.cost(self.order).sum()))
+        self.forward = compiled_forward(model, dynamic=True)
+        work = sum(self.cost(batch).sum() for begin, end in self.phases() for _, _, batch in self.batches(begin, end))
+        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(work))
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
         """Tokens that pass through the model for each document, about: its chunks, each with its context."""
@@ -3906,29 +3926,35 @@ class PhasedTTT:
         c = self.c
         self.model.requires_grad_(False)
         self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
-        begin = 0
-        for end in (*self.cuts, len(self.order)):
-            self.phase(begin, end)
-            if end in self.cuts and self.learn:
-                self.ledger.share()
-                self.learn_globally(self.order[:end])
-            begin = end
-        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
-
-    def phase(self, begin: int, end: int) -> None:
-        """Scores and adapts the batches of documents begin..end-1 of the order that fall to this rank's streams."""
-        c = self.c
-        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
-            batch, stream = self.order[first:min(first + c.ttt_batch_size, end)], number % c.ttt_streams
-            if stream % self.run.world == self.run.rank:
+        for begin, end in self.phases():
+            for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
                     self.adapters.start(stream, c.seed + first)
                 self.adapt(batch)
-            self.pace.advance(float(self.cost(batch).sum()))
+                self.pace.advance(float(self.cost(batch).sum()))
+            if end in self.cuts and self.learn:
+                self.ledger.share()
+                self.learn_globally(self.order[:end])
+        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def phases(self) -> list[tuple[int, int]]:
+        """Places in the order at which each phase begins and ends."""
+        return list(itertools.pairwise((0, *self.cuts, len(self.order))))
+
+    def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
+        c = self.c
+        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
+            stream = number % c.ttt_streams
+            if stream % self.run.world == self.run.rank:
+                yield first, stream, self.order[first:min(first + c.ttt_batch_size, end)]
 
     def adapt(self, documents: np.ndarray) -> None:
         """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
-        documents = documents[np.argsort(-self.counts[documents], kind="stable")]
+        order = np.argsort(-self.counts[documents], kind="stable")
+        documents = documents[order]
+        if self.adapters:
+            self.adapters.arrange(order)
         for chunk in range(int(self.counts[documents[0]])):
             batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
             learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
@@ -3942,6 +3968,8 @@ class PhasedTTT:
                 inside = torch.from_numpy(counted).to(nll.device)
                 loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
                 self.adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+        if self.adapters:
+            self.adapters.arrange(np.argsort(order))
 
     def score(self, batch: Batch, scored: np.ndarray, learning: bool) -> tuple[Tensor, list[Tensor]]:
         """NLL [R, last] of a window's last places, and the adapters' tensors that it depends on."""
@@ -3959,8 +3987,13 @@ class PhasedTTT:
         """
         first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
         stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
-        begin = np.maximum(0, stop - self.c.ttt_context)
-        length, last = int((stop - begin).max()), int((stop - first).max())
+        begin = np.maximum(0, first + self.chunks[documents] - self.c.ttt_context)
+        # torch.compile makes a graph of its own where a size is 1 or two sizes are equal: here neither happens.
+        if len(documents) == 1 < self.c.ttt_batch_size:
+            documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
+            first[1] = stop[1]  # the second row is padding: nothing of it is scored
+        last = max(2, int(self.chunks[documents].max()))
+        length = min(max(int((stop - begin).max()), last + 1), max(self.c.ttt_context, last))
         offset = stop[:, None] - length + np.arange(length)                        # [R, T] places in their documents
         padding = offset < begin[:, None]
         positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
@@ -4023,6 +4056,10 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
+    if not math.isfinite(score.nats):
+        c, name = evaluator.c, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.c.ttt_mode]
+        raise ConfigError(name.upper(), getattr(c, name), f"the loss of test-time training is {score.loss}; lower this "
+                          f"rate" + (f" or GLOBAL_TTT_LR={c.global_ttt_lr:g}" if c.ttt_mode == "phased" else ""))
     log_score(run, "ttt", score)
     return rows | dict(val_bpb_ttt=score.bpb, val_bpb=score.bpb, val_loss=score.loss,
                        ttt_targets_per_second=score.tokens / (time.perf_counter() - begin))

@@ -120,7 +120,7 @@ class Reference:
             return [[y + b * z for y, z in zip(x, self.mlp(x, number))]]
         fed = [b * y for y in self.mlp(lanes[1], number)]
         mixed = []
-        for lane, (r, p, q) in zip(lanes, self.p["lane_mix"][number]):
+        for lane, (r, p, q) in zip(lanes, self.of(number, "lane_mix")):
             mixed.append([r * x + p * y + q * z for x, y, z in zip(lane, attended, fed)])
         return mixed
 

@@ -41,12 +41,13 @@ def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     assert torch.allclose(nll, expected_nll, rtol=1e-9, atol=1e-9)
     assert torch.allclose(lse, expected_lse, rtol=1e-9, atol=1e-9)
     found, expected = gradients(model, nll, lse), gradients(model, expected_nll, expected_lse)
-    reached = 0
+    one_lane = {f"blocks.{i}.lane_mix" for i in range(c.num_layers) if i < c.parallel_start_layer}
+    unreached = []
     for parameter, gradient in expected.items():
         scale = gradient.abs().sum() / max(1, gradient.numel())
         assert torch.allclose(found[parameter], gradient, rtol=1e-7, atol=1e-8 * scale + 1e-15), parameter
-        reached += bool(gradient.abs().sum() > 0)
-    assert reached >= len(expected) - 3  # the comparison compares something
+        unreached += [parameter] if not gradient.any() else []
+    assert len(set(unreached) - one_lane) <= 3, unreached  # the comparison compares something
 
 
 def test_the_full_record_order_matches_too():
@@ -317,8 +318,8 @@ def test_initial_weights_are_those_of_the_specification():
     assert abs(p["embedding"].std().item() - 0.005) < 2e-4 and abs(p["embedding"].mean().item()) < 1e-4
     assert (p["skip_weights"] == 1).all() and not p["skip_gates"].any()
     assert not p["smear.weight"].any() and not p["smear.scale"].any()
-    assert torch.equal(p["lane_mix"], torch.tensor([1.1, 1, 1]).expand(layers, 2, 3))
     for i in range(layers):
+        assert torch.equal(p[f"blocks.{i}.lane_mix"], torch.tensor([1.1, 1, 1]).expand(2, 3))
         assert torch.equal(p[f"blocks.{i}.input_mix"], torch.tensor([[1.0], [0.0]]).expand(2, 32))
         assert (p[f"blocks.{i}.attention_scale"] == 1).all() and (p[f"blocks.{i}.mlp_scale"] == 1).all()
         assert (p[f"blocks.{i}.query_gain"] == 5).all() and not p[f"blocks.{i}.head_gate"].any()

@@ -2052,12 +2052,12 @@ class GPT(nn.Module):
         hidden = rms_norm(x)
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype))
-        if "head" in adapters[-1]:  # in float32: next to a bfloat16 logit a small contribution would round away
-            logits = logits.float() + low_rank(hidden, adapters[-1]["head"]).float()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if "head" in adapters[-1]:  # next to a bfloat16 logit a small contribution would round away
+            logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
         c, cap = self.c, self.c.logit_softcap
         if tempered and c.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / c.temperature
-            cap /= c.temperature
+            logits, cap = logits.to(wide) / c.temperature, cap / c.temperature
         return softcapped_cross_entropy(logits, targets, cap, c.softcap_type, c.fused_ce_enabled,
                                         c.triton_kernels != "0")
 

@@ -100,8 +100,8 @@ def build_model(c, seed=0, spread=0.3):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             if name in tg.BANKS:
                 p.copy_(noise * p.size(-1) ** -0.5)
-            elif name in ("embedding", "head"):
-                p.copy_(noise * 0.5)
+            elif name in ("embedding", "head") or name.endswith((".table", ".projection")):
+                p.copy_(noise * 0.5)  # whatever `reset` drew, which depends on the type
             else:
                 p.add_(noise * spread)
     return model

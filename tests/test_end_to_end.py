@@ -329,6 +329,52 @@ def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypa
     assert scores[1] == pytest.approx(scores[0], abs=2e-3)
 
 
+SMALL_POLY5 = dict(
+    PRESET="poly5", RUN_ID="poly", VOCAB_SIZE=384, NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4,
+    BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="2,3", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256,
+    MICRO_BATCH_TOKENS=128, ITERATIONS=16, WARMDOWN_ITERS=12, MAX_WALLCLOCK_SECONDS=0, SWA_EVERY=1, WARMUP_STEPS=1,
+    VAL_LOSS_EVERY=0, VAL_BATCH_SIZE=4096, GPTQ_CALIBRATION_BATCHES=1, DEVICE="cpu", CPU_THREADS=1,
+    COMPUTE_DTYPE="float32")
+
+
+def test_poly5_runs_small_through_every_stage(data, tmp_path, capfd, monkeypatch):
+    """All that the preset names acts: stages of depth, late rounding, both averages, residuals, chunk TTT."""
+    values = dict(SMALL_POLY5, DATA_PATH=data, TTT_CHUNK_TOKENS=4000, TTT_LR=0.05, ARTIFACT_LIMIT_BYTES=10**6)
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    assert code == 0 and not errors, errors
+    s = summary_of(tmp_path / "logs" / "poly")
+    for line in ("layers that learn: the first 1 of 4", "layers that learn: the first 2 of 4",
+                 "layers that learn: the first 4 of 4", "late QAT on", r"swa:[2-9] late weights averaged",
+                 r"rvq:(\d+) of 25 matrices have a residual, [1-9]\d* bytes"):
+        assert len(re.findall(line, out)) == 1, (line, out)
+    assert "not complete" not in out and "no effect" not in out
+    assert s["artifact_bytes"] <= 10**6 and s["val_bpb_ttt"] < s["val_bpb_quantized"] < 3.5
+    model, c = tg.load_artifact((tmp_path / "logs" / "poly" / "model.pgolf").read_bytes(),
+                                tg.config_from_env(strings(values), False)[0], set(), torch.device("cpu"))
+    learned = dict(model.named_parameters())
+    assert all(learned[name].abs().max() > 1e-3 for name in ("bigram.table", "values.projection", "smear.weight"))
+
+
+@pytest.mark.skipif(not tg.cpu_compiler(), reason="torch.compile needs a C++ compiler and Python's headers on CPUs")
+def test_the_stages_of_poly5_are_compiled_once_and_act(data, tmp_path, capfd, monkeypatch):
+    """Two stages of depth, late rounding, validation: four graphs, none after the warmup; and rounding is not folded."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    found = {}
+    for name, knobs in dict(eager=dict(COMPILE=0), compiled=dict(COMPILE=1),
+                            unrounded=dict(COMPILE=0, LATE_QAT_THRESHOLD=0)).items():
+        values = dict(SMALL_POLY5, NUM_LAYERS=2, VE_LAYERS="1", PROGRESSIVE_DEPTH_SCHEDULE="0.3", ITERATIONS=8,
+                      MATRIX_BITS=3, LATE_QAT_THRESHOLD=0.6, WARMDOWN_ITERS=8, MODE="train", EVAL_STRIDE=32,
+                      RVQ_ENABLED=0, TRAIN_LOG_EVERY=1, DATA_PATH=data, RUN_ID=name)
+        code, out, errors = call({**values, **knobs}, tmp_path, capfd, monkeypatch)
+        assert code == 0, errors
+        found[name] = [float(loss) for _, loss, *_ in re.findall(STEP, out)]
+        if name == "compiled":
+            assert re.findall(r"(\d+) graphs compiled|recompiled:(\d+) graphs", out) == [("4", ""), ("", "0")]
+    assert found["compiled"] == pytest.approx(found["eager"], abs=3e-3)
+    assert found["unrounded"][:4] == found["eager"][:4]
+    assert abs(found["unrounded"][-1] - found["eager"][-1]) > 0.02
+
+
 # ------------------------------------------------------------------------------------------------- commands of the field
 
 # A published command for the record's script, as its authors give it.

@@ -17,6 +17,7 @@ LOOP = dict(NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, NUM_LAYERS=3, ENABLE_LOOPING_
 SPARSE = dict(SPARSE_ATTN_GATE_ENABLED=1)
 CORRECTED = dict(LQER_ENABLED=1, LQER_SELECT="norm", LQER_ASYM_ENABLED=1)
 TRELLIS = dict(QUANTIZER="trellis")
+LATE = dict(SWA_EVERY=1, SWA_START=1.0, WARMDOWN_FRAC=1)
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
     "COMPUTE_DTYPE": ("float64", {}), "ATTENTION": ("sdpa", {}), "CPU_THREADS": (2, {}),
@@ -52,6 +53,13 @@ CHANGES = {
     "QUANTIZER": ("trellis", {}), "TRELLIS_STATES": (4, TRELLIS), "TRELLIS_RATE": (0.2, TRELLIS),
     "COLUMN_STEPS": (0.75, {}), "TARGET_BYTES": (70_000, {}),
     "RVQ_ENABLED": (1, {}), "RVQ_BITS": (3, dict(RVQ_ENABLED=1)),
+    "SMEAR_GATE_TYPE": ("channel", dict(SMEAR_GATE_ENABLED=1)), "BIGRAM_VOCAB_SIZE": (50, {}),
+    "BIGRAM_DIM": (7, dict(BIGRAM_VOCAB_SIZE=50)), "VE_DIM": (6, dict(VE_LAYERS="1")),
+    "VE_LAYERS": ("0,1", dict(VE_DIM=6, VE_LAYERS="1")), "FOCAL_ENABLED": (1, {}),
+    "FOCAL_GAMMA": (3, dict(FOCAL_ENABLED=1)), "PROGRESSIVE_DEPTH_SCHEDULE": ("0.5", {}), "SWA_ENABLED": (1, LATE),
+    "SWA_EVERY": (2, dict(LATE, SWA_ENABLED=1)), "SWA_START": (0.6, dict(LATE, SWA_ENABLED=1)),
+    "WEIGHT_AVERAGE": ("ema", dict(LATE, SWA_ENABLED=1, EMA_DECAY=0.5)), "LATE_QAT_THRESHOLD": (0.9, {}),
+    "MATRIX_CLIP_SIGMAS": (5, dict(BIGRAM_VOCAB_SIZE=5500, BIGRAM_DIM=12)), "TEMPERATURE": (0.8, {}),
     "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
 }

@@ -4339,7 +4339,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()
-        run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm - earlier} graphs compiled, "
+        run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, "
                 "everything put back")
     with Stage(run, "train"):
         end = train(trainer, lambda: evaluator(trainer.forward))

@@ -276,9 +276,10 @@ def make_adapters(c, rows, looped, rank=3, zero=False, seed=0):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("knobs", [{}, dict(PAIRS, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly")], ids=["", "pairs"])
 @pytest.mark.parametrize("looped", [False, True])
-def test_zero_adapters_change_no_bit_and_get_gradients(looped, dtype):
-    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype)
+def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype, **knobs)
     model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
     plain = model(*batch, looped=looped)
     adapters = make_adapters(c, 3, looped, zero=True)

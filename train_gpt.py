@@ -401,13 +401,9 @@ class Config:
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """Layers with value embeddings. Errors: ConfigError."""
+        """Layers with value embeddings: the numbers in VE_LAYERS."""
         words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
-        numbers = tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
-        if len(numbers) < len(words) or len(set(numbers)) < len(words) or max(numbers, default=-1) >= self.num_layers:
-            raise ConfigError("VE_LAYERS", self.ve_layers, f"must be different layers below NUM_LAYERS="
-                                                           f"{self.num_layers} with commas between, such as 0,1")
-        return numbers
+        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
 
     @property
     def depth_cuts(self) -> tuple[float, ...]:
@@ -612,7 +608,10 @@ def check_config(c: Config) -> None:
     require(c.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
     require(c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 or at least 2: a document's first token has a "
             "bucket of its own")
-    require(len(c.value_layers) <= c.num_layers, "ve_layers", f"must be layers below NUM_LAYERS={c.num_layers}")
+    if c.ve_dim:
+        found = {layer for layer in c.value_layers if layer < c.num_layers}
+        require(len(found) == c.ve_layers.count(",") + 1, "ve_layers",
+                f"must be different layers below NUM_LAYERS={c.num_layers} with commas between, such as 0,1")
     require(len(c.depth_cuts) < c.num_layers, "progressive_depth_schedule",
             f"must be fewer numbers than NUM_LAYERS={c.num_layers}")
     require(c.weight_average != "ema" or c.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")

@@ -31,6 +31,7 @@ import datetime
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import platform
@@ -243,7 +244,7 @@ class Config:
                           "gptq_lite: each row to nearest, with the best of five clip quantiles", "bytes",
                           choices=("uniform", "trellis", "gptq_lite"))
     trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
-    trellis_rate: float = knob(1.0, "weight of the bits in the trellis search", "bytes", low=0, high=10)
+    trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
     column_steps: float = knob(0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0,
                                high=1)
     target_bytes: int = knob(0, "bytes of code and model that the steps are fitted to, at most; 0: steps by "
@@ -287,13 +288,14 @@ class Config:
     ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
     ttt_streams: int = knob(8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb",
                             low=1, high=4096)
-    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them", "val_bpb", low=1)
+    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them, at most the "
+                               "context", "val_bpb", low=1)
     ttt_short_doc_chunks: bool = knob(False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000",
                                       "val_bpb")
     ttt_eval_seq_len: int = knob(0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb",
                                  low=0, high=1 << 20)
     ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
-    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=0)
+    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=1e-3)
     ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
     ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
     ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
@@ -2103,6 +2105,12 @@ class Adapters:
         self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
         self.taken = [torch.zeros((), device=self.device) for _ in self.parameters()]
 
+    def arrange(self, order: np.ndarray) -> None:
+        """Puts A's first rows in this order: which A a document gets must not depend on others' lengths."""
+        if (order != np.arange(len(order))).any():
+            for a in self.a.values():
+                a[:len(order)] = a[torch.from_numpy(order).to(a.device)]
+
     def parameters(self, rows: int | None = None) -> list[Tensor]:
         """A and B of the first rows, one after the other."""
         return [p[:rows] for key in self.a for p in (self.a[key], self.b[key])]
@@ -2423,10 +2431,12 @@ def ema_share(step: int, c: Config) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def compiled_forward(model: GPT) -> Callable:
+def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
     """The model's forward, compiled as one graph for each use where COMPILE says so."""
-    torch._dynamo.config.recompile_limit = 64  # graphs of one function: uses times stages can pass the default of 8
-    return torch.compile(model, dynamic=False, fullgraph=True) if model.c.compile == "1" else model
+    if model.c.compile != "1":
+        return model
+    torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together come near the usual 8
+    return torch.compile(model, dynamic=dynamic, fullgraph=True)
 
 
 def graphs_compiled() -> int:
@@ -2712,30 +2722,34 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
-def ordered_factor(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
-    """`inverse_factor` of Hessians [B, c, c] whose columns are put in an order [B, c] first."""
+class Feedback(NamedTuple):
+    """What an error in one column asks of those that follow: their order [B, c], and U [B, c, c] in that order."""
+
+    order: Tensor
+    u: Tensor
+
+
+def feedback_of(hessian: Tensor, damp: float, natural: bool = False) -> Feedback:
+    """Of Hessians [B, c, c]: columns in falling order of the diagonal, or in their own."""
+    order = torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2]) if natural else \
+        hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
     h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    return inverse_factor(h, damp)
+    return Feedback(order, inverse_factor(h, damp))
 
 
-def falling_diagonal(hessian: Tensor) -> Tensor:
-    """Columns [B, c] by their mean square input, the largest first."""
-    return hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+def gptq(weights: Tensor, feedback: Feedback, scales: Tensor, limit: int | Tensor, columns: Tensor | None = None,
+         block: int = 128) -> Tensor:
+    """GPTQ (arXiv 2210.17323): rounds one column after the other, feeding errors forward.
 
-
-def gptq(weights: Tensor, hessian: Tensor, scales: Tensor, limit: int | Tensor, damp: float,
-         columns: Tensor | None = None, block: int = 128) -> Tensor:
-    """GPTQ (arXiv 2210.17323): rounds columns in falling order of the Hessian's diagonal, feeding errors forward.
-
-    weights [B, r, c], hessian [B, c, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
+    weights [B, r, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
     -> int8 codes [B, r, c] in -limit..limit.
     """
-    order = falling_diagonal(hessian)                                                          # [B, c]
+    order = feedback.order                                                                     # [B, c]
     factors = torch.ones_like(order, dtype=torch.float) if columns is None else columns.gather(-1, order)
     limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
     w, s = weights.float().gather(-1, row_order) / factors[:, None], scales.float()
-    u = ordered_factor(hessian, order, damp) / factors[:, None]
+    u = feedback.u / factors[:, None]
     codes = torch.empty_like(w)
     for start in range(0, w.size(-1), block):
         stop = min(start + block, w.size(-1))
@@ -2896,22 +2910,22 @@ def trellis_rows(w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trell
     return codes
 
 
-def steps_by_column(hessian: Tensor, order: Tensor, damp: float, exponent: float) -> Tensor:
+def steps_by_column(feedback: Feedback, exponent: float) -> Tensor:
     """Each column's multiple of the row's step, in half octaves: int8 [B, c], 2^(code / 2) ~ U_jj^exponent.
 
     An error e of column j adds (e / U_jj)^2 to the weighted error, so at high rates steps proportional to U_jj share
     it evenly, and the product of all U_jj, thus the rate, is the same in every order. Powers below 1 do better where
     columns would fall to a fraction of a bit. It pays where the entropy coder knows each column's scale.
     """
-    logs = ordered_factor(hessian, order, damp).diagonal(dim1=-2, dim2=-1).log2()
+    logs = feedback.u.diagonal(dim1=-2, dim2=-1).log2()
     codes = (2 * exponent * (logs - logs.mean(-1, keepdim=True))).round().clamp(-127, 127)
-    return torch.empty_like(codes).scatter_(-1, order, codes).to(torch.int8)
+    return torch.empty_like(codes).scatter_(-1, feedback.order, codes).to(torch.int8)
 
 
-def trellis_gptq(weights: Tensor, hessian: Tensor, steps: Tensor, columns: Tensor, c: Config) -> Tensor:
+def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, c: Config) -> Tensor:
     """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) in place of rounding, columns in the model's order.
 
-    weights [B, r, c], hessian [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
+    weights [B, r, c], U [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
     Returns k, int8 [B, r, c], of which `trellis_levels` makes levels. TRELLIS_RATE weighs the bits: 1 is the slope of
     the rate-distortion function, 0 ignores them. The model's order needs no bytes, and did better than a falling
     diagonal: a search spends the freedom of the columns that matter little on those that matter much.
@@ -2923,14 +2937,14 @@ def trellis_gptq(weights: Tensor, hessian: Tensor, steps: Tensor, columns: Tenso
     together = max(1, chunk // rows)                                                            # matrices at a time
     for b in range(0, len(weights), together):
         some = slice(b, b + together)
-        u = inverse_factor(hessian[some], c.gptq_damp) / columns[some, None]
+        scaled = u[some] / columns[some, None]
         w = weights[some].float() / (steps[some].float()[..., None] * columns[some, None])
         variance = w.square()
         row, column, mean = (variance.mean(d, keepdim=True) for d in (2, 1, (1, 2)))
         price = (rate * TRELLIS_NOISE / (row * column / mean.clamp_min(1e-30) + 1)).mT[:, :, None]  # [B, c, 1, r]
         for r in range(0, rows, chunk):
             part = slice(r, r + chunk)
-            codes[some, part] = trellis_rows(w[:, part], u, price[..., part].contiguous(), bit, trellis)
+            codes[some, part] = trellis_rows(w[:, part], scaled, price[..., part].contiguous(), bit, trellis)
     return codes
 
 
@@ -3004,18 +3018,15 @@ def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Conf
     return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
 
 
-def quantize_bank(weights: Tensor, hessian: Tensor, fine: Tensor | None, bits: int, sigmas: float,
+def quantize_bank(weights: Tensor, feedback: Feedback, fine: Tensor | None, bits: int, sigmas: float,
                   c: Config, octaves: float = 0.0) -> Quantized:
     """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
 
     Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
     the bytes, so codes may use all of int8.
     """
-    batch, device = as_batch(weights).float(), weights.device
-    on_trellis = c.quantizer == "trellis"
-    order = torch.arange(batch.size(-1), device=device).expand(len(batch), -1) if on_trellis else \
-        falling_diagonal(hessian)
-    columns = steps_by_column(hessian, order, c.gptq_damp, c.column_steps)
+    batch, device, on_trellis = as_batch(weights).float(), weights.device, c.quantizer == "trellis"
+    columns = steps_by_column(feedback, c.column_steps)
     scales = row_scales(batch / torch.exp2(columns / 2)[:, None], bits, sigmas, c.scale_grid,
                         2.0 ** octaves * (TRELLIS_STEP if on_trellis else 1))
     limits = torch.full(columns.shape, 127 if c.target_bytes else 2 ** (bits - 1) - 1, device=device)
@@ -3025,19 +3036,28 @@ def quantize_bank(weights: Tensor, hessian: Tensor, fine: Tensor | None, bits: i
         inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, :batch.size(-1)]
         columns, limits = columns - (16 - 2 * bits) * inside, torch.where(inside, 127, limits)
     factors = torch.exp2(columns / 2)
-    codes = trellis_gptq(batch, hessian, scales, factors, c) if on_trellis else \
-        gptq(batch, hessian, scales, limits, c.gptq_damp, factors)
+    codes = trellis_gptq(batch, feedback.u, scales, factors, c) if on_trellis else \
+        gptq(batch, feedback, scales, limits, factors)
     extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
     return Quantized(codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras,
                      c.trellis_states if on_trellis else 0)
 
 
+def all_feedbacks(hessians: dict[str, Tensor], c: Config) -> dict[str, Feedback]:
+    """Every bank's. A trellis does best in the columns' own order."""
+    return {name: feedback_of(h, c.gptq_damp, natural=c.quantizer == "trellis") for name, h in hessians.items()}
+
+
 @torch.no_grad()
 def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
-             log: Callable[[str], None] = lambda line: None, octaves: float = 0.0) -> dict[str, Quantized]:
-    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest, as all are
-    with QUANTIZER=gptq_lite. `octaves` makes the steps of those with a Hessian larger.
+             log: Callable[[str], None] = lambda line: None, octaves: float = 0.0,
+             feedbacks: dict[str, Feedback] | None = None) -> dict[str, Quantized]:
+    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest,
+    as all are with QUANTIZER=gptq_lite.
+
+    `octaves` makes the steps of those with a Hessian larger. `feedbacks` are the Hessians' if they are known already.
     """
+    feedbacks = feedbacks or ({} if c.quantizer == "gptq_lite" else all_feedbacks(hessians, c))
     stored, fine = {}, fine_groups(weights, hessians, c) if c.awq_groups and hessians else {}
     for name, value in weights.items():
         bits, sigmas = quantization_bits(name, value.numel(), c)
@@ -3046,7 +3066,7 @@ def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
         elif c.quantizer == "gptq_lite":
             stored[name] = Quantized(*gptq_lite(value.float(), bits, c.scale_grid), bits, {})
         elif name in hessians:
-            stored[name] = quantize_bank(value, hessians[name], fine.get(name), bits, sigmas, c, octaves)
+            stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, c, octaves)
         else:
             scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
             codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
@@ -3207,7 +3227,8 @@ def fit_residuals(stored: dict[str, Quantized], weights: dict[str, Tensor], hess
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
         limit = 2 ** (c.rvq_bits - 1) - 1
         scales = row_scales(errors, c.rvq_bits, 0.0, c.scale_grid)
-        codes = gptq(errors, hessian, scales, limit, c.gptq_damp)  # to nearest, some matrices would only get worse
+        # Rounded to nearest, some matrices would only get worse.
+        codes = gptq(errors, feedback_of(hessian, c.gptq_damp), scales, limit)
         left = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
         for i, saved in enumerate((weighted_error(errors, hessian) - left).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
@@ -3703,10 +3724,10 @@ def quantize_within(weights: dict[str, Tensor], hessians: dict[str, Tensor], lim
     each attempt starts from the last one's excess. Ends at STEP_OCTAVES where the model is too small for its bytes.
     """
     count, (low, high) = sum(weights[name].numel() for name in hessians), STEP_OCTAVES
-    octaves, tried, best = 0.0, set(), None
+    octaves, tried, best, feedbacks = 0.0, set(), None, all_feedbacks(hessians, c)
     while len(tried) < 8:
         lines: list[str] = []
-        data = pack(quantize(weights, hessians, c, lines.append, octaves), c)
+        data = pack(quantize(weights, hessians, c, lines.append, octaves, feedbacks), c)
         excess = len(data) - limit
         tried.add(octaves)
         if excess > 0:
@@ -3918,10 +3939,11 @@ def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
         scored = begin
         while scored < end:
-            stop = min(max(begin + context, scored + stride), end)
+            stop = max(begin + context, scored + stride)
             if chunk:
                 stop = min(stop, scored - scored % chunk + chunk)
-            first = max(begin, stop - context)
+            first = max(begin, stop - context)  # before the end is looked at: a score must not know where that is
+            stop = min(stop, end)
             windows.append((first, stop - first, scored - first))
             scored = stop
     return np.array(windows, dtype=np.int64)
@@ -3968,8 +3990,8 @@ class Ledger:
         """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
         places = positions >= 0
         positions = positions[places]
-        assert not self.mine[positions].any(), "a target was scored twice"
-        self.mine[positions] = 1
+        np.add.at(self.mine, positions, 1)  # counts a target that stands here twice as well
+        assert (self.mine[positions] == 1).all(), "a target was scored twice"
         self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
 
     def learn(self, positions: np.ndarray) -> None:
@@ -3998,13 +4020,17 @@ class Pace:
     def __init__(self, run: Run, c: Config, what: str, total: float):
         self.run, self.c, self.what, self.total, self.done, self.warned = run, c, what, total, 0.0, False
         self.begin = self.last = time.perf_counter()
+        self.first: tuple[float, float] | None = None  # work and time of the first advance, which may have compiled
 
     def advance(self, work: float) -> None:
         """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
         self.done += work
         now = time.perf_counter()
-        spent = now - self.begin
-        left, budget = spent / self.done * (self.total - self.done), self.c.eval_budget_seconds
+        if self.first is None:
+            self.first = self.done, now
+            return
+        spent, rate = now - self.begin, (now - self.first[1]) / (self.done - self.first[0])
+        left, budget = rate * (self.total - self.done), self.c.eval_budget_seconds
         projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left
         if now - self.last > 30:
             self.last = now
@@ -4169,14 +4195,17 @@ class PhasedTTT:
         self.order = by_length if c.ttt_order == "length" else np.arange(len(self.lengths))
         prefix = min(c.phased_ttt_prefix_docs, len(self.order))
         cuts = [prefix * (phase + 1) // c.phased_ttt_num_phases for phase in range(c.phased_ttt_num_phases)]
-        self.cuts = [cut for cut in dict.fromkeys(cuts) if cut]  # documents scored before each learning of all weights
+        # Documents scored before each learning of all weights; after the last document nothing would gain from it.
+        self.cuts = [cut for cut in dict.fromkeys(cuts) if 0 < cut < len(self.order)]
         self.chunks = np.full(len(self.lengths), c.ttt_chunk_size)
         if c.ttt_short_doc_chunks:
             self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
+        self.chunks = np.minimum(self.chunks, c.ttt_context)  # a window must hold its chunk
         self.counts = -(-self.lengths // self.chunks)
         self.ledger = Ledger(evaluator)
-        self.forward = torch.compile(model, dynamic=True, fullgraph=True) if c.compile == "1" else model
-        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(self.cost(self.order).sum()))
+        self.forward = compiled_forward(model, dynamic=True)
+        work = sum(self.cost(batch).sum() for begin, end in self.phases() for _, _, batch in self.batches(begin, end))
+        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(work))
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
         """Tokens that pass through the model for each document, about: its chunks, each with its context."""
@@ -4188,29 +4217,35 @@ class PhasedTTT:
         c = self.c
         self.model.requires_grad_(False)
         self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
-        begin = 0
-        for end in (*self.cuts, len(self.order)):
-            self.phase(begin, end)
-            if end in self.cuts and self.learn:
-                self.ledger.share()
-                self.learn_globally(self.order[:end])
-            begin = end
-        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
-
-    def phase(self, begin: int, end: int) -> None:
-        """Scores and adapts the batches of documents begin..end-1 of the order that fall to this rank's streams."""
-        c = self.c
-        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
-            batch, stream = self.order[first:min(first + c.ttt_batch_size, end)], number % c.ttt_streams
-            if stream % self.run.world == self.run.rank:
+        for begin, end in self.phases():
+            for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
                     self.adapters.start(stream, c.seed + first)
                 self.adapt(batch)
-            self.pace.advance(float(self.cost(batch).sum()))
+                self.pace.advance(float(self.cost(batch).sum()))
+            if end in self.cuts and self.learn:
+                self.ledger.share()
+                self.learn_globally(self.order[:end])
+        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def phases(self) -> list[tuple[int, int]]:
+        """Places in the order at which each phase begins and ends."""
+        return list(itertools.pairwise((0, *self.cuts, len(self.order))))
+
+    def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
+        c = self.c
+        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
+            stream = number % c.ttt_streams
+            if stream % self.run.world == self.run.rank:
+                yield first, stream, self.order[first:min(first + c.ttt_batch_size, end)]
 
     def adapt(self, documents: np.ndarray) -> None:
         """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
-        documents = documents[np.argsort(-self.counts[documents], kind="stable")]
+        order = np.argsort(-self.counts[documents], kind="stable")
+        documents = documents[order]
+        if self.adapters:
+            self.adapters.arrange(order)
         for chunk in range(int(self.counts[documents[0]])):
             batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
             learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
@@ -4224,6 +4259,8 @@ class PhasedTTT:
                 inside = torch.from_numpy(counted).to(nll.device)
                 loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
                 self.adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+        if self.adapters:
+            self.adapters.arrange(np.argsort(order))
 
     def score(self, batch: Batch, scored: np.ndarray, learning: bool) -> tuple[Tensor, list[Tensor]]:
         """NLL [R, last] of a window's last places, and the adapters' tensors that it depends on."""
@@ -4241,8 +4278,13 @@ class PhasedTTT:
         """
         first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
         stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
-        begin = np.maximum(0, stop - self.c.ttt_context)
-        length, last = int((stop - begin).max()), int((stop - first).max())
+        begin = np.maximum(0, first + self.chunks[documents] - self.c.ttt_context)
+        # torch.compile makes a graph of its own where a size is 1 or two sizes are equal: here neither happens.
+        if len(documents) == 1 < self.c.ttt_batch_size:
+            documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
+            first[1] = stop[1]  # the second row is padding: nothing of it is scored
+        last = max(2, int(self.chunks[documents].max()))
+        length = min(max(int((stop - begin).max()), last + 1), max(self.c.ttt_context, last))
         offset = stop[:, None] - length + np.arange(length)                        # [R, T] places in their documents
         padding = offset < begin[:, None]
         positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
@@ -4305,6 +4347,10 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
+    if not math.isfinite(score.nats):
+        c, name = evaluator.c, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.c.ttt_mode]
+        raise ConfigError(name.upper(), getattr(c, name), f"the loss of test-time training is {score.loss}; lower this "
+                          f"rate" + (f" or GLOBAL_TTT_LR={c.global_ttt_lr:g}" if c.ttt_mode == "phased" else ""))
     log_score(run, "ttt", score)
     return rows | dict(val_bpb_ttt=score.bpb, val_bpb=score.bpb, val_loss=score.loss,
                        ttt_targets_per_second=score.tokens / (time.perf_counter() - begin))

@@ -8,10 +8,13 @@ banks of tr(E H E^T) / tr(W H W^T). One model and one seed: small differences ar
 """
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; as train_gpt.py does when it is run
+
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time

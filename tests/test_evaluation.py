@@ -26,7 +26,8 @@ def test_where_documents_begin_and_end():
 
 
 def test_windows_by_hand():
-    assert tg.evaluation_windows(np.array([0, 10]), 4, 4).tolist() == [[0, 4, 0], [4, 4, 0], [6, 4, 2]]
+    assert tg.evaluation_windows(np.array([0, 10]), 4, 4).tolist() == [[0, 4, 0], [4, 4, 0], [8, 2, 0]]
+    assert tg.evaluation_windows(np.array([0, 9]), 4, 3).tolist() == [[0, 4, 0], [3, 4, 1], [6, 3, 1]]
     assert tg.evaluation_windows(np.array([0, 10]), 4, 1).tolist() == [[0, 4, 0], *([s, 4, 3] for s in range(1, 7))]
     assert tg.evaluation_windows(np.array([0, 3, 4]), 8, 8).tolist() == [[0, 3, 0], [3, 1, 0]]
 
@@ -49,6 +50,23 @@ def test_windows_score_each_target_once_with_the_promised_context(lengths, conte
             assert start == begin or place + 1 > context - stride
     assert (counts == 1).all()
     assert windows.dtype == np.int64
+
+
+@examples(max_examples=200)
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 70), st.data())
+def test_windows_in_chunks_of_the_stream_score_each_target_once_in_its_chunk(lengths, context, chunk, data):
+    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none is longer than promised."""
+    stride = data.draw(st.integers(1, context))
+    bounds = np.cumsum([0, *lengths])
+    counts, document = np.zeros(bounds[-1], int), np.repeat(np.arange(len(lengths)), lengths)
+    for start, size, first in tg.evaluation_windows(bounds, context, stride, chunk).tolist():
+        scored = np.arange(start + first, start + size)
+        assert 1 <= size <= context and len(scored) and len(set(scored // chunk)) == 1
+        assert len(set(document[start:start + size])) == 1
+        counts[scored] += 1
+        begin = bounds[document[start]]
+        assert start == begin or (scored - start + 1 > context - stride).all()
+    assert (counts == 1).all()
 
 
 def test_windows_without_overlap_count_like_a_division():
@@ -110,8 +128,8 @@ def naive_nats(model, tokens, context, stride):
     for begin, end in pairwise([*starts, len(tokens) - 1]):
         done = begin
         while done < end:
-            stop = min(begin + context if done == begin else done + stride, end)
-            first = max(begin, stop - context)
+            stop = begin + context if done == begin else done + stride
+            first, stop = max(begin, stop - context), min(stop, end)  # where the document ends adds no context
             ids, targets = (torch.tensor([tokens[first + k:stop + k]]) for k in (0, 1))
             documents = documents_from(torch.zeros(1, stop - first, dtype=torch.int32))
             nll, _ = model(ids, targets, documents, looped=looped)
@@ -179,31 +197,34 @@ def test_the_batch_size_does_not_matter(dtype, tolerance, data):
     assert max(scores) - min(scores) < tolerance and scores[0] > 1
 
 
-def test_ranks_share_the_batches_and_add_up(data):
-    """The sum over simulated ranks is the whole, whatever their number; a rank may have nothing to do."""
+def test_ranks_share_the_batches_and_add_up(data, monkeypatch):
+    """The ledgers of simulated ranks are the whole, whatever their number; a rank may have nothing to do."""
     c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
-    model, alone = build_model(c, spread=0.1), tg.Evaluator(c, single_run())
-    whole = alone(model)
+    model, evaluator, ledgers = build_model(c, spread=0.1), tg.Evaluator(c, single_run()), []
+    whole = evaluator(model)
+    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
     for world in (2, 3, 40):
-        collected = torch.zeros(2, dtype=torch.float64)
+        ledgers.clear()
         for rank in range(world):
-            run = single_run(rank, world)
-
-            def add_up(total, whole=collected):
-                whole += total
-                total.copy_(torch.tensor([0.0, len(alone.tokens) - 1]))  # satisfies the count's assertion
-
-            run.add_up = add_up
-            alone.run = run
-            alone(model)
-        assert collected[0].item() == pytest.approx(whole.nats, rel=1e-12) and collected[1].item() == whole.tokens
+            evaluator.run = single_run(rank, world)
+            evaluator(model)
+        assert (sum(ledger.mine.astype(int) for ledger in ledgers) == 1).all() and len(ledgers) == world
+        assert sum(ledger.nll.sum() for ledger in ledgers) == pytest.approx(whole.nats, rel=1e-12)
 
 
 def test_a_missed_target_is_noticed(data):
     c = config(DATA_PATH=data)
     evaluator = tg.Evaluator(c, single_run())
     evaluator.rows = evaluator.rows[:-1]
-    with pytest.raises(AssertionError, match="targets were scored"):
+    with pytest.raises(AssertionError, match="targets were not scored exactly once"):
+        evaluator(build_model(c))
+
+
+def test_a_target_that_is_scored_again_is_noticed(data):
+    c = config(DATA_PATH=data)
+    evaluator = tg.Evaluator(c, single_run())
+    evaluator.rows = [*evaluator.rows, evaluator.rows[0]]
+    with pytest.raises(AssertionError, match="scored twice"):
         evaluator(build_model(c))
 
 
@@ -211,8 +232,8 @@ def test_batches_hold_documents_and_their_targets(data):
     c = config(DATA_PATH=data, EVAL_STRIDE=10, VAL_BATCH_SIZE=256)
     evaluator, seen = tg.Evaluator(c, single_run()), []
     whole = evaluator.tokens
-    for number in range(-(-len(evaluator.rows) // evaluator.batch_rows)):
-        (ids, targets, documents), scored = evaluator.batch(number)
+    for rows in evaluator.batches(evaluator.rows):
+        (ids, targets, documents), scored = evaluator.batch(rows, evaluator.windows)
         assert ids.shape == targets.shape == documents.starts.shape == scored.shape == (8, 32)
         r, t = np.nonzero(scored >= 0)
         assert np.array_equal(ids.numpy()[r, t], whole[scored[r, t]])
@@ -234,8 +255,8 @@ def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
     changed = []
     for evaluator in (before, after):
         nlls = np.zeros(99)
-        for number in range(-(-len(evaluator.rows) // evaluator.batch_rows)):
-            batch, scored = evaluator.batch(number)
+        for rows in evaluator.batches(evaluator.rows):
+            batch, scored = evaluator.batch(rows, evaluator.windows)
             nll = model(*batch, looped=False)[0].detach().numpy()
             nlls[scored[scored >= 0]] = nll[scored >= 0]
         changed.append(nlls)

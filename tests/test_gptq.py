@@ -43,7 +43,7 @@ def test_gptq_beats_rounding_to_nearest(shape, bits):
         w, (_, hessian) = matrix(*shape, seed), correlated(500, shape[1], seed + 10)
         limit = 2 ** (bits - 1) - 1
         scales = tg.row_scales(w, bits, 3.0 if bits < 6 else 0.0)
-        codes = tg.gptq(w, hessian, scales, limit, 0.01)
+        codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, limit)
         assert codes.dtype == torch.int8 and codes.abs().max() <= limit
         ours, plain = (weighted_error(w, x, scales, hessian) for x in (codes, nearest(w, scales, limit)))
         assert ours <= plain * (1 + 1e-6)
@@ -70,7 +70,7 @@ def test_gptq_is_the_papers_algorithm():
     for seed in range(4):
         w, (_, hessian) = matrix(12, 30, seed), correlated(300, 30, seed)
         scales = tg.row_scales(w, 4, 0.0)
-        found = tg.gptq(w, hessian, scales, 7, 0.01)[0].numpy()
+        found = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 7)[0].numpy()
         expected = plain_gptq(w[0].numpy(), hessian[0].numpy(), scales[0].float().numpy().astype(np.float64), 7, 0.01)
         assert (found == expected).mean() > 0.995  # rounding of a value between two codes may differ
 
@@ -78,24 +78,25 @@ def test_gptq_is_the_papers_algorithm():
 def test_blocks_do_not_matter():
     w, (_, hessian) = matrix(12, 300), correlated(900, 300)
     scales = tg.row_scales(w, 6, 0.0)
-    whole = tg.gptq(w, hessian, scales, 31, 0.01, block=300)
+    whole = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31, block=300)
     for block in (1, 7, 128):
-        assert (tg.gptq(w, hessian, scales, 31, 0.01, block=block) == whole).float().mean() > 0.999
+        assert (tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31, block=block) == whole).float().mean() > 0.999
 
 
 def test_a_batch_is_quantized_like_its_matrices_one_by_one():
     w = torch.cat([matrix(16, 48, seed) for seed in range(5)])
     hessian = torch.cat([correlated(200, 48, seed)[1] for seed in range(5)])
     scales = tg.row_scales(w, 6, 0.0)
-    together = tg.gptq(w, hessian, scales, 31, 0.01)
+    together = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31)
     for i in range(5):
-        assert torch.equal(together[i:i + 1], tg.gptq(w[i:i + 1], hessian[i:i + 1], scales[i:i + 1], 31, 0.01))
+        alone = tg.gptq(w[i:i + 1], tg.feedback_of(hessian[i:i + 1], 0.01), scales[i:i + 1], 31)
+        assert torch.equal(together[i:i + 1], alone)
 
 
 def test_independent_inputs_make_gptq_round_to_nearest():
     w = matrix(8, 20)
     scales = tg.row_scales(w, 5, 0.0)
-    found = tg.gptq(w, torch.diag_embed(torch.linspace(2, 1, 20))[None], scales, 15, 0.01)
+    found = tg.gptq(w, tg.feedback_of(torch.diag_embed(torch.linspace(2, 1, 20))[None], 0.01), scales, 15)
     assert torch.equal(found.float(), nearest(w, scales, 15))
 
 
@@ -103,7 +104,7 @@ def test_independent_inputs_make_gptq_round_to_nearest():
 def test_a_hessian_of_rank_one_works(damp):
     w, (_, hessian) = matrix(8, 24), correlated(100, 24, rank=1)
     scales = tg.row_scales(w, 6, 0.0)
-    codes = tg.gptq(w, hessian, scales, 31, damp)
+    codes = tg.gptq(w, tg.feedback_of(hessian, damp), scales, 31)
     assert weighted_error(w, codes, scales, hessian) <= weighted_error(w, nearest(w, scales, 31), scales, hessian)
 
 
@@ -113,11 +114,11 @@ def test_dead_columns_are_rounded_and_disturb_nothing(damp):
     x[:, [3, 17, 29]] = 0
     hessian, w = (x.T @ x / 400)[None], matrix(8, 30)
     scales = tg.row_scales(w, 6, 0.0)
-    codes = tg.gptq(w, hessian, scales, 31, damp)
+    codes = tg.gptq(w, tg.feedback_of(hessian, damp), scales, 31)
     dead = [3, 17, 29]
     assert torch.equal(codes[..., dead].float(), nearest(w, scales, 31)[..., dead])
     assert weighted_error(w, codes, scales, hessian) < weighted_error(w, nearest(w, scales, 31), scales, hessian)
-    none = tg.gptq(w, torch.zeros(1, 30, 30), scales, 31, damp)
+    none = tg.gptq(w, tg.feedback_of(torch.zeros(1, 30, 30), damp), scales, 31)
     assert torch.equal(none.float(), nearest(w, scales, 31))
 
 
@@ -126,7 +127,7 @@ def test_a_hessian_that_is_not_finite_is_an_error(bad):
     w, (_, hessian) = matrix(4, 8), correlated(50, 8)
     hessian[0, 2, 3] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
-        tg.gptq(w, hessian, tg.row_scales(w, 6, 0.0), 31, 0.01)
+        tg.gptq(w, tg.feedback_of(hessian, 0.01), tg.row_scales(w, 6, 0.0), 31)
 
 
 def test_the_inverse_factor_is_one():
@@ -146,7 +147,7 @@ def test_codes_stay_within_their_bits(bits, rows, columns, sigmas, seed):
     w, (_, hessian) = matrix(rows, columns, seed), correlated(60, columns, seed)
     limit = 2 ** (bits - 1) - 1
     scales = tg.row_scales(w, bits, sigmas)
-    codes = tg.gptq(w, hessian, scales, limit, 0.01)
+    codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, limit)
     assert scales.dtype == torch.float16 and scales.shape == (1, rows) and (scales > 0).all()
     assert codes.min() >= -limit and codes.max() <= limit
 
@@ -403,7 +404,7 @@ def test_gain_keeps_nothing_where_the_bytes_do_more_elsewhere():
     """White errors have no low rank: a correction of a large matrix of them cannot pay."""
     c = config(RECORD_LIKE, LQER_ENABLED=1, LQER_SELECT="gain")
     w = matrix(400, 300)
-    stored = {"up_bank": tg.quantize_bank(w, torch.eye(300)[None], None, 6, 0.0, c)}
+    stored = {"up_bank": tg.quantize_bank(w, tg.feedback_of(torch.eye(300)[None], 0.01), None, 6, 0.0, c)}
     lines = []
     tg.correct_errors(stored, {"up_bank": w}, {"up_bank": torch.eye(300)[None]}, c, lines.append)
     assert not stored["up_bank"].extras and "no correction" in lines[0]
@@ -486,17 +487,15 @@ def test_the_bits_of_each_class_have_a_knob():
         assert {name: stored[name].bits for name in tg.BANKS} == {n: 7 if n in banks else 4 for n in tg.BANKS}
 
 
-def test_steps_by_column_follow_the_conditional_deviation():
-    _, hessian = correlated(300, 40)
-    order = torch.arange(40)[None]
-    u = tg.inverse_factor(hessian, 0.01).diagonal(dim1=-2, dim2=-1)
-    found = tg.steps_by_column(hessian, order, 0.01, 1.0)
+@pytest.mark.parametrize("natural", [False, True])
+def test_steps_by_column_follow_the_conditional_deviation(natural):
+    feedback = tg.feedback_of(correlated(300, 40)[1], 0.01, natural)
+    u = torch.empty(1, 40).scatter_(1, feedback.order, feedback.u.diagonal(dim1=-2, dim2=-1))  # in the model's order
+    found = tg.steps_by_column(feedback, 1.0)
     expected = (u / u.log2().mean().exp2()).log2()
     assert found.dtype == torch.int8 and (found / 2 - expected).abs().max() <= 0.2501
-    assert not tg.steps_by_column(hessian, order, 0.01, 0.0).any()
-    moved = torch.randperm(40, generator=torch.Generator().manual_seed(0))[None]  # codes are in the model's order
-    assert torch.equal(tg.steps_by_column(torch.diag_embed(hessian.diagonal(dim1=1, dim2=2)), moved, 0.0, 1.0),
-                       tg.steps_by_column(torch.diag_embed(hessian.diagonal(dim1=1, dim2=2)), order, 0.0, 1.0))
+    assert not tg.steps_by_column(feedback, 0.0).any()
+    assert torch.equal(feedback.order[0], torch.arange(40)) == natural
 
 
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
@@ -507,7 +506,7 @@ def test_steps_by_column_lower_the_error_at_equal_bytes(quantizer):
     for power in (0.0, 0.75):
         for octaves in (0.0, 1.0):
             c = config(QUANTIZER=quantizer, COLUMN_STEPS=power, COMPRESSOR="pergroup")
-            q = tg.quantize_bank(w, hessian, None, 6, 13.0, c, octaves)
+            q = tg.quantize_bank(w, tg.all_feedbacks({"w": hessian}, c)["w"], None, 6, 13.0, c, octaves)
             size = len(tg.encode_integers(q.codes.numpy(), tg.coder_trellis(q.states)))
             found[power, octaves] = size, math.log2(tg.weighted_error(w - tg.restore(q), hessian).item())
     (b0, e0), (b1, e1) = found[0.0, 0.0], found[0.0, 1.0]

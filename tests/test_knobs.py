@@ -18,6 +18,9 @@ SPARSE = dict(SPARSE_ATTN_GATE_ENABLED=1)
 CORRECTED = dict(LQER_ENABLED=1, LQER_SELECT="norm", LQER_ASYM_ENABLED=1)
 TRELLIS = dict(QUANTIZER="trellis")
 LATE = dict(SWA_EVERY=1, SWA_START=1.0, WARMDOWN_FRAC=1)
+PHASED = dict(TTT_MODE="phased", TTT_BATCH_SIZE=8, TTT_STREAMS=1, TTT_CHUNK_SIZE=16, TTT_LORA_RANK=4, TTT_LORA_LR=0.01,
+              PHASED_TTT_PREFIX_DOCS=16, PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=512, GLOBAL_TTT_LR=0.01)
+CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
     "COMPUTE_DTYPE": ("float64", {}), "ATTENTION": ("sdpa", {}), "CPU_THREADS": (2, {}),
@@ -60,9 +63,28 @@ CHANGES = {
     "SWA_EVERY": (2, dict(LATE, SWA_ENABLED=1)), "SWA_START": (0.6, dict(LATE, SWA_ENABLED=1)),
     "WEIGHT_AVERAGE": ("ema", dict(LATE, SWA_ENABLED=1, EMA_DECAY=0.5)), "LATE_QAT_THRESHOLD": (0.9, {}),
     "MATRIX_CLIP_SIGMAS": (5, dict(BIGRAM_VOCAB_SIZE=5500, BIGRAM_DIM=12)), "TEMPERATURE": (0.8, {}),
-    "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
+    "TTT_MODE": ("phased", dict(PHASED, TTT_MODE="none")), "TTT_BASELINE": (1, PHASED),
+    **{name: (value, PHASED) for name, value in (
+        ("TTT_ORDER", "stream"), ("TTT_BATCH_SIZE", 4), ("TTT_STREAMS", 2), ("TTT_CHUNK_SIZE", 12),
+        ("TTT_EVAL_SEQ_LEN", 32), ("TTT_LORA_RANK", 2), ("TTT_LORA_ALPHA", 9), ("TTT_LORA_LR", 0.02),
+        ("TTT_BETA2", 0.5), ("TTT_WEIGHT_DECAY", 5), ("TTT_GRAD_STEPS", 2), ("TTT_WARM_START_A", 0),
+        ("PHASED_TTT_PREFIX_DOCS", 8), ("PHASED_TTT_NUM_PHASES", 1), ("GLOBAL_TTT_CHUNK_TOKENS", 256),
+        ("GLOBAL_TTT_LR", 0.02), ("GLOBAL_TTT_MOMENTUM", 0.5), ("GLOBAL_TTT_EPOCHS", 2),
+        *((f"TTT_{part}_LORA", 0) for part in ("Q", "K", "V", "O", "MLP")))},
+    "TTT_SHORT_DOC_CHUNKS": (1, dict(PHASED, TTT_EVAL_SEQ_LEN=32)),
+    **{name: (value, CHUNK) for name, value in (("TTT_CHUNK_TOKENS", 2048), ("TTT_EPOCHS", 1), ("TTT_LR", 0.01),
+                                                ("TTT_MOMENTUM", 0.5), ("TTT_FREEZE_BLOCKS", 1))},
+    "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)), "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
 }
+
+
+class LatePace(tg.Pace):
+    """A Pace that has begun 5 seconds ago, so that an evaluation of milliseconds can miss a budget."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.begin -= 5
 
 
 def outcome(values, folder, capfd):
@@ -73,15 +95,16 @@ def outcome(values, folder, capfd):
         threads = [1]  # two busy threads in each of the tests' processes would slow both down tenfold
         patch.setattr(torch, "set_num_threads", threads.append)
         patch.setattr(torch, "get_num_threads", lambda: threads[-1])
+        patch.setattr(tg, "Pace", LatePace)
         capfd.readouterr()
         code = tg.main([], strings({"RUN_ID": "same", **values}))
         out, errors = capfd.readouterr()
         runs = [p for p in folder.rglob("log.txt")]
         summary = json.loads((runs[0].parent / "summary.json").read_text()) if runs else {}
-    measured = ("seconds", "tokens_per_second", "train_seconds", "peak_memory_bytes")
+    measured = ("seconds", "tokens_per_second", "train_seconds", "peak_memory_bytes", "ttt_targets_per_second")
     seen = {name: value for name, value in summary.items() if name not in measured}
     steps = re.findall(r"step:\d+/\d+ (?:train|val)_loss:\S+|lr_scale:\S+|device:.*|BatchLayout.*|order:.*|looping.*|"
-                       r"\d+ bytes over|warm\w*[: ]\d+", out)
+                       r"\d+ bytes over|warm\w*[: ]\d+|EVAL_BUDGET_SECONDS=\d+", out)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*")}
     model = [p.read_bytes() for p in folder.rglob("model.pgolf")]
     plan = {}

@@ -25,8 +25,8 @@ def gaussian(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def both_ways(w, hessian, steps, damp=0.01, states=8, rate=1.0):
     """(codes, weights read back), with the same step in all columns."""
-    c = config(TRELLIS_STATES=states, TRELLIS_RATE=rate, GPTQ_DAMP=damp)
-    codes = tg.trellis_gptq(w, hessian, steps, torch.ones(len(w), w.size(-1)), c)
+    c = config(TRELLIS_STATES=states, TRELLIS_RATE=rate)
+    codes = tg.trellis_gptq(w, tg.inverse_factor(hessian, damp), steps, torch.ones(len(w), w.size(-1)), c)
     return codes, tg.trellis_levels(codes, states)[0].float() * steps.float()[..., None]
 
 
@@ -103,7 +103,7 @@ def uniform_decibels(w, hessian, bits: float) -> float:
     found = []
     for step in (0.33, 0.45):
         steps = step * w.std(-1)
-        codes = tg.gptq(w, hessian, steps, 127, 0.01)
+        codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), steps, 127)
         found.append((entropy(codes, torch.zeros_like(codes)),
                       weighted_error(w, codes.float() * steps[..., None], hessian)))
     (b0, e0), (b1, e1) = found
@@ -117,7 +117,7 @@ def test_gain_over_plain_gptq_at_equal_entropy(states, rate, least):
     w, hessian = gaussian(1, 384, 512) * (0.5 + torch.rand(384, 1, generator=torch.Generator().manual_seed(2))), \
         correlated(4096, 512)
     hessian = hessian + 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(512)
-    order = tg.falling_diagonal(hessian)[0]  # in which the probe searches
+    order = tg.feedback_of(hessian, 0.0).order[0]  # in which the probe searches
     w, hessian = w[..., order], hessian[:, order][..., order]
     steps = 0.21 * w.std(-1)
     codes, values = both_ways(w, hessian, steps, states=states, rate=rate)

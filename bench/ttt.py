@@ -1,0 +1,188 @@
+"""Speed and memory of evaluation: targets/s of sliding windows and of test-time training, learning off and on.
+
+    python bench/ttt.py [--documents N] [--mean-length N] [--json FILE]
+    python bench/ttt.py --artifact logs/run/model.pgolf --data data/fineweb_sp8192
+
+Each row is a whole evaluation of the same validation stream by the code that scores a run: sliding windows without
+overlap and every 64 targets, phased test-time training without learning and with it, and chunks of the stream. Without
+an artifact, the weights are initial ones and the stream is random tokens in documents as long as web pages are; with
+CUDA the model is PRESET=record as it is, without, the same architecture at a small shape. Knobs come from the
+environment, as for train_gpt.py. Where the model is compiled, each evaluation runs twice and the second one is timed.
+
+With CUDA the last column is the time that the challenge's 50,000 documents (some 62 million targets) would take on 8
+such devices, compilation and unpacking left out; PR #2163's logs have 473 to 528 s for the phased one. Peak memory is
+the GPU's allocator's, or the process's until then.
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # noqa: E402
+
+# `record` where a second of it would take minutes: every part of its architecture, narrow.
+SMALL = dict(PRESET="record", VOCAB_SIZE="1024", MODEL_DIM="128", NUM_HEADS="4", NUM_KV_HEADS="2", TRAIN_SEQ_LEN="256",
+             TRAIN_BATCH_TOKENS="4096", MICRO_BATCH_TOKENS="4096", VAL_BATCH_SIZE="4096", TTT_BATCH_SIZE="16",
+             TTT_LORA_RANK="16", PHASED_TTT_PREFIX_DOCS="16", PHASED_TTT_NUM_PHASES="2",
+             GLOBAL_TTT_CHUNK_TOKENS="2048", TTT_CHUNK_TOKENS="2048")
+CHALLENGE_TARGETS, CHALLENGE_DEVICES = 62_000_000, 8
+
+
+class NoText:
+    """Takes the Vocabulary's place for random tokens: each is one byte."""
+
+    def __init__(self, c: t.Config):
+        pass
+
+    def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.ones(len(targets), np.int64)
+
+
+def configuration(environment: dict[str, str], cuda: bool, folder: str, artifact: bool) -> tuple[t.Config, set[str]]:
+    """The knobs, in a folder of validation shards, and those that the environment sets; an artifact knows its shape."""
+    small = not artifact and (not cuda or environment.get("DEVICE") == "cpu")
+    defaults = {} if environment.get("PRESET") else SMALL if small else dict(PRESET="record")
+    given = {name: value for name, value in environment.items() if value}
+    c, explicit, _ = t.config_from_env({**defaults, **given, "MODE": "eval", "DATA_PATH": folder}, cuda)
+    return c, {name for name in explicit if name.upper() in given}
+
+
+def write_stream(folder: Path, c: t.Config, documents: int, mean_length: float) -> None:
+    """A validation shard of random tokens in documents of lognormal length, sigma 1 and this mean, like web pages."""
+    generator = np.random.default_rng(c.seed)
+    lengths = np.maximum(generator.lognormal(np.log(mean_length) - 0.5, 1.0, documents).astype(np.int64), 2)
+    tokens = generator.integers(4, c.vocab_size, lengths.sum() + 1, dtype=np.uint16)
+    tokens[np.cumsum([0, *lengths])] = t.BOS_ID
+    header = np.zeros(256, "<i4")
+    header[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, len(tokens)
+    (folder / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def initial_model(c: t.Config, device: torch.device) -> t.GPT:
+    """A model before its training."""
+    model = t.GPT(c)
+    model.reset()
+    return model.to(device)
+
+
+@contextlib.contextmanager
+def kept_weights(model: t.GPT) -> Iterator[None]:
+    """Puts the weights back that test-time training changes."""
+    kept = [p.detach().clone() for p in model.parameters()]
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
+        t.copy_all([p.detach() for p in model.parameters()], kept)
+        for p in model.parameters():
+            p.grad = None
+
+
+def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator, t.GPT], t.Score]]]:
+    """Name -> (settings, what scores a stream)."""
+    def sliding(evaluator: t.Evaluator, model: t.GPT) -> t.Score:
+        return evaluator(t.compiled_forward(model))
+
+    stride = min(64, c.eval_context)
+    change = dataclasses.replace
+    phased, chunk = change(c, ttt_mode="phased"), change(c, ttt_mode="chunk", eval_stride=0)
+    return {
+        "sliding, no overlap": (change(c, eval_stride=0), sliding),
+        f"sliding, stride {stride}": (change(c, eval_stride=stride), sliding),
+        "phased, learning off": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model, learn=False)()),
+        "phased": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model)()),
+        "chunk": (chunk, lambda evaluator, model: t.ChunkTTT(evaluator, model)()),
+    }
+
+
+def measure(name: str, c: t.Config, model: t.GPT, run: t.Run, score: Callable) -> dict[str, Any]:
+    """One evaluation: seconds, targets/s, peak memory and the score."""
+    run.seconds.clear()
+    model.c = c
+    evaluator = t.Evaluator(c, run)
+    with kept_weights(model):
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run.synchronize()
+        begin = time.perf_counter()
+        result = score(evaluator, model)
+        run.synchronize()
+        seconds = time.perf_counter() - begin
+    rate, cuda = result.tokens / seconds, run.device.type == "cuda"
+    return dict(name=name, targets=result.tokens, seconds=seconds, targets_per_second=rate, loss=result.loss,
+                bpb=result.bpb, peak_memory_bytes=run.peak_memory(),
+                challenge_seconds=CHALLENGE_TARGETS / rate / CHALLENGE_DEVICES if cuda else None)
+
+
+HEADING = f"{'evaluation':24s}{'targets':>10s}{'seconds':>10s}{'targets/s':>12s}{'nats':>9s}{'peak MiB':>10s}"
+
+
+def line(row: dict[str, Any], budget: float) -> str:
+    """A row as text, below HEADING."""
+    text = (f"{row['name']:24s}{row['targets']:10d}{row['seconds']:10.2f}{row['targets_per_second']:12.0f}"
+            f"{row['loss']:9.4f}{row['peak_memory_bytes'] / 2**20:10.0f}")
+    if row["challenge_seconds"] is None:
+        return text
+    over = " over EVAL_BUDGET_SECONDS" if budget and row["challenge_seconds"] > budget else ""
+    return f"{text}   62M on {CHALLENGE_DEVICES}: {row['challenge_seconds']:.0f} s{over}"
+
+
+def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """All rows, over a stream in the folder or over the given data."""
+    cuda = torch.cuda.is_available()
+    c, explicit = configuration(environment, cuda, str(options.data or folder), bool(options.artifact))
+    run = t.start_run(c, environment)
+    if options.artifact:
+        model, c = t.load_artifact(Path(options.artifact).read_bytes(), c, explicit, run.device)
+    else:
+        t.check_config(c)
+        model = initial_model(c, run.device)
+    if not options.data:
+        write_stream(folder, c, options.documents or (512 if cuda else 48), options.mean_length or
+                     (1240 if cuda else 160))
+        t.Vocabulary = NoText
+    names, rows = options.only.split(",") if options.only else [], []
+    print(f"{t.hardware(run)}, torch {torch.__version__}, {c.compute_dtype}, attention {t.choose_attention(c)[0]}, "
+          f"compile {c.compile}, {t.parameter_count(c)} parameters\n{HEADING}", flush=True)
+    for name, (settings, score) in evaluations(c).items():
+        if not names or any(part in name for part in names):
+            if c.compile == "1":
+                measure(name, settings, model, run, score)  # compiles
+            rows.append(measure(name, settings, model, run, score))
+            print(line(rows[-1], c.eval_budget_seconds), flush=True)
+    return dict(rows=rows, hardware=t.hardware(run), versions=t.versions(), attention=t.choose_attention(c)[0],
+                parameters=t.parameter_count(c), config=dataclasses.asdict(c))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--artifact", help="a model.pgolf; else random weights")
+    parser.add_argument("--data", help="folder with validation shards and their tokenizer; else random documents")
+    parser.add_argument("--documents", type=int, default=0, help="random documents")
+    parser.add_argument("--mean-length", type=float, default=0, help="their mean length")
+    parser.add_argument("--only", default="", help="parts of names of rows, with commas")
+    parser.add_argument("--json", metavar="FILE", help="also write everything there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_all(options, Path(folder), dict(os.environ))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,754 @@
+"""Test-time training against a plain loop over documents, and what its knobs, its ledger and its inputs must do.
+
+Run as a script, it is one rank of the test of several ranks.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (RECORD_LIKE, ROOT, TINY, build_model, config, documents_from, examples, launch, random_batch,
+                     single_run, strings, tg, train_tokenizer)
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluation import evaluator_of, naive_nats
+
+RECORD = dict(RECORD_LIKE, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4)
+PHASED = dict(TTT_MODE="phased", TTT_BATCH_SIZE=4, TTT_STREAMS=3, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=24,
+              TTT_LORA_RANK=4, TTT_LORA_ALPHA=6, TTT_LORA_LR=0.01, PHASED_TTT_PREFIX_DOCS=6, PHASED_TTT_NUM_PHASES=2,
+              GLOBAL_TTT_CHUNK_TOKENS=30, GLOBAL_TTT_LR=0.05, QK_GAIN_INIT=2)
+CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=50, TTT_EPOCHS=2, TTT_LR=0.05, EVAL_SEQ_LEN=24, EVAL_STRIDE=6)
+LENGTHS = (30, 7, 90, 1, 12, 45, 8, 1, 24, 16)
+
+
+def stream(lengths=LENGTHS, seed=0):
+    """Tokens of documents of so many targets; the last one has no end."""
+    draw = np.random.default_rng(seed).integers
+    return [t for n in lengths for t in (tg.BOS_ID, *draw(4, 384, n - 1).tolist())] + [9]
+
+
+def prepared(folder, data, base, tokens=None, **knobs):
+    """(Evaluator, model with random weights) of settings."""
+    knobs = {**base, "COMPUTE_DTYPE": "float64", **knobs}
+    evaluator = evaluator_of(folder / "data", data, stream() if tokens is None else tokens, **knobs)
+    return evaluator, build_model(evaluator.c, seed=1, spread=0.2)
+
+
+def scores(method, evaluator, model, learn=True):
+    """Each target's nats."""
+    ttt = method(evaluator, model, learn)
+    total = ttt()
+    assert total.nats == pytest.approx(ttt.ledger.nll.sum(dtype=np.float64), rel=1e-12)
+    assert (total.tokens, total.bytes) == (len(evaluator.tokens) - 1, evaluator.bytes)
+    return ttt.ledger.nll.copy()
+
+
+# --------------------------------------------------------------------------------------------- a plain loop, in float64
+
+
+class PlainAdapters:
+    """Low-rank maps of one document, put into a model's seats by hooks: the model's own adapters stay out of it."""
+
+    def __init__(self, model, a, c):
+        self.model, self.scale, self.handles = model, c.ttt_lora_alpha / c.ttt_lora_rank, []
+        widths = dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim, head=c.vocab_size)
+        self.a = {key: x.double().clone().requires_grad_() for key, x in a.items()}
+        self.b = {key: torch.zeros(len(x), widths[key], c.ttt_lora_rank, dtype=torch.float64).requires_grad_()
+                  for key, x in a.items()}
+        self.squares, self.steps = [torch.zeros_like(p) for p in self.parameters()], 0
+        for block in model.blocks:
+            self.hook(block.q, lambda n, y: self.begin(n) or y + self.map("q", n))
+            self.hook(block.k, lambda n, y: y + self.map("k", n))
+            self.hook(block.v, lambda n, y: y + self.map("v", n))
+            self.hook(block.out, lambda _, y: y + self.map("attention", self.normed))
+            self.hook(block.up, lambda n, y: setattr(self, "fed", n) or y)
+            self.hook(block.down, lambda _, y: y + self.map("mlp", self.fed))
+        self.hook(model.logits, lambda h, y: self.end() or y + self.map("head", h))
+
+    def hook(self, seat, function):
+        self.handles.append(seat.register_forward_hook(lambda _, inputs, output: function(inputs[0], output)))
+
+    def begin(self, normed):
+        self.normed, self.visit = normed, getattr(self, "visit", -1) + 1
+
+    def end(self):
+        self.visit = -1
+
+    def map(self, key, x):
+        if key not in self.a:
+            return 0
+        visit = 0 if key == "head" else self.visit
+        return self.scale * (x @ self.a[key][visit].T) @ self.b[key][visit].T
+
+    def parameters(self):
+        return [*self.a.values(), *self.b.values()]
+
+    @torch.no_grad()
+    def step(self, loss, c):
+        """AdamW as the specification has it."""
+        gradients = torch.autograd.grad(loss, self.parameters())
+        self.steps += 1
+        for p, g, s in zip(self.parameters(), gradients, self.squares):
+            s.copy_(c.ttt_beta2 * s + (1 - c.ttt_beta2) * g ** 2)
+            p *= 1 - c.ttt_lora_lr * c.ttt_weight_decay
+            p -= c.ttt_lora_lr * g / ((s / (1 - c.ttt_beta2 ** self.steps)).sqrt() + 1e-10)
+
+    def remove(self):
+        """Leaves the seats; returns A."""
+        for handle in self.handles:
+            handle.remove()
+        return {key: a.detach() for key, a in self.a.items()}
+
+
+def plain_nll(model, tokens, looped):
+    """NLL of each token but the first, given all before it."""
+    ids, targets = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
+    return model(ids, targets, documents_from(torch.zeros(ids.shape, dtype=torch.int32)), looped=looped)[0][0]
+
+
+def plain_document(model, tokens, a, c):
+    """A document by itself: score a chunk, then learn from it. Returns its scores and the A that it leaves."""
+    n, size = len(tokens) - 1, c.ttt_chunk_size
+    if c.ttt_short_doc_chunks:
+        size = 8 if n <= 256 else 24 if n <= 2000 else size
+    adapters, found = PlainAdapters(model, a, c), []
+    for first in range(0, n, size):
+        left = max(0, first + size - c.ttt_context)
+        found.append(plain_nll(model, tokens[left:first + size + 1], c.loops)[first - left:].detach())
+        for _ in range(c.ttt_grad_steps if first + size < n else 0):
+            loss = plain_nll(model, tokens[left:first + size + 1], c.loops)[first - left:].mean()
+            with torch.enable_grad():
+                adapters.step(loss, c)
+    return torch.cat(found).numpy(), adapters.remove()
+
+
+def plain_step(model, pairs, lr, momentum, velocity, c):
+    """SGD with momentum on the mean loss of (input, target) pairs, in rows cut at the train length and at BOS.
+
+    Returns the norm of the gradient before it was clipped.
+    """
+    pieces = []
+    for i, (token, target) in enumerate(pairs):
+        if i % c.train_seq_len == 0 or token == tg.BOS_ID:
+            pieces.append([token])
+        pieces[-1].append(target)
+    # A row's positions count from its start, which moves no relative angle: pieces stand alone here.
+    loss = sum(plain_nll(model, piece, c.loops).sum() for piece in pieces) / len(pairs)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    shrink = min(1.0, 1.0 / (norm + 1e-6))
+    with torch.no_grad():
+        for p, g, v in zip(parameters, gradients, velocity):
+            v.copy_(momentum * v + shrink * g)
+            p -= lr * v
+    return norm
+
+
+def plain_phased(evaluator, model, first_a):
+    """Phased test-time training with one document to a batch, from the specification."""
+    c, tokens = evaluator.c, evaluator.tokens.tolist()
+    begins = [i for i, t in enumerate(tokens[:-1]) if t == tg.BOS_ID]
+    spans = list(zip(begins, [*begins[1:], len(tokens) - 1]))
+    order = sorted(spans, key=lambda s: s[0] - s[1]) if c.ttt_order == "length" else spans
+    cuts = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
+    result, kept, number = np.zeros(len(tokens) - 1), {}, 0
+    for place, (begin, end) in enumerate(order):
+        if place in cuts and place:
+            plain_global(model, [(tokens[i], tokens[i + 1]) for s in order[:place] for i in range(*s)], c)
+            number = 0
+        a = kept.get(number % c.ttt_streams, first_a[number % c.ttt_streams])
+        result[begin:end], kept[number % c.ttt_streams] = plain_document(model, tokens[begin:end + 1], a, c)
+        number += 1
+    return result
+
+
+def plain_global(model, pairs, c):
+    """The steps of all weights between phases."""
+    size, velocity = c.global_ttt_chunk_tokens, [torch.zeros_like(p) for p in model.parameters()]
+    chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)][:-1]
+    total = c.global_ttt_epochs * len(chunks)
+    for step in range(total):
+        lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        plain_step(model, chunks[step % len(chunks)], lr, c.global_ttt_momentum, velocity, c)
+
+
+def first_adapters(patch):
+    """Collects the A that each stream begins with, of its first row, while PhasedTTT runs."""
+    start, found = tg.Adapters.start, {}
+
+    def watched(adapters, stream, *rest):
+        start(adapters, stream, *rest)
+        found.setdefault(stream, {key: a[0].clone() for key, a in adapters.a.items()})
+    patch.setattr(tg.Adapters, "start", watched)
+    return found
+
+
+@pytest.mark.parametrize("base, knobs", [
+    (TINY, dict()), (RECORD, dict(TTT_STREAMS=2, GLOBAL_TTT_EPOCHS=2)),
+    (RECORD, dict(TTT_ORDER="stream", TTT_GRAD_STEPS=2, TTT_K_LORA=0, TTT_MLP_LORA=0)),
+    (TINY, dict(TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=3, TTT_ORDER="stream", TTT_Q_LORA=0, TTT_V_LORA=0,
+                TTT_O_LORA=0, TTT_BETA2=0.5, TTT_WEIGHT_DECAY=5, TIE_EMBEDDINGS=0)),
+])
+def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, monkeypatch):
+    """Scores, adapters, the A that is handed on, phases and the steps of all weights."""
+    settings = {**PHASED, "TTT_BATCH_SIZE": 1, "TTT_STREAMS": 1, **knobs}
+    evaluator, model = prepared(tmp_path, data, base, **settings)
+    first_a = first_adapters(monkeypatch)
+    found = scores(tg.PhasedTTT, evaluator, model)
+    plain = build_model(evaluator.c, seed=1, spread=0.2)
+    expected = plain_phased(evaluator, plain, first_a)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)  # adapters are kept in float32
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-7, atol=1e-9)
+    still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.c, seed=1, spread=0.2), learn=False)
+    assert np.abs(found - still).max() > 0.05  # far more than the tolerance
+
+
+@pytest.mark.parametrize("order", ["length", "stream"])
+def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
+    """With A drawn anew for each batch, a document's scores are those of the plain loop from its own A."""
+    evaluator, model = prepared(tmp_path, data, RECORD, **dict(PHASED, TTT_WARM_START_A=0, PHASED_TTT_PREFIX_DOCS=0,
+                                                               TTT_ORDER=order))
+    score, begun, bounds = tg.PhasedTTT.score, {}, evaluator.documents
+
+    def watched(ttt, batch, scored, learning):
+        for row, position in enumerate(scored[scored.max(1) >= 0].max(1)):
+            document = int(np.searchsorted(bounds, position, side="right")) - 1
+            begun.setdefault(document, {key: a[row].clone() for key, a in ttt.adapters.a.items()})
+        return score(ttt, batch, scored, learning)
+
+    monkeypatch.setattr(tg.PhasedTTT, "score", watched)
+    found, tokens = scores(tg.PhasedTTT, evaluator, model), evaluator.tokens.tolist()
+    assert len(begun) == len(LENGTHS)
+    for document, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        expected, _ = plain_document(model, tokens[begin:end + 1], begun[document], evaluator.c)
+        np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
+    assert not torch.equal(begun[0]["head"], begun[1]["head"])
+
+
+def test_a_is_handed_on_within_a_stream_alone(data, tmp_path, monkeypatch):
+    """Document after document in three streams: each begins with the A that the third before it left, B at zero."""
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0))
+    start, adapt, begun, left = tg.Adapters.start, tg.PhasedTTT.adapt, [], []
+    monkeypatch.setattr(tg.Adapters, "start", lambda adapters, *rest: (
+        start(adapters, *rest), begun.append([a.clone() for a in adapters.a.values()]),
+        [None for b in adapters.b.values() if b.any()] == [] or pytest.fail("B is not zero")))
+    monkeypatch.setattr(tg.PhasedTTT, "adapt", lambda ttt, documents: (
+        adapt(ttt, documents), left.append([a.clone() for a in ttt.adapters.a.values()])))
+    scores(tg.PhasedTTT, evaluator, model)
+    assert len(begun) == len(left) == len(LENGTHS)
+    for number in range(3, len(LENGTHS)):
+        assert all(torch.equal(x, y) for x, y in zip(begun[number], left[number - 3], strict=True))
+    assert not torch.equal(begun[0][0], begun[1][0]) and not torch.equal(begun[0][0], left[0][0])
+
+
+# -------------------------------------------------------------------------------------------------------------- windows
+
+
+@examples(max_examples=200)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 12), st.integers(0, 20), st.data())
+def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, more, data):
+    """Every target is scored once over the chunks; its row holds its own context alone, and padding is apart."""
+    lengths, context = np.array(lengths), size + more
+    bounds = np.cumsum([0, *lengths])
+    tokens = np.arange(1000, 1001 + bounds[-1], dtype=np.uint16)  # a token says where it stands
+    chunks = np.array(data.draw(st.lists(st.integers(1, size), min_size=len(lengths), max_size=len(lengths))))
+    ttt = SimpleNamespace(bounds=bounds, lengths=lengths, chunks=chunks, tokens=tokens, run=single_run(),
+                          c=SimpleNamespace(ttt_context=context, ttt_batch_size=8))
+    counts, seen = -(-lengths // chunks), np.zeros(bounds[-1], int)
+    for chunk in range(counts.max()):
+        some = np.flatnonzero(counts > chunk)
+        (ids, targets, documents), scored = tg.PhasedTTT.window(ttt, some, chunk)
+        last = scored.shape[1]
+        assert last <= ids.shape[1] <= max(context, last) and last <= max(2, chunks[some].max())
+        assert len(ids) == max(2, len(some)) and torch.equal(targets, ids + 1)
+        assert (scored[len(some):] == -1).all()  # a second row of padding: no size is ever 1
+        for row, document in enumerate(some):
+            first = chunk * chunks[document]
+            expected = bounds[document] + np.arange(first, min(first + chunks[document], lengths[document]))
+            places = np.flatnonzero(scored[row] >= 0)
+            assert scored[row, places].tolist() == expected.tolist() and places[-1] == scored.shape[1] - 1
+            seen[expected] += 1
+            assert ids[row, -len(expected):].tolist() == (expected + 1000).tolist()
+            begin = documents.starts[row, -1].item()
+            inputs = ids[row, begin:].numpy() - 1000 - bounds[document]
+            left = max(0, first + chunks[document] - context)
+            assert inputs.tolist() == list(range(left, expected[-1] - bounds[document] + 1))
+            assert (documents.starts[row, begin:] == begin).all() and (documents.starts[row, :begin] == 0).all()
+    assert (seen == 1).all()
+
+
+def test_chunks_by_document_length(data, tmp_path):
+    tokens = stream((2, 256, 257, 2000, 2001, 3))
+    for short, expected in ((1, [8, 8, 24, 24, 96, 8]), (0, [96] * 6)):
+        evaluator, model = prepared(tmp_path, data, TINY, tokens, **dict(
+            PHASED, TTT_SHORT_DOC_CHUNKS=short, TTT_CHUNK_SIZE=96, TTT_EVAL_SEQ_LEN=128))
+        assert tg.PhasedTTT(evaluator, model).chunks.tolist() == expected
+
+
+def test_a_chunk_is_at_most_the_context(data, tmp_path):
+    """Else a chunk's first targets would be in no window."""
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_CHUNK_SIZE=99, TTT_EVAL_SEQ_LEN=20))
+    whole = scores(tg.PhasedTTT, evaluator, model, learn=False).sum()
+    assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 20, 20), rel=1e-10)
+    assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+
+
+def test_phases_and_order(data, tmp_path):
+    """Cumulative cuts; the longest first, in the order of the stream where they are equal; no phase after the end."""
+    for prefix, phases, expected in ((6, 2, [3, 6]), (6, 4, [1, 3, 4, 6]), (2, 5, [1, 2]), (0, 3, []), (1, 1, [1])):
+        evaluator, model = prepared(tmp_path, data, TINY, **dict(
+            PHASED, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases))
+        assert list(tg.PhasedTTT(evaluator, model).cuts) == expected
+    assert tg.PhasedTTT(evaluator, model).order.tolist() == [2, 5, 0, 8, 9, 4, 6, 1, 3, 7]
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream"))
+    assert tg.PhasedTTT(evaluator, model).order.tolist() == list(range(10))
+
+
+# ---------------------------------------------------------------------------------------------------------- no learning
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD], ids=["tiny", "record"])
+@pytest.mark.parametrize("knobs", [
+    dict(PHASED, TTT_LORA_LR=0, GLOBAL_TTT_LR=0), dict(CHUNK, TTT_LR=0),
+    dict(PHASED, TTT_LORA_LR=0, GLOBAL_TTT_LR=0, COMPUTE_DTYPE="bfloat16", TTT_ORDER="stream")])
+def test_rates_of_zero_are_exactly_the_baseline(base, knobs, data, tmp_path):
+    evaluator, model = prepared(tmp_path, data, base, **knobs)
+    method = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[knobs["TTT_MODE"]]
+    before = scores(method, evaluator, model, learn=False)
+    assert np.array_equal(scores(method, evaluator, model), before)
+    kept = build_model(evaluator.c, seed=1, spread=0.2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept.parameters()))
+
+
+def test_the_baseline_is_that_of_isolated_windows(data, tmp_path):
+    """Without learning, chunks of as many targets as a sliding window's stride see the context that it does."""
+    for base in (TINY, RECORD):
+        evaluator, model = prepared(tmp_path, data, base, **dict(PHASED, TTT_CHUNK_SIZE=24))
+        whole = scores(tg.PhasedTTT, evaluator, model, learn=False).sum()
+        assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 24, 24), rel=1e-10)
+        evaluator, model = prepared(tmp_path, data, base, **dict(CHUNK, TTT_CHUNK_TOKENS=10**6))
+        whole = scores(tg.ChunkTTT, evaluator, model, learn=False).sum()
+        assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 24, 6), rel=1e-10)
+
+
+def adapters_of(model, rows, seed=0, spread=0.0):
+    """The model's adapters for some documents: A drawn, B of this spread."""
+    adapters = tg.Adapters(model.c, len(model.plans[model.c.loops]), torch.device("cpu"))
+    adapters.start(0, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for b in adapters.b.values():
+        b.normal_(0, spread, generator=generator) if spread else None
+    return adapters, adapters.pairs(adapters.parameters(rows))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("base", [TINY, RECORD], ids=["tiny", "record"])
+def test_adapters_of_zero_change_no_bit(base, dtype):
+    c = config(base, **dict(PHASED, COMPUTE_DTYPE=dtype, TTT_BATCH_SIZE=3))
+    model, batch = build_model(c, seed=1, spread=0.2), random_batch(c, 3, 20)
+    with torch.no_grad():
+        for last in (0, 7):
+            plain = model(*batch, looped=c.loops, last=last)
+            zero = model(*batch, looped=c.loops, last=last, adapters=adapters_of(model, 3)[1])
+            other = model(*batch, looped=c.loops, last=last, adapters=adapters_of(model, 3, 0, 0.1)[1])
+            assert torch.equal(plain[0], zero[0]) and torch.equal(plain[1], zero[1])
+            assert not torch.equal(plain[0], other[0]) and other[0].dtype == plain[0].dtype
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_last_tokens_are_the_tail_of_all(dtype, tolerance):
+    """To rounding: the head's matrix product has another shape."""
+    for base in (TINY, RECORD):
+        c = config(base, COMPUTE_DTYPE=dtype)
+        model, batch = build_model(c, seed=1, spread=0.2), random_batch(c, 3, 20)
+        with torch.no_grad():
+            whole = model(*batch, looped=c.loops)
+            for last in (1, 7, 20):
+                for some, every in zip(model(*batch, looped=c.loops, last=last), whole):
+                    assert some.shape == (3, last)
+                    torch.testing.assert_close(some, every[:, -last:], rtol=0, atol=tolerance)
+
+
+def test_a_small_contribution_to_the_logits_survives_bfloat16(monkeypatch):
+    """Logits near 8 are 1/16 apart in bfloat16; the head's adapters move them by a thousandth, and the score too."""
+    c = config(**dict(PHASED, TTT_BATCH_SIZE=1, TTT_LORA_ALPHA=4, COMPUTE_DTYPE="bfloat16"))
+    model, batch, seen = build_model(c, seed=1, spread=0.2), random_batch(c, 1, 20), []
+    loss = tg.softcapped_cross_entropy
+    monkeypatch.setattr(tg, "softcapped_cross_entropy",
+                        lambda logits, *rest: seen.append(logits) or loss(logits, *rest))
+    adapters, pairs = adapters_of(model, 1)
+    with torch.no_grad():
+        before, _ = model(*batch, looped=False, adapters=pairs)
+        adapters.b["head"].fill_(1e-3)
+        after, _ = model(*batch, looped=False, adapters=adapters.pairs(adapters.parameters(1)))
+        adapters.b["head"][:, :, ::2].zero_()  # else every logit moves alike, and no probability does
+        half, _ = model(*batch, looped=False, adapters=adapters.pairs(adapters.parameters(1)))
+    assert {logits.dtype for logits in seen} == {torch.float32}
+    moved = (seen[1] - seen[0]).abs()
+    assert 1e-4 < moved.median() < 5e-3 and (moved > 0).float().mean() > 0.99
+    assert (seen[0].abs() > 4).float().mean() > 0.1  # where bfloat16 would have lost it
+    assert (half != before).all() and (half - before).abs().max() < 0.01 and after.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------- steps of all weights
+
+
+@pytest.mark.parametrize("base, cap, clipped", [(TINY, 30.0, True), (RECORD, 0.1, False)], ids=["clipped", "small"])
+def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data, tmp_path):
+    """Two steps on targets of several documents; the size of micro-batches does not matter."""
+    for micro in (32, 10**6):
+        evaluator, model = prepared(tmp_path, data, base, LOGIT_SOFTCAP=cap, MICRO_BATCH_TOKENS=micro, QK_GAIN_INIT=2)
+        plain, ledger = build_model(evaluator.c, seed=1, spread=0.2), tg.Ledger(evaluator)
+        ledger.mine[:] = 1
+        steps = tg.GlobalSteps(evaluator, model, ledger, 0.9)
+        velocity, tokens = [torch.zeros_like(p) for p in plain.parameters()], evaluator.tokens.tolist()
+        for positions, lr in ((np.r_[0:30, 128:140, 37:77], 0.1), (np.r_[77:127], 0.03)):
+            steps.step(positions, lr)
+            norm = plain_step(plain, [(tokens[i], tokens[i + 1]) for i in positions], lr, 0.9, velocity, evaluator.c)
+            assert (norm > 1) == clipped
+        for p, q in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-11)
+
+
+def watch_steps(monkeypatch):
+    """Collects the positions and rates of the steps of all weights."""
+    step, seen = tg.GlobalSteps.step, []
+    monkeypatch.setattr(tg.GlobalSteps, "step", lambda steps, positions, lr: (
+        seen.append((positions.tolist(), lr)), step(steps, positions, lr)))
+    return seen
+
+
+def test_phases_learn_from_scored_documents_once_without_the_last_chunk(data, tmp_path, monkeypatch):
+    seen = watch_steps(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", GLOBAL_TTT_EPOCHS=2,
+                                                             PHASED_TTT_PREFIX_DOCS=4))
+    scores(tg.PhasedTTT, evaluator, model)
+    # After two documents 37 targets: one chunk of 30. After four 128: four chunks. Each twice.
+    assert [positions for positions, _ in seen] == 2 * [list(range(30))] + 2 * [
+        list(range(i, i + 30)) for i in (0, 30, 60, 90)]
+    half = [0.5 * (1 + math.cos(math.pi * k / 2)) for k in range(2)]
+    eighth = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    assert [lr for _, lr in seen] == pytest.approx([0.05 * x for x in half + eighth])
+
+
+def test_nothing_learns_after_the_last_document(data, tmp_path, monkeypatch):
+    """Where the prefix holds every document, its last boundary is the end: no score could gain."""
+    seen = watch_steps(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS=3000))
+    scores(tg.PhasedTTT, evaluator, model)
+    assert max(max(positions) for positions, _ in seen) < sum(LENGTHS[:5])
+
+
+def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch):
+    seen = watch_steps(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, **CHUNK)
+    found = scores(tg.ChunkTTT, evaluator, model)
+    assert len(found) == 234 and [positions for positions, _ in seen] == [
+        list(range(i, i + 50)) for i in (0, 50, 100, 150) for _ in range(2)]
+    assert [lr for _, lr in seen] == pytest.approx([0.05 * 0.5 * (1 + math.cos(math.pi * k / 4))
+                                                    for k in range(4) for _ in range(2)])
+    before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.c, seed=1, spread=0.2), learn=False)
+    assert np.array_equal(found[:50], before[:50]) and (found[50:] != before[50:]).mean() > 0.9
+
+
+def test_frozen_blocks_rest(data, tmp_path):
+    """Their vectors and their matrices keep every bit, the others move."""
+    evaluator, model = prepared(tmp_path, data, RECORD, **dict(CHUNK, TTT_FREEZE_BLOCKS=2))
+    kept, layers = {name: p.detach().clone() for name, p in model.named_parameters()}, evaluator.c.num_layers
+    scores(tg.ChunkTTT, evaluator, model)
+    for name, p in model.named_parameters():
+        if name in tg.BANKS:
+            same = (p == kept[name]).flatten(1).all(1).tolist()
+            assert same == [i % layers < 2 for i in range(len(p))], name
+        elif name.startswith("blocks."):
+            assert torch.equal(p, kept[name]) == (int(name.split(".")[1]) < 2), name
+    assert not torch.equal(model.embedding, kept["embedding"])
+
+
+# ------------------------------------------------------------------------------------------------------- what it is for
+
+
+def test_learning_gains_where_documents_repeat_themselves(data, tmp_path):
+    generator = np.random.default_rng(4)
+    tokens = []
+    for _ in range(12):
+        tokens += [tg.BOS_ID, *np.tile(generator.integers(4, 384, 5), 12).tolist()]
+    for method, knobs, share in ((tg.PhasedTTT, dict(PHASED, PHASED_TTT_PREFIX_DOCS=0), 0.9),
+                                 (tg.ChunkTTT, CHUNK, 0.97)):
+        evaluator, model = prepared(tmp_path, data, TINY, [*tokens, tg.BOS_ID], **knobs)
+        before = scores(method, evaluator, model, learn=False).sum()
+        assert scores(method, evaluator, model).sum() < share * before
+
+
+def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
+    """The windows of 64 are those of a plain loop, and YaRN changes their scores."""
+    found = {}
+    for yarn in (0, 1):
+        knobs = dict(PHASED, ROPE_YARN=yarn, TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=64)
+        evaluator, model = prepared(tmp_path, data, TINY, stream((200, 64, 30)), **knobs)
+        assert evaluator.c.ttt_context == 64 > evaluator.c.train_seq_len == evaluator.c.eval_context
+        found[yarn] = scores(tg.PhasedTTT, evaluator, model, learn=False)
+        assert found[yarn].sum() == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 64, 64), rel=1e-10)
+        assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    assert config(**dict(PHASED, ROPE_YARN=1, TTT_EVAL_SEQ_LEN=64)).yarn_max_len == 64
+
+
+# ----------------------------------------------------------------------------------------------------------- the ledger
+
+
+def ledger_of(targets, compute_dtype="float32"):
+    evaluator = SimpleNamespace(run=single_run(), tokens=np.zeros(targets + 1), c=SimpleNamespace(
+        compute_dtype=compute_dtype))
+    return tg.Ledger(evaluator)
+
+
+def test_the_ledger_takes_each_target_once_and_before_it_is_learned():
+    ledger = ledger_of(6)
+    ledger.score(np.array([[0, 1, -1], [4, -1, -1]]), torch.arange(6.0).view(2, 3))
+    ledger.learn(np.array([0, 1, 4]))
+    for positions in ([2], [0, 5], [3]):
+        with pytest.raises(AssertionError, match="learned before it was scored"):
+            ledger.learn(np.array(positions))
+    with pytest.raises(AssertionError, match="scored twice"):
+        ledger.score(np.array([3, 4]), torch.zeros(2))
+    with pytest.raises(AssertionError, match="not scored exactly once"):
+        ledger.close()
+    ledger = ledger_of(2)
+    ledger.score(np.array([1, 0]), torch.tensor([0.5, 0.25]))
+    assert ledger.close() == 0.75 and ledger.nll.tolist() == [0.25, 0.5]
+
+
+def test_a_target_twice_at_once_is_noticed_too():
+    """Else the second of two scores of a batch, formed in another context, would silently count."""
+    with pytest.raises(AssertionError, match="scored"):
+        ledger = ledger_of(3)
+        ledger.score(np.array([[0, 1], [1, 2]]), torch.zeros(2, 2))
+        ledger.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- budget
+
+
+class Clock:
+    """time.perf_counter that moves by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+
+
+@pytest.mark.parametrize("budget, warned_at", [(600, None), (500, 2), (0, None)])
+def test_the_budget_warns_early_and_once(budget, warned_at, monkeypatch, capsys):
+    """100 pieces of 5 seconds, and 5 more in the first for compiling, after 35 of unpacking and evaluating: 540 in all.
+
+    No rate is taken from the first piece: with a GPU's minute of compiling it would always warn.
+    """
+    clock, run = Clock(monkeypatch), single_run()
+    run.seconds = dict(train=700.0, unpack=10.0, evaluate=25.0)
+    pace = tg.Pace(run, config(EVAL_BUDGET_SECONDS=budget), "ttt", 100.0)
+    lines = []
+    for piece in range(100):
+        clock.now += 5 if piece else 10
+        pace.advance(1.0)
+        lines.append(capsys.readouterr().out)
+    warnings = [i + 1 for i, text in enumerate(lines) if "warning" in text]
+    assert warnings == ([] if warned_at is None else [warned_at])
+    if warned_at:
+        assert "EVAL_BUDGET_SECONDS=500" in lines[1] and "540 s" in lines[1]
+    progress = [text for text in lines if "eta" in text]
+    assert 10 <= len(progress) <= 17 and "elapsed:35s eta:470s" in progress[0] and "6.0%" in progress[0]
+
+
+def test_the_projection_does_not_depend_on_the_ranks(data, tmp_path, monkeypatch, capsys):
+    """One of eight ranks computes one batch of eight: its first one is an eighth of the first round, not all of it."""
+    evaluator, model = prepared(tmp_path, data, TINY, stream([16] * 64), **dict(
+        PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=8, PHASED_TTT_PREFIX_DOCS=0, EVAL_BUDGET_SECONDS=100))
+    clock, evaluator.run = Clock(monkeypatch), single_run(0, 8)
+
+    def adapt(ttt, documents):
+        clock.now += 10  # 8 batches for this rank: 80 seconds
+
+    monkeypatch.setattr(tg.PhasedTTT, "adapt", adapt)
+    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: 0.0)
+    tg.PhasedTTT(evaluator, model)()
+    assert "warning" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+RANK_JOBS = {
+    "phased float64": (RECORD, PHASED, "float64"), "phased float32": (RECORD, PHASED, "float32"),
+    "more ranks than streams": (TINY, dict(PHASED, TTT_STREAMS=1, TTT_ORDER="stream"), "float64"),
+    "chunk float64": (RECORD, CHUNK, "float64"), "chunk float32": (TINY, CHUNK, "float32"),
+}
+
+
+def rank_scores(folder, run):
+    """val_bpb of every job, on this rank."""
+    found = {}
+    for name, (base, knobs, dtype) in RANK_JOBS.items():
+        c = config(base, **{**knobs, "COMPUTE_DTYPE": dtype}, DATA_PATH=folder, CPU_THREADS=1, VAL_BATCH_SIZE=96,
+                   EVAL_BUDGET_SECONDS=0)
+        evaluator, model = tg.Evaluator(c, run), build_model(c, seed=1, spread=0.2)
+        found[name] = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[c.ttt_mode](evaluator, model)().bpb
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_score(ranks, data, tmp_path):
+    evaluator_of(tmp_path / "data", data, stream())
+    alone = rank_scores(tmp_path / "data", single_run())
+    done = launch(Path(__file__), {"OMP_NUM_THREADS": 1}, tmp_path / "data", tmp_path, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = [json.loads((tmp_path / f"scores.{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(other == together[0] for other in together)
+    for name, bpb in alone.items():
+        assert together[0][name] == pytest.approx(bpb, abs=1e-9 if "float32" not in name else 1e-6), name
+        assert math.isfinite(bpb)
+
+
+@pytest.mark.parametrize("knobs", [dict(), dict(TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=10)], ids=["one size", "short"])
+def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
+    """Batches that shrink to one document, chunks and documents of one target: what compiles is one graph for each use.
+
+    Each costs a GPU half a minute or more of its ten, and torch.compile gives up at the eighth.
+    """
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled(model, backend="eager", **how))
+    torch._dynamo.reset()
+    tokens = stream((30, 7, 90, 1, 12, 45, 8, 1, 24, 16, 1, 1, 1, 1, 1, 9, 17, 25, 2, 3, 33, 60))
+    evaluator, model = prepared(tmp_path, data, dict(TINY, NUM_LAYERS=2), tokens, **dict(PHASED, ATTENTION="sdpa",
+                                                                                          **knobs))
+    evaluator.c = dataclasses.replace(evaluator.c, compile="1")
+    model.c = evaluator.c
+    before = tg.graphs_compiled()
+    found = scores(tg.PhasedTTT, evaluator, model)
+    assert tg.graphs_compiled() - before == 3  # scoring, scoring and learning, the steps of all weights
+    monkeypatch.undo()
+    evaluator.c, eager = dataclasses.replace(evaluator.c, compile="0"), build_model(model.c, seed=1, spread=0.2)
+    eager.c = evaluator.c
+    np.testing.assert_allclose(found, scores(tg.PhasedTTT, evaluator, eager), rtol=1e-6)
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def strange_streams():
+    generator = np.random.default_rng(2)
+    text = generator.integers(4, 384, 80).tolist()
+    return {"documents of one token": [1] * 20, "no bos": text, "begins within a document": [*text[:30], 1, *text[30:]],
+            "ends with a bos": [1, *text[:40], 1], "one target": [1, 17], "bos alone": [1, 1],
+            "ends within a document": [1, *text[:9], 1, *text[9:]]}
+
+
+@pytest.mark.parametrize("name", strange_streams())
+def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch):
+    """Each document by itself in the plain loop, in phases without steps of all weights, and in chunks."""
+    tokens = strange_streams()[name]
+    first_a = first_adapters(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, tokens, **dict(
+        PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"))
+    found, a = scores(tg.PhasedTTT, evaluator, model), None
+    for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:]):
+        expected, a = plain_document(model, tokens[begin:end + 1], a or first_a[0], evaluator.c)
+        np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
+    evaluator, model = prepared(tmp_path, data, RECORD, tokens, **CHUNK)
+    assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()
+    evaluator, model = prepared(tmp_path, data, RECORD, tokens, **PHASED)
+    assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+
+
+def test_a_document_of_100_000_tokens(data, tmp_path):
+    base = dict(TINY, NUM_LAYERS=1, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=1, TRAIN_SEQ_LEN=512,
+                TRAIN_BATCH_TOKENS=1024)
+    tokens = stream((100_000, 5))
+    evaluator, model = prepared(tmp_path, data, base, tokens, **dict(
+        PHASED, COMPUTE_DTYPE="float32", TTT_CHUNK_SIZE=500, TTT_EVAL_SEQ_LEN=512, GLOBAL_TTT_CHUNK_TOKENS=40_000,
+        PHASED_TTT_PREFIX_DOCS=1, PHASED_TTT_NUM_PHASES=1))
+    assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+    evaluator, model = prepared(tmp_path, data, base, tokens, **dict(
+        CHUNK, COMPUTE_DTYPE="float32", TTT_CHUNK_TOKENS=32768, EVAL_SEQ_LEN=512, EVAL_STRIDE=512))
+    assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()
+
+
+@pytest.mark.parametrize("knobs, name", [(dict(CHUNK, TTT_LR=1e300), "TTT_LR"),
+                                         (dict(PHASED, GLOBAL_TTT_LR=1e300), "TTT_LORA_LR")])
+def test_rates_that_run_away_are_named(knobs, name, data, tmp_path):
+    evaluator, model = prepared(tmp_path, data, TINY, **knobs)
+    with pytest.raises(tg.ConfigError, match=f"^{name}=.*the loss of test-time training is nan"):
+        tg.test_time_training(evaluator, model)
+
+
+def test_a_shard_that_is_cut_off_is_refused(data, tmp_path):
+    evaluator_of(tmp_path / "data", data, stream())
+    shard = tmp_path / "data" / "fineweb_val_000002.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(tg.ConfigError, match="fineweb_val_000002.bin: is damaged"):
+        tg.Evaluator(config(**PHASED, DATA_PATH=tmp_path / "data"), single_run())
+
+
+def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
+    """One of as many tokens counts other bytes than the manifest promises; one of another size needs no manifest."""
+    other, small = tmp_path / "other.model", tmp_path / "small.model"
+    other.write_bytes(train_tokenizer(["altogether different words make unlike pieces"] * 40 + ["xyz" * 50]
+                                      + [chr(c) * 9 for c in range(0x3b1, 0x3c9)], 384))
+    small.write_bytes(train_tokenizer(["the river and the stone"] * 20, 290))
+    with pytest.raises(tg.ConfigError, match=r"manifest.json: promises"):
+        tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=other), single_run())
+    with pytest.raises(tg.ConfigError, match="VOCAB_SIZE=384: .* has 290 tokens"):
+        tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=small), single_run())
+
+
+# ------------------------------------------------------------------------------------------------------ the real script
+
+
+def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatch, capfd):
+    """MODE=all and MODE=eval of its artifact give the same score; settings of test-time training travel in neither."""
+    monkeypatch.chdir(tmp_path)
+    values = dict(TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=data, RUN_ID="run", ITERATIONS=3,
+                  COMPUTE_DTYPE="float32")
+    values.pop("QK_GAIN_INIT")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda n: None)
+        assert tg.main([], strings(values)) == 0
+        both = json.loads((tmp_path / "logs/run/summary.json").read_text())
+        assert tg.main([], strings(dict(values, MODE="eval"))) == 0
+        again = json.loads((tmp_path / "logs/run/eval_summary.json").read_text())
+        capfd.readouterr()
+        assert tg.main([], strings(dict(values, MODE="eval", NUM_LAYERS=5))) == 2
+    assert capfd.readouterr().err == "error: NUM_LAYERS=5: the artifact was made with 3\n"
+    assert both["val_bpb"] == both["val_bpb_ttt"] == again["val_bpb_ttt"] != both["val_bpb_quantized"]
+    assert both["val_bpb_ttt_baseline"] == again["val_bpb_ttt_baseline"] != both["val_bpb_ttt"]
+    assert both["ttt_targets_per_second"] > 0 and both["seconds"]["ttt"] > 0
+    log = (tmp_path / "logs/run/log.txt").read_text()
+    assert f"ttt val_loss:{both['val_loss']:.4f} val_bpb:{both['val_bpb']:.4f}" in log and "ttt_baseline val_" in log
+    ttt_knobs = {name: value for name, value in values.items() if "TTT_" in name and name != "TTT_BASELINE"}
+    done = launch(ROOT / "bench" / "ttt.py", dict(ttt_knobs, COMPUTE_DTYPE="float32", CPU_THREADS=1, SEED=7),
+                  "--artifact", "logs/run/model.pgolf", "--data", data, "--json", "bench.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 5
+    assert rows["phased"]["bpb"] == both["val_bpb_ttt"] and rows["phased"]["targets_per_second"] > 0
+    assert rows["phased, learning off"]["bpb"] == both["val_bpb_ttt_baseline"]
+
+
+def main(folder, out):
+    run = tg.start_run(config(CPU_THREADS=1), dict(os.environ))
+    (out / f"scores.{run.rank}.json").write_text(json.dumps(rank_scores(folder, run)))
+    run.barrier()
+    tg.dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

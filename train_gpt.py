@@ -168,6 +168,15 @@ class Config:
     gated_attn_enabled: bool = model_knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
     attn_out_gate_enabled: bool = model_knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
     smear_gate_enabled: bool = model_knob(False, "mix the previous token's embedding in, gated", "parameters")
+    smear_gate_type: str = model_knob("window", "window: one gate, read from GATE_WINDOW channels; channel: one fixed "
+                                      "gate per channel, after the first norm", "parameters",
+                                      choices=("window", "channel"))
+    bigram_vocab_size: int = model_knob(0, "buckets that pairs of tokens are hashed to, each with an embedding; 0: "
+                                        "none", "parameters", low=0, high=1 << 20)
+    bigram_dim: int = model_knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
+    ve_dim: int = model_knob(0, "width of a table of embeddings that are added to the values; 0: none", "parameters",
+                             low=0, high=1 << 16)
+    ve_layers: str = model_knob("9,10", "layers whose values they are added to, with commas between", "parameters")
     gate_window: int = model_knob(12, "input channels that the small gates read", "parameters", low=1)
     num_loops: int = model_knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0,
                                 high=16)
@@ -179,6 +188,9 @@ class Config:
     neftune_alpha: float = knob(0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss",
                                 low=0)
     z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
+    focal_enabled: bool = knob(False, "weigh a token's training loss by (1 - probability of the target)^FOCAL_GAMMA, "
+                               "each row's weights 1 on average", "weights")
+    focal_gamma: float = knob(1.0, "the power in it", "weights", low=0, high=100)
 
     # Optimizers
     matrix_lr: float = knob(0.04, "learning rate of the matrix banks (Muon)", "weights", low=0)
@@ -208,8 +220,17 @@ class Config:
     warmdown_iters: int = knob(1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0",
                                "learning rate", low=0)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", "learning rate", low=0, high=1)
-    ema_decay: float = knob(0.0, "decay of the average of the weights that is kept; 0: the last weights", "weights",
-                            low=0, high=0.999999)
+    progressive_depth_schedule: str = knob("", "fractions of the training, with commas between, at which more layers "
+                                           "begin to learn, from below; empty or 0: all learn at once", "weights")
+    ema_decay: float = knob(0.0, "decay of the moving average of the weights (EMA); 0: none", "weights", low=0,
+                            high=0.999999)
+    swa_enabled: bool = knob(False, "a plain average of late weights (SWA)", "weights")
+    swa_every: int = knob(50, "steps between the weights that it takes", "weights", low=1)
+    swa_start: float = knob(0.2, "multiplier of the learning rate below which it takes them", "weights", low=0, high=1)
+    weight_average: str = knob("both", "the weights that are kept: one average, or the mean of those that are on; "
+                               "without any, the last weights", "weights", choices=("both", "ema", "swa"))
+    late_qat_threshold: float = knob(0.0, "multiplier of the learning rate below which the training rounds the "
+                                     "matrices as their class is quantized; 0: never", "weights", low=0, high=1)
 
     # Quantization and the artifact
     matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
@@ -220,8 +241,11 @@ class Config:
                                    low=0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
-    quantizer: str = knob("uniform", "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers",
-                          "bytes", choices=("uniform", "trellis"))
+    matrix_clip_sigmas: float = knob(12.85, "the same for other large matrices: the tables of pairs and of values",
+                                     "bytes", low=0.1)
+    quantizer: str = knob("uniform", "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers; "
+                          "gptq_lite: each row to nearest, with the best of five clip quantiles", "bytes",
+                          choices=("uniform", "trellis", "gptq_lite"))
     trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
     trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
     column_steps: float = knob(0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0,
@@ -255,6 +279,9 @@ class Config:
     eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0, high=1 << 20)
     eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
                             "val_bpb", low=0)
+
+    temperature: float = knob(1.0, "what softcapped logits are divided by in every evaluation, not in training",
+                              "val_bpb", low=0.01, high=100)
 
     # Test-time training: every target is scored before anything learns from it
     ttt_mode: str = knob("none", "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
@@ -363,6 +390,41 @@ class Config:
         return self.parallel_start_layer >= 0
 
     @property
+    def attn_grid(self) -> tuple[int, float]:
+        """Bits and clip sigmas of attention's matrices; 0 sigmas: the whole range of a row, as GPTQ-lite begins."""
+        return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
+
+    @property
+    def mlp_grid(self) -> tuple[int, float]:
+        """The same for the MLP's matrices."""
+        return self.mlp_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.mlp_clip_sigmas
+
+    @property
+    def averages(self) -> tuple[bool, bool]:
+        """Whether the EMA and the SWA are kept: those that are on and that WEIGHT_AVERAGE does not leave out."""
+        return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with value embeddings: the numbers in VE_LAYERS."""
+        words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
+        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
+
+    @property
+    def depth_cuts(self) -> tuple[float, ...]:
+        """Fractions of the training at which more layers begin to learn. Errors: ConfigError."""
+        if self.progressive_depth_schedule in ("", "0"):
+            return ()
+        try:
+            cuts = tuple(map(float, self.progressive_depth_schedule.split(",")))
+        except ValueError:
+            cuts = (math.nan,)
+        if not all(low < high for low, high in zip((0.0, *cuts), (*cuts, 1.0))):
+            raise ConfigError("PROGRESSIVE_DEPTH_SCHEDULE", self.progressive_depth_schedule, "must be 0, or fractions "
+                              "between 0 and 1 in rising order with commas between, such as 0.08,0.25")
+        return cuts
+
+    @property
     def tokenizer_file(self) -> Path:
         return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
 
@@ -400,20 +462,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     # PR #1325 on the stack of PR #549.
     "poly5": dict(
         num_layers=11, mlp_mult=3.0, train_seq_len=2048, train_batch_tokens=786432, iterations=9000, xsa_last_n=4,
-        rope_dims=16, ln_scale=True, z_loss_weight=1e-4, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-        muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
-        embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997, eval_stride=16,
-        softcap_type="poly", rvq_enabled=True, ttt_mode="chunk",
+        rope_dims=16, ln_scale=True, smear_gate_enabled=True, smear_gate_type="channel", bigram_vocab_size=1536,
+        bigram_dim=128, ve_dim=128, ve_layers="9,10", softcap_type="poly", focal_enabled=True, focal_gamma=1.0,
+        z_loss_weight=1e-4, progressive_depth_schedule="0.08,0.25", muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025,
+        scalar_lr=0.025, tied_embed_lr=0.035, embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500,
+        ema_decay=0.997, swa_enabled=True, swa_every=50, weight_average="both", late_qat_threshold=0.15,
+        quantizer="gptq_lite", rvq_enabled=True, eval_stride=16, ttt_mode="chunk",
     ),
-}
-# Honesty about presets under construction: the log of a run names what its preset still lacks.
-UNFINISHED = {
-    "poly5": "BigramHash, value embeddings, channel SmearGate, focal loss, progressive depth, SWA, late QAT, "
-             "GPTQ-lite",
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
-            "GLOBAL_TTT_", "MATRIX_", "EMBED_", "WARMDOWN_", "LOOP_", "XSA_", "SMEAR_", "SPARSE_ATTN_", "GATED_ATTN_")
+            "GLOBAL_TTT_", "MATRIX_", "EMBED_", "WARMDOWN_", "LOOP_", "XSA_", "SMEAR_", "SPARSE_ATTN_", "GATED_ATTN_",
+            "BIGRAM_", "VE_", "FOCAL_", "LATE_QAT")
 
 
 def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
@@ -470,8 +531,6 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
                           f"must be at most MUON_MOMENTUM={config.muon_momentum:g}")
     if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
         check_config(config)
-    if preset in UNFINISHED:
-        remarks.append(f"preset {preset} is not complete yet: it runs without {UNFINISHED[preset]}")
     return config, explicit, remarks + misspelt(environment)
 
 
@@ -553,6 +612,19 @@ def check_config(c: Config) -> None:
             f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
     require(c.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
+    require(c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 or at least 2: a document's first token has a "
+            "bucket of its own")
+    if c.ve_dim:
+        found = {layer for layer in c.value_layers if layer < c.num_layers}
+        require(len(found) == c.ve_layers.count(",") + 1, "ve_layers",
+                f"must be different layers below NUM_LAYERS={c.num_layers} with commas between, such as 0,1")
+    require(len(c.depth_cuts) < c.num_layers, "progressive_depth_schedule",
+            f"must be fewer numbers than NUM_LAYERS={c.num_layers}")
+    require(c.weight_average != "ema" or c.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
+    require(c.weight_average != "swa" or c.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
+    for name in ("column_steps", "awq_groups", "target_bytes"):
+        require(c.quantizer != "gptq_lite" or not getattr(c, name), name, "must be 0 with QUANTIZER=gptq_lite, which "
+                "knows one grid per row")
     for name in ("attn_bits", "mlp_bits"):
         require(getattr(c, name) != 1, name, "must be 0 or from 2 to 8")
     require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
@@ -1214,6 +1286,19 @@ def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, kind: 
     return softcapped_cross_entropy_plain(logits, targets, cap, kind)
 
 
+def row_reach(weights: Tensor, sigmas: float) -> Tensor:
+    """The magnitude at which a row's grid ends [..., r]: `sigmas` standard deviations, or with 0 the row's largest."""
+    return sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
+
+
+def straight_through(weights: Tensor, bits: int, sigmas: float) -> Tensor:
+    """Weights [..., r, c] rounded to each row's grid, with the gradient of the identity (arXiv 1308.3432)."""
+    limit, exact = 2 ** (bits - 1) - 1, weights.detach()
+    step = row_reach(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
+    # What is added is exactly 0, so the values are the grid's, and its gradient is the gradient of the sum.
+    return (exact / step).round().clamp(-limit, limit) * step + (weights - exact)
+
+
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """Each row's own low-rank map (LoRA, arXiv 2106.09685).
 
@@ -1221,6 +1306,11 @@ def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """
     a, b = adapter
     return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
+
+
+def follows(starts: Tensor) -> Tensor:
+    """[R, T] document starts -> [R, T] bool: the token before is of the same document."""
+    return starts != torch.arange(starts.size(1), device=starts.device)
 
 
 def visible(starts: Tensor) -> Tensor:
@@ -1698,6 +1788,7 @@ class Shared(NamedTuple):
     attention: Callable  # (q [R, T, H, h], k, v [R, T, K, h]) -> y [R, T, H, h]
     cos: Tensor          # [T, 1, rotary/2]
     sin: Tensor
+    values: Tensor | None  # [R, T, K*h] value embeddings, before each layer's own scale
 
 
 class Block(nn.Module):
@@ -1715,6 +1806,9 @@ class Block(nn.Module):
             self.head_gate = nn.Parameter(torch.zeros(c.num_heads, width))
         else:
             self.register_parameter("head_gate", None)
+        self.value_scale = nn.Parameter(torch.ones(1)) if layer in c.value_layers else None
+        # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
+        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1)) if c.lanes else None
         self.q, self.k, self.v, self.out, self.up, self.down = (Projection() for _ in range(6))
         self.fused = c.triton_kernels != "0"  # taps on the seats of up and down turn it off for their time
         self.norm_scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
@@ -1726,7 +1820,10 @@ class Block(nn.Module):
         n = self.norm(x)
         q = self.q(n, w.q, adapters.get("q")).view(rows, length, c.num_heads, c.head_dim)
         k = self.k(n, w.k, adapters.get("k")).view(rows, length, c.num_kv_heads, c.head_dim)
-        v = self.v(n, w.v, adapters.get("v")).view(rows, length, c.num_kv_heads, c.head_dim)
+        v = self.v(n, w.v, adapters.get("v"))
+        if self.value_scale is not None:
+            v = v + self.value_scale.to(x.dtype) * shared.values
+        v = v.view(rows, length, c.num_kv_heads, c.head_dim)
         q = rotate(rms_norm(q), shared.cos, shared.sin) * self.query_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), shared.cos, shared.sin)
         y = shared.attention(q, k, v)
@@ -1767,17 +1864,48 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 class SmearGate(nn.Module):
-    """x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}, and nothing where a document begins."""
+    """Mixes in the previous token, and nothing where a document begins.
+
+    window, of the embeddings: x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}. channel, of the normed embeddings:
+    x_t += g * (x_{t-1} - x_t), g = sigmoid(weight), one for each channel (PR #549 of openai/parameter-golf, which let
+    it look across borders).
+    """
 
     def __init__(self, c: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(c.gate_window))
-        self.scale = nn.Parameter(torch.zeros(1))
+        self.channel = c.smear_gate_type == "channel"
+        self.weight = nn.Parameter(torch.zeros(c.model_dim if self.channel else c.gate_window))
+        self.scale = None if self.channel else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        inside = documents.starts != torch.arange(x.size(1), device=x.device)             # [R, T]
+        inside, before = follows(documents.starts)[..., None], F.pad(x, (0, 0, 1, -1))      # [R, T, 1], [R, T, d]
+        if self.channel:
+            return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, before - x)
         gate = torch.sigmoid(F.linear(x[..., :self.weight.numel()], self.weight.to(x.dtype)[None]))
-        return x + self.scale.to(x.dtype) * gate * F.pad(x, (0, 0, 1, -1)) * inside[..., None]
+        return x + self.scale.to(x.dtype) * gate * before * inside
+
+
+class Table(nn.Module):
+    """A small embedding table [rows, width], a projection [out, width] and a scale: indices [R, T] -> [R, T, out]."""
+
+    def __init__(self, rows: int, width: int, out: int, scale: float):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(rows, width))
+        self.projection = nn.Parameter(torch.zeros(out, width))
+        self.scale = nn.Parameter(torch.full((1,), scale))
+
+    def forward(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.scale.to(dtype) * F.linear(F.embedding(indices, self.table).to(dtype), self.projection.to(dtype))
+
+
+def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
+    """The bucket [R, T] int32 of each token and the one before it; a document's first token has the last one's.
+
+    The hash is PR #549's, in int32: products of ids from 59,138 on wrap.
+    """
+    t = ids.int()
+    hashed = torch.bitwise_xor(36313 * t, 27191 * F.pad(t, (1, -1))) % (buckets - 1)
+    return torch.where(follows(starts), hashed, buckets - 1)
 
 
 def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
@@ -1815,11 +1943,11 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, c.hidden_dim))
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(layers))
         self.smear = SmearGate(c) if c.smear_gate_enabled else None
+        self.bigram = Table(c.bigram_vocab_size, c.bigram_dim, d, 0.05) if c.bigram_vocab_size else None
+        self.values = Table(c.vocab_size, c.ve_dim, c.kv_dim, 0.1) if c.ve_dim else None
         skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if c.skip_gates_enabled else None
-        # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
-        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(layers, 2, 1)) if c.lanes else None
         self.logits = Projection()
         length = max(c.train_seq_len, c.longest_context)
         for name, table in zip(("cos", "sin"), rotary_tables(c, length)):
@@ -1838,13 +1966,34 @@ class GPT(nn.Module):
             bank.zero_()
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
+        if self.bigram is not None:  # of table and projection one must not be zero, or neither would ever learn
+            self.bigram.table.zero_()
+            nn.init.orthogonal_(self.bigram.projection, generator=generator)
+        if self.values is not None:
+            self.values.table.normal_(std=0.01, generator=generator)
+            self.values.projection.zero_()
 
-    def layer_weights(self, dtype: torch.dtype) -> list[Weights]:
+    def rest(self, learning: int) -> None:
+        """Lets the first layers learn alone: no gradient of the others' weights is computed until the next call."""
+        for layer, block in enumerate(self.blocks):
+            block.requires_grad_(layer < learning)
+
+    @property
+    def learning(self) -> int:
+        """Layers that learn."""
+        return sum(block.query_gain.requires_grad for block in self.blocks)
+
+    def layer_weights(self, dtype: torch.dtype, rounded: bool) -> list[Weights]:
         """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
-        n = self.c.num_layers
-        qo, kv, up, down = (bank.to(dtype).unbind() for bank in (self.qo_bank, self.kv_bank, self.up_bank,
-                                                                 self.down_bank))
-        return [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
+        c, n = self.c, self.c.num_layers
+        banks = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
+        if rounded:
+            grids = (c.attn_grid, c.attn_grid, c.mlp_grid, c.mlp_grid)
+            banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
+        qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
+        weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
+        return [w if block.query_gain.requires_grad else Weights(*(matrix.detach() for matrix in w))
+                for w, block in zip(weights, self.blocks)]
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
         """U-Net skip: added, or blended through a gate."""
@@ -1854,13 +2003,15 @@ class GPT(nn.Module):
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
     def embed(self, ids: Tensor, documents: Documents, noise: Tensor | None) -> Tensor:
-        """Token embeddings in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
-        x = F.embedding(ids, self.embedding).to(self.c.dtype)
+        """Embeddings of tokens and pairs in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
+        c, x = self.c, F.embedding(ids, self.embedding).to(self.c.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_buckets(ids, documents.starts, c.bigram_vocab_size), x.dtype)
         if noise is not None:
             x = x + noise.to(x.dtype)
-        if self.smear is not None:
-            x = self.smear(x, documents)
-        return rms_norm(x)
+        if self.smear is None:
+            return rms_norm(x)
+        return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
     def visit(self, v: Visit, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared,
               adapters: dict) -> tuple[Tensor, Tensor]:
@@ -1875,25 +2026,27 @@ class GPT(nn.Module):
             x = torch.addcmul(x, b, block.feed(x, w, adapters))
             return x, x
         attended, fed = a * attended, b * block.feed(lane, w, adapters)
-        (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in self.lane_mix[v.layer].to(x.dtype).unbind())
+        (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in block.lane_mix.to(x.dtype).unbind())
         return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
 
     def forward(self, ids: Tensor, targets: Tensor, documents: Documents, *, looped: bool,
-                adapters: list[dict] | None = None, noise: Tensor | None = None,
-                last: int = 0) -> tuple[Tensor, Tensor]:
+                adapters: list[dict] | None = None, noise: Tensor | None = None, last: int = 0,
+                rounded: bool = False, tempered: bool = False) -> tuple[Tensor, Tensor]:
         """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
 
         `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
         one for the head (key head); absent ones leave no trace in the graph. `last` forms logits of the rows' last
-        so many tokens alone, [R, last].
+        so many tokens alone, [R, last]. `rounded` rounds the banks (late QAT); `tempered` divides the softcapped
+        logits by TEMPERATURE, as evaluations do.
         """
         plan = self.plans[looped]
         adapters = adapters or [{}] * (len(plan) + 1)
         length = ids.size(1)
         x0 = x = lane = self.embed(ids, documents, noise)
-        weights = self.layer_weights(x.dtype)
+        weights = self.layer_weights(x.dtype, rounded)
         cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
-        shared = Shared(self.attention(documents, x.dtype), cos, sin)
+        shared = Shared(self.attention(documents, x.dtype), cos, sin,
+                        None if self.values is None else self.values(ids, x.dtype))
         saved: list[Tensor] = []
         for place, v in enumerate(plan):
             if v.skip is not None:
@@ -1907,11 +2060,13 @@ class GPT(nn.Module):
         hidden = rms_norm(x)
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype))
-        if "head" in adapters[-1]:  # in float32: next to a bfloat16 logit a small contribution would round away
-            wide = torch.promote_types(logits.dtype, torch.float32)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if "head" in adapters[-1]:  # next to a bfloat16 logit a small contribution would round away
             logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
-        c = self.c
-        return softcapped_cross_entropy(logits, targets, c.logit_softcap, c.softcap_type, c.fused_ce_enabled,
+        c, cap = self.c, self.c.logit_softcap
+        if tempered and c.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
+            logits, cap = logits.to(wide) / c.temperature, cap / c.temperature
+        return softcapped_cross_entropy(logits, targets, cap, c.softcap_type, c.fused_ce_enabled,
                                         c.triton_kernels != "0")
 
 
@@ -2024,6 +2179,9 @@ def parameter_groups(model: GPT, c: Config) -> list[Group]:
     tables = [("embedding", [model.embedding], c.tied_embed_lr if c.tie_embeddings else c.embed_lr)]
     if model.head is not None:
         tables.append(("head", [model.head], c.head_lr))
+    # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
+    tables.extend((name, [part.table], tables[0][2]) for name, part in (("bigram", model.bigram),
+                                                                        ("values", model.values)) if part is not None)
     taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [Group("banks", banks, True, c.matrix_lr, c.muon_wd),
@@ -2054,6 +2212,7 @@ class Muon:
     """Momentum and orthogonalization of the banks, each rank on its share of a bank's first axis.
 
     A bank of n matrices is padded to a multiple of the ranks; gradients are reduce-scattered, updates all-gathered.
+    While only some layers learn, the other matrices and their momentum rest, and cost nothing.
     """
 
     def __init__(self, group: Group, c: Config, run: Run):
@@ -2085,23 +2244,43 @@ class Muon:
         update = orthogonalize(update, c.muon_backend_steps, c.muon_coefficients, c.dtype)
         return update * max(1.0, rows / columns) ** 0.5
 
+    def learning_rows(self, bank: Tensor, share: int, learning: int) -> tuple[Tensor, Tensor]:
+        """Which matrices of a bank, and which of this rank's share of it, belong to the first `learning` layers."""
+        rows, first = [i for i in range(bank.size(0)) if i % self.c.num_layers < learning], self.run.rank * share
+        mine = [i - first for i in rows if first <= i < first + share]
+        return torch.tensor(rows, device=bank.device), torch.tensor(mine, dtype=torch.long, device=bank.device)
+
     @torch.no_grad()
-    def step(self, grads: list[Tensor], beta: float, multiplier: float) -> None:
-        """Updates the banks. The gathering of one bank overlaps the orthogonalization of the next."""
+    def step(self, grads: list[Tensor], beta: float, multiplier: float, learning: int) -> None:
+        """Updates the banks, or their first `learning` layers alone.
+
+        The gathering of one bank overlaps the orthogonalization of the next.
+        """
         lr, pending = self.lr * multiplier, []
-        for grad, momentum, bank in zip(grads, self.momentum, self.banks):
-            update = self.direction(grad, momentum, beta)
+        for grad, momentum, bank, share in zip(grads, self.momentum, self.banks, self.share):
+            rows = None
+            if learning == self.c.num_layers:
+                update = self.direction(grad, momentum, beta)
+            else:
+                rows, mine = self.learning_rows(bank, share, learning)
+                kept = momentum[mine]
+                part = self.direction(grad[mine], kept, beta)
+                momentum.index_copy_(0, mine, kept)
+                update = part.new_zeros(grad.shape).index_copy_(0, mine, part)
             handle = None
             if self.run.world > 1:
                 whole = torch.empty(update.size(0) * self.run.world, *update.shape[1:], dtype=update.dtype,
                                     device=update.device)
                 handle = dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
                 update = whole
-            pending.append((bank, update, handle))
-        for bank, update, handle in pending:
+            pending.append((bank, rows, update, handle))
+        for bank, rows, update, handle in pending:
             if handle is not None:
                 handle.wait()
-            bank.mul_(1 - lr * self.weight_decay).sub_(update[:bank.size(0)], alpha=lr)
+            if rows is None:
+                bank.mul_(1 - lr * self.weight_decay).sub_(update[:bank.size(0)], alpha=lr)
+            else:
+                bank.index_copy_(0, rows, (bank[rows] * (1 - lr * self.weight_decay)).sub_(update[rows], alpha=lr))
 
 
 class Optimizers:
@@ -2127,9 +2306,12 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, beta: float, multiplier: float) -> float:
-        """One update with the sum of all ranks' gradients; returns its norm before clipping."""
+        """One update with the sum of all ranks' gradients; returns its norm before clipping.
+
+        What rests (`GPT.rest`) keeps its values, its momentum and its averages, and does not decay.
+        """
         pending = self.muon.start_reduce()
-        rest = [p for g in self.adam_groups for p in g.parameters]
+        rest = [p for g in self.adam_groups for p in g.parameters if p.requires_grad]
         for p in rest:
             if p.grad is None:  # a parameter that this execution order does not reach
                 p.grad = torch.zeros_like(p)
@@ -2141,7 +2323,7 @@ class Optimizers:
         norm = self.clip(shares, [p.grad for p in rest])
         for row, group in zip(self.adam.param_groups, self.adam_groups):
             row["lr"] = group.lr * multiplier
-        self.muon.step(shares, beta, multiplier)
+        self.muon.step(shares, beta, multiplier, self.model.learning)
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
         return norm
@@ -2208,6 +2390,41 @@ def loops_on(p: Progress, c: Config) -> bool:
     return c.loops and fraction_done(p, c) >= c.enable_looping_at
 
 
+class Use(NamedTuple):
+    """What a training step computes; each is a graph of its own."""
+
+    looped: bool
+    learning: int  # first layers that learn
+    rounded: bool  # late QAT
+
+
+def layers_learning(p: Progress, c: Config) -> int:
+    """Progressive depth (PR #1325): n fractions make n + 1 stages, in each of which as many layers more learn."""
+    stage = sum(fraction_done(p, c) >= cut for cut in c.depth_cuts)
+    return c.num_layers * (stage + 1) // (len(c.depth_cuts) + 1)
+
+
+def use_at(p: Progress, c: Config) -> Use:
+    """What the next step computes."""
+    return Use(loops_on(p, c), layers_learning(p, c), lr_multiplier(p, c) < c.late_qat_threshold)
+
+
+def all_uses(c: Config) -> list[Use]:
+    """Every use that a training can come to, in order, for the warmup to compile.
+
+    A warmdown is no longer than the training, so the rate falls below a threshold in the last such share of it at the
+    earliest. When exactly may depend on the pace: from there on both uses are counted.
+    """
+    cuts = sorted({0.0, *c.depth_cuts, *((c.enable_looping_at,) if c.loops else ())} - {1.0})
+    falls = bool(c.warmdown_frac or c.warmdown_iters) and c.min_lr < c.late_qat_threshold
+    uses = []
+    for begin, end in zip(cuts, (*cuts[1:], 1.0)):
+        middle = Progress((begin + end) / 2 * c.iterations, 0.0)
+        for rounded in (False, True) if falls and end > 1 - c.late_qat_threshold else (False,):
+            uses.append(Use(loops_on(middle, c), layers_learning(middle, c), rounded))
+    return uses
+
+
 def ema_share(step: int, c: Config) -> float:
     """Share of the new weights in the average; larger at first, so that a short run does not average its start in.
 
@@ -2234,6 +2451,15 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def focal_weights(nll: Tensor, gamma: float) -> Tensor:
+    """Weights [R, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
+
+    Each row's are 1 on average: over a micro-batch, the update would depend on how many ranks share the batch.
+    """
+    weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
+    return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
     """Writes the values into the tensors."""
     for tensor, value in zip(tensors, values):
@@ -2248,53 +2474,72 @@ class Trainer:
         self.model, self.loader, self.layout, self.c, self.run = model, loader, loader.layout, c, run
         self.optimizers = Optimizers(model, c, run)
         self.forward = compiled_forward(model)
-        self.average = [p.clone() for p in self.parameters()] if c.ema_decay else None
+        ema, swa = c.averages
+        self.average = [p.clone() for p in self.parameters()] if ema else None
+        self.late, self.late_count = [torch.zeros_like(p) for p in self.parameters()] if swa else None, 0
 
     def parameters(self) -> list[Tensor]:
         """The model's weights, outside of autograd."""
         return [p.detach() for p in self.model.parameters()]
 
-    def step(self, p: Progress, looped: bool) -> Tensor:
-        """One update; returns this rank's sum of NLL over its targets, as a tensor (reading it would wait)."""
+    def step(self, p: Progress, looped: bool, learning: int | None = None, rounded: bool = False) -> Tensor:
+        """One update of the first `learning` layers (None: all) and of all that is no layer's, by a `Use`.
+
+        Returns this rank's sum of NLL over its targets, as a tensor (reading it would wait).
+        """
         c, nats = self.c, torch.zeros((), dtype=torch.float64, device=self.run.device)
+        self.model.rest(c.num_layers if learning is None else learning)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
             noise = self.loader.noise(p.step, micro, (c.train_seq_len, c.model_dim))
-            nll, lse = self.forward(*batch, looped=looped, noise=noise)
-            loss = nll.sum()
+            nll, lse = self.forward(*batch, looped=looped, noise=noise, rounded=rounded)
+            loss = (nll * focal_weights(nll, c.focal_gamma)).sum() if c.focal_enabled else nll.sum()
             if c.z_loss_weight:
                 loss = loss + c.z_loss_weight * lse.square().sum()
             (loss / c.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=torch.float64)
         self.optimizers.step(muon_beta(p, c), lr_multiplier(p, c))
+        self.model.rest(c.num_layers)
+        self.add_to_averages(p)
+        return nats
+
+    def add_to_averages(self, p: Progress) -> None:
+        """Takes the weights after a step into the averages: every step's into the EMA, late ones into the SWA."""
+        c = self.c
         if self.average is not None:
             torch._foreach_lerp_(self.average, self.parameters(), ema_share(p.step, c))
-        return nats
+        if self.late is not None and (p.step + 1) % c.swa_every == 0 and lr_multiplier(p, c) < c.swa_start:
+            self.late_count += 1
+            torch._foreach_lerp_(self.late, self.parameters(), 1 / self.late_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
         kept = [p.clone() for p in self.parameters()]
-        orders = (False, True) if self.c.loops else (False,)
         for step in range(self.c.warmup_steps):
-            for looped in orders:
-                self.step(Progress(step, 0.0), looped)
+            for use in all_uses(self.c):
+                self.step(Progress(step, 0.0), *use)
         if self.c.warmup_steps:
             evaluate_once(self.forward)
         for tensors in (self.parameters(), self.average or []):
             copy_all(tensors, kept)
+        self.late_count = 0
         self.optimizers.reset()
         self.loader.epoch = -1
 
     def use_average(self) -> None:
-        """Puts the averaged weights into the model."""
-        if self.average is not None:
-            copy_all(self.parameters(), self.average)
+        """Puts the averaged weights into the model: the EMA, the SWA, or their mean where both are kept."""
+        averages = [] if self.average is None else [self.average]
+        if self.late is not None:
+            self.run.log(f"swa:{self.late_count} late weights averaged")
+            averages += [self.late] if self.late_count else []
+        if averages:
+            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages)])
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
     """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
     c, run = trainer.c, trainer.run
-    progress, looped, since = Progress(0, 0.0), False, time.perf_counter()
+    progress, use, since = Progress(0, 0.0), Use(False, c.num_layers, False), time.perf_counter()
     while True:
         last = fraction_done(progress, c) >= 1.0
         if c.val_loss_every and (last or progress.step % c.val_loss_every == 0):
@@ -2303,16 +2548,25 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
             since = time.perf_counter()
         if last:
             return progress
-        if loops_on(progress, c) and not looped:
-            looped = True
-            run.log(f"step:{progress.step} looping on: layers {execution_order(c, True)}")
-        nats = trainer.step(progress, looped)
+        before, use = use, use_at(progress, c)
+        log_use(run, c, progress, before, use)
+        nats = trainer.step(progress, *use)
         now = time.perf_counter()
         progress = Progress(progress.step + 1, run.agree(progress.seconds + now - since))
         since = now
         if c.train_log_every and (progress.step % c.train_log_every == 0 or progress.step <= 3
                                   or fraction_done(progress, c) >= 1.0):
             log_step(run, c, progress, nats)
+
+
+def log_use(run: Run, c: Config, p: Progress, before: Use, use: Use) -> None:
+    """A line for each change of what steps compute."""
+    if use.looped and not before.looped:
+        run.log(f"step:{p.step} looping on: layers {execution_order(c, True)}")
+    if use.learning != before.learning:
+        run.log(f"step:{p.step} layers that learn: the first {use.learning} of {c.num_layers}")
+    if use.rounded and not before.rounded:
+        run.log(f"step:{p.step} late QAT on: matrices are rounded to {c.attn_grid[0]} and {c.mlp_grid[0]} bits")
 
 
 def diverged(c: Config, what: str) -> ConfigError:
@@ -2382,14 +2636,19 @@ EXTRAS = {
 AWQ_COLUMNS = 64  # columns that AWQ-lite treats alike
 
 
-def quantization_bits(name: str, c: Config) -> tuple[int, float]:
-    """(bits, clip sigmas) of a parameter by its role; 0 sigmas: the whole range of a row."""
+SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
+
+
+def quantization_bits(name: str, elements: int, c: Config) -> tuple[int, float]:
+    """(bits, clip sigmas) of a parameter by its role and size; 0 sigmas: the whole range of a row."""
     if name in ("qo_bank", "kv_bank"):
-        return c.attn_bits or c.matrix_bits, c.attn_clip_sigmas
+        return c.attn_grid
     if name in ("up_bank", "down_bank"):
-        return c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas
+        return c.mlp_grid
     if name in ("embedding", "head"):
         return c.embed_bits, c.embed_clip_sigmas
+    if name.endswith((".table", ".projection")) and elements > SMALL_TENSOR:
+        return c.matrix_bits, c.matrix_clip_sigmas
     return (8, 0.0) if name.endswith("head_gate") and c.gated_attn_quant_gate else (16, 0.0)
 
 
@@ -2701,11 +2960,40 @@ def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, t
 
     With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
     """
-    reach = sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
-    step = (times * reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -24, 65504)
+    return stored_steps(times * row_reach(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+
+
+def stored_steps(steps: Tensor, per_octave: int) -> Tensor:
+    """Steps as fp16, on a grid of `per_octave` to an octave, if any."""
+    steps = steps.clamp(2.0 ** -24, 65504)
     if per_octave:
-        step = torch.exp2((step.log2() * per_octave).round() / per_octave).clamp(2.0 ** -24, 65504)
-    return step.half()
+        steps = torch.exp2((steps.log2() * per_octave).round() / per_octave).clamp(2.0 ** -24, 65504)
+    return steps.half()
+
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of a row's magnitudes, where GPTQ-lite ends the row's grid
+
+
+def gptq_lite(weights: Tensor, bits: int, per_octave: int) -> tuple[Tensor, Tensor]:
+    """GPTQ-lite (the stack of PR #549 of openai/parameter-golf): to nearest, each row with its best clip in MSE.
+
+    weights [..., r, c] float32 -> codes int8 [..., r, c], steps float16 [..., r]. It knows no Hessian.
+    """
+    limit, ranked = 2 ** (bits - 1) - 1, weights.abs().sort(dim=-1)[0]
+    last, best = weights.size(-1) - 1, None
+    for quantile in CLIP_QUANTILES:
+        low, share = int(quantile * last), quantile * last % 1
+        reach = torch.lerp(ranked[..., low], ranked[..., min(low + 1, last)], share)
+        steps = stored_steps(reach / limit, per_octave)
+        codes = (weights / steps.float()[..., None]).round().clamp(-limit, limit)
+        error = (codes * steps.float()[..., None] - weights).square().sum(-1)
+        if best is None:
+            best = codes.to(torch.int8), steps, error
+        else:
+            better = error < best[2]
+            best = (torch.where(better[..., None], codes.to(torch.int8), best[0]), torch.where(better, steps, best[1]),
+                    torch.where(better, error, best[2]))
+    return best[:2]
 
 
 def as_batch(weights: Tensor) -> Tensor:
@@ -2771,16 +3059,19 @@ def all_feedbacks(hessians: dict[str, Tensor], c: Config) -> dict[str, Feedback]
 def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
              log: Callable[[str], None] = lambda line: None, octaves: float = 0.0,
              feedbacks: dict[str, Feedback] | None = None) -> dict[str, Quantized]:
-    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest.
+    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest,
+    as all are with QUANTIZER=gptq_lite.
 
     `octaves` makes the steps of those with a Hessian larger. `feedbacks` are the Hessians' if they are known already.
     """
-    feedbacks = feedbacks or all_feedbacks(hessians, c)
+    feedbacks = feedbacks or ({} if c.quantizer == "gptq_lite" else all_feedbacks(hessians, c))
     stored, fine = {}, fine_groups(weights, hessians, c) if c.awq_groups and hessians else {}
     for name, value in weights.items():
-        bits, sigmas = quantization_bits(name, c)
+        bits, sigmas = quantization_bits(name, value.numel(), c)
         if bits == 16:
             stored[name] = Quantized(value.half(), None, 16, {})
+        elif c.quantizer == "gptq_lite":
+            stored[name] = Quantized(*gptq_lite(value.float(), bits, c.scale_grid), bits, {})
         elif name in hessians:
             stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, c, octaves)
         else:
@@ -3820,7 +4111,7 @@ class Evaluator:
                    windows: np.ndarray | None = None) -> None:
         """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(rows, self.windows if windows is None else windows)
-        nll, _ = forward(*batch, looped=self.c.loops)
+        nll, _ = forward(*batch, looped=self.c.loops, tempered=True)
         if ledger:
             ledger.score(scored, nll)
 
@@ -3986,7 +4277,7 @@ class PhasedTTT:
         leaves = [p.detach().requires_grad_(learning) for p in adapters.parameters(rows)] if adapters else []
         with torch.set_grad_enabled(learning):
             nll, _ = self.forward(*batch, looped=self.c.loops, adapters=adapters.pairs(leaves) if adapters else None,
-                                  last=scored.shape[1])
+                                  last=scored.shape[1], tempered=True)  # adapters learn from what counts
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
@@ -4102,7 +4393,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()
-        run.log(f"warmup:{c.warmup_steps} steps of each execution order, {warm - earlier} graphs compiled, "
+        run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, "
                 "everything put back")
     with Stage(run, "train"):
         end = train(trainer, lambda: evaluator(trainer.forward))

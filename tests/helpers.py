@@ -42,7 +42,9 @@ TINY = dict(
     MUON_MOMENTUM_WARMUP_STEPS=100, MUON_WD=0, ADAM_WD=0, EMBED_WD=0, GRAD_CLIP_NORM=0, WARMDOWN_FRAC=0.6, MIN_LR=0,
     EMA_DECAY=0, NEFTUNE_ALPHA=0, Z_LOSS_WEIGHT=0, MATRIX_BITS=6, EMBED_BITS=8, COMPRESSOR="zstd",
     LQER_ENABLED=0, RVQ_ENABLED=0, AWQ_GROUPS=0, GATED_ATTN_QUANT_GATE=0, QUANTIZER="uniform", COLUMN_STEPS=0,
-    TARGET_BYTES=0,
+    TARGET_BYTES=0, SMEAR_GATE_ENABLED=0, SMEAR_GATE_TYPE="window", BIGRAM_VOCAB_SIZE=0, BIGRAM_DIM=12, VE_DIM=0,
+    VE_LAYERS="0,2", SOFTCAP_TYPE="tanh", FOCAL_ENABLED=0, FOCAL_GAMMA=1.0, PROGRESSIVE_DEPTH_SCHEDULE="0",
+    SWA_ENABLED=0, SWA_EVERY=50, WEIGHT_AVERAGE="both", LATE_QAT_THRESHOLD=0, TTT_MODE="none",
 )
 # Everything that PRESET=record switches on, at a width that takes milliseconds.
 RECORD_LIKE = dict(
@@ -51,6 +53,15 @@ RECORD_LIKE = dict(
     QK_GAIN_INIT=5.0, MLP_MULT=4, LEAKY_RELU_SLOPE=0.5, ENABLE_LOOPING_AT=0.5, NEFTUNE_ALPHA=5.0, Z_LOSS_WEIGHT=1e-4,
     MUON_COEFFICIENTS="polar_express", MUON_ROW_NORMALIZE=1, MUON_WD=0.095, EMA_DECAY=0.9, GRAD_CLIP_NORM=0.3,
     MIN_LR=0.1, EMBED_WD=0.085, ADAM_WD=0.02, EMBED_BITS=7, GATED_ATTN_QUANT_GATE=1, LQER_ENABLED=1,
+)
+# The same for PRESET=poly5.
+POLY_LIKE = dict(
+    TINY, NUM_LAYERS=6, XSA_LAST_N=2, LN_SCALE=1, ROPE_DIMS=4, MLP_MULT=3, SMEAR_GATE_ENABLED=1,
+    SMEAR_GATE_TYPE="channel", BIGRAM_VOCAB_SIZE=37, VE_DIM=10, VE_LAYERS="3,5", SOFTCAP_TYPE="poly", FOCAL_ENABLED=1,
+    Z_LOSS_WEIGHT=1e-4, PROGRESSIVE_DEPTH_SCHEDULE="0.2,0.5", MUON_MOMENTUM=0.99, MUON_MOMENTUM_WARMUP_START=0.92,
+    MUON_WD=0.04, EMBED_WD=0.04, ADAM_WD=0.04, GRAD_CLIP_NORM=0.3, WARMDOWN_FRAC=0, WARMDOWN_ITERS=6, EMA_DECAY=0.9,
+    SWA_ENABLED=1, SWA_EVERY=1, SWA_START=0.5, LATE_QAT_THRESHOLD=0.5, QUANTIZER="gptq_lite", RVQ_ENABLED=1,
+    EVAL_STRIDE=8,
 )
 
 
@@ -89,8 +100,8 @@ def build_model(c, seed=0, spread=0.3):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             if name in tg.BANKS:
                 p.copy_(noise * p.size(-1) ** -0.5)
-            elif name in ("embedding", "head"):
-                p.copy_(noise * 0.5)
+            elif name in ("embedding", "head") or name.endswith((".table", ".projection")):
+                p.copy_(noise * 0.5)  # whatever `reset` drew, which depends on the type
             else:
                 p.add_(noise * spread)
     return model

@@ -20,7 +20,41 @@ def train(c, run, steps):
     arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
     if trainer.average is not None:
         arrays |= {f"average {i}": p.numpy() for i, p in enumerate(trainer.average)}
+    if trainer.late is not None:
+        arrays |= {f"late {i}": p.numpy() for i, p in enumerate(trainer.late)}
     return dict(arrays, losses=np.array([n.item() for n in losses]))
+
+
+def depth(c, run, learning):
+    """A step of all layers, then two of the first ones: the weights, and how much of what rests was disturbed."""
+    model = build_model(c, seed=1)
+    trainer = tg.Trainer(model, tg.TrainLoader(c, run))
+    trainer.step(tg.Progress(0, 0.0), looped=c.loops)
+    muon, adam = trainer.optimizers.muon, trainer.optimizers.adam
+
+    def state():
+        """Flat copies of what rests, and of what does not, of weights and optimizer states; and this rank's momenta."""
+        parts = {True: [], False: []}
+        for name, p in model.named_parameters():
+            if name in tg.BANKS:
+                for i, matrix in enumerate(p.detach()):
+                    parts[i % c.num_layers >= learning].append(matrix.flatten())
+            else:
+                rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
+                parts[rests] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
+        momenta = {True: [], False: []}
+        for bank, share, momentum in zip(muon.banks, muon.share, muon.momentum):
+            for i, matrix in enumerate(momentum, run.rank * share):
+                momenta[i % c.num_layers >= learning or i >= len(bank)].append(matrix.flatten())
+        empty = [next(model.parameters()).detach().flatten()[:0]]
+        return [tg.torch.cat(part + empty) for part in (parts[True] + momenta[True], parts[False], momenta[False])]
+
+    before = state()
+    for step in (1, 2):
+        trainer.step(tg.Progress(step, 0.0), c.loops, learning)
+    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state()))
+    return {**{name: p.detach().numpy() for name, p in model.named_parameters()}, "disturbed": disturbed,
+            "moved": moved, "momenta moved": momenta}
 
 
 def score(c, run):
@@ -38,7 +72,7 @@ def hessians(c, run):
 def run_jobs(jobs, run, folder):
     for job in jobs:
         arguments = dict(job.get("arguments", {}))
-        work = {"train": train, "score": score, "hessians": hessians}[job["kind"]]
+        work = {"train": train, "depth": depth, "score": score, "hessians": hessians}[job["kind"]]
         result = work(config(job["knobs"]), run, **arguments)
         np.savez(folder / f"{job['name']}.{run.rank}.npz", **result)
 

@@ -34,11 +34,32 @@ def order_of_layers(c, looped):
     return list(range(c.loop_start)) + middle * (c.num_loops + 1) + list(range(c.loop_end + 1, c.num_layers))
 
 
+def rounded_rows(matrix, bits, sigmas):
+    """Each row on a grid of its own, from its deviation or its largest magnitude; no gradient."""
+    rows = []
+    for row in matrix.detach():
+        reach = sigmas * ((row - row.mean()) ** 2).mean().sqrt() if sigmas else row.abs().max()
+        step = reach / (2 ** (bits - 1) - 1)
+        rows.append(torch.clamp(torch.round(row / step), -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) * step)
+    return torch.stack(rows)
+
+
+def int32(number):
+    """A number as 32 bits hold it."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
 class Reference:
     """The forward pass of one row. Weights are read from a GPT's parameters by name."""
 
-    def __init__(self, model):
-        self.c, self.p = model.c, dict(model.named_parameters())
+    def __init__(self, model, rounded=False, temperature=1.0):
+        self.c, self.p, self.temperature = model.c, dict(model.named_parameters()), temperature
+        c, lite = model.c, model.c.quantizer == "gptq_lite"
+        attention, mlp = (c.attn_clip_sigmas, c.attn_bits), (c.mlp_clip_sigmas, c.mlp_bits)
+        classes = dict(qo_bank=attention, kv_bank=attention, up_bank=mlp, down_bank=mlp)
+        for name, (sigmas, bits) in classes.items() if rounded else ():
+            matrices = [rounded_rows(m, bits or c.matrix_bits, 0 if lite else sigmas) for m in self.p[name]]
+            self.p[name] = torch.stack(matrices).requires_grad_()
 
     def of(self, layer, name):
         return self.p[f"blocks.{layer}.{name}"]
@@ -67,7 +88,10 @@ class Reference:
         for t, x in enumerate(n):
             q.append([turn(unit(a), t, c) * g for a, g in zip((wq @ x).split(h), self.of(layer, "query_gain"))])
             k.append([turn(unit(a), t, c) for a in (wk @ x).split(h)])
-            v.append((wv @ x).split(h))
+            own = wv @ x
+            if self.c.ve_dim and str(layer) in self.c.ve_layers.split(","):
+                own = own + self.of(layer, "value_scale") * self.values[t]
+            v.append(own.split(h))
         outputs = []
         for t in range(len(n)):
             heads = []
@@ -92,10 +116,21 @@ class Reference:
             outputs.append(self.p["down_bank"][layer] @ hidden)
         return outputs
 
+    def bigram(self, ids, starts, t):
+        """The embedding of the pair that ends at t."""
+        buckets = self.c.bigram_vocab_size
+        bucket = (int32(36313 * ids[t]) ^ int32(27191 * ids[t - 1])) % (buckets - 1) if starts[t] < t else buckets - 1
+        return self.p["bigram.scale"] * (self.p["bigram.projection"] @ self.p["bigram.table"][bucket])
+
     def embed(self, ids, starts, noise):
         x = [self.p["embedding"][token] for token in ids]
+        if self.c.bigram_vocab_size:
+            x = [a + self.bigram(ids, starts, t) for t, a in enumerate(x)]
         if noise is not None:
             x = [a + b for a, b in zip(x, noise)]
+        if self.c.smear_gate_enabled and self.c.smear_gate_type == "channel":
+            x, g = [unit(a) for a in x], torch.sigmoid(self.p["smear.weight"])
+            return [x[t] if starts[t] == t else (1 - g) * x[t] + g * x[t - 1] for t in range(len(x))]
         if self.c.smear_gate_enabled:
             w, scale = self.p["smear.weight"], self.p["smear.scale"]
             x = [x[t] if starts[t] == t else
@@ -120,15 +155,25 @@ class Reference:
             return [[y + b * z for y, z in zip(x, self.mlp(x, number))]]
         fed = [b * y for y in self.mlp(lanes[1], number)]
         mixed = []
-        for lane, (r, p, q) in zip(lanes, self.p["lane_mix"][number]):
+        for lane, (r, p, q) in zip(lanes, self.of(number, "lane_mix")):
             mixed.append([r * x + p * y + q * z for x, y, z in zip(lane, attended, fed)])
         return mixed
+
+    def softcap(self, x):
+        c = self.c.logit_softcap
+        if self.c.softcap_type == "tanh":
+            return c * torch.tanh(x)
+        x = torch.clamp(x, -2, 2)
+        return c * torch.clamp(x - x**3 / 3 + x**5 / 15, -1, 1)
 
     def row(self, ids, targets, starts, looped, noise=None):
         """NLL and log-sum-exp of each position of a row: lists of scalars."""
         c, order, saved = self.c, order_of_layers(self.c, looped), []
         half = len(order) // 2
         x0 = self.embed(ids, starts, noise)
+        if c.ve_dim:
+            self.values = [self.p["values.scale"] * (self.p["values.projection"] @ self.p["values.table"][token])
+                           for token in ids]
         lanes = [x0]
         for place, number in enumerate(order):
             if 0 <= c.parallel_start_layer <= number and len(lanes) == 1:
@@ -143,7 +188,7 @@ class Reference:
         nll, lse = [], []
         for t, target in enumerate(targets):
             hidden = unit(sum(lane[t] for lane in lanes) / len(lanes))
-            z = c.logit_softcap * torch.tanh(head @ hidden / c.logit_softcap)
+            z = self.softcap(head @ hidden / c.logit_softcap) / self.temperature
             lse.append(z.max() + torch.log(torch.exp(z - z.max()).sum()))
             nll.append(lse[-1] - z[target])
         return torch.stack(nll), torch.stack(lse)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, examples, random_batch
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -366,7 +366,8 @@ FORGED = tg.pack(*reversed(stored_model(**SMALL)))
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0), POLY_LIKE],
+                         ids=["tiny", "record", "untied", "poly"])
 @torch.no_grad()
 def test_a_loaded_model_is_the_dequantized_one(base):
     """The same NLLs, bit for bit, as weights that are dequantized and set by hand; the preset at loading is another."""
@@ -387,7 +388,8 @@ def test_a_loaded_model_is_the_dequantized_one(base):
 def test_knobs_that_contradict_the_artifact_are_refused():
     c, stored = stored_model()
     data = tg.pack(stored, c)
-    for name, value in dict(NUM_LAYERS=4, MODEL_DIM=64, LOGIT_SOFTCAP=20.0, LN_SCALE=1, ROPE_BASE=500.0).items():
+    for name, value in dict(NUM_LAYERS=4, MODEL_DIM=64, LOGIT_SOFTCAP=20.0, LN_SCALE=1, ROPE_BASE=500.0,
+                            BIGRAM_VOCAB_SIZE=50, VE_LAYERS="1", SMEAR_GATE_TYPE="channel").items():
         other = config(**{name: value})
         shown = getattr(other, name.lower())
         with pytest.raises(tg.ConfigError, match=rf"^{name}={shown}: the artifact was made with "):

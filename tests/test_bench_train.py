@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run, tg
+from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run, tg
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -69,10 +69,11 @@ def test_the_table_says_the_same(finished):
 
 @pytest.mark.parametrize("looped", [False, True])
 @pytest.mark.parametrize("knobs", [{}, dict(TIE_EMBEDDINGS=0), dict(SPARSE_ATTN_GATE_ENABLED=0, SMEAR_GATE_ENABLED=0),
-                                   dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1, MLP_MULT=1.5)])
+                                   dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1, MLP_MULT=1.5),
+                                   dict(BIGRAM_VOCAB_SIZE=11, VE_DIM=6), POLY_LIKE])
 def test_flops_are_those_that_torch_counts(knobs, looped):
     """The matrix products of the linear part exactly; attention's too, where every key of a row of 32 is computed."""
-    c = config(SHAPE, ATTENTION="blocked", **knobs)
+    c = config({**SHAPE, **knobs}, ATTENTION="blocked", COMPUTE_DTYPE="float32")
     model, batch = build_model(c), random_batch(c, 4, c.train_seq_len)
     with FlopCounterMode(display=False) as counter:
         model(*batch, looped=looped)[0].sum().backward()
@@ -81,6 +82,19 @@ def test_flops_are_those_that_torch_counts(knobs, looped):
     layers = len(tg.execution_order(c, looped))
     assert counted == {"aten.mm": 6 * bench.matmul_parameters(model, looped) * tokens,
                        "aten.bmm": bench.attention_flops(c, layers, c.train_seq_len) * tokens}
+
+
+def test_resting_layers_cost_no_gradient_of_their_weights():
+    """A third of the FLOPs of their linear part is saved; gradients still pass through them to what lies below."""
+    c = config(POLY_LIKE, COMPUTE_DTYPE="float32")
+    model, batch = build_model(c), random_batch(c, 4, c.train_seq_len)
+    model.rest(2)
+    with FlopCounterMode(display=False) as counter:
+        model(*batch, looped=False)[0].sum().backward()
+    counted = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    layer = sum(getattr(model, bank).numel() for bank in tg.BANKS) // 6
+    expected = (6 * bench.matmul_parameters(model, False) - 2 * 4 * layer) * batch.ids.numel()
+    assert counted["aten.mm"] == expected
 
 
 def test_the_context_is_what_attention_may_see(data):

@@ -65,6 +65,17 @@ WRONG = [
     ("MUON_MOMENTUM_WARMUP_START", dict(MUON_MOMENTUM_WARMUP_START="0.99"), "MUON_MOMENTUM=0.95"),
     ("MLP_MULT", dict(MLP_MULT="0.01", MODEL_DIM="16", NUM_HEADS="4"), "at least 1"),
     ("ARTIFACT_LIMIT_BYTES", dict(ARTIFACT_LIMIT_BYTES="16e6"), "an integer"),
+    ("SMEAR_GATE_TYPE", dict(SMEAR_GATE_TYPE="wide"), "window, channel"),
+    ("BIGRAM_VOCAB_SIZE", dict(BIGRAM_VOCAB_SIZE="1"), "at least 2"),
+    *(("VE_LAYERS", dict(VE_DIM="8", VE_LAYERS=value), "below NUM_LAYERS=6")
+      for value in ("9,10", "1,1", "1;2", "a", "-1", "1,,2", "9" * 5000)),
+    *(("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE=value), "rising order")
+      for value in ("0.3,0.2", "0.2,0.2", "1", "0,0.5", "nan", "0.1;0.2", "0.1,,0.2")),
+    ("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE="0.1,0.2", NUM_LAYERS="2"), "NUM_LAYERS=2"),
+    ("WEIGHT_AVERAGE", dict(WEIGHT_AVERAGE="ema"), "EMA_DECAY"),
+    ("WEIGHT_AVERAGE", dict(WEIGHT_AVERAGE="swa", EMA_DECAY="0.9"), "SWA_ENABLED=1"),
+    ("COLUMN_STEPS", dict(QUANTIZER="gptq_lite", COLUMN_STEPS="0.5"), "QUANTIZER=gptq_lite"),
+    ("TEMPERATURE", dict(TEMPERATURE="0"), "0.01"),
 ]
 
 
@@ -331,7 +342,15 @@ RECIPES = {
                   qk_gain_init=1.5, neftune_alpha=0, z_loss_weight=1e-4, muon_momentum=0.99,
                   muon_momentum_warmup_start=0.92, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
                   adam_wd=0.04, warmdown_iters=3500, warmdown_frac=0, iterations=9000, ema_decay=0.997,
-                  train_seq_len=2048, eval_stride=16, compressor="zstd", skip_gates_enabled=False),
+                  train_seq_len=2048, eval_stride=16, compressor="zstd", skip_gates_enabled=False,
+                  smear_gate_enabled=True, smear_gate_type="channel", bigram_vocab_size=1536, bigram_dim=128,
+                  ve_dim=128, ve_layers="9,10", softcap_type="poly", logit_softcap=30, focal_enabled=True,
+                  focal_gamma=1, progressive_depth_schedule="0.08,0.25", muon_coefficients="classic",
+                  embed_wd=0.04, swa_enabled=True, swa_every=50, swa_start=0.2, weight_average="both",
+                  late_qat_threshold=0.15, matrix_bits=6, quantizer="gptq_lite", rvq_enabled=True, rvq_bits=4,
+                  temperature=1, ttt_mode="chunk", ttt_chunk_tokens=32768, ttt_epochs=3, ttt_lr=0.002,
+                  ttt_freeze_blocks=0, sparse_attn_gate_enabled=False, gated_attn_enabled=False,
+                  attn_out_gate_enabled=False),
     "baseline": dict(vocab_size=1024, num_layers=9, model_dim=512, xsa_last_n=0, num_loops=0, parallel_start_layer=-1,
                      smear_gate_enabled=False, neftune_alpha=0, ema_decay=0, leaky_relu_slope=0),
 }
@@ -417,7 +436,8 @@ def test_dry_run_of_every_preset_needs_no_data(preset, tmp_path, capfd, monkeypa
     out = capfd.readouterr().out
     plan = json.loads(out)
     model = tg.GPT(config({"PRESET": preset}, VOCAB_SIZE=384))  # a smaller table, counted out of the promise
-    counted = sum(p.numel() for p in model.parameters()) + (plan["config"]["vocab_size"] - 384) * model.c.model_dim
+    counted = sum(p.numel() for p in model.parameters()) + (plan["config"]["vocab_size"] - 384) * (
+        model.c.model_dim + model.c.ve_dim)
     assert plan["parameters"] == counted
     assert not list(tmp_path.iterdir())
 

@@ -315,18 +315,48 @@ def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeyp
 
 @pytest.mark.skipif(not tg.cpu_compiler(), reason="torch.compile needs a C++ compiler and Python's headers on CPUs")
 def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypatch):
-    """And compiles nothing after the warmup: one graph for training, one for validation."""
+    """And compiles nothing after the warmup: a graph for training, one for late rounding, which acts, one for scores."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    scores = {}
-    for compiled in (0, 1):
-        values = dict(RUN, NUM_LAYERS=1, ITERATIONS=4, VAL_LOSS_EVERY=0, COMPUTE_DTYPE="float32", DATA_PATH=data,
-                      COMPILE=compiled, RUN_ID=f"compile{compiled}")
-        code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    scores, losses = {}, {}
+    for name, knobs in dict(eager={}, compiled=dict(COMPILE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)).items():
+        values = dict(RUN, NUM_LAYERS=1, ITERATIONS=12, VAL_LOSS_EVERY=0, COMPUTE_DTYPE="float32", DATA_PATH=data,
+                      COMPILE=0, RUN_ID=name, LATE_QAT_THRESHOLD=0.9, MATRIX_BITS=3, TRAIN_LOG_EVERY=1)
+        code, out, errors = call({**values, **knobs}, tmp_path, capfd, monkeypatch)
         assert code == 0, errors
-        scores[compiled] = summary_of(tmp_path / "logs" / f"compile{compiled}")["val_bpb"]
+        scores[name] = summary_of(tmp_path / "logs" / name)["val_bpb"]
+        losses[name] = [float(loss) for _, loss, *_ in re.findall(STEP, out)]
         graphs = re.findall(r"(\d+) graphs compiled|recompiled:(\d+) graphs", out)
-        assert graphs == ([("2", ""), ("", "0")] if compiled else [("0", "")])
-    assert scores[1] == pytest.approx(scores[0], abs=2e-3)
+        assert graphs == ([("3", ""), ("", "0")] if name == "compiled" else [("0", "")])
+    assert scores["compiled"] == pytest.approx(scores["eager"], abs=2e-3)
+    assert losses["compiled"] == pytest.approx(losses["eager"], abs=2e-3)
+    assert losses["unrounded"][:5] == losses["eager"][:5]
+    assert abs(losses["unrounded"][-1] - losses["eager"][-1]) > 0.01
+
+
+SMALL_POLY5 = dict(
+    PRESET="poly5", RUN_ID="poly", VOCAB_SIZE=384, NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4,
+    BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="2,3", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256,
+    MICRO_BATCH_TOKENS=128, ITERATIONS=16, WARMDOWN_ITERS=12, MAX_WALLCLOCK_SECONDS=0, SWA_EVERY=1, WARMUP_STEPS=1,
+    VAL_LOSS_EVERY=0, VAL_BATCH_SIZE=4096, GPTQ_CALIBRATION_BATCHES=1, DEVICE="cpu", CPU_THREADS=1,
+    COMPUTE_DTYPE="float32")
+
+
+def test_poly5_runs_small_through_every_stage(data, tmp_path, capfd, monkeypatch):
+    """All that the preset names acts: stages of depth, late rounding, both averages, residuals, chunk TTT."""
+    values = dict(SMALL_POLY5, DATA_PATH=data, TTT_CHUNK_TOKENS=4000, TTT_LR=0.05, ARTIFACT_LIMIT_BYTES=10**6)
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    assert code == 0 and not errors, errors
+    s = summary_of(tmp_path / "logs" / "poly")
+    for line in ("layers that learn: the first 1 of 4", "layers that learn: the first 2 of 4",
+                 "layers that learn: the first 4 of 4", "late QAT on", r"swa:[2-9] late weights averaged",
+                 r"rvq:(\d+) of 25 matrices have a residual, [1-9]\d* bytes"):
+        assert len(re.findall(line, out)) == 1, (line, out)
+    assert "not complete" not in out and "no effect" not in out
+    assert s["artifact_bytes"] <= 10**6 and s["val_bpb_ttt"] < s["val_bpb_quantized"] < 3.5
+    model, c = tg.load_artifact((tmp_path / "logs" / "poly" / "model.pgolf").read_bytes(),
+                                tg.config_from_env(strings(values), False)[0], set(), torch.device("cpu"))
+    learned = dict(model.named_parameters())
+    assert all(learned[name].abs().max() > 1e-3 for name in ("bigram.table", "values.projection", "smear.weight"))
 
 
 # ------------------------------------------------------------------------------------------------- commands of the field

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, examples, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, single_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -218,6 +218,55 @@ def test_each_knob_of_the_quantization_acts_on_its_tensors(knob):
     value = {"MATRIX_BITS": 4, "EMBED_BITS": 5, "GPTQ_DAMP": 0.5}.get(knob, 4.0)
     before, after = (tg.dequantize(quantized(TINY, **k)[3]) for k in ({}, {knob: value}))
     assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_gptq_lite_takes_the_best_of_five_quantiles_for_each_row(bits):
+    """Against a search that takes NumPy's quantiles, with rows of heavy tails, which want a clip, and of light ones."""
+    w = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0))
+    w[:20] = w[:20].sign() * w[:20].abs() ** 3
+    codes, scales = tg.gptq_lite(w, bits, 0)
+    limit, chosen = 2 ** (bits - 1) - 1, set()
+    for row, found, scale in zip(w.numpy().astype(np.float64), codes, scales):
+        errors = []
+        for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1):
+            step = np.float64(np.float16(np.quantile(np.abs(row), quantile) / limit))
+            errors.append(np.square(np.clip(np.round(row / step), -limit, limit) * step - row).mean())
+        mine = np.square(found.numpy() * scale.double().item() - row).mean()
+        assert mine <= min(errors) * 1.001 and found.abs().max() <= limit
+        chosen.add(int(np.argmin(errors)))
+    assert len(chosen) >= 3 and codes.dtype == torch.int8 and scales.dtype == torch.float16
+    grid = tg.gptq_lite(w, bits, 16)[1].float().log2() * 16
+    assert (grid.round() - grid).abs().max() < 0.02
+    assert torch.equal(tg.gptq_lite(w[None], bits, 0)[0][0], codes)  # a bank is quantized as its matrices
+    assert not tg.gptq_lite(torch.zeros(2, 5), bits, 0)[0].any()
+
+
+def test_gptq_lite_knows_no_hessian_and_residuals_refine_it():
+    c, model, weights, stored = quantized(POLY_LIKE)
+    assert c.quantizer == "gptq_lite" and c.rvq_enabled
+    assert all(torch.equal(stored[name].codes, q.codes) for name, q in tg.quantize(weights, {}, c).items())
+    hessians = {name: torch.eye(w.size(-1)).expand(len(tg.as_batch(w)), -1, -1) for name, w in weights.items()
+                if name in (*tg.BANKS, "embedding")}
+    refined = tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c))
+    for name in hessians:
+        before, after = ((tg.restore(q[name]) - weights[name]).norm() for q in (stored, refined))
+        assert after < 0.2 * before
+    assert tg.dequantize(tg.unpack(tg.pack(refined, c))[1]).keys() == weights.keys()
+
+
+def test_tables_are_stored_by_their_size():
+    """Above 65,536 elements with MATRIX_BITS and the clip of their class, below in fp16."""
+    c, _, weights, stored = quantized(POLY_LIKE, QUANTIZER="uniform", BIGRAM_VOCAB_SIZE=6000, MATRIX_BITS=5)
+    assert weights["bigram.table"].numel() == 72_000
+    assert {name: q.bits for name, q in stored.items() if "bigram" in name or "values" in name} == {
+        "bigram.table": 5, "bigram.projection": 16, "bigram.scale": 16, "values.table": 16, "values.projection": 16,
+        "values.scale": 16}
+    expected = tg.row_scales(weights["bigram.table"], 5, 12.85)
+    assert torch.equal(stored["bigram.table"].scales, expected)
+    other = quantized(POLY_LIKE, QUANTIZER="uniform", BIGRAM_VOCAB_SIZE=6000, MATRIX_CLIP_SIGMAS=4)[3]["bigram.table"]
+    assert other.bits == 6 and (other.scales < expected).all()
+    assert quantized(POLY_LIKE, BIGRAM_VOCAB_SIZE=6000)[3]["bigram.table"].bits == 6  # gptq_lite does it, too
 
 
 # ------------------------------------------------------------------------------------------------------------ Hessians

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, single_run, write_shard
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run, write_shard
 
 VOCABULARY = 640
 # Targets of each document: longer than the context, of one chunk, of one target, alone and one after the other.
@@ -23,6 +23,7 @@ PHASED = dict(TTT_MODE="phased", TTT_BATCH_SIZE=3, TTT_STREAMS=2, TTT_CHUNK_SIZE
               GLOBAL_TTT_CHUNK_TOKENS=20, GLOBAL_TTT_LR=0.1)
 CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=48, TTT_EPOCHS=2, TTT_LR=0.1, EVAL_SEQ_LEN=16, EVAL_STRIDE=8)
 RECORD = dict(RECORD_LIKE, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4)
+POLY = dict(POLY_LIKE, NUM_LAYERS=3, VE_LAYERS="0,2", TEMPERATURE=0.8, EVAL_STRIDE=0)
 EVALUATIONS = {
     "sliding": (RECORD, {}),
     "sliding, tiny": (TINY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
@@ -36,6 +37,9 @@ EVALUATIONS = {
                                         PHASED_TTT_NUM_PHASES=3)),
     "chunk": (RECORD, CHUNK),
     "chunk, tiny": (TINY, dict(CHUNK, EVAL_STRIDE=0, TTT_CHUNK_TOKENS=30, TTT_FREEZE_BLOCKS=1)),
+    "sliding, poly5": (POLY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=3)),
+    "phased, poly5": (POLY, PHASED),
+    "chunk, poly5": (POLY, CHUNK),
 }
 
 
@@ -393,6 +397,12 @@ def smear_crosses_documents(patch):
                   lambda gate, x, documents: smear(gate, x, documents._replace(starts=documents.starts - 1)))
 
 
+def pairs_cross_documents(patch):
+    """BigramHash looks at the token before a document's first."""
+    buckets = tg.bigram_buckets
+    patch.setattr(tg, "bigram_buckets", lambda ids, starts, count: buckets(ids, starts - 1, count))
+
+
 def attention_crosses_documents(patch):
     """Rows are one document each."""
     patch.setattr(tg, "visible", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None])
@@ -558,7 +568,8 @@ def trains_on_the_next_chunk(patch):
 PLANTED = [
     (looks_ahead, "sliding, tiny", "C2"), (looks_ahead, "phased, tiny", "C2"), (looks_ahead, "chunk, tiny", "C2"),
     (mask_is_off_by_one, "sliding, tiny", "C1 C2"), (mask_is_off_by_one, "chunk, tiny", "C1 C2"),
-    (smear_crosses_documents, "sliding", "C1"), (attention_crosses_documents, "sliding, tiny", "C1"),
+    (smear_crosses_documents, "sliding", "C1"), (smear_crosses_documents, "sliding, poly5", "C1"),
+    (pairs_cross_documents, "sliding, poly5", "C1"), (attention_crosses_documents, "sliding, tiny", "C1"),
     (target_in_the_logits, "sliding, tiny", "C2"), (not_normalized, "sliding, tiny", "C2"),
     (not_normalized, "phased, tiny", "C2"), (temperature_of_the_target, "sliding, tiny", "C2"),
     (learns_before_scoring, "phased, tiny", "C3"), (learns_from_the_next_chunk, "phased, tiny", "C1 C3"),

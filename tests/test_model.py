@@ -1,20 +1,25 @@
 """The forward pass: against a plain one, causality, isolation of documents, normalization, adapters, the plan."""
 
+import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, documents_from, random_batch
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, documents_from, random_batch
 from reference import Reference
 
 EXACT = dict(COMPUTE_DTYPE="float64", VOCAB_SIZE=48, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2)
 BASELINE = dict(TINY, **EXACT, NUM_LAYERS=3, LEAKY_RELU_SLOPE=0.0)
 RECORD = dict(RECORD_LIKE, **EXACT)
+POLY = dict(POLY_LIKE, **EXACT)
+PAIRS = dict(BIGRAM_VOCAB_SIZE=23, VE_DIM=6, VE_LAYERS="1,4")  # with loops, lanes and gates
 ODD = dict(TINY, **EXACT, NUM_LAYERS=4, TIE_EMBEDDINGS=0, NUM_LOOPS=1, LOOP_START=0, LOOP_END=1, ROPE_BASE=50,
            LOGIT_SOFTCAP=5.0, MLP_MULT=1.5, XSA_LAST_N=2, PARALLEL_START_LAYER=3)
 CONFIGURATIONS = {
     "baseline": BASELINE, "record": RECORD, "odd": ODD, "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
     "one kv head": dict(BASELINE, NUM_KV_HEADS=1), "one layer": dict(BASELINE, NUM_LAYERS=1),
     "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
+    "poly": POLY, "record with pairs": dict(RECORD, **PAIRS),
+    "channel smear": dict(RECORD, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly", LOGIT_SOFTCAP=2.0),
     "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128),
     "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
     "output gate": dict(BASELINE, ATTN_OUT_GATE_ENABLED=1, GATE_WINDOW=7, XSA_LAST_N=1),
@@ -30,7 +35,8 @@ def gradients(model, nll, lse):
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-@pytest.mark.parametrize("name, looped", [*((name, False) for name in CONFIGURATIONS), ("record", True), ("odd", True)])
+@pytest.mark.parametrize("name, looped", [*((name, False) for name in CONFIGURATIONS), ("record", True), ("odd", True),
+                                          ("record with pairs", True)])
 def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     c = config(CONFIGURATIONS[name], ATTENTION=attention)
     model, batch = build_model(c, seed=3), random_batch(c, 2, 13, seed=5, document_length=5)
@@ -41,12 +47,13 @@ def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     assert torch.allclose(nll, expected_nll, rtol=1e-9, atol=1e-9)
     assert torch.allclose(lse, expected_lse, rtol=1e-9, atol=1e-9)
     found, expected = gradients(model, nll, lse), gradients(model, expected_nll, expected_lse)
-    reached = 0
+    one_lane = {f"blocks.{i}.lane_mix" for i in range(c.num_layers) if i < c.parallel_start_layer}
+    unreached = []
     for parameter, gradient in expected.items():
         scale = gradient.abs().sum() / max(1, gradient.numel())
         assert torch.allclose(found[parameter], gradient, rtol=1e-7, atol=1e-8 * scale + 1e-15), parameter
-        reached += bool(gradient.abs().sum() > 0)
-    assert reached >= len(expected) - 3  # the comparison compares something
+        unreached += [parameter] if not gradient.any() else []
+    assert len(set(unreached) - one_lane) <= 3, unreached  # the comparison compares something
 
 
 def test_the_full_record_order_matches_too():
@@ -73,7 +80,9 @@ def test_low_precision_stays_near_the_exact_result():
 
 # ------------------------------------------------------------------------------------------ documents and causality
 
-SETTINGS = [(TINY, "bfloat16"), (TINY, "float32"), (RECORD_LIKE, "bfloat16"), (RECORD_LIKE, "float32")]
+SETTINGS = [(base, dtype) for base in (TINY, RECORD_LIKE, dict(POLY_LIKE, VOCAB_SIZE=48))
+            for dtype in ("bfloat16", "float32")]
+IDS = ["plain bf16", "plain f32", "record bf16", "record f32", "poly bf16", "poly f32"]
 
 
 def features(base, dtype, **knobs):
@@ -81,7 +90,7 @@ def features(base, dtype, **knobs):
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-@pytest.mark.parametrize("base, dtype", SETTINGS, ids=["plain bf16", "plain f32", "record bf16", "record f32"])
+@pytest.mark.parametrize("base, dtype", SETTINGS, ids=IDS)
 @torch.no_grad()
 def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
     c = features(base, dtype, ATTENTION=attention)
@@ -91,7 +100,7 @@ def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
         ids[:, place] = tg.BOS_ID
     documents = documents_from(torch.from_numpy(tg.document_starts(ids.numpy())))
     targets = torch.randint(4, 48, (2, 160), generator=generator)
-    for looped in (False, True):
+    for looped in {False, c.loops}:
         before, _ = model(ids, targets, documents, looped=looped)
         changed = ids.clone()
         changed[:, 39:120] = torch.randint(4, 48, (2, 81), generator=generator)
@@ -103,7 +112,7 @@ def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-@pytest.mark.parametrize("base, dtype", SETTINGS, ids=["plain bf16", "plain f32", "record bf16", "record f32"])
+@pytest.mark.parametrize("base, dtype", SETTINGS, ids=IDS)
 @torch.no_grad()
 def test_a_token_changes_nothing_before_itself(base, dtype, attention):
     c = features(base, dtype, ATTENTION=attention)
@@ -111,7 +120,7 @@ def test_a_token_changes_nothing_before_itself(base, dtype, attention):
     ids, targets = torch.randint(4, 48, (2, 2, 160), generator=generator)
     ids[:, 0] = tg.BOS_ID
     documents = documents_from(torch.zeros(2, 160, dtype=torch.int32))
-    for looped in (False, True):
+    for looped in {False, c.loops}:
         before, _ = model(ids, targets, documents, looped=looped)
         for place in (1, 64, 127, 128, 159):
             changed = ids.clone()
@@ -138,15 +147,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
     assert torch.allclose(swapped.flip(0), together, atol=1e-4)
 
 
-@pytest.mark.parametrize("base", [TINY, RECORD_LIKE], ids=["plain", "record"])
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["plain", "record", "poly"])
 @torch.no_grad()
-def test_probabilities_of_all_tokens_sum_to_one(base):
-    c = config(base, COMPUTE_DTYPE="float64", VOCAB_SIZE=48)
+def test_probabilities_of_all_tokens_sum_to_one(base, temperature):
+    c = config(base, COMPUTE_DTYPE="float64", VOCAB_SIZE=48, TEMPERATURE=temperature)
     model, batch = build_model(c, seed=9), random_batch(c, 2, 20, seed=4)
-    for looped in (False, True):
-        total, reference = 0, model(*batch, looped=looped)[1]
+    for looped in {False, c.loops}:
+        total, reference = 0, model(*batch, looped=looped, tempered=True)[1]
         for token in range(48):
-            nll, lse = model(batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped)
+            nll, lse = model(batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped,
+                             tempered=True)
             assert torch.equal(lse, reference)  # fixed before the target is seen
             total = total + torch.exp(-nll)
         assert torch.allclose(total, torch.ones_like(total), rtol=1e-12)
@@ -161,6 +172,90 @@ def test_softcap_bounds_every_probability():
         nll, lse = model(*batch, looped=False)
     assert nll.max() <= 4 + torch.tensor(48.0).log() and nll.max() > 3
     assert lse.max() <= 2 + torch.tensor(48.0).log()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("softcap", ["tanh", "poly"])
+@torch.no_grad()
+def test_the_temperature_divides_the_softcapped_logits_at_evaluation_alone(softcap, dtype, tolerance):
+    """A cap of 2, so that softcap(z) / T and softcap(z / T) are far apart."""
+    knobs = dict(SOFTCAP_TYPE=softcap, LOGIT_SOFTCAP=2.0, TEMPERATURE=0.7)
+    model, exact = (build_model(config(POLY, **{**knobs, "COMPUTE_DTYPE": d})) for d in (dtype, "float64"))
+    batch = random_batch(model.c, 2, 11)
+    tempered, plain = model(*batch, looped=False, tempered=True), model(*batch, looped=False)
+    for found, temperature in ((tempered, 0.7), (plain, 1.0)):
+        expected = Reference(exact, temperature=temperature)(batch, False)
+        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected))
+    assert (tempered[1] - plain[1]).abs().min() > 0.05
+
+
+# -------------------------------------------------------------------------------------------- pairs, values, late QAT
+
+
+@pytest.mark.parametrize("buckets", [2, 37, 1536])
+def test_buckets_are_the_hash_of_the_specification(buckets):
+    """In int32, which products of large ids overflow; a document's first token, and a cut row's, have the last one."""
+    ids = np.random.default_rng(0).integers(4, 65536, (3, 40))
+    ids[0, [5, 6, 30]] = ids[1, 0] = tg.BOS_ID
+    starts = tg.document_starts(ids)
+    found = tg.bigram_buckets(torch.from_numpy(ids), torch.from_numpy(starts), buckets).numpy()
+    with np.errstate(over="ignore"):
+        t, before = ids[:, 1:].astype(np.int32), ids[:, :-1].astype(np.int32)
+        hashed = ((np.int32(36313) * t) ^ (np.int32(27191) * before)) % np.int32(buckets - 1)
+    first = starts == np.arange(40)
+    assert first[:, 0].all() and first.sum() == 6
+    assert (found[first] == buckets - 1).all() and (found[:, 1:][~first[:, 1:]] == hashed[~first[:, 1:]]).all()
+    assert found.min() >= 0 and (hashed < buckets - 1).all()
+
+
+def test_documents_are_known_by_their_starts_not_by_their_ids():
+    """Two windows of a sliding evaluation side by side in a row: the second one begins without BOS."""
+    c = config(POLY)
+    model, batch = build_model(c), random_batch(c, 1, 20, document_length=10**9)
+    assert not (batch.ids == tg.BOS_ID).any()
+    starts = torch.tensor([[0] * 9 + [9] * 11], dtype=torch.int32)
+    with torch.no_grad():
+        before = model(batch.ids, batch.targets, documents_from(starts), looped=False)[0]
+        changed = batch.ids.clone()
+        changed[0, 8] = (changed[0, 8] + 1 - 4) % 44 + 4
+        after = model(changed, batch.targets, documents_from(starts), looped=False)[0]
+    assert torch.equal(before[0, 9:], after[0, 9:]) and before[0, 8] != after[0, 8]
+
+
+def test_late_rounding_is_that_of_the_grid_and_its_gradient_passes_straight_through():
+    for knobs in (dict(), dict(QUANTIZER="uniform", MATRIX_BITS=4, MLP_BITS=3, ATTN_CLIP_SIGMAS=2.5)):
+        c = config(POLY, **knobs)
+        model, batch = build_model(c, seed=3), random_batch(c, 2, 9)
+        nll, lse = model(*batch, looped=False, rounded=True)
+        reference = Reference(model, rounded=True)
+        expected = reference(batch, False)
+        assert torch.allclose(nll, expected[0], rtol=1e-9, atol=1e-9)
+        assert (nll - model(*batch, looped=False)[0]).abs().max() > 1e-3
+        found = torch.autograd.grad(nll.sum(), [getattr(model, name) for name in tg.BANKS])
+        wanted = torch.autograd.grad(expected[0].sum(), [reference.p[name] for name in tg.BANKS])
+        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted))
+
+
+def test_resting_layers_get_no_gradient_and_the_others_the_same():
+    for base in (POLY, dict(RECORD, **PAIRS)):
+        c = config(base)
+        model, batch = build_model(c), random_batch(c, 2, 9)
+        whole = gradients(model, *model(*batch, looped=c.loops))
+        model.rest(2)
+        assert model.learning == 2
+        nll, lse = model(*batch, looped=c.loops)
+        (nll.mean() + 0.1 * lse.square().mean()).backward()
+        for name, p in model.named_parameters():
+            if name in tg.BANKS:
+                learns = torch.arange(len(p)) % c.num_layers < 2
+                assert torch.equal(p.grad[learns], whole[name][learns]) and p.grad[learns].any()
+                assert not p.grad[~learns].any()
+            elif name.startswith("blocks.") and int(name.split(".")[1]) >= 2:
+                assert p.grad is None, name
+            elif p.grad is not None:
+                assert torch.equal(p.grad, whole[name]), name
+        model.rest(c.num_layers)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -181,9 +276,10 @@ def make_adapters(c, rows, looped, rank=3, zero=False, seed=0):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("knobs", [{}, dict(PAIRS, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly")], ids=["", "pairs"])
 @pytest.mark.parametrize("looped", [False, True])
-def test_zero_adapters_change_no_bit_and_get_gradients(looped, dtype):
-    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype)
+def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype, **knobs)
     model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
     plain = model(*batch, looped=looped)
     adapters = make_adapters(c, 3, looped, zero=True)
@@ -317,12 +413,49 @@ def test_initial_weights_are_those_of_the_specification():
     assert abs(p["embedding"].std().item() - 0.005) < 2e-4 and abs(p["embedding"].mean().item()) < 1e-4
     assert (p["skip_weights"] == 1).all() and not p["skip_gates"].any()
     assert not p["smear.weight"].any() and not p["smear.scale"].any()
-    assert torch.equal(p["lane_mix"], torch.tensor([1.1, 1, 1]).expand(layers, 2, 3))
     for i in range(layers):
+        assert torch.equal(p[f"blocks.{i}.lane_mix"], torch.tensor([1.1, 1, 1]).expand(2, 3))
         assert torch.equal(p[f"blocks.{i}.input_mix"], torch.tensor([[1.0], [0.0]]).expand(2, 32))
         assert (p[f"blocks.{i}.attention_scale"] == 1).all() and (p[f"blocks.{i}.mlp_scale"] == 1).all()
         assert (p[f"blocks.{i}.query_gain"] == 5).all() and not p[f"blocks.{i}.head_gate"].any()
     assert all(q.dtype == torch.float32 for q in p.values())
+
+
+def test_the_channel_smear_gate_does_nothing_where_a_document_begins():
+    gate = tg.SmearGate(config(POLY_LIKE)).double()
+    assert not gate.weight.any() and gate.weight.numel() == 32  # half of each channel's neighbour, at first
+    torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y, g = gate(x, documents_from(torch.tensor([[0, 0, 2, 2, 2, 5]]))), torch.sigmoid(gate.weight)
+    assert torch.equal(y[0, [0, 2, 5]], x[0, [0, 2, 5]])
+    for t in (1, 3, 4):
+        assert torch.allclose(y[0, t], (1 - g) * x[0, t] + g * x[0, t - 1])
+
+
+def test_initial_weights_of_pairs_and_values():
+    """Nothing is added at first, and both begin to learn at once: a product of two zeros never would."""
+    c = config(POLY_LIKE, VOCAB_SIZE=500, COMPUTE_DTYPE="float32")
+    model = tg.GPT(c)
+    model.reset()
+    p = dict(model.named_parameters())
+    projection = p["bigram.projection"]
+    assert not p["bigram.table"].any() and torch.allclose(projection.T @ projection, torch.eye(12), atol=1e-5)
+    assert p["bigram.scale"].item() == pytest.approx(0.05) and p["values.scale"].item() == pytest.approx(0.1)
+    assert abs(p["values.table"].std().item() - 0.01) < 1e-3 and not p["values.projection"].any()
+    assert [p[f"blocks.{i}.value_scale"].item() for i in (3, 5)] == [1, 1] and "blocks.4.value_scale" not in p
+    with torch.no_grad():  # outputs begin at zero, and so do the gradients of what feeds them
+        p["qo_bank"][6:].normal_(std=0.1)
+    model(*random_batch(c, 2, 16), looped=False)[0].sum().backward()
+    assert p["bigram.table"].grad.any() and p["values.projection"].grad.any()
+
+
+def test_poly5_has_the_size_of_a_sum_by_hand():
+    """Vocabulary 1024, width 512, 11 layers, 256 values, 1536 hidden, 5 skips."""
+    banks = 22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 1536 * 512
+    vectors = 11 * (2 * 512 + 512 + 512 + 8) + 5 * 512 + 512          # mixes, scales, gains; skips; smear
+    pairs, values = 1536 * 128 + 512 * 128 + 1, 1024 * 128 + 256 * 128 + 1 + 2
+    expected = 1024 * 512 + banks + vectors + pairs + values
+    assert tg.parameter_count(config({"PRESET": "poly5"})) == expected == 26_928_220
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -336,9 +469,41 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_parameters_are_counted_without_allocation():
-    for base in (TINY, RECORD_LIKE, ODD):
+    for base in (TINY, RECORD_LIKE, ODD, POLY_LIKE):
         c = config(base)
         assert tg.parameter_count(c) == sum(p.numel() for p in tg.GPT(c).parameters())
+
+
+def test_every_stage_of_poly5_is_one_graph_with_the_eager_result():
+    """Resting layers and late rounding act in the compiled graph: each has its own, and none is compiled again."""
+    c = config(POLY, NUM_LAYERS=3, VE_LAYERS="1,2", ATTENTION="blocked")
+    model, batch = build_model(c), random_batch(c, 2, 16)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    uses = [(1, False), (2, False), (3, False), (3, True)]
+    for _ in range(2):
+        for learning, rounded in uses:
+            model.rest(learning)
+            found, expected = (f(*batch, looped=False, rounded=rounded) for f in (compiled, model))
+            assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
+            resting = {name for name, p in model.named_parameters() if not p.requires_grad}
+            model.rest(3)  # evaluation happens between steps
+            with torch.no_grad():
+                compiled(*batch, looped=False, tempered=True)
+            for outputs in (found, expected):
+                model.zero_grad(set_to_none=True)
+                outputs[0].sum().backward()
+                assert {name for name, p in model.named_parameters() if p.grad is None} == resting
+                assert all(p.grad[i].any() == (i % 3 < learning) for p in (model.qo_bank, model.up_bank)
+                           for i in range(len(p)))
+    torch._dynamo.reset()  # of graphs for one function there may be only so many in a process
+    assert len(graphs) == len(uses) + 1
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run
 from rank_worker import run_jobs
 
 UNTIED = dict(TINY, TIE_EMBEDDINGS=0)
@@ -16,7 +16,8 @@ EXACT = dict(COMPUTE_DTYPE="float64", VOCAB_SIZE=48)
 # -------------------------------------------------------------------------------------------------------------- groups
 
 
-@pytest.mark.parametrize("base", [TINY, UNTIED, RECORD_LIKE], ids=["tiny", "untied", "record"])
+@pytest.mark.parametrize("base", [TINY, UNTIED, RECORD_LIKE, POLY_LIKE, dict(POLY_LIKE, TIE_EMBEDDINGS=0)],
+                         ids=["tiny", "untied", "record", "poly", "untied poly"])
 def test_every_parameter_is_in_one_group(base):
     c = config(base, MATRIX_LR=0.1, SCALAR_LR=0.2, TIED_EMBED_LR=0.3, EMBED_LR=0.4, HEAD_LR=0.5, MUON_WD=0.01,
                ADAM_WD=0.02, EMBED_WD=0.03)
@@ -26,11 +27,14 @@ def test_every_parameter_is_in_one_group(base):
     found = {g.name: sorted(names[id(p)] for p in g.parameters) for g in groups}
     assert sorted(sum(found.values(), [])) == sorted(names.values())
     assert found["banks"] == ["down_bank", "kv_bank", "qo_bank", "up_bank"] and found["embedding"] == ["embedding"]
-    small = ("scale", "mix", "gain", "gate", "skip", "smear")
+    small = ("scale", "mix", "gain", "gate", "skip", "smear", "projection")
     assert all(any(word in name for word in small) for name in found["scalars"])
     rates = {g.name: (g.muon, g.lr, g.weight_decay) for g in groups}
     assert rates["banks"] == (True, 0.1, 0.01) and rates["scalars"] == (False, 0.2, 0.02)
     assert rates["embedding"] == (False, 0.3 if c.tie_embeddings else 0.4, 0.03)
+    if c.ve_dim:
+        assert found["bigram"] == ["bigram.table"] and found["values"] == ["values.table"]
+        assert rates["bigram"] == rates["values"] == rates["embedding"]
     assert rates.get("head") == (None if c.tie_embeddings else (False, 0.5, 0.03))
 
 
@@ -206,6 +210,8 @@ def jobs_for(data):
                   ITERATIONS=100, MUON_MOMENTUM_WARMUP_STEPS=3)
     tiny = dict(TINY, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=64,
                 ITERATIONS=100)
+    poly = dict(POLY_LIKE, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=32,
+                ITERATIONS=100, GRAD_CLIP_NORM=0, SWA_START=1)
     score = dict(tiny, EVAL_STRIDE=5, VAL_BATCH_SIZE=512)
     steps = dict(steps=4)
     exact = dict(COMPUTE_DTYPE="float64")
@@ -215,6 +221,10 @@ def jobs_for(data):
         dict(name="uneven", kind="train", arguments=steps, knobs=dict(tiny, **exact, NUM_LAYERS=4)),
         dict(name="one layer", kind="train", arguments=steps, knobs=dict(tiny, **exact, NUM_LAYERS=1)),
         dict(name="usual", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float32")),
+        dict(name="poly", kind="train", arguments=steps, knobs=dict(poly, **exact)),
+        dict(name="depth", kind="depth", arguments=dict(learning=2), knobs=dict(poly, **exact)),
+        dict(name="shallow", kind="depth", arguments=dict(learning=1),
+             knobs=dict(tiny, **exact, NUM_LAYERS=2, MUON_WD=0.1)),
         dict(name="score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float32")),
         dict(name="exact score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float64")),
         dict(name="hessians", kind="hessians", knobs=dict(record, COMPUTE_DTYPE="float64")),
@@ -239,13 +249,17 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_
                   ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     # The clip's norm is summed in float32 (clipped); the Hessians are kept in float32.
-    tolerances = {"record": 1e-9, "clipped": 1e-5, "uneven": 1e-9, "one layer": 1e-9, "usual": 1e-2, "score": 1e-7,
-                  "exact score": 1e-13, "hessians": 1e-4}
+    tolerances = {"record": 1e-9, "clipped": 1e-5, "uneven": 1e-9, "one layer": 1e-9, "usual": 1e-2, "poly": 1e-9,
+                  "depth": 1e-9, "shallow": 1e-9, "score": 1e-7, "exact score": 1e-13, "hessians": 1e-4}
     for name, tolerance in tolerances.items():
         alone = dict(np.load(tmp_path / "one" / f"{name}.0.npz"))
         together = [dict(np.load(tmp_path / "many" / f"{name}.{rank}.npz")) for rank in range(ranks)]
+        counts = [[r.pop(key, 0) for key in ("disturbed", "moved", "momenta moved")] for r in (alone, *together)]
         for other in together[1:]:
             assert all(np.array_equal(other[key], together[0][key]) for key in alone), f"{name}: ranks differ"
         assert difference(together[0], alone) <= tolerance, name
+        if name in ("depth", "shallow"):
+            assert not any(disturbed for disturbed, *_ in counts), f"{name}: a resting layer moved"
+            assert counts[0][1] > 0 and sum(momenta for *_, momenta in counts[1:]) == counts[0][2] > 0
         if "losses" in alone:  # for the log, kept in float32
             np.testing.assert_allclose(together[0]["losses"], alone["losses"], rtol=1e-5)

@@ -108,6 +108,42 @@ def test_the_loop_switches_on_once():
     assert tg.loops_on(at(1, 210.1), by_time(**looped)) and not tg.loops_on(at(1, 209), by_time(**looped))
 
 
+def test_depth_grows_in_stages():
+    c = by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.08,0.25")
+    assert [tg.layers_learning(at(step), c) for step in (0, 79, 80, 249, 250, 999)] == [3, 3, 7, 7, 11, 11]
+    assert tg.layers_learning(at(1, 149), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 5
+    assert tg.layers_learning(at(1, 151), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 11
+    for off in ("", "0"):
+        assert tg.layers_learning(at(0), by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE=off)) == 11
+
+
+def test_late_rounding_begins_below_its_rate():
+    c = by_steps(WARMDOWN_FRAC=0.4, LATE_QAT_THRESHOLD=0.15)
+    assert [tg.use_at(at(step), c).rounded for step in (0, 600, 939, 941, 999)] == [False, False, False, True, True]
+    assert not tg.use_at(at(999), by_steps(WARMDOWN_FRAC=0.4)).rounded
+    assert not tg.use_at(at(999), by_steps(WARMDOWN_FRAC=0.4, MIN_LR=0.2, LATE_QAT_THRESHOLD=0.15)).rounded
+
+
+def test_the_uses_of_poly5_and_of_the_record():
+    found = tg.all_uses(config({"PRESET": "poly5"}))
+    assert found == [(False, 3, False), (False, 7, False), (False, 11, False), (False, 11, True)]
+    assert tg.all_uses(config({"PRESET": "record"})) == [(False, 11, False), (True, 11, False)]
+    assert tg.all_uses(config()) == [(False, 3, False)]
+
+
+@examples(max_examples=150)
+@given(st.sampled_from(["0", "0.3", "0.08,0.25", "0.5,0.9"]), st.sampled_from([0, 0.35, 0.95, 1]),
+       st.sampled_from([0, 0.1, 0.6, 1]), st.sampled_from([0, 0.3, 1.0]), st.sampled_from([0, 300, 5000]),
+       st.sampled_from([0, 0.15]), st.sampled_from([0, 600]), st.floats(0.1, 3))
+def test_no_step_computes_what_the_warmup_did_not(depth, loop, threshold, fraction, steps, floor, limit, pace):
+    c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=limit, PROGRESSIVE_DEPTH_SCHEDULE=depth, NUM_LOOPS=1,
+               LOOP_START=0, LOOP_END=0, ENABLE_LOOPING_AT=loop, LATE_QAT_THRESHOLD=threshold, WARMDOWN_FRAC=fraction,
+               WARMDOWN_ITERS=steps, MIN_LR=floor, NUM_LAYERS=5)
+    progress = [at(step, step * pace) for step in range(1000)]
+    needed = {tg.use_at(p, c) for p in progress if tg.fraction_done(p, c) < 1}
+    assert needed <= set(tg.all_uses(c)) and len(set(tg.all_uses(c))) == len(tg.all_uses(c))
+
+
 def test_the_average_forgets_its_start():
     c = config(EMA_DECAY=0.9965)
     shares = [tg.ema_share(step, c) for step in range(10_000)]

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
 
 
 def make_trainer(base, data, random_weights=False, **knobs):
@@ -21,7 +21,7 @@ def make_trainer(base, data, random_weights=False, **knobs):
 def state(trainer):
     """Copies of all that a step changes: weights, average, both optimizers."""
     return dict(weights=[p.detach().clone() for p in trainer.model.parameters()],
-                average=[a.clone() for a in trainer.average or []],
+                average=[a.clone() for a in trainer.average or []], late=[trainer.late_count],
                 momentum=[m.clone() for m in trainer.optimizers.muon.momentum],
                 adam=json.dumps({str(k): {n: v.tolist() for n, v in s.items()}
                                  for k, s in trainer.optimizers.adam.state_dict()["state"].items()}),
@@ -38,7 +38,7 @@ def no_validation():
     raise AssertionError("no validation was asked for")
 
 
-@pytest.mark.parametrize("base", [TINY, RECORD_LIKE], ids=["tiny", "record"])
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])
 def test_warmup_puts_everything_back_bit_for_bit(base, data):
     trainer = make_trainer(base, data, WARMUP_STEPS=2, EMA_DECAY=0.9)
     before, rows, stream = state(trainer), trainer.loader.batch(0, 0), torch.random.get_rng_state()
@@ -53,15 +53,18 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
 
 
 def test_warmup_runs_every_order_that_the_run_will_need(data):
-    for base, orders in ((TINY, {False}), (RECORD_LIKE, {False, True})):
+    poly = {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}
+    for base, uses in ((TINY, {(False, 3, False)}), (RECORD_LIKE, {(False, 6, False), (True, 6, False)}),
+                       (POLY_LIKE, poly)):
         trainer, seen = make_trainer(base, data, WARMUP_STEPS=1), []
         forward = trainer.forward
-        trainer.forward = lambda *a, **k: (seen.append(k["looped"]), forward(*a, **k))[1]
+        trainer.forward = lambda *a, **k: (seen.append((k["looped"], trainer.model.learning, k["rounded"])),
+                                           forward(*a, **k))[1]
         trainer.warm_up()
-        assert set(seen) == orders
+        assert set(seen) == uses and trainer.model.learning == trainer.c.num_layers
 
 
-@pytest.mark.parametrize("base", [TINY, RECORD_LIKE], ids=["tiny", "record"])
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])
 def test_a_run_with_warmup_ends_with_the_weights_of_one_without(base, data):
     ends = []
     for warmup in (0, 3):
@@ -119,7 +122,9 @@ def test_the_gradient_is_that_of_the_mean_loss(z_loss, data):
     nll, lse = whole.model(*whole.loader.batch(0, 0), looped=True)
     (nll.mean() + z_loss * (lse**2).mean()).backward()
     for name, p in whole.model.named_parameters():
-        assert torch.allclose(found[name], p.grad, rtol=1e-8, atol=1e-14), name
+        assert (name in found) == (p.grad is not None)
+        if name in found:
+            assert torch.allclose(found[name], p.grad, rtol=1e-8, atol=1e-14), name
 
 
 def test_the_z_loss_and_the_noise_change_the_gradient(data):
@@ -128,6 +133,60 @@ def test_the_z_loss_and_the_noise_change_the_gradient(data):
         other = gradients_of_a_step(make_trainer(TINY, data, random_weights=True, COMPUTE_DTYPE="float64", **knobs))
         for name in ("embedding", "qo_bank", "up_bank"):
             assert (plain[name] - other[name]).norm() > 1e-6 * plain[name].norm(), (knobs, name)
+
+
+def test_the_focal_loss_weighs_hard_tokens_and_keeps_the_mean(data):
+    """(1 - p)^gamma over each row's mean, without a gradient of its own, whatever the micro-batches; z-loss as ever."""
+    knobs = dict(COMPUTE_DTYPE="float64", Z_LOSS_WEIGHT=0.1, FOCAL_ENABLED=1)
+    for gamma in (0.0, 1.0, 2.5):
+        trainer = make_trainer(TINY, data, random_weights=True, FOCAL_GAMMA=gamma, **knobs)
+        found = gradients_of_a_step(trainer)
+        whole = make_trainer(TINY, data, random_weights=True, MICRO_BATCH_TOKENS=768, **knobs)
+        assert whole.layout.micro_steps == 1 and trainer.layout.micro_steps > 1
+        nll, lse = whole.model(*whole.loader.batch(0, 0), looped=False)
+        hard = (1 - torch.exp(-nll.detach())) ** gamma
+        weights = torch.stack([row / (sum(row) / len(row)) for row in hard])
+        assert torch.allclose(tg.focal_weights(nll, gamma), weights, rtol=1e-9)
+        ((nll * weights).mean() + 0.1 * (lse**2).mean()).backward()
+        for name, p in whole.model.named_parameters():
+            assert torch.allclose(found[name], p.grad, rtol=1e-8, atol=1e-14), name
+    plain = gradients_of_a_step(make_trainer(TINY, data, random_weights=True, **{**knobs, "FOCAL_ENABLED": 0}))
+    assert (plain["up_bank"] - found["up_bank"]).norm() > 0.01 * plain["up_bank"].norm()
+
+
+def test_a_certain_token_is_no_division_by_zero():
+    assert torch.equal(tg.focal_weights(torch.zeros(2, 3), 1.0), torch.zeros(2, 3))
+    assert torch.equal(tg.focal_weights(torch.zeros(2, 3), 0.0), torch.ones(2, 3))
+
+
+def adam_states(trainer):
+    """AdamW's state of every parameter, by name; copies."""
+    return {name: {key: value.clone() for key, value in trainer.optimizers.adam.state[p].items()}
+            for name, p in trainer.model.named_parameters() if p in trainer.optimizers.adam.state}
+
+
+@pytest.mark.parametrize("base", [POLY_LIKE, dict(RECORD_LIKE, VE_DIM=6, VE_LAYERS="0,4", BIGRAM_VOCAB_SIZE=9)],
+                         ids=["poly", "record"])
+def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
+    """Against their values after a step of all layers, so that momentum and averages of gradients are there."""
+    trainer = make_trainer(base, data, random_weights=True, MUON_WD=0.5, ADAM_WD=0.5, GRAD_CLIP_NORM=0.1)
+    layers, momentum, learning = trainer.c.num_layers, trainer.optimizers.muon.momentum, 2
+    trainer.step(tg.Progress(0, 0.0), trainer.c.loops)
+    before, states = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, adam_states(trainer)
+    momenta = [m.clone() for m in momentum]
+    for step in (1, 2):
+        trainer.step(tg.Progress(step, 0.0), trainer.c.loops, learning)
+    after, states_after = dict(trainer.model.named_parameters()), adam_states(trainer)
+    for name, m, m_before in zip(tg.BANKS, momentum, momenta):
+        for i in range(len(m)):
+            rests = i % layers >= learning
+            assert torch.equal(m[i], m_before[i]) == torch.equal(after[name][i], before[name][i]) == rests, (name, i)
+    for name in set(before) - set(tg.BANKS):
+        rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
+        same_state = all(torch.equal(states[name][key], states_after[name][key]) for key in states[name])
+        assert torch.equal(before[name], after[name]) == same_state == rests, name
+    trainer.step(tg.Progress(3, 0.0), trainer.c.loops)
+    assert not any(torch.equal(after[name][-1], before[name][-1]) for name in tg.BANKS)
 
 
 def test_the_average_is_the_moving_average_of_the_weights(data):
@@ -151,6 +210,58 @@ def test_without_an_average_the_last_weights_are_kept(data):
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.use_average()
     assert trainer.average is None and all(map(torch.equal, before, [p.detach() for p in trainer.model.parameters()]))
+
+
+def weights_of(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("kept", ["ema", "swa", "both"])
+def test_the_late_average_is_the_mean_of_late_weights(kept, data):
+    """Every second step of those whose rate is below 0.5; `both` is the mean of the two averages."""
+    trainer = make_trainer(TINY, data, random_weights=True, ITERATIONS=10, WARMDOWN_FRAC=1, EMA_DECAY=0.8, SWA_ENABLED=1,
+                           SWA_EVERY=2, SWA_START=0.5, WEIGHT_AVERAGE=kept)
+    assert ((trainer.average is not None), (trainer.late is not None)) == (kept != "swa", kept != "ema")
+    snapshots, ema = [], weights_of(trainer)
+    for step in range(10):
+        trainer.step(tg.Progress(step, 0.0), False)
+        ema = [torch.lerp(a, w, tg.ema_share(step, trainer.c)) for a, w in zip(ema, weights_of(trainer))]
+        if (step + 1) % 2 == 0 and 1 - step / 10 < 0.5:
+            snapshots.append(weights_of(trainer))
+    assert len(snapshots) == 2 and trainer.late_count == (0 if kept == "ema" else 2)
+    late = [sum(w) / 2 for w in zip(*snapshots)]
+    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late)]}[kept]
+    trainer.use_average()
+    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected))
+    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1]))
+
+
+def test_a_run_too_short_for_a_late_average_keeps_what_there_is(data):
+    for decay in (0, 0.8):
+        trainer = make_trainer(TINY, data, SWA_ENABLED=1, SWA_EVERY=50, EMA_DECAY=decay)
+        trainer.step(tg.Progress(0, 0.0), False)
+        expected = [a.clone() for a in trainer.average or weights_of(trainer)]
+        trainer.use_average()
+        assert all(map(torch.equal, weights_of(trainer), expected))
+
+
+def test_late_rounding_changes_the_update_and_not_the_kind_of_weights(data):
+    ends = {}
+    for rounded in (False, True):
+        trainer = make_trainer(POLY_LIKE, data, random_weights=True, MATRIX_BITS=3)
+        trainer.step(tg.Progress(0, 0.0), False, None, rounded)
+        ends[rounded] = trainer.model
+    for name in tg.BANKS:
+        plain, late = (getattr(ends[rounded], name).detach() for rounded in (False, True))
+        assert (plain - late).norm() > 1e-3 * plain.norm()
+        assert len(late[0].unique()) > 100  # the masters are not on a grid of 7 levels a row
+
+
+def test_every_change_of_what_steps_compute_is_logged(data, tmp_path):
+    end, log, _, _ = logged_run(tmp_path, data, POLY_LIKE, ITERATIONS=10, TRAIN_LOG_EVERY=0, SWA_EVERY=2)
+    assert end.step == 10 and log == [
+        "step:0 layers that learn: the first 2 of 6", "step:2 layers that learn: the first 4 of 6",
+        "step:5 layers that learn: the first 6 of 6", "step:8 late QAT on: matrices are rounded to 6 and 6 bits"]
 
 
 def logged_run(folder, data, base=TINY, **knobs):
@@ -191,7 +302,7 @@ def test_the_loop_is_switched_on_at_its_fraction(data, tmp_path):
     trainer = make_trainer(c, data, ITERATIONS=10, ENABLE_LOOPING_AT=0.5)
     trainer.run.folder = tmp_path
     step = trainer.step
-    trainer.step = lambda p, looped: (seen.append((p.step, looped)), step(p, looped))[1]
+    trainer.step = lambda p, looped, *use: (seen.append((p.step, looped)), step(p, looped, *use))[1]
     tg.train(trainer, no_validation)
     assert seen == [(n, n >= 5) for n in range(10)]
     assert sum("looping" in line for line in (tmp_path / "log.txt").read_text().splitlines()) == 1

@@ -4177,8 +4177,6 @@ class GlobalSteps:
             for block in self.model.blocks[:self.frozen]:
                 for p in block.parameters():
                     p.grad.zero_()
-            if self.model.lane_mix is not None:
-                self.model.lane_mix.grad[:self.frozen].zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
                 bank.grad.unflatten(0, (-1, self.c.num_layers))[:, :self.frozen].zero_()
 

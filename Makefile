@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu bench pack venv clean
+.PHONY: demo test test-gpu bench ablate pack venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score.
 demo: venv
@@ -23,6 +23,11 @@ bench: venv
 	$(PY) bench/cpu_kernels.py
 	$(PY) bench/train.py
 	$(PY) bench/caseops.py
+
+# Every technique of both presets switched off in turn, three seeds each; goes on where it was stopped.
+ablate: venv
+	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
+	$(PY) bench/ablate.py --data $(DATA)
 
 # The script that ships: packed/train_gpt.py.
 pack: venv

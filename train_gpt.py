@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -116,6 +117,8 @@ class Config:
     # Data
     data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
     tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
+    tokenizer_sha256: str = model_knob("", "digest that the tokenizer's file must have; an artifact carries that of "
+                                       "its training; empty: any", "exit code")
     caseops_enabled: str = knob("auto", "1: the shards' text went through CaseOps, so the byte sidecar counts its "
                                 "bytes; auto: where there is one", "byte counts", choices=("auto", "0", "1"))
     vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4,
@@ -440,6 +443,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.02,
         smear_gate_enabled=True, scalar_lr=0.04, tied_embed_lr=0.01, muon_momentum_warmup_steps=100,
         gptq_calibration_batches=8, quantizer="trellis", column_steps=0.75, compressor="pergroup",
+        target_bytes=2_000_000,
     ),
     # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
     "baseline": dict(leaky_relu_slope=0.0),
@@ -1058,6 +1062,9 @@ class Vocabulary:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if c.tokenizer_sha256 not in ("", self.digest):
+            raise ConfigError("TOKENIZER_SHA256", c.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}")
         size = self.model.vocab_size()
         if size != c.vocab_size:
             raise ConfigError("VOCAB_SIZE", c.vocab_size, f"the tokenizer {path} has {size} tokens")
@@ -4320,11 +4327,11 @@ class ChunkTTT:
         """Scores the stream's targets, each before anything learns from it."""
         c, run, end = self.c, self.evaluator.run, len(self.evaluator.tokens) - 1
         windows = evaluation_windows(self.evaluator.documents, c.eval_context, c.eval_step, self.size)
-        chunk_of = (windows[:, 0] + windows[:, 2]) // self.size
+        edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
         steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.ttt_momentum, c.ttt_freeze_blocks)
         for chunk in range(self.count):
-            mine = windows[chunk_of == chunk]
+            mine = windows[edges[chunk]:edges[chunk + 1]]
             batches = self.evaluator.batches(pack_rows(mine, c.eval_context))
             for rows in batches[run.rank::run.world]:
                 self.evaluator.score_rows(forward, rows, self.ledger, mine)
@@ -4494,6 +4501,7 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
         with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
             loader, evaluator = TrainLoader(c, run), Evaluator(c, run)
             loader.stream.check_ids(run)
+        c = dataclasses.replace(c, tokenizer_sha256=evaluator.vocabulary.digest)
     open_folder(run, c)
     for remark in (*remarks, *(evaluator.remarks if evaluator else ())):
         run.log(remark)

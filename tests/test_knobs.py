@@ -74,7 +74,8 @@ CHANGES = {
     "TTT_SHORT_DOC_CHUNKS": (1, dict(PHASED, TTT_EVAL_SEQ_LEN=32)),
     **{name: (value, CHUNK) for name, value in (("TTT_CHUNK_TOKENS", 2048), ("TTT_EPOCHS", 1), ("TTT_LR", 0.01),
                                                 ("TTT_MOMENTUM", 0.5), ("TTT_FREEZE_BLOCKS", 1))},
-    "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)), "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
+    "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)), "TOKENIZER_SHA256": ("0" * 64, {}),
+    "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
 }
 
@@ -150,7 +151,7 @@ def test_every_knob_changes_what_a_run_shows(name, data, tmp_path, capfd):
     assert changed, f"{name}={value} changes nothing"
     if after["code"]:
         assert name in ("TOKENIZER_PATH", "DATA_PATH", "VOCAB_SIZE", "DEVICE", "TRITON_KERNELS", "COMPILE",
-                        "ARTIFACT_LIMIT_BYTES", "CASEOPS_ENABLED"), after["errors"]
+                        "ARTIFACT_LIMIT_BYTES", "CASEOPS_ENABLED", "TOKENIZER_SHA256"), after["errors"]
         assert name in after["errors"] or name == "ARTIFACT_LIMIT_BYTES"
     elif field.metadata["model"] or "weights" in field.metadata["alive"] or field.metadata["alive"] == "batches":
         assert "model" in changed, f"{name} does not reach the weights"

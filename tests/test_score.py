@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import train_gpt as tg
-from helpers import config, examples, train_tokenizer
+from helpers import config, examples, make_documents, train_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -102,3 +102,12 @@ def test_the_size_of_the_vocabulary_must_be_the_tokenizers(tmp_path):
     assert len(tg.Vocabulary(config(VOCAB_SIZE=290, TOKENIZER_PATH=tmp_path / "small.model")).width) == 290
     with pytest.raises(tg.ConfigError, match="VOCAB_SIZE=289: .* 290 tokens"):
         tg.Vocabulary(config(VOCAB_SIZE=289, TOKENIZER_PATH=tmp_path / "small.model"))
+
+
+def test_another_tokenizer_than_the_artifacts_is_refused(data, tmp_path):
+    digest = tg.Vocabulary(config(DATA_PATH=data)).digest
+    assert tg.Vocabulary(config(DATA_PATH=data, TOKENIZER_SHA256=digest)).digest == digest
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(make_documents(77, 300)))
+    with pytest.raises(tg.ConfigError, match="^TOKENIZER_SHA256=.*other.model is another tokenizer"):
+        tg.Vocabulary(config(DATA_PATH=data, TOKENIZER_PATH=other, TOKENIZER_SHA256=digest))

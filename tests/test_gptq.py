@@ -528,3 +528,17 @@ def test_the_steps_are_fitted_to_the_target(quantizer, compressor):
     assert len(tg.quantize_within(weights, hessians, 10**9, c, lines.append)) > 1.2 * plain  # as fine as int8 allows
     smallest = tg.quantize_within(weights, hessians, 100, c, lines.append)
     assert 100 < len(smallest) < 0.7 * plain  # nothing fits: the coarsest steps, and the run will say that it is over
+
+
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
+def test_steps_end_where_codes_would(quantizer):
+    """Rows with outliers and columns of very different steps: finer is never worse, since nothing is cut off."""
+    w, (_, hessian) = matrix(64, 80), correlated(400, 80)
+    w[:, ::7, 3] *= 30
+    c, errors = config(QUANTIZER=quantizer, COLUMN_STEPS=0.75, TARGET_BYTES=1), []
+    feedback = tg.all_feedbacks({"w": hessian}, c)["w"]
+    for octaves in (0.0, -1.0, -2.0, -2.5):
+        q = tg.quantize_bank(w, feedback, None, 8, 14.0, c, octaves)
+        errors.append(tg.weighted_error(w - tg.restore(q), hessian).item())
+        assert (q.codes.abs() == 127).float().mean() < 0.001
+    assert errors[0] >= errors[1] >= errors[2] >= 0.95 * errors[3]

@@ -6,10 +6,12 @@ PY := $(VENV)/bin/python
 
 .PHONY: demo test test-gpu bench pack venv clean
 
-# The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score.
+# The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
 	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
-	@PRESET=demo DATA_PATH=$(DATA) $(PY) train_gpt.py
+	@run=$${RUN_ID:-$$(date +%Y%m%d-%H%M%S)-demo}; \
+	    PRESET=demo DATA_PATH=$(DATA) RUN_ID=$$run $(PY) train_gpt.py && \
+	    $(PY) tools/generate.py "$${ARTIFACT_DIR:-logs/$$run}" "The function returns" --lines 2
 
 test: $(VENV)/test-tools
 	$(PY) -m pytest -q -n 2 tests

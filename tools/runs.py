@@ -6,11 +6,14 @@ one in the format of the challenge's public records. What a source does not say 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
 import re
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -86,6 +89,35 @@ def write_aside(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
+    """Starts a process in a group of its own, its errors in its output. On Linux it ends with this process.
+
+    Otherwise a run whose tool was killed would go on, on its GPU and in its folder, beside the run that takes its place.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+
+    def follow_parent() -> None:
+        if prctl:
+            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    return subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, start_new_session=True,
+                            preexec_fn=follow_parent, **options)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """Ends a process that `start` started, and its group; torchrun ends its ranks when it is asked to."""
+    for sign, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, None)):
+        try:
+            os.killpg(child.pid, sign)
+        except ProcessLookupError:
+            pass
+        try:
+            child.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def read_json(path: Path) -> Any:
@@ -448,6 +480,6 @@ def table(rows: list[list[str]], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def shown(value: float | int | None, form: str = "") -> str:
+def shown(value: float | None, form: str = "") -> str:
     """A number for a table, `-` where there is none."""
     return "-" if value is None else format(value, form)

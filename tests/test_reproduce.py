@@ -143,12 +143,17 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path)
     ours, theirs = (json.loads((folder / "out" / "submission.json").read_text()) for folder in (tmp_path, reproduced))
     timeless = ("val_loss", "val_bpb", "val_bpb_std", "seeds", "artifact_bytes_mean", "delta_vs_leaderboard_nats")
     assert {name: ours[name] for name in timeless} == {name: theirs[name] for name in timeless}
-    unchanged = snapshot(tmp_path)
-    third = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert third.returncode == 0 and "unchanged: out" in third.stdout and snapshot(tmp_path) == unchanged
-    other = subprocess.run([*command, "--blurb", "x"], env=values, cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 2 and "--out out: already holds something else" in other.stderr
-    assert snapshot(tmp_path) == unchanged
+
+
+def test_a_folder_that_is_there_is_not_written_over(reproduced, tmp_path):
+    results = [submission.finished(0, reproduced / "work" / "seed0")]
+    out, script = tmp_path / "a" / "out", reproduced / "out" / "train_gpt.py"
+    assert submission.write_folder(out, script, results, dict(x=1), "page", False)
+    before = snapshot(tmp_path)
+    assert not submission.write_folder(out, script, results, dict(x=1), "page", False)
+    with pytest.raises(runs.UserError, match="already holds something else"):
+        submission.write_folder(out, script, results, dict(x=2), "page", False)
+    assert snapshot(tmp_path) == before  # and nothing temporary is left
 
 
 def test_a_run_that_fails_ends_it_with_that_runs_line(reproduced, tmp_path):

@@ -343,6 +343,7 @@ class Job:
         elif code is None:
             return False
         else:
+            self.hopeless()  # its last figures are what later runs are held against
             value, error = self.result(code)
             self.trial.set_user_attr("error", error) if error else None
             self.end(state.FAIL if error else state.COMPLETE, error or f"{self.options.objective} {value:.6f}", value)

@@ -133,7 +133,7 @@ PLANTS = {
     "another machine": (lambda f: edit(f / "summary_seed0.json", "core", "kernel"), "hardware differs"),
     "bpb in json": (row("val_bpb", lambda x: x - 0.0002), "seed 0: val_bpb in submission.json and summary"),
     "loss in json": (row("val_loss", lambda x: x - 0.0002), "seed 0: val_loss in submission.json and summary"),
-    "pre-quant in json": (row("pre_quant_val_bpb", lambda x: x - 0.001), "seed 0: pre_quant_val_bpb in submission.json"),
+    "pre-quant in json": (row("pre_quant_val_bpb", lambda x: x - 0.001), "seed 0: pre_quant_val_bpb in sub"),
     "quantized in json": (row("quantized_val_bpb", 1.0), "seed 0: quantized_val_bpb in submission.json"),
     "bytes in json": (row("artifact_bytes", lambda x: x - 1), "code_bytes + model_bytes and artifact_bytes"),
     "steps in json": (row("steps", 9), "seed 0: steps in submission.json and log: 9 and 8"),
@@ -298,7 +298,8 @@ def test_what_is_planted_in_other_peoples_is_found(plant, words, peers, capsys):
 
 
 def test_what_a_user_can_mend(peers, tmp_path, monkeypatch, capsys):
-    for arguments, words in ((["none"], "none: must be a submission's folder"), ([str(peers), "--rerun", "7"], "--rerun 7"),
+    for arguments, words in ((["none"], "none: must be a submission's folder"),
+                             ([str(peers), "--rerun", "7"], "--rerun 7"),
                              ([str(peers), "--data", str(ROOT / "tests")], "holds no fineweb_val"),
                              ([str(peers), "--baseline", "no.json"], "no.json: there is no such"), ([], "FOLDER")):
         monkeypatch.setattr(sys, "argv", ["check_submission.py", *arguments])

@@ -114,7 +114,7 @@ def test_the_command_on_the_page_gives_the_same_score(reproduced, tmp_path):
 
 
 def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path):
-    """SIGKILL while the second of three seeds trains: its run ends too, and the next command repeats that seed alone."""
+    """SIGKILL while the second of three seeds trains: its run ends too, and the next command repeats that seed."""
     for name in ("shards", "work"):
         shutil.copytree(reproduced / name, tmp_path / name)
     for seed in (0, 314):
@@ -190,7 +190,8 @@ def test_the_record_track_is_for_the_challenges_hardware_time_and_text():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--seeds", "1,1"], "1,1: must be different"), (["--seeds", "a"], "a: must be"), (["MATRIX_LR"], "MATRIX_LR: must"),
+    (["--seeds", "1,1"], "1,1: must be different"), (["--seeds", "a"], "a: must be"),
+    (["MATRIX_LR"], "MATRIX_LR: must"),
     (["SEED=3"], "SEED=3: --seeds sets this"), (["MODE=eval"], "MODE=eval"), (["--nproc", "0"], "--nproc: 0"),
     (["--baseline", "none.json"], "none.json: there is no such"), (["--script", "none.py"], "none.py"),
     (["--script", "words.txt"], "words.txt: is not a Python script"), (["--baseline", "words.txt"], "words.txt: must"),

@@ -132,7 +132,8 @@ def test_hopeless_runs_are_stopped_early(place):
     content = run("LR=3,3.1,7.5", "--prune", "train_loss", "--prune-startup", 2)
     assert states(content) == {("3",): "complete", ("3.1",): "complete", ("7.5",): "pruned"}
     stopped = content["trials"][-1]
-    assert stopped["steps"] < 4 and stopped["value"] is None and not (place / stopped["folder"] / "summary.json").exists()
+    assert stopped["steps"] < 4 and stopped["value"] is None
+    assert not (place / stopped["folder"] / "summary.json").exists()
     assert content["trials"][0]["values"]["LR"] == "3"
 
 
@@ -149,7 +150,8 @@ def test_random_and_tpe_draw_inside_the_range_and_go_on(sampler, place):
 
 
 def test_two_machines_on_one_database_share_a_grid(place):
-    command = [sys.executable, str(TOOL), "LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name", "one"]
+    command = [sys.executable, str(TOOL), "LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name",
+               "one"]
     both = [subprocess.Popen([*command, "--folder", name, "--", "python", "pretend.py"], cwd=place,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in "ab"]
     assert [p.wait(timeout=100) for p in both] == [0, 0], [p.stdout.read() for p in both]

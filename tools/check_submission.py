@@ -33,7 +33,8 @@ MARKER = "<!-- Made by tools/reproduce.py"
 CORE = ("author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total")
 OURS = (*CORE, "track", "val_loss_std", "val_bpb_std", "seeds", "seed_results", "comparison_baseline_bpb",
         "delta_vs_leaderboard_bpb", "delta_vs_leaderboard_nats", "artifact_bytes_mean", "artifact_bytes_max",
-        "hardware", "pytorch_version", "cuda_version", "attention_backend", "dataset", "technique_summary", "compliance")
+        "hardware", "pytorch_version", "cuda_version", "attention_backend", "dataset", "technique_summary",
+        "compliance")
 # Settings of other people's logs that differ between runs without being configuration.
 LOCAL = re.compile(r"seed|run_?id|path|dir|date|time|file|port|rank|host|url|name|step|log")
 
@@ -239,7 +240,8 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
         for name in sorted(set(config) | set(configs[0])):
             if name not in ignored:
                 findings.require(config.get(name) == configs[0].get(name), f"configuration: {name.upper()} is "
-                                 f"{configs[0].get(name)} on seed {seeds[0].seed} and {config.get(name)} on {seed.seed}")
+                                 f"{configs[0].get(name)} on seed {seeds[0].seed} and {config.get(name)} on "
+                                 f"{seed.seed}")
     for what in ("hardware", "attention", "parameters", "code_bytes"):
         values = {getattr(run, what) for s in seeds for _, run in s.sources} - {None}
         findings.require(len(values) < 2, f"configuration: {what} differs: {', '.join(sorted(map(str, values)))}")
@@ -273,7 +275,8 @@ def check_sources(folder: Folder, findings: Findings) -> None:
                         findings.same(f"seed {number}: {key} in {name} and {other}", values.get(key), others.get(key),
                                       tolerances.get(key))
         spent = seed.row.get("eval_time_s")
-        known = [x for _, run in seed.sources for x in (run.eval_seconds, *(s.seconds for s in run.stages.values())) if x]
+        known = [x for _, run in seed.sources
+                 for x in (run.eval_seconds, *(s.seconds for s in run.stages.values())) if x]
         if isinstance(spent, (int, float)) and known:
             findings.require(any(abs(spent - x) <= 0.2 + 1e-3 * x for x in known),
                              f"seed {number}: eval_time_s {spent} in submission.json and {max(known):.3f} in its logs")
@@ -397,8 +400,9 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     for number, seed in folder.seeds.items():
         findings.same(f"seed {number}: val_bytes and the manifest's in {data}", seed.row.get("val_bytes"), expected)
     if folder.ours and "dataset" in folder.content:
-        claimed, there = (text.partition(": ")[2] for text in (folder.content["dataset"], submission.dataset(data)["text"]))
-        findings.same("submission.json: dataset, and the one of --data", claimed, there)  # folders may be named freely
+        texts = folder.content["dataset"], submission.dataset(data)["text"]
+        findings.same("submission.json: dataset, and the one of --data",  # folders may be named freely
+                      *(text.partition(": ")[2] for text in texts))
 
 
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
@@ -492,7 +496,8 @@ def check_page(folder: Folder, findings: Findings) -> None:
     header: list[str] = []
     rows, claims = 0, Counter()
     for line in page.splitlines():
-        cells = [cell.strip(" *`") for cell in line.strip().strip("|").split("|")] if line.lstrip().startswith("|") else []
+        row = line.strip()
+        cells = [cell.strip(" *`") for cell in row.strip("|").split("|")] if row.startswith("|") else []
         if not cells:
             header = []
         elif re.fullmatch(r"[\s|:-]+", line):
@@ -506,7 +511,7 @@ def check_page(folder: Folder, findings: Findings) -> None:
         if folder.ours or re.match(r"^\W*(mean|average|avg|std|3-seed)", line, re.I):
             for text in TOKEN.findall(line):
                 if len(re.sub(r"\D", "", text)) >= 3:
-                    findings.require(known_as(text, known), f"README.md: {text} is in no other file: {line.strip()[:80]}")
+                    findings.require(known_as(text, known), f"README.md: {text} is in no other file: {row[:80]}")
         else:
             claims.update(t for t in TOKEN.findall(line) if re.fullmatch(r"[01]\.\d{4,}", t) and not known_as(t, known))
     if folder.seeds and folder.page:
@@ -516,7 +521,8 @@ def check_page(folder: Folder, findings: Findings) -> None:
             (findings.error if folder.ours else findings.note)("README.md: has no table with a row for each seed")
     mean = folder.content.get("val_bpb")
     if isinstance(mean, float) and folder.page:
-        findings.require(any(len(t.partition(".")[2]) >= 4 and runs.rounded(mean, t) for t in TOKEN.findall(folder.page)),
+        exact = (text for text in TOKEN.findall(folder.page) if len(text.partition(".")[2]) >= 4)
+        findings.require(any(runs.rounded(mean, text) for text in exact),
                          f"README.md: does not say submission.json's val_bpb {plain(mean)}")
     if claims:
         findings.note(f"README.md: in no other file, so not checked: {', '.join(sorted(claims)[:12])}")

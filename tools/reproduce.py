@@ -63,7 +63,8 @@ def parse(arguments: list[str]):
         if name in FIXED:
             raise UserError(f"{name}={value}: {FIXED[name] or 'a reproduction runs all stages'} sets this")
     options.settings = {name: value for name, _, value in pairs}
-    for path, name in ((options.baseline, "--baseline"), (options.script, "--script"), (options.template, "--template")):
+    for path, name in ((options.baseline, "--baseline"), (options.script, "--script"),
+                       (options.template, "--template")):
         if path and not path.exists():
             raise UserError(f"{name} {path}: there is no such file")
     return options

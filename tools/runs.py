@@ -94,7 +94,7 @@ def write_aside(path: Path, content: bytes | str) -> None:
 def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
     """Starts a process in a group of its own, its errors in its output. On Linux it ends with this process.
 
-    Otherwise a run whose tool was killed would go on, on its GPU and in its folder, beside the run that takes its place.
+    Otherwise a run whose tool was killed would go on, on its GPU and in its folder, beside the run that replaces it.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 

@@ -57,7 +57,7 @@ def dataset(data: Path) -> dict[str, Any]:
     """What the validation shards hold, counted, and what their manifest says about their origin."""
     shards = runs.validation_shards(data)
     if not shards:
-        raise UserError(f"DATA_PATH={data}: holds no fineweb_val_*.bin any more, and the dataset is described from them")
+        raise UserError(f"DATA_PATH={data}: holds no fineweb_val_*.bin, from which the dataset is described")
     tokens = runs.shard_tokens(shards)
     documents = sum(int((np.memmap(s, dtype="<u2", mode="r", offset=1024) == 1).sum()) for s in shards)
     file = data / "manifest.json"
@@ -86,9 +86,9 @@ def track(results: list[Finished], data: dict[str, Any]) -> str:
 
 def techniques(c: dict[str, Any]) -> str:
     """The model and its training in words, from the settings alone."""
-    words = [f"{c['num_layers']} layer{'s' if c['num_layers'] > 1 else ''} of width {c['model_dim']}, {c['num_heads']} heads ({c['num_kv_heads']} for keys "
-             f"and values), MLP x{c['mlp_mult']:g}, {c['vocab_size']} tokens, "
-             f"{'tied' if c['tie_embeddings'] else 'untied'} embedding"]
+    words = [f"{c['num_layers']} layer{'s' if c['num_layers'] > 1 else ''} of width {c['model_dim']}, "
+             f"{c['num_heads']} heads ({c['num_kv_heads']} for keys and values), MLP x{c['mlp_mult']:g}, "
+             f"{c['vocab_size']} tokens, {'tied' if c['tie_embeddings'] else 'untied'} embedding"]
     switches = {
         "num_loops": f"layers {c['loop_start']}-{c['loop_end']} repeated {c['num_loops']} more times",
         "xsa_last_n": f"XSA on the last {c['xsa_last_n']} layers", "smear_gate_enabled": "SmearGate",

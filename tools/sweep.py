@@ -2,7 +2,7 @@
 
     python tools/sweep.py MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py
     python tools/sweep.py MATRIX_LR=log:0.01..0.05 NUM_LAYERS=4..8 --trials 40 --prune val_bpb -- python train_gpt.py
-    python tools/sweep.py MATRIX_LR=log:0.01..0.05:5 --storage postgresql://host/db --name lr -- torchrun ... train_gpt.py
+    python tools/sweep.py MATRIX_LR=log:0.01..0.05:5 --storage postgresql://host/db -- torchrun ... train_gpt.py
 
 A variable's values: a list `a,b,c`; a range `0.1..0.5`, of whole numbers where both ends are; `log:0.01..0.05` even in
 the logarithm; `:5` after a range makes it 5 points of a grid. Lists and points alone make a grid, else TPE looks where
@@ -242,8 +242,9 @@ class Sweep:
         for t in self.trials():
             values = {n: written(v) for n, v in t.params.items()}
             values |= {"SEED": t.user_attrs["seed"]} if "seed" in t.user_attrs else {}
-            rows.append(dict(trial=t.number, state=t.state.name.lower(), value=t.value if t.state.name == "COMPLETE" else None,
-                             values=values or {n: written(v) for n, v in t.system_attrs.get("fixed_params", {}).items()},
+            queued = {n: written(v) for n, v in t.system_attrs.get("fixed_params", {}).items()}
+            rows.append(dict(trial=t.number, state=t.state.name.lower(), values=values or queued,
+                             value=t.value if t.state.name == "COMPLETE" else None,
                              **{n: t.user_attrs.get(n) for n in ("error", "seconds", "folder", "steps")}))
         rows.sort(key=lambda r: (r["state"] != "complete", r["value"] if r["value"] is not None else 0.0, r["trial"]))
         content = dict(name=self.options.name, objective=self.options.objective, command=self.options.command,
@@ -426,7 +427,7 @@ def print_table(sweep: Sweep) -> None:
     means = sorted(((*runs.mean_and_deviation(values), len(values), key) for key, values in groups.items()),
                    key=lambda m: m[0])
     if names and any(count > 1 for *_, count, _ in means):
-        body = [[*key, f"{mean:.6f}", runs.shown(deviation, ".6f"), str(count)] for mean, deviation, count, key in means]
+        body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
         print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
     if means:
         settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1]))
@@ -477,7 +478,8 @@ def completed(options):
     options.command = shlex.join(options.argv)
     if options.argv[0] in ("python", "python3"):
         options.argv[0] = sys.executable  # the one that has what this needs
-    mark = hashlib.sha256(json.dumps([sorted(options.variables), options.command, options.sampler]).encode()).hexdigest()
+    described = json.dumps([sorted(options.variables), options.command, options.sampler])
+    mark = hashlib.sha256(described.encode()).hexdigest()
     options.name = options.name or f"{'-'.join(options.space)[:48]}-{mark[:8]}"
     if not re.fullmatch(r"[\w.-]+", options.name):
         raise UserError(f"--name {options.name}: must consist of letters, digits, dots, - and _")

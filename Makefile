@@ -4,14 +4,16 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu bench ablate pack venv clean
+.PHONY: demo test test-gpu bench ablate pack reproduce sweep report venv clean
 
-# The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score.
+# The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
 	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
-	@PRESET=demo DATA_PATH=$(DATA) $(PY) train_gpt.py
+	@run=$${RUN_ID:-$$(date +%Y%m%d-%H%M%S)-demo}; \
+	    PRESET=demo DATA_PATH=$(DATA) RUN_ID=$$run $(PY) train_gpt.py && \
+	    $(PY) tools/generate.py "$${ARTIFACT_DIR:-logs/$$run}" "The function returns" --lines 2
 
-test: $(VENV)/test-tools
+test: $(VENV)/test-tools $(VENV)/tools
 	$(PY) -m pytest -q -n 2 tests
 
 # The same kernels and backends, for real, on a CUDA device.
@@ -33,6 +35,21 @@ ablate: venv
 pack: venv
 	$(PY) tools/pack_code.py
 
+# Seeds 42, 0, 314 of a preset, and the submission's folder: PRESET=record DATA_PATH=... make reproduce ARGS="--nproc 8"
+# Without PRESET and DATA_PATH: the demo, on the built-in text.
+reproduce: $(VENV)/tools
+	@if [ -z "$$PRESET$$DATA_PATH" ]; then \
+	    $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096 && export PRESET=demo DATA_PATH=$(DATA); fi && \
+	    $(PY) tools/reproduce.py $(ARGS)
+
+# make sweep ARGS="MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py"
+sweep: $(VENV)/tools
+	@$(PY) tools/sweep.py $(ARGS)
+
+# Table and pictures of all runs in logs/, or of others: make report ARGS="logs/RUN peer.log --out report"
+report: $(VENV)/tools
+	@$(PY) tools/report.py $(if $(ARGS),$(ARGS),logs --out report)
+
 venv: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt
@@ -45,6 +62,10 @@ $(VENV)/installed: requirements.txt
 $(VENV)/test-tools: $(VENV)/installed requirements-test.txt
 	@$(PY) -c "import triton" 2>/dev/null || \
 	    $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+$(VENV)/tools: $(VENV)/installed requirements-tools.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
 	@touch $@
 
 clean:

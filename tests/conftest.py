@@ -1,10 +1,11 @@
 """Fixtures of the whole suite."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers import TINY, built_once, write_data
+from helpers import ROOT, TINY, built_once, launch, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
 
@@ -25,3 +26,30 @@ def validation_texts(data):
 def tiny(data):
     """Settings of a run that takes seconds."""
     return dict(TINY, DATA_PATH=str(data))
+
+
+@pytest.fixture(scope="session")
+def baseline(tmp_path_factory):
+    """A worse submission's file, to compare with."""
+    def build(folder):
+        rows = {str(seed): dict(val_bpb=bpb) for seed, bpb in ((1, 3.3), (2, 3.301), (3, 3.302))}
+        (folder / "submission.json").write_text(json.dumps(dict(seed_results=rows)))
+    return built_once(tmp_path_factory, "baseline", build) / "submission.json"
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory, data, baseline):
+    """A folder with three seeds' runs (`work`) and their submission with its artifacts (`out`). Not to be changed.
+
+    The data lie beside them, so that what is written names no folder of the test run.
+    """
+    def build(folder):
+        shutil.copytree(data, folder / "shards")
+        shutil.copy(baseline, folder / "baseline.json")
+        values = dict(TINY, DATA_PATH="shards", ITERATIONS=8)
+        del values["SEED"]
+        done = launch(ROOT / "tools" / "reproduce.py", values, "--work", "work", "--out", "out", "--baseline",
+                      "baseline.json", "--with-artifacts", "--author", "A. Author", cwd=folder)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        (folder / "out.txt").write_text(done.stdout)
+    return built_once(tmp_path_factory, "reproduced", build)

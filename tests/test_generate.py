@@ -1,0 +1,161 @@
+"""tools/generate.py: text from an artifact, through the model's one forward, the same for the same seed."""
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+import torch
+from helpers import (RECORD_LIKE, ROOT, TINY, build_model, config, examples, launch, make_documents, snapshot, strings,
+                     tg)
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
+import caseops  # noqa: E402
+import generate  # noqa: E402
+import runs  # noqa: E402
+
+TOOL = ROOT / "tools" / "generate.py"
+
+
+def caseops_tokenizer():
+    """A tokenizer with the operators as symbols of their own, as data/prepare.py makes it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(caseops.encode(text) for text in make_documents(1, 200)), model_writer=model,
+        vocab_size=384, model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1,
+        user_defined_symbols=list(caseops.OPERATORS.values()), minloglevel=3)
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, data):
+    """A run's folder: an artifact with random weights, looped, with lanes, its config, and a tokenizer of each kind."""
+    folder = tmp_path_factory.mktemp("generate")
+    c = config(RECORD_LIKE)
+    weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
+    (folder / "model.pgolf").write_bytes(tg.pack(tg.quantize(weights, {}, c), c))
+    (folder / "config.json").write_text('{"data_path": "%s", "tokenizer_path": ""}' % data)
+    (folder / "caseops.model").write_bytes(caseops_tokenizer())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    monkeypatch.delenv("TOKENIZER_PATH", raising=False)
+    monkeypatch.setenv("CPU_THREADS", "1")
+
+
+def run(capsys, *arguments):
+    """What the command prints."""
+    assert generate.main([*map(str, arguments), "--device", "cpu"]) == 0
+    return capsys.readouterr().out
+
+
+def loaded(folder, **options):
+    return generate.load(SimpleNamespace(artifact=folder, tokenizer=None, device="cpu", **options))
+
+
+def test_the_command_streams_the_prompt_and_the_same_text_for_the_same_seed(folder, data, capsys):
+    done = launch(TOOL, dict(CPU_THREADS=1), folder, "the river", "--tokens", 30, "--seed", 5, cwd=folder)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("the river"), done.stderr
+    first = run(capsys, folder, "the river", "--tokens", 30, "--seed", 5)
+    assert first == done.stdout == run(capsys, folder / "model.pgolf", "the river", "--tokens", 30, "--seed", 5)
+    assert first != run(capsys, folder, "the river", "--tokens", 30, "--seed", 6)
+
+
+def test_temperature_and_top_k(folder, capsys):
+    greedy = run(capsys, folder, "the", "--tokens", 20, "--temperature", 0)
+    assert greedy == run(capsys, folder, "the", "--tokens", 20, "--top-k", 1, "--seed", 9)
+    cold = run(capsys, folder, "the", "--tokens", 20, "--temperature", 1e-6, "--top-k", 0)
+    assert cold == greedy != run(capsys, folder, "the", "--tokens", 20, "--temperature", 3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, data, monkeypatch):
+    """And a token further back than the context holds changes nothing."""
+    monkeypatch.setenv("COMPUTE_DTYPE", dtype)
+    logits, _ = loaded(folder)
+    c, ids = logits.c, torch.randint(4, 384, (1, 20), generator=torch.Generator().manual_seed(1))
+    ids[0, 0] = 1
+    batch = tg.to_device(ids[:, :-1].numpy(), ids[:, 1:].numpy(), tg.document_starts(ids[:, :-1].numpy()),
+                         torch.device("cpu"))
+    nll, _ = logits.model(*batch, looped=True)
+    row = torch.log_softmax(logits(ids[0, :-1].tolist()).double(), 0)
+    assert -row[ids[0, -1]] == pytest.approx(nll[0, -1].item(), abs=2e-2 if dtype == "bfloat16" else 1e-5)
+    long = [1, *torch.randint(4, 384, (80,), generator=torch.Generator().manual_seed(2)).tolist()]
+    assert c.eval_context == 32 and torch.equal(logits(long), logits([1, *long[-60:]]))
+    assert not torch.equal(logits(long), logits(long[-31:]))
+
+
+def test_the_text_ends_with_its_document_and_holds_no_special_token(folder):
+    logits, text = loaded(folder)
+    options = SimpleNamespace(seed=0, tokens=50, temperature=1.0, top_k=0)
+    assert {0, 2, 3} == set(text.silent.tolist())
+
+    def planted(tokens):
+        row = torch.zeros(384)
+        row[:4] = 50.0
+        row[tg.BOS_ID] = 100.0 if len(tokens) > 6 else -100.0
+        row[300] = 40.0
+        return row
+
+    assert list(generate.written(planted, [1, 200], text, options)) == [200] + [300] * 5
+
+
+@pytest.mark.parametrize("kind", ["plain", "caseops"])
+def test_streamed_pieces_join_to_the_text(kind, folder, data):
+    values = dict(TINY, TOKENIZER_PATH=data / "tokenizer.model" if kind == "plain" else folder / "caseops.model")
+    text = generate.Text(tg.config_from_env(strings(values), False)[0])
+    assert text.caseops == (kind == "caseops")
+
+    @examples(max_examples=60)
+    @given(st.text(max_size=20) | st.text("aAbB \ue001\ue002\ue003\ue004é.", max_size=20))
+    def check(sample):
+        sample = sample.replace("\u2581", "")  # SentencePiece's own mark is a space to it
+        tokens = text.encode(sample)
+        assert tokens[0] == tg.BOS_ID and "".join(text.stream(iter(tokens[1:]))) == sample
+
+    check()
+    if kind == "caseops":
+        pieces = list(text.stream(iter(text.encode("The HTTP McDonald")[1:])))
+        assert len(pieces) == 3 and "".join(pieces) == "The HTTP McDonald"  # word by word
+
+
+def test_operators_where_no_encoder_puts_them_are_left_out():
+    title, caps, capnext, esc = caseops.OPERATORS.values()
+    assert generate.original(f"{title}the {title} {caps}a b{capnext}c {esc}") == "The  a bC "
+    assert generate.original(f"{esc}{title}x") == f"{title}x"
+
+
+def test_bytes_that_are_no_character_yet_wait(folder, data):
+    _, text = loaded(folder)
+    tokens = [text.model.PieceToId(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    assert list(text.stream(iter(tokens))) == ["", "", "", "😀", ""]
+    assert "".join(text.stream(iter(tokens[:2]))) == "\ufffd"
+
+
+def test_lines_ends_the_text_after_so_many_that_hold_something():
+    assert "".join(generate.lines_of(iter(["\na", "b\n", "\n", "c\nd"]), 2)) == "\nab\n\nc"
+    assert "".join(generate.lines_of(iter(["a\nb", "c"]), 0)) == "a\nbc"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["missing"], "missing: there is no such artifact"), (["."], "model.pgolf: there is no such artifact"),
+    (["broken.pgolf", "--tokenizer", "t"], "artifact: is"), (["{folder}", "--top-k", "-1"], "--top-k: -1"),
+    (["{folder}", "--temperature", "hot"], "hot: must be a number"), (["{folder}", "--temperature", "nan"], "nan"),
+    (["{folder}", "--tokenizer", "none.model"], "none.model: there is no such file"),
+    (["broken.pgolf"], "--tokenizer: is needed"), (["{folder}", "x", "--steps"], "--steps")])
+def test_what_a_user_can_mend(arguments, words, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.pgolf").write_bytes(b"PGOLF")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *(a.format(folder=folder) for a in arguments)])
+    code = runs.command_line(generate.main)
+    out, errors = capsys.readouterr()
+    assert code == 2 and not out and errors.startswith("error: ") and len(errors.splitlines()) == 1 and words in errors
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,211 @@
+"""tools/sweep.py: real runs and a script that only pretends; killed, failing, hopeless and shared sweeps."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, SCRIPT, TINY, clean_environment, launch, snapshot
+
+sys.path.insert(0, str(ROOT / "tools"))
+import runs  # noqa: E402
+import sweep  # noqa: E402
+
+TOOL = ROOT / "tools" / "sweep.py"
+# A command that takes half a second: a curve and a score that LR decides; LR=9 fails.
+PRETENDER = """
+import json, os, sys, time
+lr, folder = float(os.environ["LR"]), os.environ["ARTIFACT_DIR"]
+open("starts", "a").write(f"{os.environ['LR']} {os.environ.get('SEED')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+print("warning: MISSPELT=1 has no effect: no knob")
+if lr == 9:
+    sys.exit("Traceback\\nValueError: nine")
+begin = time.time()
+for step in range(1, 5):
+    with open(folder + "/metrics.jsonl", "a") as file:
+        file.write(json.dumps(dict(step=step, train_loss=5 - step + abs(lr - 3))) + "\\n")
+    time.sleep(3 if lr == 7.5 else 0.3 if lr > 3.5 else 0.05)
+score = abs(lr - 3) + 0.001 * int(os.environ.get("SEED", 0)) if lr != 8 else float("nan")
+json.dump(dict(val_bpb=score, steps=4, begin=begin, end=time.time()), open(folder + "/summary.json", "w"))
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in, with that command."""
+    (tmp_path / "pretend.py").write_text(PRETENDER)
+    monkeypatch.chdir(tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", "SEED"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    """A sweep in this process: its study.json."""
+    assert sweep.main([*map(str, arguments), "--folder", "s", "--", "python", "pretend.py"]) == code
+    return study()
+
+
+def study(folder="s"):
+    return json.loads(open(f"{folder}/study.json").read())
+
+
+def states(content):
+    return {tuple(t["values"].values()): t["state"] for t in content["trials"]}
+
+
+def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp_path):
+    """SIGKILL while the second of four runs trains: the first is not run again, the second is, its process is gone."""
+    command = [sys.executable, str(TOOL), "NUM_HEADS=4,3", "SEED=1,2", "--folder", "s", "--", "python", str(SCRIPT)]
+    values = clean_environment(dict(TINY, DATA_PATH=data, ITERATIONS=8, TRAIN_LOG_EVERY=1))
+    first = subprocess.Popen(command, env=values, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "s" / "trial-0001" / "out.txt", time.time() + 100
+    while not (log.is_file() and "step:1/" in log.read_text()):
+        assert first.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(1)
+    before, cut = snapshot(tmp_path / "s" / "trial-0000"), snapshot(tmp_path / "s" / "trial-0001")
+    assert "summary.json" in before and "summary.json" not in cut
+    second = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 1 and "trial 1: its sweep was killed; it is run again" in second.stdout, second.stderr
+    assert snapshot(tmp_path / "s" / "trial-0000") == before and snapshot(tmp_path / "s" / "trial-0001") == cut
+    content = study(tmp_path / "s")
+    assert states(content) == {("4", "1"): "complete", ("4", "2"): "complete", ("3", "1"): "fail", ("3", "2"): "fail"}
+    assert content["objective"] == "val_bpb" and len(content["trials"]) == 4
+    for t in content["trials"]:
+        if t["state"] == "fail":
+            assert t["error"].startswith("exit code 2: error: NUM_HEADS=3: must divide MODEL_DIM=32")
+        else:
+            summary = json.loads((tmp_path / t["folder"] / "summary.json").read_text())
+            assert t["value"] == summary["val_bpb"] and str(summary["seed"]) == t["values"]["SEED"]
+    assert "best: NUM_HEADS=4 python" in second.stdout and "deviation" in second.stdout
+    unchanged = snapshot(tmp_path / "s")
+    third = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert third.stdout.splitlines()[1:] == second.stdout.splitlines()[-len(third.stdout.splitlines()) + 1:]
+    after = snapshot(tmp_path / "s")
+    assert {k: v for k, v in after.items() if "study.db" not in k} == \
+        {k: v for k, v in unchanged.items() if "study.db" not in k}
+
+
+def test_a_failed_run_is_recorded_and_run_again_only_when_asked(place):
+    content = run("LR=9,8,3", code=1)
+    assert states(content) == {("3",): "complete", ("9",): "fail", ("8",): "fail"}
+    errors = {t["values"]["LR"]: t["error"] for t in content["trials"]}
+    assert errors == {"3": None, "9": "exit code 1: ValueError: nine",
+                      "8": "no finite val_bpb in summary.json or the output"}
+    assert len(run("LR=9,8,3", code=1)["trials"]) == 3 and len(open("starts").read().split("\n")) == 4
+    run("LR=9,8,3", "--retry-failed", code=1)
+    assert sorted(line.split()[0] for line in open("starts")) == ["3", "8", "8", "9", "9"]
+
+
+def test_a_variable_that_the_command_ignores_fails(place):
+    content = run("LR=3", "MISSPELT=1", code=1)
+    assert "MISSPELT=1 has no effect" in content["trials"][0]["error"]
+
+
+def test_runs_stand_side_by_side_each_on_its_gpu(place, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    content = run("LR=4,5,6,7")
+    times = [json.loads(open(t["folder"] + "/summary.json").read()) for t in content["trials"]]
+    assert max(t["begin"] for t in times) < min(t["end"] for t in times)
+    assert sorted(line.split()[2] for line in open("starts")) == ["4", "5", "6", "7"]
+
+
+def test_places(monkeypatch):
+    def of(jobs=None, each=1):
+        return sweep.slots(type("Options", (), dict(jobs=jobs, gpus_per_run=each)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert of(each=2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in of(jobs=6)] == list("012340")
+    with pytest.raises(runs.UserError, match="--gpus-per-run 8: 5 GPUs"):
+        of(each=8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert of() == [{}] and [list(p) for p in of(jobs=2)] == [["CPU_THREADS"]] * 2
+
+
+def test_hopeless_runs_are_stopped_early(place):
+    content = run("LR=3,3.1,7.5", "--prune", "train_loss", "--prune-startup", 2)
+    assert states(content) == {("3",): "complete", ("3.1",): "complete", ("7.5",): "pruned"}
+    stopped = content["trials"][-1]
+    assert stopped["steps"] < 4 and stopped["value"] is None
+    assert not (place / stopped["folder"] / "summary.json").exists()
+    assert content["trials"][0]["values"]["LR"] == "3"
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_random_and_tpe_draw_inside_the_range_and_go_on(sampler, place):
+    arguments = ("LR=log:0.5..3.2", "N=2..5", "SEED=7,8", "--sampler", sampler, "--jobs", 3, "--sampler-seed", 1)
+    assert len(run(*arguments, "--trials", 5)["trials"]) == 5
+    content = run(*arguments, "--trials", 7)
+    assert len(content["trials"]) == 7 and len({t["values"]["LR"] for t in content["trials"]}) == 7
+    for t in content["trials"]:
+        assert 0.5 <= float(t["values"]["LR"]) <= 3.2 and t["values"]["N"] in "2345"
+        assert t["values"]["SEED"] == "78"[t["trial"] % 2]  # seeds in turn: no sampler chooses the lucky one
+        assert t["value"] == pytest.approx(abs(float(t["values"]["LR"]) - 3) + 0.001 * int(t["values"]["SEED"]))
+
+
+def test_two_machines_on_one_database_share_a_grid(place):
+    command = [sys.executable, str(TOOL), "LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name",
+               "one"]
+    both = [subprocess.Popen([*command, "--folder", name, "--", "python", "pretend.py"], cwd=place,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in "ab"]
+    assert [p.wait(timeout=100) for p in both] == [0, 0], [p.stdout.read() for p in both]
+    assert sorted(line.split()[0] for line in open("starts")) == list("123456")
+    content = run("LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name", "one")
+    assert len(content["trials"]) == 6 and {t["state"] for t in content["trials"]} == {"complete"}
+
+
+def test_a_trial_of_a_machine_that_gives_no_sign_is_run_again(place):
+    options = sweep.parse(["LR=1,2", "--folder", "s", "--", "python", "pretend.py"])
+    other = sweep.Sweep(options)
+    lost, working = other.next_trial(), other.next_trial()
+    for trial, seen in ((lost, time.time() - 500), (working, time.time())):
+        trial.set_user_attr("owner", ["another machine", 1, "1"])
+        trial.set_user_attr("seen", seen)
+    assert other.next_trial().params == lost.params
+    assert [t.number for t in other.trials("RUNNING")] == [working.number, 2]
+
+
+def test_values():
+    assert sweep.read_values("A", "0.02,0.026").grid() == ("0.02", "0.026")
+    assert sweep.read_values("A", "1..5:3").grid() == ("1", "3", "5")
+    assert sweep.read_values("A", "log:1..100:3").grid() == ("1", "10", "100")
+    assert [float(x) for x in sweep.read_values("A", "log:1e-3..1e-1:3").grid()] == pytest.approx([1e-3, 1e-2, 1e-1])
+    assert sweep.read_values("A", "-1.5..1.5:2").grid() == ("-1.5", "1.5")
+    d = sweep.read_values("A", "log:0.01..0.05").distribution()
+    assert (d.low, d.high, d.log) == (0.01, 0.05, True) and sweep.read_values("A", "4..8").distribution().high == 8
+    assert sweep.read_values("DATA_PATH", "data/a,data/b").choices == ("data/a", "data/b")
+    assert math.isclose(float(sweep.written(0.1 + 0.2)), 0.3)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "VARIABLE=values"), (["LR=1"], "-- COMMAND: is needed"), (["LR", "--", "x"], "LR: must be a variable"),
+    (["LR=", "--", "x"], "LR=: must be a list"), (["LR=1,1", "--", "x"], "LR=1,1"), (["LR=2..1", "--", "x"], "go up"),
+    (["LR=log:0..1", "--trials", "2", "--", "x"], "from above 0"), (["LR=1,2..3", "--", "x"], "LR=1,2..3"),
+    (["LR=1..2", "--", "x"], "--trials: is needed"), (["LR=1..2", "--sampler", "grid", "--", "x"], "LR needs a list"),
+    (["LR=1", "LR=2", "--", "x"], "LR: is given twice"), (["RUN_ID=a,b", "--", "x"], "RUN_ID"),
+    (["LR=1", "--trials", "0", "--", "x"], "--trials: 0"), (["LR=1", "--name", "a/b", "--", "x"], "--name a/b"),
+    (["LR=1", "--storage", "nothing://x", "--", "x"], "--storage nothing://x"),
+    (["LR=1", "--prune", "speed", "--", "x"], "speed")])
+def test_what_a_user_can_mend(arguments, words, place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments] if "--" in arguments or "LR=1" in arguments else
+                        ["sweep.py", "--", "x"])
+    code = runs.command_line(sweep.main)
+    out, errors = capsys.readouterr()
+    assert code == 2 and not out and errors.startswith("error: ") and len(errors.splitlines()) == 1 and words in errors
+
+
+def test_another_space_in_the_same_study_is_refused(place):
+    run("LR=3")
+    with pytest.raises(runs.UserError, match="this study sweeps LR with other values"):
+        sweep.Sweep(sweep.parse(["LR=4", "--folder", "s", "--name", study()["name"], "--", "python", "pretend.py"]))
+
+
+def test_a_command_that_cannot_be_started_is_one_line(place):
+    done = launch(TOOL, {}, "LR=1", "--folder", "s", "--", "no-such-command", cwd=place)
+    assert done.returncode == 2 and done.stderr == "error: no-such-command: No such file or directory\n"

@@ -1,0 +1,192 @@
+"""Text from a packed artifact, printed as it is written.
+
+    python tools/generate.py logs/RUN "The function returns"
+    python tools/generate.py model.pgolf "Once" --tokenizer data/mine/tokenizer.model --tokens 200 --temperature 0.7
+
+The logits are those of the model's one forward: a hook on its head keeps them. The same seed gives the same text on
+the same device. The text ends where the model begins a new document.
+"""
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Callable, Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see train_gpt.py
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import caseops  # noqa: E402
+import torch  # noqa: E402
+import train_gpt as tg  # noqa: E402
+
+from runs import Parser, UserError, command_line, number_type, read_json  # noqa: E402
+
+LETTERS = re.compile(f"[A-Za-z{''.join(caseops.OPERATORS.values())}]*$")
+
+
+class Text:
+    """A tokenizer, and what its tokens are as text."""
+
+    def __init__(self, c: tg.Config):
+        self.model = tg.Vocabulary(c).model
+        m, ids = self.model, range(c.vocab_size)
+        self.caseops = all(m.PieceToId(operator) != m.unk_id() for operator in caseops.OPERATORS.values())
+        silent = [i for i in ids if i != tg.BOS_ID and (m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i))]
+        self.silent = torch.tensor(silent, dtype=torch.int64)  # training has none of them, and they are no text
+        self.pieces = [bytes([int(m.IdToPiece(i)[3:5], 16)]) if m.IsByte(i)
+                       else m.IdToPiece(i).replace("\u2581", " ").encode() for i in ids]
+
+    def encode(self, prompt: str) -> list[int]:
+        """BOS and the prompt's tokens."""
+        return [tg.BOS_ID, *self.model.EncodeAsIds(caseops.encode(prompt) if self.caseops else prompt)]
+
+    def stream(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The text of a document's tokens after BOS, in pieces, each as soon as nothing can change it any more."""
+        decoder, first, held = codecs.getincrementaldecoder("utf-8")("replace"), True, ""
+        for token in tokens:
+            piece = self.pieces[token]
+            held += decoder.decode(piece.removeprefix(b" ") if first else piece)  # a document's first mark is no space
+            first = False
+            if not self.caseops:
+                yield held
+                held = ""
+            elif stop := LETTERS.search(held).start():  # an operator acts on its whole word
+                yield original(held[:stop])
+                held = held[stop:]
+        held += decoder.decode(b"", True)
+        yield original(held) if self.caseops else held
+
+
+def original(text: str) -> str:
+    """`caseops.decode`; operators that stand where no encoder puts them, as a model may write them, are left out."""
+    try:
+        return caseops.decode(text)
+    except caseops.CaseOpsError:
+        return caseops.OPERATIONS.sub(
+            lambda m: m[0][1:].upper() if len(m[0]) > 1 else re.sub(caseops.OPERATOR, "", m[0]), text)
+
+
+class Logits:
+    """The model as a function from a document's tokens to the next token's logits, by the one forward.
+
+    The forward gives scores of given targets; its head's output, caught by a hook, is what they are computed from.
+    """
+
+    def __init__(self, model: tg.GPT, c: tg.Config, device: torch.device):
+        self.model, self.c, self.device, self.caught = model.eval(), c, device, None
+        model.logits.register_forward_hook(self.catch)
+
+    def catch(self, module, inputs, output) -> None:
+        self.caught = output
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int]) -> torch.Tensor:
+        """Softcapped logits [V], float32, on the CPU, given the last tokens that the context holds."""
+        ids = torch.tensor([tokens[-self.c.eval_context:]]).numpy()
+        batch = tg.to_device(ids, ids, tg.document_starts(ids), self.device)
+        self.model(*batch, looped=self.c.loops, last=1)
+        return tg.softcap_plain(self.caught[0, -1], self.c.logit_softcap, self.c.softcap_type).float().cpu()
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """A token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: from all)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, ids = logits.topk(min(top_k or len(logits), len(logits)))
+    return int(ids[torch.multinomial(torch.softmax(values / temperature, 0), 1, generator=generator)])
+
+
+def written(logits: Callable, prompt: list[int], text: Text, options) -> Iterator[int]:
+    """The prompt's tokens, then the model's, until its document ends or there are enough."""
+    tokens, generator = list(prompt), torch.Generator().manual_seed(options.seed)
+    yield from tokens[1:]
+    for _ in range(options.tokens):
+        row = logits(tokens)
+        row[text.silent] = -torch.inf
+        token = sample(row, options.temperature, options.top_k, generator)
+        if token == tg.BOS_ID:
+            return
+        tokens.append(token)
+        yield token
+
+
+def lines_of(pieces: Iterator[str], lines: int) -> Iterator[str]:
+    """The pieces up to the end of the last of so many lines that hold text; 0: all."""
+    filled, blank = 0, True
+    for piece in pieces:
+        for place, character in enumerate(piece):
+            blank &= character.isspace()
+            if character == "\n" and not blank:
+                filled, blank = filled + 1, True
+                if filled == lines:
+                    yield piece[:place]
+                    return
+        yield piece
+
+
+def tokenizer_file(options, artifact: Path) -> Path:
+    """The tokenizer: --tokenizer, TOKENIZER_PATH, DATA_PATH, or the one that the run beside the artifact used."""
+    c = {}
+    for name in ("config.json", "eval_config.json"):
+        if (artifact.parent / name).is_file():
+            c = read_json(artifact.parent / name)
+            break
+    path = options.tokenizer or os.environ.get("TOKENIZER_PATH") or (
+        Path(os.environ["DATA_PATH"], "tokenizer.model") if os.environ.get("DATA_PATH") else c.get("tokenizer_path")
+        or (Path(c["data_path"], "tokenizer.model") if "data_path" in c else None))
+    if path is None:
+        raise UserError(f"--tokenizer: is needed, or DATA_PATH: no config.json beside {artifact} names one")
+    return Path(path)
+
+
+def load(options) -> tuple[Logits, Text]:
+    """The model and its tokenizer. Errors: UserError, tg.ConfigError."""
+    path = options.artifact / tg.CONTAINER_FILE if options.artifact.is_dir() else options.artifact
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} in its folder")
+    kept = ("COMPUTE_DTYPE", "ATTENTION", "TRITON_KERNELS", "CPU_THREADS", "EVAL_SEQ_LEN")
+    values = {name: os.environ[name] for name in kept if name in os.environ}
+    values |= dict(PRESET="baseline", MODE="eval", DEVICE=options.device, COMPILE="0",
+                   TOKENIZER_PATH=str(tokenizer_file(options, path)))
+    c, explicit, _ = tg.config_from_env(values, torch.cuda.is_available())
+    device = torch.device(c.device)
+    if c.device == "cpu":
+        torch.set_num_threads(c.cpu_threads or tg.available_cores())
+    model, c = tg.load_artifact(path.read_bytes(), c, explicit, device)
+    return Logits(model, c, device), Text(c)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a text. Returns the exit code."""
+    parser = Parser(prog="generate.py", description=__doc__)
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="ARTIFACT", help=f"a run's folder, or its {tg.CONTAINER_FILE}")
+    add("prompt", nargs="?", default="", help="how the text begins (default: nothing)")
+    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: TOKENIZER_PATH, "
+        "DATA_PATH/tokenizer.model, or that of the config.json beside the artifact)")
+    add("--tokens", type=number_type(int, 1), default=100, metavar="N", help="at most (default: %(default)s)")
+    add("--lines", type=number_type(int, 0), default=0, metavar="N", help="lines at most; 0: any (default)")
+    add("--temperature", type=number_type(float, 0), default=0.8, metavar="T",
+        help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=number_type(int, 0), default=40, metavar="K",
+        help="draw from the K likeliest tokens; 0: from all (default: %(default)s)")
+    add("--seed", type=number_type(int, 0, 2**63 - 1), default=0, metavar="S", help="(default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    options = parser.parse_args(arguments)
+    try:
+        logits, text = load(options)
+    except tg.ConfigError as error:
+        raise UserError(str(error)) from None
+    prompt = text.encode(options.prompt)
+    for piece in lines_of(text.stream(written(logits, prompt, text, options)), options.lines):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

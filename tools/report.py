@@ -1,0 +1,370 @@
+"""A table and pictures of any runs: ours from their folders, other people's from their logs, in the same picture.
+
+    python tools/report.py logs/RUN1 logs/RUN2 peer/train_seed42.log --out report
+    python tools/report.py logs/sweeps/NAME --out report
+
+A path is a run's folder, a metrics.jsonl, a log, a submission's folder, a sweep's folder, or a folder of such;
+NAME=PATH gives a run another name. On the terminal stands the table; --out gets report.md, the pictures as PNG
+(loss against step and time, bits per byte through the stages, bytes by role, a sweep's parallel coordinates) and
+report.html, one page that holds everything.
+"""
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import runs
+from runs import CAP_BYTES, Parser, Run, UserError, command_line, read_json, write_aside
+
+MARKER = "<!-- made by tools/report.py -->"
+# Okabe and Ito's colours, which the colour-blind tell apart; then the same with other lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":", "-.")
+STAGES = {"pre_quant": "before\nquantization", "quantized": "quantized", "sliding": "sliding\nwindows",
+          "ttt_baseline": "TTT's windows\nwithout learning", "ttt": "test-time\ntraining"}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read(words: list[str]) -> tuple[list[Run], list[dict[str, Any]]]:
+    """(runs, sweeps) at the paths; runs get different names. Errors: UserError."""
+    found: list[Run] = []
+    sweeps = []
+    for word in words:
+        name, sign, place = word.partition("=")
+        path = Path(place) if sign and not Path(word).exists() else Path(word)
+        study = path if path.name == "study.json" else path / "study.json"
+        if study.is_file():
+            sweeps.append(read_study(study))
+            continue
+        several = runs.read_runs(path)
+        for run in several:
+            if sign and path == Path(place):
+                run.name = name if len(several) == 1 else f"{name} {run.name}"
+        found += several
+    for run in found:
+        if not (run.losses or run.scores or run.stages or run.artifact_bytes):
+            raise UserError(f"{run.source}: holds no line of a training or a score")
+    rename(found)
+    return found, sweeps
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """A sweep's study.json. Errors: UserError."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"name", "objective", "variables", "trials"} <= set(content):
+        raise UserError(f"{path}: is not a sweep's study.json")
+    return content
+
+
+def rename(found: list[Run]) -> None:
+    """Makes equal names different, by their folders and then by a number."""
+    for add in (lambda run, _: f"{Path(run.source).parent.name}/{run.name}",
+                lambda run, place: f"{run.name} ({place})"):
+        names = [run.name for run in found]
+        for place, run in enumerate(found):
+            if names.count(run.name) > 1:
+                run.name = add(run, place + 1)
+
+
+def rows_of(found: list[Run]) -> list[list[str]]:
+    """The table's rows; columns that no run fills are left out."""
+    columns: dict[str, Callable[[Run], str]] = {
+        "run": lambda r: r.name, "seed": lambda r: runs.shown(r.seed),
+        "val_bpb": lambda r: runs.shown(r.final and r.final.bpb, ".5f"),
+        "val_loss": lambda r: runs.shown(r.final and r.final.loss, ".5f"),
+        **{label: (lambda r, stage=stage: runs.shown(r.stages[stage].bpb if stage in r.stages else None, ".5f"))
+           for stage, label in (("pre_quant", "pre-quant"), ("quantized", "quantized"), ("sliding", "sliding"),
+                                ("ttt", "ttt"))},
+        "steps": lambda r: runs.shown(r.steps), "ms/step": lambda r: runs.shown(r.step_avg_ms, ".2f"),
+        "train s": lambda r: runs.shown(r.train_seconds, ".1f"), "eval s": lambda r: runs.shown(r.eval_seconds, ".1f"),
+        "bytes": lambda r: runs.shown(r.artifact_bytes), "code": lambda r: runs.shown(r.code_bytes),
+        "parameters": lambda r: runs.shown(r.parameters), "hardware": lambda r: r.hardware or "-"}
+    cells = {title: [cell(run) for run in found] for title, cell in columns.items()}
+    kept = [title for title, values in cells.items() if set(values) != {"-"}]
+    return [kept, *([cells[title][place] for title in kept] for place in range(len(found)))]
+
+
+def sweep_rows(study: dict[str, Any]) -> list[list[str]]:
+    """A sweep's table, as its file orders it: the best first."""
+    head = ["trial", *study["variables"], study["objective"], "seconds", "state"]
+    return [head, *([str(t["trial"]), *(t["values"].get(n, "-") for n in study["variables"]),
+                     runs.shown(t["value"], ".6f"), runs.shown(t["seconds"], ".1f"),
+                     t["state"] + (f": {t['error']}" if t["error"] else "")] for t in study["trials"])]
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def style(place: int) -> dict[str, Any]:
+    return dict(color=COLOURS[place % len(COLOURS)], linestyle=LINES[place // len(COLOURS) % len(LINES)])
+
+
+def figure(width: float, height: float, columns: int = 1, **options: Any):
+    """A figure and its axes, without pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = fig.subplots(1, columns, squeeze=False, **options)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return fig, axes
+
+
+def png(fig) -> bytes:
+    content = io.BytesIO()
+    fig.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()
+
+
+def legend(fig, ax, entries: int) -> None:
+    """Below the axes, so that it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(3, max(1, entries)), fontsize=8,
+                   frameon=False)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """A running mean over a fiftieth of a curve, where it is long enough to need one."""
+    width = max(1, len(values) // 50)
+    return [sum(values[max(0, i - width + 1):i + 1]) / min(width, i + 1) for i in range(len(values))]
+
+
+def loss_picture(found: list[Run]) -> bytes | None:
+    """Training loss (thin) and validation loss (points), against step and against time."""
+    drawn = [run for run in found if run.losses or run.scores]
+    if not drawn:
+        return None
+    fig, axes = figure(11, 4.6 + 0.18 * math.ceil(len(drawn) / 3), 2, sharey=True)
+    for place, run in enumerate(drawn):
+        for ax, column, unit in ((axes[0], 0, 1.0), (axes[1], -1, 1.0)):
+            points = [(row[column] * unit, row[1]) for row in run.losses if row[column] is not None]
+            scores = [(row[column] * unit, row[1]) for row in run.scores if row[column] is not None]
+            label = run.name
+            if points:
+                x, y = zip(*points)
+                ax.plot(x, smoothed(list(y)), linewidth=1.3, label=label, **style(place))
+                label = None
+            if scores:
+                x, y = zip(*scores)
+                ax.plot(x, y, marker="o", markersize=4, linewidth=0 if points else 1, markerfacecolor="white",
+                        label=label, **style(place))
+    lows, highs = zip(*(curve_range(run) for run in drawn))
+    axes[0].set_ylim(min(lows) - 0.03 * (max(highs) - min(lows)), max(highs))
+    axes[0].set(xlabel="step", ylabel="loss, nats per token", title="Loss against step (line: training, o: validation)")
+    axes[1].set(xlabel="seconds of training", title="Loss against time")
+    legend(fig, axes[0], len(drawn))
+    return png(fig)
+
+
+def curve_range(run: Run) -> tuple[float, float]:
+    """What of a loss curve is worth showing: its lowest, and its highest after the first twentieth of the training."""
+    rows = [(row[0], row[1]) for row in (*run.losses, *run.scores) if math.isfinite(row[1])]
+    last = max(step for step, _ in rows)
+    values = [value for _, value in rows]
+    late = [value for step, value in rows if step > last / 20]
+    return min(values), max(late or values) + 0.1 * (max(values) - min(values)) * (len(rows) < 20)
+
+
+def stage_picture(found: list[Run]) -> bytes | None:
+    """Bits per byte through the stages; a run's last value is written beside it."""
+    drawn = [run for run in found if run.stages]
+    kept = [stage for stage in STAGES if any(stage in run.stages for run in drawn)]
+    if not drawn or not kept:
+        return None
+    fig, (ax,) = figure(2.2 + 2.2 * len(kept), 4.2 + 0.18 * math.ceil(len(drawn) / 3))
+    for place, run in enumerate(drawn):
+        points = [(kept.index(s), run.stages[s].bpb) for s in kept if s in run.stages]
+        ax.plot(*zip(*points), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
+    ends = sorted((run.stages[[s for s in kept if s in run.stages][-1]].bpb, place,
+                   kept.index([s for s in kept if s in run.stages][-1])) for place, run in enumerate(drawn))
+    low, high = ax.get_ylim()
+    last = -math.inf
+    for value, place, x in ends:  # texts that would lie on each other move up
+        y = max(value, last + 0.045 * (high - low))
+        last = y
+        ax.annotate(f"{value:.4f}", (x, value), xytext=(x + 0.07, y), color=COLOURS[place % len(COLOURS)], fontsize=8,
+                    va="center")
+    ax.set_ylim(low, max(high, last + 0.05 * (high - low)))
+    ax.set_xticks(range(len(kept)), [STAGES[stage] for stage in kept])
+    ax.set_xlim(-0.3, len(kept) - 0.4)
+    ax.set(ylabel="bits per byte", title="Validation through the stages")
+    legend(fig, ax, len(drawn))
+    return png(fig)
+
+
+def bytes_by_role(run: Run) -> dict[str, int]:
+    """Bytes of an artifact: its sections where the summary has them, else code and model."""
+    parts = {section["section"]: section["bytes"] for section in run.sections}
+    if parts and run.model_bytes:
+        parts["header"] = run.model_bytes - sum(parts.values())
+    if run.model_bytes is not None and not parts:
+        parts = {"model": run.model_bytes}
+    if not parts and run.artifact_bytes is not None:
+        parts = {"model": run.artifact_bytes - (run.code_bytes or 0)}
+    return ({"code": run.code_bytes} if run.code_bytes else {}) | parts
+
+
+def bytes_picture(found: list[Run]) -> bytes | None:
+    """Each artifact as a bar of its roles; roles below a fiftieth of their artifact stand together."""
+    drawn = [(run, bytes_by_role(run)) for run in found]
+    drawn = [(run, parts) for run, parts in drawn if parts]
+    if not drawn:
+        return None
+    largest = max(sum(parts.values()) for _, parts in drawn)
+    kept = list(dict.fromkeys(role for _, parts in drawn for role, count in parts.items()
+                              if role == "code" or count >= sum(parts.values()) / 50))
+    from matplotlib import colormaps
+
+    colours = {role: colormaps["tab20"](place % 20) for place, role in enumerate(kept)} | {"other": "#999999"}
+    unit, name = (1e6, "MB") if largest > 1e6 else (1e3, "kB")
+    fig, (ax,) = figure(11, 1.6 + 0.42 * len(drawn) + 0.2 * math.ceil(len(kept) / 4))
+    for place, (run, parts) in enumerate(drawn):
+        left = 0.0
+        small = sum(count for role, count in parts.items() if role not in kept)
+        for role, count in [*((r, parts[r]) for r in kept if r in parts), ("other", small)]:
+            ax.barh(place, count / unit, left=left, color=colours[role], edgecolor="white", linewidth=0.5, height=0.7,
+                    label=role if count else None)
+            left += count / unit
+        ax.annotate(f" {sum(parts.values()):,}", (left, place), va="center", fontsize=8, zorder=5,
+                    bbox=dict(boxstyle="square,pad=0.05", facecolor="white", edgecolor="none"))
+    if largest > CAP_BYTES / 2:
+        ax.axvline(CAP_BYTES / unit, color="black", linewidth=1, linestyle="--")
+    ax.set_yticks(range(len(drawn)), [run.name for run, _ in drawn], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.12 * max(largest, CAP_BYTES if largest > CAP_BYTES / 2 else 0) / unit)
+    ax.set(xlabel=name, title="Bytes of the artifacts by role" + (", limit dashed" if largest > CAP_BYTES / 2 else ""))
+    handles = dict(reversed([(label, handle) for handle, label in zip(*ax.get_legend_handles_labels())][::-1]))
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return png(fig)
+
+
+def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[tuple[float, str]]]:
+    """A coordinate's place in 0..1 for a value, and its ticks: numbers by size, decades by logarithm; words."""
+    try:
+        numbers = sorted({float(text) for text in texts})
+    except ValueError:
+        words = sorted(set(texts))
+        places = {word: i / max(1, len(words) - 1) for i, word in enumerate(words)}
+        return places.__getitem__, [(place, word) for word, place in places.items()]
+    log = numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
+    scale = math.log if log else float
+    low, high = scale(numbers[0]), scale(numbers[-1])
+
+    def place(text: str) -> float:
+        return (scale(float(text)) - low) / (high - low) if high > low else 0.5
+
+    shown = numbers if len(numbers) <= 6 else [
+        (math.exp if log else float)(low + (high - low) * i / 4) for i in range(5)]
+    return place, [(place(str(x)), f"{x:.5g}") for x in shown]
+
+
+def sweep_picture(study: dict[str, Any]) -> bytes | None:
+    """Parallel coordinates: a line for each finished run over its values to its score, the best drawn dark."""
+    done = [t for t in study["trials"] if t["state"] == "complete"]
+    if not done:
+        return None
+    names = [*study["variables"], study["objective"]]
+    table = [{**t["values"], study["objective"]: str(t["value"])} for t in done]
+    fig, (ax,) = figure(2.2 + 2.1 * len(names), 4.6)
+    places = {}
+    for x, name in enumerate(names):
+        places[name], ticks = axis_of(name, [row[name] for row in table])
+        ax.axvline(x, color="#444444", linewidth=1)
+        for y, text in ticks:
+            ax.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center",
+                        bbox=dict(boxstyle="round,pad=0.1", facecolor="white", edgecolor="none", alpha=0.8), zorder=5)
+    from matplotlib import colormaps
+
+    order = sorted(range(len(done)), key=lambda i: -done[i]["value"])
+    for rank, i in enumerate(order):
+        share = rank / max(1, len(order) - 1)
+        ys = [places[name](table[i][name]) for name in names]
+        ax.plot(range(len(names)), ys, color=colormaps["viridis_r"](0.1 + 0.9 * share), alpha=0.9,
+                linewidth=1 + 1.8 * (share == 1))
+    ax.set_xticks(range(len(names)), names)
+    ax.set_xlim(-0.2, len(names) - 0.5)
+    ax.set_ylim(-0.05, 1.05)
+    ax.set_yticks([])
+    ax.spines[["left", "bottom"]].set_visible(False)
+    ax.grid(False)
+    failed = len(study["trials"]) - len(done)
+    ax.set_title(f"{study['name']}: {len(done)} finished runs, {failed} others; dark: low {study['objective']}",
+                 fontsize=10)
+    return png(fig)
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
+table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
+td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,th:first-child
+{text-align:left}img{max-width:100%;height:auto;display:block;margin:1em 0}"""
+
+
+def html_table(rows: list[list[str]]) -> str:
+    """Rows as a table; the first is its head."""
+    def line(row: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    return "<div class=wide><table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + \
+        "</table></div>"
+
+
+def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str, bytes]]]) -> None:
+    """report.md, its PNGs and report.html. Errors: UserError where the folder holds a report.html of something else."""
+    page = out / "report.html"
+    ours = page.is_file() and MARKER in page.read_text(errors="replace")[:200]
+    if out.exists() and any(out.iterdir()) and not ours:
+        raise UserError(f"--out {out}: is a folder with other files, and nothing is written over; choose another name")
+    text, body = [MARKER], []
+    for title, rows, pictures in sections:
+        text += [f"# {title}", "", runs.table(rows, markdown=True), ""]
+        body += [f"<h1>{html.escape(title)}</h1>", html_table(rows)]
+        for name, content in pictures.items():
+            write_aside(out / name, content)
+            text += [f"![{name.removesuffix('.png')}]({name})", ""]
+            body.append(f'<img alt="{html.escape(name.removesuffix(".png"))}" src="data:image/png;base64,'
+                        f'{base64.b64encode(content).decode()}">')
+    write_aside(out / "report.md", "\n".join(text))
+    write_aside(page, f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8><title>{html.escape(sections[0][0])}"
+                      f"</title><style>{STYLE}</style>{''.join(body)}</html>\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the tables and writes the report. Returns the exit code."""
+    parser = Parser(prog="report.py", description=__doc__)
+    parser.add_argument("paths", nargs="+", metavar="[NAME=]PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: no pictures)")
+    parser.add_argument("--title", default="Runs", help="default: Runs")
+    options = parser.parse_args(arguments)
+    found, sweeps = read(options.paths)
+    sections = []
+    if found:
+        pictures = {} if not options.out else {
+            "loss.png": loss_picture(found), "stages.png": stage_picture(found), "bytes.png": bytes_picture(found)}
+        sections.append((options.title, rows_of(found), pictures))
+    for place, study in enumerate(sweeps):
+        number = f"-{place + 1}" if len(sweeps) > 1 else ""
+        pictures = {f"sweep{number}.png": sweep_picture(study)} if options.out else {}
+        sections.append((f"Sweep {study['name']}", sweep_rows(study), pictures))
+    for title, rows, _ in sections:
+        print(runs.table(rows))
+    if options.out:
+        write_report(options.out, [(title, rows, {name: p for name, p in pictures.items() if p})
+                                   for title, rows, pictures in sections])
+        print(f"written: {options.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

@@ -1,0 +1,246 @@
+"""Runs a preset with several seeds, one after another, and writes the submission's folder: no figure typed by hand.
+
+    PRESET=record DATA_PATH=data/fineweb10B_sp8192 python tools/reproduce.py --nproc 8 --baseline pr2163/submission.json
+    python tools/reproduce.py --preset demo --seeds 42,0,314 MATRIX_LR=0.03
+
+The script is packed first, and the packed one runs, through torchrun. Each seed has a folder below --work with its log;
+a command that was stopped goes on with the seeds that are left when it is given again. Settings are environment
+variables or words NAME=value. At the end: mean, sample deviation, Welch's test against a baseline's seeds, and a folder
+with README.md, submission.json, the packed script, requirements.txt and the logs.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pack_code
+import submission
+from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, start, stop, write_aside
+
+FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def seeds_type(text: str) -> list[int]:
+    """An argparse type: different whole numbers with commas between."""
+    if not re.fullmatch(r"\d+(,\d+)*", text) or len(set(text.split(","))) != text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be different whole numbers, as in 42,0,314")
+    return [int(word) for word in text.split(",")]
+
+
+def parse(arguments: list[str]):
+    """The command line. Errors: UserError."""
+    parser = Parser(prog="reproduce.py", description=__doc__)
+    add = parser.add_argument
+    add("settings", nargs="*", metavar="NAME=value", help="settings of the script, on top of the environment's")
+    add("--preset", default=os.environ.get("PRESET", ""), help="row of settings (default: PRESET)")
+    add("--seeds", type=seeds_type, default=list(SEEDS), metavar="A,B,C", help="default: 42,0,314")
+    add("--nproc", type=number_type(int, 1), metavar="N", help="ranks (default: one per GPU, or one)")
+    add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="default: train_gpt.py")
+    add("--work", type=Path, metavar="DIR", help="folder of the runs (default: logs/reproduce-PRESET-CODE, where CODE "
+        "stands for script and settings)")
+    add("--out", type=Path, metavar="DIR", help="submission's folder (default: submissions/PRESET-CODE)")
+    add("--baseline", type=Path, metavar="PATH", help="submission.json, submission folder or runs to compare with")
+    add("--template", type=Path, default=submission.TEMPLATE, metavar="FILE", help="of README.md")
+    add("--with-artifacts", action="store_true", help="put the artifacts into the submission's folder too")
+    for name in ("author", "github-id", "name", "blurb"):
+        add(f"--{name}", default="", metavar="TEXT", help="a field of submission.json")
+    options = parser.parse_intermixed_args(arguments)
+    pairs = [word.partition("=") for word in options.settings]
+    for name, sign, value in pairs:
+        if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UserError(f"{name}: must be a setting as NAME=value")
+        if name in FIXED:
+            raise UserError(f"{name}={value}: {FIXED[name] or 'a reproduction runs all stages'} sets this")
+    options.settings = {name: value for name, _, value in pairs}
+    for path, name in ((options.baseline, "--baseline"), (options.script, "--script"),
+                       (options.template, "--template")):
+        if path and not path.exists():
+            raise UserError(f"{name} {path}: there is no such file")
+    return options
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def ranks_here() -> int:
+    """One per visible GPU, or one."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def environment(options, **more: Any) -> dict[str, str]:
+    """Of a run: this process's, the settings, and what this tool sets."""
+    kept = {name: value for name, value in os.environ.items() if name not in (*FIXED, *RANKS)}
+    preset = {"PRESET": options.preset} if options.preset else {}
+    return {**kept, **preset, **options.settings, **{name: str(value) for name, value in more.items()}}
+
+
+def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
+    """What the script would do with these settings. Errors: UserError with the script's own line."""
+    done = subprocess.run([sys.executable, str(script), "--dry-run"], env=values, capture_output=True, text=True)
+    for line in done.stderr.splitlines():
+        if line.startswith("warning: "):
+            print(line, file=sys.stderr)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(lines[-1].removeprefix("error: "))
+    return json.loads(done.stdout)
+
+
+def make_plan(options) -> tuple[dict[str, Any], bytes]:
+    """What all seeds have in common (the script's hash, ranks, settings), and the packed script. Errors: UserError."""
+    try:
+        compile(source := options.script.read_bytes(), str(options.script), "exec")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"--script {options.script}: is not a Python script ({error})") from None
+    config = dry_run(options.script, environment(options, SEED=options.seeds[0], WORLD_SIZE=options.nproc))["config"]
+    packed = pack_code.pack(source)
+    return dict(script_sha256=hashlib.sha256(packed).hexdigest(), ranks=options.nproc,
+                config={name: value for name, value in config.items() if name not in submission.PRIVATE}), packed
+
+
+def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
+    """The folder of the runs with the plan and the packed script. Errors: UserError where it holds another plan."""
+    file = work / "plan.json"
+    if file.is_file():
+        before = read_json(file)
+        changed = [name for name in plan if before.get(name) != plan[name]]
+        if "config" in changed:
+            other = before.get("config", {})
+            changed = [name.upper() for name, value in plan["config"].items() if other.get(name) != value]
+        if changed:
+            raise UserError(f"--work {work}: holds runs with other {', '.join(changed)}; choose another folder")
+    elif work.exists() and any(work.iterdir()):
+        raise UserError(f"--work {work}: is not empty and holds no plan.json of this tool; choose another folder")
+    write_aside(work / "train_gpt.py", packed)
+    write_aside(file, json.dumps(plan, indent=1) + "\n")
+    return work / "train_gpt.py"
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+def complete(folder: Path, seed: int) -> bool:
+    """Whether a seed's run is there, whole. Errors: UserError where it is, and over its limit or another seed's."""
+    if not (folder / "summary.json").is_file():
+        return False
+    s = read_json(folder / "summary.json")
+    if s.get("seed") != seed or "val_bpb" not in s:
+        raise UserError(f"{folder}: does not hold a whole run of seed {seed}")
+    if s["artifact_bytes"] > s["artifact_limit_bytes"]:
+        raise UserError(f"{folder}: its artifact of {s['artifact_bytes']} bytes is over "
+                        f"ARTIFACT_LIMIT_BYTES={s['artifact_limit_bytes']}")
+    return True
+
+
+def set_aside(folder: Path) -> None:
+    """Gives what a stopped run left another name."""
+    if folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.stopped{number}")).exists():
+            number += 1
+        folder.rename(aside)
+
+
+def run_seed(script: Path, options, seed: int, folder: Path) -> None:
+    """One run through torchrun, its output shown and kept beside its folder. Errors: UserError with its last error."""
+    set_aside(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}",
+               str(script)]
+    values = environment(options, SEED=seed, ARTIFACT_DIR=folder)
+    error = ""
+    with open(folder.with_name(folder.name + ".out"), "w", encoding="utf-8") as log:
+        child = start(command, values, stdout=subprocess.PIPE, text=True, errors="replace")
+        try:
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+                error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
+            code = child.wait()
+        except BaseException:
+            stop(child)
+            raise
+    if code:
+        raise UserError(f"seed {seed} failed: {error or f'exit code {code}'}; its output is in {log.name}")
+
+
+# -------------------------------------------------------------------------------------------------------- the results
+
+
+def identity(options, config: dict[str, Any]) -> dict[str, str]:
+    """Who and what, for submission.json: from the options, or from git's settings; never invented."""
+    def git(name: str) -> str:
+        try:
+            return subprocess.run(["git", "config", name], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    preset = config["preset"]
+    changes = " ".join(f"{name}={value}" for name, value in options.settings.items())
+    return dict(author=options.author or git("user.name"), github_id=options.github_id or git("github.user"),
+                name=options.name or f"{preset}{' with ' + changes if changes else ''}",
+                blurb=options.blurb or submission.techniques(config))
+
+
+def defaults_of(script: Path) -> dict[str, Any]:
+    """The script's defaults without a preset, to show what differs from them."""
+    return {f.name: f.default for f in dataclasses.fields(runpy.run_path(str(script), run_name="settings")["Config"])}
+
+
+def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
+    """Collects the seeds' summaries and writes the submission's folder."""
+    results = [submission.finished(seed, work / f"seed{seed}") for seed in options.seeds]
+    baseline = (str(options.baseline), submission.baseline_figures(options.baseline)) if options.baseline else None
+    config = results[0].config
+    data = submission.dataset(Path(config["data_path"]))
+    s = submission.submission(results, identity(options, config), data, baseline)
+    names = {name.upper() for name in config}
+    given = {n: v for n, v in sorted(environment(options).items()) if n in names and n != "PRESET"}
+    command = submission.shell_command({"PRESET": config["preset"], **given}, options.nproc, options.seeds)
+    text = submission.readme(s, config, defaults_of(script), command, options.template)
+    new = submission.write_folder(out, script, results, s, text, options.with_artifacts)
+    print("-" * 72)
+    print(submission.seed_table(s))
+    print(submission.comparison(s))
+    print(f"{'written' if new else 'unchanged'}: {out}")
+    return s
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what is left to run, then writes. Returns the exit code."""
+    options = parse(arguments)
+    options.nproc = options.nproc or ranks_here()
+    if options.baseline:
+        submission.baseline_figures(options.baseline)  # what is wrong with it is said before hours of training
+    plan, packed = make_plan(options)
+    code = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
+    work = options.work or Path("logs", f"reproduce-{plan['config']['preset']}-{code}")
+    out = options.out or Path("submissions", f"{plan['config']['preset']}-{code}")
+    script = prepare_work(work, plan, packed)
+    for seed in options.seeds:
+        if complete(work / f"seed{seed}", seed):
+            print(f"seed {seed}: done before, in {work / f'seed{seed}'}")
+            continue
+        print(f"seed {seed}: {work / f'seed{seed}'}", flush=True)
+        run_seed(script, options, seed, work / f"seed{seed}")
+        if not complete(work / f"seed{seed}", seed):
+            raise UserError(f"{work / f'seed{seed}'}: the run ended and left no summary.json")
+    write(options, script, work, out)
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(command_line(main))

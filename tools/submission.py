@@ -1,0 +1,303 @@
+"""A submission's folder from finished runs: submission.json, README.md with its tables, the script, the logs.
+
+Every figure comes from the runs' own files; `tools/reproduce.py` calls this, and `tools/check_submission.py` holds a
+folder against it.
+"""
+from __future__ import annotations
+
+import datetime
+import filecmp
+import json
+import math
+import os
+import shlex
+import shutil
+import string
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runs
+from runs import BUDGET_SECONDS, CAP_BYTES, LEVEL, MARGIN_NATS, Run, UserError
+
+TEMPLATE = Path(__file__).with_name("submission.md")
+OFFICIAL_DOCUMENTS = 50_000  # of the challenge's validation set, FineWeb's
+RULES = {
+    "train_within_600s": "training within 600 s", "eval_within_600s": "evaluation within 600 s",
+    "artifact_within_16000000_bytes": "artifact within 16000000 bytes, code included",
+    "every_target_scored_once": "every target scored once", "three_seeds": "three seeds",
+    "record_rule": "better than the baseline by 0.005 nats at p < 0.01"}
+SIGNS = {True: "yes", False: "no", None: "not applicable"}
+# Settings that name a run or a machine, and no configuration; they may differ between seeds.
+PRIVATE = ("seed", "run_id", "artifact_dir", "mode")
+
+
+@dataclass
+class Finished:
+    """A seed's run with its files."""
+
+    seed: int
+    folder: Path
+    run: Run
+    config: dict[str, Any]
+
+
+def finished(seed: int, folder: Path) -> Finished:
+    """Reads a run's folder."""
+    return Finished(seed, folder, runs.read_runs(folder)[0], runs.read_json(folder / "config.json"))
+
+
+# ------------------------------------------------------------------------------------------------------- what was run
+
+
+def dataset(data: Path) -> dict[str, Any]:
+    """What the validation shards hold, counted, and what their manifest says about their origin."""
+    shards = runs.validation_shards(data)
+    if not shards:
+        raise UserError(f"DATA_PATH={data}: holds no fineweb_val_*.bin, from which the dataset is described")
+    tokens = runs.shard_tokens(shards)
+    documents = sum(int((np.memmap(s, dtype="<u2", mode="r", offset=1024) == 1).sum()) for s in shards)
+    file = data / "manifest.json"
+    sources = runs.read_json(file).get("source") if file.is_file() else None
+    origin = "; ".join(map(source_words, sources)) if sources else "origin not recorded (no source in a manifest.json)"
+    return dict(tokens=tokens, documents=documents, text=f"{data.name}: {origin}; validation set of {documents} "
+                                                         f"documents, {tokens} tokens")
+
+
+def source_words(source: Any) -> str:
+    """One source of a manifest in words."""
+    if isinstance(source, dict) and "builtin" in source:
+        return "built-in corpus, the documentation of " + ", ".join(f"{n} {v}" for n, v in source["builtin"].items())
+    return str(source.get("path", source)) if isinstance(source, dict) else str(source)
+
+
+def track(results: list[Finished], data: dict[str, Any]) -> str:
+    """The challenge's track where hardware, time and text are its own; otherwise what they were."""
+    hardware = sorted({f.run.hardware for f in results})
+    longest = max(f.run.train_seconds for f in results)
+    if (all(h.startswith("8 x ") and "H100" in h for h in hardware) and longest < BUDGET_SECONDS + 1
+            and data["documents"] == OFFICIAL_DOCUMENTS):
+        return "10min_16mb"
+    return f"non-record: {'; '.join(hardware)}; {longest:.1f} s of training; {data['text'].split('; validation')[0]}"
+
+
+def techniques(c: dict[str, Any]) -> str:
+    """The model and its training in words, from the settings alone."""
+    words = [f"{c['num_layers']} layer{'s' if c['num_layers'] > 1 else ''} of width {c['model_dim']}, "
+             f"{c['num_heads']} heads ({c['num_kv_heads']} for keys and values), MLP x{c['mlp_mult']:g}, "
+             f"{c['vocab_size']} tokens, {'tied' if c['tie_embeddings'] else 'untied'} embedding"]
+    switches = {
+        "num_loops": f"layers {c['loop_start']}-{c['loop_end']} repeated {c['num_loops']} more times",
+        "xsa_last_n": f"XSA on the last {c['xsa_last_n']} layers", "smear_gate_enabled": "SmearGate",
+        "skip_gates_enabled": "gated U-Net skips", "sparse_attn_gate_enabled": "sparse attention head gates",
+        "gated_attn_enabled": "attention head gates", "attn_out_gate_enabled": "attention output gates",
+        "neftune_alpha": "NEFTune", "z_loss_weight": "z-loss", "ema_decay": f"EMA {c['ema_decay']:g}"}
+    words += [text for name, text in switches.items() if c.get(name)]
+    words += ["two residual lanes"] if c["parallel_start_layer"] >= 0 else []
+    words += [f"Muon ({c['muon_coefficients']}) and AdamW",
+              f"{c['quantizer']} GPTQ in {c['matrix_bits']} bits, embedding in {c['embed_bits']}"]
+    words += [text for name, text in dict(lqer_enabled="LQER", rvq_enabled="a second rounding").items() if c.get(name)]
+    words += [f"{c['compressor']} compression"]
+    words += [f"{c['ttt_mode']} test-time training, score first"] if c["ttt_mode"] != "none" else []
+    return "; ".join(words) + "."
+
+
+def significance(ours: list[float], theirs: list[float], nats_per_bpb: float) -> dict[str, Any]:
+    """Welch's one-sided tests in nats a token: that ours is lower at all, and lower by the challenge's margin."""
+    a, b = ([bpb * nats_per_bpb for bpb in values] for values in (ours, theirs))
+    gain = sum(b) / len(b) - sum(a) / len(a)
+    p_rule = runs.welch(a, b, MARGIN_NATS)
+    return dict(test="one-sided Welch t-test of nats per token", margin_nats=MARGIN_NATS, level=LEVEL, gain_nats=gain,
+                p_value=runs.welch(a, b), p_value_margin=p_rule,
+                holds=None if p_rule is None else gain >= MARGIN_NATS and p_rule < LEVEL)
+
+
+# ------------------------------------------------------------------------------------------------------ the baseline
+
+
+def baseline_figures(path: Path) -> dict[str, float]:
+    """Each seed's val_bpb of a baseline: from a submission.json, its folder, or runs and logs. Errors: UserError."""
+    file = path / "submission.json" if path.is_dir() else path
+    if file.is_file() and file.suffix == ".json":
+        return figures_of_json(file, runs.read_json(file))
+    found = [(str(run.seed), run.final.bpb) for run in runs.read_runs(path) if run.final]
+    if not found or len(dict(found)) != len(found) or "None" in dict(found):
+        raise UserError(f"{path}: must hold scored runs of different seeds")
+    return dict(found)
+
+
+def figures_of_json(file: Path, content: Any) -> dict[str, float]:
+    """The same from a submission.json, or from a file {"42": val_bpb, ...}."""
+    rows = content.get("seed_results", content) if isinstance(content, dict) else None
+    if isinstance(rows, list):
+        rows = {str(row.get("seed", place)): row for place, row in enumerate(rows) if isinstance(row, dict)}
+    try:
+        figures = {seed: float(row["val_bpb"] if isinstance(row, dict) else row) for seed, row in rows.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        figures = {}
+    if not figures or not all(math.isfinite(v) and v > 0 for v in figures.values()):
+        raise UserError(f"{file}: must hold seed_results with each seed's val_bpb")
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------- submission.json
+
+
+def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
+    """A seed's figures."""
+    run = f.run
+    return dict(
+        val_loss=run.final.loss, val_bpb=run.final.bpb, pre_quant_val_bpb=run.stages["pre_quant"].bpb,
+        quantized_val_bpb=run.stages["quantized"].bpb, artifact_bytes=run.artifact_bytes, steps=run.steps,
+        step_avg_ms=round(run.step_avg_ms, 3), train_wallclock_ms=round(1000 * run.train_seconds),
+        eval_time_s=round(run.eval_seconds, 3), val_tokens=data["tokens"], target_tokens=run.targets,
+        val_bytes=run.val_bytes, code_bytes=run.code_bytes, model_bytes=run.model_bytes)
+
+
+def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
+    """The rules that figures can show; the step in which the time ran out may end after it."""
+    return dict(
+        train_within_600s=all(r["train_wallclock_ms"] - r["step_avg_ms"] <= 1000 * BUDGET_SECONDS for r in rows),
+        eval_within_600s=all(r["eval_time_s"] <= BUDGET_SECONDS for r in rows),
+        artifact_within_16000000_bytes=all(r["artifact_bytes"] <= CAP_BYTES for r in rows),
+        every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),
+        three_seeds=len(rows) >= 3,
+        record_rule=test["holds"] if test else None)
+
+
+def submission(results: list[Finished], who: dict[str, str], data: dict[str, Any],
+               baseline: tuple[str, dict[str, float]] | None) -> dict[str, Any]:
+    """The content of submission.json."""
+    rows = {str(f.seed): seed_row(f, data) for f in results}
+    bpb, loss = ([r[name] for r in rows.values()] for name in ("val_bpb", "val_loss"))
+    (mean, deviation), (mean_loss, deviation_loss) = runs.mean_and_deviation(bpb), runs.mean_and_deviation(loss)
+    first, run = next(iter(rows.values())), results[0].run
+    per_bpb, test, theirs = math.log(2) * first["val_bytes"] / first["target_tokens"], None, None
+    if baseline:
+        theirs = sum(baseline[1].values()) / len(baseline[1])
+        test = significance(bpb, list(baseline[1].values()), per_bpb)
+    sizes = [r["artifact_bytes"] for r in rows.values()]
+    newest = max((f.folder / "summary.json").stat().st_mtime for f in results)
+
+    def together(values) -> str:
+        return "; ".join(sorted({str(v) for v in values}))
+
+    return dict(
+        **who, date=datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).date().isoformat(),
+        track=track(results, data), val_loss=mean_loss, val_bpb=mean, val_loss_std=deviation_loss,
+        val_bpb_std=deviation, seeds=[f.seed for f in results], seed_results=rows, comparison_baseline_bpb=theirs,
+        delta_vs_leaderboard_bpb=None if theirs is None else mean - theirs,
+        delta_vs_leaderboard_nats=None if theirs is None else (mean - theirs) * per_bpb,
+        baseline=dict(source=baseline[0], val_bpb=baseline[1]) if baseline else None, significance=test,
+        artifact_bytes_mean=sum(sizes) / len(sizes), artifact_bytes_max=max(sizes), bytes_total=max(sizes),
+        hardware=together(f.run.hardware for f in results), pytorch_version=run.versions.get("torch"),
+        cuda_version=run.versions.get("cuda"), attention_backend=together(f.run.attention for f in results),
+        dataset=data["text"], technique_summary=techniques(results[0].config),
+        compliance=compliance(list(rows.values()), test))
+
+
+# --------------------------------------------------------------------------------------------------------- README.md
+
+
+def seed_table(s: dict[str, Any]) -> str:
+    """The per-seed table with its mean and sample deviation."""
+    head = ["Seed", "val_bpb", "val_loss", "pre-quant bpb", "quantized bpb", "artifact bytes", "steps", "ms/step",
+            "train s", "eval s"]
+    keys = dict(val_bpb=".6f", val_loss=".6f", pre_quant_val_bpb=".6f", quantized_val_bpb=".6f", artifact_bytes="d",
+                steps="d", step_avg_ms=".2f")
+    rows = [[seed, *(format(r[k], f) for k, f in keys.items()), f"{r['train_wallclock_ms'] / 1000:.1f}",
+             f"{r['eval_time_s']:.1f}"] for seed, r in s["seed_results"].items()]
+    blank = [""] * 7
+    rows.append(["**mean**", f"{s['val_bpb']:.6f}", f"{s['val_loss']:.6f}", *blank])
+    rows.append(["**std**", runs.shown(s["val_bpb_std"], ".6f"), runs.shown(s["val_loss_std"], ".6f"), *blank])
+    return runs.table([head, *rows], markdown=True)
+
+
+def comparison(s: dict[str, Any]) -> str:
+    """The paragraph about the baseline."""
+    if not s["baseline"]:
+        return "No baseline was given."
+    t, b = s["significance"], s["baseline"]
+    figures = ", ".join(f"{value:.6f} (seed {seed})" for seed, value in b["val_bpb"].items())
+    lines = [f"Baseline {b['source']}: mean val_bpb {s['comparison_baseline_bpb']:.6f}, of {figures}.", "",
+             f"Difference {s['delta_vs_leaderboard_bpb']:+.6f} bpb, {s['delta_vs_leaderboard_nats']:+.6f} nats per "
+             "token (negative is better)."]
+    if t["p_value"] is None:
+        return "\n".join(lines + ["A test needs two seeds on both sides."])
+    verdict = "holds" if t["holds"] else "does not hold"
+    return "\n".join(lines + [
+        f"{t['test']}: p = {t['p_value']:.3g} that it is no better, p = {t['p_value_margin']:.3g} that it is not "
+        f"better by {t['margin_nats']} nats.", f"The challenge's rule (by {t['margin_nats']} nats at p < "
+        f"{t['level']}) {verdict}."])
+
+
+def settings(c: dict[str, Any], defaults: dict[str, Any]) -> list[list[str]]:
+    """The settings that differ from the defaults, as name and value."""
+    return [[f"`{name.upper()}`", str(value)] for name, value in c.items()
+            if name not in PRIVATE and value != defaults.get(name, value)]
+
+
+def readme(s: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], command: str,
+           template: Path = TEMPLATE) -> str:
+    """README.md from its template. Errors: UserError for a template with other placeholders."""
+    def spread(value: float | None) -> str:
+        return f"mean of {len(s['seeds'])} seeds, sample deviation {value:.6f}" if value is not None else "one seed"
+
+    rules = [["Rule", "Holds"], *([RULES[name], SIGNS[v]] for name, v in s["compliance"].items())]
+    values = {**s, "val_bpb": f"{s['val_bpb']:.6f}", "val_loss": f"{s['val_loss']:.6f}", "cap": CAP_BYTES,
+              "spread": spread(s["val_bpb_std"]), "spread_loss": spread(s["val_loss_std"]), "command": command,
+              "seed_table": seed_table(s), "comparison": comparison(s), "rules": runs.table(rules, markdown=True),
+              "settings": runs.table([["Setting", "Value"], *settings(config, defaults)], markdown=True)}
+    try:
+        return string.Template(template.read_text(encoding="utf-8")).substitute(values)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{template}: its placeholder {error} is none of {', '.join(sorted(values))}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def write_folder(out: Path, script: Path, results: list[Finished], s: dict[str, Any], text: str,
+                 artifacts: bool) -> bool:
+    """Writes the folder aside and renames it; False where it was there, the same. Errors: UserError if it differs."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        os.chmod(temporary, 0o755)
+        shutil.copyfile(script, temporary / "train_gpt.py")
+        shutil.copyfile(runs.ROOT / "requirements.txt", temporary / "requirements.txt")
+        (temporary / "submission.json").write_text(json.dumps(s, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        names = {"log.txt": "train_seed{}.log", "metrics.jsonl": "metrics_seed{}.jsonl",
+                 "summary.json": "summary_seed{}.json", "config.json": "config_seed{}.json"}
+        names |= {"model.pgolf": "model_seed{}.pgolf"} if artifacts else {}
+        for f in results:
+            for source, target in names.items():
+                shutil.copyfile(f.folder / source, temporary / target.format(f.seed))
+        if out.exists():
+            if not same_folders(temporary, out):
+                raise UserError(f"--out {out}: already holds something else, and nothing is written over; choose "
+                                "another name")
+            return False
+        os.rename(temporary, out)
+        return True
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def same_folders(one: Path, other: Path) -> bool:
+    """Whether two flat folders hold the same files with the same bytes."""
+    if not other.is_dir() or {p.name for p in one.iterdir()} != {p.name for p in other.iterdir()}:
+        return False
+    return not any(filecmp.cmpfiles(one, other, [p.name for p in one.iterdir()], shallow=False)[1:])
+
+
+def shell_command(values: dict[str, str], ranks: int, seeds: list[int]) -> str:
+    """The lines that run the folder's script for all seeds."""
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+    return (f"for seed in {' '.join(map(str, seeds))}; do\n"
+            f"    {words}{' ' if words else ''}SEED=$seed torchrun --standalone --nproc_per_node={ranks} "
+            "train_gpt.py\ndone")

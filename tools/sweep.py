@@ -1,0 +1,506 @@
+"""Sweeps variables of any training command: a grid, random draws or TPE, side by side, on one machine or many.
+
+    python tools/sweep.py MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py
+    python tools/sweep.py MATRIX_LR=log:0.01..0.05 NUM_LAYERS=4..8 --trials 40 --prune val_bpb -- python train_gpt.py
+    python tools/sweep.py MATRIX_LR=log:0.01..0.05:5 --storage postgresql://host/db -- torchrun ... train_gpt.py
+
+A variable's values: a list `a,b,c`; a range `0.1..0.5`, of whole numbers where both ends are; `log:0.01..0.05` even in
+the logarithm; `:5` after a range makes it 5 points of a grid. Lists and points alone make a grid, else TPE looks where
+runs were good; --sampler chooses. Outside a grid a list of SEED is no dimension: runs take its seeds in turn.
+
+The same command again goes on where the sweep was killed: what ran then is run anew, what was done stays. A run that
+fails is recorded with its error. The runs lie in logs/sweeps/NAME/, their table in study.json there, all of it in an
+Optuna database (SQLite there, or --storage); machines that share a database share the sweep.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import runs
+from runs import Parser, UserError, command_line, number_type, write_aside
+
+LEASE_SECONDS = 120.0  # a run on another machine that gave no sign for so long is dead
+POLL_SECONDS = 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------- the space
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a variable may be: a list, or a range with its number of points (0: any point)."""
+
+    choices: tuple[str, ...] = ()
+    low: float = 0
+    high: float = 0
+    log: bool = False
+    whole: bool = False
+    points: int = 0
+
+    def grid(self) -> tuple[str, ...]:
+        """The values as text; a range's are evenly spaced."""
+        if self.choices:
+            return self.choices
+        low, high = (math.log(x) if self.log else x for x in (self.low, self.high))
+        values = [low + (high - low) * i / max(1, self.points - 1) for i in range(self.points)]
+        values = [math.exp(x) if self.log else x for x in values]
+        return tuple(dict.fromkeys(written(round(x) if self.whole else x) for x in values))
+
+    def distribution(self):
+        """The same for Optuna."""
+        from optuna import distributions
+
+        if self.choices or self.points:
+            return distributions.CategoricalDistribution(self.grid())
+        if self.whole:
+            return distributions.IntDistribution(int(self.low), int(self.high), log=self.log)
+        return distributions.FloatDistribution(self.low, self.high, log=self.log)
+
+
+def written(value: Any) -> str:
+    """A value as the environment holds it."""
+    return format(value, ".8g") if isinstance(value, float) else str(value)
+
+
+def read_values(name: str, text: str) -> Values:
+    """The values of one variable. Errors: UserError."""
+    number = r"([-+]?[\d.]+?(?:[eE][-+]?\d+)?)"
+    match = re.fullmatch(rf"(log:)?{number}\.\.{number}(?::(\d+))?", text)
+    if not match:
+        words = text.split(",")
+        if "" in words or len(set(words)) != len(words) or text.startswith("log:") or ".." in text:
+            raise UserError(f"{name}={text}: must be a list a,b,c of different values, or a range as 0.1..0.5 or "
+                            "log:0.01..0.05:5")
+        return Values(choices=tuple(words))
+    log, ends, points = bool(match[1]), (match[2], match[3]), int(match[4] or 0)
+    try:
+        low, high = (float(end) for end in ends)
+    except ValueError:
+        raise UserError(f"{name}={text}: the ends of its range must be numbers") from None
+    if not low < high or (log and low <= 0) or points == 1:
+        raise UserError(f"{name}={text}: a range must go up{', from above 0' if log else ''}, with at least 2 points")
+    whole = all(re.fullmatch(r"[-+]?\d+", end) for end in ends)
+    return Values((), low, high, log, whole, points)
+
+
+def read_space(words: list[str]) -> dict[str, Values]:
+    """All variables. Errors: UserError."""
+    space: dict[str, Values] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UserError(f"{word}: must be a variable as NAME=values; the command follows after --")
+        if name in space or name in ("ARTIFACT_DIR", "RUN_ID"):
+            raise UserError(f"{name}: is given twice" if name in space else f"{name}: is what a sweep itself sets")
+        space[name] = read_values(name, text)
+    if not space:
+        raise UserError("VARIABLE=values: at least one is needed, as MATRIX_LR=0.02,0.026")
+    return space
+
+
+# ----------------------------------------------------------------------------------------------------------- the study
+
+
+class Sweep:
+    """A study in its database: which run comes next, what became of each."""
+
+    def __init__(self, options):
+        import optuna
+
+        logging.getLogger("optuna").setLevel(logging.ERROR)
+        self.options, self.optuna, self.space, self.folder = options, optuna, options.space, options.folder
+        self.seeds = () if options.sampler == "grid" else self.space["SEED"].choices if "SEED" in self.space else ()
+        self.distributions = {n: v.distribution() for n, v in self.space.items() if not (n == "SEED" and self.seeds)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            self.study = self.open_study()
+            if options.sampler == "grid":
+                for point in itertools.product(*(values.grid() for values in self.space.values())):
+                    self.study.enqueue_trial(dict(zip(self.space, point)), {"point": True}, skip_if_exists=True)
+            self.repair()
+            if options.retry_failed:
+                self.retry_failed()
+
+    def open_study(self):
+        """The study in its database, made or found. Errors: UserError."""
+        o, optuna = self.options, self.optuna
+        pruner = optuna.pruners.MedianPruner(o.prune_startup, o.prune_after) if o.prune else optuna.pruners.NopPruner()
+        try:
+            study = optuna.create_study(storage=o.storage, study_name=o.name, load_if_exists=True, pruner=pruner)
+        except Exception as error:  # whatever the database's driver raises
+            raise UserError(f"--storage {o.storage}: cannot be opened: {str(error).splitlines()[0]}") from None
+        # A sweep that goes on must not draw the same values again.
+        seed = None if o.sampler_seed is None else o.sampler_seed + len(study.get_trials(deepcopy=False))
+        study.sampler = (optuna.samplers.TPESampler if o.sampler == "tpe" else optuna.samplers.RandomSampler)(seed=seed)
+        described = {name: repr(values) for name, values in sorted(self.space.items())}
+        before = study.user_attrs.get("space")
+        if before is not None and before != described:
+            raise UserError(f"--name {o.name}: this study sweeps {', '.join(before)} with other values; choose "
+                            "another name")
+        study.set_user_attr("space", described)
+        return study
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other sweeps out where the database does not: SQLite lets two take the same trial."""
+        if not self.options.storage.startswith("sqlite:///"):
+            yield
+            return
+        import fcntl  # SQLite's files are shared on Unix alone
+
+        with open(self.options.storage.removeprefix("sqlite:///") + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def trials(self, *states: str) -> list:
+        """The trials in these states; those that were put back do not count."""
+        wanted = [getattr(self.optuna.trial.TrialState, state) for state in states]
+        everything = self.study.get_trials(deepcopy=False)
+        replaced = {t.user_attrs.get("again") for t in everything}
+        return [t for t in everything if (not wanted or t.state in wanted) and t.number not in replaced
+                and "interrupted" not in t.user_attrs]
+
+    def put_back(self, trial) -> None:
+        """Marks a running trial as interrupted and queues it again; of several machines one does."""
+        try:
+            self.optuna.trial.Trial(self.study, trial._trial_id).set_user_attr("interrupted", True)
+            self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
+        except (ValueError, RuntimeError):
+            return
+        self.queue(trial)
+
+    def queue(self, trial) -> None:
+        """A trial's values once more, in its place."""
+        kept = {name: trial.user_attrs[name] for name in ("seed", "point") if name in trial.user_attrs}
+        self.study.enqueue_trial(trial.params, {**kept, "again": trial.number})
+
+    def reclaim(self) -> None:
+        """Puts back the trials whose sweep is dead."""
+        for trial in self.trials("RUNNING"):
+            if not self.alive(trial):
+                print(f"trial {trial.number}: its sweep was killed; it is run again", flush=True)
+                self.put_back(trial)
+
+    def alive(self, trial) -> bool:
+        owner = trial.user_attrs.get("owner")
+        if owner and owner[0] == socket.gethostname():
+            return process_start(owner[1]) == owner[2]
+        seen = trial.user_attrs.get("seen", trial.datetime_start.timestamp() if trial.datetime_start else 0)
+        return time.time() - seen < LEASE_SECONDS
+
+    def retry_failed(self) -> None:
+        for trial in self.trials("FAIL"):
+            self.queue(trial)
+
+    def repair(self) -> None:
+        """Queues what a killed sweep had marked as interrupted and not queued yet."""
+        everything = self.study.get_trials(deepcopy=False)
+        replaced = {t.user_attrs.get("again") for t in everything}
+        for trial in everything:
+            if trial.user_attrs.get("interrupted") and trial.state.is_finished() and trial.number not in replaced:
+                self.queue(trial)
+
+    def next_trial(self):
+        """A trial to run, or None where all are done or running."""
+        with self.alone():
+            self.reclaim()
+            return self.take_trial()
+
+    def take_trial(self):
+        if not self.trials("WAITING") and (self.options.sampler == "grid"
+                                           or len(self.trials()) >= self.options.trials):
+            return None
+        trial = self.study.ask(self.distributions)
+        if self.options.sampler == "grid" and "point" not in trial.user_attrs:  # another machine was faster
+            trial.set_user_attr("again", trial.number)  # stands for nothing
+            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+            return None
+        trial.set_user_attr("owner", [socket.gethostname(), os.getpid(), process_start(os.getpid())])
+        if self.seeds:
+            trial.set_user_attr("seed", trial.user_attrs.get("seed", self.seeds[trial.number % len(self.seeds)]))
+        return trial
+
+    def write(self) -> list[dict[str, Any]]:
+        """study.json: every trial that counts, the best first."""
+        rows = []
+        for t in self.trials():
+            values = {n: written(v) for n, v in t.params.items()}
+            values |= {"SEED": t.user_attrs["seed"]} if "seed" in t.user_attrs else {}
+            queued = {n: written(v) for n, v in t.system_attrs.get("fixed_params", {}).items()}
+            rows.append(dict(trial=t.number, state=t.state.name.lower(), values=values or queued,
+                             value=t.value if t.state.name == "COMPLETE" else None,
+                             **{n: t.user_attrs.get(n) for n in ("error", "seconds", "folder", "steps")}))
+        rows.sort(key=lambda r: (r["state"] != "complete", r["value"] if r["value"] is not None else 0.0, r["trial"]))
+        content = dict(name=self.options.name, objective=self.options.objective, command=self.options.command,
+                       variables=list(self.space), trials=rows)
+        write_aside(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
+        return rows
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, in the system's own count, so that a number used again is another; None: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True) \
+        if sys.platform == "darwin" else None
+    return done.stdout.strip() or None if done else None
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def gpus() -> list[str]:
+    """The GPUs that are visible, by name for CUDA_VISIBLE_DEVICES."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [word for word in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if word not in ("", "-1")]
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    except OSError:
+        return []
+    return [str(i) for i in range(len(re.findall(r"^GPU \d+", done.stdout, re.M)))] if not done.returncode else []
+
+
+def slots(options) -> list[dict[str, str]]:
+    """What each place for a run sets: its GPUs, or its share of the cores."""
+    found, each = gpus(), options.gpus_per_run
+    groups = [",".join(found[i:i + each]) for i in range(0, len(found) - each + 1, each)]
+    if found and not groups:
+        raise UserError(f"--gpus-per-run {each}: {len(found)} GPUs are visible")
+    jobs = options.jobs or len(groups) or 1
+    if groups:
+        return [{"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} for i in range(jobs)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = {} if "CPU_THREADS" in os.environ or jobs == 1 else {"CPU_THREADS": str(max(1, cores // jobs))}
+    return [share] * jobs
+
+
+class Job:
+    """One run of the command."""
+
+    def __init__(self, sweep: Sweep, trial, place: dict[str, str]):
+        self.sweep, self.trial, self.options = sweep, trial, sweep.options
+        self.folder = sweep.folder / f"trial-{trial.number:04d}"
+        self.values = {name: written(value) for name, value in trial.params.items()}
+        if "seed" in trial.user_attrs:
+            self.values["SEED"] = trial.user_attrs["seed"]
+        self.folder.mkdir(parents=True)
+        self.output, self.seen, self.begin, self.read = self.folder / "out.txt", 0.0, time.time(), 0
+        environment = {**os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
+        with open(self.output, "wb") as file:
+            self.child = runs.start(sweep.options.argv, environment, stdout=file)
+        trial.set_user_attr("folder", str(self.folder))
+        self.sign_of_life()
+
+    def sign_of_life(self) -> None:
+        if time.time() - self.seen > LEASE_SECONDS / 8:
+            self.seen = time.time()
+            self.trial.set_user_attr("seen", self.seen)
+
+    def hopeless(self) -> bool:
+        """Reports the metrics that are new; whether the run is worse than the median of the others at a step."""
+        file = self.folder / "metrics.jsonl"
+        if not self.options.prune or not file.is_file():
+            return False
+        with open(file, "rb") as content:
+            content.seek(self.read)
+            data = content.read()
+        whole = data[:data.rfind(b"\n") + 1]  # a line may be half written
+        self.read += len(whole)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            if self.options.prune in row and row.get("step"):
+                self.trial.report(row[self.options.prune], row["step"])
+                if self.trial.should_prune():
+                    self.trial.set_user_attr("steps", row["step"])
+                    return True
+        return False
+
+    def poll(self) -> bool:
+        """Whether the run is over; what became of it is then in the study."""
+        state = self.sweep.optuna.trial.TrialState
+        code = self.child.poll()
+        self.sign_of_life()
+        if code is None and self.hopeless():
+            runs.stop(self.child)
+            self.end(state.PRUNED, f"stopped early at step {self.trial.user_attrs['steps']}")
+        elif code is None:
+            return False
+        else:
+            self.hopeless()  # its last figures are what later runs are held against
+            value, error = self.result(code)
+            self.trial.set_user_attr("error", error) if error else None
+            self.end(state.FAIL if error else state.COMPLETE, error or f"{self.options.objective} {value:.6f}", value)
+        return True
+
+    def end(self, state, words: str, value: float | None = None) -> None:
+        self.trial.set_user_attr("seconds", round(time.time() - self.begin, 2))
+        settings = " ".join(f"{n}={v}" for n, v in self.values.items())
+        try:
+            self.sweep.study.tell(self.trial, value if state.name == "COMPLETE" else None, state=state)
+        except (ValueError, RuntimeError):
+            words = "was given to another machine, as this one seemed dead"
+        print(f"trial {self.trial.number}: {settings}: {words}", flush=True)
+
+    def result(self, code: int) -> tuple[float | None, str]:
+        """(the objective, an empty text) or (None, the error)."""
+        text = self.output.read_text(encoding="utf-8", errors="replace")
+        ignored = [line for line in text.splitlines() if (m := re.match(r"warning: (\w+)=.* has no effect", line))
+                   and m[1] in self.values]
+        if code:
+            errors = [line for line in text.splitlines() if line.startswith("error: ")]
+            last = (errors or text.strip().splitlines() or ["no output"])[-1]
+            return None, f"exit code {code}: {last[-300:]}"
+        if ignored:
+            return None, ignored[0]
+        try:
+            value = self.score()
+        except (UserError, OSError) as error:
+            return None, str(error)
+        return (value, "") if value is not None and math.isfinite(value) else \
+            (None, f"no finite {self.options.objective} in summary.json or the output")
+
+    def score(self) -> float | None:
+        """The objective, from summary.json, or from the output of other scripts."""
+        summary = self.folder / "summary.json"
+        if summary.is_file():
+            s = runs.read_json(summary)
+            self.trial.set_user_attr("steps", s.get("steps"))
+            return s.get(self.options.objective)
+        final = runs.read_log(self.output).final
+        return {"val_bpb": final.bpb, "val_loss": final.loss}.get(self.options.objective) if final else None
+
+    def interrupt(self) -> None:
+        """Stops the run and puts its trial back."""
+        runs.stop(self.child)
+        self.sweep.put_back(self.trial)
+
+
+def work(sweep: Sweep, places: list[dict[str, str]]) -> None:
+    """Runs trials until none is left, one in each place."""
+    jobs: dict[int, Job] = {}
+    try:
+        while True:
+            for place, values in enumerate(places):
+                if place not in jobs and (trial := sweep.next_trial()):
+                    jobs[place] = Job(sweep, trial, values)
+            if not jobs:
+                return
+            time.sleep(POLL_SECONDS)
+            for place in [place for place, job in jobs.items() if job.poll()]:
+                del jobs[place]
+                sweep.write()
+    finally:
+        for job in jobs.values():
+            job.interrupt()
+
+
+def print_table(sweep: Sweep) -> None:
+    """The runs, the best first, and the command of the best."""
+    rows, names = sweep.write(), list(sweep.space)
+    head = ["trial", *names, sweep.options.objective, "seconds", "state"]
+    body = [[str(r["trial"]), *(r["values"].get(n, "-") for n in names), runs.shown(r["value"], ".6f"),
+             runs.shown(r["seconds"], ".1f"), r["state"] + (f": {r['error']}" if r["error"] else "")] for r in rows]
+    print(runs.table([head, *body]))
+    done = [r for r in rows if r["state"] == "complete"]
+    names = [n for n in names if n != "SEED"]
+    groups: dict[tuple, list[float]] = {}
+    for r in done:
+        groups.setdefault(tuple(r["values"][n] for n in names), []).append(r["value"])
+    means = sorted(((*runs.mean_and_deviation(values), len(values), key) for key, values in groups.items()),
+                   key=lambda m: m[0])
+    if names and any(count > 1 for *_, count, _ in means):
+        body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
+        print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
+    if means:
+        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1]))
+        print(f"best: {settings} {sweep.options.command}".replace("best:  ", "best: "))
+    print(f"written: {sweep.folder / 'study.json'}")
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments: list[str]):
+    """The command line. Errors: UserError."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = Parser(prog="sweep.py", description=__doc__, usage="sweep.py VARIABLE=values ... [options] -- COMMAND ...")
+    add = parser.add_argument
+    add("variables", nargs="*", metavar="VARIABLE=values")
+    add("--sampler", choices=("grid", "random", "tpe"), help="default: grid for lists and points, else tpe")
+    add("--trials", type=number_type(int, 1), metavar="N", help="runs in all; needed for random and tpe")
+    add("--jobs", type=number_type(int, 1), metavar="N", help="runs side by side (default: one per GPU, or one)")
+    add("--gpus-per-run", type=number_type(int, 1), default=1, metavar="N", help="default: 1")
+    add("--name", help="of the study (default: from variables, values and command)")
+    add("--folder", type=Path, metavar="DIR", help="default: logs/sweeps/NAME")
+    add("--storage", metavar="URL", help="Optuna's database (default: SQLite in the folder)")
+    add("--objective", default="val_bpb", metavar="NAME", help="a figure of summary.json, the less the better; of "
+        "other scripts' output val_bpb or val_loss (default: val_bpb)")
+    add("--prune", choices=("train_loss", "val_loss", "val_bpb"), help="stop a run early where this figure of its "
+        "metrics.jsonl is worse than the median of the others at that step")
+    add("--prune-startup", type=number_type(int, 1), default=4, metavar="N", help="after N whole runs (default: 4)")
+    add("--prune-after", type=number_type(int, 0), default=0, metavar="STEP", help="from this step on (default: 0)")
+    add("--sampler-seed", type=number_type(int, 0, 2**32 - 1), metavar="S", help="of random and tpe")
+    add("--retry-failed", action="store_true", help="run what failed again")
+    options = parser.parse_intermixed_args(arguments[:place])
+    options.argv = arguments[place + 1:]
+    if not options.argv:
+        raise UserError("-- COMMAND: is needed after the variables, as in: -- python train_gpt.py")
+    return completed(options)
+
+
+def completed(options):
+    """The options with what follows from others. Errors: UserError."""
+    options.space = read_space(options.variables)
+    open_ = [name for name, v in options.space.items() if not v.choices and not v.points]
+    options.sampler = options.sampler or ("tpe" if open_ else "grid")
+    if options.sampler == "grid" and open_:
+        raise UserError(f"--sampler grid: {open_[0]} needs a list, or a number of points, as log:0.01..0.05:5")
+    if options.sampler != "grid" and options.trials is None:
+        raise UserError(f"--trials: is needed with --sampler {options.sampler}")
+    options.command = shlex.join(options.argv)
+    if options.argv[0] in ("python", "python3"):
+        options.argv[0] = sys.executable  # the one that has what this needs
+    described = json.dumps([sorted(options.variables), options.command, options.sampler])
+    mark = hashlib.sha256(described.encode()).hexdigest()
+    options.name = options.name or f"{'-'.join(options.space)[:48]}-{mark[:8]}"
+    if not re.fullmatch(r"[\w.-]+", options.name):
+        raise UserError(f"--name {options.name}: must consist of letters, digits, dots, - and _")
+    options.folder = options.folder or Path("logs", "sweeps", options.name)
+    options.storage = options.storage or f"sqlite:///{options.folder / 'study.db'}"
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what is left of a sweep. Returns the exit code: 1 where a run failed."""
+    options = parse(arguments)
+    places = slots(options)
+    sweep = Sweep(options)
+    print(f"sweep {options.name}: {options.sampler}, {len(places)} run(s) side by side, {options.storage}", flush=True)
+    try:
+        work(sweep, places)
+    finally:
+        print_table(sweep)
+    return 1 if sweep.trials("FAIL") else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(command_line(main))

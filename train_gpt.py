@@ -4407,8 +4407,9 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
             raise diverged(c, f"the validation loss is {score.loss}")
         if c.compile == "1":
             run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
-    with Stage(run, "quantize"):
+    with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
+    with Stage(run, "quantize"):
         if run.main:
             weights = {name: p.detach() for name, p in model.named_parameters()}
             room = (c.target_bytes or c.artifact_limit_bytes) - shipped_code()[0]
@@ -4514,7 +4515,7 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
     run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
             f"attention:{attention} ({why}) compile:{c.compile} "
             f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)}")
-    summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode)
+    summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode, attention=attention)
     if c.mode != "eval":
         looped = f" looped:{execution_order(c, True)}" if c.loops else ""
         run.log(f"parameters:{parameter_count(c)} order:{execution_order(c, False)}{looped}")

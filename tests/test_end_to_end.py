@@ -60,7 +60,8 @@ def test_the_summary_holds_every_field(whole_run, validation_texts, data):
     assert s["val_bpb_ttt"] is None and s["val_bpb"] == s["val_bpb_quantized"]
     assert abs(s["val_bpb_quantized"] - s["val_bpb_pre_quant"]) < 0.02 < s["val_bpb"] < 2.5
     assert s["tokens_per_second"] > 0 and 2**20 < s["peak_memory_bytes"] < 2**36
-    stages = {"data", "setup", "warmup", "train", "validate", "quantize", "pack", "unpack", "evaluate"}
+    stages = {"data", "setup", "warmup", "train", "validate", "calibrate", "quantize", "pack", "unpack",
+              "evaluate"}
     assert stages <= set(s["seconds"]) and all(seconds >= 0 for seconds in s["seconds"].values())
     assert s["versions"]["torch"] == torch.__version__ and "core" in s["hardware"]
 

@@ -612,6 +612,8 @@ def check_config(c: Config) -> None:
     require(c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
             f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
+    require(not (c.rvq_enabled and c.target_bytes), "rvq_enabled", "must be 0 with TARGET_BYTES: the steps take all of "
+            "them, and leave none for a second rounding")
     require(c.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
     require(c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 or at least 2: a document's first token has a "
             "bucket of its own")
@@ -3042,7 +3044,8 @@ def quantize_bank(weights: Tensor, feedback: Feedback, fine: Tensor | None, bits
         groups = torch.zeros(len(batch) * -(-batch.size(-1) // AWQ_COLUMNS), dtype=torch.bool, device=device)
         groups[fine.long()] = True
         inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, :batch.size(-1)]
-        columns, limits = columns - (16 - 2 * bits) * inside, torch.where(inside, 127, limits)
+        columns = (columns - (16 - 2 * bits) * inside).clamp(min=-127)
+        limits = torch.where(inside, 127, limits)
     factors = torch.exp2(columns / 2)
     if on_trellis or c.target_bytes:  # steps so fine that a row's largest weight has no code would cost the most
         levels = 2 * TRELLIS_LIMIT - 2 if on_trellis else 127

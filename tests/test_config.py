@@ -251,6 +251,11 @@ def test_a_wrong_mode_argument(arguments, tiny, tmp_path, capfd, monkeypatch):
     assert "mode" in refused(tiny, tmp_path, capfd, monkeypatch, arguments).lower()
 
 
+def test_a_second_rounding_and_a_byte_target_exclude_each_other():
+    with pytest.raises(tg.ConfigError, match="^RVQ_ENABLED=True: must be 0 with TARGET_BYTES"):
+        config(RVQ_ENABLED=1, TARGET_BYTES=10**6)
+
+
 def test_no_steps_at_all_is_refused_or_runs(tiny, tmp_path, capfd, monkeypatch):
     """ITERATIONS=0: a clear line, or a run of the initial weights; never a traceback."""
     code, errors = run_main(dict(tiny, ITERATIONS=0, RUN_ID="zero"), tmp_path, capfd, monkeypatch)

@@ -2614,7 +2614,7 @@ def log_validation(run: Run, c: Config, p: Progress, score: Score) -> None:
 class Quantized(NamedTuple):
     """A stored tensor: integer codes with one fp16 step per row, or plain fp16 values (scales None, bits 16).
 
-    `extras` holds what `dequantize` adds to that, each piece of it named in `EXTRAS`.
+    `extras` holds what `restore` adds to that, each piece of it named in `EXTRAS`.
     """
 
     codes: Tensor          # int8 [..., r, c], or float16
@@ -3672,7 +3672,7 @@ def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
 
 
 def part_dtype(part: str, bits: int) -> np.dtype:
-    """The type of a part's numbers in the artifact; its first letters name the section of small parts."""
+    """The type of a part's numbers in the artifact; small parts of one type share a section of its name."""
     if part in EXTRAS:
         return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
     return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
@@ -3776,7 +3776,8 @@ def size_table(data: bytes, stored: dict[str, Quantized], weights: dict[str, Ten
             row |= dict(elements=n, bits=q.bits, states=q.states, entropy=entropy(q.codes), packed_bits=8 * length / n)
             if name in hessians:
                 w, h = as_batch(weights[name]).float(), hessians[name]
-                moved = weighted_error(w - as_batch(restore(q)), h).sum() / weighted_error(w, h).sum()
+                back = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
+                moved = weighted_error(w - back, h).sum() / weighted_error(w, h).sum()
                 row |= dict(relative_error=moved.item())
         rows.append(row)
     return rows
@@ -3823,12 +3824,12 @@ def read_sections(data: bytes, offset: int, sections: list[list],
     if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
         raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
     raw: dict[str, memoryview] = {}
-    for role, codec, length, size, checksum in sections:
+    for section, codec, length, size, checksum in sections:
         packed = data[offset:offset + length]
         offset += length
         if len(packed) != length or zlib.crc32(packed) != checksum:
-            raise ArtifactError(f"is damaged: the checksum of its section {role!r} does not match")
-        raw[role] = memoryview(decompress(codec, packed, size, banks.get(role)))
+            raise ArtifactError(f"is damaged: the checksum of its section {section!r} does not match")
+        raw[section] = memoryview(decompress(codec, packed, size, banks.get(section)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
     return raw
@@ -3853,7 +3854,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
         scales = None if bits == 16 else take(name, "scales", bits, shape[:-1])
         stored[name] = Quantized(codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())},
                                  states)
-    left = [role for role, rest in raw.items() if len(rest)]
+    left = [section for section, rest in raw.items() if len(rest)]
     if left or len(stored) != len(header["tensors"]):
         raise ArtifactError(f"its tensors do not fill its sections {left}")
     return header["model"], stored

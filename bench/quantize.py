@@ -64,7 +64,7 @@ def error_of(stored: dict, weights: dict, hessians: dict) -> float:
     """Sum over banks of the relative weighted error."""
     total = 0.0
     for name, hessian in hessians.items():
-        w, back = t.as_batch(weights[name]), t.as_batch(t.restore(stored[name]))
+        w, back = t.as_batch(weights[name]), t.as_batch(t.restore(stored[name])).to(weights[name].device)
         total += (t.weighted_error(w - back, hessian).sum() / t.weighted_error(w, hessian).sum()).item()
     return total
 

@@ -542,3 +542,15 @@ def test_steps_end_where_codes_would(quantizer):
         errors.append(tg.weighted_error(w - tg.restore(q), hessian).item())
         assert (q.codes.abs() == 127).float().mean() < 0.001
     assert errors[0] >= errors[1] >= errors[2] >= 0.95 * errors[3]
+
+
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis", "gptq_lite"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])])
+def test_weights_of_a_device_are_quantized_packed_and_held_against_what_is_read_back(device, quantizer):
+    c, weights, hessians, _, _ = with_hessians(QUANTIZER=quantizer, LQER_ENABLED=1, LQER_SELECT="norm")
+    weights, hessians = ({name: x.to(device) for name, x in some.items()} for some in (weights, hessians))
+    stored = tg.quantize(weights, hessians, c)
+    data = tg.pack(tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)), c)
+    rows = [row for row in tg.size_table(data, tg.unpack(data)[1], weights, hessians) if "relative_error" in row]
+    assert rows and all(0 < row["relative_error"] < 0.05 for row in rows)

@@ -28,8 +28,8 @@ bench: venv
 
 # Every technique of both presets switched off in turn, three seeds each; goes on where it was stopped.
 ablate: venv
-	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
-	$(PY) bench/ablate.py --data $(DATA)
+	@$(PY) data/prepare.py builtin --out data/builtin_ablate --vocab-size 1024 --val-fraction 0.01
+	$(PY) bench/ablate.py
 
 # The script that ships: packed/train_gpt.py.
 pack: venv

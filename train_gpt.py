@@ -783,6 +783,16 @@ class Run:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+    def seconds_again(self, compute: Callable[[], Any]) -> float:
+        """Seconds that a computation takes the second time: the first time it may compile."""
+        for _ in range(2):
+            self.synchronize()
+            begin = time.perf_counter()
+            compute()
+            self.synchronize()
+        return time.perf_counter() - begin
+
+
 class Stage:
     """Context that adds the seconds of a stage to the run's ledger."""
 
@@ -4031,12 +4041,28 @@ class Ledger:
 
 
 class Pace:
-    """Progress of an evaluation: a line every half minute, and one warning when it will not end within its budget."""
+    """Progress of an evaluation: what it is projected to take, before it starts and every half minute.
+
+    One warning says when it will not end within its budget, to which all stages of an evaluation count.
+    """
 
     def __init__(self, run: Run, c: Config, what: str, total: float):
         self.run, self.c, self.what, self.total, self.done, self.warned = run, c, what, total, 0.0, False
         self.begin = self.last = time.perf_counter()
         self.first: tuple[float, float] | None = None  # work and time of the first advance, which may have compiled
+
+    def project(self, seconds: float, what: str) -> None:
+        """The line before the start: seconds, measured on a part that was computed and dropped."""
+        self.run.log(f"{self.what}: {what}, projected to take {seconds:.1f} s")
+        self.warn(sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds)
+
+    def warn(self, projected: float) -> None:
+        """The warning, once, where the projected seconds of the whole evaluation are over the budget."""
+        budget = self.c.eval_budget_seconds
+        if budget and projected > budget and not self.warned:
+            self.warned = True
+            self.run.log(f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
+                         f"{projected:.0f} s of evaluation, unpacking included")
 
     def advance(self, work: float) -> None:
         """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
@@ -4046,15 +4072,12 @@ class Pace:
             self.first = self.done, now
             return
         spent, rate = now - self.begin, (now - self.first[1]) / (self.done - self.first[0])
-        left, budget = rate * (self.total - self.done), self.c.eval_budget_seconds
-        projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left
+        left = rate * (self.total - self.done)
         if now - self.last > 30:
             self.last = now
             self.run.log(f"{self.what}:{self.done / self.total:.1%} elapsed:{spent:.0f}s eta:{left:.0f}s")
-        if budget and projected > budget and not self.warned and spent > 1:
-            self.warned = True
-            self.run.log(f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
-                         f"{projected:.0f} s of evaluation, unpacking included")
+        if spent > 1:
+            self.warn(sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left)
 
 
 class Evaluator:
@@ -4128,6 +4151,14 @@ class Evaluator:
         """Computes one batch, so that what an evaluation needs is compiled."""
         self.score_rows(forward, self.rows[:self.batch_rows])
 
+    def project(self, forward: Callable) -> None:
+        """Logs what an evaluation will take, measured on one of its batches."""
+        batches = self.batches(self.rows)
+        seconds = self.run.seconds_again(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
+        Pace(self.run, self.c, "sliding", len(batches)).project(
+            seconds, f"{len(self.windows)} windows of up to {self.c.eval_context} tokens every {self.c.eval_step}, "
+                     f"{len(batches)} batches")
+
     def __call__(self, forward: Callable) -> Score:
         """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
         ledger, batches = Ledger(self), self.batches(self.rows)
@@ -4179,6 +4210,14 @@ class GlobalSteps:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
+
+    def seconds_per_token(self) -> float:
+        """Of a forward and backward pass on rows of the stream's beginning, whose gradients are dropped."""
+        batch, _ = next(self.batches(np.arange(self.run.world * self.c.train_seq_len) % (len(self.tokens) - 1)))
+        seconds = self.run.seconds_again(
+            lambda: torch.autograd.grad(self.forward(*batch, looped=self.c.loops)[0].sum(),
+                                        list(self.model.parameters()), allow_unused=True))
+        return seconds / batch.ids.numel()
 
     def rest_frozen_blocks(self) -> None:
         """Zeroes the gradients of the first blocks: their vectors, and their matrices in the banks."""
@@ -4233,6 +4272,7 @@ class PhasedTTT:
         c = self.c
         self.model.requires_grad_(False)
         self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
+        self.project()
         for begin, end in self.phases():
             for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
@@ -4243,6 +4283,29 @@ class PhasedTTT:
                 self.ledger.share()
                 self.learn_globally(self.order[:end])
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def project(self) -> None:
+        """Logs what the evaluation will take, measured on a window of this rank's first batch; gradients are dropped.
+
+        Learning of all weights is counted as if a token cost in it what it costs an adapter's step.
+        """
+        first, stream, documents = next(self.batches(0, len(self.order)), (0, 0, None))
+        if documents is None:
+            return
+        if self.adapters:
+            self.adapters.start(stream, self.c.seed + first)
+        batch, scored = self.window(documents, int(self.counts[documents].min()) - 1)
+
+        def compute() -> None:
+            nll, leaves = self.score(batch, scored, self.learn)
+            if self.learn:
+                torch.autograd.grad(nll.sum(), leaves)
+
+        global_tokens = sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.c.global_ttt_epochs
+        tokens = self.pace.total * max(1, self.c.ttt_grad_steps if self.learn else 1)
+        tokens += global_tokens / self.run.world if self.learn else 0
+        self.pace.project(self.run.seconds_again(compute) / batch.ids.numel() * tokens,
+                          f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases")
 
     def phases(self) -> list[tuple[int, int]]:
         """Places in the order at which each phase begins and ends."""
@@ -4339,6 +4402,7 @@ class ChunkTTT:
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
         steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.ttt_momentum, c.ttt_freeze_blocks)
+        self.project(forward, len(windows), steps)
         for chunk in range(self.count):
             mine = windows[edges[chunk]:edges[chunk + 1]]
             batches = self.evaluator.batches(pack_rows(mine, c.eval_context))
@@ -4351,6 +4415,16 @@ class ChunkTTT:
                     steps.step(positions, c.ttt_lr * cosine(chunk, self.count - 1))
             self.pace.advance(1)
         return Score(self.ledger.close(), end, self.evaluator.bytes)
+
+    def project(self, forward: Callable, windows: int, steps: GlobalSteps) -> None:
+        """Logs what the evaluation will take, from one batch of windows and one row of learning."""
+        c, evaluator = self.c, self.evaluator
+        batches = len(evaluator.batches(evaluator.rows))  # a chunk's border parts some batches in two
+        seconds = evaluator.run.seconds_again(lambda: evaluator.rehearse(forward)) * batches
+        if self.learn:
+            seconds += steps.seconds_per_token() * c.ttt_epochs * (self.count - 1) * self.size
+        self.pace.project(seconds / evaluator.run.world, f"{windows} windows in {self.count} chunks, {c.ttt_epochs} "
+                                                         "passes over each")
 
 
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
@@ -4402,6 +4476,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         warm = graphs_compiled()
         run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, "
                 "everything put back")
+        evaluator.project(trainer.forward)
     with Stage(run, "train"):
         end = train(trainer, lambda: evaluator(trainer.forward))
         trainer.use_average()
@@ -4471,6 +4546,7 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
             evaluator = Evaluator(c, run)
             for remark in evaluator.remarks:
                 run.log(remark)
+            evaluator.project(compiled_forward(model))
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
     rows = dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,

@@ -1,114 +1,196 @@
-"""Ablations: each technique of a preset switched off in turn, on a small model of the same architecture.
+"""Ablations: each technique of a preset switched off in turn, and those that it leaves off switched on.
 
-    python bench/ablate.py [--presets record poly5] [--seeds 42 0 314] [--only NAME ...] [--steps 150]
+    python bench/ablate.py [--presets record poly5] [--seeds 42 0 314] [--only NAME ...] [--steps 150] [--jobs N]
 
-Every run is train_gpt.py itself, with a fixed number of steps on the built-in corpus, in a folder of its own under
---folder: a run that is there is not run again, so the command goes on where it was stopped. The table, --out, holds for
-each row the change against the whole preset with the same seeds: bits per byte before and after quantization with the
-standard deviation of the differences, bytes of the model, tokens/s. Small models and short trainings: a technique that
-does nothing here may well pay at the preset's size.
+Every run is train_gpt.py itself, on a small model of the preset's architecture, with a fixed number of steps on the
+built-in corpus, in a folder of its own under --folder: a run that is there is not run again, so the command goes on
+where it was stopped. --jobs runs go side by side, each on one thread; all runs of one seed come before the next seed's.
+The table, --out, holds for each row the change against the whole preset with the same seeds: bits per byte before and
+after quantization, bytes of the model, tokens/s, with the standard deviations of these differences. Small models and
+short trainings: a technique that does nothing here may well pay at the preset's size.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# The presets' shapes in small; what a row sets comes on top.
+# The presets' shapes in small; what a row sets comes on top. The learning rates are higher, as small models want.
 SMALL = dict(
-    VOCAB_SIZE=4096, MODEL_DIM=192, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=3, TRAIN_SEQ_LEN=256,
+    VOCAB_SIZE=1024, NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=3, TRAIN_SEQ_LEN=256,
     TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=4096, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=0,
-    TRAIN_LOG_EVERY=50, VAL_BATCH_SIZE=8192, EVAL_SEQ_LEN=256, EVAL_STRIDE=0, GPTQ_CALIBRATION_BATCHES=4,
-    TTT_MODE="none", MUON_MOMENTUM_WARMUP_STEPS=50, TARGET_BYTES=0, ROPE_DIMS=16, TIED_EMBED_LR=0.01, WARMDOWN_FRAC=0.6,
+    TRAIN_LOG_EVERY=50, VAL_BATCH_SIZE=8192, EVAL_SEQ_LEN=256, EVAL_STRIDE=0, EVAL_BUDGET_SECONDS=0,
+    GPTQ_CALIBRATION_BATCHES=4, TTT_MODE="none", MUON_MOMENTUM_WARMUP_STEPS=50, TARGET_BYTES=0, ROPE_DIMS=16,
+    MATRIX_LR=0.04, SCALAR_LR=0.04, TIED_EMBED_LR=0.03, WARMDOWN_FRAC=0.6, EMA_DECAY=0.97, SWA_EVERY=5, RVQ_ENABLED=0,
+    CPU_THREADS=1,
 )
 PRESETS = {
-    "record": dict(NUM_LAYERS=6, XSA_LAST_N=6, LOOP_START=1, LOOP_END=2, PARALLEL_START_LAYER=4, EMA_DECAY=0.95),
-    "poly5": dict(NUM_LAYERS=6, XSA_LAST_N=3, VE_LAYERS="4,5", EMA_DECAY=0.95, SWA_EVERY=5, RVQ_ENABLED=0),
+    "record": dict(XSA_LAST_N=4, LOOP_START=1, LOOP_END=2, PARALLEL_START_LAYER=3),
+    "poly5": dict(XSA_LAST_N=2, VE_LAYERS="2,3"),
 }
+NO_DECAY = dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0)
 ROWS = {
     "record": {
         "XSA off": dict(XSA_LAST_N=0), "skip gates off": dict(SKIP_GATES_ENABLED=0), "loops off": dict(NUM_LOOPS=0),
-        "lanes off": dict(PARALLEL_START_LAYER=-1), "SmearGate off": dict(SMEAR_GATE_ENABLED=0),
-        "sparse head gate off": dict(SPARSE_ATTN_GATE_ENABLED=0),
+        "loops from the start": dict(ENABLE_LOOPING_AT=0), "lanes off": dict(PARALLEL_START_LAYER=-1),
+        "SmearGate off": dict(SMEAR_GATE_ENABLED=0), "SmearGate by channel": dict(SMEAR_GATE_TYPE="channel"),
+        "head gate off": dict(SPARSE_ATTN_GATE_ENABLED=0),
         "output head gate instead": dict(SPARSE_ATTN_GATE_ENABLED=0, ATTN_OUT_GATE_ENABLED=1),
+        "dense head gate instead": dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1),
         "LN scale off": dict(LN_SCALE=0), "QK gain 1.5": dict(QK_GAIN_INIT=1.5), "rotary on all": dict(ROPE_DIMS=0),
         "ReLU squared": dict(LEAKY_RELU_SLOPE=0), "NEFTune off": dict(NEFTUNE_ALPHA=0),
         "z-loss off": dict(Z_LOSS_WEIGHT=0), "classic Newton-Schulz": dict(MUON_COEFFICIENTS="classic"),
-        "row normalization off": dict(MUON_ROW_NORMALIZE=0), "weight decay off": dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0),
+        "row normalization off": dict(MUON_ROW_NORMALIZE=0), "weight decay off": NO_DECAY,
         "clipping off": dict(GRAD_CLIP_NORM=0), "EMA off": dict(EMA_DECAY=0), "untied head": dict(TIE_EMBEDDINGS=0),
         "LQER off": dict(LQER_ENABLED=0), "uniform quantizer": dict(QUANTIZER="uniform"),
+        "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0),
         "steps by column off": dict(COLUMN_STEPS=0), "brotli": dict(COMPRESSOR="brotli"),
-        "AWQ-lite on": dict(AWQ_GROUPS=8),
+        "AWQ-lite on": dict(AWQ_GROUPS=8), "BigramHash on": dict(BIGRAM_VOCAB_SIZE=1536),
+        "value embeddings on": dict(VE_DIM=128, VE_LAYERS="2,3"), "poly softcap": dict(SOFTCAP_TYPE="poly"),
+        "focal loss on": dict(FOCAL_ENABLED=1), "SWA on": dict(SWA_ENABLED=1),
+        "progressive depth on": dict(PROGRESSIVE_DEPTH_SCHEDULE="0.08,0.25"),
+        "late QAT on": dict(LATE_QAT_THRESHOLD=0.15),
+        "context 512": dict(EVAL_SEQ_LEN=512), "context 512, YaRN": dict(EVAL_SEQ_LEN=512, ROPE_TYPE="yarn"),
     },
     "poly5": {
         "BigramHash off": dict(BIGRAM_VOCAB_SIZE=0), "value embeddings off": dict(VE_DIM=0),
         "SmearGate off": dict(SMEAR_GATE_ENABLED=0), "XSA off": dict(XSA_LAST_N=0),
         "tanh softcap": dict(SOFTCAP_TYPE="tanh"), "focal loss off": dict(FOCAL_ENABLED=0),
         "z-loss off": dict(Z_LOSS_WEIGHT=0), "progressive depth off": dict(PROGRESSIVE_DEPTH_SCHEDULE="0"),
-        "LN scale off": dict(LN_SCALE=0), "weight decay off": dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0),
+        "LN scale off": dict(LN_SCALE=0), "weight decay off": NO_DECAY,
         "EMA alone": dict(WEIGHT_AVERAGE="ema"), "SWA alone": dict(WEIGHT_AVERAGE="swa"),
         "late QAT off": dict(LATE_QAT_THRESHOLD=0), "RVQ on": dict(RVQ_ENABLED=1), "GPTQ": dict(QUANTIZER="uniform"),
         "trellis": dict(QUANTIZER="trellis"), "Polar Express": dict(MUON_COEFFICIENTS="polar_express"),
+        "row normalization on": dict(MUON_ROW_NORMALIZE=1), "skip gates on": dict(SKIP_GATES_ENABLED=1),
+        "head gate on": dict(SPARSE_ATTN_GATE_ENABLED=1), "NEFTune on": dict(NEFTUNE_ALPHA=5),
+        "loops on": dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=2), "lanes on": dict(PARALLEL_START_LAYER=3),
     },
+}
+# What only evaluation does: the whole preset's artifacts, scored in another way. The rates of test-time training are
+# raised, and its batches and phases made smaller, for small models and few documents.
+TTT = dict(TTT_BATCH_SIZE=32, TTT_LORA_RANK=16, TTT_LORA_ALPHA=18, TTT_LORA_LR=1e-3, PHASED_TTT_PREFIX_DOCS=100,
+           GLOBAL_TTT_CHUNK_TOKENS=4096, GLOBAL_TTT_LR=0.01, TTT_CHUNK_TOKENS=4096, TTT_LR=0.01)
+EVALUATIONS = {
+    "stride 64": dict(EVAL_STRIDE=64), "temperature 0.95": dict(TEMPERATURE=0.95),
+    "phased TTT": dict(TTT_MODE="phased", **TTT), "chunk TTT": dict(TTT_MODE="chunk", **TTT),
 }
 
 
-def run(folder: Path, preset: str, changes: dict, seed: int, options: argparse.Namespace) -> dict:
-    """The summary of one run, which is made if it is not there. Errors: RuntimeError with the script's last lines."""
-    if not (folder / "summary.json").is_file():
-        values = {**SMALL, **PRESETS[preset], "ITERATIONS": options.steps, **changes, "PRESET": preset, "SEED": seed,
-                  "DATA_PATH": options.data, "ARTIFACT_DIR": folder}
-        if folder.exists():  # a run that was stopped: nothing in it counts
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
-        done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, **{name: str(value) for name, value in values.items()}})
-        if done.returncode:
-            raise RuntimeError(f"{folder}: exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}")
-    return json.loads((folder / "summary.json").read_text())
+class Job(NamedTuple):
+    """One run: a row of a preset's table with one seed; `of` is the run whose artifact it only scores again."""
+
+    preset: str
+    name: str
+    seed: int
+    folder: Path
+    of: Path | None
+
+
+def plan(options: argparse.Namespace) -> list[Job]:
+    """All runs of the table: seed by seed, the whole preset first, what scores its artifact last."""
+    jobs = []
+    for seed in options.seeds:
+        for preset in options.presets:
+            def job(name: str, of: Path | None = None) -> Job:
+                return Job(preset, name, seed, options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}", of)
+
+            whole = job("whole")
+            jobs += [whole, *(job(name) for name in wanted(ROWS[preset], options))]
+            jobs += [job(name, whole.folder) for name in wanted(EVALUATIONS, options)]
+    return sorted(jobs, key=lambda job: (options.seeds.index(job.seed), job.of is not None))
+
+
+def wanted(rows: dict[str, dict], options: argparse.Namespace) -> list[str]:
+    return [name for name in rows if not options.only or name in options.only]
 
 
 def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
+def run(job: Job, options: argparse.Namespace) -> dict:
+    """The summary of one run, which is made if it is not there. Errors: RuntimeError with the script's last lines."""
+    path = job.folder / ("eval_summary.json" if job.of else "summary.json")
+    if not path.is_file():
+        changes = {**ROWS[job.preset], **EVALUATIONS, "whole": {}}[job.name]
+        values = {**SMALL, **PRESETS[job.preset], "ITERATIONS": options.steps, **changes, "PRESET": job.preset,
+                  "SEED": job.seed, "DATA_PATH": options.data, "ARTIFACT_DIR": job.folder}
+        shutil.rmtree(job.folder, ignore_errors=True)  # a run that was stopped: nothing in it counts
+        if job.of:
+            job.folder.mkdir(parents=True)
+            shutil.copy(job.of / "model.pgolf", job.folder)
+            names = ("PRESET", "DATA_PATH", "ARTIFACT_DIR", "VAL_BATCH_SIZE", "CPU_THREADS", "EVAL_BUDGET_SECONDS",
+                     "EVAL_STRIDE", "TTT_MODE", *changes)  # the model's own settings are the artifact's
+            values = {"MODE": "eval", **{name: values[name] for name in names}}
+        done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, **{name: str(value) for name, value in values.items()}})
+        if done.returncode:
+            raise RuntimeError(f"{job.folder}: exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}")
+    summary = json.loads(path.read_text())
+    return summary | {"val_bpb_quantized": summary.get("val_bpb_ttt") or summary["val_bpb_quantized"]}
+
+
+def make_all(jobs: list[Job], options: argparse.Namespace) -> dict[Job, dict]:
+    """Every run's summary, --jobs at a time; a failure stops what has not begun."""
+    found, began = {}, time.monotonic()
+    trained = [[job for job in jobs if not job.of], [job for job in jobs if job.of]]
+    for group in trained:  # an artifact must be there before it is scored again
+        with ThreadPoolExecutor(options.jobs) as pool:
+            futures = {job: pool.submit(run, job, options) for job in group}
+            for job, future in futures.items():
+                try:
+                    found[job] = future.result()
+                except RuntimeError:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                print(f"{len(found)}/{len(jobs)} {time.monotonic() - began:.0f}s {job.preset} {job.name} seed {job.seed}: "
+                      f"{found[job]['val_bpb_quantized']:.4f}", flush=True)
+    return found
+
+
+def change(whole: list[dict], changed: list[dict], key: str, relative: bool = False) -> str:
+    """Mean of the differences over the seeds and their deviation, as a cell."""
+    if key not in changed[0]:
+        return ""
+    differences = [100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed)]
+    digits, unit = (1, "%") if relative else (4, "")
+    spread = f" ± {statistics.stdev(differences):.{digits}f}" if len(differences) > 1 else ""
+    return f"{statistics.mean(differences):+.{digits}f}{spread}{unit}"
+
+
 def line_of(name: str, whole: list[dict], changed: list[dict]) -> str:
-    """A row of the table: means of the differences over the seeds, and their deviations."""
-    cells = []
-    for key in ("val_bpb_pre_quant", "val_bpb_quantized"):
-        differences = [b[key] - a[key] for a, b in zip(whole, changed)]
-        spread = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""
-        cells.append(f"{statistics.mean(differences):+.4f}{spread}")
-    size = statistics.mean(b["model_bytes"] / a["model_bytes"] - 1 for a, b in zip(whole, changed))
-    speed = statistics.mean(b["tokens_per_second"] / a["tokens_per_second"] - 1 for a, b in zip(whole, changed))
-    return f"| {name} | {cells[0]} | {cells[1]} | {size:+.1%} | {speed:+.0%} |"
+    """A row of the table."""
+    cells = [change(whole, changed, "val_bpb_pre_quant"), change(whole, changed, "val_bpb_quantized")]
+    cells += [change(whole, changed, key, True) for key in ("model_bytes", "tokens_per_second")]
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def table(preset: str, options: argparse.Namespace) -> list[str]:
-    """The lines of one preset's table; rows that have not been run are made."""
-    def runs(name: str, changes: dict) -> list[dict]:
-        folder = options.folder / f"{preset}-{options.steps}"
-        found = [run(folder / f"{slug(name)}-{seed}", preset, changes, seed, options) for seed in options.seeds]
-        print(f"{preset}: {name}: " + " ".join(f"{s['val_bpb_quantized']:.4f}" for s in found), flush=True)
-        return found
-
-    whole = runs("whole", {})
+def table(preset: str, found: dict[Job, dict], options: argparse.Namespace) -> list[str]:
+    """The lines of one preset's table."""
+    rows: dict[str, list[dict]] = {}
+    for job, summary in found.items():
+        if job.preset == preset:
+            rows.setdefault(job.name, []).append(summary)
+    whole = rows.pop("whole")
     means = {key: statistics.mean(s[key] for s in whole) for key in ("val_bpb_pre_quant", "val_bpb_quantized",
                                                                      "model_bytes", "tokens_per_second")}
-    lines = [f"## {preset}", "", f"The whole preset: {means['val_bpb_pre_quant']:.4f} bpb, quantized "
-             f"{means['val_bpb_quantized']:.4f}, {means['model_bytes']:.0f} bytes, {means['tokens_per_second']:.0f} "
-             f"tokens/s; {options.steps} steps of {SMALL['TRAIN_BATCH_TOKENS']} tokens, {whole[0]['parameters']} "
-             f"parameters, seeds {', '.join(map(str, options.seeds))}, {whole[0]['hardware']}, torch "
-             f"{whole[0]['versions']['torch']}.", "",
-             "| changed | bpb | bpb quantized | bytes | tokens/s |", "|---|---|---|---|---|"]
-    rows = {name: changes for name, changes in ROWS[preset].items() if not options.only or name in options.only}
-    return lines + [line_of(name, whole, runs(name, changes)) for name, changes in rows.items()] + [""]
+    spread = statistics.stdev(s["val_bpb_quantized"] for s in whole) if len(whole) > 1 else 0
+    return [f"## {preset}", "", f"The whole preset: {means['val_bpb_pre_quant']:.4f} bpb, quantized "
+            f"{means['val_bpb_quantized']:.4f} (deviation {spread:.4f}), {means['model_bytes']:.0f} bytes, "
+            f"{means['tokens_per_second']:.0f} tokens/s on one thread; {options.steps} steps of "
+            f"{SMALL['TRAIN_BATCH_TOKENS']} tokens, {whole[0]['parameters']} parameters, seeds "
+            f"{', '.join(map(str, options.seeds))}, {whole[0]['hardware']}, torch {whole[0]['versions']['torch']}.", "",
+            "| changed | bpb | bpb quantized | bytes | tokens/s |", "|---|---|---|---|---|",
+            *(line_of(name, whole, changed) for name, changed in rows.items()), ""]
 
 
 def main() -> int:
@@ -117,22 +199,26 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 0, 314])
     parser.add_argument("--only", nargs="+", help="names of rows, as the table has them")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_sp4096")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_ablate")
     parser.add_argument("--folder", type=Path, default=ROOT / "logs" / "ablate")
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "ablate" / "ablation.md")
     options = parser.parse_args()
-    unknown = set(options.only or ()) - {name for preset in options.presets for name in ROWS[preset]}
+    names = [name for preset in options.presets for name in ROWS[preset]] + list(EVALUATIONS)
+    unknown = sorted(set(options.only or ()) - set(names))
     if unknown:
-        print(f"error: --only {' '.join(sorted(unknown))}: rows are {', '.join(ROWS['record'])}, "
-              f"{', '.join(ROWS['poly5'])}", file=sys.stderr)
+        print(f"error: --only {' '.join(unknown)}: rows are {', '.join(dict.fromkeys(names))}", file=sys.stderr)
         return 2
-    lines = ["# Ablations", "", "Made by `make ablate`. A positive number is a loss by the change.", ""]
     try:
-        for preset in options.presets:
-            lines += table(preset, options)
+        found = make_all(plan(options), options)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    lines = ["# Ablations", "", "Made by `make ablate`: differences to the whole preset with the same seeds, mean ± "
+             "standard deviation. More bits per byte are worse. Rows without a figure before quantization score the "
+             "whole preset's artifacts in another way.", ""]
+    for preset in options.presets:
+        lines += table(preset, found, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     aside = options.out.with_suffix(".tmp")
     aside.write_text("\n".join(lines))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import RECORD_LIKE, TINY, build_model, config, documents_from, encode, examples, single_run, write_shard
+from helpers import (RECORD_LIKE, ROOT, TINY, build_model, config, documents_from, encode, examples, launch, single_run,
+                     strings, write_shard)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -339,3 +340,27 @@ def test_a_missing_sidecar_is_named(data, tmp_path):
             tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
     with pytest.raises(tg.ConfigError, match="CASEOPS_ENABLED=1: .*fineweb_val_bytes_000000.bin is missing"):
         tg.Evaluator(config(DATA_PATH=data, CASEOPS_ENABLED="1"), single_run())
+
+
+@pytest.mark.parametrize("ranks, budget, warned", [(1, 600, False), (1, 2, True), (4, 2, False)])
+def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp_path, monkeypatch, capsys):
+    """Half a second for each batch: of one rank all, of four ranks the share of the one that has most."""
+    evaluator = evaluator_of(tmp_path / "data", data, [1, *range(4, 84)], EVAL_SEQ_LEN=16, EVAL_STRIDE=8,
+                             VAL_BATCH_SIZE=32, EVAL_BUDGET_SECONDS=budget)
+    evaluator.run = single_run(0, ranks)
+    computed = []
+    monkeypatch.setattr(tg.Run, "seconds_again", lambda run, compute: compute() or 0.5)
+    monkeypatch.setattr(tg.Evaluator, "score_rows", lambda evaluator, forward, rows: computed.append(rows))
+    evaluator.project(None)
+    lines = capsys.readouterr().out.splitlines()
+    batches = len(evaluator.batches(evaluator.rows))
+    assert batches == 5 and computed == [evaluator.rows[:2]]
+    assert lines[0] == (f"sliding: 9 windows of up to 16 tokens every 8, 5 batches, projected to take "
+                        f"{0.5 * math.ceil(5 / ranks):.1f} s")
+    assert [("EVAL_BUDGET_SECONDS=2" in line) for line in lines[1:]] == [True] * warned
+
+
+def test_a_run_projects_its_evaluation_before_it_trains(data, tmp_path):
+    out = launch(ROOT / "train_gpt.py", dict(strings(TINY), DATA_PATH=str(data), ARTIFACT_DIR=str(tmp_path / "run"),
+                                             ITERATIONS="2", WARMUP_STEPS="0")).stdout
+    assert 0 < out.index("sliding: ") < out.index("projected to take") < out.index("step:1/2")

@@ -584,6 +584,36 @@ def test_the_projection_does_not_depend_on_the_ranks(data, tmp_path, monkeypatch
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method, knobs", [("PhasedTTT", PHASED), ("ChunkTTT", CHUNK)])
+def test_what_is_computed_for_the_projection_is_dropped(method, knobs, data, tmp_path, monkeypatch, capsys):
+    """The line before the start costs two computations, and no score depends on them."""
+    method = getattr(tg, method)
+    found = scores(method, *prepared(tmp_path, data, RECORD, **knobs))
+    lines = capsys.readouterr().out.splitlines()
+    assert "projected to take" in lines[0] and not any("projected to take" in line for line in lines[1:])
+    monkeypatch.setattr(method, "project", lambda *_: None)
+    assert (scores(method, *prepared(tmp_path, data, RECORD, **knobs)) == found).all()
+    assert "projected" not in capsys.readouterr().out
+
+
+def test_phased_learning_is_projected_from_its_tokens(data, tmp_path, monkeypatch, capsys):
+    """At a second for each token of a window: all windows' tokens, and those that all weights learn from."""
+    evaluator, model = prepared(tmp_path, data, TINY, stream([16] * 8), **dict(
+        PHASED, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=16, TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4))
+    widths = []
+
+    def seconds_again(run, compute):
+        compute()
+        widths.append(1)
+        return 2 * 16.0  # the window of two documents' second chunks, 16 tokens each
+
+    monkeypatch.setattr(tg.Run, "seconds_again", seconds_again)
+    tg.PhasedTTT(evaluator, model)()
+    line = capsys.readouterr().out.splitlines()[0]
+    work = 8 * (2 * 16 - 16 ** 2 / (2 * 8)) + (2 + 4) * 16  # 8 documents of two chunks; phases end after 2 and 4
+    assert line == f"ttt: 8 documents in 16 chunks, 2 phases, projected to take {work:.1f} s" and widths == [1]
+
+
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
 RANK_JOBS = {

@@ -4272,11 +4272,12 @@ class PhasedTTT:
         c = self.c
         self.model.requires_grad_(False)
         self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
-        self.project()
         for begin, end in self.phases():
             for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
                     self.adapters.start(stream, c.seed + first)
+                if not self.pace.done:
+                    self.project(batch)
                 self.adapt(batch)
                 self.pace.advance(float(self.cost(batch).sum()))
             if end in self.cuts and self.learn:
@@ -4284,28 +4285,27 @@ class PhasedTTT:
                 self.learn_globally(self.order[:end])
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
 
-    def project(self) -> None:
-        """Logs what the evaluation will take, measured on a window of this rank's first batch; gradients are dropped.
+    def project(self, documents: np.ndarray) -> None:
+        """Logs what the evaluation will take, measured on a batch's first window with a full context.
 
         Learning of all weights is counted as if a token cost in it what it costs an adapter's step.
         """
-        first, stream, documents = next(self.batches(0, len(self.order)), (0, 0, None))
-        if documents is None:
-            return
-        if self.adapters:
-            self.adapters.start(stream, self.c.seed + first)
-        batch, scored = self.window(documents, int(self.counts[documents].min()) - 1)
-
-        def compute() -> None:
-            nll, leaves = self.score(batch, scored, self.learn)
-            if self.learn:
-                torch.autograd.grad(nll.sum(), leaves)
-
+        most = int(self.counts[documents].max())
+        full = max(0, min(most - 2, self.c.ttt_context // self.c.ttt_chunk_size))
+        for chunk in (0, full):  # the order in which windows come: another one would compile other graphs
+            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
+            seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, self.learn and most > chunk + 1))
         global_tokens = sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.c.global_ttt_epochs
         tokens = self.pace.total * max(1, self.c.ttt_grad_steps if self.learn else 1)
         tokens += global_tokens / self.run.world if self.learn else 0
-        self.pace.project(self.run.seconds_again(compute) / batch.ids.numel() * tokens,
+        self.pace.project(seconds / batch.ids.numel() * tokens,
                           f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases")
+
+    def rehearse(self, batch: Batch, scored: np.ndarray, learning: bool) -> None:
+        """Computes a window and its gradients, and drops them."""
+        nll, leaves = self.score(batch, scored, learning)
+        if learning:
+            torch.autograd.grad(nll.sum(), leaves)
 
     def phases(self) -> list[tuple[int, int]]:
         """Places in the order at which each phase begins and ends."""

@@ -598,7 +598,7 @@ def test_what_is_computed_for_the_projection_is_dropped(method, knobs, data, tmp
 
 def test_phased_learning_is_projected_from_its_tokens(data, tmp_path, monkeypatch, capsys):
     """At a second for each token of a window: all windows' tokens, and those that all weights learn from."""
-    evaluator, model = prepared(tmp_path, data, TINY, stream([16] * 8), **dict(
+    evaluator, model = prepared(tmp_path, data, TINY, stream([24] * 8), **dict(
         PHASED, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=16, TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4))
     widths = []
 
@@ -610,8 +610,8 @@ def test_phased_learning_is_projected_from_its_tokens(data, tmp_path, monkeypatc
     monkeypatch.setattr(tg.Run, "seconds_again", seconds_again)
     tg.PhasedTTT(evaluator, model)()
     line = capsys.readouterr().out.splitlines()[0]
-    work = 8 * (2 * 16 - 16 ** 2 / (2 * 8)) + (2 + 4) * 16  # 8 documents of two chunks; phases end after 2 and 4
-    assert line == f"ttt: 8 documents in 16 chunks, 2 phases, projected to take {work:.1f} s" and widths == [1]
+    work = 8 * (3 * 16 - 16 ** 2 / (2 * 8)) + (2 + 4) * 24  # 8 documents of three chunks; phases end after 2 and 4
+    assert line == f"ttt: 8 documents in 24 chunks, 2 phases, projected to take {work:.1f} s" and widths == [1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks

@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu bench ablate pack reproduce sweep report venv clean
+.PHONY: demo test test-gpu bench ablate pack reproduce publish sweep report venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -41,6 +41,11 @@ reproduce: $(VENV)/tools
 	@if [ -z "$$PRESET$$DATA_PATH" ]; then \
 	    $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096 && export PRESET=demo DATA_PATH=$(DATA); fi && \
 	    $(PY) tools/reproduce.py $(ARGS)
+
+# Shows a submission of `make reproduce` at the root: make publish FOLDER=submissions/demo-1a2b3c4d
+publish: $(VENV)/tools
+	$(PY) tools/publish.py $(FOLDER) --data $(DATA)
+	$(PY) tools/docs.py
 
 # make sweep ARGS="MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py"
 sweep: $(VENV)/tools

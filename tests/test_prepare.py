@@ -30,6 +30,7 @@ sys.path.insert(0, str(DATA))
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import sources  # noqa: E402
 
 SYLLABLES = "ba ko mi tu re sa no li wen dor fa gu pel ish an or ta vi qua ze the of and to in is".split()
 
@@ -309,7 +310,7 @@ def test_sources_of_all_kinds_in_a_stable_order(tmp_path):
 def test_cut_text_is_whole(text, limit, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / f"cut-{os.getpid()}.txt"
     path.write_bytes(text.encode())
-    pieces = list(prepare.read_texts(path, limit, "text"))
+    pieces = list(sources.read_texts(path, limit, "text"))
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= limit for piece in pieces)
 
@@ -330,7 +331,7 @@ def test_a_large_text_file_is_read_in_little_memory(tmp_path):
     tracemalloc.start()
     try:
         digest, count = hashlib.sha256(), 0
-        for text in prepare.read_texts(path, 32 << 10, "text"):
+        for text in sources.read_texts(path, 32 << 10, "text"):
             digest.update(text.encode())
             count += 1
         peak = tracemalloc.get_traced_memory()[1]
@@ -375,10 +376,10 @@ def test_each_side_has_a_document(tmp_path, fraction):
 def test_tokenizer_never_sees_validation_text(tmp_path, source, monkeypatch):
     made = options(source, out=tmp_path / "out", val_fraction=0.3)
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 8000)
-    sources = prepare.Sources(made)
-    found = prepare.survey(sources, made)
+    texts = prepare.Sources(made)
+    found = prepare.survey(texts, made)
     assert found.documents == 60 and 0 < sum(len(text.encode()) for text in found.sample) <= 8000
-    sides = {text: found.splitter.side(prepare.text_hash(text.encode(), 0)) for text in sources}
+    sides = {text: found.splitter.side(prepare.text_hash(text.encode(), 0)) for text in texts}
     assert {sides[text] for text in found.sample} == {"train"} and set(sides.values()) == {"train", "val"}
     # The sample depends on the texts, not on their order.
     write_jsonl(source, [story(seed) for seed in reversed(range(60))])
@@ -387,13 +388,13 @@ def test_tokenizer_never_sees_validation_text(tmp_path, source, monkeypatch):
 
 def test_groups_are_on_one_side_and_large_ones_train():
     documents = [corpus.Document(f"n{i}", story(i, 10), f"g{i % 40}" if i < 200 else "large") for i in range(400)]
-    chosen = prepare.validation_groups(documents, 0.1, 0)
+    chosen = sources.validation_groups(documents, 0.1, 0)
     share = sum(len(d.text) for d in documents if d.group in chosen) / sum(len(d.text) for d in documents)
     assert "large" not in chosen and 0.07 < share <= 0.1
-    assert prepare.validation_groups(documents, 0.1, 1) != chosen
-    assert len(prepare.validation_groups(documents, 1e-9, 0)) == 1
-    assert "large" not in prepare.validation_groups(documents, 1e-9, 0)
-    assert prepare.validation_groups(documents[:1], 0.5, 0) == set()
+    assert sources.validation_groups(documents, 0.1, 1) != chosen
+    assert len(sources.validation_groups(documents, 1e-9, 0)) == 1
+    assert "large" not in sources.validation_groups(documents, 1e-9, 0)
+    assert sources.validation_groups(documents[:1], 0.5, 0) == set()
 
 
 def test_builtin_split_shares_no_passage(tmp_path):

@@ -3,6 +3,8 @@
     python data/prepare.py builtin --out data/builtin
     python data/prepare.py books/ more.txt web.jsonl.zst --out data/mine --vocab-size 8192
     python data/prepare.py builtin --out data/builtin_caseops --caseops
+    python data/prepare.py docs_selected --out data/fineweb --vocab-size 8192 --caseops
+    python data/prepare.py sp8192 --train-shards 10 --out data/sp8192
 
 Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
 sample to train the tokenizer on; the second tokenizes, over all cores, and writes. Everything is written in a
@@ -11,6 +13,9 @@ always whole. The output depends on the texts and the options alone, not on the 
 
 What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
 back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
+
+The last command downloads shards that the challenge publishes, and only checks and counts them (published.py). Other
+text from the Hugging Face hub (hub.py) is downloaded first and then read like files (sources.py).
 
 With --caseops, tokens stand for the text as caseops.py encodes it, and a sidecar of each validation shard holds every
 token's bytes of the original text. All else is about the original: the split, bytes, hashes, reference compressors.
@@ -51,7 +56,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
 import caseops  # noqa: E402
 import corpus  # noqa: E402
-from sources import CHUNK_BYTES, PrepareError, Sources, Splitter, builtin_packages, cut, list_files  # noqa: E402
+import published  # noqa: E402
+from errors import PrepareError  # noqa: E402
+from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, list_files  # noqa: E402
 from sources import package_versions, text_hash  # noqa: E402
 
 FORMAT = 1
@@ -62,6 +69,7 @@ MIN_VOCAB, MAX_VOCAB = 300, 65535
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val|val_bytes)_\d{6}\.bin")
 TEMPORARY = ".prepare-"
+DOWNLOADING = ".download"  # in --out: files of an export, kept when a download is broken off
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SAMPLE_BYTES = 32 << 20  # text that the tokenizer is trained on, at most
@@ -90,8 +98,19 @@ class Options:
     max_document_bytes: int = 32 << 10
     text_field: str = "text"
     caseops: bool = False
+    val_documents: int | None = None  # None: the split that the source has, or one by hash
+    train_shards: int | None = None  # of a published export; None: all
+    repo: str | None = None  # None: the challenge's own
+    revision: str | None = None  # None: the main branch
+    repo_root: str = published.ROOT
+    downloads: Path | None = None  # None: a folder in `out`
     force: bool = False
     quiet: bool = False
+
+    @property
+    def downloads_folder(self) -> Path:
+        """Where downloaded text is kept."""
+        return self.downloads or self.out / "downloads"
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
@@ -136,7 +155,7 @@ def survey(sources: Sources, options: Options) -> Survey:
             held -= len(text.encode("utf-8", "surrogatepass"))
     if not count:
         raise PrepareError(f"{' '.join(options.sources)}: there is no text in it")
-    threshold = _threshold(options.val_fraction, low, high, set(sources.known.values()))
+    threshold = _threshold(sources.val_fraction, low, high, set(sources.known.values()))
     splitter = Splitter(threshold, sources.known)
     sample = sorted(item for item in sample if splitter.side(item[0]) == "train")
     return Survey(count, size, empty, digest.hexdigest(), splitter, tuple(text for _, text in sample))
@@ -487,7 +506,9 @@ def recorded_options(options: Options) -> dict:
     return {
         "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
         "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
-        "text_field": options.text_field, "caseops": options.caseops,
+        "text_field": options.text_field, "caseops": options.caseops, "val_documents": options.val_documents,
+        "train_shards": options.train_shards, "repo": options.repo, "revision": options.revision,
+        "repo_root": options.repo_root,
     }
 
 
@@ -531,7 +552,7 @@ def check_folder(options: Options, mark: str) -> dict | None:
     if manifest["fingerprint"] == mark:
         present = all((out / name).is_file() and (out / name).stat().st_size == size for name, size in own.items())
         return None if options.force or not present else manifest
-    if not options.force:
+    if not options.force and not (published.variant_of(options.sources) and published.grows(manifest, options)):
         recorded = recorded_options(options)
         other = [f"{key} {manifest['options'].get(key)} there, {value} asked"
                  for key, value in recorded.items() if manifest["options"].get(key) != value]
@@ -616,6 +637,8 @@ def prepare(options: Options) -> tuple[dict, bool]:
         manifest = check_folder(options, mark)
         if manifest:
             return manifest, True
+        if published.variant_of(options.sources):
+            return _download(options, mark), False
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=options.out))
         try:
             manifest = _fill(temporary, options, given, mark)
@@ -629,6 +652,12 @@ def prepare(options: Options) -> tuple[dict, bool]:
 
 def _complete(options: Options) -> tuple[Options, bytes | None]:
     """Check the options that need checking together; read a given tokenizer."""
+    if name := published.variant_of(options.sources):
+        published.check_options(options)
+        variant = published.VARIANTS[name]
+        return dataclasses.replace(options, vocab_size=variant.vocab_size, caseops=variant.caseops), None
+    if options.train_shards:
+        raise PrepareError(f"--train-shards {options.train_shards}: is for {', '.join(published.VARIANTS)}")
     if not options.tokenizer:
         return dataclasses.replace(options, vocab_size=options.vocab_size or 1024), None
     try:
@@ -641,18 +670,54 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
     return dataclasses.replace(options, vocab_size=size), model
 
 
+def _download(options: Options, mark: str) -> dict:
+    """Fetch a published export into --out, with a manifest like that of a preparation; returns it."""
+    report, folder = Report(options.quiet), options.out / DOWNLOADING
+    before, folder_is_ready = read_manifest(options.out), options.out / f"{TEMPORARY}download"
+    folder.mkdir(exist_ok=True)
+    pinned = before["source"][0]["commit"] if before and published.grows(before, options) else None
+    fetched = published.download(options, folder, pinned, report.bar)
+    model = fetched.paths[published.TOKENIZER].read_bytes()
+    codec = Codec(model, fetched.export.tokenizer.path, options.caseops)
+    if codec.vocab_size != options.vocab_size:
+        raise PrepareError(f"{fetched.export.tokenizer.path}: {codec.vocab_size} pieces, not {options.vocab_size}")
+    splits = published.measure(fetched, codec, report.bar)
+    manifest = _manifest(options, mark, [fetched.described], model, {"given": True}, splits)
+    _write(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    with no_interruption():
+        os.replace(folder, folder_is_ready)  # From here on the next run completes it, should this one be killed.
+        commit(folder_is_ready, options.out)
+    return manifest
+
+
+def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
+    """What every manifest holds. training: the options that made the tokenizer `model`."""
+    return {
+        "format": FORMAT,
+        "source": source,
+        "created_with": {"prepare": FORMAT, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])},
+        "options": recorded_options(options),
+        "tokenizer": {
+            "file": published.TOKENIZER, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
+            "vocab_size": options.vocab_size, "options": training,
+        },
+        "splits": splits,
+        "fingerprint": mark,
+    }
+
+
 def _fill(temporary: Path, options: Options, model: bytes | None, mark: str) -> dict:
     """Write all files of a preparation into a folder; the manifest last."""
     report = Report(options.quiet)
     report.say("reading " + " ".join(options.sources))
-    sources = Sources(options)
+    sources = Sources(options, report)
     found = survey(sources, options)
     training: dict = {"given": True}
     if model is None:
         report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(found.sample)} documents")
         model, training = train_tokenizer(found.sample, options.vocab_size, options.caseops)
         Codec(model, "the trained tokenizer", options.caseops)
-    path = temporary / "tokenizer.model"
+    path = temporary / published.TOKENIZER
     _write(path, model)
     with report.bar("tokenizing", found.bytes) as progress:
         splits, dropped = write_shards(sources, found, path, temporary, options, progress)
@@ -664,20 +729,12 @@ def _fill(temporary: Path, options: Options, model: bytes | None, mark: str) -> 
     reference = reference_compressors(temporary / "validation")
     (temporary / "validation").unlink()
     manifest = {
-        "format": FORMAT,
-        "source": sources.described,
-        "created_with": {"prepare": FORMAT, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])},
-        "options": recorded_options(options),
-        "tokenizer": {
-            "file": path.name, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
-            "vocab_size": options.vocab_size, "options": training,
-        },
-        "splits": splits,
+        **_manifest(options, mark, sources.described, model, training, splits),
         "dropped_documents": dropped,
         "empty_documents": found.empty,
+        "duplicates_of_validation": sources.duplicates,
         "reference_compressors": reference,
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
-        "fingerprint": mark,
     }
     _write(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
@@ -752,22 +809,30 @@ def parse_arguments(arguments: list[str]) -> Options:
         prog="prepare.py", description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="""\
-A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl or
-.jsonl.zst file is one. `builtin` is the documentation inside Python, torch, numpy, sympy and networkx, about 16 MB;
-`builtin:networkx,numpy` takes some of them. Folders are searched with all that is in them, in sorted order.
+A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
+.jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
+torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
+all that is in them, in sorted order.
+hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
+sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
+for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
 A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
-shuffled.
+shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
 
 exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
-130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out.""",
+130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out but downloads.""",
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="`builtin`, a .txt, .jsonl or .jsonl.zst file, or a folder")
+    add("sources", nargs="+", metavar="SOURCE", 
+        help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, docs_selected, "
+             "or sp1024, sp8192, sp8192-caseops")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
     add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
     add("--val-fraction", type=lambda text: _number(float, 0, 1, text, True), default=0.05, metavar="F",
         help="share of the documents that validates (default: %(default)s)")
+    add("--val-documents", type=whole(1, 2**62), metavar="N",
+        help="the first N documents validate, and no others (default: 50000 of docs_selected.jsonl, else by hash)")
     add("--shard-tokens", type=whole(1, 1_000_000_000), default=100_000_000, metavar="N",
         help="most tokens in a shard, unless one document has more (default: %(default)s)")
     add("--workers", type=whole(1, 1024), default=cores, metavar="N",
@@ -777,10 +842,18 @@ exit codes: 0 done, or done before with the same options; 2 something to mend, s
     add("--max-document-bytes", type=whole(64, 1 << 30), default=32 << 10, metavar="N",
         help="cut .txt files that are longer (default: %(default)s)")
     add("--text-field", default="text", metavar="NAME",
-        help="the field that holds the text of a .jsonl line (default: %(default)s)")
+        help="the field or column that holds the text of .jsonl and .parquet (default: %(default)s)")
     add("--caseops", action="store_true",
         help="write capitals as operators before small letters (caseops.py), and each validation token's original "
              "bytes as fineweb_val_bytes_*.bin")
+    add("--train-shards", type=whole(1, 10**6), metavar="N",
+        help="of sp1024, sp8192, sp8192-caseops: the first N training shards (default: all); more can be added later")
+    add("--repo", metavar="OWNER/NAME", help="dataset repository of docs_selected, sp1024, sp8192 or sp8192-caseops")
+    add("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
+    add("--repo-root", default=published.ROOT, metavar="PATH",
+        help="folder in that repository that holds manifest.json (default: %(default)s)")
+    add("--downloads", type=Path, metavar="DIR",
+        help="folder for text from the hub, which stays there (default: downloads in --out)")
     add("--force", action="store_true", help="replace what this program made in DIR with other options")
     add("--quiet", action="store_true", help="no progress on stderr")
     values = vars(parser.parse_intermixed_args(arguments))
@@ -792,10 +865,13 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     for split, entry in manifest["splits"].items():
         yield (f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
                f"{len(entry['shards'])} shard(s)")
-    if manifest["dropped_documents"]:
+    if manifest.get("duplicates_of_validation"):
+        yield f"left out of training: {manifest['duplicates_of_validation']:,} documents that validate"
+    if manifest.get("dropped_documents"):
         yield f"dropped: {manifest['dropped_documents']:,} documents that decoding does not give back"
-    reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
-    yield f"bits per byte of the validation text: {reference}"
+    if "reference_compressors" in manifest:
+        reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
+        yield f"bits per byte of the validation text: {reference}"
     yield f"written: {out / 'manifest.json'}"
     knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""
@@ -831,7 +907,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenProcessPool:
         message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
     except Terminated as error:
-        message, code = "interrupted; nothing was written", 128 + error.args[0]
+        message, code = "interrupted; nothing was written, and downloads are kept", 128 + error.args[0]
     else:
         if before:
             print("already prepared")

@@ -81,6 +81,8 @@ class Repository:
 
     def __init__(self, repo: str, revision: str | None = None):
         self.hub = library("huggingface_hub")
+        for name in ("constants", "errors", "hf_api", "utils"):  # The package loads nothing by itself.
+            library(f"huggingface_hub.{name}")
         self.repo, self.api = repo, self.hub.HfApi()
         with self._plain_errors(f"--revision {revision}" if revision else "its main branch"):
             timeout = self.hub.constants.HF_HUB_ETAG_TIMEOUT

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,8 @@ from pathlib import Path, PurePosixPath
 from errors import PrepareError, library
 
 WORKERS = 4  # transfers at a time
-ATTEMPTS = 3  # transfers of one file whose bytes turn out wrong, before giving up
+ATTEMPTS = 3  # at one file whose bytes turn out wrong, before giving up
+RETRIES = 5  # after a reset connection that brought nothing
 HF_SOURCE = re.compile(r"hf:(?P<repo>[^/:@]+/[^/:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps each dataset as CONFIG/SPLIT/0000.parquet
 TEXT_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
@@ -143,7 +145,7 @@ class Repository:
 
     def _transfer(self, file: RemoteFile, part: Path, progress: Callable[[int], None]) -> None:
         """Append to `part` what it lacks. Its length may be wrong in the end, which the hash then shows."""
-        from httpx2 import NetworkError  # The client that huggingface_hub talks through.
+        from httpx2 import ReadError  # The client that huggingface_hub talks through.
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils.tqdm import silent_tqdm
 
@@ -154,15 +156,18 @@ class Repository:
             part.unlink()
         with open(part, "ab") as raw:
             progress(raw.tell())
+            fruitless = 0
             while True:
                 held = raw.tell()
                 try:
                     http_get(url, _Meter(raw, progress), resume_size=held, headers=headers, expected_size=file.size,
                              displayed_filename=file.path, tqdm_class=silent_tqdm)
                     break
-                except NetworkError:  # A reset connection, say: go on as long as each try brings something.
-                    if raw.tell() == held:
+                except ReadError:  # A reset connection, which http_get does not retry.
+                    fruitless = fruitless + 1 if raw.tell() == held else 0
+                    if fruitless > RETRIES:
                         raise
+                    time.sleep(1)
                 except OSError as error:
                     if error.errno is not None or isinstance(error, self.hub.errors.HfHubHTTPError):
                         raise

@@ -174,7 +174,8 @@ def _parquet_file(path: Path, field: str) -> Iterator[str]:
     """The column's texts, in row groups that are read a piece at a time; a null is an empty text."""
     arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(path) as file:
+        # Without these two it would read a row group's bytes at once.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
             _check_column(path, file.schema_arrow, field)
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
@@ -285,6 +286,7 @@ class Sources:
         else:
             repository, remote = hub.text_files(name, options.revision)
         folder = options.downloads_folder / repository.repo.replace("/", "--") / repository.commit[:12]
+        folder.mkdir(parents=True, exist_ok=True)
         wanted = {folder / file.path: file for file in remote}
         published.check_room(folder, wanted)
         with bar_of(self.report)(f"downloading {len(wanted)} files", sum(f.size for f in remote) or 1) as progress:

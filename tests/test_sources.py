@@ -24,7 +24,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import train_gpt as tg
-from helpers import TINY, config, examples, run_script, single_run
+from helpers import TINY, config, examples, single_run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_prepare import command, contents, documents_of, options, refused, story, write_jsonl  # noqa: F401
@@ -75,7 +75,9 @@ def endpoint(monkeypatch, url):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)  # So that a broken transfer leaves a part of a file.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     no_waiting = SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr(hub, "time", no_waiting)
     monkeypatch.setattr(huggingface_hub.file_download, "time", no_waiting)
     monkeypatch.setattr(huggingface_hub.utils._http, "time", no_waiting)
 
@@ -205,7 +207,8 @@ def test_first_shards_and_more_of_them_later(tmp_path, serve, published_repos, c
 def test_a_broken_transfer_goes_on(tmp_path, serve, published_repos, command, fault):  # noqa: F811
     served, out, path = serve(published_repos), tmp_path / "out", train_file(1)
     served.cut[path], served.reset, served.ignore_ranges = [1600, 900, 700], fault == "reset", fault == "ignored ranges"
-    assert command("sp1024", "--out", out)[0] == 0
+    result = command("sp1024", "--out", out)
+    assert result[0] == 0, result[2]
     data = published_repos[REPO]["main"][path]
     assert (out / "fineweb_train_000001.bin").read_bytes() == data
     assert served.downloads().count(path) == 4
@@ -404,7 +407,8 @@ sys.exit(prepare.main())
 
 def process(served, *arguments):
     """The program in a process of its own, which finds the stand-in by HF_ENDPOINT."""
-    environment = {**os.environ, "HF_ENDPOINT": served.url, "PYTHONPATH": str(Path(prepare.__file__).parent)}
+    environment = {**os.environ, "HF_ENDPOINT": served.url, "HF_HUB_DISABLE_TELEMETRY": "1",
+                   "PYTHONPATH": str(Path(prepare.__file__).parent)}
     environment.pop("HF_HUB_OFFLINE", None)
     return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -437,14 +441,6 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, serve, published_repos
         assert served.sent[f"datasets/datasets/fineweb10B_sp1024/{name}"] == before[f"datasets/datasets/fineweb10B_sp1024/{name}"]
     assert all((out / f"fineweb_train_{n:06d}.bin").read_bytes() == files[train_file(n)] for n in range(4))
     assert not parts.exists()
-
-
-def test_training_runs_on_a_download(tmp_path, serve, published_repos):
-    done = process(serve(published_repos), "sp1024", "--out", tmp_path / "out")
-    assert done.communicate(timeout=60) and done.returncode == 0
-    run = run_script(dict(TINY, DATA_PATH=tmp_path / "out", VOCAB_SIZE=VOCAB_SIZE, ITERATIONS=2), cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "val_bpb" in run.stdout and "not checked" not in run.stdout
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, command):  # noqa: F811
@@ -645,7 +641,9 @@ def test_a_parquet_file_with_damage_inside(tmp_path, command):  # noqa: F811
 
 
 def test_a_large_row_group_is_read_in_pieces(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [story(seed) * 100 for seed in range(1000)], rows=1000)
+    texts = random.Random(0).randbytes(30_000_000).hex()
+    path = write_parquet(tmp_path / "a.parquet", [texts[at : at + 3000] for at in range(0, len(texts), 3000)], 20_000)
+    del texts
     tracemalloc.start()  # Sees Python's own strings; Arrow's buffers are counted by Arrow.
     pool = pyarrow.default_memory_pool()
     before, most, size = pool.bytes_allocated(), 0, 0
@@ -656,18 +654,16 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert size > 60e6 and peak < 3 * sources.BATCH_BYTES and most < 6 * sources.BATCH_BYTES
+    assert size == 60e6 and peak < 3 * sources.BATCH_BYTES and most < 3 * sources.BATCH_BYTES
 
 
 def test_lines_of_100_megabytes(tmp_path):
-    text = "für 字 😀 " * 6_700_000
-    assert len(text.encode()) > 100e6
+    text = "für 字 " * 11_200_000
     line = json.dumps({"text": text}, ensure_ascii=False).encode() + b'\n{"text": "second"}\n'
-    for name, data in (("a.jsonl", line), ("a.jsonl.gz", gzip.compress(line, 1))):
-        (tmp_path / name).write_bytes(data)
-        assert read(tmp_path / name) == [text, "second"]
-    write_parquet(tmp_path / "a.parquet", [text, "second"])
-    assert read(tmp_path / "a.parquet") == [text, "second"]
+    assert len(line) > 100e6
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line, 1))
+    assert (read(tmp_path / "a.jsonl.gz") == [text, "second"]) is True  # No attempt to show where they differ.
     (tmp_path / "a.txt").write_text(text)
     pieces = read(tmp_path / "a.txt")
-    assert "".join(pieces) == text and max(len(piece.encode()) for piece in pieces) <= 32 << 10
+    assert ("".join(pieces) == text) is True and max(len(piece.encode()) for piece in pieces) <= 32 << 10
+    assert (read(write_parquet(tmp_path / "a.parquet", [text, "second"])) == [text, "second"]) is True

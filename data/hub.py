@@ -13,10 +13,11 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
 from errors import PrepareError, library
@@ -53,9 +54,22 @@ class RemoteFile:
                 digest.update(chunk)
             return digest.hexdigest()
 
+    def part(self, path: Path) -> Path:
+        """Where what has arrived of it is kept, on the way to `path`."""
+        return path.with_name(f"{path.name}.{self.digest[:12]}.part")
+
+    def missing(self, path: Path) -> int:
+        """Bytes that are yet to come, by the sizes of what is there."""
+        there = [place.stat().st_size for place in (path, self.part(path)) if place.is_file()]
+        return max(0, self.size - max(there, default=0))
+
     def intact(self, path: Path) -> bool:
         """Whether the local file is this one, to the last bit."""
         return path.is_file() and path.stat().st_size == self.size and self.digest_of(path) == self.digest
+
+
+class NoSuchRevision(PrepareError):
+    """The repository is there, the branch, tag or commit is not."""
 
 
 class _Stopped(Exception):
@@ -117,7 +131,7 @@ class Repository:
         with ThreadPoolExecutor(WORKERS) as pool:
             jobs = [pool.submit(self._fetch, file, path, advance) for path, file in wanted.items()]
             try:
-                for job in jobs:
+                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
                     job.result()
             except BaseException:
                 stop.set()
@@ -130,7 +144,7 @@ class Repository:
             progress(file.size)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{file.digest[:12]}.part")
+        part = file.part(path)
         for _ in range(ATTEMPTS):
             with self._plain_errors(file.path):
                 self._transfer(file, part, progress)
@@ -189,7 +203,7 @@ class Repository:
         except errors.HFValidationError:
             raise PrepareError(f"{self.repo}: not a repository's name; it must be OWNER/NAME") from None
         except errors.RevisionNotFoundError:
-            raise PrepareError(f"{place}: {what}: no such revision (404)") from None
+            raise NoSuchRevision(f"{place}: {what}: no such revision (404)") from None
         except errors.EntryNotFoundError:
             raise PrepareError(f"{place}: there is no {what} (404)") from None
         except errors.RepositoryNotFoundError as error:
@@ -205,6 +219,15 @@ class Repository:
             reason = str(error) or type(error).__name__
             raise PrepareError(f"{place}: {what}: no connection ({reason}); what has arrived is kept, "
                                "the same command goes on") from None
+
+
+def check_room(option: str, folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:
+    """Refuse a download that the folder's disk can't hold, before it begins. Raises PrepareError."""
+    needed = sum(file.missing(path) for path, file in wanted.items())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PrepareError(f"{option} {folder}: {needed / 1e9:.1f} GB are to be downloaded, and {free / 1e9:.1f} GB "
+                           "are free there")
 
 
 # ------------------------------------------------------------------------------------------- text of any dataset
@@ -223,7 +246,7 @@ def text_files(source: str, revision: str | None) -> tuple[Repository, list[Remo
     repository = Repository(named["repo"], revision)
     config, split, found = named["config"], named["split"], []
     if revision is None:
-        with contextlib.suppress(PrepareError):  # Not every dataset has this branch.
+        with contextlib.suppress(NoSuchRevision):  # Not every dataset has this branch.
             converted = Repository(named["repo"], CONVERTED)
             listed = converted.files()
             if chosen := _converted_files(listed, config, split or "train"):

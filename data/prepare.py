@@ -58,7 +58,7 @@ import caseops  # noqa: E402
 import corpus  # noqa: E402
 import published  # noqa: E402
 from errors import PrepareError  # noqa: E402
-from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, list_files  # noqa: E402
+from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, is_remote, list_files  # noqa: E402
 from sources import package_versions, text_hash  # noqa: E402
 
 FORMAT = 1
@@ -491,7 +491,9 @@ def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
     parts = [FORMAT, recorded_options(options)]
     modules = (__file__, caseops.__file__, corpus.__file__, sys.modules[Sources.__module__].__file__)
     for name, path in listed:
-        if path is None:
+        if is_remote(name):
+            parts.append([name])  # With its repository and revision in the options; the hub is not asked again.
+        elif path is None:
             code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in modules]
             parts.append([name, package_versions(builtin_packages(name)), code])
         else:
@@ -675,7 +677,8 @@ def _download(options: Options, mark: str) -> dict:
     report, folder = Report(options.quiet), options.out / DOWNLOADING
     before, folder_is_ready = read_manifest(options.out), options.out / f"{TEMPORARY}download"
     folder.mkdir(exist_ok=True)
-    pinned = before["source"][0]["commit"] if before and published.grows(before, options) else None
+    extends = before and not options.force and published.grows(before, options)
+    pinned = before["source"][0]["commit"] if extends else None  # What is added must fit what is there.
     fetched = published.download(options, folder, pinned, report.bar)
     model = fetched.paths[published.TOKENIZER].read_bytes()
     codec = Codec(model, fetched.export.tokenizer.path, options.caseops)
@@ -781,6 +784,21 @@ class Report:
 # ----------------------------------------------------------------------------------------------------- command line
 
 
+EPILOG = """\
+A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
+.jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
+torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
+all that is in them, in sorted order.
+hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
+sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
+for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
+A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
+shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
+
+exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
+130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out but downloads."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's usage and line."""
@@ -808,25 +826,13 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser = _Parser(
         prog="prepare.py", description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="""\
-A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
-.jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
-torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
-all that is in them, in sorted order.
-hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
-sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
-for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
-A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
-shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
-
-exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
-130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out but downloads.""",
+        epilog=EPILOG,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", 
-        help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, docs_selected, "
-             "or sp1024, sp8192, sp8192-caseops")
+    add("sources", nargs="+", metavar="SOURCE",
+        help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, "
+             "docs_selected, or sp1024, sp8192, sp8192-caseops")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
     add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
     add("--val-fraction", type=lambda text: _number(float, 0, 1, text, True), default=0.05, metavar="F",
@@ -895,10 +901,13 @@ def _disk_error(error: OSError, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    kept = "nothing was written"
     try:
         for number in SIGNALS:
             signal.signal(number, _on_signal)
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if any(map(is_remote, options.sources)):
+            kept = "what was downloaded is kept, the same command goes on"
         manifest, before = prepare(options)
     except PrepareError as error:
         message, code = str(error), 2
@@ -907,7 +916,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenProcessPool:
         message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
     except Terminated as error:
-        message, code = "interrupted; nothing was written, and downloads are kept", 128 + error.args[0]
+        message, code = f"interrupted; {kept}", 128 + error.args[0]
     else:
         if before:
             print("already prepared")

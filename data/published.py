@@ -18,7 +18,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from errors import PrepareError
-from hub import RemoteFile, Repository
+from hub import RemoteFile, Repository, check_room
 
 if TYPE_CHECKING:
     from prepare import Codec, Options
@@ -255,7 +254,7 @@ def download(options: Options, folder: Path, pinned: str | None, bar: Bar) -> Do
     paths = {file: options.out / file if remote.intact(options.out / file) else folder / file
              for file, remote in export.files.items()}
     wanted = {place: export.files[file] for file, place in paths.items() if place.parent == folder}
-    check_room(options.out, wanted)
+    check_room("--out", options.out, wanted)
     with bar(f"downloading {len(wanted)} files", sum(file.size for file in wanted.values()) or 1) as progress:
         repository.fetch(wanted, progress)
     described = {
@@ -263,16 +262,6 @@ def download(options: Options, folder: Path, pinned: str | None, bar: Bar) -> Do
         "root": root, "dataset": export.name, "train_shards": len(export.train), "stats": export.stats,
     }
     return Download(export, paths, described)
-
-
-def check_room(out: Path, wanted: Mapping[Path, RemoteFile]) -> None:
-    """Refuse a download that the disk can't hold, before it begins. Raises PrepareError."""
-    held = sum(part.stat().st_size for place in wanted for part in place.parent.glob(f"{place.name}*"))
-    needed = sum(file.size for file in wanted.values()) - held
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise PrepareError(f"--out {out}: {needed / 1e9:.1f} GB are to be downloaded and {free / 1e9:.1f} GB are free "
-                           "there (--train-shards takes fewer)")
 
 
 # --------------------------------------------------------------------------------------------------- what is in it

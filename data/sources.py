@@ -288,7 +288,7 @@ class Sources:
         folder = options.downloads_folder / repository.repo.replace("/", "--") / repository.commit[:12]
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {folder / file.path: file for file in remote}
-        published.check_room(folder, wanted)
+        hub.check_room("--downloads", folder, wanted)
         with bar_of(self.report)(f"downloading {len(wanted)} files", sum(f.size for f in remote) or 1) as progress:
             repository.fetch(wanted, progress)
         paths = [path for path in wanted if path.name.endswith(SUFFIXES)]

@@ -1,5 +1,6 @@
 """Sources on the hub and readers: what arrives is whole or refused, goes on after any break, and splits as promised."""
 
+# ruff: noqa: F811
 import contextlib
 import errno
 import gzip
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ import train_gpt as tg
 from helpers import TINY, config, examples, single_run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prepare import command, contents, documents_of, options, refused, story, write_jsonl  # noqa: F401
+from test_prepare import command, contents, documents_of, options, refused, story, write_jsonl
 
 import hub
 import prepare
@@ -39,7 +41,8 @@ REPO, CASEOPS = published.VARIANTS["sp1024"].repo, published.VARIANTS["sp8192-ca
 VOCAB_SIZE = 512
 CASE_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 NASTY = ["Ünïcödé Ωmega ПРИВЕТ мир", "漢字かな交じり文 한국어", "עברית العربية हिन्दी", "😀👩‍👩‍👧‍👦🇦🇶 \U0010ffff",
-         "a\0b\x01\x1b[0m\x7f\x85\u2028", "\r\n\t \u3000\u200b\ufeff", "\ue001\ue002 McDonald's \ue004\ue004 HTTP", "▁▁ ▁x"]
+         "a\0b\x01\x1b[0m\x7f\x85\u2028", "\r\n\t \u3000\u200b\ufeff", "\ue001\ue002 McDonald's \ue004\ue004 HTTP",
+         "▁▁ ▁x"]
 
 
 # ---------------------------------------------------------------------------------------------------------- stand-in
@@ -98,8 +101,9 @@ def layout(folder, name, manifest):
             for number, part in enumerate(np.array_split(stream, parts)):
                 files[f"datasets/datasets/{name}/fineweb_{kind}_{number:06d}.bin"] = shard(part)
     for split in ("train", "val"):
-        counts |= {f"docs_{split}": manifest["splits"][split]["documents"], f"files_{split}": {"train": 4, "val": 2}[split],
-                   f"tokens_{split}": manifest["splits"][split]["tokens"]}
+        found = manifest["splits"][split]
+        counts |= {f"docs_{split}": found["documents"], f"tokens_{split}": found["tokens"],
+                   f"files_{split}": {"train": 4, "val": 2}[split]}
     counts |= {f"{key}_total": counts[f"{key}_train"] + counts[f"{key}_val"] for key in ("docs", "files", "tokens")}
     model = f"tokenizers/{name.removeprefix('fineweb10B_')}_bpe.model"
     files[f"datasets/{model}"] = (folder / "tokenizer.model").read_bytes()
@@ -125,7 +129,8 @@ def exports(tmp_path_factory):
         files |= more
         datasets.append(entry)
         tokenizers.append(tokenizer)
-    files["datasets/manifest.json"] = json.dumps({"version": "10B", "datasets": datasets, "tokenizers": tokenizers}).encode()
+    listed = {"version": "10B", "datasets": datasets, "tokenizers": tokenizers}
+    files["datasets/manifest.json"] = json.dumps(listed).encode()
     return files, made
 
 
@@ -153,7 +158,7 @@ def with_manifest(repos, change):
 
 
 @pytest.mark.parametrize("source, name", [("sp1024", "fineweb10B_sp1024"), ("sp8192-caseops", CASE_NAME)])
-def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_repos, exports, command, source, name):  # noqa: F811
+def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_repos, exports, command, source, name):
     served, out, expected = serve(published_repos), tmp_path / "out", exports[1][name]
     code, printed, _ = command(source, "--out", out)
     assert code == 0 and f"VOCAB_SIZE={VOCAB_SIZE}" in printed
@@ -183,7 +188,7 @@ def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_r
     assert json.loads((out / "manifest.json").read_text()) == manifest
 
 
-def test_first_shards_and_more_of_them_later(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_first_shards_and_more_of_them_later(tmp_path, serve, published_repos, command):
     served, out = serve(published_repos), tmp_path / "out"
     assert command("sp1024", "--train-shards", 2, "--out", out)[0] == 0
     assert sorted(path.name for path in out.glob("fineweb_train_*")) == [f"fineweb_train_{n:06d}.bin" for n in (0, 1)]
@@ -204,7 +209,7 @@ def test_first_shards_and_more_of_them_later(tmp_path, serve, published_repos, c
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset", "ignored ranges"])
-def test_a_broken_transfer_goes_on(tmp_path, serve, published_repos, command, fault):  # noqa: F811
+def test_a_broken_transfer_goes_on(tmp_path, serve, published_repos, command, fault):
     served, out, path = serve(published_repos), tmp_path / "out", train_file(1)
     served.cut[path], served.reset, served.ignore_ranges = [1600, 900, 700], fault == "reset", fault == "ignored ranges"
     result = command("sp1024", "--out", out)
@@ -217,7 +222,7 @@ def test_a_broken_transfer_goes_on(tmp_path, serve, published_repos, command, fa
     assert not list(out.glob("**/*.part"))
 
 
-def test_a_transfer_that_fails_for_good_is_taken_up_by_the_next_run(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_a_transfer_that_fails_for_good_is_taken_up_by_the_next_run(tmp_path, serve, published_repos, command):
     served, out, path = serve(published_repos), tmp_path / "out", train_file(3)
     served.cut[path] = [1600] + [0] * 30
     assert refused(command("sp1024", "--out", out), REPO, path, "no connection", "the same command goes on")
@@ -232,7 +237,7 @@ def test_a_transfer_that_fails_for_good_is_taken_up_by_the_next_run(tmp_path, se
     assert served.sent[path] - before[0][path] == len(published_repos[REPO]["main"][path]) - held
 
 
-def test_wrong_bytes_are_fetched_again_and_then_refused(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_wrong_bytes_are_fetched_again_and_then_refused(tmp_path, serve, published_repos, command):
     served, out, path = serve(published_repos), tmp_path / "out", train_file(2)
     served.corrupt[path] = 10**9
     assert refused(command("sp1024", "--out", out), path, "hash", "3 times", "removed")
@@ -243,7 +248,7 @@ def test_wrong_bytes_are_fetched_again_and_then_refused(tmp_path, serve, publish
     assert (out / "fineweb_train_000002.bin").read_bytes() == published_repos[REPO]["main"][path]
 
 
-def test_a_small_file_with_wrong_bytes_is_refused_too(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_a_small_file_with_wrong_bytes_is_refused_too(tmp_path, serve, published_repos, command):
     served = serve({REPO: {"main": {"datasets/manifest.json": b"{}"}}})
     served.corrupt["datasets/manifest.json"] = 10**9
     assert refused(command("sp1024", "--out", tmp_path / "out"), "datasets/manifest.json", "hash")
@@ -259,7 +264,7 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("kind", BAD_SHARDS)
-def test_a_published_file_that_is_no_shard(tmp_path, serve, published_repos, command, kind):  # noqa: F811
+def test_a_published_file_that_is_no_shard(tmp_path, serve, published_repos, command, kind):
     files = published_repos[REPO]["main"]
     files[train_file(0)] = BAD_SHARDS[kind](files[train_file(0)])
     serve(published_repos)
@@ -297,7 +302,7 @@ BAD_REPOSITORIES = [
 
 
 @pytest.mark.parametrize("change, fragments", BAD_REPOSITORIES)
-def test_what_is_wrong_in_a_repository_is_said(tmp_path, serve, published_repos, command, change, fragments):  # noqa: F811
+def test_what_is_wrong_in_a_repository_is_said(tmp_path, serve, published_repos, command, change, fragments):
     change(published_repos)
     serve(published_repos)
     out = tmp_path / "out"
@@ -305,7 +310,7 @@ def test_what_is_wrong_in_a_repository_is_said(tmp_path, serve, published_repos,
     assert not (out / "manifest.json").exists()
 
 
-def test_sidecars_that_do_not_fit_are_refused(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_sidecars_that_do_not_fit_are_refused(tmp_path, serve, published_repos, command):
     path = f"datasets/datasets/{CASE_NAME}/fineweb_val_bytes_000001.bin"
     files = published_repos[CASEOPS]["main"]
     values = np.frombuffer(files[path][1024:], "<u2").copy()
@@ -317,7 +322,24 @@ def test_sidecars_that_do_not_fit_are_refused(tmp_path, serve, published_repos, 
     assert refused(command("sp8192-caseops", "--out", tmp_path / "out"), path, f"{len(values) - 1} byte counts")
 
 
-def test_a_manifest_without_counts_takes_what_is_there(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_bytes_do_not_depend_on_where_shards_and_chunks_part(exports, monkeypatch):
+    files, made = exports
+    prefix = f"datasets/datasets/{CASE_NAME}/fineweb_val_"
+    stream = np.concatenate([np.frombuffer(files[f"{prefix}{number:06d}.bin"][1024:], "<u2") for number in (0, 1)])
+    codec = prepare.Codec(files[f"datasets/tokenizers/{CASE_NAME.removeprefix('fineweb10B_')}_bpe.model"], "", True)
+    rows = codec.processor.encode("\ue004\ue001\ue004\ue004\ue004\ue004x")  # ESC in front of ESC, in a row.
+    stream = np.concatenate([stream[:300], np.array([1, *rows, 1], np.uint16)])
+    whole = codec.token_bytes(stream).sum()
+    for chunk in 1, 2, 3, 100:
+        monkeypatch.setattr(published, "CHUNK_TOKENS", chunk)
+        for parted in 0, 5, 303, 304, 305, 306, 307:
+            first, context = published._count(stream[:parted], codec, stream[:0], None, int)
+            second, _ = published._count(stream[parted:], codec, context, None, int)
+            assert first["bytes"] + second["bytes"] == whole
+            assert first["documents"] + second["documents"] == (stream == 1).sum()
+
+
+def test_a_manifest_without_counts_takes_what_is_there(tmp_path, serve, published_repos, command):
     with_manifest(published_repos, lambda m: [m["datasets"][0].pop(key) for key in ("stats", "path", "val_glob")])
     serve(published_repos)
     assert command("sp1024", "--out", tmp_path / "out")[0] == 0
@@ -337,19 +359,19 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("arguments, status, fragments", REFUSALS)
-def test_what_the_hub_refuses(tmp_path, serve, published_repos, command, arguments, status, fragments):  # noqa: F811
+def test_what_the_hub_refuses(tmp_path, serve, published_repos, command, arguments, status, fragments):
     served = serve(published_repos)
     served.status |= status
     given_options = [item for pair in arguments.items() for item in pair]
     assert refused(command("sp1024", "--out", tmp_path / "out", *given_options), *fragments)
 
 
-def test_a_listed_file_that_is_gone(tmp_path, serve, published_repos, command):  # noqa: F811
+def test_a_listed_file_that_is_gone(tmp_path, serve, published_repos, command):
     serve(published_repos).lost.add(train_file(0))
     assert refused(command("sp1024", "--out", tmp_path / "out"), train_file(0), "404")
 
 
-def test_no_network_and_offline(tmp_path, monkeypatch, published_repos, command):  # noqa: F811
+def test_no_network_and_offline(tmp_path, monkeypatch, published_repos, command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -360,11 +382,11 @@ def test_no_network_and_offline(tmp_path, monkeypatch, published_repos, command)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_full_disks(tmp_path, monkeypatch, serve, published_repos, command):  # noqa: F811
+def test_full_disks(tmp_path, monkeypatch, serve, published_repos, command):
     serve(published_repos)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-        assert refused(command("sp1024", "--out", tmp_path / "out"), "--out", "GB are to be downloaded", "--train-shards")
+        assert refused(command("sp1024", "--out", tmp_path / "out"), "--out", "GB are to be downloaded", "free there")
 
     def full(self, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -383,7 +405,7 @@ def test_full_disks(tmp_path, monkeypatch, serve, published_repos, command):  # 
     (["builtin", "--train-shards", "5"], ["--train-shards 5", "sp1024"]),
     (["hf:squad"], ["hf:squad", "hf:OWNER/NAME"]),
 ])
-def test_options_that_do_not_go_together(tmp_path, published_repos, command, arguments, fragments):  # noqa: F811
+def test_options_that_do_not_go_together(tmp_path, published_repos, command, arguments, fragments):
     assert refused(command(*arguments, "--out", tmp_path / "out"), *fragments)
     assert not (tmp_path / "out").exists()
 
@@ -421,12 +443,15 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, serve, published_repos
     running = process(served, "sp1024", "--out", out)
     assert served.stalled.wait(60)
     parts = out / ".download"
-    while not any(part.stat().st_size for part in parts.glob("fineweb_train_000003*.part")):
-        pass
+    for _ in range(6000):
+        if any(part.stat().st_size for part in parts.glob("fineweb_train_000003*.part")):
+            break
+        time.sleep(0.01)
     running.send_signal(number)
     served.go_on.set()
     _, said = running.communicate(timeout=60)
     assert running.returncode == (-9 if number == signal.SIGKILL else 143), said
+    assert number == signal.SIGKILL or said.endswith("what was downloaded is kept, the same command goes on\n")
     assert not list(out.glob("*.bin")) and list(parts.glob("*.part"))
     complete = {path.name for path in parts.glob("*.bin")}
     held = max(part.stat().st_size for part in parts.glob("fineweb_train_000003*.part"))
@@ -438,12 +463,13 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, serve, published_repos
     files = published_repos[REPO]["main"]
     assert served.sent[path] - before[path] == len(files[path]) - held
     for name in complete:
-        assert served.sent[f"datasets/datasets/fineweb10B_sp1024/{name}"] == before[f"datasets/datasets/fineweb10B_sp1024/{name}"]
+        place = f"datasets/datasets/fineweb10B_sp1024/{name}"
+        assert served.sent[place] == before[place]
     assert all((out / f"fineweb_train_{n:06d}.bin").read_bytes() == files[train_file(n)] for n in range(4))
     assert not parts.exists()
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch, command):  # noqa: F811
+def test_a_missing_package_is_named(tmp_path, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert refused(command("sp1024", "--out", tmp_path / "out"), "huggingface_hub", "requirements-data.txt")
     path = write_parquet(tmp_path / "a.parquet", ["text"])
@@ -454,7 +480,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, command):  # noqa: F8
 # ------------------------------------------------------------------------------------------------ docs_selected.jsonl
 
 
-def test_first_documents_validate_and_their_copies_do_not_train(tmp_path, command):  # noqa: F811
+def test_first_documents_validate_and_their_copies_do_not_train(tmp_path, command):
     texts = [story(seed) for seed in range(40)]
     texts[3] = texts[1]  # A copy inside the validation part stays there.
     listed = [*texts[:10], *texts[10:20], texts[4], "", *texts[20:], texts[9], texts[30], texts[4]]
@@ -500,7 +526,7 @@ def test_split_by_place_on_any_list(tmp_path_factory, texts, first):
     assert {text for text in texts if sources.text_hash(text.encode(), 0) in made.known} == set(texts[:first])
 
 
-def test_docs_selected_is_downloaded_once_and_checked(tmp_path, serve, command):  # noqa: F811
+def test_docs_selected_is_downloaded_once_and_checked(tmp_path, serve, command):
     texts = [story(seed) for seed in range(30)] + [story(2)]
     data = write_jsonl(tmp_path / "docs.jsonl", texts).read_bytes()
     beside = {"num_docs": 31, "docs_sha256": hub_server.hashlib.sha256(data).hexdigest()}
@@ -528,7 +554,7 @@ def parquet_bytes(folder, texts, **columns):
     return write_parquet(folder / "some.parquet", texts, **columns).read_bytes()
 
 
-def test_a_dataset_of_the_hub(tmp_path, serve, command):  # noqa: F811
+def test_a_dataset_of_the_hub(tmp_path, serve, command):
     texts = [story(seed) for seed in range(30)]
     halves = [parquet_bytes(tmp_path, part) for part in (texts[:15], texts[15:])]
     branches = {"main": {"README.md": b"text"}, hub.CONVERTED: {
@@ -623,14 +649,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name, data", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_files_are_named(tmp_path, command, name, data):  # noqa: F811
+def test_damaged_files_are_named(tmp_path, command, name, data):
     (tmp_path / name).write_bytes(data)
     kind = "gzip" if name.endswith(".gz") else "parquet"
     assert refused(command(tmp_path / name, "--out", tmp_path / "out"), tmp_path / name, f"damaged {kind} file")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_parquet_file_with_damage_inside(tmp_path, command):  # noqa: F811
+def test_a_parquet_file_with_damage_inside(tmp_path, command):
     path = write_parquet(tmp_path / "a.parquet", [story(seed) for seed in range(50)])
     data = bytearray(path.read_bytes())
     data[200:260] = b"\xff" * 60

@@ -30,7 +30,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
-import io
+import itertools
 import json
 import lzma
 import math
@@ -39,17 +39,15 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import zstandard
 from tqdm import tqdm
 
@@ -57,26 +55,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file 
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import published  # noqa: E402
+import shards  # noqa: E402
 from errors import PrepareError  # noqa: E402
+from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
 from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, is_remote, list_files  # noqa: E402
 from sources import package_versions, text_hash  # noqa: E402
+from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
-FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte
-MIN_VOCAB, MAX_VOCAB = 300, 65535
-SPACE = "\u2581"  # SentencePiece writes a space as this character
+MIN_VOCAB = 300
 OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val|val_bytes)_\d{6}\.bin")
-TEMPORARY = ".prepare-"
-DOWNLOADING = ".download"  # in --out: files of an export, kept when a download is broken off
+UNFINISHED = ".prepare-unfinished"  # the folder in --out with what a killed run has finished
+DOWNLOADING = ".download"  # the one with files of an export, kept when a download is broken off
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-SAMPLE_BYTES = 32 << 20  # text that the tokenizer is trained on, at most
-TRAINING_LINE_BYTES = 4000  # SentencePiece aborts on words of more than 65,535 characters, so feed it short lines
-CHARACTER_COVERAGE = 0.9995  # of the sample; other characters are written as bytes
-BATCH_BYTES = 512 << 10  # text that one worker tokenizes at a time
-REFERENCE_BYTES = 128 << 20  # xz -9 and zstd -22 run at about 1 MB/s: more text would tell nothing new
+SAMPLE_DOCUMENT_BYTES = 1 << 20  # of one document, that the tokenizer is trained on, at most
+SAMPLE_OVERHEAD = 256  # bytes of memory that a sampled document takes besides its text
+BATCH_CHARACTERS = 512 << 10  # of text that one worker tokenizes at a time
+REFERENCE_BYTES = 16 << 20  # more would take minutes at 3 MB/s, and hundreds of MB of memory
+
+
+class Worthless(PrepareError):
+    """What is finished of a preparation is of no use either: the same command would end here again, or worse."""
 
 
 class Terminated(BaseException):
@@ -96,6 +96,7 @@ class Options:
     tokenizer: Path | None = None
     seed: int = 0
     max_document_bytes: int = 32 << 10
+    sample_bytes: int = 32 << 20
     text_field: str = "text"
     caseops: bool = False
     val_documents: int | None = None  # None: the split that the source has, or one by hash
@@ -118,47 +119,72 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What the first pass learns: how much there is, on which side each document goes, and a training sample."""
+    """What the first pass learns: how much there is, and below which hash a document validates."""
 
     documents: int
     bytes: int
     empty: int
-    digest: str
-    splitter: Splitter
-    sample: tuple[str, ...]
+    digest: str  # The chain of the documents' hashes.
+    threshold: int
 
 
-def survey(sources: Sources, options: Options) -> Survey:
-    """Read everything once. The sample is of the training side only: the documents with the largest hashes."""
-    count = size = empty = held = 0
+def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
+    """Read everything once. Returns what there is, and a sample of the training side to train a tokenizer on."""
+    count = size = empty = 0
     low, high = 1 << 64, -1
-    digest = hashlib.sha256()
-    sample: list[tuple[int, str]] = []
-    sampled = set()
+    digest = shards.NOTHING
+    sample = Sample(0 if options.tokenizer else options.sample_bytes)
     for text in sources:
         data = text.encode("utf-8", "surrogatepass")
+        del text  # Of a large document nothing may stay while the next one is read.
         number = text_hash(data, options.seed)
-        digest.update(number.to_bytes(8, "little"))
+        digest = shards.link(digest, number.to_bytes(8, "little"))
         empty += not data
         count += bool(data)
         size += len(data)
         if data and number not in sources.known:
             low, high = min(low, number), max(high, number)
-        if options.tokenizer or not data or sources.known.get(number) == "val" or number in sampled:
-            continue
-        heapq.heappush(sample, (number, text))
-        sampled.add(number)
-        held += len(data)
-        while held > SAMPLE_BYTES and len(sample) > 1:
-            number, text = heapq.heappop(sample)
-            sampled.discard(number)
-            held -= len(text.encode("utf-8", "surrogatepass"))
+        if data and sources.known.get(number) != "val":
+            sample.add(number, data)
+        del data
     if not count:
         raise PrepareError(f"{' '.join(options.sources)}: there is no text in it")
     threshold = _threshold(sources.val_fraction, low, high, set(sources.known.values()))
     splitter = Splitter(threshold, sources.known)
-    sample = sorted(item for item in sample if splitter.side(item[0]) == "train")
-    return Survey(count, size, empty, digest.hexdigest(), splitter, tuple(text for _, text in sample))
+    return Survey(count, size, empty, digest.hex(), threshold), sample.texts(splitter)
+
+
+class Sample:
+    """The documents with the largest hashes that fit into a number of bytes: the same in whatever order they come.
+
+    Of a long document the first part is taken, and a document counts for what it takes in memory, so that neither one
+    text of 100 MB nor millions of short ones are the sample.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.held, self.floor = limit, 0, -1
+        self.heap: list[tuple[int, bytes]] = []
+        self.numbers: set[int] = set()
+
+    def add(self, number: int, data: bytes) -> None:
+        """Take a document, by its hash, if it belongs to the sample."""
+        if number <= self.floor or number in self.numbers or not self.limit:
+            return
+        limit = min(SAMPLE_DOCUMENT_BYTES, self.limit - SAMPLE_OVERHEAD)
+        data = data if len(data) <= limit else data[: cut(data, limit)]
+        heapq.heappush(self.heap, (number, data))
+        self.numbers.add(number)
+        self.held += len(data) + SAMPLE_OVERHEAD
+        while self.held > self.limit:
+            # What has had to go decides what may come: else the order of the documents would.
+            self.floor, data = heapq.heappop(self.heap)
+            self.numbers.discard(self.floor)
+            self.held -= len(data) + SAMPLE_OVERHEAD
+
+    def texts(self, splitter: Splitter) -> list[str]:
+        """The sampled texts that train, in the order of their hashes."""
+        return [data.decode("utf-8", "surrogatepass") for number, data in sorted(self.heap)
+                if splitter.side(number) == "train"]
 
 
 def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> int:
@@ -174,291 +200,102 @@ def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> i
     return threshold
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------ second pass
 
 
-def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool = False) -> tuple[bytes, dict]:
-    """Train SentencePiece BPE on texts. Returns the model file's bytes and the options that made it."""
-    symbols = list(caseops.OPERATORS.values()) if with_caseops else []
-    lines = []
-    for text in sample:
-        data = (caseops.encode(text) if with_caseops else text).encode("utf-8", "ignore")
-        while data:
-            end = len(data) if len(data) <= TRAINING_LINE_BYTES else cut(data, TRAINING_LINE_BYTES)
-            lines.append(data[:end].decode("utf-8"))
-            data = data[end:]
-    rare = _rare_characters(lines, (vocab_size - FIXED_PIECES - len(symbols)) * 3 // 4, symbols)
-    lines = [line for line in (line.translate(rare) for line in lines) if line.strip("\r\n")]
-    if not lines:
-        raise PrepareError("the training text holds no words to train a tokenizer on; give more text")
-    options = {
-        "model_type": "bpe", "vocab_size": vocab_size, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK,
-        "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "add_dummy_prefix": True, "character_coverage": 1.0,
-        "max_sentence_length": 2 * TRAINING_LINE_BYTES, "num_threads": 4,
-    } | ({"user_defined_symbols": symbols} if symbols else {})
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, minloglevel=3, **options
-        )
-    except RuntimeError as error:
-        raise _training_error(str(error), vocab_size) from None
-    sample_bytes = sum(len(text.encode("utf-8", "ignore")) for text in sample)
-    sizes = {"sample_documents": len(sample), "sample_bytes": sample_bytes}
-    return model.getvalue(), {**options, **sizes, "removed_characters": len(rare)}
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A tokenizer's file, by which the worker processes load it."""
 
-
-def _rare_characters(lines: list[str], most: int, symbols: Iterable[str]) -> dict[int, None]:
-    """A table for `str.translate` that removes the characters which get no piece; `symbols` have theirs anyway.
-
-    SentencePiece's own way (`character_coverage`) goes down to 0.98 only, where a text with thousands of characters
-    does not fit a small vocabulary. It also skips every line that holds one of three characters that it uses itself.
-    """
-    counts = Counter()
-    for line in lines:
-        counts.update(line)
-    for symbol in symbols:
-        counts.pop(symbol, None)
-    reserved = {"\0", SPACE, "\u2585"}
-    wanted, covered, kept = CHARACTER_COVERAGE * sum(counts.values()), 0, {" "}
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if covered >= wanted or len(kept) >= most:
-            break
-        covered += count
-        if character not in reserved:
-            kept.add(character)
-    return {ord(character): None for character in counts if character not in kept}
-
-
-def _training_error(message: str, vocab_size: int) -> PrepareError:
-    largest = re.search(r"value <= (\d+)", message)
-    if largest:
-        return PrepareError(f"--vocab-size {vocab_size}: the training text supports at most {largest[1]}")
-    return PrepareError(f"--vocab-size {vocab_size}: SentencePiece refused: {' '.join(message.split())}")
-
-
-class Codec:
-    """A tokenizer with what the score's arithmetic needs: exact encoding, and the bytes of every token."""
-
-    def __init__(self, model: bytes, name: str = "tokenizer", with_caseops: bool = False):
-        """Check the model's ids and pieces. Raises PrepareError, naming `name`, if the score would not be exact."""
-        try:
-            self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError, ValueError):
-            raise PrepareError(f"{name}: not a SentencePiece model") from None
-        self.vocab_size = sp.vocab_size()
-        if self.vocab_size > MAX_VOCAB:
-            raise PrepareError(f"{name}: {self.vocab_size} pieces; at most {MAX_VOCAB} fit the shards' format")
-        ids = (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
-        if ids != (PAD, BOS, EOS, UNK):
-            raise PrepareError(f"{name}: pad, bos, eos, unk have the ids {ids}; they must have {(PAD, BOS, EOS, UNK)}")
-        pieces = [sp.id_to_piece(number) for number in range(self.vocab_size)]
-        self.byte_ids = [sp.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
-        if not all(sp.is_byte(number) for number in self.byte_ids):
-            raise PrepareError(f"{name}: it lacks byte pieces (byte_fallback)")
-        # Byte pieces stand for 1 byte, control, unknown and unused pieces for 0, others for their text. The space in
-        # front counts apart: it is a byte unless a piece of 0 bytes stands before it (SentencePiece puts a space
-        # before each text). A space anywhere else would be counted as the three bytes of U+2581.
-        self.silent = np.array([
-            sp.is_control(n) or sp.is_unknown(n) or sp.is_unused(n) for n in range(self.vocab_size)
-        ])
-        is_byte = np.array([sp.is_byte(n) for n in range(self.vocab_size)])
-        spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-        lengths = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
-        self.base_bytes = np.where(self.silent, 0, np.where(is_byte, 1, lengths))
-        self.leading_space = spaced & ~self.silent & ~is_byte
-        for piece, plain in zip(pieces, ~self.silent & ~is_byte, strict=True):
-            if plain and SPACE in piece[1:]:
-                raise PrepareError(f"{name}: piece {piece!r} has a space that is not in front; bytes can't be counted")
-        self.alphabet = frozenset("".join(pieces))
-        self.operators = self._operators(pieces, name) if with_caseops else None
-
-    def _operators(self, pieces: list[str], name: str) -> dict[str, int]:
-        """The ids of CaseOps' operators. No other piece may hold one: then each is always a token of its own."""
-        ids = {}
-        for operator, symbol in caseops.OPERATORS.items():
-            ids[operator] = self.processor.piece_to_id(symbol)
-            if [piece for piece in pieces if symbol in piece] != [symbol] or self.silent[ids[operator]]:
-                raise PrepareError(f"{name}: --caseops needs the user-defined symbol U+{ord(symbol):04X} ({operator}), "
-                                   "in no other piece")
-        return ids
-
-    def token_bytes(self, ids: np.ndarray) -> np.ndarray:
-        """[n] UTF-8 bytes of the text that each token stands for; the first id has nothing before it."""
-        after_silent = np.concatenate([[True], self.silent[ids[:-1]]])
-        widths = self.base_bytes[ids] + (self.leading_space[ids] & ~after_silent)
-        return caseops.original_bytes(ids, widths, self.operators) if self.operators else widths
-
-    def encode(self, document: str) -> np.ndarray | None:
-        """BOS and the tokens of a document as uint16, or None if they don't stand for exactly this text."""
-        try:
-            size = len(document.encode())
-        except UnicodeEncodeError:  # An unpaired surrogate, which JSON can spell and UTF-8 can't.
-            return None
-        text = caseops.encode(document) if self.operators else document
-        stand_in = self._absent_character(text) if SPACE in text else ""
-        if stand_in is None:
-            return None
-        tokens = self.processor.encode(text.replace(SPACE, stand_in) if stand_in else text)
-        ids = np.array([BOS, *tokens], np.uint16)
-        if stand_in:
-            # Text's own U+2581 looks like a space to SentencePiece. Write it as its three bytes instead: encode a
-            # character that only bytes can express, and put those of U+2581 in the place of its bytes.
-            old, new = ([self.byte_ids[byte] for byte in c.encode()] for c in (stand_in, SPACE))
-            at = np.flatnonzero((ids[:-2] == old[0]) & (ids[1:-1] == old[1]) & (ids[2:] == old[2]))
-            for offset, number in enumerate(new):
-                ids[at + offset] = number
-        exact = self.processor.decode(ids[1:].tolist()) == text and self.token_bytes(ids).sum() == size
-        if self.operators:
-            exact = exact and caseops.decode(text) == document
-        return ids if exact else None
-
-    def _absent_character(self, text: str) -> str | None:
-        """A character of three bytes that neither the text nor any piece holds; private use first."""
-        present = self.alphabet.union(text)
-        for number in (*range(0xE000, 0x10000), *range(0x0800, 0xD800)):
-            if chr(number) not in present:
-                return chr(number)
-        return None
+    path: str
+    sha256: str
+    with_caseops: bool
 
 
 @functools.lru_cache(maxsize=2)
-def _codec(path: str, sha256: str, with_caseops: bool) -> Codec:
-    return Codec(Path(path).read_bytes(), path, with_caseops)
+def load_codec(model: Model) -> Codec:
+    """The Codec of a model, made once in a process."""
+    return Codec(Path(model.path).read_bytes(), model.path, model.with_caseops)
 
 
-def tokenize(path: str, sha256: str, with_caseops: bool, texts: list[str]) -> list[np.ndarray | None]:
-    """`Codec.encode` of each text, in a worker process that loads the model once. None for a document to drop."""
-    codec = _codec(path, sha256, with_caseops)
-    return [codec.encode(text) for text in texts]
-
-
-# ----------------------------------------------------------------------------------------------------------- shards
-
-
-class ShardWriter:
-    """Writes one side's documents, each whole, into files of at most `shard_tokens` tokens.
-
-    Only a document that alone has more makes a longer file. A writer of sidecars gets each token's bytes in the
-    place of the token, and so parts its files where the tokens' are parted.
-    """
-
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards: list[dict] = []
-        self.text = hashlib.sha256()
-        self.file = None
-
-    def add(self, ids: np.ndarray, data: bytes) -> None:
-        """Append a document's tokens; `data` is its text."""
-        if self.file and self.shards[-1]["tokens"] + len(ids) > self.shard_tokens:
-            self.close()
-        if not self.file:
-            name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
-            self.shards.append({"file": name, "tokens": 0, "documents": 0, "bytes": 0})
-            self.file = open(self.folder / name, "w+b")
-            self.file.write(bytes(4 * HEADER_INTS))
-        self.file.write(ids.astype("<u2").tobytes())
-        self.text.update(data)
-        shard = self.shards[-1]
-        shard["tokens"] += len(ids)
-        shard["documents"] += 1
-        shard["bytes"] += len(data)
-
-    def close(self) -> None:
-        """Finish the open file: its header, its checksum, and its bytes on the disk."""
-        if not self.file:
-            return
-        file, self.file = self.file, None
-        with file:
-            header = np.zeros(HEADER_INTS, "<i4")
-            header[:3] = SHARD_MAGIC, SHARD_VERSION, self.shards[-1]["tokens"]
-            file.seek(0)
-            file.write(header.tobytes())
-            file.seek(0)
-            self.shards[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-
-    def summary(self) -> dict:
-        """This side's entry in the manifest."""
-        totals = {key: sum(shard[key] for shard in self.shards) for key in ("documents", "tokens", "bytes")}
-        return {**totals, "text_sha256": self.text.hexdigest(), "shards": self.shards}
+def tokenize(model: Model, segments: list[tuple[str, bool]]) -> list[bytes | None]:
+    """`Codec.encode_segment` of each segment. None where a document is to be dropped."""
+    codec = load_codec(model)
+    return [codec.encode_segment(*segment) for segment in segments]
 
 
 def write_shards(
-    sources: Sources, found: Survey, model: Path, folder: Path, options: Options, progress: Callable[[int], None]
-) -> tuple[dict[str, dict], int]:
-    """The second pass. Returns the manifest's `splits` and the number of dropped documents."""
-    names = ("train", "val", "val_bytes") if options.caseops else ("train", "val")
-    writers = {name: ShardWriter(folder, name, options.shard_tokens) for name in names}
-    sent: deque[list[str]] = deque()
-    digest, dropped = hashlib.sha256(), 0
+    sources: Sources, found: Survey, model: Model, output: Shards, options: Options, progress: Callable[[int], None]
+) -> dict[str, dict]:
+    """The second pass, or what is left of it. Returns the manifest's `splits`."""
+    codec, splitter = load_codec(model), Splitter(found.threshold, sources.known)
+    changed = Worthless(f"{' '.join(options.sources)}: the text changed while it was being read")
+    waiting: deque[tuple[Document, int]] = deque()
+    ready: deque[bytes | None] = deque()
 
-    def batches() -> Iterator[list[str]]:
-        for batch in in_batches(sources):
-            sent.append(batch)
-            yield [text for text in batch if text]
+    def segments() -> Iterator[tuple[str, bool]]:
+        texts, digest = iter(sources), shards.NOTHING
+        for text in itertools.islice(texts, output.documents):
+            data = text.encode("utf-8", "surrogatepass")
+            digest = shards.link(digest, text_hash(data, options.seed).to_bytes(8, "little"))
+            progress(len(data))
+        if digest != output.digest:
+            raise changed
+        for text in texts:
+            document, count = describe(text, splitter, options.seed), 0
+            for count, segment in enumerate(codec.segments(text) if text else (), 1):
+                yield segment, count == 1
+            del text  # Of a large document nothing may stay while the next one is read.
+            waiting.append((document, count))
 
-    codec_key = str(model), hashlib.sha256(model.read_bytes()).hexdigest(), options.caseops
-    job = functools.partial(tokenize, *codec_key)
-    workers = min(options.workers, -(-found.bytes // BATCH_BYTES))
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
-        validation = stack.enter_context(open(folder / "validation", "wb"))
-        for results in corpus.map_in_order(job, batches(), workers):
-            remaining = iter(results)
-            for text in sent.popleft():
-                data = text.encode("utf-8", "surrogatepass")
-                number = text_hash(data, options.seed)
-                digest.update(number.to_bytes(8, "little"))
-                ids = next(remaining) if data else None
-                if ids is None:
-                    dropped += bool(data)
-                    continue
-                side = found.splitter.side(number)
-                writers[side].add(ids, data)
-                if side == "val":
-                    validation.write(data)
-                    if options.caseops:
-                        writers["val_bytes"].add(_codec(*codec_key).token_bytes(ids), data)
-                progress(len(data))
-    if digest.hexdigest() != found.digest:
-        raise PrepareError(f"{' '.join(options.sources)}: the text changed while it was being read")
-    splits = {name: writer.summary() for name, writer in writers.items()}
-    if options.caseops:
-        splits["val"]["sidecars"] = splits.pop("val_bytes")["shards"]
-    return splits, dropped
+    workers = min(options.workers, -(-found.bytes // BATCH_CHARACTERS))
+    job = functools.partial(tokenize, model)
+    for results in itertools.chain(corpus.map_in_order(job, in_batches(segments()), workers), [[]]):
+        ready.extend(results)
+        while waiting and len(ready) >= waiting[0][1]:
+            document, count = waiting.popleft()
+            tokens = [ready.popleft() for _ in range(count)]
+            dropped = None in tokens
+            if tokens and not dropped:
+                output.add(document, contents(codec, document, tokens))
+            output.handled(document, dropped)
+            progress(document.size)
+    if output.digest.hex() != found.digest:
+        raise changed
+    return output.finish()
 
 
-def in_batches(texts: Iterable[str], size: int = BATCH_BYTES) -> Iterator[list[str]]:
-    """Texts in lists of about `size` characters, so that a worker's job outweighs its hand-over."""
+def describe(text: str, splitter: Splitter, seed: int) -> Document:
+    """What is to be kept of a document: its hashes and its side, and its text if it validates."""
+    data = text.encode("utf-8", "surrogatepass")
+    number = text_hash(data, seed)
+    side = splitter.side(number)
+    return Document(number, side, len(data), hashlib.sha256(data).digest(), data if side == "val" else None)
+
+
+def contents(codec: Codec, document: Document, tokens: list[bytes]) -> list[bytes]:
+    """What each of its side's files gets of a document: its tokens, and their bytes where there are sidecars."""
+    tokens = b"".join([BOS_TOKEN, *tokens])
+    if document.side == "train" or not codec.operators:
+        return [tokens]
+    return [tokens, codec.token_bytes(np.frombuffer(tokens, "<u2")).astype("<u2").tobytes()]
+
+
+def in_batches(segments: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Segments in lists of about BATCH_CHARACTERS, so that a worker's job outweighs its hand-over."""
     batch, held = [], 0
-    for text in texts:
-        batch.append(text)
-        held += len(text)
-        if held >= size:
+    for segment in segments:
+        batch.append(segment)
+        held += len(segment[0])
+        if held >= BATCH_CHARACTERS:
             yield batch
             batch, held = [], 0
     if batch:
         yield batch
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The uint16 tokens of a shard; ValueError if its header and its size disagree."""
-    data = path.read_bytes()
-    header = np.frombuffer(data[: 4 * HEADER_INTS], "<i4")
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path}: not a shard")
-    tokens = np.frombuffer(data[4 * HEADER_INTS :], "<u2")
-    if len(tokens) != header[2]:
-        raise ValueError(f"{path}: {len(tokens)} tokens, {header[2]} in its header")
-    return tokens
-
-
 def reference_compressors(path: Path) -> dict[str, float]:
-    """Bits per byte of general compressors on the file's first 128 MiB: what any language model should beat."""
+    """Bits per byte of general compressors on the file's first 16 MiB: what any language model should beat."""
     size = min(path.stat().st_size, REFERENCE_BYTES)
     stop = threading.Event()  # Lets a Ctrl-C end the threads within a chunk, not at the end of the text.
     compressors = {
@@ -489,17 +326,22 @@ def reference_compressors(path: Path) -> dict[str, float]:
 def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
     """Equal for two runs that would write the same: options, and for each source what tells that it changed."""
     parts = [FORMAT, recorded_options(options)]
-    modules = (__file__, caseops.__file__, corpus.__file__, sys.modules[Sources.__module__].__file__)
     for name, path in listed:
         if is_remote(name):
             parts.append([name])  # With its repository and revision in the options; the hub is not asked again.
         elif path is None:
-            code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in modules]
-            parts.append([name, package_versions(builtin_packages(name)), code])
+            parts.append([name, package_versions(builtin_packages(name)), program()["code"]])
         else:
             status = path.stat()
             parts.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def program() -> dict:
+    """What made the output besides the options and the texts."""
+    modules = [sys.modules[item.__module__] for item in (prepare, Sources, Codec, Shards)] + [caseops, corpus]
+    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+    return {"code": code, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])}
 
 
 def recorded_options(options: Options) -> dict:
@@ -508,9 +350,9 @@ def recorded_options(options: Options) -> dict:
     return {
         "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
         "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
-        "text_field": options.text_field, "caseops": options.caseops, "val_documents": options.val_documents,
-        "train_shards": options.train_shards, "repo": options.repo, "revision": options.revision,
-        "repo_root": options.repo_root,
+        "sample_bytes": options.sample_bytes, "text_field": options.text_field, "caseops": options.caseops,
+        "val_documents": options.val_documents, "train_shards": options.train_shards, "repo": options.repo,
+        "revision": options.revision, "repo_root": options.repo_root,
     }
 
 
@@ -534,7 +376,7 @@ def manifest_files(manifest: dict) -> dict[str, int]:
     files = {manifest["tokenizer"]["file"]: manifest["tokenizer"]["bytes"]}
     for split in manifest["splits"].values():
         for shard in (*split["shards"], *split.get("sidecars", ())):
-            files[shard["file"]] = 4 * HEADER_INTS + 2 * shard["tokens"]
+            files[shard["file"]] = HEADER_BYTES + 2 * shard["tokens"]
     if not all(OWN_FILE.fullmatch(name) for name in files):
         raise ValueError("a file that is not ours")
     return files
@@ -543,24 +385,48 @@ def manifest_files(manifest: dict) -> dict[str, int]:
 def check_folder(options: Options, mark: str) -> dict | None:
     """The manifest if --out already holds this very preparation, None if it may be (over)written; else an error."""
     out = options.out
-    manifest = read_manifest(out)
+    manifest, unfinished = read_manifest(out), read_unfinished(out)
     own = manifest_files(manifest) if manifest else {}
     for path in sorted(out.iterdir()):
         if OWN_FILE.fullmatch(path.name) and path.name not in own:
             raise PrepareError(f"{path}: in the way, and no manifest says that this program made it; "
                                "move it or choose another --out")
-    if manifest is None:
+    if options.force:
         return None
-    if manifest["fingerprint"] == mark:
+    if manifest and manifest["fingerprint"] == mark:
         present = all((out / name).is_file() and (out / name).stat().st_size == size for name, size in own.items())
-        return None if options.force or not present else manifest
-    if not options.force and not (published.variant_of(options.sources) and published.grows(manifest, options)):
-        recorded = recorded_options(options)
-        other = [f"{key} {manifest['options'].get(key)} there, {value} asked"
-                 for key, value in recorded.items() if manifest["options"].get(key) != value]
-        raise PrepareError(f"--out {out}: holds other data ({'; '.join(other) or 'other or changed sources'}); "
-                           "choose another folder, or --force replaces it")
+        if present:
+            return manifest
+    elif unfinished and unfinished["fingerprint"] == mark:
+        return None  # Whether it may replace what is there was decided when it began.
+    extended = manifest and published.variant_of(options.sources) and published.grows(manifest, options)
+    for there, words in ((None if extended else manifest, "other data"),
+                         (unfinished, "an unfinished preparation of other data")):
+        if there and there["fingerprint"] != mark:
+            raise PrepareError(f"--out {out}: holds {words} ({_differences(there['options'], options)}); "
+                               "choose another folder, or --force replaces it")
     return None
+
+
+def _differences(recorded: dict, options: Options) -> str:
+    asked = recorded_options(options)
+    other = [f"{key} {recorded.get(key)} there, {value} asked"
+             for key, value in asked.items() if recorded.get(key) != value]
+    return "; ".join(other) or "other or changed sources"
+
+
+def read_unfinished(out: Path) -> dict | None:
+    """What the first pass of a run that was killed has left: its options, its fingerprint and its survey."""
+    try:
+        return json.loads((out / UNFINISHED / "survey.json").read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def discard(folder: Path) -> None:
+    """Remove an unfinished preparation; if this is killed too, what is left of it counts for nothing."""
+    (folder / "survey.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def commit(temporary: Path, out: Path) -> None:
@@ -570,6 +436,7 @@ def commit(temporary: Path, out: Path) -> None:
     temporary folder with its manifest stays until the end.
     """
     manifest = read_manifest(temporary)
+    (temporary / "survey.json").unlink(missing_ok=True)  # Nothing is left to go on with.
     if (out / "manifest.json").exists():
         os.replace(out / "manifest.json", temporary / "previous.json")
     if (temporary / "previous.json").exists():
@@ -584,7 +451,7 @@ def commit(temporary: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def output_folder(out: Path) -> Iterator[None]:
-    """Make --out and hold it for this process alone; after a failure nothing of ours is left, not even the folder."""
+    """Make --out and hold it for this process alone; after a failure an empty folder that we made goes again."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     descriptor = None
     try:
@@ -596,11 +463,8 @@ def output_folder(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PrepareError(f"--out {out}: another run of this program is writing there") from None
-        for stale in sorted(out.glob(TEMPORARY + "*")):  # Left by a run that was killed, as we hold the lock.
-            if (stale / "manifest.json").exists():
-                commit(stale, out)
-            else:
-                shutil.rmtree(stale)
+        if (out / UNFINISHED / "manifest.json").exists():  # Left by a run that was killed, as we hold the lock.
+            commit(out / UNFINISHED, out)
         yield
     except BaseException:
         for path in made:
@@ -630,7 +494,8 @@ def no_interruption() -> Iterator[None]:
 def prepare(options: Options) -> tuple[dict, bool]:
     """Prepare the sources as the options say. Returns the manifest, and whether it was there already.
 
-    Raises PrepareError for what a user can mend and OSError where the disk refuses; then nothing is left behind.
+    Raises PrepareError for what a user can mend and OSError where the disk refuses. What is finished when the disk
+    or a signal stops it, or when it is killed, is kept, and the next call with the same options goes on from there.
     """
     options, given = _complete(options)
     listed = list_files(options.sources)
@@ -641,14 +506,21 @@ def prepare(options: Options) -> tuple[dict, bool]:
             return manifest, True
         if published.variant_of(options.sources):
             return _download(options, mark), False
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=options.out))
+        folder = options.out / UNFINISHED
+        unfinished = read_unfinished(options.out)
+        if options.force or not unfinished or unfinished["program"] != program():
+            discard(folder)
+            folder.mkdir()
         try:
-            manifest = _fill(temporary, options, given, mark)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            manifest = _fill(folder, options, given, mark)
+        except BaseException as error:
+            if isinstance(error, Worthless) or not read_unfinished(options.out):
+                discard(folder)
+            else:
+                error.add_note(f"; what is finished is kept in {folder}, and the same command goes on from there")
             raise
         with no_interruption():
-            commit(temporary, options.out)
+            commit(folder, options.out)
     return manifest, False
 
 
@@ -675,7 +547,7 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
 def _download(options: Options, mark: str) -> dict:
     """Fetch a published export into --out, with a manifest like that of a preparation; returns it."""
     report, folder = Report(options.quiet), options.out / DOWNLOADING
-    before, folder_is_ready = read_manifest(options.out), options.out / f"{TEMPORARY}download"
+    before, ready = read_manifest(options.out), options.out / UNFINISHED
     folder.mkdir(exist_ok=True)
     extends = before and not options.force and published.grows(before, options)
     pinned = before["source"][0]["commit"] if extends else None  # What is added must fit what is there.
@@ -686,10 +558,11 @@ def _download(options: Options, mark: str) -> dict:
         raise PrepareError(f"{fetched.export.tokenizer.path}: {codec.vocab_size} pieces, not {options.vocab_size}")
     splits = published.measure(fetched, codec, report.bar)
     manifest = _manifest(options, mark, [fetched.described], model, {"given": True}, splits)
-    _write(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     with no_interruption():
-        os.replace(folder, folder_is_ready)  # From here on the next run completes it, should this one be killed.
-        commit(folder_is_ready, options.out)
+        discard(ready)
+        os.replace(folder, ready)  # From here on the next run completes it, should this one be killed.
+        commit(ready, options.out)
     return manifest
 
 
@@ -698,7 +571,7 @@ def _manifest(options: Options, mark: str, source: list[dict], model: bytes, tra
     return {
         "format": FORMAT,
         "source": source,
-        "created_with": {"prepare": FORMAT, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])},
+        "created_with": {"prepare": FORMAT, **program()},
         "options": recorded_options(options),
         "tokenizer": {
             "file": published.TOKENIZER, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
@@ -709,45 +582,67 @@ def _manifest(options: Options, mark: str, source: list[dict], model: bytes, tra
     }
 
 
-def _fill(temporary: Path, options: Options, model: bytes | None, mark: str) -> dict:
-    """Write all files of a preparation into a folder; the manifest last."""
+def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dict:
+    """Write all files of a preparation into a folder, or those that it lacks; the manifest last."""
     report = Report(options.quiet)
     report.say("reading " + " ".join(options.sources))
     sources = Sources(options, report)
-    found = survey(sources, options)
-    training: dict = {"given": True}
-    if model is None:
-        report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(found.sample)} documents")
-        model, training = train_tokenizer(found.sample, options.vocab_size, options.caseops)
-        Codec(model, "the trained tokenizer", options.caseops)
-    path = temporary / published.TOKENIZER
-    _write(path, model)
-    with report.bar("tokenizing", found.bytes) as progress:
-        splits, dropped = write_shards(sources, found, path, temporary, options, progress)
+    found = _surveyed(folder, sources, options, mark)
+    training = _tokenizer(folder, options, model, report)
+    path = folder / published.TOKENIZER
+    model = path.read_bytes()
+    with contextlib.closing(Shards(folder, options.shard_tokens, options.caseops)) as output:
+        with report.bar("tokenizing", found.bytes) as progress:
+            loaded = Model(str(path), hashlib.sha256(model).hexdigest(), options.caseops)
+            splits = write_shards(sources, found, loaded, output, options, progress)
     for split, summary in splits.items():
         if not summary["documents"]:
-            raise PrepareError(f"no {split} document is left ({dropped} of {found.documents} documents dropped because "
-                               "decoding does not give them back); give more text or another --tokenizer")
+            raise Worthless(f"no {split} document is left ({output.dropped} of {found.documents} documents dropped "
+                            "because decoding does not give them back); give more text or another --tokenizer")
     report.say("compressing the validation text with xz -9 and zstd -22")
-    reference = reference_compressors(temporary / "validation")
-    (temporary / "validation").unlink()
     manifest = {
         **_manifest(options, mark, sources.described, model, training, splits),
-        "dropped_documents": dropped,
+        "dropped_documents": output.dropped,
         "empty_documents": found.empty,
         "duplicates_of_validation": sources.duplicates,
-        "reference_compressors": reference,
+        "reference_compressors": reference_compressors(folder / "validation"),
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
     }
-    _write(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _surveyed(folder: Path, sources: Sources, options: Options, mark: str) -> Survey:
+    """The first pass, or what is left of an earlier one."""
+    unfinished = read_unfinished(options.out)
+    if unfinished:
+        return Survey(**unfinished["survey"])
+    found, sample = survey(sources, options)
+    write_file(folder / "sample.jsonl", "".join(json.dumps(text) + "\n" for text in sample).encode())
+    kept = {"fingerprint": mark, "program": program(), "options": recorded_options(options),
+            "survey": dataclasses.asdict(found)}
+    write_file(folder / "survey.json", json.dumps(kept).encode())
+    return found
+
+
+def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Report) -> dict:
+    """Put a tokenizer into the folder if none is there. Returns the options that made it."""
+    made = folder / "tokenizer.json"
+    if made.exists():
+        return json.loads(made.read_bytes())
+    training: dict = {"given": True}
+    if model is None:
+        with open(folder / "sample.jsonl", "rb") as file:
+            sample = [json.loads(line) for line in file]
+        report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(sample)} documents")
+        try:
+            model, training = train_tokenizer(sample, options.vocab_size, options.caseops)
+        except PrepareError as error:
+            raise Worthless(str(error)) from None
+        Codec(model, "the trained tokenizer", options.caseops)
+    write_file(folder / "tokenizer.model", model)
+    write_file(made, json.dumps(training).encode())
+    return training
 
 
 class Report:
@@ -795,8 +690,11 @@ for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded 
 A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
 shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
 
+A run that is interrupted, killed, or out of disk space keeps its finished shards in --out/.prepare-unfinished: the
+same command goes on from there and writes the same bytes as an undisturbed run; --force begins anew.
+
 exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
-130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out but downloads."""
+130 or 143 interrupted."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -847,6 +745,8 @@ def parse_arguments(arguments: list[str]) -> Options:
     add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the split and shuffle (default: 0)")
     add("--max-document-bytes", type=whole(64, 1 << 30), default=32 << 10, metavar="N",
         help="cut .txt files that are longer (default: %(default)s)")
+    add("--sample-bytes", type=whole(1 << 16, 1 << 30), default=32 << 20, metavar="N",
+        help="most text to train the tokenizer on; training takes about 10 times as much memory (default: %(default)s)")
     add("--text-field", default="text", metavar="NAME",
         help="the field or column that holds the text of .jsonl and .parquet (default: %(default)s)")
     add("--caseops", action="store_true",
@@ -890,6 +790,11 @@ def _on_signal(number: int, frame: object) -> None:
     raise Terminated(number)
 
 
+def _notes(error: BaseException, otherwise: str = "") -> str:
+    """What was noted about an error while it passed."""
+    return "".join(getattr(error, "__notes__", [otherwise]))
+
+
 def _disk_error(error: OSError, out: Path) -> str:
     """One line for what the disk refused: a file to read, or (also where the error names none) --out."""
     path = Path(os.path.abspath(error.filename or out))
@@ -901,22 +806,23 @@ def _disk_error(error: OSError, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    kept = "nothing was written"
+    kept = "; nothing is left of it"
     try:
         for number in SIGNALS:
             signal.signal(number, _on_signal)
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         if any(map(is_remote, options.sources)):
-            kept = "what was downloaded is kept, the same command goes on"
+            kept = "; what was downloaded is kept, and the same command goes on"
         manifest, before = prepare(options)
     except PrepareError as error:
-        message, code = str(error), 2
+        message, code = str(error) + _notes(error), 2
     except OSError as error:
-        message, code = _disk_error(error, options.out), 2
-    except BrokenProcessPool:
+        message, code = _disk_error(error, options.out) + _notes(error), 2
+    except BrokenProcessPool as error:
         message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
+        message += _notes(error)
     except Terminated as error:
-        message, code = f"interrupted; {kept}", 128 + error.args[0]
+        message, code = "interrupted" + _notes(error, kept), 128 + error.args[0]
     else:
         if before:
             print("already prepared")

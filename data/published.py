@@ -26,9 +26,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from errors import PrepareError
 from hub import RemoteFile, Repository, check_room
+from shards import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
 
 if TYPE_CHECKING:
-    from prepare import Codec, Options
+    from prepare import Options
+    from tokenizer import Codec
 
 DOCUMENTS = "docs_selected"  # the name of the source; the file is docs_selected.jsonl
 VALIDATION_DOCUMENTS = 50_000  # the first so many of docs_selected.jsonl validate, always
@@ -36,9 +38,6 @@ ROOT = "datasets"
 TEXT_OPTIONS = ("vocab_size", "val_fraction", "val_documents", "shard_tokens", "tokenizer", "seed",
                 "max_document_bytes", "text_field", "caseops", "downloads")
 TOKENIZER = "tokenizer.model"  # its name in --out
-BOS = 1
-SHARD_HEADER = 1024  # bytes; the first three int32 are magic, version and the number of uint16 tokens
-SHARD_MARK = (20240520, 1)
 CHUNK_TOKENS = 4 << 20
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -281,7 +280,7 @@ def measure(download: Download, codec: Codec, bar: Bar) -> dict[str, dict]:
             totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
             splits[split] = {**totals, "shards": shards}
     if export.sidecars:
-        _measure_sidecars(download, splits["val"])
+        _measure_sidecars(download, splits["val"], codec)
     check_figures(export, splits)
     return splits
 
@@ -289,10 +288,10 @@ def measure(download: Download, codec: Codec, bar: Bar) -> dict[str, dict]:
 def open_shard(path: Path, remote: RemoteFile) -> np.ndarray:
     """[n] uint16, mapped from the file. Raises PrepareError if its header is no shard's or tells another length."""
     size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER else np.zeros(3, "<i4")
-    if tuple(header[:2]) != SHARD_MARK or size != SHARD_HEADER + 2 * int(header[2]):
+    header = np.fromfile(path, "<i4", 3) if size >= HEADER_BYTES else np.zeros(3, "<i4")
+    if tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != HEADER_BYTES + 2 * int(header[2]):
         raise PrepareError(f"{remote.path}: not a shard: {size} bytes whose header begins with {header.tolist()}")
-    return np.memmap(path, "<u2", "r", SHARD_HEADER) if header[2] else np.empty(0, "<u2")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES) if header[2] else np.empty(0, "<u2")
 
 
 def _count(tokens: np.ndarray, codec: Codec, context: np.ndarray, remote: RemoteFile,
@@ -306,7 +305,7 @@ def _count(tokens: np.ndarray, codec: Codec, context: np.ndarray, remote: Remote
         ids = np.asarray(tokens[start : start + CHUNK_TOKENS])
         if int(ids.max()) >= codec.vocab_size:
             raise PrepareError(f"{remote.path}: token id {ids.max()}; the tokenizer has {codec.vocab_size} pieces")
-        documents += int((ids == BOS).sum())
+        documents += int((ids == codec.processor.bos_id()).sum())
         joined = np.concatenate([context, ids])
         size += int(codec.token_bytes(joined)[len(context):].sum())
         # A token's bytes depend on the one before it and, with CaseOps, on the row of ESC tokens that ends there.
@@ -327,7 +326,7 @@ def _sha256(remote: RemoteFile, path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _measure_sidecars(download: Download, split: dict) -> None:
+def _measure_sidecars(download: Download, split: dict, codec: Codec) -> None:
     """Put the sidecars into the validation split, whose bytes are theirs: they are what a score divides by.
 
     Raises PrepareError where they don't fit the tokens, or count other bytes than the tokens' own text has.
@@ -336,7 +335,7 @@ def _measure_sidecars(download: Download, split: dict) -> None:
     for shard, (name, remote) in zip(split["shards"], download.export.sidecars.items(), strict=True):
         tokens = open_shard(download.paths[shard["file"]], remote)
         widths = open_shard(download.paths[name], remote)
-        if len(widths) != len(tokens) or widths[tokens == BOS].any():
+        if len(widths) != len(tokens) or widths[tokens == codec.processor.bos_id()].any():
             raise PrepareError(f"{remote.path}: {len(widths)} byte counts for {len(tokens)} tokens, or bytes for a "
                                "document's start")
         size = int(widths.sum(dtype=np.int64))

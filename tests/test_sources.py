@@ -34,6 +34,7 @@ from test_prepare import command, contents, documents_of, options, refused, stor
 import hub
 import prepare
 import published
+import shards
 import sources
 from errors import PrepareError
 
@@ -97,7 +98,7 @@ def layout(folder, name, manifest):
     for kind, split, parts in (("train", "train", 4), ("val", "val", 2), ("val_bytes", "val", 2)):
         listed = manifest["splits"][split].get("sidecars" if kind == "val_bytes" else "shards", [])
         if listed:
-            stream = np.concatenate([prepare.read_shard(folder / item["file"]) for item in listed])
+            stream = np.concatenate([shards.read_shard(folder / item["file"]) for item in listed])
             for number, part in enumerate(np.array_split(stream, parts)):
                 files[f"datasets/datasets/{name}/fineweb_{kind}_{number:06d}.bin"] = shard(part)
     for split in ("train", "val"):
@@ -168,7 +169,7 @@ def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_r
         for key in ("tokens", "documents", "bytes"):
             assert manifest["splits"][split][key] == expected["splits"][split][key], (split, key)
         for item in manifest["splits"][split]["shards"]:
-            assert prepare.read_shard(out / item["file"]).size == item["tokens"]
+            assert shards.read_shard(out / item["file"]).size == item["tokens"]
     assert manifest["splits"]["val"]["bytes"] == expected["splits"]["val"]["bytes"] > 3000
     stats = manifest["source"][0]["stats"]
     assert [stats[f"tokens_{split}"] for split in ("train", "val")] == [
@@ -451,7 +452,7 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, serve, published_repos
     served.go_on.set()
     _, said = running.communicate(timeout=60)
     assert running.returncode == (-9 if number == signal.SIGKILL else 143), said
-    assert number == signal.SIGKILL or said.endswith("what was downloaded is kept, the same command goes on\n")
+    assert number == signal.SIGKILL or said.endswith("what was downloaded is kept, and the same command goes on\n")
     assert not list(out.glob("*.bin")) and list(parts.glob("*.part"))
     complete = {path.name for path in parts.glob("*.bin")}
     held = max(part.stat().st_size for part in parts.glob("fineweb_train_000003*.part"))
@@ -492,6 +493,27 @@ def test_first_documents_validate_and_their_copies_do_not_train(tmp_path, comman
     assert documents_of(tmp_path / "out", manifest, "val") == texts[:10]
     training = documents_of(tmp_path / "out", manifest, "train")
     assert training == [*texts[10:], texts[30]] and not set(training) & set(texts[:10])
+
+
+def test_the_split_by_place_survives_an_interruption(tmp_path, command, monkeypatch):
+    texts = [story(seed) for seed in range(40)]
+    path = write_jsonl(tmp_path / "docs_selected.jsonl", [*texts, texts[1], texts[2]])
+    arguments = [path, "--val-documents", 5, "--vocab-size", 320, "--shard-tokens", 900, "--out"]
+    assert command(*arguments, tmp_path / "whole")[0] == 0
+    add, added = shards.Shards.add, []
+
+    def full(self, *rest):
+        added.append(rest)
+        if len(added) == 25:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return add(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Shards, "add", full)
+        assert refused(command(*arguments, tmp_path / "parted"), "No space left", "goes on from there")
+    assert command(*arguments, tmp_path / "parted")[0] == 0
+    assert contents(tmp_path / "parted") == contents(tmp_path / "whole")
+    assert json.loads((tmp_path / "parted" / "manifest.json").read_text())["duplicates_of_validation"] == 2
 
 
 def test_fifty_thousand_documents_validate_unless_told_otherwise(tmp_path):

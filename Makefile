@@ -21,7 +21,7 @@ test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(PY) -m pytest -q -n 2 tests
 
 # The same kernels and backends, for real, on a CUDA device.
-test-gpu: $(VENV)/test-tools
+test-gpu: $(VENV)/test-tools $(VENV)/data-tools
 	$(PY) -m pytest -q -m gpu tests
 
 # Each stage against a reference in the same run: kernels, a training step, the case transform.

@@ -24,7 +24,7 @@ from errors import PrepareError, library
 
 WORKERS = 4  # transfers at a time
 ATTEMPTS = 3  # at one file whose bytes turn out wrong, before giving up
-RETRIES = 5  # after a reset connection that brought nothing
+RETRIES = 5  # after a reset connection or a server's error that brought nothing, 62 seconds in all
 HF_SOURCE = re.compile(r"hf:(?P<repo>[^/:@]+/[^/:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps each dataset as CONFIG/SPLIT/0000.parquet
 TEXT_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
@@ -100,7 +100,7 @@ class Repository:
         for name in ("constants", "errors", "hf_api", "utils"):  # The package loads nothing by itself.
             library(f"huggingface_hub.{name}")
         self.repo, self.api = repo, self.hub.HfApi()
-        with self._plain_errors(f"--revision {revision}" if revision else "its main branch"):
+        with self._plain_errors(f"--revision {revision}" if revision else "the main branch"):
             timeout = self.hub.constants.HF_HUB_ETAG_TIMEOUT
             self.commit = self.api.dataset_info(repo, revision=revision, timeout=timeout).sha
 
@@ -177,13 +177,15 @@ class Repository:
                     http_get(url, _Meter(raw, progress), resume_size=held, headers=headers, expected_size=file.size,
                              displayed_filename=file.path, tqdm_class=silent_tqdm)
                     break
-                except ReadError:  # A reset connection, which http_get does not retry.
+                # A reset connection, or a server that is busy: http_get does not retry these.
+                except (ReadError, self.hub.errors.HfHubHTTPError) as error:
                     fruitless = fruitless + 1 if raw.tell() == held else 0
-                    if fruitless > RETRIES:
+                    refused = not isinstance(error, ReadError) and error.response.status_code < 500
+                    if refused or fruitless > RETRIES:
                         raise
-                    time.sleep(1)
+                    time.sleep(2**fruitless)
                 except OSError as error:
-                    if error.errno is not None or isinstance(error, self.hub.errors.HfHubHTTPError):
+                    if error.errno is not None:
                         raise
                     break  # http_get's complaint about the length.
             raw.flush()

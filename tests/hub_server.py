@@ -23,6 +23,7 @@ class Hub:
     cut: {path: [bytes, ...]} each next answer with the file ends after so many bytes, while a length was promised.
     corrupt: {path: n} the next n answers have a byte flipped. lost: paths that are listed and not there.
     status: {part of a request: code}. stall: paths whose answers stop half-way until `go_on` is set.
+    busy: {path: n} the next n answers with the file are 503.
     ignore_ranges: send files from their beginning always. reset: connections that are cut end with an error.
     """
 
@@ -30,7 +31,7 @@ class Hub:
         self.repos, self.requests, self.sent = repos, [], Counter()
         self.cut, self.corrupt, self.lost, self.status, self.stall = {}, Counter(), set(), {}, set()
         self.stalled, self.go_on, self.lock = threading.Event(), threading.Event(), threading.Lock()
-        self.ignore_ranges = self.reset = False
+        self.ignore_ranges, self.reset, self.busy = False, False, Counter()
 
     def commit_of(self, repo, revision):
         """The commit that a revision names, and its files; (None, None) if there is none."""
@@ -156,11 +157,14 @@ class _Handler(BaseHTTPRequestHandler):
     def content(self, repo, commit, path):
         data = self.hub.commit_of(repo, commit)[1][path]
         with self.hub.lock:
+            busy, self.hub.busy[path] = self.hub.busy[path] > 0, self.hub.busy[path] - 1
             if self.hub.corrupt[path] > 0:
                 self.hub.corrupt[path] -= 1
                 data = bytes([data[0] ^ 1]) + data[1:]
             ends = self.hub.cut.get(path)
             end = ends.pop(0) if ends else math.inf
+        if busy:
+            return self.answer(503, b"")
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(asked[1]) if asked and not self.hub.ignore_ranges else 0
         self.send_response(206 if start else 200)

@@ -244,7 +244,7 @@ def test_wrong_bytes_are_fetched_again_and_then_refused(tmp_path, serve, publish
     assert refused(command("sp1024", "--out", out), path, "hash", "3 times", "removed")
     assert served.downloads().count(path) == hub.ATTEMPTS
     assert not list(out.glob("**/fineweb_train_000002*")) and not (out / "manifest.json").exists()
-    served.corrupt[path] = 1  # Another time the second attempt is right.
+    served.corrupt[path], served.busy[path] = 1, 3  # Another time the server is busy, and then right at the second try.
     assert command("sp1024", "--out", out)[0] == 0
     assert (out / "fineweb_train_000002.bin").read_bytes() == published_repos[REPO]["main"][path]
 
@@ -355,6 +355,7 @@ REFUSALS = [
     ({"--repo-root": "elsewhere"}, {}, ["no elsewhere/manifest.json"]),
     ({}, {"/tree/": 503}, ["503"]),
     ({}, {train_file(1): 403}, [train_file(1), "403"]),
+    ({}, {train_file(1): 500}, [train_file(1), "500"]),
     ({}, {train_file(1): 404}, [train_file(1), "404"]),
 ]
 

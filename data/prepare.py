@@ -218,7 +218,7 @@ def load_codec(model: Model) -> Codec:
     return Codec(Path(model.path).read_bytes(), model.path, model.with_caseops)
 
 
-def tokenize(model: Model, segments: list[tuple[str, bool]]) -> list[bytes | None]:
+def tokenize(model: Model, segments: list[tuple[str, str]]) -> list[bytes | None]:
     """`Codec.encode_segment` of each segment. None where a document is to be dropped."""
     codec = load_codec(model)
     return [codec.encode_segment(*segment) for segment in segments]
@@ -233,7 +233,7 @@ def write_shards(
     waiting: deque[tuple[Document, int]] = deque()
     ready: deque[bytes | None] = deque()
 
-    def segments() -> Iterator[tuple[str, bool]]:
+    def segments() -> Iterator[tuple[str, str]]:
         texts, digest = iter(sources), shards.NOTHING
         for text in itertools.islice(texts, output.documents):
             data = text.encode("utf-8", "surrogatepass")
@@ -244,7 +244,7 @@ def write_shards(
         for text in texts:
             document, count = describe(text, splitter, options.seed), 0
             for count, segment in enumerate(codec.segments(text) if text else (), 1):
-                yield segment, count == 1
+                yield segment
             del text  # Of a large document nothing may stay while the next one is read.
             waiting.append((document, count))
 
@@ -281,7 +281,7 @@ def contents(codec: Codec, document: Document, tokens: list[bytes]) -> list[byte
     return [tokens, codec.token_bytes(np.frombuffer(tokens, "<u2")).astype("<u2").tobytes()]
 
 
-def in_batches(segments: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+def in_batches(segments: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     """Segments in lists of about BATCH_CHARACTERS, so that a worker's job outweighs its hand-over."""
     batch, held = [], 0
     for segment in segments:
@@ -298,8 +298,9 @@ def reference_compressors(path: Path) -> dict[str, float]:
     """Bits per byte of general compressors on the file's first 16 MiB: what any language model should beat."""
     size = min(path.stat().st_size, REFERENCE_BYTES)
     stop = threading.Event()  # Lets a Ctrl-C end the threads within a chunk, not at the end of the text.
+    dictionary = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, size)}  # Its own 64 MiB need 674 MB.
     compressors = {
-        "xz -9": lzma.LZMACompressor(preset=9),
+        "xz -9": lzma.LZMACompressor(filters=[dictionary]),
         "zstd -22": zstandard.ZstdCompressor(level=22).compressobj(size=size),
     }
 

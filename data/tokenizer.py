@@ -32,6 +32,7 @@ CACHED_WORD_CHARACTERS = 64
 CACHED_WORDS = 1 << 18  # about 60 MB; then all are forgotten, as the frequent ones are soon back
 BOS_TOKEN = np.array(BOS, "<u2").tobytes()
 NO_TOKENS = np.empty(0, np.int32)
+# Where the two parts of a word, each written by CaseOps, are not what it writes for the word.
 INSIDE_CAPITALS = re.compile("[A-Z][A-Za-z]|[a-z][A-Z]")
 NOT_TEXT = b"\xff"  # The bytes of a token that stands for no text: no UTF-8 holds this one.
 
@@ -191,11 +192,11 @@ class Codec:
 
     def encode(self, document: str) -> np.ndarray | None:
         """BOS and the tokens of a document as uint16, or None if they don't stand for exactly this text."""
-        parts = [self.encode_segment(text, not at) for at, text in enumerate(self.segments(document))]
+        parts = [self.encode_segment(*segment) for segment in self.segments(document)]
         return None if None in parts else np.frombuffer(b"".join([BOS_TOKEN, *parts]), "<u2")
 
-    def segments(self, document: str) -> Iterator[str]:
-        """The document in parts of at most SEGMENT_CHARACTERS, to be encoded one by one.
+    def segments(self, document: str) -> Iterator[tuple[str, str]]:
+        """The document in parts of at most SEGMENT_CHARACTERS, each with the character before it, if there is one.
 
         A part ends before a space, or else between two characters that follow each other in no piece: there the whole
         document's tokens are parted too. Where a text has neither for SEARCHED_CHARACTERS, its tokens at the cut may
@@ -204,9 +205,9 @@ class Codec:
         start = 0
         while len(document) - start > SEGMENT_CHARACTERS:
             end = self._cut(document, start + SEGMENT_CHARACTERS)
-            yield document[start:end]
+            yield document[start:end], document[start - 1 : start] if start else ""
             start = end
-        yield document[start:]
+        yield document[start:], document[start - 1 : start] if start else ""
 
     def _cut(self, document: str, end: int) -> int:
         """Where to end a segment, at `end` or before it."""
@@ -214,7 +215,6 @@ class Codec:
         space = document.rfind(" ", first, end)
         if space >= 0:
             return space
-        # CaseOps writes the parts of a word as it writes the word only between two small letters.
         places = [at for at in range(end, first, -1)
                   if not (self.operators and INSIDE_CAPITALS.match(document, at - 1))]
         return next((at for at in places if self._parted(*document[at - 1 : at + 1])), places[0] if places else end)
@@ -225,15 +225,17 @@ class Codec:
             left, right = caseops.encode(left)[-1], caseops.encode(right)[0]
         return left + right not in self.pairs
 
-    def encode_segment(self, text: str, first: bool) -> bytes | None:
-        """A segment's tokens as uint16, or None if they don't stand for exactly this text. `first` of its document?
+    def encode_segment(self, text: str, before: str = "") -> bytes | None:
+        """A segment's tokens as uint16, or None if they don't stand for exactly this text after the character `before`.
 
         The tokens' texts put together are what SentencePiece decodes them to (but for the space that it drops in front
         of the first): a piece is its own text, a row of byte pieces its bytes as UTF-8. As no piece holds a part of a
         character, each row is whole characters if all together are.
         """
         written = caseops.encode(text) if self.operators else text
-        prefix = self.prefix if first and text else ""
+        if self.operators and INSIDE_CAPITALS.match(before + text[:1]):
+            return None
+        prefix = "" if before or not text else self.prefix
         try:
             data = (prefix + written).encode()
         except UnicodeEncodeError:  # An unpaired surrogate, which JSON can spell and UTF-8 can't.
@@ -241,7 +243,7 @@ class Codec:
         tokens = self._tokens(prefix + written)
         ids = np.frombuffer(tokens, "<u2")
         exact = b"".join(self.texts[ids]) == data
-        if first and text:  # The score counts no space in front of a document: there must be one that is not its own.
+        if text and not before:  # The score counts no space in front of a document: there must be one that is not its own.
             exact = exact and self.leading_space[ids[0]] == bool(prefix)
         if self.operators and exact:
             widths = caseops.original_bytes(ids, self.lengths[ids], self.operators)

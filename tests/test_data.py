@@ -98,13 +98,6 @@ def test_shards_are_taken_in_the_order_of_their_names_and_splits_do_not_mix(tmp_
     assert tg.TokenStream(small(tmp_path), "val").read(0, 2).tolist() == [7, 8]
 
 
-def test_an_id_outside_the_vocabulary_is_refused_by_name(counted):
-    highest = int(tg.TokenStream(small(counted), "train").shards[-1].max())
-    tg.TokenStream(small(counted, VOCAB_SIZE=highest + 1), "train").check_ids(single_run())
-    with pytest.raises(tg.ConfigError, match=rf"train_\d+\.bin: .*{highest}"):
-        tg.TokenStream(small(counted, VOCAB_SIZE=highest), "train").check_ids(single_run())
-
-
 def test_a_stream_of_one_token_is_refused(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", [1])
     with pytest.raises(tg.ConfigError, match="hold 1 tokens"):

@@ -76,7 +76,7 @@ CHANGES = {
                                                 ("TTT_MOMENTUM", 0.5), ("TTT_FREEZE_BLOCKS", 1))},
     "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)), "TOKENIZER_SHA256": ("0" * 64, {}),
     "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
-    "DEVICE": ("cuda", {}),
+    "DEVICE": ("cuda", {}), "AUDIT": ("windows", {}), "ALLOW_SHARED_DOCUMENTS": (3, {}),
 }
 
 

@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu bench ablate pack reproduce sweep report venv clean
+.PHONY: demo test test-gpu bench ablate audit-data pack reproduce sweep report venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -30,6 +30,10 @@ bench: venv
 ablate: venv
 	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
 	$(PY) bench/ablate.py --data $(DATA)
+
+# What a run checks of its data, with every finding: make audit-data DATA=folder [AUDIT=windows]
+audit-data: venv
+	@$(PY) tools/audit_data.py $(DATA)
 
 # The script that ships: packed/train_gpt.py.
 pack: venv

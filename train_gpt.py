@@ -44,7 +44,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -917,8 +917,10 @@ def open_shard(path: Path) -> np.ndarray:
     if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
         raise ConfigError(str(path), "", f"is damaged: the header promises {tokens} tokens, which take "
                                          f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)) if tokens else \
-        np.zeros(0, np.uint16)
+    if not tokens:
+        return np.zeros(0, np.uint16)
+    # A plain array over the map: slices of a memmap cost ten times as much.
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -927,21 +929,26 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_name(f"{head}_bytes_{number}")
 
 
+def shard_paths(c: Config, split: str) -> list[Path]:
+    """The shards of a split, in order. Errors: ConfigError where there are none."""
+    pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
+    paths = sorted(Path(c.data_path).glob(pattern))
+    if not paths:
+        raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
+                                                    f"{c.data_path} --vocab-size {c.vocab_size}` makes such shards "
+                                                    "from built-in text")
+    return paths
+
+
 class TokenStream:
     """All shards of a split as one sequence of tokens."""
 
     def __init__(self, c: Config, split: str):
-        folder, pattern = Path(c.data_path), f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
-        paths = sorted(folder.glob(pattern))
-        if not paths:
-            raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
-                                                        f"{c.data_path} --vocab-size {c.vocab_size}` makes such "
-                                                        "shards from built-in text")
-        self.shards = [open_shard(path) for path in paths]
-        self.paths, self.vocab_size = paths, c.vocab_size
+        self.paths, self.vocab_size = shard_paths(c, split), c.vocab_size
+        self.shards = [open_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         if len(self) < 2:
-            raise ConfigError("DATA_PATH", c.data_path, f"{pattern} hold {len(self)} tokens, and 2 are needed")
+            raise ConfigError("DATA_PATH", c.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -978,8 +985,46 @@ class TokenStream:
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
     """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
-    positions = np.arange(ids.shape[-1], dtype=np.int32)
-    return np.maximum.accumulate(np.where(ids == BOS_ID, positions, 0).astype(np.int32), axis=-1)
+    begins = ids == BOS_ID
+    begins[:, 0] = True
+    places = np.flatnonzero(begins)
+    starts = np.repeat((places % ids.shape[1]).astype(np.int32), np.diff(places, append=ids.size))
+    return starts.reshape(ids.shape)
+
+
+class ReadAhead:
+    """Makes on a thread of its own what will probably be asked for next, while the caller works.
+
+    `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
+    asked for: one that was not guessed is made then. What goes wrong on the thread is raised where its key is asked
+    for. With a depth of 0 there is no thread.
+    """
+
+    def __init__(self, make: Callable[[Any], Any], following: Callable[[Any], Any], depth: int,
+                 initializer: Callable[[], None] | None = None):
+        self.make, self.following, self.depth = make, following, depth
+        self.pool = ThreadPoolExecutor(1, "read-ahead", initializer) if depth else None
+        self.pending: dict[Any, Future] = {}
+
+    def __call__(self, key: Any) -> Any:
+        if self.pool is None:
+            return self.make(key)
+        future, wanted, later = self.pending.pop(key, None), [], key
+        for _ in range(self.depth):
+            wanted.append(later := self.following(later))
+        for stale in self.pending.keys() - set(wanted):
+            self.pending.pop(stale).cancel()
+        future = future or self.pool.submit(self.make, key)
+        for later in wanted:
+            if later not in self.pending:
+                self.pending[later] = self.pool.submit(self.make, later)
+        return future.result()
+
+    def close(self) -> None:
+        """Ends the thread; from then on everything is made when it is asked for."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+        self.pool, self.pending = None, {}
 
 
 class TrainLoader:
@@ -995,15 +1040,23 @@ class TrainLoader:
         if self.rows < 1:
             raise ConfigError("TRAIN_SEQ_LEN", c.train_seq_len, f"the training shards in DATA_PATH={c.data_path} hold "
                                                                 f"only {len(self.stream)} tokens")
-        self.epoch, self.order = -1, np.zeros(0, np.int64)
+        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
+        self.ahead = ReadAhead(self.read, self.following, c.read_ahead, self.start_thread)
+        self.waited = 0.0  # seconds in which `batch` kept a step waiting
+
+    def start_thread(self) -> None:
+        """A thread that pins memory does it for its own current device, which would be the first."""
+        if self.run.device.type == "cuda":
+            torch.cuda.set_device(self.run.device)
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """All rows in the order of an epoch."""
+        return np.random.default_rng([self.c.seed, epoch]).permutation(self.rows)
 
     def row_index(self, position: int) -> int:
         """The row that stands at a position of the endless sequence of epochs."""
         epoch, place = divmod(position, self.rows)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([self.c.seed, epoch]).permutation(self.rows)
-        return int(self.order[place])
+        return int(self.order(epoch)[place])
 
     def row_numbers(self, step: int, micro: int) -> range:
         """Places in the global sequence of rows that this rank computes in a micro-step."""
@@ -1011,12 +1064,25 @@ class TrainLoader:
         first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
         return range(first, first + micro_rows)
 
+    def following(self, place: tuple[int, int]) -> tuple[int, int]:
+        """The (step, micro-step) after this one."""
+        step, micro = place
+        return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
+
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's rows of one micro-step, on its device."""
+        """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
+        begin = time.perf_counter()
+        batch = self.ahead((step, micro))
+        self.waited += time.perf_counter() - begin
+        return send(batch, self.run.device)
+
+    def read(self, place: tuple[int, int]) -> Batch:
+        """The same in this machine's memory, ready to be sent."""
         length = self.c.train_seq_len
-        starts = [self.row_index(p) * length for p in self.row_numbers(step, micro)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts]).astype(np.int64)  # [R, T + 1]
-        return to_device(tokens[:, :-1], tokens[:, 1:], document_starts(tokens[:, :-1]), self.run.device)
+        starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])               # [R, T + 1]
+        ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
+        return host_batch(ids, targets, document_starts(ids), self.run.device)
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
         """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
@@ -1043,13 +1109,23 @@ def document_bounds_of(starts: np.ndarray) -> np.ndarray:
     return bounds
 
 
-def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch on the device; the copy to a GPU does not block."""
-    arrays = ids, targets, starts, document_bounds_of(starts)
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch in this machine's memory, pinned where the device is a GPU."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, document_bounds_of(starts))]
     if device.type == "cuda":
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        tensors = [t.pin_memory() for t in tensors]
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
+
+
+def send(batch: Batch, device: torch.device) -> Batch:
+    """A Batch on the device; the copy to a GPU does not block."""
+    ids, targets, starts, bounds = (t.to(device, non_blocking=True) for t in (*batch[:2], *batch.documents))
+    return Batch(ids, targets, Documents(starts, bounds))
+
+
+def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch on the device."""
+    return send(host_batch(ids, targets, starts, device), device)
 
 
 class Manifest:
@@ -1348,14 +1424,16 @@ class Audit:
             counted = f", {row['bytes']} bytes" if "bytes" in row else ""
             yield (f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
                    f"tokens{counted}")
-        shared = self.rows.get("shared_documents")
+        yield from self.overlap_lines()
+
+    def overlap_lines(self) -> Iterator[str]:
+        """What training shares with validation, where both were read."""
+        shared, windows = (self.rows.get(f"shared_{what}") for what in ("documents", "windows"))
         if shared is not None:
-            sign = "warning: " if shared else ""
-            yield f"{sign}audit: {shared} validation documents are in the training shards too"
-        if "shared_windows" in self.rows:
-            w = self.rows["shared_windows"]
-            yield (f"audit: {w['shared']} of {w['of']} validation runs of {w['length']} tokens are in the training "
-                   f"shards too, in {w['documents']} documents")
+            yield f"{'warning: ' if shared else ''}audit: {shared} validation documents are in the training shards too"
+        if windows:
+            yield (f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
+                   f"in the training shards too, in {windows['documents']} documents")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2860,7 +2938,6 @@ class Trainer:
             copy_all(tensors, kept)
         self.late_count = 0
         self.optimizers.reset()
-        self.loader.epoch = -1
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model: the EMA, the SWA, or their mean where both are kept."""
@@ -2923,6 +3000,14 @@ def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
             f"lr_scale:{lr_multiplier(p, c):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s")
     run.metric(step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_multiplier(p, c),
                momentum=muon_beta(p, c), tokens=p.step * c.train_batch_tokens)
+
+
+def log_waiting(run: Run, p: Progress, seconds: float) -> float:
+    """The share of the training in which steps waited for their batches, on the rank that waited longest."""
+    share = max(run.gather(seconds)) / p.seconds
+    run.log(f"data: steps waited for batches {share:.3%} of the time")
+    run.metric(data_wait_share=share)
+    return share
 
 
 def log_score(run: Run, stage: str, score: Score) -> None:
@@ -4717,7 +4802,9 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, "
                 "everything put back")
     with Stage(run, "train"):
+        loader.waited = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
+        waited = log_waiting(run, end, loader.waited)
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
@@ -4728,6 +4815,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
             run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
+        loader.ahead.close()
     with Stage(run, "quantize"):
         if run.main:
             weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -4749,6 +4837,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
     return dict(**sizes(size, c, run), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
                 train_tokens=tokens, train_seconds=end.seconds, tokens_per_second=tokens / end.seconds,
+                data_wait_share=waited,
                 parameters=parameter_count(c), sections=sections if run.main else [])
 
 
@@ -4844,7 +4933,7 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
     attention, why = choose_attention(c)
     run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
             f"attention:{attention} ({why}) compile:{c.compile} "
-            f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)}")
+            f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)} read_ahead:{c.read_ahead}")
     summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode, attention=attention)
     if c.mode != "eval":
         looped = f" looped:{execution_order(c, True)}" if c.loops else ""

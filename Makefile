@@ -33,6 +33,7 @@ ablate: venv
 
 # What a run checks of its data, with every finding: make audit-data DATA=folder [AUDIT=windows]
 audit-data: venv
+	@if [ "$(origin DATA)" = file ]; then $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096; fi
 	@$(PY) tools/audit_data.py $(DATA)
 
 # The script that ships: packed/train_gpt.py.

@@ -3,10 +3,11 @@
     make audit-data DATA=data/fineweb_sp8192 [AUDIT=windows]
     python tools/audit_data.py data/fineweb_sp8192
 
-Headers, lengths, token ids, BOS, byte sidecars, all that manifest.json promises (SHA-256 of each file, tokens, documents
-and bytes), and validation documents that are in the training shards too. AUDIT=windows also counts runs of 50 tokens
-that both hold; they are no finding, since boilerplate repeats. VOCAB_SIZE, TOKENIZER_PATH and ALLOW_SHARED_DOCUMENTS act
-as in train_gpt.py; without VOCAB_SIZE, the tokenizer's is taken. Exit code 0, or 2 and a line for each finding.
+Headers, lengths, token ids, BOS, byte sidecars, all that manifest.json promises (SHA-256 of each file, tokens,
+documents and bytes), and validation documents that are in the training shards too. AUDIT=windows also counts runs of
+50 tokens that both hold; they are no finding, since boilerplate repeats. VOCAB_SIZE, TOKENIZER_PATH and
+ALLOW_SHARED_DOCUMENTS act as in train_gpt.py; without VOCAB_SIZE, the tokenizer's is taken. Exit code 0, or 2 and a
+line for each finding.
 """
 from __future__ import annotations
 
@@ -26,6 +27,8 @@ COLUMNS = ("shards", "hashed", "documents", "tokens", "bytes")
 
 def configuration(folder: str, environment: dict[str, str]) -> t.Config:
     """The knobs, of which only those of the data matter. Errors: ConfigError."""
+    if not Path(folder).is_dir():
+        raise t.ConfigError("DATA", folder, "must be a folder of shards")
     knobs = {**environment, "PRESET": "baseline", "DATA_PATH": folder, "DEVICE": "cpu"}
     if not knobs.get("VOCAB_SIZE"):
         import sentencepiece

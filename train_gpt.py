@@ -997,7 +997,8 @@ class ReadAhead:
 
     `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
     asked for: one that was not guessed is made then. What goes wrong on the thread is raised where its key is asked
-    for. With a depth of 0 there is no thread.
+    for. With a depth of 0 there is no thread. The thread begins with `initializer`, which it keeps, and ends with this
+    object.
     """
 
     def __init__(self, make: Callable[[Any], Any], following: Callable[[Any], Any], depth: int,
@@ -1041,13 +1042,10 @@ class TrainLoader:
             raise ConfigError("TRAIN_SEQ_LEN", c.train_seq_len, f"the training shards in DATA_PATH={c.data_path} hold "
                                                                 f"only {len(self.stream)} tokens")
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
-        self.ahead = ReadAhead(self.read, self.following, c.read_ahead, self.start_thread)
+        # A thread that pins memory does it for its own current device, which would be the first.
+        device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
+        self.ahead = ReadAhead(self.read, self.following, c.read_ahead, device)
         self.waited = 0.0  # seconds in which `batch` kept a step waiting
-
-    def start_thread(self) -> None:
-        """A thread that pins memory does it for its own current device, which would be the first."""
-        if self.run.device.type == "cuda":
-            torch.cuda.set_device(self.run.device)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """All rows in the order of an epoch."""

@@ -1142,7 +1142,7 @@ class Manifest:
                 self.splits[split] = self.promises(row)
                 self.files[split] = {file["file"]: self.promises(file) for file in (*row.get("shards", ()),
                                                                                     *row.get("sidecars", ()))}
-            self.splits["val"]["tokens"], self.splits["val"]["bytes"]
+            _ = [self.splits["val"][key] for key in ("tokens", "bytes")]  # every manifest promises these
             self.tokenizer = content.get("tokenizer", {}).get("sha256", "")
             self.reference = content.get("reference_compressors", {})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1166,7 +1166,7 @@ def document_keys(stream: TokenStream, bounds: np.ndarray) -> np.ndarray:
     keys = lengths.astype(np.uint64)
     for tokens in stream.take(places).T:
         keys = keys * HASH_FACTOR + tokens
-    return keys ^ keys >> np.uint64(32)
+    return keys
 
 
 class DocumentIndex:
@@ -1312,7 +1312,7 @@ class Audit:
     """Holds shards against the vocabulary, their manifest and each other, before anything learns from them.
 
     `findings` are what a run must not begin with; `rows` is the summary's part. Nothing is remembered from one run to
-    the next: a pass costs about a second for each billion tokens and core, and a remembered verdict could be outdated.
+    the next: a pass costs a second or two for each billion tokens and core, and what is remembered can be outdated.
     """
 
     def __init__(self, c: Config, run: Run):
@@ -1368,7 +1368,8 @@ class Audit:
         if shared > c.allow_shared_documents:
             self.findings.append((
                 "ALLOW_SHARED_DOCUMENTS", c.allow_shared_documents, f"{shared} of {len(index.bounds) - 1} validation "
-                f"documents in DATA_PATH={c.data_path} are in its training shards too: training must not see them"))
+                f"documents in DATA_PATH={c.data_path} are in its training shards too, which must not hold them; where "
+                "that is known of a published data set, this knob allows so many"))
 
     def hashed(self, split: str, path: Path) -> bool:
         return bool(self.manifest.promised_digest(split, path.name))

@@ -122,7 +122,8 @@ def test_a_planted_document_of_any_length_is_found_wherever_a_shard_ends_in_it(p
         audit = audit_of(tmp_path)
         assert (audit.rows["shared_documents"], audit.rows["shared_copies"]) == (1, 1)
         assert findings(audit) == [f"ALLOW_SHARED_DOCUMENTS=0: 1 of 10 validation documents in DATA_PATH={tmp_path} "
-                                   "are in its training shards too: training must not see them"]
+                                   "are in its training shards too, which must not hold them; where that is known of a "
+                                   "published data set, this knob allows so many"]
 
 
 def test_nearly_equal_documents_are_not_shared(tmp_path):
@@ -284,8 +285,8 @@ def test_a_shared_document_stops_the_script(ranks, copy, tmp_path):
     plant(copy)
     done = run_script(dict(RUN, DATA_PATH="data"), ranks=ranks, cwd=tmp_path)
     line = "error: ALLOW_SHARED_DOCUMENTS=0: 1 of 40 validation documents in DATA_PATH=data are in its training shards"
-    assert [e for e in done.stderr.splitlines() if e.startswith("error: ")] == [
-        line + " too: training must not see them"]
+    errors = [e for e in done.stderr.splitlines() if e.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(line + " too, which must not hold them")
     assert done.returncode != 0 and "step:" not in done.stdout and not (tmp_path / "logs").exists()
     assert ranks > 1 or done.returncode == 2
 

@@ -5,9 +5,10 @@
 Every run is train_gpt.py itself, on a small model of the preset's architecture, with a fixed number of steps on the
 built-in corpus, in a folder of its own under --folder: a run that is there is not run again, so the command goes on
 where it was stopped. --jobs runs go side by side, each on one thread; all runs of one seed come before the next seed's.
-The table, --out, holds for each row the change against the whole preset with the same seeds: bits per byte before and
-after quantization, bytes of the model, tokens/s, with the standard deviations of these differences. Small models and
-short trainings: a technique that does nothing here may well pay at the preset's size.
+Then training steps of each row and of the whole preset are timed in turns, in one process. The table, --out, holds for
+each row the change against the whole preset with the same seeds: bits per byte before and after quantization, bytes of
+the model, tokens/s, with the standard deviations of these differences. Small models and short trainings: a technique
+that does nothing here may well pay at the preset's size.
 """
 from __future__ import annotations
 
@@ -24,6 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt as t  # noqa: E402
+
 # The presets' shapes in small; what a row sets comes on top. The learning rates are higher, as small models want.
 SMALL = dict(
     VOCAB_SIZE=1024, NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=3, TRAIN_SEQ_LEN=256,
@@ -123,8 +127,7 @@ def run(job: Job, options: argparse.Namespace) -> dict:
     path = job.folder / ("eval_summary.json" if job.of else "summary.json")
     if not path.is_file():
         changes = {**ROWS[job.preset], **EVALUATIONS, "whole": {}}[job.name]
-        values = {**SMALL, **PRESETS[job.preset], "ITERATIONS": options.steps, **changes, "PRESET": job.preset,
-                  "SEED": job.seed, "DATA_PATH": options.data, "ARTIFACT_DIR": job.folder}
+        values = {**settings(job.preset, changes, options), "SEED": job.seed, "ARTIFACT_DIR": job.folder}
         shutil.rmtree(job.folder, ignore_errors=True)  # a run that was stopped: nothing in it counts
         if job.of:
             job.folder.mkdir(parents=True)
@@ -158,6 +161,51 @@ def make_all(jobs: list[Job], options: argparse.Namespace) -> dict[Job, dict]:
     return found
 
 
+def settings(preset: str, changes: dict, options: argparse.Namespace) -> dict[str, str]:
+    """The environment of a training."""
+    values = {**SMALL, **PRESETS[preset], "ITERATIONS": options.steps, **changes, "PRESET": preset,
+              "DATA_PATH": options.data}
+    return {name: str(value) for name, value in values.items()}
+
+
+class Timed:
+    """A trainer whose steps are timed at five places of the training: loops, depth and QAT change on the way."""
+
+    def __init__(self, preset: str, changes: dict, options: argparse.Namespace):
+        self.c = t.config_from_env(settings(preset, changes, options), False)[0]
+        model = t.GPT(self.c)
+        model.reset()
+        self.trainer = t.Trainer(model, t.TrainLoader(self.c, t.start_run(self.c, {})))
+
+    def seconds(self) -> float:
+        """Of a step, on average."""
+        begin = time.perf_counter()
+        for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
+            progress = t.Progress(int(fraction * self.c.iterations), 0.0)
+            self.trainer.step(progress, *t.use_at(progress, self.c))
+        return (time.perf_counter() - begin) / 5
+
+
+def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[str, list[float]]:
+    """Tokens/s of each row's training over the whole preset's, timed in turns; the first round is thrown away.
+
+    They are kept beside the runs; "whole" has tokens/s themselves.
+    """
+    file = options.folder / f"{preset}-{options.steps}" / "speeds.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    missing = [name for name in wanted(ROWS[preset], options) if name not in found]
+    whole = Timed(preset, {}, options) if missing or not found else None
+    if not found:
+        found["whole"] = [whole.c.train_batch_tokens / whole.seconds() for _ in range(rounds)][1:]
+    for name in missing:
+        changed = Timed(preset, ROWS[preset][name], options)
+        found[name] = [whole.seconds() / changed.seconds() for _ in range(rounds)][1:]
+        changed.trainer.loader.ahead.close()
+        t.write_aside(file, json.dumps(found, indent=1) + "\n")
+        print(f"{preset} {name}: {statistics.mean(found[name]):.3f} of the whole preset's tokens/s", flush=True)
+    return found
+
+
 def change(whole: list[dict], changed: list[dict], key: str, relative: bool = False) -> str:
     """Mean of the differences over the seeds and their deviation, as a cell."""
     if key not in changed[0]:
@@ -168,10 +216,12 @@ def change(whole: list[dict], changed: list[dict], key: str, relative: bool = Fa
     return f"{statistics.mean(differences):+.{digits}f}{spread}{unit}"
 
 
-def line_of(name: str, whole: list[dict], changed: list[dict]) -> str:
+def line_of(name: str, whole: list[dict], changed: list[dict], ratios: list[float] | None) -> str:
     """A row of the table."""
     cells = [change(whole, changed, "val_bpb_pre_quant"), change(whole, changed, "val_bpb_quantized")]
-    cells += [change(whole, changed, key, True) for key in ("model_bytes", "tokens_per_second")]
+    cells.append(change(whole, changed, "model_bytes", True))
+    percent = [100 * (ratio - 1) for ratio in ratios or ()]
+    cells.append(f"{statistics.mean(percent):+.1f} ± {statistics.stdev(percent):.1f}%" if percent else "")
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -192,17 +242,18 @@ def table(preset: str, found: dict[Job, dict], options: argparse.Namespace) -> l
     for job, summary in found.items():
         if job.preset == preset:
             rows.setdefault(job.name, []).append(summary)
-    whole = rows.pop("whole")
-    means = {key: statistics.mean(s[key] for s in whole) for key in ("val_bpb_pre_quant", "val_bpb_quantized",
-                                                                     "model_bytes", "tokens_per_second")}
+    whole, ratios = rows.pop("whole"), speeds(preset, options)
+    keys = ("val_bpb_pre_quant", "val_bpb_quantized", "model_bytes")
+    means = {key: statistics.mean(s[key] for s in whole) for key in keys}
     spread = statistics.stdev(s["val_bpb_quantized"] for s in whole) if len(whole) > 1 else 0
     return [f"## {preset}", "", f"The whole preset: {means['val_bpb_pre_quant']:.4f} bpb, quantized "
             f"{means['val_bpb_quantized']:.4f} (deviation {spread:.4f}), {means['model_bytes']:.0f} bytes, "
-            f"{means['tokens_per_second']:.0f} tokens/s on one thread; {options.steps} steps of "
+            f"{statistics.mean(ratios['whole']):.0f} tokens/s on one thread; {options.steps} steps of "
             f"{SMALL['TRAIN_BATCH_TOKENS']} tokens, {whole[0]['parameters']} parameters, seeds "
             f"{', '.join(map(str, options.seeds))}, {whole[0]['hardware']}, torch {whole[0]['versions']['torch']}.", "",
             "| changed | bpb | bpb quantized | bytes | tokens/s |", "|---|---|---|---|---|",
-            *(line_of(name, whole, changed) for name, changed in rows.items()), "", *verdicts(whole, rows)]
+            *(line_of(name, whole, changed, ratios.get(name)) for name, changed in rows.items()), "",
+            *verdicts(whole, rows)]
 
 
 def main() -> int:
@@ -227,8 +278,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     lines = ["# Ablations", "", "Made by `make ablate`: differences to the whole preset with the same seeds, mean ± "
-             "standard deviation. More bits per byte are worse. Rows without a figure before quantization score the "
-             "whole preset's artifacts in another way.", ""]
+             "standard deviation over seeds (of tokens/s: over three timings in turns). More bits per byte are worse. "
+             "Rows without a figure before quantization score the whole preset's artifacts in another way.", ""]
     for preset in options.presets:
         lines += table(preset, found, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -135,11 +136,60 @@ def test_what_a_page_names_exists(page):
     assert sorted(w for w in words if not all(re.search(rf"\b{part}\b", known) for part in w.split("."))) == []
 
 
+def commands(page):
+    """The command lines of a page's sh blocks, without comments."""
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs" / page).read_text(), flags=re.M | re.S))
+    lines = (re.sub(r"(^|\s+)#.*", "", line) for line in blocks.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line.strip()]
+
+
+def test_the_commands_for_gpus_are_accepted(capfd):
+    """Each line's settings and ranks, as a dry run: known names, allowed values, a batch that the ranks divide."""
+    lines = [line for line in commands("gpus.md") if "train_gpt.py" in line]
+    for line in lines:
+        settings, ranks = dict(re.findall(r"([A-Z_]+)=(\S+)", line)), 1
+        for count in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", line):
+            ranks *= int(count)
+        assert tg.main(["--dry-run"], {"WORLD_SIZE": str(ranks), **settings}) == 0
+        out, warnings = capfd.readouterr()
+        assert warnings == "" and json.loads(out)["batch_layout"]["world"] == int(settings.get("WORLD_SIZE", ranks))
+    assert len(lines) == 6 and any("WORLD_SIZE" in line for line in lines)
+
+
+@pytest.mark.parametrize("page", ["gpus.md", "technique.md"])
+def test_make_knows_every_target_of_a_page(page):
+    targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.M)[1].split()
+    text = "\n".join((*commands(page), *re.findall(r"`(make .*?)`", (ROOT / "docs" / page).read_text())))
+    named = re.findall(r"\bmake ([a-z-]+)", text)
+    assert len(named) > 2 and set(named) <= {*targets}
+
+
+def test_the_drawing_is_the_record_presets():
+    """Layers in their order, sizes, and what the presets' settings say in words."""
+    drawing = (ROOT / "docs" / "architecture.svg").read_text()
+    ElementTree.fromstring(drawing)
+    c = tg.config_from_env({"PRESET": "record"}, False)[0]
+    visits = [int(layer) for layer in re.findall(r'class="b visit"[^>]*>layer (\d+)<', drawing)]
+    assert visits == tg.execution_order(c, True)
+    assert drawing.count('class="skip" marker-end') == sum(v.skip is not None for v in tg.visit_plan(c, True))
+    assert drawing.count('class="lanes"') == sum(v.lanes for v in tg.visit_plan(c, True))
+    half = c.num_layers // 2
+    for words in (f"{tg.parameter_count(c):,} parameters: {c.num_layers} layers of width {c.model_dim}, {c.num_heads} "
+                  f"heads of {c.head_dim} ({c.num_kv_heads} for keys and values), {c.vocab_size} tokens",
+                  f"embedding {c.vocab_size} × {c.model_dim}", f"softcap {c.logit_softcap:g} · tanh(z/30)",
+                  f"{c.model_dim} → {c.kv_dim}", f"{c.model_dim} → {c.hidden_dim}", f"{c.hidden_dim} → {c.model_dim}",
+                  f"rotary on {c.rotary_dims} of {c.head_dim}", f"n[:{c.gate_window}]", f"{c.enable_looping_at:.0%}",
+                  f"q × gain, {c.qk_gain_init:g} at first", f"leaky_relu(·, {c.leaky_relu_slope:g})²",
+                  f"0–{half - 1} | {half}–{c.num_layers - 1}", f"layers 0–{c.parallel_start_layer - 1}, one lane",
+                  f"Hessians of {c.gptq_calibration_batches} batches", f"≤ {c.artifact_limit_bytes:,} bytes"):
+        assert words in drawing, words
+
+
 # ------------------------------------------------------------------------------------------------- the worked example
 
 COPIED = ("train_gpt.py", "pytest.ini", "README.md", "bench", "data", "docs", "tests", "tools")
 PAGE = (ROOT / "docs" / "technique.md").read_text()
-COMMANDS = re.findall(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[0]
+COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of the first block
 
 
 @pytest.fixture(scope="module")

@@ -1013,6 +1013,11 @@ class TrainLoader:
         return torch.stack(rows) * (self.c.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
+def without_text(batch: Batch) -> Batch:
+    """A batch of the same shape with padding (token 0) for text: to measure what learning costs, without learning."""
+    return Batch(torch.zeros_like(batch.ids), torch.zeros_like(batch.targets), batch.documents)
+
+
 def document_bounds_of(starts: np.ndarray) -> np.ndarray:
     """[R, T] starts -> [n + 1] int32 bounds of the flattened rows.
 
@@ -4212,8 +4217,8 @@ class GlobalSteps:
         self.optimizer.step()
 
     def seconds_per_token(self) -> float:
-        """Of a forward and backward pass on rows of the stream's beginning, whose gradients are dropped."""
-        batch, _ = next(self.batches(np.arange(self.run.world * self.c.train_seq_len) % (len(self.tokens) - 1)))
+        """Of a forward and backward pass on a row without text."""
+        batch = without_text(next(self.batches(np.zeros(self.run.world * self.c.train_seq_len, np.int64)))[0])
         seconds = self.run.seconds_again(
             lambda: torch.autograd.grad(self.forward(*batch, looped=self.c.loops)[0].sum(),
                                         list(self.model.parameters()), allow_unused=True))
@@ -4286,7 +4291,7 @@ class PhasedTTT:
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
 
     def project(self, documents: np.ndarray) -> None:
-        """Logs what the evaluation will take, measured on a batch's first window with a full context.
+        """Logs what the evaluation will take, measured on the shape of a batch's first window with a full context.
 
         Learning of all weights is counted as if a token cost in it what it costs an adapter's step.
         """
@@ -4294,7 +4299,8 @@ class PhasedTTT:
         full = max(0, min(most - 2, self.c.ttt_context // self.c.ttt_chunk_size))
         for chunk in (0, full):  # the order in which windows come: another one would compile other graphs
             batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
-            seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, self.learn and most > chunk + 1))
+            learning, batch = self.learn and most > chunk + 1, without_text(batch)
+            seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, learning))
         global_tokens = sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.c.global_ttt_epochs
         tokens = self.pace.total * max(1, self.c.ttt_grad_steps if self.learn else 1)
         tokens += global_tokens / self.run.world if self.learn else 0
@@ -4302,7 +4308,7 @@ class PhasedTTT:
                           f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases")
 
     def rehearse(self, batch: Batch, scored: np.ndarray, learning: bool) -> None:
-        """Computes a window and its gradients, and drops them."""
+        """Computes a window and, where it would learn, its gradients, and drops them."""
         nll, leaves = self.score(batch, scored, learning)
         if learning:
             torch.autograd.grad(nll.sum(), leaves)

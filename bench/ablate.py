@@ -101,7 +101,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
     for seed in options.seeds:
         for preset in options.presets:
             def job(name: str, of: Path | None = None) -> Job:
-                return Job(preset, name, seed, options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}", of)
+                folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
+                return Job(preset, name, seed, folder, of)
 
             whole = job("whole")
             jobs += [whole, *(job(name) for name in wanted(ROWS[preset], options))]
@@ -152,8 +153,8 @@ def make_all(jobs: list[Job], options: argparse.Namespace) -> dict[Job, dict]:
                 except RuntimeError:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-                print(f"{len(found)}/{len(jobs)} {time.monotonic() - began:.0f}s {job.preset} {job.name} seed {job.seed}: "
-                      f"{found[job]['val_bpb_quantized']:.4f}", flush=True)
+                print(f"{len(found)}/{len(jobs)} {time.monotonic() - began:.0f}s {job.preset} {job.name} seed "
+                      f"{job.seed}: {found[job]['val_bpb_quantized']:.4f}", flush=True)
     return found
 
 
@@ -174,6 +175,17 @@ def line_of(name: str, whole: list[dict], changed: list[dict]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def verdicts(whole: list[dict], rows: dict[str, list[dict]]) -> list[str]:
+    """The rows by what they do to the score after quantization: the same with every seed, or not."""
+    groups: dict[str, list[str]] = {"Better with every seed": [], "Worse with every seed": [], "Seeds disagree": []}
+    for name, changed in rows.items():
+        signs = {(b["val_bpb_quantized"] > a["val_bpb_quantized"]) - (b["val_bpb_quantized"] < a["val_bpb_quantized"])
+                 for a, b in zip(whole, changed)}
+        groups[{(-1,): "Better with every seed", (1,): "Worse with every seed"}.get(tuple(signs), "Seeds disagree")
+               ].append(name)
+    return [f"{title}: {', '.join(names)}.\n" for title, names in groups.items() if names]
+
+
 def table(preset: str, found: dict[Job, dict], options: argparse.Namespace) -> list[str]:
     """The lines of one preset's table."""
     rows: dict[str, list[dict]] = {}
@@ -190,7 +202,7 @@ def table(preset: str, found: dict[Job, dict], options: argparse.Namespace) -> l
             f"{SMALL['TRAIN_BATCH_TOKENS']} tokens, {whole[0]['parameters']} parameters, seeds "
             f"{', '.join(map(str, options.seeds))}, {whole[0]['hardware']}, torch {whole[0]['versions']['torch']}.", "",
             "| changed | bpb | bpb quantized | bytes | tokens/s |", "|---|---|---|---|---|",
-            *(line_of(name, whole, changed) for name, changed in rows.items()), ""]
+            *(line_of(name, whole, changed) for name, changed in rows.items()), "", *verdicts(whole, rows)]
 
 
 def main() -> int:

@@ -3,6 +3,8 @@
     python data/prepare.py builtin --out data/builtin
     python data/prepare.py books/ more.txt web.jsonl.zst --out data/mine --vocab-size 8192
     python data/prepare.py builtin --out data/builtin_caseops --caseops
+    python data/prepare.py docs_selected --out data/fineweb --vocab-size 8192 --caseops
+    python data/prepare.py sp8192 --train-shards 10 --out data/sp8192
 
 Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
 sample to train the tokenizer on; the second tokenizes, over all cores, and writes. Everything is written in a
@@ -11,6 +13,9 @@ always whole. The output depends on the texts and the options alone, not on the 
 
 What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
 back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
+
+The last command downloads shards that the challenge publishes, and only checks and counts them (published.py). Other
+text from the Hugging Face hub (hub.py) is downloaded first and then read like files (sources.py).
 
 With --caseops, tokens stand for the text as caseops.py encodes it, and a sidecar of each validation shard holds every
 token's bytes of the original text. All else is about the original: the split, bytes, hashes, reference compressors.
@@ -25,57 +30,53 @@ import fcntl
 import functools
 import hashlib
 import heapq
-import importlib.metadata
-import io
+import itertools
 import json
 import lzma
 import math
 import os
-import platform
-import random
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import zstandard
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
 import caseops  # noqa: E402
 import corpus  # noqa: E402
+import published  # noqa: E402
+import shards  # noqa: E402
+from errors import PrepareError  # noqa: E402
+from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
+from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, is_remote, list_files  # noqa: E402
+from sources import package_versions, text_hash  # noqa: E402
+from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
-FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte
-MIN_VOCAB, MAX_VOCAB = 300, 65535
-SPACE = "\u2581"  # SentencePiece writes a space as this character
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+MIN_VOCAB = 300
 OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val|val_bytes)_\d{6}\.bin")
-TEMPORARY = ".prepare-"
+UNFINISHED = ".prepare-unfinished"  # the folder in --out with what a killed run has finished
+DOWNLOADING = ".download"  # the one with files of an export, kept when a download is broken off
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-SAMPLE_BYTES = 32 << 20  # text that the tokenizer is trained on, at most
-TRAINING_LINE_BYTES = 4000  # SentencePiece aborts on words of more than 65,535 characters, so feed it short lines
-CHARACTER_COVERAGE = 0.9995  # of the sample; other characters are written as bytes
-BATCH_BYTES = 512 << 10  # text that one worker tokenizes at a time
-CHUNK_BYTES = 1 << 20
-REFERENCE_BYTES = 128 << 20  # xz -9 and zstd -22 run at about 1 MB/s: more text would tell nothing new
+SAMPLE_DOCUMENT_BYTES = 1 << 20  # of one document, that the tokenizer is trained on, at most
+SAMPLE_OVERHEAD = 256  # bytes of memory that a sampled document takes besides its text
+BATCH_CHARACTERS = 512 << 10  # of text that one worker tokenizes at a time
+REFERENCE_BYTES = 16 << 20  # more would take minutes at 3 MB/s, and hundreds of MB of memory
 
 
-class PrepareError(Exception):
-    """Something that the user can mend; the message is one line that names the option or the file."""
+class Worthless(PrepareError):
+    """What is finished of a preparation is of no use either: the same command would end here again, or worse."""
 
 
 class Terminated(BaseException):
@@ -95,226 +96,22 @@ class Options:
     tokenizer: Path | None = None
     seed: int = 0
     max_document_bytes: int = 32 << 10
+    sample_bytes: int = 32 << 20
     text_field: str = "text"
     caseops: bool = False
+    val_documents: int | None = None  # None: the split that the source has, or one by hash
+    train_shards: int | None = None  # of a published export; None: all
+    repo: str | None = None  # None: the challenge's own
+    revision: str | None = None  # None: the main branch
+    repo_root: str = published.ROOT
+    downloads: Path | None = None  # None: a folder in `out`
     force: bool = False
     quiet: bool = False
 
-
-# ---------------------------------------------------------------------------------------------------------- sources
-
-
-def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
-    """The sources with folders replaced by the files in them, sorted; the path is None for `builtin`."""
-    listed = []
-    for source in sources:
-        path = Path(source)
-        if builtin_packages(source):
-            if any(path is None for _, path in listed):
-                raise PrepareError(f"{source}: builtin can be given once; builtin:numpy,torch names several packages")
-            listed.append((source, None))
-        elif path.is_dir():
-            inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-            inside = sorted((item for item in inside if item.name.endswith(SUFFIXES)), key=lambda item: item.parts)
-            if not inside:
-                raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file")
-            listed += [(str(item), item) for item in inside]
-        elif not path.exists():
-            raise PrepareError(f"{source}: no such file or folder (nor is it `builtin`)")
-        elif not path.name.endswith(SUFFIXES):
-            raise PrepareError(f"{source}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
-        else:
-            listed.append((source, path))
-    return listed
-
-
-def builtin_packages(source: str) -> tuple[str, ...]:
-    """The packages that `builtin` or `builtin:numpy,torch` stands for; empty for any other source."""
-    if source == "builtin":
-        return corpus.PACKAGES
-    if not source.startswith("builtin:"):
-        return ()
-    names = tuple(sorted(set(source.removeprefix("builtin:").split(","))))
-    if not set(names) <= set(corpus.PACKAGES):
-        raise PrepareError(f"{source}: allowed packages are {', '.join(corpus.PACKAGES)}")
-    return names
-
-
-def read_texts(path: Path, max_document_bytes: int, text_field: str) -> Iterator[str]:
-    """The documents of one file, in its order."""
-    if path.name.endswith(".txt"):
-        with open(path, "rb") as file:
-            yield from _text_file(str(path), file, max_document_bytes)
-    else:
-        yield from _jsonl_file(path, text_field)
-
-
-def _text_file(name: str, file: io.BufferedIOBase, limit: int) -> Iterator[str]:
-    buffer, start = file.read(limit + 1), 0
-    while buffer:
-        end = len(buffer) if len(buffer) <= limit else cut(buffer, limit)
-        yield _decode(buffer[:end], name, start)
-        start += end
-        buffer = buffer[end:] + file.read(limit + 1 - (len(buffer) - end))
-
-
-def cut(data: bytes, limit: int) -> int:
-    """Where to end a piece of at most `limit` bytes of a longer UTF-8 text: after a blank line, a line, or a space.
-
-    Only the second half is searched, so that pieces are not tiny; without any of the three, between two characters.
-    """
-    for mark in (b"\n\n", b"\n", b" "):
-        found = data.rfind(mark, limit // 2, limit)
-        if found >= 0:
-            return found + len(mark)
-    end = limit
-    while end > max(1, limit - 3) and data[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
-
-
-def _decode(data: bytes, name: str, start: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PrepareError(f"{name}: not UTF-8 at byte offset {start + error.start}") from None
-
-
-def _jsonl_file(path: Path, field: str) -> Iterator[str]:
-    number, start = 0, 0
-    for line in _lines(_chunks(path)):
-        number += 1
-        where = f"{path}:{number}"
-        text = _decode(line, where, start)
-        start += len(line) + 1
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PrepareError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise PrepareError(f'{where}: no text in field "{field}" (--text-field names the field)')
-        yield record[field]
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if it is .zst; a cut-off or damaged .zst file is an error, not a short text."""
-    with open(path, "rb") as file:
-        if not path.name.endswith(".zst"):
-            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
-            return
-        unpacker = None
-        for packed in iter(lambda: file.read(CHUNK_BYTES // 8), b""):
-            while packed:
-                unpacker = unpacker or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                try:
-                    yield unpacker.decompress(packed)
-                except zstandard.ZstdError as error:
-                    raise PrepareError(f"{path}: damaged zstd file: {error}") from None
-                packed, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
-        if unpacker is not None:
-            raise PrepareError(f"{path}: damaged zstd file: it ends too early")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    parts = []
-    for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            yield b"".join(parts) + line
-            parts = []
-        parts.append(rest)
-    if last := b"".join(parts):
-        yield last
-
-
-# ------------------------------------------------------------------------------------------------------------ split
-
-
-def text_hash(data: bytes, seed: int) -> int:
-    """A number below 2**64 that decides a document's side; equal texts have equal ones."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
-
-
-def validation_groups(documents: Iterable[corpus.Document], fraction: float, seed: int) -> set[str]:
-    """Groups that together hold `fraction` of the bytes, or a little less; never all groups, and at least one.
-
-    Groups come in an order given by their hashes, and one that would exceed the share is passed over, so that a
-    large group of look-alikes can't become half of the validation text.
-    """
-    sizes = Counter()
-    for document in documents:
-        sizes[document.group] += len(document.text.encode())
-    order = sorted(sizes, key=lambda group: text_hash(group.encode(), seed))
-    wanted, taken, chosen = fraction * sum(sizes.values()), 0, set()
-    for group in order[:-1]:
-        if taken + sizes[group] <= wanted:
-            taken += sizes[group]
-            chosen.add(group)
-    return chosen or set(sorted(order, key=lambda group: sizes[group])[: min(1, len(order) - 1)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Splitter:
-    """Validation is what hashes below the threshold, but for documents whose side is already known by hash."""
-
-    threshold: int
-    known: dict[int, str]
-
-    def side(self, number: int) -> str:
-        """`train` or `val` for the document with this hash."""
-        return self.known.get(number) or ("val" if number < self.threshold else "train")
-
-
-class Sources:
-    """All documents of all sources, as often as asked for, always in the same order."""
-
-    def __init__(self, options: Options):
-        self.options = options
-        self.listed = list_files(options.sources)
-        self.builtin: dict[str, tuple[corpus.Document, ...]] = {}
-        self.known: dict[int, str] = {}
-        self.described: list[dict] = []
-        for name, path in self.listed:
-            if path is None:
-                self._gather(name)
-            else:
-                self.described.append({"path": name, "bytes": path.stat().st_size})
-
-    def _gather(self, name: str) -> None:
-        packages = builtin_packages(name)
-        try:
-            gathered = corpus.gather(packages, self.options.workers)
-        except ModuleNotFoundError as error:
-            raise PrepareError(f"{name}: {error}") from None
-        documents = list(gathered.documents)
-        groups = validation_groups(documents, self.options.val_fraction, self.options.seed)
-        for document in documents:
-            side = "val" if document.group in groups else "train"
-            self.known[text_hash(document.text.encode(), self.options.seed)] = side
-        # The files' order is package by package; training must not meet one package at the end only.
-        random.Random(self.options.seed).shuffle(documents)
-        self.builtin[name] = tuple(documents)
-        self.described.append({
-            "builtin": package_versions(packages), "documents": len(documents), "files": gathered.files,
-            "files_not_parsed": list(gathered.unparsed), "groups": len({d.group for d in documents}),
-        })
-
-    def __iter__(self) -> Iterator[str]:
-        for name, path in self.listed:
-            if path is None:
-                yield from (document.text for document in self.builtin[name])
-            else:
-                yield from read_texts(path, self.options.max_document_bytes, self.options.text_field)
-
-
-def package_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The installed versions of packages; `python` is the interpreter."""
-    return {
-        name: platform.python_version() if name == "python" else importlib.metadata.version(name) for name in packages
-    }
+    @property
+    def downloads_folder(self) -> Path:
+        """Where downloaded text is kept."""
+        return self.downloads or self.out / "downloads"
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
@@ -322,47 +119,72 @@ def package_versions(packages: Iterable[str]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What the first pass learns: how much there is, on which side each document goes, and a training sample."""
+    """What the first pass learns: how much there is, and below which hash a document validates."""
 
     documents: int
     bytes: int
     empty: int
-    digest: str
-    splitter: Splitter
-    sample: tuple[str, ...]
+    digest: str  # The chain of the documents' hashes.
+    threshold: int
 
 
-def survey(sources: Sources, options: Options) -> Survey:
-    """Read everything once. The sample is of the training side only: the documents with the largest hashes."""
-    count = size = empty = held = 0
+def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
+    """Read everything once. Returns what there is, and a sample of the training side to train a tokenizer on."""
+    count = size = empty = 0
     low, high = 1 << 64, -1
-    digest = hashlib.sha256()
-    sample: list[tuple[int, str]] = []
-    sampled = set()
+    digest = shards.NOTHING
+    sample = Sample(0 if options.tokenizer else options.sample_bytes)
     for text in sources:
         data = text.encode("utf-8", "surrogatepass")
+        del text  # Of a large document nothing may stay while the next one is read.
         number = text_hash(data, options.seed)
-        digest.update(number.to_bytes(8, "little"))
+        digest = shards.link(digest, number.to_bytes(8, "little"))
         empty += not data
         count += bool(data)
         size += len(data)
         if data and number not in sources.known:
             low, high = min(low, number), max(high, number)
-        if options.tokenizer or not data or sources.known.get(number) == "val" or number in sampled:
-            continue
-        heapq.heappush(sample, (number, text))
-        sampled.add(number)
-        held += len(data)
-        while held > SAMPLE_BYTES and len(sample) > 1:
-            number, text = heapq.heappop(sample)
-            sampled.discard(number)
-            held -= len(text.encode("utf-8", "surrogatepass"))
+        if data and sources.known.get(number) != "val":
+            sample.add(number, data)
+        del data
     if not count:
         raise PrepareError(f"{' '.join(options.sources)}: there is no text in it")
-    threshold = _threshold(options.val_fraction, low, high, set(sources.known.values()))
+    threshold = _threshold(sources.val_fraction, low, high, set(sources.known.values()))
     splitter = Splitter(threshold, sources.known)
-    sample = sorted(item for item in sample if splitter.side(item[0]) == "train")
-    return Survey(count, size, empty, digest.hexdigest(), splitter, tuple(text for _, text in sample))
+    return Survey(count, size, empty, digest.hex(), threshold), sample.texts(splitter)
+
+
+class Sample:
+    """The documents with the largest hashes that fit into a number of bytes: the same in whatever order they come.
+
+    Of a long document the first part is taken, and a document counts for what it takes in memory, so that neither one
+    text of 100 MB nor millions of short ones are the sample.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.held, self.floor = limit, 0, -1
+        self.heap: list[tuple[int, bytes]] = []
+        self.numbers: set[int] = set()
+
+    def add(self, number: int, data: bytes) -> None:
+        """Take a document, by its hash, if it belongs to the sample."""
+        if number <= self.floor or number in self.numbers or not self.limit:
+            return
+        limit = min(SAMPLE_DOCUMENT_BYTES, self.limit - SAMPLE_OVERHEAD)
+        data = data if len(data) <= limit else data[: cut(data, limit)]
+        heapq.heappush(self.heap, (number, data))
+        self.numbers.add(number)
+        self.held += len(data) + SAMPLE_OVERHEAD
+        while self.held > self.limit:
+            # What has had to go decides what may come: else the order of the documents would.
+            self.floor, data = heapq.heappop(self.heap)
+            self.numbers.discard(self.floor)
+            self.held -= len(data) + SAMPLE_OVERHEAD
+
+    def texts(self, splitter: Splitter) -> list[str]:
+        """The sampled texts that train, in the order of their hashes."""
+        return [data.decode("utf-8", "surrogatepass") for number, data in sorted(self.heap)
+                if splitter.side(number) == "train"]
 
 
 def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> int:
@@ -378,295 +200,107 @@ def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> i
     return threshold
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------ second pass
 
 
-def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool = False) -> tuple[bytes, dict]:
-    """Train SentencePiece BPE on texts. Returns the model file's bytes and the options that made it."""
-    symbols = list(caseops.OPERATORS.values()) if with_caseops else []
-    lines = []
-    for text in sample:
-        data = (caseops.encode(text) if with_caseops else text).encode("utf-8", "ignore")
-        while data:
-            end = len(data) if len(data) <= TRAINING_LINE_BYTES else cut(data, TRAINING_LINE_BYTES)
-            lines.append(data[:end].decode("utf-8"))
-            data = data[end:]
-    rare = _rare_characters(lines, (vocab_size - FIXED_PIECES - len(symbols)) * 3 // 4, symbols)
-    lines = [line for line in (line.translate(rare) for line in lines) if line.strip("\r\n")]
-    if not lines:
-        raise PrepareError("the training text holds no words to train a tokenizer on; give more text")
-    options = {
-        "model_type": "bpe", "vocab_size": vocab_size, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK,
-        "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "add_dummy_prefix": True, "character_coverage": 1.0,
-        "max_sentence_length": 2 * TRAINING_LINE_BYTES, "num_threads": 4,
-    } | ({"user_defined_symbols": symbols} if symbols else {})
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, minloglevel=3, **options
-        )
-    except RuntimeError as error:
-        raise _training_error(str(error), vocab_size) from None
-    sample_bytes = sum(len(text.encode("utf-8", "ignore")) for text in sample)
-    sizes = {"sample_documents": len(sample), "sample_bytes": sample_bytes}
-    return model.getvalue(), {**options, **sizes, "removed_characters": len(rare)}
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A tokenizer's file, by which the worker processes load it."""
 
-
-def _rare_characters(lines: list[str], most: int, symbols: Iterable[str]) -> dict[int, None]:
-    """A table for `str.translate` that removes the characters which get no piece; `symbols` have theirs anyway.
-
-    SentencePiece's own way (`character_coverage`) goes down to 0.98 only, where a text with thousands of characters
-    does not fit a small vocabulary. It also skips every line that holds one of three characters that it uses itself.
-    """
-    counts = Counter()
-    for line in lines:
-        counts.update(line)
-    for symbol in symbols:
-        counts.pop(symbol, None)
-    reserved = {"\0", SPACE, "\u2585"}
-    wanted, covered, kept = CHARACTER_COVERAGE * sum(counts.values()), 0, {" "}
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if covered >= wanted or len(kept) >= most:
-            break
-        covered += count
-        if character not in reserved:
-            kept.add(character)
-    return {ord(character): None for character in counts if character not in kept}
-
-
-def _training_error(message: str, vocab_size: int) -> PrepareError:
-    largest = re.search(r"value <= (\d+)", message)
-    if largest:
-        return PrepareError(f"--vocab-size {vocab_size}: the training text supports at most {largest[1]}")
-    return PrepareError(f"--vocab-size {vocab_size}: SentencePiece refused: {' '.join(message.split())}")
-
-
-class Codec:
-    """A tokenizer with what the score's arithmetic needs: exact encoding, and the bytes of every token."""
-
-    def __init__(self, model: bytes, name: str = "tokenizer", with_caseops: bool = False):
-        """Check the model's ids and pieces. Raises PrepareError, naming `name`, if the score would not be exact."""
-        try:
-            self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError, ValueError):
-            raise PrepareError(f"{name}: not a SentencePiece model") from None
-        self.vocab_size = sp.vocab_size()
-        if self.vocab_size > MAX_VOCAB:
-            raise PrepareError(f"{name}: {self.vocab_size} pieces; at most {MAX_VOCAB} fit the shards' format")
-        ids = (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
-        if ids != (PAD, BOS, EOS, UNK):
-            raise PrepareError(f"{name}: pad, bos, eos, unk have the ids {ids}; they must have {(PAD, BOS, EOS, UNK)}")
-        pieces = [sp.id_to_piece(number) for number in range(self.vocab_size)]
-        self.byte_ids = [sp.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
-        if not all(sp.is_byte(number) for number in self.byte_ids):
-            raise PrepareError(f"{name}: it lacks byte pieces (byte_fallback)")
-        # Byte pieces stand for 1 byte, control, unknown and unused pieces for 0, others for their text. The space in
-        # front counts apart: it is a byte unless a piece of 0 bytes stands before it (SentencePiece puts a space
-        # before each text). A space anywhere else would be counted as the three bytes of U+2581.
-        self.silent = np.array([
-            sp.is_control(n) or sp.is_unknown(n) or sp.is_unused(n) for n in range(self.vocab_size)
-        ])
-        is_byte = np.array([sp.is_byte(n) for n in range(self.vocab_size)])
-        spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-        lengths = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
-        self.base_bytes = np.where(self.silent, 0, np.where(is_byte, 1, lengths))
-        self.leading_space = spaced & ~self.silent & ~is_byte
-        for piece, plain in zip(pieces, ~self.silent & ~is_byte, strict=True):
-            if plain and SPACE in piece[1:]:
-                raise PrepareError(f"{name}: piece {piece!r} has a space that is not in front; bytes can't be counted")
-        self.alphabet = frozenset("".join(pieces))
-        self.operators = self._operators(pieces, name) if with_caseops else None
-
-    def _operators(self, pieces: list[str], name: str) -> dict[str, int]:
-        """The ids of CaseOps' operators. No other piece may hold one: then each is always a token of its own."""
-        ids = {}
-        for operator, symbol in caseops.OPERATORS.items():
-            ids[operator] = self.processor.piece_to_id(symbol)
-            if [piece for piece in pieces if symbol in piece] != [symbol] or self.silent[ids[operator]]:
-                raise PrepareError(f"{name}: --caseops needs the user-defined symbol U+{ord(symbol):04X} ({operator}), "
-                                   "in no other piece")
-        return ids
-
-    def token_bytes(self, ids: np.ndarray) -> np.ndarray:
-        """[n] UTF-8 bytes of the text that each token stands for; the first id has nothing before it."""
-        after_silent = np.concatenate([[True], self.silent[ids[:-1]]])
-        widths = self.base_bytes[ids] + (self.leading_space[ids] & ~after_silent)
-        return caseops.original_bytes(ids, widths, self.operators) if self.operators else widths
-
-    def encode(self, document: str) -> np.ndarray | None:
-        """BOS and the tokens of a document as uint16, or None if they don't stand for exactly this text."""
-        try:
-            size = len(document.encode())
-        except UnicodeEncodeError:  # An unpaired surrogate, which JSON can spell and UTF-8 can't.
-            return None
-        text = caseops.encode(document) if self.operators else document
-        stand_in = self._absent_character(text) if SPACE in text else ""
-        if stand_in is None:
-            return None
-        tokens = self.processor.encode(text.replace(SPACE, stand_in) if stand_in else text)
-        ids = np.array([BOS, *tokens], np.uint16)
-        if stand_in:
-            # Text's own U+2581 looks like a space to SentencePiece. Write it as its three bytes instead: encode a
-            # character that only bytes can express, and put those of U+2581 in the place of its bytes.
-            old, new = ([self.byte_ids[byte] for byte in c.encode()] for c in (stand_in, SPACE))
-            at = np.flatnonzero((ids[:-2] == old[0]) & (ids[1:-1] == old[1]) & (ids[2:] == old[2]))
-            for offset, number in enumerate(new):
-                ids[at + offset] = number
-        exact = self.processor.decode(ids[1:].tolist()) == text and self.token_bytes(ids).sum() == size
-        if self.operators:
-            exact = exact and caseops.decode(text) == document
-        return ids if exact else None
-
-    def _absent_character(self, text: str) -> str | None:
-        """A character of three bytes that neither the text nor any piece holds; private use first."""
-        present = self.alphabet.union(text)
-        for number in (*range(0xE000, 0x10000), *range(0x0800, 0xD800)):
-            if chr(number) not in present:
-                return chr(number)
-        return None
+    path: str
+    sha256: str
+    with_caseops: bool
 
 
 @functools.lru_cache(maxsize=2)
-def _codec(path: str, sha256: str, with_caseops: bool) -> Codec:
-    return Codec(Path(path).read_bytes(), path, with_caseops)
+def load_codec(model: Model) -> Codec:
+    """The Codec of a model, made once in a process."""
+    return Codec(Path(model.path).read_bytes(), model.path, model.with_caseops)
 
 
-def tokenize(path: str, sha256: str, with_caseops: bool, texts: list[str]) -> list[np.ndarray | None]:
-    """`Codec.encode` of each text, in a worker process that loads the model once. None for a document to drop."""
-    codec = _codec(path, sha256, with_caseops)
-    return [codec.encode(text) for text in texts]
-
-
-# ----------------------------------------------------------------------------------------------------------- shards
-
-
-class ShardWriter:
-    """Writes one side's documents, each whole, into files of at most `shard_tokens` tokens.
-
-    Only a document that alone has more makes a longer file. A writer of sidecars gets each token's bytes in the
-    place of the token, and so parts its files where the tokens' are parted.
-    """
-
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards: list[dict] = []
-        self.text = hashlib.sha256()
-        self.file = None
-
-    def add(self, ids: np.ndarray, data: bytes) -> None:
-        """Append a document's tokens; `data` is its text."""
-        if self.file and self.shards[-1]["tokens"] + len(ids) > self.shard_tokens:
-            self.close()
-        if not self.file:
-            name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
-            self.shards.append({"file": name, "tokens": 0, "documents": 0, "bytes": 0})
-            self.file = open(self.folder / name, "w+b")
-            self.file.write(bytes(4 * HEADER_INTS))
-        self.file.write(ids.astype("<u2").tobytes())
-        self.text.update(data)
-        shard = self.shards[-1]
-        shard["tokens"] += len(ids)
-        shard["documents"] += 1
-        shard["bytes"] += len(data)
-
-    def close(self) -> None:
-        """Finish the open file: its header, its checksum, and its bytes on the disk."""
-        if not self.file:
-            return
-        file, self.file = self.file, None
-        with file:
-            header = np.zeros(HEADER_INTS, "<i4")
-            header[:3] = SHARD_MAGIC, SHARD_VERSION, self.shards[-1]["tokens"]
-            file.seek(0)
-            file.write(header.tobytes())
-            file.seek(0)
-            self.shards[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-
-    def summary(self) -> dict:
-        """This side's entry in the manifest."""
-        totals = {key: sum(shard[key] for shard in self.shards) for key in ("documents", "tokens", "bytes")}
-        return {**totals, "text_sha256": self.text.hexdigest(), "shards": self.shards}
+def tokenize(model: Model, segments: list[tuple[str, str]]) -> list[bytes | None]:
+    """`Codec.encode_segment` of each segment. None where a document is to be dropped."""
+    codec = load_codec(model)
+    return [codec.encode_segment(*segment) for segment in segments]
 
 
 def write_shards(
-    sources: Sources, found: Survey, model: Path, folder: Path, options: Options, progress: Callable[[int], None]
-) -> tuple[dict[str, dict], int]:
-    """The second pass. Returns the manifest's `splits` and the number of dropped documents."""
-    names = ("train", "val", "val_bytes") if options.caseops else ("train", "val")
-    writers = {name: ShardWriter(folder, name, options.shard_tokens) for name in names}
-    sent: deque[list[str]] = deque()
-    digest, dropped = hashlib.sha256(), 0
+    sources: Sources, found: Survey, model: Model, output: Shards, options: Options, progress: Callable[[int], None]
+) -> dict[str, dict]:
+    """The second pass, or what is left of it. Returns the manifest's `splits`."""
+    codec, splitter = load_codec(model), Splitter(found.threshold, sources.known)
+    changed = Worthless(f"{' '.join(options.sources)}: the text changed while it was being read")
+    waiting: deque[tuple[Document, int]] = deque()
+    ready: deque[bytes | None] = deque()
 
-    def batches() -> Iterator[list[str]]:
-        for batch in in_batches(sources):
-            sent.append(batch)
-            yield [text for text in batch if text]
+    def segments() -> Iterator[tuple[str, str]]:
+        texts, digest = iter(sources), shards.NOTHING
+        for text in itertools.islice(texts, output.documents):
+            data = text.encode("utf-8", "surrogatepass")
+            digest = shards.link(digest, text_hash(data, options.seed).to_bytes(8, "little"))
+            progress(len(data))
+        if digest != output.digest:
+            raise changed
+        for text in texts:
+            document, count = describe(text, splitter, options.seed), 0
+            for count, segment in enumerate(codec.segments(text) if text else (), 1):
+                yield segment
+            del text  # Of a large document nothing may stay while the next one is read.
+            waiting.append((document, count))
 
-    codec_key = str(model), hashlib.sha256(model.read_bytes()).hexdigest(), options.caseops
-    job = functools.partial(tokenize, *codec_key)
-    workers = min(options.workers, -(-found.bytes // BATCH_BYTES))
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
-        validation = stack.enter_context(open(folder / "validation", "wb"))
-        for results in corpus.map_in_order(job, batches(), workers):
-            remaining = iter(results)
-            for text in sent.popleft():
-                data = text.encode("utf-8", "surrogatepass")
-                number = text_hash(data, options.seed)
-                digest.update(number.to_bytes(8, "little"))
-                ids = next(remaining) if data else None
-                if ids is None:
-                    dropped += bool(data)
-                    continue
-                side = found.splitter.side(number)
-                writers[side].add(ids, data)
-                if side == "val":
-                    validation.write(data)
-                    if options.caseops:
-                        writers["val_bytes"].add(_codec(*codec_key).token_bytes(ids), data)
-                progress(len(data))
-    if digest.hexdigest() != found.digest:
-        raise PrepareError(f"{' '.join(options.sources)}: the text changed while it was being read")
-    splits = {name: writer.summary() for name, writer in writers.items()}
-    if options.caseops:
-        splits["val"]["sidecars"] = splits.pop("val_bytes")["shards"]
-    return splits, dropped
+    workers = min(options.workers, -(-found.bytes // BATCH_CHARACTERS))
+    job = functools.partial(tokenize, model)
+    for results in itertools.chain(corpus.map_in_order(job, in_batches(segments()), workers), [[]]):
+        ready.extend(results)
+        while waiting and len(ready) >= waiting[0][1]:
+            document, count = waiting.popleft()
+            tokens = [ready.popleft() for _ in range(count)]
+            dropped = None in tokens
+            if tokens and not dropped:
+                output.add(document, contents(codec, document, tokens))
+            output.handled(document, dropped)
+            progress(document.size)
+    if output.digest.hex() != found.digest:
+        raise changed
+    return output.finish()
 
 
-def in_batches(texts: Iterable[str], size: int = BATCH_BYTES) -> Iterator[list[str]]:
-    """Texts in lists of about `size` characters, so that a worker's job outweighs its hand-over."""
+def describe(text: str, splitter: Splitter, seed: int) -> Document:
+    """What is to be kept of a document: its hashes and its side, and its text if it validates."""
+    data = text.encode("utf-8", "surrogatepass")
+    number = text_hash(data, seed)
+    side = splitter.side(number)
+    return Document(number, side, len(data), hashlib.sha256(data).digest(), data if side == "val" else None)
+
+
+def contents(codec: Codec, document: Document, tokens: list[bytes]) -> list[bytes]:
+    """What each of its side's files gets of a document: its tokens, and their bytes where there are sidecars."""
+    tokens = b"".join([BOS_TOKEN, *tokens])
+    if document.side == "train" or not codec.operators:
+        return [tokens]
+    return [tokens, codec.token_bytes(np.frombuffer(tokens, "<u2")).astype("<u2").tobytes()]
+
+
+def in_batches(segments: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Segments in lists of about BATCH_CHARACTERS, so that a worker's job outweighs its hand-over."""
     batch, held = [], 0
-    for text in texts:
-        batch.append(text)
-        held += len(text)
-        if held >= size:
+    for segment in segments:
+        batch.append(segment)
+        held += len(segment[0])
+        if held >= BATCH_CHARACTERS:
             yield batch
             batch, held = [], 0
     if batch:
         yield batch
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The uint16 tokens of a shard; ValueError if its header and its size disagree."""
-    data = path.read_bytes()
-    header = np.frombuffer(data[: 4 * HEADER_INTS], "<i4")
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path}: not a shard")
-    tokens = np.frombuffer(data[4 * HEADER_INTS :], "<u2")
-    if len(tokens) != header[2]:
-        raise ValueError(f"{path}: {len(tokens)} tokens, {header[2]} in its header")
-    return tokens
-
-
 def reference_compressors(path: Path) -> dict[str, float]:
-    """Bits per byte of general compressors on the file's first 128 MiB: what any language model should beat."""
+    """Bits per byte of general compressors on the file's first 16 MiB: what any language model should beat."""
     size = min(path.stat().st_size, REFERENCE_BYTES)
     stop = threading.Event()  # Lets a Ctrl-C end the threads within a chunk, not at the end of the text.
+    dictionary = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, size)}  # Its own 64 MiB need 674 MB.
     compressors = {
-        "xz -9": lzma.LZMACompressor(preset=9),
+        "xz -9": lzma.LZMACompressor(filters=[dictionary]),
         "zstd -22": zstandard.ZstdCompressor(level=22).compressobj(size=size),
     }
 
@@ -693,15 +327,22 @@ def reference_compressors(path: Path) -> dict[str, float]:
 def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
     """Equal for two runs that would write the same: options, and for each source what tells that it changed."""
     parts = [FORMAT, recorded_options(options)]
-    modules = (__file__, caseops.__file__, corpus.__file__)
     for name, path in listed:
-        if path is None:
-            code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in modules]
-            parts.append([name, package_versions(builtin_packages(name)), code])
+        if is_remote(name):
+            parts.append([name])  # With its repository and revision in the options; the hub is not asked again.
+        elif path is None:
+            parts.append([name, package_versions(builtin_packages(name)), program()["code"]])
         else:
             status = path.stat()
             parts.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def program() -> dict:
+    """What made the output besides the options and the texts."""
+    modules = [sys.modules[item.__module__] for item in (prepare, Sources, Codec, Shards)] + [caseops, corpus]
+    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+    return {"code": code, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])}
 
 
 def recorded_options(options: Options) -> dict:
@@ -710,7 +351,9 @@ def recorded_options(options: Options) -> dict:
     return {
         "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
         "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
-        "text_field": options.text_field, "caseops": options.caseops,
+        "sample_bytes": options.sample_bytes, "text_field": options.text_field, "caseops": options.caseops,
+        "val_documents": options.val_documents, "train_shards": options.train_shards, "repo": options.repo,
+        "revision": options.revision, "repo_root": options.repo_root,
     }
 
 
@@ -734,7 +377,7 @@ def manifest_files(manifest: dict) -> dict[str, int]:
     files = {manifest["tokenizer"]["file"]: manifest["tokenizer"]["bytes"]}
     for split in manifest["splits"].values():
         for shard in (*split["shards"], *split.get("sidecars", ())):
-            files[shard["file"]] = 4 * HEADER_INTS + 2 * shard["tokens"]
+            files[shard["file"]] = HEADER_BYTES + 2 * shard["tokens"]
     if not all(OWN_FILE.fullmatch(name) for name in files):
         raise ValueError("a file that is not ours")
     return files
@@ -743,24 +386,48 @@ def manifest_files(manifest: dict) -> dict[str, int]:
 def check_folder(options: Options, mark: str) -> dict | None:
     """The manifest if --out already holds this very preparation, None if it may be (over)written; else an error."""
     out = options.out
-    manifest = read_manifest(out)
+    manifest, unfinished = read_manifest(out), read_unfinished(out)
     own = manifest_files(manifest) if manifest else {}
     for path in sorted(out.iterdir()):
         if OWN_FILE.fullmatch(path.name) and path.name not in own:
             raise PrepareError(f"{path}: in the way, and no manifest says that this program made it; "
                                "move it or choose another --out")
-    if manifest is None:
+    if options.force:
         return None
-    if manifest["fingerprint"] == mark:
+    if manifest and manifest["fingerprint"] == mark:
         present = all((out / name).is_file() and (out / name).stat().st_size == size for name, size in own.items())
-        return None if options.force or not present else manifest
-    if not options.force:
-        recorded = recorded_options(options)
-        other = [f"{key} {manifest['options'].get(key)} there, {value} asked"
-                 for key, value in recorded.items() if manifest["options"].get(key) != value]
-        raise PrepareError(f"--out {out}: holds other data ({'; '.join(other) or 'other or changed sources'}); "
-                           "choose another folder, or --force replaces it")
+        if present:
+            return manifest
+    elif unfinished and unfinished["fingerprint"] == mark:
+        return None  # Whether it may replace what is there was decided when it began.
+    extended = manifest and published.variant_of(options.sources) and published.grows(manifest, options)
+    for there, words in ((None if extended else manifest, "other data"),
+                         (unfinished, "an unfinished preparation of other data")):
+        if there and there["fingerprint"] != mark:
+            raise PrepareError(f"--out {out}: holds {words} ({_differences(there['options'], options)}); "
+                               "choose another folder, or --force replaces it")
     return None
+
+
+def _differences(recorded: dict, options: Options) -> str:
+    asked = recorded_options(options)
+    other = [f"{key} {recorded.get(key)} there, {value} asked"
+             for key, value in asked.items() if recorded.get(key) != value]
+    return "; ".join(other) or "other or changed sources"
+
+
+def read_unfinished(out: Path) -> dict | None:
+    """What the first pass of a run that was killed has left: its options, its fingerprint and its survey."""
+    try:
+        return json.loads((out / UNFINISHED / "survey.json").read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def discard(folder: Path) -> None:
+    """Remove an unfinished preparation; if this is killed too, what is left of it counts for nothing."""
+    (folder / "survey.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def commit(temporary: Path, out: Path) -> None:
@@ -770,6 +437,7 @@ def commit(temporary: Path, out: Path) -> None:
     temporary folder with its manifest stays until the end.
     """
     manifest = read_manifest(temporary)
+    (temporary / "survey.json").unlink(missing_ok=True)  # Nothing is left to go on with.
     if (out / "manifest.json").exists():
         os.replace(out / "manifest.json", temporary / "previous.json")
     if (temporary / "previous.json").exists():
@@ -784,7 +452,7 @@ def commit(temporary: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def output_folder(out: Path) -> Iterator[None]:
-    """Make --out and hold it for this process alone; after a failure nothing of ours is left, not even the folder."""
+    """Make --out and hold it for this process alone; after a failure an empty folder that we made goes again."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     descriptor = None
     try:
@@ -796,11 +464,8 @@ def output_folder(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PrepareError(f"--out {out}: another run of this program is writing there") from None
-        for stale in sorted(out.glob(TEMPORARY + "*")):  # Left by a run that was killed, as we hold the lock.
-            if (stale / "manifest.json").exists():
-                commit(stale, out)
-            else:
-                shutil.rmtree(stale)
+        if (out / UNFINISHED / "manifest.json").exists():  # Left by a run that was killed, as we hold the lock.
+            commit(out / UNFINISHED, out)
         yield
     except BaseException:
         for path in made:
@@ -830,7 +495,8 @@ def no_interruption() -> Iterator[None]:
 def prepare(options: Options) -> tuple[dict, bool]:
     """Prepare the sources as the options say. Returns the manifest, and whether it was there already.
 
-    Raises PrepareError for what a user can mend and OSError where the disk refuses; then nothing is left behind.
+    Raises PrepareError for what a user can mend and OSError where the disk refuses. What is finished when the disk
+    or a signal stops it, or when it is killed, is kept, and the next call with the same options goes on from there.
     """
     options, given = _complete(options)
     listed = list_files(options.sources)
@@ -839,19 +505,34 @@ def prepare(options: Options) -> tuple[dict, bool]:
         manifest = check_folder(options, mark)
         if manifest:
             return manifest, True
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=options.out))
+        if published.variant_of(options.sources):
+            return _download(options, mark), False
+        folder = options.out / UNFINISHED
+        unfinished = read_unfinished(options.out)
+        if options.force or not unfinished or unfinished["program"] != program():
+            discard(folder)
+            folder.mkdir()
         try:
-            manifest = _fill(temporary, options, given, mark)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            manifest = _fill(folder, options, given, mark)
+        except BaseException as error:
+            if isinstance(error, Worthless) or not read_unfinished(options.out):
+                discard(folder)
+            else:
+                error.add_note(f"; what is finished is kept in {folder}, and the same command goes on from there")
             raise
         with no_interruption():
-            commit(temporary, options.out)
+            commit(folder, options.out)
     return manifest, False
 
 
 def _complete(options: Options) -> tuple[Options, bytes | None]:
     """Check the options that need checking together; read a given tokenizer."""
+    if name := published.variant_of(options.sources):
+        published.check_options(options)
+        variant = published.VARIANTS[name]
+        return dataclasses.replace(options, vocab_size=variant.vocab_size, caseops=variant.caseops), None
+    if options.train_shards:
+        raise PrepareError(f"--train-shards {options.train_shards}: is for {', '.join(published.VARIANTS)}")
     if not options.tokenizer:
         return dataclasses.replace(options, vocab_size=options.vocab_size or 1024), None
     try:
@@ -864,53 +545,105 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
     return dataclasses.replace(options, vocab_size=size), model
 
 
-def _fill(temporary: Path, options: Options, model: bytes | None, mark: str) -> dict:
-    """Write all files of a preparation into a folder; the manifest last."""
-    report = Report(options.quiet)
-    report.say("reading " + " ".join(options.sources))
-    sources = Sources(options)
-    found = survey(sources, options)
-    training: dict = {"given": True}
-    if model is None:
-        report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(found.sample)} documents")
-        model, training = train_tokenizer(found.sample, options.vocab_size, options.caseops)
-        Codec(model, "the trained tokenizer", options.caseops)
-    path = temporary / "tokenizer.model"
-    _write(path, model)
-    with report.bar("tokenizing", found.bytes) as progress:
-        splits, dropped = write_shards(sources, found, path, temporary, options, progress)
-    for split, summary in splits.items():
-        if not summary["documents"]:
-            raise PrepareError(f"no {split} document is left ({dropped} of {found.documents} documents dropped because "
-                               "decoding does not give them back); give more text or another --tokenizer")
-    report.say("compressing the validation text with xz -9 and zstd -22")
-    reference = reference_compressors(temporary / "validation")
-    (temporary / "validation").unlink()
-    manifest = {
-        "format": FORMAT,
-        "source": sources.described,
-        "created_with": {"prepare": FORMAT, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])},
-        "options": recorded_options(options),
-        "tokenizer": {
-            "file": path.name, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
-            "vocab_size": options.vocab_size, "options": training,
-        },
-        "splits": splits,
-        "dropped_documents": dropped,
-        "empty_documents": found.empty,
-        "reference_compressors": reference,
-        "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
-        "fingerprint": mark,
-    }
-    _write(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+def _download(options: Options, mark: str) -> dict:
+    """Fetch a published export into --out, with a manifest like that of a preparation; returns it."""
+    report, folder = Report(options.quiet), options.out / DOWNLOADING
+    before, ready = read_manifest(options.out), options.out / UNFINISHED
+    folder.mkdir(exist_ok=True)
+    extends = before and not options.force and published.grows(before, options)
+    pinned = before["source"][0]["commit"] if extends else None  # What is added must fit what is there.
+    fetched = published.download(options, folder, pinned, report.bar)
+    model = fetched.paths[published.TOKENIZER].read_bytes()
+    codec = Codec(model, fetched.export.tokenizer.path, options.caseops)
+    if codec.vocab_size != options.vocab_size:
+        raise PrepareError(f"{fetched.export.tokenizer.path}: {codec.vocab_size} pieces, not {options.vocab_size}")
+    splits = published.measure(fetched, codec, report.bar)
+    manifest = _manifest(options, mark, [fetched.described], model, {"given": True}, splits)
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    with no_interruption():
+        discard(ready)
+        os.replace(folder, ready)  # From here on the next run completes it, should this one be killed.
+        commit(ready, options.out)
     return manifest
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
+    """What every manifest holds. training: the options that made the tokenizer `model`."""
+    return {
+        "format": FORMAT,
+        "source": source,
+        "created_with": {"prepare": FORMAT, **program()},
+        "options": recorded_options(options),
+        "tokenizer": {
+            "file": published.TOKENIZER, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
+            "vocab_size": options.vocab_size, "options": training,
+        },
+        "splits": splits,
+        "fingerprint": mark,
+    }
+
+
+def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dict:
+    """Write all files of a preparation into a folder, or those that it lacks; the manifest last."""
+    report = Report(options.quiet)
+    report.say("reading " + " ".join(options.sources))
+    sources = Sources(options, report)
+    found = _surveyed(folder, sources, options, mark)
+    training = _tokenizer(folder, options, model, report)
+    path = folder / published.TOKENIZER
+    model = path.read_bytes()
+    with contextlib.closing(Shards(folder, options.shard_tokens, options.caseops)) as output:
+        with report.bar("tokenizing", found.bytes) as progress:
+            loaded = Model(str(path), hashlib.sha256(model).hexdigest(), options.caseops)
+            splits = write_shards(sources, found, loaded, output, options, progress)
+    for split, summary in splits.items():
+        if not summary["documents"]:
+            raise Worthless(f"no {split} document is left ({output.dropped} of {found.documents} documents dropped "
+                            "because decoding does not give them back); give more text or another --tokenizer")
+    report.say("compressing the validation text with xz -9 and zstd -22")
+    manifest = {
+        **_manifest(options, mark, sources.described, model, training, splits),
+        "dropped_documents": output.dropped,
+        "empty_documents": found.empty,
+        "duplicates_of_validation": sources.duplicates,
+        "reference_compressors": reference_compressors(folder / "validation"),
+        "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
+    }
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def _surveyed(folder: Path, sources: Sources, options: Options, mark: str) -> Survey:
+    """The first pass, or what is left of an earlier one."""
+    unfinished = read_unfinished(options.out)
+    if unfinished:
+        return Survey(**unfinished["survey"])
+    found, sample = survey(sources, options)
+    write_file(folder / "sample.jsonl", "".join(json.dumps(text) + "\n" for text in sample).encode())
+    kept = {"fingerprint": mark, "program": program(), "options": recorded_options(options),
+            "survey": dataclasses.asdict(found)}
+    write_file(folder / "survey.json", json.dumps(kept).encode())
+    return found
+
+
+def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Report) -> dict:
+    """Put a tokenizer into the folder if none is there. Returns the options that made it."""
+    made = folder / "tokenizer.json"
+    if made.exists():
+        return json.loads(made.read_bytes())
+    training: dict = {"given": True}
+    if model is None:
+        with open(folder / "sample.jsonl", "rb") as file:
+            sample = [json.loads(line) for line in file]
+        report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(sample)} documents")
+        try:
+            model, training = train_tokenizer(sample, options.vocab_size, options.caseops)
+        except PrepareError as error:
+            raise Worthless(str(error)) from None
+        Codec(model, "the trained tokenizer", options.caseops)
+    write_file(folder / "tokenizer.model", model)
+    write_file(made, json.dumps(training).encode())
+    return training
 
 
 class Report:
@@ -947,6 +680,24 @@ class Report:
 # ----------------------------------------------------------------------------------------------------- command line
 
 
+EPILOG = """\
+A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
+.jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
+torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
+all that is in them, in sorted order.
+hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
+sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
+for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
+A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
+shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
+
+A run that is interrupted, killed, or out of disk space keeps its finished shards in --out/.prepare-unfinished: the
+same command goes on from there and writes the same bytes as an undisturbed run; --force begins anew.
+
+exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
+130 or 143 interrupted."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's usage and line."""
@@ -974,23 +725,19 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser = _Parser(
         prog="prepare.py", description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="""\
-A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl or
-.jsonl.zst file is one. `builtin` is the documentation inside Python, torch, numpy, sympy and networkx, about 16 MB;
-`builtin:networkx,numpy` takes some of them. Folders are searched with all that is in them, in sorted order.
-A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
-shuffled.
-
-exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
-130 or 143 interrupted. After 2, 130 and 143 nothing is left in --out.""",
+        epilog=EPILOG,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="`builtin`, a .txt, .jsonl or .jsonl.zst file, or a folder")
+    add("sources", nargs="+", metavar="SOURCE",
+        help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, "
+             "docs_selected, or sp1024, sp8192, sp8192-caseops")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
     add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
     add("--val-fraction", type=lambda text: _number(float, 0, 1, text, True), default=0.05, metavar="F",
         help="share of the documents that validates (default: %(default)s)")
+    add("--val-documents", type=whole(1, 2**62), metavar="N",
+        help="the first N documents validate, and no others (default: 50000 of docs_selected.jsonl, else by hash)")
     add("--shard-tokens", type=whole(1, 1_000_000_000), default=100_000_000, metavar="N",
         help="most tokens in a shard, unless one document has more (default: %(default)s)")
     add("--workers", type=whole(1, 1024), default=cores, metavar="N",
@@ -999,11 +746,21 @@ exit codes: 0 done, or done before with the same options; 2 something to mend, s
     add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the split and shuffle (default: 0)")
     add("--max-document-bytes", type=whole(64, 1 << 30), default=32 << 10, metavar="N",
         help="cut .txt files that are longer (default: %(default)s)")
+    add("--sample-bytes", type=whole(1 << 16, 1 << 30), default=32 << 20, metavar="N",
+        help="most text to train the tokenizer on; training takes about 10 times as much memory (default: %(default)s)")
     add("--text-field", default="text", metavar="NAME",
-        help="the field that holds the text of a .jsonl line (default: %(default)s)")
+        help="the field or column that holds the text of .jsonl and .parquet (default: %(default)s)")
     add("--caseops", action="store_true",
         help="write capitals as operators before small letters (caseops.py), and each validation token's original "
              "bytes as fineweb_val_bytes_*.bin")
+    add("--train-shards", type=whole(1, 10**6), metavar="N",
+        help="of sp1024, sp8192, sp8192-caseops: the first N training shards (default: all); more can be added later")
+    add("--repo", metavar="OWNER/NAME", help="dataset repository of docs_selected, sp1024, sp8192 or sp8192-caseops")
+    add("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
+    add("--repo-root", default=published.ROOT, metavar="PATH",
+        help="folder in that repository that holds manifest.json (default: %(default)s)")
+    add("--downloads", type=Path, metavar="DIR",
+        help="folder for text from the hub, which stays there (default: downloads in --out)")
     add("--force", action="store_true", help="replace what this program made in DIR with other options")
     add("--quiet", action="store_true", help="no progress on stderr")
     values = vars(parser.parse_intermixed_args(arguments))
@@ -1015,10 +772,13 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     for split, entry in manifest["splits"].items():
         yield (f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
                f"{len(entry['shards'])} shard(s)")
-    if manifest["dropped_documents"]:
+    if manifest.get("duplicates_of_validation"):
+        yield f"left out of training: {manifest['duplicates_of_validation']:,} documents that validate"
+    if manifest.get("dropped_documents"):
         yield f"dropped: {manifest['dropped_documents']:,} documents that decoding does not give back"
-    reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
-    yield f"bits per byte of the validation text: {reference}"
+    if "reference_compressors" in manifest:
+        reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
+        yield f"bits per byte of the validation text: {reference}"
     yield f"written: {out / 'manifest.json'}"
     knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""
@@ -1029,6 +789,11 @@ def _on_signal(number: int, frame: object) -> None:
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)  # The clean-up is short; let a second Ctrl-C not break it.
     raise Terminated(number)
+
+
+def _notes(error: BaseException, otherwise: str = "") -> str:
+    """What was noted about an error while it passed."""
+    return "".join(getattr(error, "__notes__", [otherwise]))
 
 
 def _disk_error(error: OSError, out: Path) -> str:
@@ -1042,19 +807,23 @@ def _disk_error(error: OSError, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    kept = "; nothing is left of it"
     try:
         for number in SIGNALS:
             signal.signal(number, _on_signal)
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if any(map(is_remote, options.sources)):
+            kept = "; what was downloaded is kept, and the same command goes on"
         manifest, before = prepare(options)
     except PrepareError as error:
-        message, code = str(error), 2
+        message, code = str(error) + _notes(error), 2
     except OSError as error:
-        message, code = _disk_error(error, options.out), 2
-    except BrokenProcessPool:
+        message, code = _disk_error(error, options.out) + _notes(error), 2
+    except BrokenProcessPool as error:
         message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
+        message += _notes(error)
     except Terminated as error:
-        message, code = "interrupted; nothing was written", 128 + error.args[0]
+        message, code = "interrupted" + _notes(error, kept), 128 + error.args[0]
     else:
         if before:
             print("already prepared")

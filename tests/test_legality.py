@@ -14,7 +14,7 @@ import torch
 import train_gpt as tg
 from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run, write_shard
 
-VOCABULARY = 640
+VOCABULARY, PADDING = 640, 0  # padding is no text: the time is projected on it
 # Targets of each document: longer than the context, of one chunk, of one target, alone and one after the other.
 LENGTHS = (20, 1, 7, 33, 1, 1, 12, 5, 26, 9, 40, 3, 1, 17, 8, 30, 2, 11, 22, 6)
 # Rates so large that what a score must not depend on would change it visibly.
@@ -124,7 +124,7 @@ class Recorder:
         for row, column in (gradient != 0).nonzero().tolist():
             place = first + column
             last, target = ids[row, place].item(), targets[row, column].item()
-            seen = {*ids[row, starts[row, place]:place + 1].tolist(), target} - {tg.BOS_ID}
+            seen = {*ids[row, starts[row, place]:place + 1].tolist(), target} - {tg.BOS_ID, PADDING}
             positions |= {self.place[t] - 1 for t in seen}
             if target == tg.BOS_ID:  # a BOS is known by the token before it alone
                 positions |= {self.place[last]} if last != tg.BOS_ID else set()

@@ -30,6 +30,9 @@ sys.path.insert(0, str(DATA))
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import shards  # noqa: E402
+import sources  # noqa: E402
+import tokenizer  # noqa: E402
 
 SYLLABLES = "ba ko mi tu re sa no li wen dor fa gu pel ish an or ta vi qua ze the of and to in is".split()
 
@@ -93,7 +96,7 @@ def options(*sources, out, **changes):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != prepare.UNFINISHED}
 
 
 def documents_of(folder, manifest, split):
@@ -101,11 +104,19 @@ def documents_of(folder, manifest, split):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / "tokenizer.model"))
     texts = []
     for shard in manifest["splits"][split]["shards"]:
-        ids = prepare.read_shard(Path(folder) / shard["file"])
+        ids = shards.read_shard(Path(folder) / shard["file"])
         starts = np.flatnonzero(ids == 1)
         assert len(ids) == 0 or starts[0] == 0
         texts += [processor.decode(part[1:].tolist()) for part in np.split(ids, starts[1:])]
     return texts
+
+
+def chained(texts):
+    """A split's `documents_sha256`."""
+    chain = bytes(32)
+    for text in texts:
+        chain = hashlib.sha256(chain + hashlib.sha256(text.encode()).digest()).digest()
+    return chain.hex()
 
 
 def naive_bytes(processor, ids):
@@ -142,7 +153,7 @@ TEXTS = st.one_of(
 def test_every_text_round_trips_with_exact_bytes(model, text):
     _, codec = model
     ids = codec.encode(text)
-    assert ids.dtype == np.uint16 and ids[0] == prepare.BOS and not set(ids[1:].tolist()) & {0, 1, 2, 3}
+    assert ids.dtype == np.uint16 and ids[0] == tokenizer.BOS and not set(ids[1:].tolist()) & {0, 1, 2, 3}
     assert codec.processor.decode(ids[1:].tolist()) == text
     assert naive_bytes(codec.processor, ids.tolist()) == codec.token_bytes(ids).sum() == len(text.encode())
 
@@ -156,11 +167,12 @@ def test_every_character_round_trips(model):
 def test_a_literal_space_mark_is_written_as_its_bytes(model):
     _, codec = model
     ids = codec.encode("\ue000a▁b ▁")
-    marks = [codec.byte_ids[byte] for byte in "▁".encode()]
+    marks = [codec.processor.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
     assert sum(ids[i : i + 3].tolist() == marks for i in range(len(ids))) == 2
     everything = "".join(map(chr, [*range(0x800, 0xD800), *range(0xE000, 0x10000)]))
-    assert codec.encode(everything) is None  # No character is left to stand in for the mark.
-    assert codec.encode(everything.replace("▁", "")) is not None
+    ids = codec.encode(everything)
+    assert codec.processor.decode(ids[1:].tolist()) == everything
+    assert codec.token_bytes(ids).sum() == len(everything.encode())
 
 
 def test_pieces_of_a_trained_tokenizer(model):
@@ -254,7 +266,7 @@ def test_shards_and_manifest_agree_with_the_text(tmp_path, source):
             assert entry[key] == sum(shard[key] for shard in entry["shards"])
         texts = documents_of(out, manifest, split)
         assert entry["bytes"] == len("".join(texts).encode())
-        assert entry["text_sha256"] == hashlib.sha256("".join(texts).encode()).hexdigest()
+        assert entry["documents_sha256"] == chained(texts)
         everything += texts
     assert len(manifest["splits"]["train"]["shards"]) > 3
     assert listed == set(contents(out))
@@ -278,7 +290,7 @@ def test_reference_compressors(tmp_path, source):
 
 
 def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 2000)
     source = write_jsonl(tmp_path / "a.jsonl", [story(seed) for seed in range(60)] + ["", "▁ and \ue000"])
     for workers in (1, 2):
         prepare.prepare(options(source, out=tmp_path / str(workers), workers=workers, shard_tokens=900))
@@ -309,7 +321,7 @@ def test_sources_of_all_kinds_in_a_stable_order(tmp_path):
 def test_cut_text_is_whole(text, limit, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / f"cut-{os.getpid()}.txt"
     path.write_bytes(text.encode())
-    pieces = list(prepare.read_texts(path, limit, "text"))
+    pieces = list(sources.read_texts(path, limit, "text"))
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= limit for piece in pieces)
 
@@ -330,7 +342,7 @@ def test_a_large_text_file_is_read_in_little_memory(tmp_path):
     tracemalloc.start()
     try:
         digest, count = hashlib.sha256(), 0
-        for text in prepare.read_texts(path, 32 << 10, "text"):
+        for text in sources.read_texts(path, 32 << 10, "text"):
             digest.update(text.encode())
             count += 1
         peak = tracemalloc.get_traced_memory()[1]
@@ -372,28 +384,44 @@ def test_each_side_has_a_document(tmp_path, fraction):
     assert sorted(entry["documents"] for entry in manifest["splits"].values()) == [1, 2]
 
 
-def test_tokenizer_never_sees_validation_text(tmp_path, source, monkeypatch):
-    made = options(source, out=tmp_path / "out", val_fraction=0.3)
-    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 8000)
-    sources = prepare.Sources(made)
-    found = prepare.survey(sources, made)
-    assert found.documents == 60 and 0 < sum(len(text.encode()) for text in found.sample) <= 8000
-    sides = {text: found.splitter.side(prepare.text_hash(text.encode(), 0)) for text in sources}
-    assert {sides[text] for text in found.sample} == {"train"} and set(sides.values()) == {"train", "val"}
+def test_tokenizer_never_sees_validation_text(tmp_path, source):
+    made = options(source, out=tmp_path / "out", val_fraction=0.3, sample_bytes=16000)
+    texts = sources.Sources(made)
+    found, sample = prepare.survey(texts, made)
+    assert found.documents == 60 and len(sample) > 5 and sum(len(text.encode()) + 256 for text in sample) <= 16000
+    splitter = sources.Splitter(found.threshold, {})
+    sides = {text: splitter.side(sources.text_hash(text.encode(), 0)) for text in texts}
+    assert {sides[text] for text in sample} == {"train"} and set(sides.values()) == {"train", "val"}
     # The sample depends on the texts, not on their order.
     write_jsonl(source, [story(seed) for seed in reversed(range(60))])
-    assert prepare.survey(prepare.Sources(made), made).sample == found.sample
+    assert prepare.survey(sources.Sources(made), made)[1] == sample
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.permutations(range(12)), st.lists(st.integers(1, 3000), min_size=12, max_size=12), st.integers(500, 9000))
+def test_the_sample_is_what_fits_of_the_largest_hashes(order, sizes, limit):
+    sample = prepare.Sample(limit)
+    for number in (*order, *order[::-1]):
+        sample.add(number, b"x" * sizes[number])
+    largest = min(1 << 20, limit - 256)
+    expected, held = [], 0
+    for number in range(11, -1, -1):
+        held += min(sizes[number], largest) + 256
+        if held > limit:
+            break
+        expected.insert(0, "x" * min(sizes[number], largest))
+    assert sample.texts(sources.Splitter(0, {})) == expected
 
 
 def test_groups_are_on_one_side_and_large_ones_train():
     documents = [corpus.Document(f"n{i}", story(i, 10), f"g{i % 40}" if i < 200 else "large") for i in range(400)]
-    chosen = prepare.validation_groups(documents, 0.1, 0)
+    chosen = sources.validation_groups(documents, 0.1, 0)
     share = sum(len(d.text) for d in documents if d.group in chosen) / sum(len(d.text) for d in documents)
     assert "large" not in chosen and 0.07 < share <= 0.1
-    assert prepare.validation_groups(documents, 0.1, 1) != chosen
-    assert len(prepare.validation_groups(documents, 1e-9, 0)) == 1
-    assert "large" not in prepare.validation_groups(documents, 1e-9, 0)
-    assert prepare.validation_groups(documents[:1], 0.5, 0) == set()
+    assert sources.validation_groups(documents, 0.1, 1) != chosen
+    assert len(sources.validation_groups(documents, 1e-9, 0)) == 1
+    assert "large" not in sources.validation_groups(documents, 1e-9, 0)
+    assert sources.validation_groups(documents[:1], 0.5, 0) == set()
 
 
 def test_builtin_split_shares_no_passage(tmp_path):
@@ -512,7 +540,7 @@ def check_caseops(out, expected, dropped=0):
         assert hashlib.sha256(raw).hexdigest() == sidecar["sha256"]
         assert struct.unpack("<256i", raw[:1024]) == (20240520, 1, shard["tokens"]) + (0,) * 253
         counts = np.frombuffer(raw[1024:], "<u2").astype(int)
-        starts = np.flatnonzero(prepare.read_shard(out / shard["file"]) == 1)
+        starts = np.flatnonzero(shards.read_shard(out / shard["file"]) == 1)
         assert len(counts) == shard["tokens"] == sidecar["tokens"] and not counts[starts].any()
         assert {key: shard[key] for key in ("documents", "bytes")} == {
             "documents": len(starts), "bytes": counts.sum()
@@ -520,14 +548,14 @@ def check_caseops(out, expected, dropped=0):
         found += [part.sum() for part in np.split(counts, starts[1:])]
     texts = {side: [caseops.decode(text) for text in documents_of(out, manifest, side)] for side in ("train", "val")}
     assert found == [len(text.encode()) for text in texts["val"]] and sum(found) == split["bytes"]
-    assert split["text_sha256"] == hashlib.sha256("".join(texts["val"]).encode()).hexdigest()
+    assert split["documents_sha256"] == chained(texts["val"])
     assert sorted(texts["train"] + texts["val"]) == sorted(expected)
     assert set(prepare.manifest_files(manifest)) | {"manifest.json"} == set(contents(out))
     return manifest
 
 
 def test_caseops_of_nasty_documents(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 2000)
     texts = [f"{nasty} {number} {story(number, 20).title()}" for number in range(12) for nasty in NASTY] + NASTY
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, "", "half a pair \ud800"])
     for workers in (1, 2):
@@ -547,7 +575,7 @@ def test_caseops_of_builtin(tmp_path):
     check_caseops(tmp_path / "case", [document.text for document in corpus.gather(["networkx"]).documents])
     plain, _ = prepare.prepare(options("builtin:networkx", out=tmp_path / "plain", vocab_size=512))
     for split in ("train", "val"):  # The split and all figures of the text are those of the plain preparation.
-        assert all(plain["splits"][split][key] == manifest["splits"][split][key] for key in ("bytes", "text_sha256"))
+        assert all(plain["splits"][split][key] == manifest["splits"][split][key] for key in ("bytes", "documents_sha256"))
     assert plain["reference_compressors"] == manifest["reference_compressors"]
 
 
@@ -696,19 +724,27 @@ def test_source_that_changes_between_the_passes(tmp_path, source, command, monke
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("call", range(4))
-def test_full_disk_leaves_nothing(tmp_path, source, command, monkeypatch, call):
-    calls = []
+@pytest.mark.parametrize("call", range(14))
+def test_full_disk_keeps_what_is_finished(tmp_path, source, command, monkeypatch, call):
+    out, calls = tmp_path / "new" / "out", []
+    arguments = (source, "--out", out, "--vocab-size", 320, "--shard-tokens", 4000)
+    assert command(source, "--out", tmp_path / "expected", *arguments[3:])[0] == 0
 
     def fsync(descriptor):
         calls.append(descriptor)
         if len(calls) > call:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    out = tmp_path / "out"
-    assert refused(command(source, "--out", out, "--vocab-size", 320), f"--out {out}: No space left on device")
-    assert len(calls) > call and not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        code, printed, err = command(*arguments)
+    assert refused((code, printed, err), f"--out {out}: No space left on device") and len(calls) > call
+    kept = out / prepare.UNFINISHED
+    if kept.exists():
+        assert f"what is finished is kept in {kept}, and the same command goes on" in err and set(contents(out)) == set()
+    else:
+        assert call < 4 and "kept" not in err and not (tmp_path / "new").exists()
+    assert command(*arguments)[0] == 0 and contents(out) == contents(tmp_path / "expected")
 
 
 def test_full_disk_keeps_what_was_there(tmp_path, source, command, monkeypatch):
@@ -716,13 +752,13 @@ def test_full_disk_keeps_what_was_there(tmp_path, source, command, monkeypatch):
     command(source, "--out", out, "--vocab-size", 320)
     before = contents(out)
 
-    class Full(prepare.ShardWriter):
-        def add(self, ids, data):
+    class Full(shards.ShardWriter):
+        def add(self, tokens, document):
             if self.shards and self.shards[-1]["documents"] > 20:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().add(ids, data)
+            super().add(tokens, document)
 
-    monkeypatch.setattr(prepare, "ShardWriter", Full)
+    monkeypatch.setattr(shards, "ShardWriter", Full)
     assert refused(command(source, "--out", out, "--vocab-size", 300, "--force"), "No space left on device")
     assert contents(out) == before
 
@@ -743,51 +779,6 @@ def test_file_size_limit_in_a_real_process(tmp_path, source):
     assert not (tmp_path / "new").exists()
 
 
-def large_source(tmp_path):
-    """About 8 MB: some seconds of work."""
-    lines = "".join(json.dumps({"text": story(seed, 400)}) + "\n" for seed in range(100))
-    path = tmp_path / "large.jsonl"
-    path.write_text(lines.replace("}\n", ' ,"id":0}\n') * 30)
-    return path
-
-
-def wait_for_shards(process, out, size=4000):
-    """Until a run has written some tokens."""
-    for _ in range(6000):
-        if any(path.stat().st_size > size for path in out.glob(prepare.TEMPORARY + "*/fineweb_train_*.bin")):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("no shard appeared in a minute")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_interruption_leaves_nothing(tmp_path, number, code):
-    out = tmp_path / "new" / "out"
-    process = start(large_source(tmp_path), "--out", out, "--workers", 2, "--quiet", "--vocab-size", 320)
-    wait_for_shards(process, out)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # As Ctrl-C does: the workers get it too.
-    else:
-        process.send_signal(number)
-    printed, err = process.communicate(timeout=60)
-    assert (process.returncode, printed) == (code, "")
-    assert err == "prepare.py: error: interrupted; nothing was written\n"
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path, source, command):
-    out = tmp_path / "out"
-    process = start(large_source(tmp_path), "--out", out, "--workers", 2, "--quiet", "--vocab-size", 320)
-    wait_for_shards(process, out)
-    assert refused(command(source, "--out", out), f"--out {out}: another run of this program is writing there")
-    process.kill()
-    process.communicate(timeout=60)  # Returns only when the workers, which hold its pipes too, have ended.
-    assert {name[: len(prepare.TEMPORARY)] for name in os.listdir(out)} == {prepare.TEMPORARY}
-    code, _, _ = command(source, "--out", out, "--vocab-size", 320)
-    assert code == 0 and not any(name.startswith(".") for name in os.listdir(out))
-
-
 @pytest.mark.parametrize("moment", range(1, 6))
 def test_a_run_killed_while_renaming_is_completed_by_the_next(tmp_path, source, command, monkeypatch, moment):
     """At no moment does a manifest stand beside files that are not its own."""
@@ -797,11 +788,12 @@ def test_a_run_killed_while_renaming_is_completed_by_the_next(tmp_path, source, 
     assert command(*first)[0] == command(source, "--out", expected, *second[3:])[0] == 0
     replace, calls = os.replace, []
 
-    def dying(*arguments):
-        calls.append(arguments)
+    def dying(old, new):
+        if Path(old).suffix != ".part":
+            calls.append(old)
         if len(calls) == moment:
             raise KeyboardInterrupt
-        replace(*arguments)
+        replace(old, new)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(os, "replace", dying)
@@ -828,8 +820,8 @@ def test_a_dead_worker_is_reported(tmp_path, source, command, monkeypatch):
         raise prepare.BrokenProcessPool("dead")
 
     monkeypatch.setattr(corpus, "map_in_order", broken)
-    assert refused(command(source, "--out", tmp_path / "out", "--vocab-size", 320), "a worker process was killed")
-    assert not (tmp_path / "out").exists()
+    assert refused(command(source, "--out", tmp_path / "out", "--vocab-size", 320), "a worker process was killed",
+                   f"kept in {tmp_path / 'out' / prepare.UNFINISHED}")
 
 
 def test_help_and_silence(tmp_path, source, command, capfd):
@@ -838,7 +830,7 @@ def test_help_and_silence(tmp_path, source, command, capfd):
     text = capfd.readouterr().out
     assert done.value.code == 0
     for word in ("SOURCE", "--out", "--vocab-size", "--val-fraction", "--shard-tokens", "--workers", "--tokenizer",
-                 "--seed", "--max-document-bytes", "--caseops", "--force", "--text-field", "builtin", "exit codes"):
+                 "--seed", "--max-document-bytes", "--caseops", "--force", "--text-field", "--sample-bytes", "builtin", "exit codes"):
         assert word in text
     code, printed, err = command(source, "--out", tmp_path / "out", "--vocab-size", 320, "--quiet")
     assert (code, err) == (0, "") and "bits per byte" in printed
@@ -853,8 +845,8 @@ def test_read_shard_checks_size(tmp_path):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 3
     path.write_bytes(header.tobytes() + np.array([1, 500, 65535], "<u2").tobytes())
-    assert prepare.read_shard(path).tolist() == [1, 500, 65535]
+    assert shards.read_shard(path).tolist() == [1, 500, 65535]
     for data in (header.tobytes(), b"", bytes(1024), path.read_bytes() + b"\0\0"):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="fineweb_val"):
-            prepare.read_shard(path)
+            shards.read_shard(path)

@@ -232,3 +232,46 @@ def test_other_settings_or_another_script_are_not_mixed(tmp_path):
         with pytest.raises(runs.UserError, match=name):
             reproduce.prepare_work(tmp_path / "work", other, b"y")
     assert (tmp_path / "work" / "train_gpt.py").read_bytes() == b"x"
+
+
+# -------------------------------------------------------------------------------------------------------------- publish
+
+
+def published(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_submission_is_shown_at_the_root(reproduced, tmp_path):
+    """Its JSON and logs are copied, those of the one before go, a user's runs stay; pictures are drawn."""
+    (tmp_path / "logs" / "mine").mkdir(parents=True)
+    (tmp_path / "logs" / "mine" / "log.txt").write_text("a run")
+    (tmp_path / "logs" / "train_seed7.log").write_text("of the submission before")
+    command = (ROOT / "tools" / "publish.py", {}, str(reproduced / "out"), "--root", str(tmp_path))
+    done = launch(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files, out = published(tmp_path), reproduced / "out"
+    logs = {f"logs/{p.name}" for seed in (42, 0, 314) for p in out.glob(f"*_seed{seed}.*") if p.suffix != ".pgolf"}
+    assert set(files) == logs | {"submission.json", "logs/mine/log.txt", "docs/loss.png", "docs/stages.png",
+                                 "docs/bytes.png"} and len(logs) == 12
+    assert all(files[name] == (out / name.removeprefix("logs/")).read_bytes() for name in logs | {"submission.json"})
+    assert all(files[f"docs/{name}.png"].startswith(b"\x89PNG") for name in ("loss", "stages", "bytes"))
+    assert launch(*command).returncode == 0 and published(tmp_path) == files
+
+
+def test_a_submission_with_a_disagreement_is_not_shown(reproduced, tmp_path):
+    shutil.copytree(reproduced / "out", tmp_path / "out")
+    file = tmp_path / "out" / "submission.json"
+    s = json.loads(file.read_text())
+    file.write_text(json.dumps(s | {"val_bpb": s["val_bpb"] - 0.01}))
+    (tmp_path / "root").mkdir()
+    done = launch(ROOT / "tools" / "publish.py", {}, str(tmp_path / "out"), "--root", str(tmp_path / "root"))
+    assert done.returncode == 2 and "has disagreements, and is not published" in done.stderr
+    assert "DISAGREES: submission.json: val_bpb" in done.stdout and not published(tmp_path / "root")
+
+
+def test_another_script_is_noticed(reproduced, tmp_path):
+    shutil.copytree(reproduced / "out", tmp_path / "out")
+    script = tmp_path / "out" / "train_gpt.py"
+    script.write_bytes(script.read_bytes()[:-1] + b" ")
+    done = launch(ROOT / "tools" / "check_submission.py", {}, str(tmp_path / "out"), "--no-load")
+    assert done.returncode == 1 and "DISAGREES: train_gpt.py: is not the script that ran" in done.stdout

@@ -590,6 +590,10 @@ def check_script(folder: Folder, findings: Findings, load: bool) -> None:
     for value in sorted(counted):
         text = f"train_gpt.py: has {size} bytes, and the runs counted {value}"
         (findings.require(size == value, text) if folder.ours else size == value or findings.note(text))
+    stated = folder.content.get("script_sha256")
+    if stated is not None:
+        same, text = stated == hashlib.sha256(script.read_bytes()).hexdigest(), "train_gpt.py: is not the script that ran"
+        (findings.require(same, text) if folder.ours else same or findings.note(text))
     artifacts = {seed: path for seed in folder.seeds for path in folder.path.glob(f"*seed{seed}.pgolf")}
     for seed, path in artifacts.items():
         for source, run in folder.seeds[seed].sources:

@@ -206,6 +206,7 @@ def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
     config = results[0].config
     data = submission.dataset(Path(config["data_path"]))
     s = submission.submission(results, identity(options, config), data, baseline)
+    s["script_sha256"] = hashlib.sha256(script.read_bytes()).hexdigest()
     names = {name.upper() for name in config}
     given = {n: v for n, v in sorted(environment(options).items()) if n in names and n != "PRESET"}
     command = submission.shell_command({"PRESET": config["preset"], **given}, options.nproc, options.seeds)

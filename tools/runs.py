@@ -375,9 +375,8 @@ def read_runs(path: Path) -> list[Run]:
         files = [path / (prefix + name) for name in RUN_FILES]
         if any(file.is_file() for file in files):
             return [run_from_files(path.name, str(path), *files)]
-    runs = submission_runs(path)
-    if not runs:
-        runs = [run for folder in sorted(p for p in path.iterdir() if p.is_dir()) for run in read_runs_or_none(folder)]
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name != "logs")  # its logs are the submission's
+    runs = submission_runs(path) + [run for folder in folders for run in read_runs_or_none(folder)]
     if not runs:
         raise UserError(f"{path}: holds no run: no {', '.join(RUN_FILES)} and no *.log")
     return runs

@@ -1,0 +1,62 @@
+"""Makes a submission's folder the one that this repository shows: submission.json, logs/, and the README's pictures.
+
+    python tools/publish.py submissions/demo-1a2b3c4d [--data data/builtin_sp4096]
+
+The folder is one of tools/reproduce.py, and tools/check_submission.py must find no disagreement in it. The logs,
+metrics, summaries and settings of its seeds replace those of the last one in logs/; `make docs` then writes the
+README's table from submission.json.
+"""
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import check_submission
+import report
+import runs
+from runs import ROOT, Parser, UserError, command_line, write_aside
+
+KINDS = ("train", "metrics", "summary", "config")  # of a seed's files, in the folder and in logs/
+
+
+def publish(folder: Path, root: Path) -> list[Path]:
+    """Copies the folder's files to the root and draws its pictures; returns what was written."""
+    files = sorted(path for kind in KINDS for path in folder.glob(f"{kind}_seed*"))
+    logs = root / "logs"
+    logs.mkdir(exist_ok=True)
+    for kind in KINDS:
+        for path in logs.glob(f"{kind}_seed*"):
+            path.unlink()
+    for path in files:
+        shutil.copyfile(path, logs / path.name)
+    shutil.copyfile(folder / "submission.json", root / "submission.json")
+    found = runs.read_runs(folder)
+    for run in found:
+        run.name = f"seed {run.seed}"
+    pictures = {"loss.png": report.loss_picture(found), "stages.png": report.stage_picture(found),
+                "bytes.png": report.bytes_picture(found)}
+    for name, content in pictures.items():
+        write_aside(root / "docs" / name, content)
+    return [root / "submission.json", *(logs / path.name for path in files), *(root / "docs" / n for n in pictures)]
+
+
+def main(arguments: list[str]) -> int:
+    """Checks the folder and publishes it. Returns the exit code."""
+    parser = Parser(prog="publish.py", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="that tools/reproduce.py wrote")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the validation shards, to check against")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where to (default: this repository)")
+    options = parser.parse_args(arguments)
+    if not (options.folder / "submission.json").is_file() or not any(options.folder.glob("train_seed*.log")):
+        raise UserError(f"{options.folder}: must be a submission's folder that tools/reproduce.py wrote")
+    data = ["--data", str(options.data)] if options.data else []
+    if check_submission.main([str(options.folder), *data]):
+        raise UserError(f"{options.folder}: has disagreements, and is not published")
+    for path in publish(options.folder, options.root):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

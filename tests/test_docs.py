@@ -211,7 +211,7 @@ def followed(tmp_path_factory, data):
             environment.pop(name, None)
         for command in re.split(r"\n(?!    )", COMMANDS.strip()):
             done = subprocess.run(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment,
-                                  capture_output=True, text=True, timeout=240)
+                                  capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return built_once(tmp_path_factory, "technique", build)
 

@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo data test test-gpu bench ablate pack reproduce publish sweep report docs venv clean
+.PHONY: demo data test test-gpu bench ablate audit-data pack reproduce publish sweep report docs venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -34,6 +34,11 @@ bench: venv
 ablate: venv
 	@$(PY) data/prepare.py builtin --out data/builtin_ablate --vocab-size 1024 --val-fraction 0.01
 	$(PY) bench/ablate.py
+
+# What a run checks of its data, with every finding: make audit-data DATA=folder [AUDIT=windows]
+audit-data: venv
+	@if [ "$(origin DATA)" = file ]; then $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096; fi
+	@$(PY) tools/audit_data.py $(DATA)
 
 # The script that ships: packed/train_gpt.py.
 pack: venv

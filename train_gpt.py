@@ -44,6 +44,7 @@ import tempfile
 import time
 import warnings
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -123,6 +124,12 @@ class Config:
                                 "bytes; auto: where there is one", "byte counts", choices=("auto", "0", "1"))
     vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4,
                                  high=65536)
+    audit: str = knob("documents", "before training, search it for validation's documents; windows: and report runs of "
+                      "50 tokens that both hold", "summary", choices=("documents", "windows"))
+    allow_shared_documents: int = knob(0, "validation documents that training may hold too, with a warning; more stop "
+                                       "the run", "exit code, summary", low=0)
+    read_ahead: int = knob(2, "batches that a thread prepares while a step runs; 0: each when it is needed", "log",
+                           low=0, high=64)
 
     # Length of the training, batches
     iterations: int = knob(20000, "training steps at most", "steps", low=1)
@@ -441,7 +448,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_kv_heads=2, mlp_mult=3.0, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=4096,
         iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=100, val_loss_every=0,
         val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.02,
-        smear_gate_enabled=True, scalar_lr=0.04, tied_embed_lr=0.01, muon_momentum_warmup_steps=100,
+        smear_gate_enabled=True, smear_gate_type="channel", xsa_last_n=4, skip_gates_enabled=True,
+        attn_out_gate_enabled=True, bigram_vocab_size=4096, bigram_dim=64, scalar_lr=0.04, tied_embed_lr=0.01,
+        muon_momentum_warmup_steps=100, muon_wd=0.05, embed_wd=0.05, adam_wd=0.02, ema_decay=0.99,
         gptq_calibration_batches=8, quantizer="trellis", column_steps=0.75, compressor="pergroup",
         target_bytes=2_000_000, eval_stride=128,
     ),
@@ -761,6 +770,13 @@ class Run:
         dist.broadcast_object_list(box, 0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's object, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def add_up(self, *tensors: Tensor) -> None:
         """Sums tensors over all ranks, in place."""
         if self.world > 1:
@@ -883,6 +899,9 @@ def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+AUDIT_BLOCK = 1 << 16  # tokens that the audit looks at together: they stay in a core's cache
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: 2^64 over the golden ratio
+WINDOW, ANCHOR = 50, 25  # tokens of a shared window; of the blocks by which they are found, half of it
 
 
 class Documents(NamedTuple):
@@ -910,43 +929,41 @@ def open_shard(path: Path) -> np.ndarray:
     if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
         raise ConfigError(str(path), "", f"is damaged: the header promises {tokens} tokens, which take "
                                          f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)) if tokens else \
-        np.zeros(0, np.uint16)
+    if not tokens:
+        return np.zeros(0, np.uint16)
+    # A plain array over the map: slices of a memmap cost ten times as much.
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
+
+
+def sidecar_path(shard: Path) -> Path:
+    """Where a shard's byte counts stand: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
+    head, _, number = shard.name.rpartition("_")
+    return shard.with_name(f"{head}_bytes_{number}")
+
+
+def shard_paths(c: Config, split: str) -> list[Path]:
+    """The shards of a split, in order. Errors: ConfigError where there are none."""
+    pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
+    paths = sorted(Path(c.data_path).glob(pattern))
+    if not paths:
+        raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
+                                                    f"{c.data_path} --vocab-size {c.vocab_size}` makes such shards "
+                                                    "from built-in text")
+    return paths
 
 
 class TokenStream:
     """All shards of a split as one sequence of tokens."""
 
     def __init__(self, c: Config, split: str):
-        folder, pattern = Path(c.data_path), f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
-        paths = sorted(folder.glob(pattern))
-        if not paths:
-            raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
-                                                        f"{c.data_path} --vocab-size {c.vocab_size}` makes such "
-                                                        "shards from built-in text")
-        self.shards = [open_shard(path) for path in paths]
-        self.paths, self.vocab_size = paths, c.vocab_size
+        self.paths, self.vocab_size = shard_paths(c, split), c.vocab_size
+        self.shards = [open_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         if len(self) < 2:
-            raise ConfigError("DATA_PATH", c.data_path, f"{pattern} hold {len(self)} tokens, and 2 are needed")
+            raise ConfigError("DATA_PATH", c.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    def check_ids(self, run: Run | None = None) -> None:
-        """Holds every id against the vocabulary; a run's ranks share the shards, without a run all are read.
-
-        Errors: ConfigError, on every rank.
-        """
-        highest = torch.zeros(len(self.shards), dtype=torch.int64)
-        for number in range(run.rank, len(self.shards), run.world) if run else range(len(self.shards)):
-            highest[number] = int(self.shards[number].max()) if len(self.shards[number]) else 0
-        if run and run.world > 1:
-            dist.all_reduce(highest, group=run.control)
-        for path, value in zip(self.paths, highest.tolist()):
-            if value >= self.vocab_size:
-                raise ConfigError(str(path), "", f"holds token id {value}, and VOCAB_SIZE={self.vocab_size} needs "
-                                                 "ids below it")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1, [n] uint16."""
@@ -958,11 +975,69 @@ class TokenStream:
             start, shard = start + len(part), shard + 1
         return np.concatenate(parts)
 
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Tokens at positions of the stream, uint16 of their shape."""
+        shards = np.searchsorted(self.starts, positions, side="right") - 1
+        tokens = np.empty(positions.shape, np.uint16)
+        for number in np.unique(shards):
+            here = shards == number
+            tokens[here] = self.shards[number][positions[here] - self.starts[number]]
+        return tokens
+
+    def next_document(self, position: int) -> int:
+        """Where the first document at or after a position begins; the stream's length where none does."""
+        while position < len(self):
+            block = self.read(position, min(position + AUDIT_BLOCK, len(self)))
+            found = np.flatnonzero(block == BOS_ID)
+            if len(found):
+                return position + int(found[0])
+            position += len(block)
+        return position
+
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
     """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
-    positions = np.arange(ids.shape[-1], dtype=np.int32)
-    return np.maximum.accumulate(np.where(ids == BOS_ID, positions, 0).astype(np.int32), axis=-1)
+    begins = ids == BOS_ID
+    begins[:, 0] = True
+    places = np.flatnonzero(begins)
+    starts = np.repeat((places % ids.shape[1]).astype(np.int32), np.diff(places, append=ids.size))
+    return starts.reshape(ids.shape)
+
+
+class ReadAhead:
+    """Makes on a thread of its own what will probably be asked for next, while the caller works.
+
+    `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
+    asked for: one that was not guessed is made then. What goes wrong on the thread is raised where its key is asked
+    for. With a depth of 0 there is no thread. The thread begins with `initializer`, which it keeps, and ends with this
+    object.
+    """
+
+    def __init__(self, make: Callable[[Any], Any], following: Callable[[Any], Any], depth: int,
+                 initializer: Callable[[], None] | None = None):
+        self.make, self.following, self.depth = make, following, depth
+        self.pool = ThreadPoolExecutor(1, "read-ahead", initializer) if depth else None
+        self.pending: dict[Any, Future] = {}
+
+    def __call__(self, key: Any) -> Any:
+        if self.pool is None:
+            return self.make(key)
+        future, wanted, later = self.pending.pop(key, None), [], key
+        for _ in range(self.depth):
+            wanted.append(later := self.following(later))
+        for stale in self.pending.keys() - set(wanted):
+            self.pending.pop(stale).cancel()
+        future = future or self.pool.submit(self.make, key)
+        for later in wanted:
+            if later not in self.pending:
+                self.pending[later] = self.pool.submit(self.make, later)
+        return future.result()
+
+    def close(self) -> None:
+        """Ends the thread; from then on everything is made when it is asked for."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+        self.pool, self.pending = None, {}
 
 
 class TrainLoader:
@@ -978,15 +1053,20 @@ class TrainLoader:
         if self.rows < 1:
             raise ConfigError("TRAIN_SEQ_LEN", c.train_seq_len, f"the training shards in DATA_PATH={c.data_path} hold "
                                                                 f"only {len(self.stream)} tokens")
-        self.epoch, self.order = -1, np.zeros(0, np.int64)
+        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
+        # A thread that pins memory does it for its own current device, which would be the first.
+        device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
+        self.ahead = ReadAhead(self.read, self.following, c.read_ahead, device)
+        self.waited = 0.0  # seconds in which `batch` kept a step waiting
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """All rows in the order of an epoch."""
+        return np.random.default_rng([self.c.seed, epoch]).permutation(self.rows)
 
     def row_index(self, position: int) -> int:
         """The row that stands at a position of the endless sequence of epochs."""
         epoch, place = divmod(position, self.rows)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([self.c.seed, epoch]).permutation(self.rows)
-        return int(self.order[place])
+        return int(self.order(epoch)[place])
 
     def row_numbers(self, step: int, micro: int) -> range:
         """Places in the global sequence of rows that this rank computes in a micro-step."""
@@ -994,12 +1074,25 @@ class TrainLoader:
         first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
         return range(first, first + micro_rows)
 
+    def following(self, place: tuple[int, int]) -> tuple[int, int]:
+        """The (step, micro-step) after this one."""
+        step, micro = place
+        return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
+
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's rows of one micro-step, on its device."""
+        """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
+        begin = time.perf_counter()
+        batch = self.ahead((step, micro))
+        self.waited += time.perf_counter() - begin
+        return send(batch, self.run.device)
+
+    def read(self, place: tuple[int, int]) -> Batch:
+        """The same in this machine's memory, ready to be sent."""
         length = self.c.train_seq_len
-        starts = [self.row_index(p) * length for p in self.row_numbers(step, micro)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts]).astype(np.int64)  # [R, T + 1]
-        return to_device(tokens[:, :-1], tokens[:, 1:], document_starts(tokens[:, :-1]), self.run.device)
+        starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])               # [R, T + 1]
+        ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
+        return host_batch(ids, targets, document_starts(ids), self.run.device)
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
         """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
@@ -1031,13 +1124,332 @@ def document_bounds_of(starts: np.ndarray) -> np.ndarray:
     return bounds
 
 
-def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch on the device; the copy to a GPU does not block."""
-    arrays = ids, targets, starts, document_bounds_of(starts)
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch in this machine's memory, pinned where the device is a GPU."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, document_bounds_of(starts))]
     if device.type == "cuda":
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        tensors = [t.pin_memory() for t in tensors]
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
+
+
+def send(batch: Batch, device: torch.device) -> Batch:
+    """A Batch on the device; the copy to a GPU does not block."""
+    ids, targets, starts, bounds = (t.to(device, non_blocking=True) for t in (*batch[:2], *batch.documents))
+    return Batch(ids, targets, Documents(starts, bounds))
+
+
+def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch on the device."""
+    return send(host_batch(ids, targets, starts, device), device)
+
+
+class Manifest:
+    """What manifest.json of data/prepare.py promises about the shards beside it; nothing where there is none.
+
+    Errors: ConfigError for a file that is not such a manifest.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.splits, self.files, self.tokenizer, self.reference = folder / "manifest.json", {}, {}, "", {}
+        if not self.path.is_file():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            for split, row in content["splits"].items():
+                self.splits[split] = self.promises(row)
+                self.files[split] = {file["file"]: self.promises(file) for file in (*row.get("shards", ()),
+                                                                                    *row.get("sidecars", ()))}
+            _ = [self.splits["val"][key] for key in ("tokens", "bytes")]  # every manifest promises these
+            self.tokenizer = content.get("tokenizer", {}).get("sha256", "")
+            self.reference = content.get("reference_compressors", {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(str(self.path), "", f"is not a manifest of data/prepare.py ({error!r})") from None
+
+    @staticmethod
+    def promises(row: dict[str, Any]) -> dict[str, Any]:
+        """What a row promises that the audit can hold it to."""
+        return {key: kind(row[key]) for key, kind in dict(tokens=int, documents=int, bytes=int, sha256=str).items()
+                if key in row}
+
+    def promised_digest(self, split: str, name: str) -> str:
+        """SHA-256 of a file of this split, or an empty text where none is promised."""
+        return self.files.get(split, {}).get(name, {}).get("sha256", "")
+
+
+def document_keys(stream: TokenStream, bounds: np.ndarray) -> np.ndarray:
+    """Bounds [n + 1] of documents -> [n] uint64 that are equal where documents are, from lengths and eight tokens."""
+    lengths = np.diff(bounds)
+    places = bounds[:-1, None] + (lengths[:, None] - 1) * np.arange(1, 9) // 8  # spread out: web pages begin alike
+    keys = lengths.astype(np.uint64)
+    for tokens in stream.take(places).T:
+        keys = keys * HASH_FACTOR + tokens
+    return keys
+
+
+class DocumentIndex:
+    """The documents of a validation stream, by which equal ones are found in training: equal tokens, equal text."""
+
+    def __init__(self, stream: TokenStream):
+        begins = np.flatnonzero(stream.read(0, len(stream)) == BOS_ID)
+        self.bounds = np.append(begins, len(stream))
+        self.numbers: dict[bytes, list[int]] = {}  # documents by their tokens' hash
+        keys, texts = document_keys(stream, self.bounds), np.flatnonzero(np.diff(self.bounds) > 1)
+        for number in texts.tolist():  # a document without text shares nothing
+            self.numbers.setdefault(self.digest(stream, self.bounds, number), []).append(number)
+        self.keys = np.unique(keys[texts])
+
+    @staticmethod
+    def digest(stream: TokenStream, bounds: np.ndarray, number: int) -> bytes:
+        return hashlib.sha256(stream.read(int(bounds[number]), int(bounds[number + 1]))).digest()
+
+    def copies(self, stream: TokenStream, bounds: np.ndarray) -> list[list[int]]:
+        """For each of the stream's documents between bounds [n + 1] that is here too: the numbers that it has here."""
+        if not len(self.keys) or len(bounds) < 2:
+            return []
+        keys = document_keys(stream, bounds)
+        near = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)]
+        found = (self.numbers.get(self.digest(stream, bounds, n)) for n in np.flatnonzero(near == keys).tolist())
+        return [numbers for numbers in found if numbers]
+
+
+def ranges(begins: np.ndarray, counts: np.ndarray, step: int = 1) -> np.ndarray:
+    """begins[0], begins[0] + step, ... counts[0] times, then begins[1] and so on, in one array."""
+    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(begins, counts) + step * places
+
+
+class WindowIndex:
+    """All runs of WINDOW tokens inside the documents of a validation stream, marked where training holds them too.
+
+    Such a run holds a whole one of the blocks of ANCHOR tokens into which its document is parted, so these alone are
+    indexed and looked up, by rolling hashes and a table of bits; where one is found, the runs around it are compared.
+    """
+
+    def __init__(self, stream: TokenStream):
+        edge = np.full(WINDOW, BOS_ID, np.uint16)  # so that no run reaches over the stream's ends
+        self.tokens = np.concatenate((edge, stream.read(0, len(stream)), edge))
+        self.factors = np.random.default_rng(0).integers(0, 2**64, 1 << 16, dtype=np.uint64)  # of each token
+        self.begins = np.flatnonzero(self.tokens == BOS_ID)
+        lengths = np.diff(self.begins) - 1
+        self.windows = int(np.maximum(lengths - WINDOW + 1, 0).sum())
+        places = ranges(self.begins[:-1] + 1, lengths // ANCHOR, ANCHOR)
+        hashes = [self.hashes(self.tokens[start:start + AUDIT_BLOCK + ANCHOR - 1], ANCHOR)[
+            places[slice(*np.searchsorted(places, (start, start + AUDIT_BLOCK)))] - start]
+            for start in range(0, len(self.tokens) - ANCHOR, AUDIT_BLOCK)]
+        anchors = np.concatenate(hashes)
+        order = np.argsort(anchors, kind="stable")
+        self.anchors, self.places = anchors[order], places[order]
+        bits = max(10, (128 * len(anchors)).bit_length())
+        self.shift, self.table = np.uint64(64 - bits), np.zeros(1 << bits - 3, np.uint8)
+        index = self.anchors >> self.shift
+        np.bitwise_or.at(self.table, index >> np.uint64(3), np.uint8(1) << (index & np.uint64(7)).astype(np.uint8))
+        self.found = np.zeros(len(self.tokens), bool)  # runs of validation, by their first token
+
+    def hashes(self, tokens: np.ndarray, length: int) -> np.ndarray:
+        """[n] tokens -> [n - length + 1] uint64: polynomial hashes, modulo 2^64, of all runs of `length` tokens."""
+        if length == 1:
+            return self.factors[tokens]
+        half = self.hashes(tokens, length // 2)
+        both = half[:-(length // 2)] * HASH_FACTOR ** np.uint64(length // 2)
+        both += half[length // 2:]
+        return both if length % 2 == 0 else both[:-1] * HASH_FACTOR + self.factors[tokens[length - 1:]]
+
+    def search(self, stream: TokenStream, start: int, stop: int) -> None:
+        """Marks the runs whose anchors occur in the stream's tokens from start on, but before stop."""
+        for begin in range(start, stop, AUDIT_BLOCK):
+            end = min(begin + AUDIT_BLOCK, stop)
+            first, last = begin - ANCHOR, end + WINDOW
+            block = np.pad(stream.read(max(first, 0), min(last, len(stream))),
+                           (max(-first, 0), max(last - len(stream), 0)), constant_values=BOS_ID)
+            hashes = self.hashes(block[ANCHOR:], ANCHOR)[:end - begin]
+            index = hashes >> self.shift
+            bits = self.table[index >> np.uint64(3)] >> (index & np.uint64(7)).astype(np.uint8) & 1
+            near = np.flatnonzero(bits)
+            self.compare(block, near + ANCHOR, hashes[near])
+
+    def compare(self, block: np.ndarray, places: np.ndarray, hashes: np.ndarray) -> None:
+        """Marks the runs of validation that are equal to one of the block's around these places, with these hashes."""
+        left, right = (np.searchsorted(self.anchors, hashes, side) for side in ("left", "right"))
+        hit = left < right
+        if not hit.any():
+            return
+        back = np.arange(WINDOW - ANCHOR + 1)
+        theirs = np.unique(places[hit, None] - back)
+        values, first = np.unique(self.hashes(block, WINDOW)[theirs], return_index=True)
+        theirs = theirs[first]
+        groups, which = np.unique(left[hit], return_index=True)
+        anchors = self.places[ranges(groups, (right - left)[hit][which])]
+        powers, width = HASH_FACTOR ** np.arange(WINDOW - 1, -1, -1, dtype=np.uint64), np.arange(WINDOW)
+        for some in np.array_split(anchors, -(-len(anchors) // 1024)):  # bounds the memory
+            ours = np.unique(some[:, None] - back)
+            ours = ours[~self.found[ours]]
+            text = self.tokens[ours[:, None] + width]                                          # [n, WINDOW]
+            value = (self.factors[text] * powers).sum(1)
+            match = theirs[np.minimum(np.searchsorted(values, value), len(values) - 1)]
+            same = (block[match[:, None] + width] == text).all(1) & (text != BOS_ID).all(1)
+            self.found[ours[same]] = True
+
+    def share(self, run: Run) -> dict[str, int]:
+        """Joins what all ranks have found. Returns the summary's row."""
+        for bits in run.gather(np.packbits(self.found)):
+            self.found |= np.unpackbits(bits, count=len(self.found)).astype(bool)
+        documents = np.unique(np.searchsorted(self.begins, np.flatnonzero(self.found)))
+        return dict(length=WINDOW, of=self.windows, shared=int(self.found.sum()), documents=len(documents))
+
+
+class ShardScan(NamedTuple):
+    """What one pass over a shard finds."""
+
+    documents: int              # that begin in it
+    highest: int                # id of a token, -1 where there is none
+    sha256: str                 # of the file, where one is promised
+    copies: list[list[int]]     # numbers of validation documents, for each of this shard's that is equal to one
+
+
+def scan_shard(stream: TokenStream, number: int, hashed: bool, index: DocumentIndex | None = None,
+               windows: WindowIndex | None = None) -> ShardScan:
+    """Reads a shard once, in blocks. A document that reaches into the next shards is this shard's."""
+    shard, start, highest, begins = stream.shards[number], int(stream.starts[number]), -1, []
+    with open(stream.paths[number], "rb") as file:
+        digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
+    for offset in range(0, len(shard), AUDIT_BLOCK):
+        block = np.asarray(shard[offset:offset + AUDIT_BLOCK])
+        highest = max(highest, int(block.max()))
+        begins.append(start + offset + np.flatnonzero(block == BOS_ID))
+        if hashed:
+            digest.update(block)
+    bounds = np.concatenate((*begins, [stream.next_document(start + len(shard))])).astype(np.int64)
+    if windows:
+        windows.search(stream, start, start + len(shard))
+    return ShardScan(len(bounds) - 1, highest, digest.hexdigest() if hashed else "",
+                     index.copies(stream, bounds) if index else [])
+
+
+class Audit:
+    """Holds shards against the vocabulary, their manifest and each other, before anything learns from them.
+
+    `findings` are what a run must not begin with; `rows` is the summary's part. Nothing is remembered from one run to
+    the next: a pass costs a second or two for each billion tokens and core, and what is remembered can be outdated.
+    """
+
+    def __init__(self, c: Config, run: Run):
+        self.c, self.run, self.manifest = c, run, Manifest(Path(c.data_path))
+        self.findings: list[tuple[str, object, str]] = []  # a ConfigError's arguments
+        self.rows: dict[str, Any] = dict(manifest=bool(self.manifest.splits))
+
+    def find(self, name: Path, problem: str) -> None:
+        self.findings.append((str(name), "", problem))
+
+    def refuse(self) -> None:
+        """Raises the first finding of any rank as a ConfigError that says how many more there are."""
+        findings = list(dict.fromkeys(itertools.chain(*self.run.gather(self.findings))))
+        if findings:
+            name, value, problem = findings[0]
+            more = f" ({len(findings) - 1} more: make audit-data DATA={self.c.data_path})" if len(findings) > 1 else ""
+            raise ConfigError(name, value, problem + more)
+
+    def validation(self, stream: TokenStream) -> None:
+        """Checks the validation shards, their sidecars and the tokenizer; on every rank, as each reads them all."""
+        self.check("val", stream, {n: scan_shard(stream, n, self.hashed("val", path))
+                                   for n, path in enumerate(stream.paths)})
+        files = [(path, self.manifest.promised_digest("val", path.name)) for path in map(sidecar_path, stream.paths)]
+        for path, promised in (*files, (self.c.tokenizer_file, self.manifest.tokenizer)):
+            if promised and path.is_file():
+                with open(path, "rb") as file:
+                    self.check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), promised)
+
+    def training(self, stream: TokenStream, validation: TokenStream) -> None:
+        """Checks the training shards and looks validation's documents up in them.
+
+        The ranks of a machine share its shards out, so that every machine's files are read; threads share a rank's.
+        """
+        c, run = self.c, self.run
+        index, windows = DocumentIndex(validation), WindowIndex(validation) if c.audit == "windows" else None
+        threads = c.cpu_threads or max(1, available_cores() // run.local_world)
+        mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
+        with ThreadPoolExecutor(threads) as pool:
+            scans = dict(zip(mine, pool.map(lambda n: scan_shard(
+                stream, n, self.hashed("train", stream.paths[n]), index, windows), mine)))
+        found: dict[int, ShardScan] = {}
+        for other in run.gather(scans):
+            for number, scan in other.items():
+                if found.setdefault(number, scan) != scan:
+                    self.find(stream.paths[number], "is not the same on all machines")
+        self.check("train", stream, found)
+        copies = [numbers for scan in found.values() for numbers in scan.copies]
+        shared = len({number for numbers in copies for number in numbers})
+        self.rows |= dict(shared_documents=shared, shared_copies=len(copies),
+                          allowed_shared_documents=c.allow_shared_documents)
+        if windows:
+            self.rows |= dict(shared_windows=windows.share(run))
+        if shared > c.allow_shared_documents:
+            self.findings.append((
+                "ALLOW_SHARED_DOCUMENTS", c.allow_shared_documents, f"{shared} of {len(index.bounds) - 1} validation "
+                f"documents in DATA_PATH={c.data_path} are in its training shards too, which must not hold them; where "
+                "that is known of a published data set, this knob allows so many"))
+
+    def hashed(self, split: str, path: Path) -> bool:
+        return bool(self.manifest.promised_digest(split, path.name))
+
+    def check(self, split: str, stream: TokenStream, scans: dict[int, ShardScan]) -> None:
+        """Holds what was found in the shards of a split against the vocabulary and the manifest."""
+        for number, path in enumerate(stream.paths):
+            scan, promised = scans[number], self.manifest.files.get(split, {}).get(path.name)
+            if scan.highest >= stream.vocab_size:
+                self.find(path, f"holds token id {scan.highest}, and VOCAB_SIZE={stream.vocab_size} needs ids below it")
+            if promised is None and self.manifest.files.get(split):
+                self.find(path, f"is not named in {self.manifest.path}")
+            if promised:
+                self.check_digest(path, scan.sha256, promised.get("sha256", ""))
+                self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path)
+        for name in self.manifest.files.get(split, {}):
+            if not (self.manifest.path.parent / name).is_file():
+                self.find(self.manifest.path, f"names {name}, which is not there")
+        # Published shards are cut at a number of tokens, so only a stream's first one must begin a document; and where
+        # training begins at a later shard, it may do so inside one.
+        if stream.read(0, 1)[0] != BOS_ID and (split == "val" or stream.paths[0].stem.endswith("_000000")):
+            self.find(stream.paths[0], f"does not begin with BOS, {BOS_ID}: every document must")
+        self.rows[split] = dict(shards=len(stream.shards), tokens=len(stream), documents=sum(
+            scan.documents for scan in scans.values()), hashed=sum(bool(scan.sha256) for scan in scans.values()))
+        self.check_counts(split, self.rows[split])
+
+    def check_digest(self, path: Path, found: str, promised: str) -> None:
+        if found != promised:
+            self.find(path, f"was changed: its SHA-256 is {found}, and {self.manifest.path} promises {promised}")
+
+    def check_counts(self, split: str, found: dict[str, int], shard: Path | None = None) -> None:
+        """Holds tokens, documents or bytes of a split, or of one shard, against the manifest's."""
+        promised = self.manifest.files[split][shard.name] if shard else self.manifest.splits.get(split, {})
+        for key in ("tokens", "documents", "bytes"):
+            if key in found and key in promised and found[key] != promised[key]:
+                holder = shard.name if shard else f"the {split} shards"
+                self.find(self.manifest.path, f"promises {promised[key]} {key} in {holder}, which hold {found[key]}")
+
+    def count_bytes(self, split: str, count: int) -> None:
+        """Takes in the bytes of text that a split's tokens stand for."""
+        self.rows[split]["bytes"] = count
+        self.check_counts(split, dict(bytes=count))
+
+    def lines(self) -> Iterator[str]:
+        """The log's lines: what the shards hold, and what training shares with validation."""
+        for split in ("train", "val"):
+            row = self.rows.get(split)
+            if row is None:
+                continue
+            held = f"{row['hashed']} with the SHA-256 of the manifest" if self.rows["manifest"] else "no manifest"
+            counted = f", {row['bytes']} bytes" if "bytes" in row else ""
+            yield (f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
+                   f"tokens{counted}")
+        yield from self.overlap_lines()
+
+    def overlap_lines(self) -> Iterator[str]:
+        """What training shares with validation, where both were read."""
+        shared, windows = (self.rows.get(f"shared_{what}") for what in ("documents", "windows"))
+        if shared is not None:
+            yield f"{'warning: ' if shared else ''}audit: {shared} validation documents are in the training shards too"
+        if windows:
+            yield (f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
+                   f"in the training shards too, in {windows['documents']} documents")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1100,12 +1512,6 @@ class Vocabulary:
         return self.width[targets] + (self.marked[targets] & ~self.special[previous])
 
 
-def sidecar_path(shard: Path) -> Path:
-    """Where a shard's byte counts stand: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
-    head, _, number = shard.name.rpartition("_")
-    return shard.with_name(f"{head}_bytes_{number}")
-
-
 def read_sidecar(c: Config, stream: TokenStream) -> np.ndarray | None:
     """Bytes of the original text that each token of the stream stands for, or None where the text was not transformed.
 
@@ -1127,6 +1533,12 @@ def read_sidecar(c: Config, stream: TokenStream) -> np.ndarray | None:
         if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
             raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
     return np.concatenate(counts)
+
+
+def count_bytes(tokens: np.ndarray, sidecar: np.ndarray | None, vocabulary: Vocabulary) -> int:
+    """Bytes of text that a stream's targets stand for: by its sidecar, or where it has none, by the vocabulary."""
+    counts = vocabulary.target_bytes(tokens[:-1], tokens[1:]) if sidecar is None else sidecar[1:]
+    return int(counts.sum(dtype=np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2542,7 +2954,6 @@ class Trainer:
             copy_all(tensors, kept)
         self.late_count = 0
         self.optimizers.reset()
-        self.loader.epoch = -1
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model: the EMA, the SWA, or their mean where both are kept."""
@@ -2605,6 +3016,14 @@ def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
             f"lr_scale:{lr_multiplier(p, c):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s")
     run.metric(step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_multiplier(p, c),
                momentum=muon_beta(p, c), tokens=p.step * c.train_batch_tokens)
+
+
+def log_waiting(run: Run, p: Progress, seconds: float) -> float:
+    """The share of the training in which steps waited for their batches, on the rank that waited longest."""
+    share = max(run.gather(seconds)) / p.seconds
+    run.log(f"data: steps waited for batches {share:.3%} of the time")
+    run.metric(data_wait_share=share)
+    return share
 
 
 def log_score(run: Run, stage: str, score: Score) -> None:
@@ -3951,13 +4370,9 @@ def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.devi
 def document_bounds(tokens: np.ndarray) -> np.ndarray:
     """Where documents begin in a stream of tokens, and the last target's position: [documents + 1] int64.
 
-    A document's inputs run from its BOS to just before the next, whose BOS is its last target. A stream that does not
-    begin with BOS begins with the rest of a document.
+    A document's inputs run from its BOS to just before the next, whose BOS is its last target.
     """
-    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
-    if not len(starts) or starts[0] != 0:
-        starts = np.concatenate(([0], starts))
-    return np.append(starts, len(tokens) - 1)
+    return np.append(np.flatnonzero(tokens[:-1] == BOS_ID), len(tokens) - 1)
 
 
 def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int = 0) -> np.ndarray:
@@ -4090,37 +4505,22 @@ class Evaluator:
 
     def __init__(self, c: Config, run: Run):
         self.c, self.run = c, run
-        stream, self.vocabulary = TokenStream(c, "val"), Vocabulary(c)
-        stream.check_ids()  # every rank reads the whole stream anyway
-        self.tokens = stream.read(0, len(stream))
-        sidecar = read_sidecar(c, stream)
-        counts = self.vocabulary.target_bytes(self.tokens[:-1], self.tokens[1:]) if sidecar is None else sidecar[1:]
-        self.bytes = int(counts.sum(dtype=np.int64))
+        self.stream, self.vocabulary, self.audit = TokenStream(c, "val"), Vocabulary(c), Audit(c, run)
+        self.audit.validation(self.stream)
+        self.audit.refuse()  # ids beyond the vocabulary have no bytes
+        self.tokens = self.stream.read(0, len(self.stream))
+        sidecar = read_sidecar(c, self.stream)
+        self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
+        self.audit.count_bytes("val", self.bytes)
+        self.audit.refuse()
         self.documents = document_bounds(self.tokens)
         self.windows = evaluation_windows(self.documents, c.eval_context, c.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
         self.rows = pack_rows(self.windows, c.eval_context)
         self.batch_rows = min(c.eval_rows, len(self.rows))
         self.remarks = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
-        self.reference = self.check_manifest(stream.paths)
-
-    def check_manifest(self, paths: list[Path]) -> dict[str, float]:
-        """Holds the counts against the shards' manifest; returns its reference compressors' bits per byte."""
-        file = paths[0].parent / "manifest.json"
-        if not file.is_file():
-            self.remarks.append(f"{file} is not there: validation tokens and bytes are not checked against it")
-            return {}
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            split = manifest["splits"]["val"]
-            promised = int(split["tokens"]), int(split["bytes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(str(file), "", f"is not a manifest of data/prepare.py ({error!r})") from None
-        found = len(self.tokens), self.bytes
-        if found != promised:
-            raise ConfigError(str(file), "", f"promises {promised[0]} validation tokens of {promised[1]} bytes, and "
-                                             f"the shards and the tokenizer give {found[0]} of {found[1]}")
-        return manifest.get("reference_compressors", {})
+        if not self.audit.rows["manifest"]:
+            self.remarks.append(f"{self.audit.manifest.path} is not there: nothing says what the shards should hold")
 
     def batches(self, rows: list[list[int]]) -> list[list[list[int]]]:
         """Rows (lists of windows) in groups of the batch size."""
@@ -4484,7 +4884,9 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
                 "everything put back")
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
+        loader.waited = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
+        waited = log_waiting(run, end, loader.waited)
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
@@ -4495,6 +4897,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
             run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
+        loader.ahead.close()
     with Stage(run, "quantize"):
         if run.main:
             weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -4516,6 +4919,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
     return dict(**sizes(size, c, run), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
                 train_tokens=tokens, train_seconds=end.seconds, tokens_per_second=tokens / end.seconds,
+                data_wait_share=waited,
                 parameters=parameter_count(c), sections=sections if run.main else [])
 
 
@@ -4541,6 +4945,13 @@ def sizes(model_bytes: int, c: Config, run: Run) -> dict[str, Any]:
                 artifact_limit_bytes=c.artifact_limit_bytes)
 
 
+def log_data(run: Run, evaluator: Evaluator) -> None:
+    """What is known of the data before anything is computed from them."""
+    for line in (*evaluator.remarks, *evaluator.audit.lines()):
+        run.log(line)
+    run.metric(audit=evaluator.audit.rows)
+
+
 def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
@@ -4550,14 +4961,14 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
     with Stage(run, "evaluate"):
         if evaluator is None:
             evaluator = Evaluator(c, run)
-            for remark in evaluator.remarks:
-                run.log(remark)
+            log_data(run, evaluator)
             evaluator.project(compiled_forward(model))
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
     rows = dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
                 val_bpb_ttt=None, val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens,
-                val_bytes=score.bytes, parameters=parameter_count(c), reference_compressors=evaluator.reference)
+                val_bytes=score.bytes, parameters=parameter_count(c), audit=evaluator.audit.rows,
+                reference_compressors=evaluator.audit.manifest.reference)
     if c.ttt_mode != "none":
         with Stage(run, "ttt"):
             rows |= test_time_training(evaluator, model)
@@ -4592,22 +5003,26 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
     if c.mode != "eval":
         with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
             loader, evaluator = TrainLoader(c, run), Evaluator(c, run)
-            loader.stream.check_ids(run)
+        with Stage(run, "audit"):
+            evaluator.audit.training(loader.stream, evaluator.stream)
+            evaluator.audit.refuse()
         c = dataclasses.replace(c, tokenizer_sha256=evaluator.vocabulary.digest)
     open_folder(run, c)
-    for remark in (*remarks, *(evaluator.remarks if evaluator else ())):
+    for remark in remarks:
         run.log(remark)
+    if evaluator:
+        log_data(run, evaluator)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
     attention, why = choose_attention(c)
     run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
             f"attention:{attention} ({why}) compile:{c.compile} "
-            f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)}")
+            f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)} read_ahead:{c.read_ahead}")
     summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode, attention=attention)
     if c.mode != "eval":
         looped = f" looped:{execution_order(c, True)}" if c.loops else ""
         run.log(f"parameters:{parameter_count(c)} order:{execution_order(c, False)}{looped}")
         run.log(str(batch_layout(c, run.world)))
-        summary |= train_stages(c, run, loader, evaluator)
+        summary |= dict(train_stages(c, run, loader, evaluator), audit=evaluator.audit.rows)
     if c.mode != "train":
         summary |= eval_stages(c, explicit, run, evaluator)
     summary |= dict(seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(),

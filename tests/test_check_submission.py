@@ -163,6 +163,8 @@ PLANTS = {
     "log's curve": (log_edit(r"^step:4/8 train_loss:\d", "step:4/8 train_loss:1"), "step 4 in log and metrics"),
     "log's steps": (log_edit(r"^step:4/8 .*\n", ""), "log and metrics have other steps"),
     "log's bytes": (log_edit(r"^artifact +\d", "artifact 9"), "artifact_bytes in submission.json and log"),
+    "shared documents": (log_edit(r"^audit: 0 validation", "warning: audit: 3 validation"),
+                         "shared_documents in submission.json and log"),
     "log's targets": (log_edit(r"back; \d", "back; 9"), "target_tokens in submission.json and log"),
     "metrics": (lambda f: edit(f / "metrics_seed0.jsonl", '"stage": "quantized", "val_loss": ',
                                '"stage": "quantized", "val_loss": 1'), "val_loss in metrics and summary"),

@@ -1,10 +1,17 @@
 """Shards, documents, batches: the same rows in the same order on any number of ranks."""
 
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
 import train_gpt as tg
-from helpers import config, examples, single_run, write_shard
+from helpers import ROOT, TINY, clean_environment, config, examples, single_run, strings, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,13 +105,6 @@ def test_shards_are_taken_in_the_order_of_their_names_and_splits_do_not_mix(tmp_
     assert tg.TokenStream(small(tmp_path), "val").read(0, 2).tolist() == [7, 8]
 
 
-def test_an_id_outside_the_vocabulary_is_refused_by_name(counted):
-    highest = int(tg.TokenStream(small(counted), "train").shards[-1].max())
-    tg.TokenStream(small(counted, VOCAB_SIZE=highest + 1), "train").check_ids(single_run())
-    with pytest.raises(tg.ConfigError, match=rf"train_\d+\.bin: .*{highest}"):
-        tg.TokenStream(small(counted, VOCAB_SIZE=highest), "train").check_ids(single_run())
-
-
 def test_a_stream_of_one_token_is_refused(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", [1])
     with pytest.raises(tg.ConfigError, match="hold 1 tokens"):
@@ -191,6 +191,139 @@ def test_batches_do_not_depend_on_what_was_read_before(counted):
 def test_seeds_give_other_orders(counted):
     rows = {seed: step_rows(loaders(small(counted, SEED=seed), 1), 0) for seed in (0, 1, 42, 2**31 - 1)}
     assert len({tuple(r) for r in rows.values()}) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------- read ahead
+
+
+def arrays_of(batch):
+    return [t.numpy() for t in (*batch[:2], *batch.documents)]
+
+
+@examples(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 11)), max_size=12), st.integers(1, 5))
+def test_reading_ahead_changes_no_bit_whatever_is_asked_for(data, keys, depth):
+    """In order, from the beginning again as after a warmup, and at random, as calibration and tests do."""
+    plain, ahead = (tg.TrainLoader(config(DATA_PATH=data, MICRO_BATCH_TOKENS=64, READ_AHEAD=n), single_run())
+                    for n in (0, depth))
+    order = [(step, micro) for step in range(2) for micro in range(plain.layout.micro_steps)]
+    for key in (*order, *order[:5], *keys, *order[-3:]):
+        for expected, found in zip(arrays_of(plain.batch(*key)), arrays_of(ahead.batch(*key)), strict=True):
+            assert expected.dtype == found.dtype and np.array_equal(expected, found)
+        assert len(ahead.ahead.pending) == depth and not plain.ahead.pending
+    ahead.ahead.close()
+
+
+def test_the_next_batches_are_made_without_being_asked_for():
+    made, threads, done = [], set(), threading.Semaphore(0)
+
+    def make(key):
+        made.append(key)
+        threads.add(threading.get_ident())
+        done.release()
+        return -key
+
+    ahead = tg.ReadAhead(make, lambda key: key + 1, 2)
+    assert ahead(5) == -5
+    for _ in range(3):
+        assert done.acquire(timeout=60)
+    assert made == [5, 6, 7] and threads and threading.get_ident() not in threads
+    assert ahead(6) == -6 and done.acquire(timeout=60) and made == [5, 6, 7, 8]
+    assert ahead(0) == 0 and set(ahead.pending) == {1, 2}  # another place: what was guessed is dropped
+    ahead.close()
+    assert ahead(3) == -3 and not ahead.pending  # from then on without a thread
+
+
+def test_an_error_on_the_thread_is_raised_where_its_batch_is_asked_for():
+    broken = {3}
+
+    def make(key):
+        if key in broken:
+            raise OSError(5, f"Input/output error at {key}")
+        return key
+
+    ahead = tg.ReadAhead(make, lambda key: key + 1, 2)
+    assert [ahead(key) for key in (0, 1, 2)] == [0, 1, 2]  # the thread has met 3, and nobody has asked for it
+    for _ in range(2):
+        with pytest.raises(OSError, match="error at 3"):
+            ahead(3)
+    assert ahead(4) == 4
+    broken.clear()
+    assert ahead(3) == 3
+    ahead.close()
+
+
+def readers():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")}
+
+
+def test_the_thread_ends_with_its_loader(data):
+    before = readers()
+    loader = tg.TrainLoader(config(DATA_PATH=data), single_run())
+    assert readers() == before  # nothing starts before it is needed
+    loader.batch(0, 0)
+    assert len(readers() - before) == 1
+    loader.ahead.close()
+    assert readers() <= before
+    loader = tg.TrainLoader(config(DATA_PATH=data), single_run())
+    loader.batch(0, 0)
+    thread, = readers() - before
+    del loader  # as after an exception, where nobody closes it
+    for _ in range(20):
+        gc.collect()
+        thread.join(timeout=1)
+        if not thread.is_alive():
+            break
+    assert not thread.is_alive()
+
+
+CRASH = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from helpers import config, single_run, tg
+loader = tg.TrainLoader(config(DATA_PATH=sys.argv[2]), single_run())
+loader.batch(0, 0)
+print("reading", flush=True)
+raise SystemExit(7)
+"""
+
+
+def test_a_process_that_fails_while_reading_ahead_ends(data):
+    done = subprocess.run([sys.executable, "-c", CRASH, str(ROOT), str(data)], capture_output=True, text=True,
+                          env=clean_environment({}), timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "reading\n", "")
+
+
+def test_a_training_is_the_same_with_and_without_and_says_how_long_it_waited(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    models = []
+    for depth in (0, 3):
+        values = dict(TINY, DATA_PATH=data, READ_AHEAD=depth, RUN_ID=f"ahead{depth}", MODE="train", WARMUP_STEPS=1,
+                      NEFTUNE_ALPHA=5, ITERATIONS=4)
+        assert tg.main([], strings(values)) == 0
+        folder = tmp_path / "logs" / f"ahead{depth}"
+        models.append((folder / "model.pgolf").read_bytes())
+        share = json.loads((folder / "summary.json").read_text())["data_wait_share"]
+        log = (folder / "log.txt").read_text()
+        assert 0 < share < 1 and f"data: steps waited for batches {share:.3%} of the time" in log
+        assert f"read_ahead:{depth}" in log
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["data_wait_share"] for row in rows if "data_wait_share" in row] == [share]
+    assert models[0] == models[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_of_the_cpu(data):
+    run = single_run()
+    expected = tg.TrainLoader(config(DATA_PATH=data, READ_AHEAD=0), run)
+    loader = tg.TrainLoader(config(DATA_PATH=data), dataclasses.replace(run, device=torch.device("cuda", 0)))
+    for key in [(step, micro) for step in range(20) for micro in range(expected.layout.micro_steps)]:
+        batch = loader.batch(*key)
+        for theirs, ours in zip((*expected.batch(*key)[:2], *expected.batch(*key).documents),
+                                (*batch[:2], *batch.documents)):
+            assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+    loader.ahead.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise

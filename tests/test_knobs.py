@@ -76,7 +76,7 @@ CHANGES = {
                                                 ("TTT_MOMENTUM", 0.5), ("TTT_FREEZE_BLOCKS", 1))},
     "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)), "TOKENIZER_SHA256": ("0" * 64, {}),
     "DATA_PATH": ("missing", {}), "VOCAB_SIZE": (385, {}),
-    "DEVICE": ("cuda", {}),
+    "DEVICE": ("cuda", {}), "AUDIT": ("windows", {}), "ALLOW_SHARED_DOCUMENTS": (3, {}),
 }
 
 
@@ -102,7 +102,8 @@ def outcome(values, folder, capfd):
         out, errors = capfd.readouterr()
         runs = [p for p in folder.rglob("log.txt")]
         summary = json.loads((runs[0].parent / "summary.json").read_text()) if runs else {}
-    measured = ("seconds", "tokens_per_second", "train_seconds", "peak_memory_bytes", "ttt_targets_per_second")
+    measured = ("seconds", "tokens_per_second", "train_seconds", "peak_memory_bytes", "ttt_targets_per_second",
+                "data_wait_share")
     seen = {name: value for name, value in summary.items() if name not in measured}
     steps = re.findall(r"step:\d+/\d+ (?:train|val)_loss:\S+|lr_scale:\S+|device:.*|BatchLayout.*|order:.*|looping.*|"
                        r"\d+ bytes over|warm\w*[: ]\d+|EVAL_BUDGET_SECONDS=\d+", out)

@@ -259,7 +259,8 @@ def figures(run: Run) -> dict[str, Any]:
         quantized_val_bpb=stages["quantized"].bpb if "quantized" in stages else None,
         artifact_bytes=run.artifact_bytes, code_bytes=run.code_bytes, model_bytes=run.model_bytes, steps=run.steps,
         train_wallclock_ms=1000 * run.train_seconds if run.train_seconds else None, step_avg_ms=run.step_avg_ms,
-        target_tokens=run.targets, val_tokens=run.val_tokens, val_bytes=run.val_bytes)
+        target_tokens=run.targets, val_tokens=run.val_tokens, val_bytes=run.val_bytes,
+        shared_documents=run.shared_documents)
 
 
 def check_sources(folder: Folder, findings: Findings) -> None:

@@ -159,6 +159,7 @@ class Run:
     targets: int | None = None      # scored tokens
     val_tokens: int | None = None   # tokens of the validation shards
     val_bytes: int | None = None
+    shared_documents: int | None = None  # of validation, that training holds too
     parameters: int | None = None
     hardware: str | None = None
     attention: str | None = None
@@ -188,6 +189,7 @@ OURS = {
     "trained": re.compile(r"^trained +(\d+) steps, .* (\d+) parameters$"),
     "seconds": re.compile(r"^seconds +(.*); in all"),
     "folder": re.compile(r"^\S+  (.*ranks?|\d+ x .*?)  (\{.*\})$"),
+    "shared": re.compile(r"^(?:warning: )?audit: (\d+) validation documents are in the training shards too"),
     "attention": re.compile(r"^device:\w+ .*\battention:(\w+)"),
 }
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0, "": 1.0}
@@ -271,6 +273,8 @@ class LogReader:
             run.versions = dict(re.findall(r"'(\w+)': '([^']*)'", match[2]))
         elif match := OURS["attention"].match(line):
             run.attention = match[1]
+        elif match := OURS["shared"].match(line):
+            run.shared_documents = int(match[1])
         else:
             self.records(line)
 
@@ -338,6 +342,7 @@ def apply_summary(run: Run, s: dict[str, Any]) -> Run:
         if s.get(name) is not None:
             setattr(run, name, s[name])
     run.targets = s.get("val_tokens", run.targets)
+    run.shared_documents = s.get("audit", {}).get("shared_documents", run.shared_documents)
     for stage in ("pre_quant", "quantized"):
         if f"val_bpb_{stage}" in s:
             run.stages[stage] = Stage(s[f"val_loss_{stage}"], s[f"val_bpb_{stage}"])

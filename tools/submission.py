@@ -28,7 +28,8 @@ OFFICIAL_DOCUMENTS = 50_000  # of the challenge's validation set, FineWeb's
 RULES = {
     "train_within_600s": "training within 600 s", "eval_within_600s": "evaluation within 600 s",
     "artifact_within_16000000_bytes": "artifact within 16000000 bytes, code included",
-    "every_target_scored_once": "every target scored once", "three_seeds": "three seeds",
+    "every_target_scored_once": "every target scored once",
+    "no_validation_document_in_training": "no validation document in the training shards", "three_seeds": "three seeds",
     "record_rule": "better than the baseline by 0.005 nats at p < 0.01"}
 SIGNS = {True: "yes", False: "no", None: "not applicable"}
 # Settings that name a run or a machine, and no configuration; they may differ between seeds.
@@ -154,16 +155,22 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         quantized_val_bpb=run.stages["quantized"].bpb, artifact_bytes=run.artifact_bytes, steps=run.steps,
         step_avg_ms=round(run.step_avg_ms, 3), train_wallclock_ms=round(1000 * run.train_seconds),
         eval_time_s=round(run.eval_seconds, 3), val_tokens=data["tokens"], target_tokens=run.targets,
-        val_bytes=run.val_bytes, code_bytes=run.code_bytes, model_bytes=run.model_bytes)
+        val_bytes=run.val_bytes, code_bytes=run.code_bytes, model_bytes=run.model_bytes,
+        shared_documents=run.shared_documents)
 
 
 def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
-    """The rules that figures can show; the step in which the time ran out may end after it."""
+    """The rules that figures can show; the step in which the time ran out may end after it.
+
+    Runs from before the audit say nothing of shared documents.
+    """
+    shared = [r.get("shared_documents") for r in rows]
     return dict(
         train_within_600s=all(r["train_wallclock_ms"] - r["step_avg_ms"] <= 1000 * BUDGET_SECONDS for r in rows),
         eval_within_600s=all(r["eval_time_s"] <= BUDGET_SECONDS for r in rows),
         artifact_within_16000000_bytes=all(r["artifact_bytes"] <= CAP_BYTES for r in rows),
         every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),
+        no_validation_document_in_training=None if None in shared else not any(shared),
         three_seeds=len(rows) >= 3,
         record_rule=test["holds"] if test else None)
 

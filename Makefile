@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo data test test-gpu bench ablate audit-data pack reproduce publish sweep report venv clean
+.PHONY: demo data test test-gpu bench ablate audit-data pack reproduce publish sweep report docs venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -63,6 +63,10 @@ sweep: $(VENV)/tools
 # Table and pictures of all runs in logs/, or of others: make report ARGS="logs/RUN peer.log --out report"
 report: $(VENV)/tools
 	@$(PY) tools/report.py $(if $(ARGS),$(ARGS),logs --out report)
+
+# What is generated in the documentation: the table of knobs, the results in README.md.
+docs: venv
+	@$(PY) tools/docs.py
 
 venv: $(VENV)/installed
 

@@ -10,6 +10,7 @@ from helpers import ROOT, launch, snapshot
 
 sys.path.insert(0, str(ROOT / "tools"))
 import check_submission  # noqa: E402
+import docs  # noqa: E402
 import runs  # noqa: E402
 
 TOOL = ROOT / "tools" / "check_submission.py"
@@ -39,6 +40,21 @@ def test_our_own_folder_passes_and_nothing_is_left_unchecked(reproduced, capsys)
     assert code == 0, errors
     assert notes.count("note: ") == 1 and "significance: better by" in notes  # the verdict; artifacts were loaded
     assert snapshot(reproduced) == before
+
+
+@pytest.mark.parametrize("stage", ["pre_quant_val_bpb", "artifact_bytes"])
+def test_a_pages_means_and_deviations_are_recomputed(stage, folder, capsys):
+    """The results that tools/docs.py writes into a page pass, and another mean in them is found."""
+    content = json.loads((folder / "submission.json").read_text())
+    (folder / "README.md").write_text(f"# A project\n\n{docs.BEGIN}\n{docs.results(content)}\n{docs.END}\n")
+    code, errors, _ = check(folder, capsys, "--no-load")
+    assert code == 0, errors
+    column = next(c for c in docs.COLUMNS if c.key == stage)
+    mean, _ = runs.mean_and_deviation(row[stage] for row in content["seed_results"].values())
+    wrong = format(mean * 1.1, column.form)
+    edit(folder / "README.md", f"{format(mean, column.form)} ±", f"{wrong} ±")
+    code, errors, _ = check(folder, capsys, "--no-load")
+    assert code == 1 and f"README.md: {wrong} is in no other file" in errors
 
 
 # ---------------------------------------------------------------------------------------------- planted inconsistencies

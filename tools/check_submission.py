@@ -488,12 +488,21 @@ def known_as(text: str, known: Iterable[float]) -> bool:
     return any(runs.rounded(value, text) for value in known)
 
 
+def column_statistics(folder: Folder) -> Iterator[float]:
+    """Mean and sample deviation of each figure that every row of seed_results has: a table's last rows may say them."""
+    rows = [seed.row for seed in folder.seeds.values() if seed.row]
+    for key in set.intersection(*map(set, rows)) if rows else ():
+        values = [row[key] for row in rows]
+        if all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            yield from (x for x in runs.mean_and_deviation(values) if x is not None)
+
+
 def check_page(folder: Folder, findings: Findings) -> None:
     """README.md: rows of seeds against their seed; on a page of ours every other number against all that is known."""
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     known = forms([*numbers_in(folder.content), *numbers_in([s.config for s in folder.seeds.values()]),
-                   *(x for r in folder.logs for x in numbers_in({k: v for k, v in figures(r).items() if v})), CAP_BYTES,
-                   runs.MARGIN_NATS, runs.LEVEL, BUDGET_SECONDS])
+                   *(x for r in folder.logs for x in numbers_in({k: v for k, v in figures(r).items() if v})),
+                   *column_statistics(folder), CAP_BYTES, runs.MARGIN_NATS, runs.LEVEL, BUDGET_SECONDS])
     header: list[str] = []
     rows, claims = 0, Counter()
     for line in page.splitlines():

@@ -1,0 +1,186 @@
+"""The parts of the documentation that are generated: docs/knobs.md, and the results in README.md.
+
+    python tools/docs.py            writes what is stale (make docs)
+    python tools/docs.py --check    writes nothing; names what is stale in one line, and exits with 1
+
+docs/knobs.md is train_gpt.Config as tables. README.md's part between the lines that begin with `<!-- results` and
+`<!-- end of results` is submission.json's; without a submission.json at the root it is left as it is. A further part
+is a further row of PARTS: a file, and a function from the root folder and the file's text to its new text.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg  # noqa: E402
+
+import runs  # noqa: E402
+from runs import Parser, UserError, command_line, read_json, write_aside  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------ docs/knobs.md
+
+KNOBS_HEAD = """<!-- Made by `make docs` from train_gpt.Config. Do not edit: a change belongs there. -->
+
+# Every knob
+
+A knob is an environment variable. `PRESET` names a set of values, a variable that is set goes before it, and what
+neither names keeps the default. A value that is not allowed ends the run with one line that names it, and exit code 2;
+a variable that looks like a misspelt knob is warned about. `python train_gpt.py --help` prints the same table, and
+`python train_gpt.py --dry-run` the values that a run would have.
+
+*Seen in* says where a change of the knob shows: `tests/test_knobs.py` changes each one and holds the run against that.
+Knobs with † describe the model: they travel in the artifact, and `MODE=eval` takes them from there.
+"""
+
+
+@functools.cache
+def sections() -> dict[str, list[str]]:
+    """Config's comments on lines of their own, each with the fields that stand below it."""
+    found: dict[str, list[str]] = {}
+    for line in inspect.getsource(tg.Config).splitlines():
+        if match := re.fullmatch(r"    # (.+)", line):
+            found[match[1]] = []
+        elif match := re.match(r"    (\w+): \w+ = (?:model_)?knob\(", line):
+            found[next(reversed(found))].append(match[1])
+    return found
+
+
+def plain(value: Any) -> str:
+    """A knob's value as one writes it into the environment."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def code(value: Any) -> str:
+    return "empty" if value == "" else f"`{plain(value)}`"
+
+
+def allowed(field: dataclasses.Field) -> str:
+    """A knob's type and the values that are allowed."""
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return ", ".join(map(code, choices))
+    if low is None:
+        return {"bool": "0 or 1", "str": "text"}[field.type]
+    return f"{field.type}, " + (f"from {plain(low)}" if high is None else f"{plain(low)} to {plain(high)}")
+
+
+def knob_row(field: dataclasses.Field) -> list[str]:
+    """A knob's row of the table."""
+    presets = (f"{preset} {code(row[field.name])}" for preset, row in tg.PRESETS.items() if field.name in row)
+    name = f"`{field.name.upper()}`" + ("†" if field.metadata["model"] else "")
+    cells = [name, allowed(field), code(field.default), "<br>".join(presets), field.metadata["meaning"],
+             field.metadata["alive"]]
+    return [cell.replace("|", "\\|") for cell in cells]
+
+
+def knobs_page(root: Path, text: str) -> str:
+    """docs/knobs.md: a table for each section of Config."""
+    fields = {f.name: f for f in dataclasses.fields(tg.Config)}
+    head = "| Variable | Allowed | Default | Presets | Meaning | Seen in |\n|---|---|---|---|---|---|"
+    parts = [KNOBS_HEAD]
+    for title, names in sections().items():
+        rows = ("| " + " | ".join(knob_row(fields.pop(name))) + " |" for name in names)
+        parts.append("\n".join((f"## {title}", "", head, *rows, "")))
+    assert not fields, f"Config's knobs in no section: {', '.join(fields)}"
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- README.md
+
+BEGIN, END = "<!-- results: made by make docs -->", "<!-- end of results -->"
+
+
+class Column(NamedTuple):
+    """A column of the results: its title, the seed's figure of submission.json, its unit in that figure's, its form.
+
+    The titles are words by which tools/check_submission.py knows what a column holds.
+    """
+
+    title: str
+    key: str
+    unit: float
+    form: str
+
+
+COLUMNS = (Column("val_bpb pre-quantization", "pre_quant_val_bpb", 1, ".4f"),
+           Column("quantized", "quantized_val_bpb", 1, ".4f"), Column("after TTT", "val_bpb", 1, ".4f"),
+           Column("artifact bytes", "artifact_bytes", 1, ".0f"), Column("steps", "steps", 1, ".0f"),
+           Column("training s", "train_wallclock_ms", 1000, ".1f"), Column("evaluation s", "eval_time_s", 1, ".1f"))
+
+
+def results(s: dict[str, Any]) -> str:
+    """The table of a submission.json with its mean and sample deviation, and the line on what it was measured with.
+
+    Without test-time training a run's score is the quantized one, and the column after it stays empty.
+    Errors: KeyError, TypeError, AttributeError or ValueError where something is missing or of another type.
+    """
+    rows = s["seed_results"]
+    adapted = any(row["val_bpb"] != row["quantized_val_bpb"] for row in rows.values())
+    columns = [(c, [row[c.key] / c.unit for row in rows.values()]) for c in COLUMNS]
+    shown = [(c, values if adapted or c.key != "val_bpb" else []) for c, values in columns]
+    table = [["Seed", *(c.title for c in COLUMNS)]]
+    for place, seed in enumerate(rows):
+        table.append([seed, *(format(values[place], c.form) if values else "" for c, values in shown)])
+    summary = [(c, runs.mean_and_deviation(values) if values else None) for c, values in shown]
+    table.append(["mean ± sample deviation", *(pair and with_deviation(*pair, c.form) or "" for c, pair in summary)])
+    return f"{runs.table(table, markdown=True)}\n\n{s['hardware']}; {s['dataset']}; {s['date']}."
+
+
+def with_deviation(mean: float, deviation: float | None, form: str) -> str:
+    return format(mean, form) + (f" ± {format(deviation, form)}" if deviation is not None else "")
+
+
+def readme_page(root: Path, text: str) -> str:
+    """README.md with the results of the root's submission.json. Errors: UserError."""
+    file = root / "submission.json"
+    if not file.is_file():
+        return text
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end or BEGIN in rest:
+        raise UserError(f"README.md: must hold one line {BEGIN} and one line {END} behind it, for submission.json")
+    try:
+        part = results(read_json(file))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file}: is not a submission.json of tools/reproduce.py ({error!r})") from None
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+PARTS: dict[str, Callable[[Path, str], str]] = {"docs/knobs.md": knobs_page, "README.md": readme_page}
+
+
+def stale(root: Path) -> dict[str, str]:
+    """Files whose generated part is not what it would be now, with their new text. Errors: UserError."""
+    texts = {name: (root / name).read_text(encoding="utf-8") if (root / name).is_file() else "" for name in PARTS}
+    made = {name: make(root, texts[name]) for name, make in PARTS.items()}
+    return {name: text for name, text in made.items() if text != texts[name]}
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="docs.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something is stale")
+    options = parser.parse_args(arguments)
+    changed = stale(ROOT)
+    if options.check and changed:
+        print(f"stale: {', '.join(changed)}; `make docs` writes them")
+        return 1
+    for name, text in () if options.check else changed.items():
+        write_aside(ROOT / name, text)
+        print(f"written: {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

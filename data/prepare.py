@@ -400,7 +400,7 @@ def read_unfinished(out: Path) -> dict | None:
     """What the first pass of a run that was killed has left: its options, its fingerprint and its survey."""
     try:
         return json.loads((out / UNFINISHED / "survey.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

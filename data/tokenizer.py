@@ -7,7 +7,6 @@ it stands. Most words of a text are among those that came before: looking them u
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 from collections import Counter
@@ -152,8 +151,8 @@ class Codec:
         spaced = np.array([piece.startswith(SPACE) for piece in pieces])
         self.leading_space = spaced & ~self.silent & ~is_byte
         self.texts = np.array(texts, object)
-        self.lengths = np.array([len(text) for text in texts])
-        self.base_bytes = np.where(self.silent, 0, self.lengths - self.leading_space)
+        lengths = np.array([len(text) for text in texts])
+        self.base_bytes = np.where(self.silent, 0, lengths - self.leading_space)
 
     def _prepare_encoding(self, pieces: list[str], byte_ids: list[int], name: str) -> None:
         """What `encode` needs besides the model: words met before, and a guard to encode parts of texts with.
@@ -242,10 +241,10 @@ class Codec:
         tokens = self._tokens(spaced)
         ids = np.frombuffer(tokens, "<u2")
         decoded = b"".join(self.texts[ids])
-        if self.operators:
-            with contextlib.suppress(ValueError):  # Not UTF-8, or not what CaseOps writes.
-                decoded = caseops.decode(decoded.decode()).encode()
-        exact = decoded == data
+        try:
+            exact = (caseops.decode(decoded.decode()) == spaced) if self.operators else decoded == data
+        except ValueError:  # Not UTF-8, or not what CaseOps writes.
+            exact = False
         if text and not before:  # The score counts no space in front of a document: one must be there, of the model's.
             exact = exact and self.leading_space[ids[0]] == bool(self.prefix)
         return tokens if exact else None

@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu bench ablate pack reproduce sweep report venv clean
+.PHONY: demo data test test-gpu bench ablate pack reproduce sweep report venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -13,11 +13,15 @@ demo: venv
 	    PRESET=demo DATA_PATH=$(DATA) RUN_ID=$$run $(PY) train_gpt.py && \
 	    $(PY) tools/generate.py "$${ARTIFACT_DIR:-logs/$$run}" "The function returns" --lines 2
 
-test: $(VENV)/test-tools $(VENV)/tools
+# Any data, the challenge's own too: make data ARGS="sp8192 --train-shards 10 --out data/sp8192"
+data: $(VENV)/data-tools
+	@$(PY) data/prepare.py $(ARGS)
+
+test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(PY) -m pytest -q -n 2 tests
 
 # The same kernels and backends, for real, on a CUDA device.
-test-gpu: $(VENV)/test-tools
+test-gpu: $(VENV)/test-tools $(VENV)/data-tools
 	$(PY) -m pytest -q -m gpu tests
 
 # Each stage against a reference in the same run: kernels, a training step, the case transform.
@@ -66,6 +70,10 @@ $(VENV)/test-tools: $(VENV)/installed requirements-test.txt
 
 $(VENV)/tools: $(VENV)/installed requirements-tools.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
+	@touch $@
+
+$(VENV)/data-tools: $(VENV)/installed requirements-data.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-data.txt
 	@touch $@
 
 clean:

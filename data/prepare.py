@@ -3,6 +3,8 @@
     python data/prepare.py builtin --out data/builtin
     python data/prepare.py books/ more.txt web.jsonl.zst --out data/mine --vocab-size 8192
     python data/prepare.py builtin --out data/builtin_caseops --caseops
+    python data/prepare.py docs_selected --out data/fineweb --vocab-size 8192 --caseops
+    python data/prepare.py sp8192 --train-shards 10 --out data/sp8192
 
 Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
 sample to train the tokenizer on; the second tokenizes, over all cores, and writes. Everything is written in a
@@ -11,6 +13,9 @@ always whole. The output depends on the texts and the options alone, not on the 
 
 What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
 back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
+
+The last command downloads shards that the challenge publishes, and only checks and counts them (published.py). Other
+text from the Hugging Face hub (hub.py) is downloaded first and then read like files (sources.py).
 
 With --caseops, tokens stand for the text as caseops.py encodes it, and a sidecar of each validation shard holds every
 token's bytes of the original text. All else is about the original: the split, bytes, hashes, reference compressors.
@@ -49,9 +54,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
 import caseops  # noqa: E402
 import corpus  # noqa: E402
+import published  # noqa: E402
 import shards  # noqa: E402
+from errors import PrepareError  # noqa: E402
 from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
-from sources import CHUNK_BYTES, PrepareError, Sources, Splitter, builtin_packages, cut, list_files  # noqa: E402
+from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, is_remote, list_files  # noqa: E402
 from sources import package_versions, text_hash  # noqa: E402
 from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
@@ -59,6 +66,7 @@ FORMAT = 1
 MIN_VOCAB = 300
 OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val|val_bytes)_\d{6}\.bin")
 UNFINISHED = ".prepare-unfinished"  # the folder in --out with what a killed run has finished
+DOWNLOADING = ".download"  # the one with files of an export, kept when a download is broken off
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SAMPLE_DOCUMENT_BYTES = 1 << 20  # of one document, that the tokenizer is trained on, at most
@@ -91,8 +99,19 @@ class Options:
     sample_bytes: int = 32 << 20
     text_field: str = "text"
     caseops: bool = False
+    val_documents: int | None = None  # None: the split that the source has, or one by hash
+    train_shards: int | None = None  # of a published export; None: all
+    repo: str | None = None  # None: the challenge's own
+    revision: str | None = None  # None: the main branch
+    repo_root: str = published.ROOT
+    downloads: Path | None = None  # None: a folder in `out`
     force: bool = False
     quiet: bool = False
+
+    @property
+    def downloads_folder(self) -> Path:
+        """Where downloaded text is kept."""
+        return self.downloads or self.out / "downloads"
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
@@ -130,7 +149,7 @@ def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
         del data
     if not count:
         raise PrepareError(f"{' '.join(options.sources)}: there is no text in it")
-    threshold = _threshold(options.val_fraction, low, high, set(sources.known.values()))
+    threshold = _threshold(sources.val_fraction, low, high, set(sources.known.values()))
     splitter = Splitter(threshold, sources.known)
     return Survey(count, size, empty, digest.hex(), threshold), sample.texts(splitter)
 
@@ -314,7 +333,9 @@ def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
     """Equal for two runs that would write the same: options, and for each source what tells that it changed."""
     parts = [FORMAT, recorded_options(options)]
     for name, path in listed:
-        if path is None:
+        if is_remote(name):
+            parts.append([name])  # With its repository and revision in the options; the hub is not asked again.
+        elif path is None:
             parts.append([name, package_versions(builtin_packages(name)), program()["code"]])
         else:
             status = path.stat()
@@ -336,6 +357,8 @@ def recorded_options(options: Options) -> dict:
         "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
         "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
         "sample_bytes": options.sample_bytes, "text_field": options.text_field, "caseops": options.caseops,
+        "val_documents": options.val_documents, "train_shards": options.train_shards, "repo": options.repo,
+        "revision": options.revision, "repo_root": options.repo_root,
     }
 
 
@@ -382,7 +405,9 @@ def check_folder(options: Options, mark: str) -> dict | None:
             return manifest
     elif unfinished and unfinished["fingerprint"] == mark:
         return None  # Whether it may replace what is there was decided when it began.
-    for there, words in ((manifest, "other data"), (unfinished, "an unfinished preparation of other data")):
+    extended = manifest and published.variant_of(options.sources) and published.grows(manifest, options)
+    for there, words in ((None if extended else manifest, "other data"),
+                         (unfinished, "an unfinished preparation of other data")):
         if there and there["fingerprint"] != mark:
             raise PrepareError(f"--out {out}: holds {words} ({_differences(there['options'], options)}); "
                                "choose another folder, or --force replaces it")
@@ -485,6 +510,8 @@ def prepare(options: Options) -> tuple[dict, bool]:
         manifest = check_folder(options, mark)
         if manifest:
             return manifest, True
+        if published.variant_of(options.sources):
+            return _download(options, mark), False
         folder = options.out / UNFINISHED
         unfinished = read_unfinished(options.out)
         if options.force or not unfinished or unfinished["program"] != program():
@@ -505,6 +532,12 @@ def prepare(options: Options) -> tuple[dict, bool]:
 
 def _complete(options: Options) -> tuple[Options, bytes | None]:
     """Check the options that need checking together; read a given tokenizer."""
+    if name := published.variant_of(options.sources):
+        published.check_options(options)
+        variant = published.VARIANTS[name]
+        return dataclasses.replace(options, vocab_size=variant.vocab_size, caseops=variant.caseops), None
+    if options.train_shards:
+        raise PrepareError(f"--train-shards {options.train_shards}: is for {', '.join(published.VARIANTS)}")
     if not options.tokenizer:
         return dataclasses.replace(options, vocab_size=options.vocab_size or 1024), None
     try:
@@ -517,14 +550,52 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
     return dataclasses.replace(options, vocab_size=size), model
 
 
+def _download(options: Options, mark: str) -> dict:
+    """Fetch a published export into --out, with a manifest like that of a preparation; returns it."""
+    report, folder = Report(options.quiet), options.out / DOWNLOADING
+    before, ready = read_manifest(options.out), options.out / UNFINISHED
+    folder.mkdir(exist_ok=True)
+    extends = before and not options.force and published.grows(before, options)
+    pinned = before["source"][0]["commit"] if extends else None  # What is added must fit what is there.
+    fetched = published.download(options, folder, pinned, report.bar)
+    model = fetched.paths[published.TOKENIZER].read_bytes()
+    codec = Codec(model, fetched.export.tokenizer.path, options.caseops)
+    if codec.vocab_size != options.vocab_size:
+        raise PrepareError(f"{fetched.export.tokenizer.path}: {codec.vocab_size} pieces, not {options.vocab_size}")
+    splits = published.measure(fetched, codec, report.bar)
+    manifest = _manifest(options, mark, [fetched.described], model, {"given": True}, splits)
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    with no_interruption():
+        discard(ready)
+        os.replace(folder, ready)  # From here on the next run completes it, should this one be killed.
+        commit(ready, options.out)
+    return manifest
+
+
+def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
+    """What every manifest holds. training: the options that made the tokenizer `model`."""
+    return {
+        "format": FORMAT,
+        "source": source,
+        "created_with": {"prepare": FORMAT, **program()},
+        "options": recorded_options(options),
+        "tokenizer": {
+            "file": published.TOKENIZER, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
+            "vocab_size": options.vocab_size, "options": training,
+        },
+        "splits": splits,
+        "fingerprint": mark,
+    }
+
+
 def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dict:
     """Write all files of a preparation into a folder, or those that it lacks; the manifest last."""
     report = Report(options.quiet)
     report.say("reading " + " ".join(options.sources))
-    sources = Sources(options)
+    sources = Sources(options, report)
     found = _surveyed(folder, sources, options, mark)
     training = _tokenizer(folder, options, model, report)
-    path = folder / "tokenizer.model"
+    path = folder / published.TOKENIZER
     model = path.read_bytes()
     with contextlib.closing(Shards(folder, options.shard_tokens, options.caseops)) as output:
         with report.bar("tokenizing", found.bytes) as progress:
@@ -536,20 +607,12 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
                             "because decoding does not give them back); give more text or another --tokenizer")
     report.say("compressing the validation text with xz -9 and zstd -22")
     manifest = {
-        "format": FORMAT,
-        "source": sources.described,
-        "created_with": {"prepare": FORMAT, **program()},
-        "options": recorded_options(options),
-        "tokenizer": {
-            "file": path.name, "bytes": len(model), "sha256": loaded.sha256,
-            "vocab_size": options.vocab_size, "options": training,
-        },
-        "splits": splits,
+        **_manifest(options, mark, sources.described, model, training, splits),
         "dropped_documents": output.dropped,
         "empty_documents": found.empty,
+        "duplicates_of_validation": sources.duplicates,
         "reference_compressors": reference_compressors(folder / "validation"),
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
-        "fingerprint": mark,
     }
     write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
@@ -622,6 +685,24 @@ class Report:
 # ----------------------------------------------------------------------------------------------------- command line
 
 
+EPILOG = """\
+A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
+.jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
+torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
+all that is in them, in sorted order.
+hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
+sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
+for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
+A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
+shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
+
+A run that is interrupted, killed, or out of disk space keeps its finished shards in --out/.prepare-unfinished: the
+same command goes on from there and writes the same bytes as an undisturbed run; --force begins anew.
+
+exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
+130 or 143 interrupted."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's usage and line."""
@@ -649,26 +730,19 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser = _Parser(
         prog="prepare.py", description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="""\
-A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl or
-.jsonl.zst file is one. `builtin` is the documentation inside Python, torch, numpy, sympy and networkx, about 16 MB;
-`builtin:networkx,numpy` takes some of them. Folders are searched with all that is in them, in sorted order.
-A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
-shuffled.
-
-A run that is interrupted, killed, or out of disk space keeps its finished shards in --out/.prepare-unfinished: the
-same command goes on from there and writes the same bytes as an undisturbed run; --force begins anew.
-
-exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
-130 or 143 interrupted.""",
+        epilog=EPILOG,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="`builtin`, a .txt, .jsonl or .jsonl.zst file, or a folder")
+    add("sources", nargs="+", metavar="SOURCE",
+        help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, "
+             "docs_selected, or sp1024, sp8192, sp8192-caseops")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
     add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
     add("--val-fraction", type=lambda text: _number(float, 0, 1, text, True), default=0.05, metavar="F",
         help="share of the documents that validates (default: %(default)s)")
+    add("--val-documents", type=whole(1, 2**62), metavar="N",
+        help="the first N documents validate, and no others (default: 50000 of docs_selected.jsonl, else by hash)")
     add("--shard-tokens", type=whole(1, 1_000_000_000), default=100_000_000, metavar="N",
         help="most tokens in a shard, unless one document has more (default: %(default)s)")
     add("--workers", type=whole(1, 1024), default=cores, metavar="N",
@@ -680,10 +754,18 @@ exit codes: 0 done, or done before with the same options; 2 something to mend, s
     add("--sample-bytes", type=whole(1 << 16, 1 << 30), default=32 << 20, metavar="N",
         help="most text to train the tokenizer on; training takes about 10 times as much memory (default: %(default)s)")
     add("--text-field", default="text", metavar="NAME",
-        help="the field that holds the text of a .jsonl line (default: %(default)s)")
+        help="the field or column that holds the text of .jsonl and .parquet (default: %(default)s)")
     add("--caseops", action="store_true",
         help="write capitals as operators before small letters (caseops.py), and each validation token's original "
              "bytes as fineweb_val_bytes_*.bin")
+    add("--train-shards", type=whole(1, 10**6), metavar="N",
+        help="of sp1024, sp8192, sp8192-caseops: the first N training shards (default: all); more can be added later")
+    add("--repo", metavar="OWNER/NAME", help="dataset repository of docs_selected, sp1024, sp8192 or sp8192-caseops")
+    add("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
+    add("--repo-root", default=published.ROOT, metavar="PATH",
+        help="folder in that repository that holds manifest.json (default: %(default)s)")
+    add("--downloads", type=Path, metavar="DIR",
+        help="folder for text from the hub, which stays there (default: downloads in --out)")
     add("--force", action="store_true", help="replace what this program made in DIR with other options")
     add("--quiet", action="store_true", help="no progress on stderr")
     values = vars(parser.parse_intermixed_args(arguments))
@@ -695,10 +777,13 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     for split, entry in manifest["splits"].items():
         yield (f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
                f"{len(entry['shards'])} shard(s)")
-    if manifest["dropped_documents"]:
+    if manifest.get("duplicates_of_validation"):
+        yield f"left out of training: {manifest['duplicates_of_validation']:,} documents that validate"
+    if manifest.get("dropped_documents"):
         yield f"dropped: {manifest['dropped_documents']:,} documents that decoding does not give back"
-    reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
-    yield f"bits per byte of the validation text: {reference}"
+    if "reference_compressors" in manifest:
+        reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
+        yield f"bits per byte of the validation text: {reference}"
     yield f"written: {out / 'manifest.json'}"
     knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""
@@ -727,10 +812,13 @@ def _disk_error(error: OSError, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    kept = "; nothing is left of it"
     try:
         for number in SIGNALS:
             signal.signal(number, _on_signal)
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if any(map(is_remote, options.sources)):
+            kept = "; what was downloaded is kept, and the same command goes on"
         manifest, before = prepare(options)
     except PrepareError as error:
         message, code = str(error) + _notes(error), 2
@@ -740,7 +828,7 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
         message += _notes(error)
     except Terminated as error:
-        message, code = "interrupted" + _notes(error, "; nothing is left of it"), 128 + error.args[0]
+        message, code = "interrupted" + _notes(error, kept), 128 + error.args[0]
     else:
         if before:
             print("already prepared")

@@ -1,8 +1,10 @@
-"""Where the text of data/prepare.py comes from: files, folders and the built-in corpus; and which of it validates."""
+"""Where the text of data/prepare.py comes from: files, folders, the hub, the built-in corpus; and which validates."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import io
@@ -10,35 +12,39 @@ import json
 import os
 import platform
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import corpus
+import hub
+import published
 import zstandard
+from errors import PrepareError, library
 
 if TYPE_CHECKING:
-    from prepare import Options
+    import pyarrow
+    from prepare import Options, Report
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 CHUNK_BYTES = 1 << 20
-
-
-class PrepareError(Exception):
-    """Something that the user can mend; the message is one line that names the option or the file."""
+BATCH_BYTES = 8 << 20  # text of a .parquet file that is in memory at a time, about
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
 def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
-    """The sources with folders replaced by the files in them, sorted; the path is None for `builtin`."""
+    """The sources with folders replaced by the files in them, sorted; the path is None for builtin and the hub's."""
     listed = []
     for source in sources:
         path = Path(source)
-        if builtin_packages(source):
-            if any(path is None for _, path in listed):
+        if is_remote(source):
+            listed.append((source, None))
+        elif builtin_packages(source):
+            if any(builtin_packages(name) for name, _ in listed):
                 raise PrepareError(f"{source}: builtin can be given once; builtin:numpy,torch names several packages")
             listed.append((source, None))
         elif path.is_dir():
@@ -48,12 +54,18 @@ def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
                 raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file")
             listed += [(str(item), item) for item in inside]
         elif not path.exists():
-            raise PrepareError(f"{source}: no such file or folder (nor is it `builtin`)")
+            raise PrepareError(f"{source}: no such file or folder (nor is it builtin, hf:OWNER/NAME, "
+                               f"{published.DOCUMENTS}, {', '.join(published.VARIANTS)})")
         elif not path.name.endswith(SUFFIXES):
             raise PrepareError(f"{source}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
         else:
             listed.append((source, path))
     return listed
+
+
+def is_remote(source: str) -> bool:
+    """Whether the source lies on the hub: a dataset, the challenge's documents or one of its ready-made exports."""
+    return source.startswith("hf:") or source == published.DOCUMENTS or source in published.VARIANTS
 
 
 def builtin_packages(source: str) -> tuple[str, ...]:
@@ -73,6 +85,8 @@ def read_texts(path: Path, max_document_bytes: int, text_field: str) -> Iterator
     if path.name.endswith(".txt"):
         with open(path, "rb") as file:
             yield from _text_file(str(path), file, max_document_bytes)
+    elif path.name.endswith(".parquet"):
+        yield from _parquet_file(path, text_field)
     else:
         yield from _jsonl_file(path, text_field)
 
@@ -128,11 +142,21 @@ def _jsonl_file(path: Path, field: str) -> Iterator[str]:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if it is .zst; a cut-off or damaged .zst file is an error, not a short text."""
-    with open(path, "rb") as file:
-        if not path.name.endswith(".zst"):
+    """The bytes of a file, unpacked if it is .zst or .gz; a cut-off or damaged one is an error, not a short text."""
+    if path.name.endswith(".zst"):
+        yield from _zstd_chunks(path)
+        return
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
+        try:
             yield from iter(lambda: file.read(CHUNK_BYTES), b"")
-            return
+        except EOFError:
+            raise PrepareError(f"{path}: damaged gzip file: it ends too early") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise PrepareError(f"{path}: damaged gzip file: {error}") from None
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
         unpacker = None
         for packed in iter(lambda: file.read(CHUNK_BYTES // 8), b""):
             while packed:
@@ -144,6 +168,35 @@ def _chunks(path: Path) -> Iterator[bytes]:
                 packed, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
         if unpacker is not None:
             raise PrepareError(f"{path}: damaged zstd file: it ends too early")
+
+
+def _parquet_file(path: Path, field: str) -> Iterator[str]:
+    """The column's texts, in row groups that are read a piece at a time; a null is an empty text."""
+    arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
+    try:
+        # Without these two it would read a row group's bytes at once.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
+            _check_column(path, file.schema_arrow, field)
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                rows = max(1, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
+                for batch in file.iter_batches(rows, row_groups=[number], columns=[field], use_threads=False):
+                    yield from (text or "" for text in batch.column(0).to_pylist())
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # The disk's, not the file's.
+        raise PrepareError(f"{path}: damaged parquet file: {error}") from None
+
+
+def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
+    """Raise PrepareError unless the file has one column of this name, which holds text."""
+    types = library("pyarrow").types
+    found = [item.type for item in schema if item.name == field]
+    if len(found) != 1:
+        raise PrepareError(f'{path}: no column "{field}" (--text-field names it); there are {", ".join(schema.names)}')
+    kind = found[0].value_type if types.is_dictionary(found[0]) else found[0]
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise PrepareError(f'{path}: column "{field}" holds {found[0]}, not text (--text-field names another)')
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -197,19 +250,55 @@ class Splitter:
 
 
 class Sources:
-    """All documents of all sources, as often as asked for, always in the same order."""
+    """All documents of all sources, as often as asked for, always in the same order.
 
-    def __init__(self, options: Options):
-        self.options = options
-        self.listed = list_files(options.sources)
+    described: what the manifest says of each source. known: the side of documents that have one, by `text_hash`.
+    With --val-documents, or docs_selected.jsonl, the first documents validate and all others train; a document that
+    equals one of the first is left out of the others, and `duplicates` counts such.
+    """
+
+    def __init__(self, options: Options, report: Report | None = None):
+        self.options, self.report = options, report
+        self.first = validation_documents(options)
+        self.val_fraction = 0.0 if self.first else options.val_fraction
+        self.files: list[tuple[str, Path | None]] = []
         self.builtin: dict[str, tuple[corpus.Document, ...]] = {}
         self.known: dict[int, str] = {}
         self.described: list[dict] = []
-        for name, path in self.listed:
-            if path is None:
+        self.duplicates = 0
+        for name, path in list_files(options.sources):
+            if is_remote(name):
+                self._download(name)
+            elif path is None:
+                self.files.append((name, None))
                 self._gather(name)
             else:
+                self.files.append((name, path))
                 self.described.append({"path": name, "bytes": path.stat().st_size})
+                if path.name.startswith(f"{published.DOCUMENTS}.jsonl"):
+                    published.check_documents(path)
+
+    def _download(self, name: str) -> None:
+        """Fetch a source's files from the hub, unless they are there, and take them as if given by their paths."""
+        options = self.options
+        if name == published.DOCUMENTS:
+            repository, remote = published.documents(options)
+        else:
+            repository, remote = hub.text_files(name, options.revision)
+        folder = options.downloads_folder / repository.repo.replace("/", "--") / repository.commit[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = {folder / file.path: file for file in remote}
+        hub.check_room("--downloads", folder, wanted)
+        with bar_of(self.report)(f"downloading {len(wanted)} files", sum(f.size for f in remote) or 1) as progress:
+            repository.fetch(wanted, progress)
+        paths = [path for path in wanted if path.name.endswith(SUFFIXES)]
+        self.files += [(str(path), path) for path in paths]
+        self.described.append({
+            "source": name, "repo": repository.repo, "commit": repository.commit,
+            "files": [{"path": file.path, "bytes": file.size, "hash": file.digest} for file in remote],
+        })
+        if name == published.DOCUMENTS:
+            published.check_documents(paths[0])
 
     def _gather(self, name: str) -> None:
         packages = builtin_packages(name)
@@ -231,11 +320,47 @@ class Sources:
         })
 
     def __iter__(self) -> Iterator[str]:
-        for name, path in self.listed:
+        return self._split_by_place() if self.first else self._texts()
+
+    def _texts(self) -> Iterator[str]:
+        for name, path in self.files:
             if path is None:
                 yield from (document.text for document in self.builtin[name])
             else:
                 yield from read_texts(path, self.options.max_document_bytes, self.options.text_field)
+
+    def _split_by_place(self) -> Iterator[str]:
+        number, self.duplicates = -1, 0
+        for number, text in enumerate(self._texts()):
+            mark = text_hash(text.encode("utf-8", "surrogatepass"), self.options.seed)
+            if number < self.first:
+                self.known[mark] = "val"
+            elif text and mark in self.known:
+                self.duplicates += 1
+                continue
+            yield text
+        if number < self.first:
+            raise PrepareError(f"--val-documents {self.first}: {' '.join(self.options.sources)}: there are only "
+                               f"{number + 1} documents, and training needs some too")
+
+
+def validation_documents(options: Options) -> int | None:
+    """How many of the first documents validate, or None where a hash decides. Raises PrepareError."""
+    names = [path.name if path else name for name, path in list_files(options.sources)]
+    listed = [name == published.DOCUMENTS or name.startswith(f"{published.DOCUMENTS}.jsonl") for name in names]
+    if any(listed[1:]):
+        raise PrepareError(f"{' '.join(options.sources)}: {published.DOCUMENTS} must come first, as its first "
+                           f"{published.VALIDATION_DOCUMENTS:,} documents validate")
+    first = options.val_documents or (published.VALIDATION_DOCUMENTS if any(listed) else None)
+    if first and any(builtin_packages(source) for source in options.sources):
+        raise PrepareError(f"{' '.join(options.sources)}: builtin has a split of its own and can't stand beside "
+                           f"{'--val-documents' if options.val_documents else published.DOCUMENTS}")
+    return first
+
+
+def bar_of(report: Report | None) -> published.Bar:
+    """A report's progress bar, or one that shows nothing."""
+    return report.bar if report else lambda label, total: contextlib.nullcontext(lambda count: None)
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

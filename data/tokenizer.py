@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 import caseops
 import numpy as np
 import sentencepiece
-from sources import PrepareError, cut
+from errors import PrepareError
+from sources import cut
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte

@@ -255,10 +255,10 @@ def write_shards(
         while waiting and len(ready) >= waiting[0][1]:
             document, count = waiting.popleft()
             tokens = [ready.popleft() for _ in range(count)]
-            dropped = None in tokens
-            if tokens and not dropped:
-                output.add(document, contents(codec, document, tokens))
-            output.handled(document, dropped)
+            written = None if None in tokens else contents(codec, document, tokens)
+            if tokens and written:
+                output.add(document, written)
+            output.handled(document, dropped=not written)
             progress(document.size)
     if output.digest.hex() != found.digest:
         raise changed
@@ -273,12 +273,17 @@ def describe(text: str, splitter: Splitter, seed: int) -> Document:
     return Document(number, side, len(data), hashlib.sha256(data).digest(), data if side == "val" else None)
 
 
-def contents(codec: Codec, document: Document, tokens: list[bytes]) -> list[bytes]:
-    """What each of its side's files gets of a document: its tokens, and their bytes where there are sidecars."""
+def contents(codec: Codec, document: Document, tokens: list[bytes]) -> list[bytes] | None:
+    """What each of its side's files gets of a document: its tokens, and their bytes where there are sidecars.
+
+    None where the bytes that the score will count for a validation document are not those of its text.
+    """
     tokens = b"".join([BOS_TOKEN, *tokens])
-    if document.side == "train" or not codec.operators:
+    if document.side == "train":
         return [tokens]
-    return [tokens, codec.token_bytes(np.frombuffer(tokens, "<u2")).astype("<u2").tobytes()]
+    widths = codec.token_bytes(np.frombuffer(tokens, "<u2"))
+    sidecar = [widths.astype("<u2").tobytes()] if codec.operators else []
+    return [tokens, *sidecar] if widths.sum() == document.size else None
 
 
 def in_batches(segments: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -420,7 +425,7 @@ def read_unfinished(out: Path) -> dict | None:
     """What the first pass of a run that was killed has left: its options, its fingerprint and its survey."""
     try:
         return json.loads((out / UNFINISHED / "survey.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

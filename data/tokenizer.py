@@ -29,7 +29,7 @@ CHARACTER_COVERAGE = 0.9995  # of the sample; other characters are written as by
 SEGMENT_CHARACTERS = 256 << 10  # of a document that are encoded at a time: SentencePiece takes 50 bytes for each
 SEARCHED_CHARACTERS = 4 << 10  # in front of a segment's end, for a place between words or pieces to end it at
 CACHED_WORD_CHARACTERS = 64
-CACHED_WORDS = 1 << 18  # about 60 MB; then all are forgotten, as the frequent ones are soon back
+CACHED_WORDS = 1 << 18  # about 60 MB; then every second one is forgotten, and learned again where it is frequent
 BOS_TOKEN = np.array(BOS, "<u2").tobytes()
 NO_TOKENS = np.empty(0, np.int32)
 # Where the two parts of a word, each written by CaseOps, are not what it writes for the word.
@@ -152,8 +152,8 @@ class Codec:
         spaced = np.array([piece.startswith(SPACE) for piece in pieces])
         self.leading_space = spaced & ~self.silent & ~is_byte
         self.texts = np.array(texts, object)
-        self.lengths = np.array([len(text) for text in texts])
-        self.base_bytes = np.where(self.silent, 0, self.lengths - self.leading_space)
+        lengths = np.array([len(text) for text in texts])
+        self.base_bytes = np.where(self.silent, 0, lengths - self.leading_space)
 
     def _prepare_encoding(self, pieces: list[str], byte_ids: list[int], name: str) -> None:
         """What `encode` needs besides the model: words met before, and a guard to encode parts of texts with.
@@ -230,28 +230,31 @@ class Codec:
 
         The tokens' texts put together are what SentencePiece decodes them to (but for the space that it drops in front
         of the first): a piece is its own text, a row of byte pieces its bytes as UTF-8. As no piece holds a part of a
-        character, each row is whole characters if all together are.
+        character, each row is whole characters if all together are. So the tokens' bytes add up to the text's, too.
         """
-        written = caseops.encode(text) if self.operators else text
         if self.operators and INSIDE_CAPITALS.match(before + text[:1]):
             return None
-        prefix = "" if before or not text else self.prefix
+        spaced = text if before or not text else self.prefix + text
         try:
-            data = (prefix + written).encode()
+            data = spaced.encode()
         except UnicodeEncodeError:  # An unpaired surrogate, which JSON can spell and UTF-8 can't.
             return None
-        tokens = self._tokens(prefix + written)
+        tokens = self._tokens(spaced)
         ids = np.frombuffer(tokens, "<u2")
-        exact = b"".join(self.texts[ids]) == data
-        if text and not before:  # The score counts no space in front of a document: there must be one that is not its own.
-            exact = exact and self.leading_space[ids[0]] == bool(prefix)
-        if self.operators and exact:
-            widths = caseops.original_bytes(ids, self.lengths[ids], self.operators)
-            exact = caseops.decode(written) == text and widths.sum() == len(text.encode()) + len(prefix)
+        decoded = b"".join(self.texts[ids])
+        try:
+            exact = (caseops.decode(decoded.decode()) == spaced) if self.operators else decoded == data
+        except ValueError:  # Not UTF-8, or not what CaseOps writes.
+            exact = False
+        if text and not before:  # The score counts no space in front of a document: one must be there, of the model's.
+            exact = exact and self.leading_space[ids[0]] == bool(self.prefix)
         return tokens if exact else None
 
     def _tokens(self, text: str) -> bytes:
-        """Tokens of a text that is encoded as it stands; of exactly this text if the model can write it."""
+        """Tokens of a text that is encoded as it stands; of exactly this text if the model can write it.
+
+        CaseOps writes what is between two spaces without looking beyond them, and so is remembered with the word.
+        """
         head, *words = text.split(" ")
         missing = set(words).difference(self.cache)
         if missing:
@@ -260,14 +263,15 @@ class Codec:
         for word in missing:
             if len(word) > CACHED_WORD_CHARACTERS:
                 del self.cache[word]
-        if len(self.cache) > CACHED_WORDS:
-            self.cache.clear()
+        while len(self.cache) > CACHED_WORDS:
+            for word in list(self.cache)[::2]:
+                del self.cache[word]
         return tokens
 
     def _learn(self, words: set[str]) -> None:
         """Put the tokens of words, each with a space before it, into the cache: by one call where that is exact."""
         together = [word for word in words if SPACE not in word] if self.ranked else []
-        text = "".join(f" {word}" for word in together)
+        text = self._written("".join(f" {word}" for word in together))
         ids = self._guarded(text)
         starts = (2 * np.flatnonzero(self.leading_space[ids])).tolist()
         if len(starts) == len(together) and b"".join(self.texts[ids]) == text.encode():
@@ -279,7 +283,11 @@ class Codec:
 
     def _spell(self, text: str) -> bytes:
         """Tokens of a text; its own U+2581, which SentencePiece takes for a space, as its three bytes."""
-        return self.mark.join(self._guarded(part).astype("<u2").tobytes() for part in text.split(SPACE))
+        parts = self._written(text).split(SPACE)
+        return self.mark.join(self._guarded(part).astype("<u2").tobytes() for part in parts)
+
+    def _written(self, text: str) -> str:
+        return caseops.encode(text) if self.operators else text
 
     def _guarded(self, text: str) -> np.ndarray:
         """[n] int32 tokens of a text, without the space that a model puts before it."""

@@ -575,7 +575,8 @@ def test_caseops_of_builtin(tmp_path):
     check_caseops(tmp_path / "case", [document.text for document in corpus.gather(["networkx"]).documents])
     plain, _ = prepare.prepare(options("builtin:networkx", out=tmp_path / "plain", vocab_size=512))
     for split in ("train", "val"):  # The split and all figures of the text are those of the plain preparation.
-        assert all(plain["splits"][split][key] == manifest["splits"][split][key] for key in ("bytes", "documents_sha256"))
+        for key in ("bytes", "documents_sha256"):
+            assert plain["splits"][split][key] == manifest["splits"][split][key]
     assert plain["reference_compressors"] == manifest["reference_compressors"]
 
 
@@ -741,7 +742,7 @@ def test_full_disk_keeps_what_is_finished(tmp_path, source, command, monkeypatch
     assert refused((code, printed, err), f"--out {out}: No space left on device") and len(calls) > call
     kept = out / prepare.UNFINISHED
     if kept.exists():
-        assert f"what is finished is kept in {kept}, and the same command goes on" in err and set(contents(out)) == set()
+        assert f"what is finished is kept in {kept}, and the same command goes on" in err and not contents(out)
     else:
         assert call < 4 and "kept" not in err and not (tmp_path / "new").exists()
     assert command(*arguments)[0] == 0 and contents(out) == contents(tmp_path / "expected")
@@ -830,7 +831,8 @@ def test_help_and_silence(tmp_path, source, command, capfd):
     text = capfd.readouterr().out
     assert done.value.code == 0
     for word in ("SOURCE", "--out", "--vocab-size", "--val-fraction", "--shard-tokens", "--workers", "--tokenizer",
-                 "--seed", "--max-document-bytes", "--caseops", "--force", "--text-field", "--sample-bytes", "builtin", "exit codes"):
+                 "--seed", "--max-document-bytes", "--caseops", "--force", "--text-field", "--sample-bytes", "builtin",
+                 "exit codes"):
         assert word in text
     code, printed, err = command(source, "--out", tmp_path / "out", "--vocab-size", 320, "--quiet")
     assert (code, err) == (0, "") and "bits per byte" in printed

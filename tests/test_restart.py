@@ -184,7 +184,8 @@ def test_what_another_program_began_is_begun_anew(texts, tmp_path):
     assert run(source, out) == 0 and contents(out) == expected
 
 
-@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "validation", "state.json", "fineweb_val_bytes_000000.bin"])
+@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "fineweb_val_bytes_000000.bin", "validation",
+                                  "state.json"])
 @pytest.mark.parametrize("lost", [0, 1, None])
 def test_files_that_a_disk_has_lost_are_made_again(texts, tmp_path, name, lost):
     (source, expected), out = texts, tmp_path / "out"

@@ -1,4 +1,4 @@
-"""data/tokenizer.py: its tokens are SentencePiece's own, they decode to the text, and no text is too long or too odd."""
+"""data/tokenizer.py: its tokens are SentencePiece's own, decode to the text, and no text is too long or too odd."""
 
 import functools
 import io
@@ -22,7 +22,8 @@ SCRIPTS = [
     "نص حكيم له سر قاطع وذو شأن عظيم مكتوب على ثوب أخضر", "דג סקרן שט בים מאוכזב ולפתע מצא לו חברה",
     "ऋषियों को सताने वाले दुष्ट राक्षसों के राजा रावण का सर्वनाश", "いろはにほへと ちりぬるを わかよたれそ", "視野無限廣，窗外有藍天。",
     "키스의 고유조건은 입술끼리 만나야 하고", "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า", "ང་རང་ཨེ་ཤེལ་ནས།", "ᚠᛇᚻ᛫ᛒᛦᚦ", "𝒯𝒽𝑒 𐐀𐐁 𓀀𓁐",
-    "👩‍👩‍👧‍👦 👍🏽 🇨🇭 ☕️ 🫠", "".join(map(chr, range(0x20))), "a\x7f\x80\x9f\u200b\u200d\u202e\u2066b\u2028\u2029", "Z̸̧͎a̷l̵͈g̶̜o",
+    "👩‍👩‍👧‍👦 👍🏽 🇨🇭 ☕️ 🫠", "".join(map(chr, range(0x20))),
+    "a\x7f\x80\x9f\u200b\u200d\u202e\u2066b\u2028\u2029", "Z̸̧͎a̷l̵͈g̶̜o",
     "Ĳ ﬃ ǅ İ ı ſ ẞ", "\ufeff\ufffe\uffff\U0010ffff", "  ▁▁ ▁a▁ ▁", "\ue001\ue004 Mc\ue003Donald's \ue002",
 ]
 
@@ -55,7 +56,7 @@ def codecs():
     return functools.cache(lambda name: trained(**MODELS[name]))
 
 
-WORDS = st.lists(st.sampled_from([*PIECES, *NASTY, *SCRIPTS, "ba", "komi", "The", "MITU", "reTu", " the", "12"]), min_size=1)
+WORDS = st.lists(st.sampled_from([*PIECES, *NASTY, *SCRIPTS, "ba", "komi", "The", "MITU", "reTu", " the"]), min_size=1)
 TEXTS = st.one_of(st.text(min_size=1), WORDS.map("".join), WORDS.map(" ".join), st.text("ab \n▁\ue004AB", min_size=1))
 
 
@@ -157,15 +158,16 @@ def test_few_words_are_remembered(codecs, name, monkeypatch):
 LONG = {
     "words": lambda size: (story(1, 4000) + "\n") * (size // 20_000), "letter": lambda size: "x" * size,
     "capital": lambda size: "X" * size, "space": lambda size: " " * size, "mark": lambda size: "▁" * (size // 3),
-    "nul": lambda size: "\0" * size, "emoji": lambda size: "👩‍👩‍👧‍👦🫠" * (size // 30), "chinese": lambda size: "視野無限廣" * (size // 15),
-    "digit": lambda size: "7" * size, "operator": lambda size: "\ue004" * (size // 3), "mixed": lambda size: "aB" * (size // 2),
+    "nul": lambda size: "\0" * size, "emoji": lambda size: "👩‍👩‍👧‍👦🫠" * (size // 30),
+    "chinese": lambda size: "視野無限廣" * (size // 15), "digit": lambda size: "7" * size,
+    "operator": lambda size: "\ue004" * (size // 3), "mixed": lambda size: "aB" * (size // 2),
 }
 
 
 @pytest.mark.parametrize("name", ["ours", "caseops"])
 @pytest.mark.parametrize("kind", list(LONG))
 def test_long_lines_of_one_kind(codecs, name, kind):
-    """Several segments; bench/prepare.py takes 100 MB. A word of endless capitals, which CaseOps can't part, is dropped."""
+    """Several segments; bench/prepare.py takes 100 MB. Endless capitals, which CaseOps can't part, are dropped."""
     text = LONG[kind](600_000)
     assert len(list(codecs(name).segments(text))) >= 2 or kind in ("mark", "operator", "emoji", "chinese")
     ids = check(codecs(name), text, naive=False)

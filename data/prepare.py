@@ -7,9 +7,11 @@
     python data/prepare.py sp8192 --train-shards 10 --out data/sp8192
 
 Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
-sample to train the tokenizer on; the second tokenizes, over all cores, and writes. Everything is written in a
-temporary folder inside --out and renamed at the very end, the manifest last, so that a file under its final name is
-always whole. The output depends on the texts and the options alone, not on the number of workers.
+sample to train the tokenizer on (tokenizer.py); the second tokenizes, over all cores, and writes (shards.py).
+Everything is written in a folder inside --out and renamed at the very end, the manifest last, so that a file under its
+final name is always whole. What a run that is killed has finished stays in that folder: the sample, the tokenizer, all
+shards but the last. The same command goes on from there. The output depends on the texts and the options alone, not on
+the number of workers, nor on how often a run was killed.
 
 What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
 back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
@@ -449,9 +451,11 @@ def commit(temporary: Path, out: Path) -> None:
         previous = json.loads((temporary / "previous.json").read_bytes())
         for name in set(manifest_files(previous)) - set(manifest_files(manifest)):
             (out / name).unlink(missing_ok=True)
-    for name in (*manifest_files(manifest), "manifest.json"):
-        if (temporary / name).exists():
-            os.replace(temporary / name, out / name)
+    for names in (manifest_files(manifest), ["manifest.json"]):
+        for name in names:
+            if (temporary / name).exists():
+                os.replace(temporary / name, out / name)
+        shards.sync_folder(out)
     shutil.rmtree(temporary)
 
 
@@ -469,8 +473,11 @@ def output_folder(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PrepareError(f"--out {out}: another run of this program is writing there") from None
-        if (out / UNFINISHED / "manifest.json").exists():  # Left by a run that was killed, as we hold the lock.
-            commit(out / UNFINISHED, out)
+        left = out / UNFINISHED  # By a run that was killed, as we hold the lock.
+        if (left / "manifest.json").exists():
+            commit(left, out)
+        elif left.exists() and not read_unfinished(out):
+            discard(left)
         yield
     except BaseException:
         for path in made:
@@ -514,7 +521,7 @@ def prepare(options: Options) -> tuple[dict, bool]:
             return _download(options, mark), False
         folder = options.out / UNFINISHED
         unfinished = read_unfinished(options.out)
-        if options.force or not unfinished or unfinished["program"] != program():
+        if options.force or not unfinished or unfinished.get("program") != program():
             discard(folder)
             folder.mkdir()
         try:
@@ -598,6 +605,8 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
     path = folder / published.TOKENIZER
     model = path.read_bytes()
     with contextlib.closing(Shards(folder, options.shard_tokens, options.caseops)) as output:
+        if output.documents:
+            report.say(f"going on after {output.documents} of {found.documents + found.empty} documents")
         with report.bar("tokenizing", found.bytes) as progress:
             loaded = Model(str(path), hashlib.sha256(model).hexdigest(), options.caseops)
             splits = write_shards(sources, found, loaded, output, options, progress)

@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,8 +264,9 @@ def test_interrupted_with_workers(large, tmp_path, number, code, command):
     assert (process.returncode, printed) == (code, "")
     assert number == signal.SIGKILL or err == f"prepare.py: error: interrupted; {kept}\n"
     assert contents(out) == {}
-    code, _, _ = command(source, "--out", out, *LARGE, "--workers", 2)
+    code, _, err = command(source, "--out", out, *LARGE[:-1], "--workers", 2)
     assert code == 0 and contents(out) == expected and not (out / prepare.UNFINISHED).exists()
+    assert re.search(r"^going on after \d+ of 5000 documents$", err, re.M) and "training" not in err
 
 
 def test_interrupted_before_anything_is_finished(tmp_path, large):

@@ -24,11 +24,14 @@ test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 test-gpu: $(VENV)/test-tools $(VENV)/data-tools
 	$(PY) -m pytest -q -m gpu tests
 
-# Each stage against a reference in the same run: kernels, a training step, the case transform.
+# Each stage against a reference in the same run: kernels, a training step, the case transform, preparing, loading.
 bench: venv
+	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
 	$(PY) bench/cpu_kernels.py
 	$(PY) bench/train.py
 	$(PY) bench/caseops.py
+	$(PY) bench/prepare.py
+	$(PY) bench/loader.py --data $(DATA)
 
 # Every technique of both presets switched off in turn, three seeds each; goes on where it was stopped.
 ablate: venv

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 CHUNK_BYTES = 1 << 20
+MAX_LINE_BYTES = 128 << 20  # of a .jsonl file: a line and its document are in memory, in several forms
 BATCH_BYTES = 8 << 20  # text of a .parquet file that is in memory at a time, about
 
 
@@ -124,13 +125,14 @@ def _decode(data: bytes, name: str, start: int) -> str:
 
 def _jsonl_file(path: Path, field: str) -> Iterator[str]:
     number, start = 0, 0
-    for line in _lines(_chunks(path)):
+    for line in _lines(_chunks(path), path):
         number += 1
         where = f"{path}:{number}"
         text = _decode(line, where, start)
         start += len(line) + 1
+        del line  # Of a line of 100 MB nothing may stay that is not needed any more.
         text = text.removeprefix("\ufeff") if number == 1 else text
-        if not text.strip():
+        if not text or text.isspace():
             continue
         try:
             record = json.loads(text)
@@ -138,7 +140,8 @@ def _jsonl_file(path: Path, field: str) -> Iterator[str]:
             raise PrepareError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise PrepareError(f'{where}: no text in field "{field}" (--text-field names the field)')
-        yield record[field]
+        del text
+        yield record.pop(field)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -199,16 +202,28 @@ def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
         raise PrepareError(f'{path}: column "{field}" holds {found[0]}, not text (--text-field names another)')
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    parts = []
+def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    parts, held, number = [], 0, 1
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
-            yield b"".join(parts) + line
-            parts = []
+            parts.append(line)
+            yield _joined(parts)
+            held, number = 0, number + 1
         parts.append(rest)
-    if last := b"".join(parts):
+        held += len(rest)
+        if held > MAX_LINE_BYTES:
+            raise PrepareError(f"{path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes, which is the most that "
+                               "memory is kept for; cut the document")
+    if last := _joined(parts):
         yield last
+
+
+def _joined(parts: list[bytes]) -> bytes:
+    """The parts in one; the list is empty then."""
+    data = b"".join(parts)
+    parts.clear()
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------------ split

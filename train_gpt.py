@@ -2377,6 +2377,7 @@ class GPT(nn.Module):
         self.values = Table(c.vocab_size, c.ve_dim, c.kv_dim, 0.1) if c.ve_dim else None
         skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
+        self.awake = c.num_layers
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if c.skip_gates_enabled else None
         self.logits = Projection()
         length = max(c.train_seq_len, c.longest_context)
@@ -2405,6 +2406,7 @@ class GPT(nn.Module):
 
     def rest(self, learning: int) -> None:
         """Lets the first layers learn alone: no gradient of the others' weights is computed until the next call."""
+        self.awake = learning  # torch.compile guards on a number; before 2.13 not on a parameter's requires_grad
         for layer, block in enumerate(self.blocks):
             block.requires_grad_(layer < learning)
 
@@ -2422,8 +2424,8 @@ class GPT(nn.Module):
             banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
         weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
-        return [w if block.query_gain.requires_grad else Weights(*(matrix.detach() for matrix in w))
-                for w, block in zip(weights, self.blocks)]
+        return [w if layer < self.awake else Weights(*(matrix.detach() for matrix in w))
+                for layer, w in enumerate(weights)]
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
         """U-Net skip: added, or blended through a gate."""

@@ -2365,6 +2365,8 @@ class GPT(nn.Module):
         self.attention = attention_backend(choose_attention(c)[0])
         self.plans = {looped: visit_plan(c, looped) for looped in (False, True)}
         layers, d = c.num_layers, c.model_dim
+        # Layers that learn. torch.compile guards on a number; before 2.13 not on a parameter's requires_grad.
+        self.learning = layers
         self.embedding = nn.Parameter(torch.empty(c.vocab_size, d))
         self.head = None if c.tie_embeddings else nn.Parameter(torch.empty(c.vocab_size, d))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))            # q of all layers, then out
@@ -2377,7 +2379,6 @@ class GPT(nn.Module):
         self.values = Table(c.vocab_size, c.ve_dim, c.kv_dim, 0.1) if c.ve_dim else None
         skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
-        self.awake = c.num_layers
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if c.skip_gates_enabled else None
         self.logits = Projection()
         length = max(c.train_seq_len, c.longest_context)
@@ -2406,14 +2407,9 @@ class GPT(nn.Module):
 
     def rest(self, learning: int) -> None:
         """Lets the first layers learn alone: no gradient of the others' weights is computed until the next call."""
-        self.awake = learning  # torch.compile guards on a number; before 2.13 not on a parameter's requires_grad
+        self.learning = learning
         for layer, block in enumerate(self.blocks):
             block.requires_grad_(layer < learning)
-
-    @property
-    def learning(self) -> int:
-        """Layers that learn."""
-        return sum(block.query_gain.requires_grad for block in self.blocks)
 
     def layer_weights(self, dtype: torch.dtype, rounded: bool) -> list[Weights]:
         """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
@@ -2424,7 +2420,7 @@ class GPT(nn.Module):
             banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
         weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
-        return [w if layer < self.awake else Weights(*(matrix.detach() for matrix in w))
+        return [w if layer < self.learning else Weights(*(matrix.detach() for matrix in w))
                 for layer, w in enumerate(weights)]
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
@@ -4476,11 +4472,12 @@ class Pace:
     def project(self, seconds: float, what: str) -> None:
         """The line before the start: seconds, measured on a part that was computed and dropped."""
         self.run.log(f"{self.what}: {what}, projected to take {seconds:.1f} s")
-        self.warn(sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds)
+        self.warn(seconds)
 
-    def warn(self, projected: float) -> None:
-        """The warning, once, where the projected seconds of the whole evaluation are over the budget."""
+    def warn(self, seconds: float) -> None:
+        """The warning, once, where these seconds and those of the stages before are over the budget."""
         budget = self.c.eval_budget_seconds
+        projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds
         if budget and projected > budget and not self.warned:
             self.warned = True
             self.run.log(f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
@@ -4499,7 +4496,7 @@ class Pace:
             self.last = now
             self.run.log(f"{self.what}:{self.done / self.total:.1%} elapsed:{spent:.0f}s eta:{left:.0f}s")
         if spent > 1:
-            self.warn(sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + spent + left)
+            self.warn(spent + left)
 
 
 class Evaluator:
@@ -4704,8 +4701,9 @@ class PhasedTTT:
             learning, batch = self.learn and most > chunk + 1, without_text(batch)
             seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, learning))
         global_tokens = sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.c.global_ttt_epochs
-        tokens = self.pace.total * max(1, self.c.ttt_grad_steps if self.learn else 1)
-        tokens += global_tokens / self.run.world if self.learn else 0
+        tokens = self.pace.total
+        if self.learn:
+            tokens = tokens * self.c.ttt_grad_steps + global_tokens / self.run.world
         self.pace.project(seconds / batch.ids.numel() * tokens,
                           f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases")
 

@@ -655,7 +655,7 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
         except PrepareError as error:
             raise Worthless(str(error)) from None
         Codec(model, "the trained tokenizer", options.caseops)
-    write_file(folder / "tokenizer.model", model)
+    write_file(folder / published.TOKENIZER, model)
     write_file(made, json.dumps(training).encode())
     return training
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from errors import PrepareError
 from hub import RemoteFile, Repository, check_room
-from shards import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
+from shards import read_shard
 
 if TYPE_CHECKING:
     from prepare import Options
@@ -286,12 +286,11 @@ def measure(download: Download, codec: Codec, bar: Bar) -> dict[str, dict]:
 
 
 def open_shard(path: Path, remote: RemoteFile) -> np.ndarray:
-    """[n] uint16, mapped from the file. Raises PrepareError if its header is no shard's or tells another length."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3) if size >= HEADER_BYTES else np.zeros(3, "<i4")
-    if tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != HEADER_BYTES + 2 * int(header[2]):
-        raise PrepareError(f"{remote.path}: not a shard: {size} bytes whose header begins with {header.tolist()}")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES) if header[2] else np.empty(0, "<u2")
+    """[n] uint16, mapped from the file. Raises PrepareError if it is no whole shard."""
+    try:
+        return read_shard(path, remote.path)
+    except ValueError as error:
+        raise PrepareError(str(error)) from None
 
 
 def _count(tokens: np.ndarray, codec: Codec, context: np.ndarray, remote: RemoteFile,

@@ -46,16 +46,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The uint16 tokens of a shard; ValueError if its header and its size disagree."""
-    data = path.read_bytes()
-    header = np.frombuffer(data[:HEADER_BYTES], "<i4")
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path}: not a shard")
-    tokens = np.frombuffer(data[HEADER_BYTES:], "<u2")
-    if len(tokens) != header[2]:
-        raise ValueError(f"{path}: {len(tokens)} tokens, {header[2]} in its header")
-    return tokens
+def read_shard(path: Path, name: str = "") -> np.ndarray:
+    """[n] uint16, mapped from the file. ValueError, with its `name`, if its header is none or tells another length."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 3) if size >= HEADER_BYTES else np.zeros(3, "<i4")
+    if tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != HEADER_BYTES + 2 * int(header[2]):
+        raise ValueError(f"{name or path}: not a shard: {size} bytes whose header begins with {header.tolist()}")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES) if header[2] else np.empty(0, "<u2")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ Sections, in the order in which data meets them; each calls only those above it:
 Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
 V vocabulary, L layers.
 """
+
 from __future__ import annotations
 
 import os
@@ -44,10 +45,11 @@ import tempfile
 import time
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,8 +84,9 @@ def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None
 
     `model` marks what a forward pass needs to know: those values travel in the artifact.
     """
-    return field(default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices,
-                                                model=model))
+    return field(
+        default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices, model=model)
+    )
 
 
 model_knob = functools.partial(knob, model=True)
@@ -95,41 +98,81 @@ class Config:
 
     # What to run, and where
     preset: str = knob("", "row set that gives the defaults; empty: demo without CUDA, baseline with it", "config")
-    mode: str = knob("all", "train: up to the artifact; eval: only score an artifact; all: both", "stages run",
-                     choices=("all", "train", "eval"))
+    mode: str = knob(
+        "all",
+        "train: up to the artifact; eval: only score an artifact; all: both",
+        "stages run",
+        choices=("all", "train", "eval"),
+    )
     run_id: str = knob("", "name of the run's folder; empty: date, time, preset and seed", "folder name")
     artifact_dir: str = knob("", "the run's folder; empty: logs/$RUN_ID", "folder name")
-    seed: int = knob(1337, "seed of the initial weights, of the order of the data, of noise", "weights, batches", low=0,
-                     high=2**31 - 1)
-    device: str = knob("auto", "where to compute; auto: cuda where there is one", "log",
-                       choices=("auto", "cpu", "cuda"))
-    compute_dtype: str = knob("auto", "type of activations and matrix products; auto: bfloat16, but float32 on CPUs "
-                              "without bfloat16 instructions; masters are float32 (float64 with float64)", "loss",
-                              choices=("auto", "bfloat16", "float32", "float64"))
+    seed: int = knob(
+        1337,
+        "seed of the initial weights, of the order of the data, of noise",
+        "weights, batches",
+        low=0,
+        high=2**31 - 1,
+    )
+    device: str = knob(
+        "auto", "where to compute; auto: cuda where there is one", "log", choices=("auto", "cpu", "cuda")
+    )
+    compute_dtype: str = knob(
+        "auto",
+        "type of activations and matrix products; auto: bfloat16, but float32 on CPUs "
+        "without bfloat16 instructions; masters are float32 (float64 with float64)",
+        "loss",
+        choices=("auto", "bfloat16", "float32", "float64"),
+    )
     compile: str = knob("auto", "torch.compile; auto: on CUDA, not on CPUs", "log", choices=("auto", "0", "1"))
-    attention: str = knob("auto", "attention backend; auto: blocked on CPUs, else the first of fa3, fa2, varlen, sdpa "
-                          "that is installed", "log", choices=("auto", "fa3", "fa2", "varlen", "sdpa", "blocked"))
-    triton_kernels: str = knob("auto", "fused loss and MLP; auto: on CUDA where Triton is installed", "log",
-                               choices=("auto", "0", "1"))
-    fused_ce_enabled: bool = knob(True, "the cross-entropy with a backward of its own: Triton's with TRITON_KERNELS=1, "
-                                  "blocks on CPUs; 0: plain autograd", "log")
+    attention: str = knob(
+        "auto",
+        "attention backend; auto: blocked on CPUs, else the first of fa3, fa2, varlen, sdpa that is installed",
+        "log",
+        choices=("auto", "fa3", "fa2", "varlen", "sdpa", "blocked"),
+    )
+    triton_kernels: str = knob(
+        "auto", "fused loss and MLP; auto: on CUDA where Triton is installed", "log", choices=("auto", "0", "1")
+    )
+    fused_ce_enabled: bool = knob(
+        True,
+        "the cross-entropy with a backward of its own: Triton's with TRITON_KERNELS=1, "
+        "blocks on CPUs; 0: plain autograd",
+        "log",
+    )
     cpu_threads: int = knob(0, "threads of each rank on CPUs; 0: the cores shared out evenly", "log", low=0, high=1024)
 
     # Data
     data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
     tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
-    tokenizer_sha256: str = model_knob("", "digest that the tokenizer's file must have; an artifact carries that of "
-                                       "its training; empty: any", "exit code")
-    caseops_enabled: str = knob("auto", "1: the shards' text went through CaseOps, so the byte sidecar counts its "
-                                "bytes; auto: where there is one", "byte counts", choices=("auto", "0", "1"))
-    vocab_size: int = model_knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4,
-                                 high=65536)
-    audit: str = knob("documents", "before training, search it for validation's documents; windows: and report runs of "
-                      "50 tokens that both hold", "summary", choices=("documents", "windows"))
-    allow_shared_documents: int = knob(0, "validation documents that training may hold too, with a warning; more stop "
-                                       "the run", "exit code, summary", low=0)
-    read_ahead: int = knob(2, "batches that a thread prepares while a step runs; 0: each when it is needed", "log",
-                           low=0, high=64)
+    tokenizer_sha256: str = model_knob(
+        "",
+        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
+        "exit code",
+    )
+    caseops_enabled: str = knob(
+        "auto",
+        "1: the shards' text went through CaseOps, so the byte sidecar counts its bytes; auto: where there is one",
+        "byte counts",
+        choices=("auto", "0", "1"),
+    )
+    vocab_size: int = model_knob(
+        1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536
+    )
+    audit: str = knob(
+        "documents",
+        "before training, search it for validation's documents; windows: and report runs of 50 tokens that both hold",
+        "summary",
+        choices=("documents", "windows"),
+    )
+    allow_shared_documents: int = knob(
+        0,
+        "validation documents that training may hold too, with a warning; more stop the run",
+        "exit code, summary",
+        low=0,
+    )
+    read_ahead: int = knob(
+        2, "batches that a thread prepares while a step runs; 0: each when it is needed", "log", low=0, high=64
+    )
 
     # Length of the training, batches
     iterations: int = knob(20000, "training steps at most", "steps", low=1)
@@ -137,8 +180,9 @@ class Config:
     gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
     warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
     train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
-    train_seq_len: int = model_knob(1024, "tokens of a training row; longer documents are cut", "batches", low=1,
-                                    high=1 << 20)
+    train_seq_len: int = model_knob(
+        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
+    )
     micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
     train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
@@ -149,54 +193,76 @@ class Config:
     model_dim: int = model_knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
     num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
     num_kv_heads: int = model_knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
-    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01,
-                                 high=64)
-    leaky_relu_slope: float = model_knob(0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2",
-                                         "loss", low=0, high=1)
+    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
+    leaky_relu_slope: float = model_knob(
+        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
+    )
     tie_embeddings: bool = model_knob(True, "the head is the embedding transposed", "parameters")
     tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
     rope_base: float = model_knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
     rope_dims: int = model_knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
-    rope_type: str = model_knob("rope", "yarn: stretch long wavelengths where the longest evaluated context is longer "
-                                "than TRAIN_SEQ_LEN", "loss", choices=("rope", "yarn"))
+    rope_type: str = model_knob(
+        "rope",
+        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
+        "loss",
+        choices=("rope", "yarn"),
+    )
     rope_yarn: bool = model_knob(False, "the same as ROPE_TYPE=yarn", "loss")
-    yarn_max_len: int = model_knob(0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss",
-                                  low=0, high=1 << 20)
+    yarn_max_len: int = model_knob(
+        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
+    )
     qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
     logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
     softcap_type: str = model_knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
     ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
-    xsa_last_n: int = model_knob(0, "last layers whose attention output loses its part along its own value (XSA)",
-                                 "loss", low=0)
-    skip_gates_enabled: bool = model_knob(False, "U-Net skips blend through a learned gate instead of being added",
-                                          "parameters")
+    xsa_last_n: int = model_knob(
+        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
+    )
+    skip_gates_enabled: bool = model_knob(
+        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
+    )
     sparse_attn_gate_enabled: bool = model_knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
     sparse_attn_gate_scale: float = model_knob(0.5, "the scale in the sparse head gate", "loss", low=0)
     gated_attn_enabled: bool = model_knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
     attn_out_gate_enabled: bool = model_knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
     smear_gate_enabled: bool = model_knob(False, "mix the previous token's embedding in, gated", "parameters")
-    smear_gate_type: str = model_knob("window", "window: one gate, read from GATE_WINDOW channels; channel: one fixed "
-                                      "gate per channel, after the first norm", "parameters",
-                                      choices=("window", "channel"))
-    bigram_vocab_size: int = model_knob(0, "buckets that pairs of tokens are hashed to, each with an embedding; 0: "
-                                        "none", "parameters", low=0, high=1 << 20)
+    smear_gate_type: str = model_knob(
+        "window",
+        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
+        "parameters",
+        choices=("window", "channel"),
+    )
+    bigram_vocab_size: int = model_knob(
+        0,
+        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
+        "parameters",
+        low=0,
+        high=1 << 20,
+    )
     bigram_dim: int = model_knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
-    ve_dim: int = model_knob(0, "width of a table of embeddings that are added to the values; 0: none", "parameters",
-                             low=0, high=1 << 16)
+    ve_dim: int = model_knob(
+        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
+    )
     ve_layers: str = model_knob("9,10", "layers whose values they are added to, with commas between", "parameters")
     gate_window: int = model_knob(12, "input channels that the small gates read", "parameters", low=1)
-    num_loops: int = model_knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0,
-                                high=16)
+    num_loops: int = model_knob(
+        0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16
+    )
     loop_start: int = model_knob(3, "first layer of the loop", "execution order", low=0)
     loop_end: int = model_knob(5, "last layer of the loop", "execution order", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
-    parallel_start_layer: int = model_knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters",
-                                           low=-1)
-    neftune_alpha: float = knob(0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss",
-                                low=0)
+    parallel_start_layer: int = model_knob(
+        -1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1
+    )
+    neftune_alpha: float = knob(
+        0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss", low=0
+    )
     z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
-    focal_enabled: bool = knob(False, "weigh a token's training loss by (1 - probability of the target)^FOCAL_GAMMA, "
-                               "each row's weights 1 on average", "weights")
+    focal_enabled: bool = knob(
+        False,
+        "weigh a token's training loss by (1 - probability of the target)^FOCAL_GAMMA, each row's weights 1 on average",
+        "weights",
+    )
     focal_gamma: float = knob(1.0, "the power in it", "weights", low=0, high=100)
 
     # Optimizers
@@ -206,12 +272,14 @@ class Config:
     embed_lr: float = knob(0.6, "learning rate of an untied embedding", "weights", low=0)
     head_lr: float = knob(0.008, "learning rate of an untied head", "weights", low=0)
     muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", "weights", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0, or MUON_MOMENTUM where that is less", "weights",
-                                             low=0, high=0.9999)
+    muon_momentum_warmup_start: float = knob(
+        0.85, "momentum at step 0, or MUON_MOMENTUM where that is less", "weights", low=0, high=0.9999
+    )
     muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
-    muon_coefficients: str = knob("classic", "Newton-Schulz polynomial", "weights",
-                                  choices=("classic", "polar_express"))
+    muon_coefficients: str = knob(
+        "classic", "Newton-Schulz polynomial", "weights", choices=("classic", "polar_express")
+    )
     muon_row_normalize: bool = knob(False, "rows of the update to unit norm before Newton-Schulz", "weights")
     muon_wd: float = knob(0.0, "decoupled weight decay of the banks", "weights", low=0)
     beta1: float = knob(0.9, "AdamW's first beta", "weights", low=0, high=0.99999)
@@ -222,88 +290,144 @@ class Config:
     grad_clip_norm: float = knob(0.0, "largest norm of the averaged gradient; 0: no clipping", "weights", low=0)
 
     # Schedules
-    warmdown_frac: float = knob(0.0, "last fraction of the training over which the rate falls to 0", "learning rate",
-                                low=0, high=1)
-    warmdown_iters: int = knob(1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0",
-                               "learning rate", low=0)
+    warmdown_frac: float = knob(
+        0.0, "last fraction of the training over which the rate falls to 0", "learning rate", low=0, high=1
+    )
+    warmdown_iters: int = knob(
+        1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0", "learning rate", low=0
+    )
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", "learning rate", low=0, high=1)
-    progressive_depth_schedule: str = knob("", "fractions of the training, with commas between, at which more layers "
-                                           "begin to learn, from below; empty or 0: all learn at once", "weights")
-    ema_decay: float = knob(0.0, "decay of the moving average of the weights (EMA); 0: none", "weights", low=0,
-                            high=0.999999)
+    progressive_depth_schedule: str = knob(
+        "",
+        "fractions of the training, with commas between, at which more layers "
+        "begin to learn, from below; empty or 0: all learn at once",
+        "weights",
+    )
+    ema_decay: float = knob(
+        0.0, "decay of the moving average of the weights (EMA); 0: none", "weights", low=0, high=0.999999
+    )
     swa_enabled: bool = knob(False, "a plain average of late weights (SWA)", "weights")
     swa_every: int = knob(50, "steps between the weights that it takes", "weights", low=1)
     swa_start: float = knob(0.2, "multiplier of the learning rate below which it takes them", "weights", low=0, high=1)
-    weight_average: str = knob("both", "the weights that are kept: one average, or the mean of those that are on; "
-                               "without any, the last weights", "weights", choices=("both", "ema", "swa"))
-    late_qat_threshold: float = knob(0.0, "multiplier of the learning rate below which the training rounds the "
-                                     "matrices as their class is quantized; 0: never", "weights", low=0, high=1)
+    weight_average: str = knob(
+        "both",
+        "the weights that are kept: one average, or the mean of those that are on; without any, the last weights",
+        "weights",
+        choices=("both", "ema", "swa"),
+    )
+    late_qat_threshold: float = knob(
+        0.0,
+        "multiplier of the learning rate below which the training rounds the "
+        "matrices as their class is quantized; 0: never",
+        "weights",
+        low=0,
+        high=1,
+    )
 
     # Quantization and the artifact
     matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
     attn_bits: int = knob(0, "bits of attention's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
     mlp_bits: int = knob(0, "bits of the MLP's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
     embed_bits: int = knob(8, "bits of the embedding and the head", "bytes", low=2, high=8)
-    attn_clip_sigmas: float = knob(13.0, "range of a row of attention's matrices, in standard deviations", "bytes",
-                                   low=0.1)
+    attn_clip_sigmas: float = knob(
+        13.0, "range of a row of attention's matrices, in standard deviations", "bytes", low=0.1
+    )
     mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
-    matrix_clip_sigmas: float = knob(12.85, "the same for other large matrices: the tables of pairs and of values",
-                                     "bytes", low=0.1)
-    quantizer: str = knob("uniform", "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers; "
-                          "gptq_lite: each row to nearest, with the best of five clip quantiles", "bytes",
-                          choices=("uniform", "trellis", "gptq_lite"))
+    matrix_clip_sigmas: float = knob(
+        12.85, "the same for other large matrices: the tables of pairs and of values", "bytes", low=0.1
+    )
+    quantizer: str = knob(
+        "uniform",
+        "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers; "
+        "gptq_lite: each row to nearest, with the best of five clip quantiles",
+        "bytes",
+        choices=("uniform", "trellis", "gptq_lite"),
+    )
     trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
     trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
-    column_steps: float = knob(0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0,
-                               high=1)
-    target_bytes: int = knob(0, "bytes of code and model that the steps are fitted to, at most; 0: steps by "
-                             "*_CLIP_SIGMAS alone", "bytes", low=0)
+    column_steps: float = knob(
+        0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0, high=1
+    )
+    target_bytes: int = knob(
+        0,
+        "bytes of code and model that the steps are fitted to, at most; 0: steps by *_CLIP_SIGMAS alone",
+        "bytes",
+        low=0,
+    )
     scale_grid: int = knob(16, "row scales to an octave; 0: any fp16 scale", "bytes", low=0, high=1024)
-    awq_groups: int = knob(0, "groups of 64 input columns that keep 8 bits: those with most activation x weight",
-                           "bytes", low=0)
+    awq_groups: int = knob(
+        0, "groups of 64 input columns that keep 8 bits: those with most activation x weight", "bytes", low=0
+    )
     gated_attn_quant_gate: bool = knob(False, "head gates in int8 per row instead of fp16", "bytes")
     lqer_enabled: bool = knob(False, "low-rank corrections of the quantization error (LQER)", "bytes")
     lqer_rank: int = knob(4, "rank of a correction", "bytes", low=1, high=256)
     lqer_top_k: int = knob(3, "corrections at most", "bytes", low=1)
-    lqer_select: str = knob("gain", "which matrices: norm, the largest errors; gain, those where a correction saves "
-                            "more than its bytes would elsewhere", "bytes", choices=("norm", "gain"))
-    lqer_asym_enabled: str = knob("auto", "1: factors in -2..1 and -8..7; 0: in LQER_FACTOR_BITS per row; auto: what "
-                                  "saves more", "bytes", choices=("auto", "0", "1"))
+    lqer_select: str = knob(
+        "gain",
+        "which matrices: norm, the largest errors; gain, those where a correction saves "
+        "more than its bytes would elsewhere",
+        "bytes",
+        choices=("norm", "gain"),
+    )
+    lqer_asym_enabled: str = knob(
+        "auto",
+        "1: factors in -2..1 and -8..7; 0: in LQER_FACTOR_BITS per row; auto: what saves more",
+        "bytes",
+        choices=("auto", "0", "1"),
+    )
     lqer_asym_group: int = knob(64, "right factor's elements to a scale, at most", "bytes", low=1)
     lqer_factor_bits: int = knob(4, "bits of the symmetric factors", "bytes", low=2, high=8)
-    rvq_enabled: bool = knob(False, "a second rounding of the matrices where it saves most, while bytes are left",
-                             "bytes")
+    rvq_enabled: bool = knob(
+        False, "a second rounding of the matrices where it saves most, while bytes are left", "bytes"
+    )
     rvq_bits: int = knob(4, "bits of the second rounding", "bytes", low=2, high=8)
-    gptq_calibration_batches: int = knob(16, "training batches from which Hessians are summed", "quantized weights",
-                                         low=1)
+    gptq_calibration_batches: int = knob(
+        16, "training batches from which Hessians are summed", "quantized weights", low=1
+    )
     gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
-    compressor: str = knob("zstd", "entropy coder of the artifact; pergroup: a range coder for the banks' integers",
-                           "bytes", choices=("zstd", "brotli", "lzma", "pergroup"))
+    compressor: str = knob(
+        "zstd",
+        "entropy coder of the artifact; pergroup: a range coder for the banks' integers",
+        "bytes",
+        choices=("zstd", "brotli", "lzma", "pergroup"),
+    )
     artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
 
     # Evaluation
     eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0, high=1 << 20)
-    eval_stride: int = knob(0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)",
-                            "val_bpb", low=0)
+    eval_stride: int = knob(
+        0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)", "val_bpb", low=0
+    )
 
-    temperature: float = knob(1.0, "what softcapped logits are divided by in every evaluation, not in training",
-                              "val_bpb", low=0.01, high=100)
+    temperature: float = knob(
+        1.0, "what softcapped logits are divided by in every evaluation, not in training", "val_bpb", low=0.01, high=100
+    )
 
     # Test-time training: every target is scored before anything learns from it
-    ttt_mode: str = knob("none", "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
-                         "after each chunk of the stream", "val_bpb", choices=("none", "phased", "chunk"))
-    ttt_order: str = knob("length", "documents longest first, or in the order of the stream", "val_bpb",
-                          choices=("length", "stream"))
+    ttt_mode: str = knob(
+        "none",
+        "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
+        "after each chunk of the stream",
+        "val_bpb",
+        choices=("none", "phased", "chunk"),
+    )
+    ttt_order: str = knob(
+        "length", "documents longest first, or in the order of the stream", "val_bpb", choices=("length", "stream")
+    )
     ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
-    ttt_streams: int = knob(8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb",
-                            low=1, high=4096)
-    ttt_chunk_size: int = knob(48, "targets of a document that are scored before it learns from them, at most the "
-                               "context", "val_bpb", low=1)
-    ttt_short_doc_chunks: bool = knob(False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000",
-                                      "val_bpb")
-    ttt_eval_seq_len: int = knob(0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb",
-                                 low=0, high=1 << 20)
+    ttt_streams: int = knob(
+        8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb", low=1, high=4096
+    )
+    ttt_chunk_size: int = knob(
+        48, "targets of a document that are scored before it learns from them, at most the context", "val_bpb", low=1
+    )
+    ttt_short_doc_chunks: bool = knob(
+        False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000", "val_bpb"
+    )
+    ttt_eval_seq_len: int = knob(
+        0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb", low=0, high=1 << 20
+    )
     ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
     ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=1e-3)
     ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
@@ -316,8 +440,9 @@ class Config:
     ttt_v_lora: bool = knob(True, "adapters of the values", "val_bpb")
     ttt_o_lora: bool = knob(True, "adapters from attention's input to its output", "val_bpb")
     ttt_mlp_lora: bool = knob(True, "adapters across the MLP", "val_bpb")
-    phased_ttt_prefix_docs: int = knob(3000, "first documents of the order that all weights learn from", "val_bpb",
-                                       low=0)
+    phased_ttt_prefix_docs: int = knob(
+        3000, "first documents of the order that all weights learn from", "val_bpb", low=0
+    )
     phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
     global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
     global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
@@ -329,8 +454,9 @@ class Config:
     ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
     ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
     ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
-    eval_budget_seconds: float = knob(600.0, "seconds that an evaluation may take; a projection beyond them is a "
-                                      "warning; 0: none", "log", low=0)
+    eval_budget_seconds: float = knob(
+        600.0, "seconds that an evaluation may take; a projection beyond them is a warning; 0: none", "log", low=0
+    )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -427,8 +553,11 @@ class Config:
         except ValueError:
             cuts = (math.nan,)
         if not all(low < high for low, high in zip((0.0, *cuts), (*cuts, 1.0))):
-            raise ConfigError("PROGRESSIVE_DEPTH_SCHEDULE", self.progressive_depth_schedule, "must be 0, or fractions "
-                              "between 0 and 1 in rising order with commas between, such as 0.08,0.25")
+            raise ConfigError(
+                "PROGRESSIVE_DEPTH_SCHEDULE",
+                self.progressive_depth_schedule,
+                "must be 0, or fractions between 0 and 1 in rising order with commas between, such as 0.08,0.25",
+            )
         return cuts
 
     @property
@@ -444,47 +573,165 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores; the sizes were chosen by measuring bits per byte after two minutes of training.
     "demo": dict(
-        data_path="data/builtin_sp4096", vocab_size=4096, seed=42, num_layers=4, model_dim=256, num_heads=4,
-        num_kv_heads=2, mlp_mult=3.0, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=4096,
-        iterations=100000, max_wallclock_seconds=110.0, warmup_steps=1, train_log_every=100, val_loss_every=0,
-        val_batch_size=4096, warmdown_frac=0.6, matrix_lr=0.02,
-        smear_gate_enabled=True, smear_gate_type="channel", xsa_last_n=4, skip_gates_enabled=True,
-        attn_out_gate_enabled=True, bigram_vocab_size=4096, bigram_dim=64, scalar_lr=0.04, tied_embed_lr=0.01,
-        muon_momentum_warmup_steps=100, muon_wd=0.05, embed_wd=0.05, adam_wd=0.02, ema_decay=0.99,
-        gptq_calibration_batches=8, quantizer="trellis", column_steps=0.75, compressor="pergroup",
-        target_bytes=2_000_000, eval_stride=128,
+        data_path="data/builtin_sp4096",
+        vocab_size=4096,
+        seed=42,
+        num_layers=4,
+        model_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_mult=3.0,
+        train_seq_len=256,
+        train_batch_tokens=2048,
+        micro_batch_tokens=4096,
+        iterations=100000,
+        max_wallclock_seconds=110.0,
+        warmup_steps=1,
+        train_log_every=100,
+        val_loss_every=0,
+        val_batch_size=4096,
+        warmdown_frac=0.6,
+        matrix_lr=0.02,
+        smear_gate_enabled=True,
+        smear_gate_type="channel",
+        xsa_last_n=4,
+        skip_gates_enabled=True,
+        attn_out_gate_enabled=True,
+        bigram_vocab_size=4096,
+        bigram_dim=64,
+        scalar_lr=0.04,
+        tied_embed_lr=0.01,
+        muon_momentum_warmup_steps=100,
+        muon_wd=0.05,
+        embed_wd=0.05,
+        adam_wd=0.02,
+        ema_decay=0.99,
+        gptq_calibration_batches=8,
+        quantizer="trellis",
+        column_steps=0.75,
+        compressor="pergroup",
+        target_bytes=2_000_000,
+        eval_stride=128,
     ),
     # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
     "baseline": dict(leaky_relu_slope=0.0),
     # PR #2163 of openai/parameter-golf.
     "record": dict(
-        vocab_size=8192, seed=42, num_layers=11, mlp_mult=4.0, train_seq_len=2048, train_batch_tokens=786432,
-        rope_dims=16, qk_gain_init=5.0, ln_scale=True, xsa_last_n=11, skip_gates_enabled=True,
-        sparse_attn_gate_enabled=True, smear_gate_enabled=True, num_loops=2, parallel_start_layer=8,
-        neftune_alpha=5.0, z_loss_weight=1e-4, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
-        muon_momentum_warmup_steps=1500, muon_coefficients="polar_express", muon_row_normalize=True, muon_wd=0.095,
-        matrix_lr=0.026, tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
-        grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, embed_bits=7, compressor="pergroup",
-        quantizer="trellis", trellis_states=16, column_steps=0.75, target_bytes=16_000_000,
+        vocab_size=8192,
+        seed=42,
+        num_layers=11,
+        mlp_mult=4.0,
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        rope_dims=16,
+        qk_gain_init=5.0,
+        ln_scale=True,
+        xsa_last_n=11,
+        skip_gates_enabled=True,
+        sparse_attn_gate_enabled=True,
+        smear_gate_enabled=True,
+        num_loops=2,
+        parallel_start_layer=8,
+        neftune_alpha=5.0,
+        z_loss_weight=1e-4,
+        muon_momentum=0.97,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_coefficients="polar_express",
+        muon_row_normalize=True,
+        muon_wd=0.095,
+        matrix_lr=0.026,
+        tied_embed_lr=0.03,
+        embed_wd=0.085,
+        scalar_lr=0.02,
+        adam_wd=0.02,
+        beta2=0.99,
+        grad_clip_norm=0.3,
+        warmdown_frac=0.85,
+        min_lr=0.1,
+        ema_decay=0.9965,
+        embed_bits=7,
+        compressor="pergroup",
+        quantizer="trellis",
+        trellis_states=16,
+        column_steps=0.75,
+        target_bytes=16_000_000,
         gptq_reserve_seconds=12.0,  # calibration counts as training; a guess until it is measured on 8 GPUs
-        gated_attn_quant_gate=True, lqer_enabled=True, ttt_mode="phased",
+        gated_attn_quant_gate=True,
+        lqer_enabled=True,
+        ttt_mode="phased",
     ),
     # PR #1325 on the stack of PR #549.
     "poly5": dict(
-        num_layers=11, mlp_mult=3.0, train_seq_len=2048, train_batch_tokens=786432, iterations=9000, xsa_last_n=4,
-        rope_dims=16, ln_scale=True, smear_gate_enabled=True, smear_gate_type="channel", bigram_vocab_size=1536,
-        bigram_dim=128, ve_dim=128, ve_layers="9,10", softcap_type="poly", focal_enabled=True, focal_gamma=1.0,
-        z_loss_weight=1e-4, progressive_depth_schedule="0.08,0.25", muon_momentum=0.99,
-        muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.04, matrix_lr=0.025,
-        scalar_lr=0.025, tied_embed_lr=0.035, embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, warmdown_iters=3500,
-        ema_decay=0.997, swa_enabled=True, swa_every=50, weight_average="both", late_qat_threshold=0.15,
-        quantizer="gptq_lite", rvq_enabled=True, eval_stride=16, ttt_mode="chunk",
+        num_layers=11,
+        mlp_mult=3.0,
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        iterations=9000,
+        xsa_last_n=4,
+        rope_dims=16,
+        ln_scale=True,
+        smear_gate_enabled=True,
+        smear_gate_type="channel",
+        bigram_vocab_size=1536,
+        bigram_dim=128,
+        ve_dim=128,
+        ve_layers="9,10",
+        softcap_type="poly",
+        focal_enabled=True,
+        focal_gamma=1.0,
+        z_loss_weight=1e-4,
+        progressive_depth_schedule="0.08,0.25",
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_wd=0.04,
+        matrix_lr=0.025,
+        scalar_lr=0.025,
+        tied_embed_lr=0.035,
+        embed_wd=0.04,
+        adam_wd=0.04,
+        grad_clip_norm=0.3,
+        warmdown_iters=3500,
+        ema_decay=0.997,
+        swa_enabled=True,
+        swa_every=50,
+        weight_average="both",
+        late_qat_threshold=0.15,
+        quantizer="gptq_lite",
+        rvq_enabled=True,
+        eval_stride=16,
+        ttt_mode="chunk",
     ),
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
-FAMILIES = ("TTT_", "MUON_", "LQER_", "GPTQ_", "EVAL_", "TRAIN_", "VAL_", "ROPE_", "EMA_", "SWA_", "QAT_", "PHASED_",
-            "GLOBAL_TTT_", "MATRIX_", "EMBED_", "WARMDOWN_", "LOOP_", "XSA_", "SMEAR_", "SPARSE_ATTN_", "GATED_ATTN_",
-            "BIGRAM_", "VE_", "FOCAL_", "LATE_QAT")
+FAMILIES = (
+    "TTT_",
+    "MUON_",
+    "LQER_",
+    "GPTQ_",
+    "EVAL_",
+    "TRAIN_",
+    "VAL_",
+    "ROPE_",
+    "EMA_",
+    "SWA_",
+    "QAT_",
+    "PHASED_",
+    "GLOBAL_TTT_",
+    "MATRIX_",
+    "EMBED_",
+    "WARMDOWN_",
+    "LOOP_",
+    "XSA_",
+    "SMEAR_",
+    "SPARSE_ATTN_",
+    "GATED_ATTN_",
+    "BIGRAM_",
+    "VE_",
+    "FOCAL_",
+    "LATE_QAT",
+)
 
 
 def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
@@ -509,8 +756,18 @@ def check_allowed(name: str, value: Any, row: dict) -> None:
     if row["choices"] and value not in row["choices"]:
         raise ConfigError(name, value, "must be one of " + ", ".join(row["choices"]))
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ConfigError(name, value, "must be " + (f"from {low} to {high}" if low is not None and high is not None
-                                                     else f"at least {low}" if high is None else f"at most {high}"))
+        raise ConfigError(
+            name,
+            value,
+            "must be "
+            + (
+                f"from {low} to {high}"
+                if low is not None and high is not None
+                else f"at least {low}"
+                if high is None
+                else f"at most {high}"
+            ),
+        )
 
 
 def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
@@ -537,8 +794,11 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         values["warmdown_iters"] = 0  # so that a fraction of 0 means none
     config = resolved(Config(**values), cuda)
     if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
-        raise ConfigError("MUON_MOMENTUM_WARMUP_START", config.muon_momentum_warmup_start,
-                          f"must be at most MUON_MOMENTUM={config.muon_momentum:g}")
+        raise ConfigError(
+            "MUON_MOMENTUM_WARMUP_START",
+            config.muon_momentum_warmup_start,
+            f"must be at most MUON_MOMENTUM={config.muon_momentum:g}",
+        )
     if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
         check_config(config)
     return config, explicit, remarks + misspelt(environment)
@@ -550,8 +810,11 @@ def resolved(c: Config, cuda: bool) -> Config:
     if device == "cuda" and not cuda:
         raise ConfigError("DEVICE", c.device, "no CUDA device is visible; cpu or auto are possible")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
-    automatic = {"compute_dtype": "bfloat16" if native else "float32", "compile": "01"[device == "cuda"],
-                 "triton_kernels": "01"[device == "cuda" and triton is not None]}
+    automatic = {
+        "compute_dtype": "bfloat16" if native else "float32",
+        "compile": "01"[device == "cuda"],
+        "triton_kernels": "01"[device == "cuda" and triton is not None],
+    }
     if c.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
     if c.triton_kernels == "1" and (device == "cpu" or triton is None):
@@ -593,6 +856,7 @@ def misspelt(environment: dict[str, str]) -> list[str]:
 
 def check_config(c: Config) -> None:
     """Checks across fields. Errors: ConfigError."""
+
     def require(holds: bool, name: str, allowed: str) -> None:
         if not holds:
             raise ConfigError(name.upper(), getattr(c, name), allowed)
@@ -600,8 +864,11 @@ def check_config(c: Config) -> None:
     require(c.model_dim % c.num_heads == 0, "num_heads", f"must divide MODEL_DIM={c.model_dim}")
     require(c.head_dim % 2 == 0, "num_heads", f"MODEL_DIM/NUM_HEADS={c.head_dim} must be even for rotary embedding")
     require(c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={c.num_heads}")
-    require(c.rotary_dims % 2 == 0 and c.rotary_dims <= c.head_dim, "rope_dims",
-            f"must be even and at most the head width {c.head_dim}")
+    require(
+        c.rotary_dims % 2 == 0 and c.rotary_dims <= c.head_dim,
+        "rope_dims",
+        f"must be even and at most the head width {c.head_dim}",
+    )
     require(c.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={c.model_dim}")
     require(c.xsa_last_n <= c.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={c.num_layers}")
     require(c.gate_window <= c.model_dim, "gate_window", f"must be at most MODEL_DIM={c.model_dim}")
@@ -613,34 +880,58 @@ def check_config(c: Config) -> None:
         require(c.loop_start <= c.loop_end, "loop_start", f"must be at most LOOP_END={c.loop_end}")
     if c.lanes:
         orders = [execution_order(c, looped) for looped in (False, True)]
-        first = max(max(order[:len(order) // 2], default=-1) for order in orders) + 1
+        first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
         allowed = f"must be -1, or from {first} to {c.num_layers - 1}: lanes start in the second half, after the loop"
         start = max(first, c.loop_end + 1 if c.loops else 0)
-        require(start <= c.parallel_start_layer < c.num_layers, "parallel_start_layer",
-                allowed.replace(f"from {first}", f"from {start}"))
-    require(c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
-            f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
+        require(
+            start <= c.parallel_start_layer < c.num_layers,
+            "parallel_start_layer",
+            allowed.replace(f"from {first}", f"from {start}"),
+        )
+    require(
+        c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0,
+        "train_batch_tokens",
+        f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+    )
     require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
-    require(not (c.rvq_enabled and c.target_bytes), "rvq_enabled", "must be 0 with TARGET_BYTES: the steps take all of "
-            "them, and leave none for a second rounding")
+    require(
+        not (c.rvq_enabled and c.target_bytes),
+        "rvq_enabled",
+        "must be 0 with TARGET_BYTES: the steps take all of them, and leave none for a second rounding",
+    )
     require(c.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
-    require(c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 or at least 2: a document's first token has a "
-            "bucket of its own")
+    require(
+        c.bigram_vocab_size != 1,
+        "bigram_vocab_size",
+        "must be 0 or at least 2: a document's first token has a bucket of its own",
+    )
     if c.ve_dim:
         found = {layer for layer in c.value_layers if layer < c.num_layers}
-        require(len(found) == c.ve_layers.count(",") + 1, "ve_layers",
-                f"must be different layers below NUM_LAYERS={c.num_layers} with commas between, such as 0,1")
-    require(len(c.depth_cuts) < c.num_layers, "progressive_depth_schedule",
-            f"must be fewer numbers than NUM_LAYERS={c.num_layers}")
+        require(
+            len(found) == c.ve_layers.count(",") + 1,
+            "ve_layers",
+            f"must be different layers below NUM_LAYERS={c.num_layers} with commas between, such as 0,1",
+        )
+    require(
+        len(c.depth_cuts) < c.num_layers,
+        "progressive_depth_schedule",
+        f"must be fewer numbers than NUM_LAYERS={c.num_layers}",
+    )
     require(c.weight_average != "ema" or c.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
     require(c.weight_average != "swa" or c.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
     for name in ("column_steps", "awq_groups", "target_bytes"):
-        require(c.quantizer != "gptq_lite" or not getattr(c, name), name, "must be 0 with QUANTIZER=gptq_lite, which "
-                "knows one grid per row")
+        require(
+            c.quantizer != "gptq_lite" or not getattr(c, name),
+            name,
+            "must be 0 with QUANTIZER=gptq_lite, which knows one grid per row",
+        )
     for name in ("attn_bits", "mlp_bits"):
         require(getattr(c, name) != 1, name, "must be 0 or from 2 to 8")
-    require(c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0, "gptq_reserve_seconds",
-            f"must be below MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
+    require(
+        c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0,
+        "gptq_reserve_seconds",
+        f"must be below MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}",
+    )
 
 
 def execution_order(c: Config, looped: bool) -> list[int]:
@@ -664,26 +955,37 @@ def batch_layout(c: Config, world: int) -> BatchLayout:
     """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's rows. Errors: ConfigError."""
     rows = c.train_batch_tokens // c.train_seq_len
     if rows % world:
-        raise ConfigError("TRAIN_BATCH_TOKENS", c.train_batch_tokens,
-                          f"is {rows} rows of TRAIN_SEQ_LEN={c.train_seq_len}, which {world} ranks do not divide; "
-                          f"a multiple of {world * c.train_seq_len} is needed")
+        raise ConfigError(
+            "TRAIN_BATCH_TOKENS",
+            c.train_batch_tokens,
+            f"is {rows} rows of TRAIN_SEQ_LEN={c.train_seq_len}, which {world} ranks do not divide; "
+            f"a multiple of {world * c.train_seq_len} is needed",
+        )
     local = rows // world
-    micro_rows = max(n for n in range(1, local + 1) if local % n == 0 and (n == 1 or n * c.train_seq_len
-                                                                            <= c.micro_batch_tokens))
+    micro_rows = max(
+        n for n in range(1, local + 1) if local % n == 0 and (n == 1 or n * c.train_seq_len <= c.micro_batch_tokens)
+    )
     return BatchLayout(rows, world, local // micro_rows, micro_rows)
 
 
 def help_text() -> str:
     """The table of knobs, generated from Config and PRESETS."""
-    lines = ["usage: [KNOB=value ...] python train_gpt.py [--mode all|train|eval] [--dry-run] [--help]",
-             "       [KNOB=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py", "",
-             "Every knob is an environment variable: its type and default, then each preset that differs."]
+    lines = [
+        "usage: [KNOB=value ...] python train_gpt.py [--mode all|train|eval] [--dry-run] [--help]",
+        "       [KNOB=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py",
+        "",
+        "Every knob is an environment variable: its type and default, then each preset that differs.",
+    ]
     for f in dataclasses.fields(Config):
         default = f.default if f.default != "" else '""'
         rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
         allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
-        lines += ["", f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
-                  f"    {allowed}{f.metadata['meaning']}", f"    seen in: {f.metadata['alive']}"]
+        lines += [
+            "",
+            f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
+            f"    {allowed}{f.metadata['meaning']}",
+            f"    seen in: {f.metadata['alive']}",
+        ]
     return "\n".join(lines)
 
 
@@ -798,7 +1100,6 @@ class Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
-
     def seconds_again(self, compute: Callable[[], Any]) -> float:
         """Seconds that a computation takes the second time: the first time it may compile."""
         for _ in range(2):
@@ -833,12 +1134,17 @@ def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
 
 def start_run(c: Config, environment: dict[str, str]) -> Run:
     """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
-    rank, world, local, local_world = (rank_variable(environment, name, default) for name, default in
-                                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank, world, local, local_world = (
+        rank_variable(environment, name, default)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
     cuda = c.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
-        raise ConfigError("DEVICE", c.device, f"{local_world} ranks here need as many CUDA devices, and "
-                                              f"{torch.cuda.device_count()} are visible")
+        raise ConfigError(
+            "DEVICE",
+            c.device,
+            f"{local_world} ranks here need as many CUDA devices, and {torch.cuda.device_count()} are visible",
+        )
     if c.mode != "eval":
         batch_layout(c, world)  # refuses a world that does not divide the batch before anything starts
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -853,8 +1159,9 @@ def start_run(c: Config, environment: dict[str, str]) -> Run:
             raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; torchrun sets what several ranks need")
         # Newer versions have other names for the collectives used here, which older ones do not know.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20),
-                                device_id=device if cuda else None)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None
+        )
         run.control = dist.new_group(backend="gloo")
     return run
 
@@ -914,7 +1221,7 @@ class Documents(NamedTuple):
 class Batch(NamedTuple):
     """Rows of tokens, the token after each, and the documents that they belong to."""
 
-    ids: Tensor      # [R, T] int64
+    ids: Tensor  # [R, T] int64
     targets: Tensor  # [R, T] int64
     documents: Documents
 
@@ -927,8 +1234,12 @@ def open_shard(path: Path) -> np.ndarray:
         raise ConfigError(str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, 1")
     tokens = int(header[2])
     if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
-        raise ConfigError(str(path), "", f"is damaged: the header promises {tokens} tokens, which take "
-                                         f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}")
+        raise ConfigError(
+            str(path),
+            "",
+            f"is damaged: the header promises {tokens} tokens, which take "
+            f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}",
+        )
     if not tokens:
         return np.zeros(0, np.uint16)
     # A plain array over the map: slices of a memmap cost ten times as much.
@@ -946,9 +1257,13 @@ def shard_paths(c: Config, split: str) -> list[Path]:
     pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
     paths = sorted(Path(c.data_path).glob(pattern))
     if not paths:
-        raise ConfigError("DATA_PATH", c.data_path, f"holds no {pattern}; `python data/prepare.py builtin --out "
-                                                    f"{c.data_path} --vocab-size {c.vocab_size}` makes such shards "
-                                                    "from built-in text")
+        raise ConfigError(
+            "DATA_PATH",
+            c.data_path,
+            f"holds no {pattern}; `python data/prepare.py builtin --out "
+            f"{c.data_path} --vocab-size {c.vocab_size}` makes such shards "
+            "from built-in text",
+        )
     return paths
 
 
@@ -970,7 +1285,7 @@ class TokenStream:
         parts, shard = [], int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             offset = start - int(self.starts[shard])
-            part = self.shards[shard][offset:offset + stop - start]
+            part = self.shards[shard][offset : offset + stop - start]
             parts.append(part)
             start, shard = start + len(part), shard + 1
         return np.concatenate(parts)
@@ -1013,8 +1328,13 @@ class ReadAhead:
     object.
     """
 
-    def __init__(self, make: Callable[[Any], Any], following: Callable[[Any], Any], depth: int,
-                 initializer: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        make: Callable[[Any], Any],
+        following: Callable[[Any], Any],
+        depth: int,
+        initializer: Callable[[], None] | None = None,
+    ):
         self.make, self.following, self.depth = make, following, depth
         self.pool = ThreadPoolExecutor(1, "read-ahead", initializer) if depth else None
         self.pending: dict[Any, Future] = {}
@@ -1051,8 +1371,11 @@ class TrainLoader:
         self.stream, self.c, self.run, self.layout = TokenStream(c, "train"), c, run, batch_layout(c, run.world)
         self.rows = (len(self.stream) - 1) // c.train_seq_len
         if self.rows < 1:
-            raise ConfigError("TRAIN_SEQ_LEN", c.train_seq_len, f"the training shards in DATA_PATH={c.data_path} hold "
-                                                                f"only {len(self.stream)} tokens")
+            raise ConfigError(
+                "TRAIN_SEQ_LEN",
+                c.train_seq_len,
+                f"the training shards in DATA_PATH={c.data_path} hold only {len(self.stream)} tokens",
+            )
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
         # A thread that pins memory does it for its own current device, which would be the first.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
@@ -1090,7 +1413,7 @@ class TrainLoader:
         """The same in this machine's memory, ready to be sent."""
         length = self.c.train_seq_len
         starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])               # [R, T + 1]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [R, T + 1]
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return host_batch(ids, targets, document_starts(ids), self.run.device)
 
@@ -1120,7 +1443,7 @@ def document_bounds_of(starts: np.ndarray) -> np.ndarray:
     flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
     room = max(starts.size // 64, len(flat), 2)
     bounds = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
-    bounds[:len(flat)] = flat
+    bounds[: len(flat)] = flat
     return bounds
 
 
@@ -1157,8 +1480,9 @@ class Manifest:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             for split, row in content["splits"].items():
                 self.splits[split] = self.promises(row)
-                self.files[split] = {file["file"]: self.promises(file) for file in (*row.get("shards", ()),
-                                                                                    *row.get("sidecars", ()))}
+                self.files[split] = {
+                    file["file"]: self.promises(file) for file in (*row.get("shards", ()), *row.get("sidecars", ()))
+                }
             _ = [self.splits["val"][key] for key in ("tokens", "bytes")]  # every manifest promises these
             self.tokenizer = content.get("tokenizer", {}).get("sha256", "")
             self.reference = content.get("reference_compressors", {})
@@ -1168,8 +1492,11 @@ class Manifest:
     @staticmethod
     def promises(row: dict[str, Any]) -> dict[str, Any]:
         """What a row promises that the audit can hold it to."""
-        return {key: kind(row[key]) for key, kind in dict(tokens=int, documents=int, bytes=int, sha256=str).items()
-                if key in row}
+        return {
+            key: kind(row[key])
+            for key, kind in dict(tokens=int, documents=int, bytes=int, sha256=str).items()
+            if key in row
+        }
 
     def promised_digest(self, split: str, name: str) -> str:
         """SHA-256 of a file of this split, or an empty text where none is promised."""
@@ -1233,9 +1560,12 @@ class WindowIndex:
         lengths = np.diff(self.begins) - 1
         self.windows = int(np.maximum(lengths - WINDOW + 1, 0).sum())
         places = ranges(self.begins[:-1] + 1, lengths // ANCHOR, ANCHOR)
-        hashes = [self.hashes(self.tokens[start:start + AUDIT_BLOCK + ANCHOR - 1], ANCHOR)[
-            places[slice(*np.searchsorted(places, (start, start + AUDIT_BLOCK)))] - start]
-            for start in range(0, len(self.tokens) - ANCHOR, AUDIT_BLOCK)]
+        hashes = [
+            self.hashes(self.tokens[start : start + AUDIT_BLOCK + ANCHOR - 1], ANCHOR)[
+                places[slice(*np.searchsorted(places, (start, start + AUDIT_BLOCK)))] - start
+            ]
+            for start in range(0, len(self.tokens) - ANCHOR, AUDIT_BLOCK)
+        ]
         anchors = np.concatenate(hashes)
         order = np.argsort(anchors, kind="stable")
         self.anchors, self.places = anchors[order], places[order]
@@ -1250,18 +1580,21 @@ class WindowIndex:
         if length == 1:
             return self.factors[tokens]
         half = self.hashes(tokens, length // 2)
-        both = half[:-(length // 2)] * HASH_FACTOR ** np.uint64(length // 2)
-        both += half[length // 2:]
-        return both if length % 2 == 0 else both[:-1] * HASH_FACTOR + self.factors[tokens[length - 1:]]
+        both = half[: -(length // 2)] * HASH_FACTOR ** np.uint64(length // 2)
+        both += half[length // 2 :]
+        return both if length % 2 == 0 else both[:-1] * HASH_FACTOR + self.factors[tokens[length - 1 :]]
 
     def search(self, stream: TokenStream, start: int, stop: int) -> None:
         """Marks the runs whose anchors occur in the stream's tokens from start on, but before stop."""
         for begin in range(start, stop, AUDIT_BLOCK):
             end = min(begin + AUDIT_BLOCK, stop)
             first, last = begin - ANCHOR, end + WINDOW
-            block = np.pad(stream.read(max(first, 0), min(last, len(stream))),
-                           (max(-first, 0), max(last - len(stream), 0)), constant_values=BOS_ID)
-            hashes = self.hashes(block[ANCHOR:], ANCHOR)[:end - begin]
+            block = np.pad(
+                stream.read(max(first, 0), min(last, len(stream))),
+                (max(-first, 0), max(last - len(stream), 0)),
+                constant_values=BOS_ID,
+            )
+            hashes = self.hashes(block[ANCHOR:], ANCHOR)[: end - begin]
             index = hashes >> self.shift
             bits = self.table[index >> np.uint64(3)] >> (index & np.uint64(7)).astype(np.uint8) & 1
             near = np.flatnonzero(bits)
@@ -1283,7 +1616,7 @@ class WindowIndex:
         for some in np.array_split(anchors, -(-len(anchors) // 1024)):  # bounds the memory
             ours = np.unique(some[:, None] - back)
             ours = ours[~self.found[ours]]
-            text = self.tokens[ours[:, None] + width]                                          # [n, WINDOW]
+            text = self.tokens[ours[:, None] + width]  # [n, WINDOW]
             value = (self.factors[text] * powers).sum(1)
             match = theirs[np.minimum(np.searchsorted(values, value), len(values) - 1)]
             same = (block[match[:, None] + width] == text).all(1) & (text != BOS_ID).all(1)
@@ -1300,20 +1633,25 @@ class WindowIndex:
 class ShardScan(NamedTuple):
     """What one pass over a shard finds."""
 
-    documents: int              # that begin in it
-    highest: int                # id of a token, -1 where there is none
-    sha256: str                 # of the file, where one is promised
-    copies: list[list[int]]     # numbers of validation documents, for each of this shard's that is equal to one
+    documents: int  # that begin in it
+    highest: int  # id of a token, -1 where there is none
+    sha256: str  # of the file, where one is promised
+    copies: list[list[int]]  # numbers of validation documents, for each of this shard's that is equal to one
 
 
-def scan_shard(stream: TokenStream, number: int, hashed: bool, index: DocumentIndex | None = None,
-               windows: WindowIndex | None = None) -> ShardScan:
+def scan_shard(
+    stream: TokenStream,
+    number: int,
+    hashed: bool,
+    index: DocumentIndex | None = None,
+    windows: WindowIndex | None = None,
+) -> ShardScan:
     """Reads a shard once, in blocks. A document that reaches into the next shards is this shard's."""
     shard, start, highest, begins = stream.shards[number], int(stream.starts[number]), -1, []
     with open(stream.paths[number], "rb") as file:
         digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
     for offset in range(0, len(shard), AUDIT_BLOCK):
-        block = np.asarray(shard[offset:offset + AUDIT_BLOCK])
+        block = np.asarray(shard[offset : offset + AUDIT_BLOCK])
         highest = max(highest, int(block.max()))
         begins.append(start + offset + np.flatnonzero(block == BOS_ID))
         if hashed:
@@ -1321,8 +1659,9 @@ def scan_shard(stream: TokenStream, number: int, hashed: bool, index: DocumentIn
     bounds = np.concatenate((*begins, [stream.next_document(start + len(shard))])).astype(np.int64)
     if windows:
         windows.search(stream, start, start + len(shard))
-    return ShardScan(len(bounds) - 1, highest, digest.hexdigest() if hashed else "",
-                     index.copies(stream, bounds) if index else [])
+    return ShardScan(
+        len(bounds) - 1, highest, digest.hexdigest() if hashed else "", index.copies(stream, bounds) if index else []
+    )
 
 
 class Audit:
@@ -1350,8 +1689,9 @@ class Audit:
 
     def validation(self, stream: TokenStream) -> None:
         """Checks the validation shards, their sidecars and the tokenizer; on every rank, as each reads them all."""
-        self.check("val", stream, {n: scan_shard(stream, n, self.hashed("val", path))
-                                   for n, path in enumerate(stream.paths)})
+        self.check(
+            "val", stream, {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
+        )
         files = [(path, self.manifest.promised_digest("val", path.name)) for path in map(sidecar_path, stream.paths)]
         for path, promised in (*files, (self.c.tokenizer_file, self.manifest.tokenizer)):
             if promised and path.is_file():
@@ -1368,8 +1708,14 @@ class Audit:
         threads = c.cpu_threads or max(1, available_cores() // run.local_world)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
-            scans = dict(zip(mine, pool.map(lambda n: scan_shard(
-                stream, n, self.hashed("train", stream.paths[n]), index, windows), mine)))
+            scans = dict(
+                zip(
+                    mine,
+                    pool.map(
+                        lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n]), index, windows), mine
+                    ),
+                )
+            )
         found: dict[int, ShardScan] = {}
         for other in run.gather(scans):
             for number, scan in other.items():
@@ -1378,15 +1724,21 @@ class Audit:
         self.check("train", stream, found)
         copies = [numbers for scan in found.values() for numbers in scan.copies]
         shared = len({number for numbers in copies for number in numbers})
-        self.rows |= dict(shared_documents=shared, shared_copies=len(copies),
-                          allowed_shared_documents=c.allow_shared_documents)
+        self.rows |= dict(
+            shared_documents=shared, shared_copies=len(copies), allowed_shared_documents=c.allow_shared_documents
+        )
         if windows:
             self.rows |= dict(shared_windows=windows.share(run))
         if shared > c.allow_shared_documents:
-            self.findings.append((
-                "ALLOW_SHARED_DOCUMENTS", c.allow_shared_documents, f"{shared} of {len(index.bounds) - 1} validation "
-                f"documents in DATA_PATH={c.data_path} are in its training shards too, which must not hold them; where "
-                "that is known of a published data set, this knob allows so many"))
+            self.findings.append(
+                (
+                    "ALLOW_SHARED_DOCUMENTS",
+                    c.allow_shared_documents,
+                    f"{shared} of {len(index.bounds) - 1} validation "
+                    f"documents in DATA_PATH={c.data_path} are in its training shards too, which must not hold them; where "
+                    "that is known of a published data set, this knob allows so many",
+                )
+            )
 
     def hashed(self, split: str, path: Path) -> bool:
         return bool(self.manifest.promised_digest(split, path.name))
@@ -1409,8 +1761,12 @@ class Audit:
         # training begins at a later shard, it may do so inside one.
         if stream.read(0, 1)[0] != BOS_ID and (split == "val" or stream.paths[0].stem.endswith("_000000")):
             self.find(stream.paths[0], f"does not begin with BOS, {BOS_ID}: every document must")
-        self.rows[split] = dict(shards=len(stream.shards), tokens=len(stream), documents=sum(
-            scan.documents for scan in scans.values()), hashed=sum(bool(scan.sha256) for scan in scans.values()))
+        self.rows[split] = dict(
+            shards=len(stream.shards),
+            tokens=len(stream),
+            documents=sum(scan.documents for scan in scans.values()),
+            hashed=sum(bool(scan.sha256) for scan in scans.values()),
+        )
         self.check_counts(split, self.rows[split])
 
     def check_digest(self, path: Path, found: str, promised: str) -> None:
@@ -1438,8 +1794,10 @@ class Audit:
                 continue
             held = f"{row['hashed']} with the SHA-256 of the manifest" if self.rows["manifest"] else "no manifest"
             counted = f", {row['bytes']} bytes" if "bytes" in row else ""
-            yield (f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
-                   f"tokens{counted}")
+            yield (
+                f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
+                f"tokens{counted}"
+            )
         yield from self.overlap_lines()
 
     def overlap_lines(self) -> Iterator[str]:
@@ -1448,8 +1806,10 @@ class Audit:
         if shared is not None:
             yield f"{'warning: ' if shared else ''}audit: {shared} validation documents are in the training shards too"
         if windows:
-            yield (f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
-                   f"in the training shards too, in {windows['documents']} documents")
+            yield (
+                f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
+                f"in the training shards too, in {windows['documents']} documents"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1504,8 +1864,13 @@ class Vocabulary:
         self.special = np.array([m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i) for i in ids])
         pieces = [m.IdToPiece(i) for i in ids]
         self.marked = np.array([p.startswith("\u2581") for p in pieces]) & ~self.special
-        self.width = np.array([0 if self.special[i] else 1 if m.IsByte(i) else len(p.removeprefix("\u2581").encode())
-                               for i, p in enumerate(pieces)], dtype=np.uint16)
+        self.width = np.array(
+            [
+                0 if self.special[i] else 1 if m.IsByte(i) else len(p.removeprefix("\u2581").encode())
+                for i, p in enumerate(pieces)
+            ],
+            dtype=np.uint16,
+        )
 
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
@@ -1520,15 +1885,19 @@ def read_sidecar(c: Config, stream: TokenStream) -> np.ndarray | None:
     """
     there = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
     if c.caseops_enabled == "0" and there:
-        raise ConfigError("CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 "
-                                                "count by it")
+        raise ConfigError(
+            "CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 count by it"
+        )
     if c.caseops_enabled == "0" or not there and c.caseops_enabled == "auto":
         return None
     counts = []
     for shard, path, tokens in zip(stream.paths, map(sidecar_path, stream.paths), stream.shards):
         if not path.is_file():
-            raise ConfigError("CASEOPS_ENABLED", c.caseops_enabled, f"{path} is missing; `data/prepare.py --caseops` "
-                                                                    "makes shards with their byte counts")
+            raise ConfigError(
+                "CASEOPS_ENABLED",
+                c.caseops_enabled,
+                f"{path} is missing; `data/prepare.py --caseops` makes shards with their byte counts",
+            )
         counts.append(open_shard(path))
         if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
             raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
@@ -1585,7 +1954,7 @@ def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [R, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
     """
     half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
@@ -1624,7 +1993,7 @@ class LeakyReLUSquaredCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        y, = ctx.saved_tensors
+        (y,) = ctx.saved_tensors
         return torch.ops.aten.leaky_relu_backward((grad * y).mul_(2), y, ctx.slope, True), None
 
 
@@ -1652,8 +2021,9 @@ def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
     return cap * (x * (1 - square / 3 + square * square / 15)).clamp(-1, 1)
 
 
-def softcapped_cross_entropy_plain(logits: Tensor, targets: Tensor, cap: float,
-                                   kind: str = "tanh") -> tuple[Tensor, Tensor]:
+def softcapped_cross_entropy_plain(
+    logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh"
+) -> tuple[Tensor, Tensor]:
     """Per-token NLL and log-sum-exp of the softcapped logits, in float32 at least.
 
     logits [..., V], targets [...] -> nll [...], lse [...]; both carry their true gradient.
@@ -1677,7 +2047,7 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
         buffer = torch.empty(rows, logits.size(1), dtype=torch.promote_types(logits.dtype, torch.float32))
         for start in range(0, logits.size(0), rows):
             block = slice(start, min(start + rows, logits.size(0)))
-            yield block, buffer[:block.stop - start].copy_(logits[block]).div_(cap).tanh_()
+            yield block, buffer[: block.stop - start].copy_(logits[block]).div_(cap).tanh_()
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -1706,8 +2076,9 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
         return grad.view(ctx.shape), None, None
 
 
-def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh", fused: bool = True,
-                             on_triton: bool = False) -> tuple[Tensor, Tensor]:
+def softcapped_cross_entropy(
+    logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh", fused: bool = True, on_triton: bool = False
+) -> tuple[Tensor, Tensor]:
     """`softcapped_cross_entropy_plain`, or where `fused`, the fastest version of it; `on_triton` allows Triton's."""
     if fused and on_triton and triton_takes(logits):
         return softcapped_cross_entropy_triton(logits, targets, cap, kind)
@@ -1774,10 +2145,10 @@ class BlockedAttention(torch.autograd.Function):
         y, scale, kept = torch.empty_like(q), q.size(-1) ** -0.5, []
         for start in range(0, q.size(3), QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, q.size(3)))
-            rows = (q[..., block, :] * scale).flatten(2, 3)                                # [R, K, G*n, h]
-            scores = (rows @ k[..., :block.stop, :].mT).unflatten(2, (q.size(2), -1))      # [R, K, G, n, keys]
-            p = torch.softmax(scores.add_(bias[..., block, :block.stop]), dim=-1)
-            y[..., block, :] = (p.flatten(2, 3) @ v[..., :block.stop, :]).unflatten(2, (q.size(2), -1))
+            rows = (q[..., block, :] * scale).flatten(2, 3)  # [R, K, G*n, h]
+            scores = (rows @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [R, K, G, n, keys]
+            p = torch.softmax(scores.add_(bias[..., block, : block.stop]), dim=-1)
+            y[..., block, :] = (p.flatten(2, 3) @ v[..., : block.stop, :]).unflatten(2, (q.size(2), -1))
             kept.append(p)
         ctx.save_for_backward(q, k, v, y, *kept)
         return y
@@ -1786,14 +2157,14 @@ class BlockedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, *kept = ctx.saved_tensors
         dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), q.size(-1) ** -0.5
-        inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)                                # [R, K, G, T, 1]
+        inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)  # [R, K, G, T, 1]
         start = 0
         for p in kept:
             block = slice(start, start + p.size(3))
             start = block.stop
             dy, keys, rows = grad[..., block, :].flatten(2, 3), k[..., :start, :], q[..., block, :].flatten(2, 3)
             dv[..., :start, :] += p.flatten(2, 3).mT @ dy
-            ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))                 # [R, K, G, n, keys]
+            ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))  # [R, K, G, n, keys]
             ds = ds.sub_(inner[..., block, :]).mul_(p).flatten(2, 3)
             dq[..., block, :] = (ds @ keys).unflatten(2, (q.size(2), -1))
             dk[..., :start, :] += ds.mT @ rows
@@ -1805,7 +2176,7 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
     y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
-    return y.permute(0, 3, 1, 2, 4).flatten(2, 3)                                          # [R, T, H, h]
+    return y.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [R, T, H, h]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1832,6 +2203,7 @@ def flash_attention(backend: str) -> Callable:
             if grouped is None:
                 k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
             return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal, **(grouped or {}))
+
         return call
     if backend == "fa3":
         import flash_attn_interface as module
@@ -1841,6 +2213,7 @@ def flash_attention(backend: str) -> Callable:
     def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
         y = module.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
         return y[0] if isinstance(y, tuple) else y  # early versions of fa3 return the log-sum-exp too
+
     return call
 
 
@@ -1849,8 +2222,9 @@ def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]
     if name == "sdpa":
         return lambda documents, dtype: functools.partial(attention_sdpa, mask=visible(documents.starts))
     if name == "blocked":
-        return lambda documents, dtype: functools.partial(attention_blocked,
-                                                          bias=additive(visible(documents.starts), dtype))
+        return lambda documents, dtype: functools.partial(
+            attention_blocked, bias=additive(visible(documents.starts), dtype)
+        )
     kernel = flash_attention(name)
     return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.bounds, kernel=kernel)
 
@@ -1917,8 +2291,9 @@ def softcap_with_slope(x, KIND: tl.constexpr):
 
 
 @triton_jit
-def cross_entropy_forward_kernel(logits, targets, nll, lse, row_stride, V: tl.constexpr, CAP: tl.constexpr,
-                                 KIND: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_forward_kernel(
+    logits, targets, nll, lse, row_stride, V: tl.constexpr, CAP: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of logits per program, in one pass: the sum of exponentials follows the running maximum."""
     row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31 with 262,144 tokens of 8,192 logits
     logits += row * row_stride
@@ -1941,8 +2316,19 @@ def cross_entropy_forward_kernel(logits, targets, nll, lse, row_stride, V: tl.co
 
 
 @triton_jit
-def cross_entropy_backward_kernel(logits, targets, lse, grad_nll, grad_lse, grad, row_stride, V: tl.constexpr,
-                                  CAP: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_backward_kernel(
+    logits,
+    targets,
+    lse,
+    grad_nll,
+    grad_lse,
+    grad,
+    row_stride,
+    V: tl.constexpr,
+    CAP: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """grad = (grad_nll * (softmax - onehot) + grad_lse * softmax) * d softcap, one row [V] per program."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
@@ -1976,8 +2362,17 @@ class SoftcappedCrossEntropyTriton(torch.autograd.Function):
             rows = rows.contiguous()
         nll, lse = (torch.empty(rows.size(0), dtype=torch.float32, device=logits.device) for _ in range(2))
         if rows.size(0):
-            cross_entropy_forward_kernel[(rows.size(0),)](rows, wanted, nll, lse, rows.stride(0), V=vocabulary,
-                                                          CAP=cap, KIND=kind, **cross_entropy_tiles(vocabulary))
+            cross_entropy_forward_kernel[(rows.size(0),)](
+                rows,
+                wanted,
+                nll,
+                lse,
+                rows.stride(0),
+                V=vocabulary,
+                CAP=cap,
+                KIND=kind,
+                **cross_entropy_tiles(vocabulary),
+            )
         ctx.save_for_backward(rows, wanted, lse)
         ctx.cap, ctx.kind, ctx.shape = cap, kind, logits.shape
         return nll.view(targets.shape), lse.view(targets.shape)
@@ -1990,13 +2385,24 @@ class SoftcappedCrossEntropyTriton(torch.autograd.Function):
         grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         if rows.size(0):
             cross_entropy_backward_kernel[(rows.size(0),)](
-                rows, wanted, lse, grad_nll.reshape(-1).contiguous(), grad_lse.reshape(-1).contiguous(), grad,
-                rows.stride(0), V=vocabulary, CAP=ctx.cap, KIND=ctx.kind, **cross_entropy_tiles(vocabulary))
+                rows,
+                wanted,
+                lse,
+                grad_nll.reshape(-1).contiguous(),
+                grad_lse.reshape(-1).contiguous(),
+                grad,
+                rows.stride(0),
+                V=vocabulary,
+                CAP=ctx.cap,
+                KIND=ctx.kind,
+                **cross_entropy_tiles(vocabulary),
+            )
         return grad.view(ctx.shape), None, None, None
 
 
-def softcapped_cross_entropy_triton(logits: Tensor, targets: Tensor, cap: float,
-                                    kind: str = "tanh") -> tuple[Tensor, Tensor]:
+def softcapped_cross_entropy_triton(
+    logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh"
+) -> tuple[Tensor, Tensor]:
     """`softcapped_cross_entropy_plain` of float32, bfloat16 or float16 logits; results are float32.
 
     One pass over the logits and one over their gradient, which has their type. Unlike the public kernels that this
@@ -2029,8 +2435,20 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.
 
 
 @triton_jit
-def tile_product(a, b, row, column, M, N: tl.constexpr, K: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_product(
+    a,
+    b,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STEP_K: tl.constexpr,
+    STEP_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """The tile of a [M, K] @ b [K, N] that begins at (row, column), in float32; a is contiguous, b has these steps.
 
     Rows and columns past the end are read from elsewhere instead of being masked: what they give is never stored.
@@ -2061,8 +2479,20 @@ def tile_places(row, column, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
 
 
 @triton_jit
-def mlp_up_kernel(x, up, square, leaky, M, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+def mlp_up_kernel(
+    x,
+    up,
+    square,
+    leaky,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """square = leaky^2 with leaky = leaky_relu(x [M, K] @ up^T [K, N]), which is stored too unless it is None."""
     row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     total = tile_product(x, up, row, column, M, N, K, 1, K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -2075,8 +2505,19 @@ def mlp_up_kernel(x, up, square, leaky, M, N: tl.constexpr, K: tl.constexpr, SLO
 
 
 @triton_jit
-def store_activation_gradient(total, leaky, grad_up, square, row, column, M, N: tl.constexpr, SLOPE: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_activation_gradient(
+    total,
+    leaky,
+    grad_up,
+    square,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The epilogue of `mlp_up_backward_kernel` for a tile of its product."""
     first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
     y = tl.load(leaky + first + places, mask=mask, other=0.0).to(tl.float32)
@@ -2087,9 +2528,21 @@ def store_activation_gradient(total, leaky, grad_up, square, row, column, M, N: 
 
 
 @triton_jit
-def mlp_up_backward_kernel(grad, down, leaky, grad_up, square, M, N: tl.constexpr, K: tl.constexpr,
-                           SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                           GROUP: tl.constexpr):
+def mlp_up_backward_kernel(
+    grad,
+    down,
+    leaky,
+    grad_up,
+    square,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T; square = leaky^2 unless it is None.
 
     The epilogue takes the tile in two halves: 125 registers a thread instead of 188, so that two programs fit on a
@@ -2114,8 +2567,9 @@ def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tens
     square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
     if rows:
-        mlp_up_kernel[mlp_grid(rows, hidden, tiles)](x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden,
-                                                     K=width, SLOPE=slope, **tiles)
+        mlp_up_kernel[mlp_grid(rows, hidden, tiles)](
+            x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden, K=width, SLOPE=slope, **tiles
+        )
     return square, leaky
 
 
@@ -2144,10 +2598,23 @@ class MLPTriton(torch.autograd.Function):
         square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
         if rows:
             mlp_up_backward_kernel[mlp_grid(rows, hidden, tiles)](
-                grad, down.contiguous(), leaky, grad_up, square, rows, N=hidden, K=grad.size(1), SLOPE=ctx.slope,
-                **tiles)
-        return (grad_up @ up if for_x else None, grad_up.mT @ x if for_up else None,
-                grad.mT @ square if for_down else None, None)
+                grad,
+                down.contiguous(),
+                leaky,
+                grad_up,
+                square,
+                rows,
+                N=hidden,
+                K=grad.size(1),
+                SLOPE=ctx.slope,
+                **tiles,
+            )
+        return (
+            grad_up @ up if for_x else None,
+            grad_up.mT @ x if for_up else None,
+            grad.mT @ square if for_down else None,
+            None,
+        )
 
 
 def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
@@ -2178,16 +2645,23 @@ class Visit(NamedTuple):
 
     layer: int
     skip: int | None  # place in the second half (row of the skip weights) whose saved output is popped
-    save: bool        # push the output for the second half
-    lanes: bool       # run on the two-lane residual stream
+    save: bool  # push the output for the second half
+    lanes: bool  # run on the two-lane residual stream
 
 
 def visit_plan(c: Config, looped: bool) -> tuple[Visit, ...]:
     """The U-Net over the execution order: the first half pushes, the second pops, last in first out."""
     order = execution_order(c, looped)
     half = len(order) // 2
-    return tuple(Visit(layer, place - half if half <= place < 2 * half else None, place < half,
-                       c.lanes and layer >= c.parallel_start_layer) for place, layer in enumerate(order))
+    return tuple(
+        Visit(
+            layer,
+            place - half if half <= place < 2 * half else None,
+            place < half,
+            c.lanes and layer >= c.parallel_start_layer,
+        )
+        for place, layer in enumerate(order)
+    )
 
 
 class Projection(nn.Module):
@@ -2216,7 +2690,7 @@ class Shared(NamedTuple):
     """What every layer of one forward pass uses."""
 
     attention: Callable  # (q [R, T, H, h], k, v [R, T, K, h]) -> y [R, T, H, h]
-    cos: Tensor          # [T, 1, rotary/2]
+    cos: Tensor  # [T, 1, rotary/2]
     sin: Tensor
     values: Tensor | None  # [R, T, K*h] value embeddings, before each layer's own scale
 
@@ -2270,7 +2744,7 @@ class Block(nn.Module):
     def gate(self, n: Tensor) -> Tensor:
         """Head gates [R, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
         c = self.c
-        g = F.linear(n[..., :self.head_gate.size(1)], self.head_gate.to(n.dtype))
+        g = F.linear(n[..., : self.head_gate.size(1)], self.head_gate.to(n.dtype))
         if c.sparse_attn_gate_enabled:
             return torch.sigmoid(c.sparse_attn_gate_scale * g)
         return 2 * torch.sigmoid(g) if c.attn_out_gate_enabled else torch.sigmoid(g)
@@ -2288,8 +2762,8 @@ class Block(nn.Module):
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """XSA: takes from y [R, T, H, h] its component along the value of its own position and kv head, v [R, T, K, h]."""
     rows, length, heads, width = y.shape
-    direction = F.normalize(v, dim=-1).unsqueeze(3)                                       # [R, T, K, 1, h]
-    grouped = y.view(rows, length, v.size(2), heads // v.size(2), width)                  # [R, T, K, H/K, h]
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [R, T, K, 1, h]
+    grouped = y.view(rows, length, v.size(2), heads // v.size(2), width)  # [R, T, K, H/K, h]
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(rows, length, heads, width)
 
 
@@ -2308,10 +2782,10 @@ class SmearGate(nn.Module):
         self.scale = None if self.channel else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        inside, before = follows(documents.starts)[..., None], F.pad(x, (0, 0, 1, -1))      # [R, T, 1], [R, T, d]
+        inside, before = follows(documents.starts)[..., None], F.pad(x, (0, 0, 1, -1))  # [R, T, 1], [R, T, d]
         if self.channel:
             return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, before - x)
-        gate = torch.sigmoid(F.linear(x[..., :self.weight.numel()], self.weight.to(x.dtype)[None]))
+        gate = torch.sigmoid(F.linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
         return x + self.scale.to(x.dtype) * gate * before * inside
 
 
@@ -2345,7 +2819,7 @@ def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
     ones not at all, with a ramp between. It acts only where that ratio is above 1.
     """
     share = torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims
-    frequencies = c.rope_base ** -share
+    frequencies = c.rope_base**-share
     stretch = max(c.yarn_max_len, c.longest_context) / c.train_seq_len
     if c.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
@@ -2369,8 +2843,8 @@ class GPT(nn.Module):
         self.learning = layers
         self.embedding = nn.Parameter(torch.empty(c.vocab_size, d))
         self.head = None if c.tie_embeddings else nn.Parameter(torch.empty(c.vocab_size, d))
-        self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))            # q of all layers, then out
-        self.kv_bank = nn.Parameter(torch.empty(2 * layers, c.kv_dim, d))     # k of all layers, then v
+        self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))  # q of all layers, then out
+        self.kv_bank = nn.Parameter(torch.empty(2 * layers, c.kv_dim, d))  # k of all layers, then v
         self.up_bank = nn.Parameter(torch.empty(layers, c.hidden_dim, d))
         self.down_bank = nn.Parameter(torch.empty(layers, d, c.hidden_dim))
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(layers))
@@ -2393,8 +2867,12 @@ class GPT(nn.Module):
         self.embedding.normal_(std=c.tied_embed_init_std if c.tie_embeddings else 1.0, generator=generator)
         if self.head is not None:
             self.head.zero_()
-        for bank, zero_from in ((self.qo_bank, c.num_layers), (self.kv_bank, 2 * c.num_layers),
-                                (self.up_bank, c.num_layers), (self.down_bank, 0)):
+        for bank, zero_from in (
+            (self.qo_bank, c.num_layers),
+            (self.kv_bank, 2 * c.num_layers),
+            (self.up_bank, c.num_layers),
+            (self.down_bank, 0),
+        ):
             bank.zero_()
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
@@ -2420,8 +2898,10 @@ class GPT(nn.Module):
             banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
         weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
-        return [w if layer < self.learning else Weights(*(matrix.detach() for matrix in w))
-                for layer, w in enumerate(weights)]
+        return [
+            w if layer < self.learning else Weights(*(matrix.detach() for matrix in w))
+            for layer, w in enumerate(weights)
+        ]
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
         """U-Net skip: added, or blended through a gate."""
@@ -2441,8 +2921,9 @@ class GPT(nn.Module):
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
-    def visit(self, v: Visit, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared,
-              adapters: dict) -> tuple[Tensor, Tensor]:
+    def visit(
+        self, v: Visit, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared, adapters: dict
+    ) -> tuple[Tensor, Tensor]:
         """Runs one layer on one lane (x; lane passes) or on two."""
         block = self.blocks[v.layer]
         m0, m1 = block.input_mix.to(x.dtype).unbind()
@@ -2457,9 +2938,19 @@ class GPT(nn.Module):
         (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in block.lane_mix.to(x.dtype).unbind())
         return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
 
-    def forward(self, ids: Tensor, targets: Tensor, documents: Documents, *, looped: bool,
-                adapters: list[dict] | None = None, noise: Tensor | None = None, last: int = 0,
-                rounded: bool = False, tempered: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        documents: Documents,
+        *,
+        looped: bool,
+        adapters: list[dict] | None = None,
+        noise: Tensor | None = None,
+        last: int = 0,
+        rounded: bool = False,
+        tempered: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
 
         `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
@@ -2473,8 +2964,9 @@ class GPT(nn.Module):
         x0 = x = lane = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, rounded)
         cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
-        shared = Shared(self.attention(documents, x.dtype), cos, sin,
-                        None if self.values is None else self.values(ids, x.dtype))
+        shared = Shared(
+            self.attention(documents, x.dtype), cos, sin, None if self.values is None else self.values(ids, x.dtype)
+        )
         saved: list[Tensor] = []
         for place, v in enumerate(plan):
             if v.skip is not None:
@@ -2494,8 +2986,9 @@ class GPT(nn.Module):
         c, cap = self.c, self.c.logit_softcap
         if tempered and c.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
             logits, cap = logits.to(wide) / c.temperature, cap / c.temperature
-        return softcapped_cross_entropy(logits, targets, cap, c.softcap_type, c.fused_ce_enabled,
-                                        c.triton_kernels != "0")
+        return softcapped_cross_entropy(
+            logits, targets, cap, c.softcap_type, c.fused_ce_enabled, c.triton_kernels != "0"
+        )
 
 
 def parameter_count(c: Config) -> int:
@@ -2519,8 +3012,13 @@ class Adapters:
 
     def __init__(self, c: Config, visits: int, device: torch.device):
         d, rank, rows = c.model_dim, c.ttt_lora_rank, c.ttt_batch_size
-        wanted = dict(q=(c.ttt_q_lora, d), k=(c.ttt_k_lora, c.kv_dim), v=(c.ttt_v_lora, c.kv_dim),
-                      attention=(c.ttt_o_lora, d), mlp=(c.ttt_mlp_lora, d))
+        wanted = dict(
+            q=(c.ttt_q_lora, d),
+            k=(c.ttt_k_lora, c.kv_dim),
+            v=(c.ttt_v_lora, c.kv_dim),
+            attention=(c.ttt_o_lora, d),
+            mlp=(c.ttt_mlp_lora, d),
+        )
         widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, c.vocab_size)}
         self.c, self.visits, self.scale, self.device = c, visits, c.ttt_lora_alpha / rank, device
         self.shapes = {key: (rows, n, rank, d) for key, (n, _) in widths.items()}
@@ -2530,10 +3028,11 @@ class Adapters:
     def start(self, stream: int, seed: int) -> None:
         """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
         if stream not in self.kept or not self.c.ttt_warm_start_a:
-            generator, bound = torch.Generator(self.device).manual_seed(seed), self.c.model_dim ** -0.5
+            generator, bound = torch.Generator(self.device).manual_seed(seed), self.c.model_dim**-0.5
             self.kept[stream] = {
                 key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
-                for key, shape in self.shapes.items()}
+                for key, shape in self.shapes.items()
+            }
         self.a = self.kept[stream]
         for b in self.b.values():
             b.zero_()
@@ -2544,7 +3043,7 @@ class Adapters:
         """Puts A's first rows in this order: which A a document gets must not depend on others' lengths."""
         if (order != np.arange(len(order))).any():
             for a in self.a.values():
-                a[:len(order)] = a[torch.from_numpy(order).to(a.device)]
+                a[: len(order)] = a[torch.from_numpy(order).to(a.device)]
 
     def parameters(self, rows: int | None = None) -> list[Tensor]:
         """A and B of the first rows, one after the other."""
@@ -2569,9 +3068,20 @@ class Adapters:
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
             state = {name: [s[:rows] for s in tensors[side]] for name, tensors in self.state.items()}
             adamw(
-                parameters[side], gradients[side], **state, max_exp_avg_sqs=[], state_steps=self.taken[side],
-                fused=True, amsgrad=False, beta1=0.0, beta2=c.ttt_beta2, lr=c.ttt_lora_lr * scale,
-                weight_decay=c.ttt_weight_decay / scale, eps=1e-10 / scale, maximize=False)
+                parameters[side],
+                gradients[side],
+                **state,
+                max_exp_avg_sqs=[],
+                state_steps=self.taken[side],
+                fused=True,
+                amsgrad=False,
+                beta1=0.0,
+                beta2=c.ttt_beta2,
+                lr=c.ttt_lora_lr * scale,
+                weight_decay=c.ttt_weight_decay / scale,
+                eps=1e-10 / scale,
+                maximize=False,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2583,11 +3093,13 @@ NEWTON_SCHULZ = {
     # Keller Jordan's quintic (kellerjordan.github.io/posts/muon), the same at every iteration.
     "classic": ((3.4445, -4.775, 2.0315),),
     # Polar Express, arXiv 2505.16932: the optimal polynomial for each iteration; the last one repeats.
-    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
-                      (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                      (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-                      (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
-                      (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
 }
 
 
@@ -2608,13 +3120,18 @@ def parameter_groups(model: GPT, c: Config) -> list[Group]:
     if model.head is not None:
         tables.append(("head", [model.head], c.head_lr))
     # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
-    tables.extend((name, [part.table], tables[0][2]) for name, part in (("bigram", model.bigram),
-                                                                        ("values", model.values)) if part is not None)
+    tables.extend(
+        (name, [part.table], tables[0][2])
+        for name, part in (("bigram", model.bigram), ("values", model.values))
+        if part is not None
+    )
     taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [Group("banks", banks, True, c.matrix_lr, c.muon_wd),
-              *(Group(name, ps, False, lr, c.embed_wd) for name, ps, lr in tables),
-              Group("scalars", rest, False, c.scalar_lr, c.adam_wd)]
+    groups = [
+        Group("banks", banks, True, c.matrix_lr, c.muon_wd),
+        *(Group(name, ps, False, lr, c.embed_wd) for name, ps, lr in tables),
+        Group("scalars", rest, False, c.scalar_lr, c.adam_wd),
+    ]
     covered = [id(p) for g in groups for p in g.parameters]
     assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is in no group, or in two"
     return groups
@@ -2647,8 +3164,10 @@ class Muon:
         self.banks, self.lr, self.weight_decay = group.parameters, group.lr, group.weight_decay
         self.c, self.run = c, run
         self.share = [-(-bank.size(0) // run.world) for bank in self.banks]
-        self.momentum = [torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
-                         for n, bank in zip(self.share, self.banks)]
+        self.momentum = [
+            torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
+            for n, bank in zip(self.share, self.banks)
+        ]
 
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
         """Begins the sum of every bank's gradient over the ranks; returns this rank's share and a handle for each."""
@@ -2697,8 +3216,9 @@ class Muon:
                 update = part.new_zeros(grad.shape).index_copy_(0, mine, part)
             handle = None
             if self.run.world > 1:
-                whole = torch.empty(update.size(0) * self.run.world, *update.shape[1:], dtype=update.dtype,
-                                    device=update.device)
+                whole = torch.empty(
+                    update.size(0) * self.run.world, *update.shape[1:], dtype=update.dtype, device=update.device
+                )
                 handle = dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
                 update = whole
             pending.append((bank, rows, update, handle))
@@ -2706,7 +3226,7 @@ class Muon:
             if handle is not None:
                 handle.wait()
             if rows is None:
-                bank.mul_(1 - lr * self.weight_decay).sub_(update[:bank.size(0)], alpha=lr)
+                bank.mul_(1 - lr * self.weight_decay).sub_(update[: bank.size(0)], alpha=lr)
             else:
                 bank.index_copy_(0, rows, (bank[rows] * (1 - lr * self.weight_decay)).sub_(update[rows], alpha=lr))
 
@@ -2981,8 +3501,9 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
         now = time.perf_counter()
         progress = Progress(progress.step + 1, run.agree(progress.seconds + now - since))
         since = now
-        if c.train_log_every and (progress.step % c.train_log_every == 0 or progress.step <= 3
-                                  or fraction_done(progress, c) >= 1.0):
+        if c.train_log_every and (
+            progress.step % c.train_log_every == 0 or progress.step <= 3 or fraction_done(progress, c) >= 1.0
+        ):
             log_step(run, c, progress, nats)
 
 
@@ -2998,8 +3519,9 @@ def log_use(run: Run, c: Config, p: Progress, before: Use, use: Use) -> None:
 
 def diverged(c: Config, what: str) -> ConfigError:
     """The error of a training that has run away."""
-    return ConfigError("MATRIX_LR", c.matrix_lr, f"{what}; lower this rate, SCALAR_LR={c.scalar_lr:g} or the "
-                                                 "embedding's")
+    return ConfigError(
+        "MATRIX_LR", c.matrix_lr, f"{what}; lower this rate, SCALAR_LR={c.scalar_lr:g} or the embedding's"
+    )
 
 
 def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
@@ -3010,10 +3532,18 @@ def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
         raise diverged(c, f"the training loss is {loss} at step {p.step}")
     ms, eta = 1000 * p.seconds, p.seconds / share * (1 - share) if share else 0.0
     rate = p.step * c.train_batch_tokens / p.seconds
-    run.log(f"step:{p.step}/{c.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
-            f"lr_scale:{lr_multiplier(p, c):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s")
-    run.metric(step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_multiplier(p, c),
-               momentum=muon_beta(p, c), tokens=p.step * c.train_batch_tokens)
+    run.log(
+        f"step:{p.step}/{c.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
+        f"lr_scale:{lr_multiplier(p, c):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s"
+    )
+    run.metric(
+        step=p.step,
+        train_loss=loss,
+        train_seconds=p.seconds,
+        lr_scale=lr_multiplier(p, c),
+        momentum=muon_beta(p, c),
+        tokens=p.step * c.train_batch_tokens,
+    )
 
 
 def log_waiting(run: Run, p: Progress, seconds: float) -> float:
@@ -3049,7 +3579,7 @@ class Quantized(NamedTuple):
     `extras` holds what `restore` adds to that, each piece of it named in `EXTRAS`.
     """
 
-    codes: Tensor          # int8 [..., r, c], or float16
+    codes: Tensor  # int8 [..., r, c], or float16
     scales: Tensor | None  # float16 [..., r]
     bits: int
     extras: dict[str, Tensor]
@@ -3058,14 +3588,14 @@ class Quantized(NamedTuple):
 
 # Extra arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
 EXTRAS = {
-    "columns": (torch.int8, 2),           # [B, c] multiples of a row's step, in half octaves
-    "corrected": (torch.int32, 1),        # [n] matrices to which left @ right is added (LQER)
-    "left": (torch.int8, 3),              # [n, r, k]
-    "left_scales": (torch.float16, 2),    # [n, r], or [n, 1]
-    "right": (torch.int8, 3),             # [n, k, c]
-    "right_scales": (torch.float16, 3),   # [n, k, groups]
-    "refined": (torch.int32, 1),          # [n] matrices to which a second rounding is added (RVQ)
-    "residual": (torch.int8, 3),          # [n, r, c]
+    "columns": (torch.int8, 2),  # [B, c] multiples of a row's step, in half octaves
+    "corrected": (torch.int32, 1),  # [n] matrices to which left @ right is added (LQER)
+    "left": (torch.int8, 3),  # [n, r, k]
+    "left_scales": (torch.float16, 2),  # [n, r], or [n, 1]
+    "right": (torch.int8, 3),  # [n, k, c]
+    "right_scales": (torch.float16, 3),  # [n, k, groups]
+    "refined": (torch.int32, 1),  # [n] matrices to which a second rounding is added (RVQ)
+    "residual": (torch.int8, 3),  # [n, r, c]
     "residual_scales": (torch.float16, 2),  # [n, r]
 }
 AWQ_COLUMNS = 64  # columns that AWQ-lite treats alike
@@ -3096,13 +3626,17 @@ class HessianTaps:
     def __init__(self, model: GPT):
         self.model = model
         self.sums: dict[str, Tensor] = {}
-        self.seats = {f"{i}.{name}": getattr(block, name) for i, block in enumerate(model.blocks)
-                      for name in ("q", "out", "up", "down")}
+        self.seats = {
+            f"{i}.{name}": getattr(block, name)
+            for i, block in enumerate(model.blocks)
+            for name in ("q", "out", "up", "down")
+        }
         self.seats["logits"] = model.logits
 
     def __enter__(self) -> HessianTaps:
-        self.handles = [seat.register_forward_pre_hook(functools.partial(self.tap, name))
-                        for name, seat in self.seats.items()]
+        self.handles = [
+            seat.register_forward_pre_hook(functools.partial(self.tap, name)) for name, seat in self.seats.items()
+        ]
         self.set_fused(False)
         return self
 
@@ -3134,11 +3668,16 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     run.add_up(*taps.sums.values())
     tokens = c.gptq_calibration_batches * c.train_batch_tokens
     mean = {name: total / tokens for name, total in taps.sums.items()}
-    stack = {name: torch.stack([mean[f"{i}.{name}"] for i in range(c.num_layers)])
-             for name in ("q", "out", "up", "down")}
-    return {"qo_bank": torch.cat((stack["q"], stack["out"])), "kv_bank": torch.cat((stack["q"], stack["q"])),
-            "up_bank": stack["up"], "down_bank": stack["down"],
-            "embedding" if model.head is None else "head": mean["logits"][None]}
+    stack = {
+        name: torch.stack([mean[f"{i}.{name}"] for i in range(c.num_layers)]) for name in ("q", "out", "up", "down")
+    }
+    return {
+        "qo_bank": torch.cat((stack["q"], stack["out"])),
+        "kv_bank": torch.cat((stack["q"], stack["q"])),
+        "up_bank": stack["up"],
+        "down_bank": stack["down"],
+        "embedding" if model.head is None else "head": mean["logits"][None],
+    }
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -3173,20 +3712,29 @@ class Feedback(NamedTuple):
 
 def feedback_of(hessian: Tensor, damp: float, natural: bool = False) -> Feedback:
     """Of Hessians [B, c, c]: columns in falling order of the diagonal, or in their own."""
-    order = torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2]) if natural else \
-        hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    order = (
+        torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2])
+        if natural
+        else hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    )
     h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
     return Feedback(order, inverse_factor(h, damp))
 
 
-def gptq(weights: Tensor, feedback: Feedback, scales: Tensor, limit: int | Tensor, columns: Tensor | None = None,
-         block: int = 128) -> Tensor:
+def gptq(
+    weights: Tensor,
+    feedback: Feedback,
+    scales: Tensor,
+    limit: int | Tensor,
+    columns: Tensor | None = None,
+    block: int = 128,
+) -> Tensor:
     """GPTQ (arXiv 2210.17323): rounds one column after the other, feeding errors forward.
 
     weights [B, r, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
     -> int8 codes [B, r, c] in -limit..limit.
     """
-    order = feedback.order                                                                     # [B, c]
+    order = feedback.order  # [B, c]
     factors = torch.ones_like(order, dtype=torch.float) if columns is None else columns.gather(-1, order)
     limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
@@ -3207,14 +3755,13 @@ def gptq(weights: Tensor, feedback: Feedback, scales: Tensor, limit: int | Tenso
 
 # Next state by (state, parity of k). 4: VVC; 8: ISO/IEC 15938-17. States 0-1 of 4, and the even ones of the others,
 # use the first quantizer, 2k; the others the second, 2k - sgn k. Larger ones are Ungerboeck's codes (octal h0, h1).
-TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)),
-             8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
+TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)), 8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
 UNGERBOECK = {16: (0o23, 0o04), 32: (0o45, 0o10)}
-TRELLIS_LIMIT = 127        # |k|, so that codes fit int8
-TRELLIS_NOISE = 0.27       # steps^2, sets the price of a bit: errors measure 0.23 to 0.25, a bit more does best
-TRELLIS_STEP = 0.52        # of a uniform quantizer's, for about the same bits
+TRELLIS_LIMIT = 127  # |k|, so that codes fit int8
+TRELLIS_NOISE = 0.27  # steps^2, sets the price of a bit: errors measure 0.23 to 0.25, a bit more does best
+TRELLIS_STEP = 0.52  # of a uniform quantizer's, for about the same bits
 TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # searched at once: they bound the memory
-UNREACHED = 1e30           # cost of a state that no path reaches
+UNREACHED = 1e30  # cost of a state that no path reaches
 # Bits by [quantizer, parity] of the codes 0 and 1 beyond a Gaussian density's, as measured: their cells are narrower.
 BITS_NEAR_ZERO = ((0.5, 0.0), (1.0, 0.4))
 
@@ -3223,9 +3770,9 @@ class Trellis(NamedTuple):
     """A state machine, and the two ways (state, parity) into each state."""
 
     following: Tensor  # [S, 2] next state by parity
-    second: Tensor     # [S] 1 where a state uses the second quantizer
-    source: Tensor     # [2S] state before; first the one way into each state, then the other
-    parity: Tensor     # [2S]
+    second: Tensor  # [S] 1 where a state uses the second quantizer
+    source: Tensor  # [2S] state before; first the one way into each state, then the other
+    parity: Tensor  # [2S]
     near_zero: Tensor  # [2S] bits of a way's smallest code beyond those of its square
 
 
@@ -3240,14 +3787,15 @@ def trellis_of(states: int, device: torch.device | str = "cpu") -> Trellis:
     ways = following.flatten().argsort(stable=True).view(states, 2).T.reshape(-1)  # flat index 2 * state + parity
     state = torch.arange(states, device=device)
     second, source, parity = state // 2 if states == 4 else state % 2, ways // 2, ways % 2
-    return Trellis(following, second, source, parity,
-                   torch.tensor(BITS_NEAR_ZERO, device=device)[second[source], parity])
+    return Trellis(
+        following, second, source, parity, torch.tensor(BITS_NEAR_ZERO, device=device)[second[source], parity]
+    )
 
 
 def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
     """Codes int8 [..., c] in processing order -> (levels int16, in steps; state before each code, uint8)."""
     trellis = trellis_of(states, codes.device)
-    parity = (codes.reshape(-1, codes.size(-1)).T & 1).long()                                  # [c, rows]
+    parity = (codes.reshape(-1, codes.size(-1)).T & 1).long()  # [c, rows]
     state, before = torch.zeros_like(parity[0]), torch.empty_like(parity, dtype=torch.uint8)
     for j, p in enumerate(parity):
         before[j] = state
@@ -3256,21 +3804,22 @@ def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
     return 2 * codes.short() - trellis.second.short()[before.int()] * codes.sign(), before
 
 
-def trellis_step(x: Tensor, cost: Tensor, weight: Tensor, price: Tensor, bit: float,
-                 trellis: Trellis) -> tuple[Tensor, ...]:
+def trellis_step(
+    x: Tensor, cost: Tensor, weight: Tensor, price: Tensor, bit: float, trellis: Trellis
+) -> tuple[Tensor, ...]:
     """One column of the Viterbi search: every state keeps the cheaper of the two ways into it.
 
     x [B, S, r] is each survivor's weight in steps, cost [B, S, r]; an error of one step costs weight [B, 1, 1] and
     a level l costs price [B, 1, r] * l^2, a Gaussian code's bits times the cost of a `bit`. The cheapest level of each
     parity is then the one next to a shrunk weight. Returns (cost, source state, k, error in steps), each [B, S, r].
     """
-    second = trellis.second[trellis.source].to(x.dtype)[:, None]                               # [2S, 1]
+    second = trellis.second[trellis.source].to(x.dtype)[:, None]  # [2S, 1]
     parity = trellis.parity.to(x.dtype)[:, None]
-    x = x.index_select(1, trellis.source)                                                      # [B, 2S, r]
+    x = x.index_select(1, trellis.source)  # [B, 2S, r]
     size = x.abs()
     target = size * (weight / (weight + price))
     half = ((target - (2 * parity - second)) * 0.25).round_().clamp_(0, TRELLIS_LIMIT // 2)
-    half *= target >= 1.5 * second * (1 - parity)         # the second quantizer's even levels are 0, 3, 7: not -1, 3, 7
+    half *= target >= 1.5 * second * (1 - parity)  # the second quantizer's even levels are 0, 3, 7: not -1, 3, 7
     k = half.mul_(2).add_(parity)
     level = (2 * k - second).clamp_(min=0).copysign_(x)
     error = x - level
@@ -3286,8 +3835,9 @@ def trellis_step(x: Tensor, cost: Tensor, weight: Tensor, price: Tensor, bit: fl
     return kept(total), source, kept(k.copysign_(x)), kept(error)
 
 
-def trellis_block(work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: Tensor, bit: float,
-                  trellis: Trellis) -> tuple[Tensor, ...]:
+def trellis_block(
+    work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: Tensor, bit: float, trellis: Trellis
+) -> tuple[Tensor, ...]:
     """Viterbi search through the n columns of a block, each survivor with its own error feedback (per-survivor
     processing, Raheli, Polydoros and Tzou 1995).
 
@@ -3298,8 +3848,9 @@ def trellis_block(work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: 
     batch, states, rows, width = work.shape
     work, codes = work.view(-1, width), torch.zeros(work.shape, dtype=torch.int8, device=work.device).view(-1, width)
     origin = torch.arange(len(work), device=work.device)
-    place = (torch.arange(batch, device=work.device)[:, None, None] * states * rows
-             + torch.arange(rows, device=work.device))                                         # [B, 1, r]
+    place = torch.arange(batch, device=work.device)[:, None, None] * states * rows + torch.arange(
+        rows, device=work.device
+    )  # [B, 1, r]
     for j in range(width):
         x = work[:, j].view(batch, states * rows, 1)
         if j:
@@ -3313,39 +3864,42 @@ def trellis_block(work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: 
     return work, codes, cost, origin
 
 
-def trellis_rows(w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trellis, block: int = 16,
-                 delay: int = 64) -> Tensor:
+def trellis_rows(
+    w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trellis, block: int = 16, delay: int = 64
+) -> Tensor:
     """Codes int8 [B, r, c] of weights w [B, r, c] in steps, with U [B, c, c] and price [B, c, 1, r].
 
     A column is settled once `delay` further ones are searched: on the path of the best survivor, and survivors of
     another past are dropped. Thus what precedes is common to all, and its feedback is one product for each block.
     """
     (batch, rows, columns), states = w.shape, len(trellis.second)
-    weight = (u.diagonal(dim1=-2, dim2=-1) ** -2)
-    weight = (weight / weight.mean(-1, keepdim=True))[..., None, None]                          # [B, c, 1, 1]
+    weight = u.diagonal(dim1=-2, dim2=-1) ** -2
+    weight = (weight / weight.mean(-1, keepdim=True))[..., None, None]  # [B, c, 1, 1]
     cost = torch.full((batch, states, rows), UNREACHED, device=w.device)
     cost[:, 0] = 0
     errors, codes = torch.zeros_like(w), torch.empty(w.shape, dtype=torch.int8, device=w.device)
     past_errors, past_codes = w.new_zeros(cost.numel(), 0), codes.new_zeros(cost.numel(), 0)
     first = torch.arange(batch, device=w.device)[:, None] * states * rows + torch.arange(rows, device=w.device)
-    done = 0                                                                                    # columns settled
+    done = 0  # columns settled
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         common = w[..., start:stop] - errors[..., :done] @ u[:, :done, start:stop]
         own = past_errors.view(batch, states * rows, start - done) @ u[:, done:start, start:stop]
         work = common[:, None] - own.view(batch, states, rows, stop - start)
-        found = trellis_block(work, cost, u[:, start:stop, start:stop], weight[:, start:stop], price[:, start:stop],
-                              bit, trellis)
+        found = trellis_block(
+            work, cost, u[:, start:stop, start:stop], weight[:, start:stop], price[:, start:stop], bit, trellis
+        )
         cost, origin = found[2], found[3]
         past_errors = torch.cat((past_errors[origin], found[0]), 1)
         past_codes = torch.cat((past_codes[origin], found[1]), 1)
-        best = first + cost.argmin(1) * rows                                                    # [B, r]
+        best = first + cost.argmin(1) * rows  # [B, r]
         settle = (columns if stop == columns else max(done, stop - delay)) - done
         if settle:
-            errors[..., done:done + settle] = past_errors[best, :settle]
-            codes[..., done:done + settle] = past_codes[best, :settle]
-            same = (past_codes[:, :settle].view(batch, states, rows, settle)
-                    == codes[:, None, :, done:done + settle]).all(-1)
+            errors[..., done : done + settle] = past_errors[best, :settle]
+            codes[..., done : done + settle] = past_codes[best, :settle]
+            same = (
+                past_codes[:, :settle].view(batch, states, rows, settle) == codes[:, None, :, done : done + settle]
+            ).all(-1)
             cost = torch.where(same, cost, UNREACHED)
             past_errors, past_codes, done = past_errors[:, settle:], past_codes[:, settle:], done + settle
         cost = cost - cost.amin(1, keepdim=True)
@@ -3374,9 +3928,9 @@ def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, c: 
     """
     trellis, rate = trellis_of(c.trellis_states, weights.device), c.trellis_rate
     codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
-    bit = math.log(4) * rate * TRELLIS_NOISE                                                    # -dD/dR, 6.02 dB a bit
+    bit = math.log(4) * rate * TRELLIS_NOISE  # -dD/dR, 6.02 dB a bit
     rows, chunk = weights.size(1), TRELLIS_ROWS[weights.device.type]
-    together = max(1, chunk // rows)                                                            # matrices at a time
+    together = max(1, chunk // rows)  # matrices at a time
     for b in range(0, len(weights), together):
         some = slice(b, b + together)
         scaled = u[some] / columns[some, None]
@@ -3400,9 +3954,9 @@ def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, t
 
 def stored_steps(steps: Tensor, per_octave: int) -> Tensor:
     """Steps as fp16, on a grid of `per_octave` to an octave, if any."""
-    steps = steps.clamp(2.0 ** -24, 65504)
+    steps = steps.clamp(2.0**-24, 65504)
     if per_octave:
-        steps = torch.exp2((steps.log2() * per_octave).round() / per_octave).clamp(2.0 ** -24, 65504)
+        steps = torch.exp2((steps.log2() * per_octave).round() / per_octave).clamp(2.0**-24, 65504)
     return steps.half()
 
 
@@ -3426,8 +3980,11 @@ def gptq_lite(weights: Tensor, bits: int, per_octave: int) -> tuple[Tensor, Tens
             best = codes.to(torch.int8), steps, error
         else:
             better = error < best[2]
-            best = (torch.where(better[..., None], codes.to(torch.int8), best[0]), torch.where(better, steps, best[1]),
-                    torch.where(better, error, best[2]))
+            best = (
+                torch.where(better[..., None], codes.to(torch.int8), best[0]),
+                torch.where(better, steps, best[1]),
+                torch.where(better, error, best[2]),
+            )
     return best[:2]
 
 
@@ -3450,18 +4007,19 @@ def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Conf
     worth = {}
     for name, hessian in hessians.items():
         activation = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        columns = activation * as_batch(weights[name]).float().abs().mean(1)                       # [B, c]
+        columns = activation * as_batch(weights[name]).float().abs().mean(1)  # [B, c]
         columns = F.pad(columns, (0, -columns.size(-1) % AWQ_COLUMNS))
         worth[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1).flatten()
     ranked = torch.cat(list(worth.values())).argsort(descending=True, stable=True)
     chosen = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
-    chosen[ranked[:c.awq_groups]] = True
+    chosen[ranked[: c.awq_groups]] = True
     parts = chosen.split([len(w) for w in worth.values()])
     return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
 
 
-def quantize_bank(weights: Tensor, feedback: Feedback, fine: Tensor | None, bits: int, sigmas: float,
-                  c: Config, octaves: float = 0.0) -> Quantized:
+def quantize_bank(
+    weights: Tensor, feedback: Feedback, fine: Tensor | None, bits: int, sigmas: float, c: Config, octaves: float = 0.0
+) -> Quantized:
     """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
 
     Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
@@ -3469,13 +4027,18 @@ def quantize_bank(weights: Tensor, feedback: Feedback, fine: Tensor | None, bits
     """
     batch, device, on_trellis = as_batch(weights).float(), weights.device, c.quantizer == "trellis"
     columns = steps_by_column(feedback, c.column_steps)
-    scales = row_scales(batch / torch.exp2(columns / 2)[:, None], bits, sigmas, c.scale_grid,
-                        2.0 ** octaves * (TRELLIS_STEP if on_trellis else 1))
+    scales = row_scales(
+        batch / torch.exp2(columns / 2)[:, None],
+        bits,
+        sigmas,
+        c.scale_grid,
+        2.0**octaves * (TRELLIS_STEP if on_trellis else 1),
+    )
     limits = torch.full(columns.shape, 127 if c.target_bytes else 2 ** (bits - 1) - 1, device=device)
     if fine is not None:
         groups = torch.zeros(len(batch) * -(-batch.size(-1) // AWQ_COLUMNS), dtype=torch.bool, device=device)
         groups[fine.long()] = True
-        inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, :batch.size(-1)]
+        inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, : batch.size(-1)]
         columns = (columns - (16 - 2 * bits) * inside).clamp(min=-127)
         limits = torch.where(inside, 127, limits)
     factors = torch.exp2(columns / 2)
@@ -3483,11 +4046,15 @@ def quantize_bank(weights: Tensor, feedback: Feedback, fine: Tensor | None, bits
         levels = 2 * TRELLIS_LIMIT - 2 if on_trellis else 127
         least = 1.1 * (batch / factors[:, None]).abs().amax(-1) / levels  # a tenth more: fed errors move weights
         scales = torch.maximum(scales, stored_steps(least, c.scale_grid))
-    codes = trellis_gptq(batch, feedback.u, scales, factors, c) if on_trellis else \
-        gptq(batch, feedback, scales, limits, factors)
+    codes = (
+        trellis_gptq(batch, feedback.u, scales, factors, c)
+        if on_trellis
+        else gptq(batch, feedback, scales, limits, factors)
+    )
     extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
-    return Quantized(codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras,
-                     c.trellis_states if on_trellis else 0)
+    return Quantized(
+        codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras, c.trellis_states if on_trellis else 0
+    )
 
 
 def all_feedbacks(hessians: dict[str, Tensor], c: Config) -> dict[str, Feedback]:
@@ -3496,9 +4063,14 @@ def all_feedbacks(hessians: dict[str, Tensor], c: Config) -> dict[str, Feedback]
 
 
 @torch.no_grad()
-def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
-             log: Callable[[str], None] = lambda line: None, octaves: float = 0.0,
-             feedbacks: dict[str, Feedback] | None = None) -> dict[str, Quantized]:
+def quantize(
+    weights: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    c: Config,
+    log: Callable[[str], None] = lambda line: None,
+    octaves: float = 0.0,
+    feedbacks: dict[str, Feedback] | None = None,
+) -> dict[str, Quantized]:
     """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest,
     as all are with QUANTIZER=gptq_lite.
 
@@ -3526,9 +4098,9 @@ def quantize(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
 class Correction(NamedTuple):
     """A low-rank addend of one matrix [r, c] in few bits: left [r, k] @ right [k, c], and the error that it leaves."""
 
-    left: Tensor          # int8 [r, k]
-    left_scales: Tensor   # float16 [r], or [1]
-    right: Tensor         # int8 [k, c]
+    left: Tensor  # int8 [r, k]
+    left_scales: Tensor  # float16 [r], or [1]
+    right: Tensor  # int8 [k, c]
     right_scales: Tensor  # float16 [k, groups]
     error: float
     bytes: float
@@ -3539,7 +4111,7 @@ def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
     if scales.dim() == 1:
         return codes.float() * scales.float()[:, None]
     width = -(-codes.size(1) // scales.size(1))
-    return codes.float() * scales.float().repeat_interleave(width, dim=1)[:, :codes.size(1)]
+    return codes.float() * scales.float().repeat_interleave(width, dim=1)[:, : codes.size(1)]
 
 
 def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -3570,7 +4142,7 @@ def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, c
     width = -(-right.size(1) // groups)
     padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
     codes, scales = round_groups(padded, -8, 7)
-    return codes.flatten(1)[:, :right.size(1)], scales
+    return codes.flatten(1)[:, : right.size(1)], scales
 
 
 def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, c: Config) -> Correction:
@@ -3603,27 +4175,36 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, c: Config) 
     return best._replace(bytes=(bits[0] * best.left.numel() + bits[1] * best.right.numel()) / 8 + 2 * scales)
 
 
-def fit_corrections(errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool,
-                    c: Config) -> list[tuple[float, str, int, Correction]]:
+def fit_corrections(
+    errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool, c: Config
+) -> list[tuple[float, str, int, Correction]]:
     """The corrections to store, best first: (weighted error that each saves beyond its price, bank, matrix, factors).
 
     LQER_SELECT=norm takes the matrices with the largest error, as the peers do; gain, those that save most, if any.
     """
-    measure = {name: e.square().sum((-1, -2)) if c.lqer_select == "norm" else weighted_error(e, hessians[name])
-               for name, e in errors.items()}
-    ranked = sorted(((value, name, i) for name, m in measure.items() for i, value in enumerate(m.tolist())),
-                    reverse=True)
+    measure = {
+        name: e.square().sum((-1, -2)) if c.lqer_select == "norm" else weighted_error(e, hessians[name])
+        for name, e in errors.items()
+    }
+    ranked = sorted(
+        ((value, name, i) for name, m in measure.items() for i, value in enumerate(m.tolist())), reverse=True
+    )
     fits = []
-    for _, name, i in ranked[:c.lqer_top_k * (1 if c.lqer_select == "norm" else 4)]:
+    for _, name, i in ranked[: c.lqer_top_k * (1 if c.lqer_select == "norm" else 4)]:
         fit = fit_correction(errors[name][i], hessians[name][i], asymmetric, c)
         before = weighted_error(errors[name][i], hessians[name][i]).item()
         fits.append((before - fit.error - price * fit.bytes, name, i, fit))
     fits.sort(key=lambda f: -f[0])
-    return fits if c.lqer_select == "norm" else [f for f in fits[:c.lqer_top_k] if f[0] > 0]
+    return fits if c.lqer_select == "norm" else [f for f in fits[: c.lqer_top_k] if f[0] > 0]
 
 
-def correct_errors(stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config,
-                   log: Callable[[str], None]) -> None:
+def correct_errors(
+    stored: dict[str, Quantized],
+    weights: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    c: Config,
+    log: Callable[[str], None],
+) -> None:
     """LQER: adds low-rank corrections to LQER_TOP_K stored matrices.
 
     A correction has its price: at high rate the error of N weights falls as 2^(-2 bits/N), so a byte spent on finer
@@ -3637,8 +4218,10 @@ def correct_errors(stored: dict[str, Quantized], weights: dict[str, Tensor], hes
     fits = max(candidates, key=lambda fits: sum(saved for saved, *_ in fits))
     for saved, name, i, fit in fits:
         elsewhere = price * fit.bytes
-        log(f"lqer:{name}[{i}] rank:{fit.left.size(1)} bytes:{fit.bytes:.0f} weighted error of the whole model:"
-            f"{-(saved + elsewhere) / total:+.3%}, the same bytes in finer steps:{-elsewhere / total:+.3%}")
+        log(
+            f"lqer:{name}[{i}] rank:{fit.left.size(1)} bytes:{fit.bytes:.0f} weighted error of the whole model:"
+            f"{-(saved + elsewhere) / total:+.3%}, the same bytes in finer steps:{-elsewhere / total:+.3%}"
+        )
     if not fits:
         log("lqer: no correction gains more than its bytes would elsewhere")
     for name in dict.fromkeys(name for _, name, _, _ in fits):
@@ -3653,7 +4236,7 @@ class Residual(NamedTuple):
 
     name: str
     matrix: int
-    codes: Tensor   # int8 [r, c]
+    codes: Tensor  # int8 [r, c]
     scales: Tensor  # float16 [r]
     saved: float
     bytes: float
@@ -3666,8 +4249,9 @@ def entropy(codes: Tensor) -> float:
 
 
 @torch.no_grad()
-def fit_residuals(stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor],
-                  c: Config) -> list[Residual]:
+def fit_residuals(
+    stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config
+) -> list[Residual]:
     """RVQ: every matrix's error rounded to RVQ_BITS, its largest value being the range, most saved per byte first."""
     found = []
     for name, hessian in hessians.items():
@@ -3688,9 +4272,11 @@ def with_residuals(stored: dict[str, Quantized], chosen: list[Residual]) -> dict
     stored = {name: q._replace(extras=dict(q.extras)) for name, q in stored.items()}
     for name in dict.fromkeys(r.name for r in chosen):
         mine = sorted((r for r in chosen if r.name == name), key=lambda r: r.matrix)
-        stored[name].extras.update(refined=torch.tensor([r.matrix for r in mine], dtype=torch.int32),
-                                   residual=torch.stack([r.codes for r in mine]),
-                                   residual_scales=torch.stack([r.scales for r in mine]))
+        stored[name].extras.update(
+            refined=torch.tensor([r.matrix for r in mine], dtype=torch.int32),
+            residual=torch.stack([r.codes for r in mine]),
+            residual_scales=torch.stack([r.scales for r in mine]),
+        )
     return stored
 
 
@@ -3745,9 +4331,9 @@ class ArtifactError(ConfigError):
 # minus their number, which constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, turns into
 # exactly (n_i + 1) / 2^24, because the factor is 1. What is left of floats is single IEEE operations on whole arrays,
 # each rounded in one defined way, and products of matrices of integers below 2^53, exact in any order of summing.
-PRECISION = 1 << 24                # what the probabilities of a table of constriction sum to
-STEPS, CLASSES = 4, 44             # scale classes in an octave; of standard deviations 2^-3 to 2^7.75
-GAIN, PRIOR = 32, 48               # what a symbol adds to its count; symbols that the prior counts for
+PRECISION = 1 << 24  # what the probabilities of a table of constriction sum to
+STEPS, CLASSES = 4, 44  # scale classes in an octave; of standard deviations 2^-3 to 2^7.75
+GAIN, PRIOR = 32, 48  # what a symbol adds to its count; symbols that the prior counts for
 CODES_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
 MOST_CODES, MOST_COLUMNS = 1 << 28, 1 << 16  # of a bank: they bound the time that a forged shape can take
 
@@ -3759,11 +4345,11 @@ def power_of_two(sixteenths: int) -> int:
 
 def bell_counts(low: int, high: int) -> np.ndarray:
     """Prior counts [CLASSES, symbols] of low..high, as (1 + k^2 / 16 v)^-8 with the class's variance v."""
-    v = np.array([power_of_two(320 + 32 * n // STEPS) / 2 ** 26 for n in range(CLASSES)])[:, None]
+    v = np.array([power_of_two(320 + 32 * n // STEPS) / 2**26 for n in range(CLASSES)])[:, None]
     bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
     for _ in range(3):
         bell = bell * bell
-    counts = np.floor(bell * 2 ** 20).astype(np.int64) + 1
+    counts = np.floor(bell * 2**20).astype(np.int64) + 1
     return counts * (GAIN * PRIOR) // counts.sum(1, keepdims=True)
 
 
@@ -3844,7 +4430,7 @@ def class_steps(variance: np.ndarray, samples: int) -> np.ndarray:
             excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / STEPS)
             steps[:, n] = choices[(samples * (choices / STEPS + excess / math.log(4)) + toll).argmin(1)]
             track = follow(track, base + steps[:, n], n)
-        seen = np.bincount(steps.ravel() + 64, minlength=128) + 0.3 / (1 + choices ** 2)
+        seen = np.bincount(steps.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
         toll = math.log2(seen.sum()) - np.log2(seen)
     return steps
 
@@ -3878,31 +4464,31 @@ class Predictor:
         self.n, self.values = n, np.zeros((c, n + rows))
         self.values[:, :n] = known.T
         rest = self.values @ self.values.T
-        rest.flat[::c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge: at first the rows are few
+        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge: at first the rows are few
         factor = np.eye(c)
         for j in range(c):
-            factor[j + 1:, j] = rest[j + 1:, j] / rest[j, j]
-            rest[j + 1:, j + 1:] -= factor[j + 1:, j, None] * rest[j, j + 1:]
-        self.factor = np.rint(factor * 4096).clip(-2 ** 14, 2 ** 14)
+            factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
+            rest[j + 1 :, j + 1 :] -= factor[j + 1 :, j, None] * rest[j, j + 1 :]
+        self.factor = np.rint(factor * 4096).clip(-(2**14), 2**14)
         self.expected, self.e = np.zeros_like(self.values), np.zeros_like(self.values)
 
     def expect(self, j: int) -> None:
         """Linear prediction of column j, in blocks of 32: one product of matrices for all columns before the block."""
         start = j - j % 32
         if j == start:
-            self.ahead = self.factor[j:j + 32, :j] @ self.e[:j]
+            self.ahead = self.factor[j : j + 32, :j] @ self.e[:j]
         self.expected[j] = np.floor((self.ahead[j - start] + self.factor[j, start:j] @ self.e[start:j]) / 4096)
         self.learn(j, 0)  # for the innovations of the known rows
 
     def learn(self, j: int, column: np.ndarray | int) -> None:
         """Takes in column j of the new rows, int8 [rows]."""
-        self.values[j, self.n:] = column
-        self.e[j] = (16 * self.values[j] - self.expected[j]).clip(-2 ** 13, 2 ** 13)
+        self.values[j, self.n :] = column
+        self.e[j] = (16 * self.values[j] - self.expected[j]).clip(-(2**13), 2**13)
 
     def means(self, j: int | slice) -> np.ndarray:
         """The integers expected of the new rows in columns j, int64."""
         like = np.floor(self.share * self.e[j][..., self.source] / 8)
-        return np.floor((self.expected[j][..., self.n:] + like + 8) / 16).clip(-128, 127).astype(np.int64)
+        return np.floor((self.expected[j][..., self.n :] + like + 8) / 16).clip(-128, 127).astype(np.int64)
 
     def study(self, columns: np.ndarray) -> None:
         """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
@@ -3910,16 +4496,17 @@ class Predictor:
             self.expect(j)
             self.learn(j, column)
         old, new = np.split(self.e.astype(np.float32), [self.n], axis=1)
-        power, own = (old ** 2).sum(0) + 1, (new ** 2).sum(0) + 1
-        parts = [new[:, i:i + 1024].T @ (old / np.sqrt(power)) for i in range(0, new.shape[1], 1024)]
+        power, own = (old**2).sum(0) + 1, (new**2).sum(0) + 1
+        parts = [new[:, i : i + 1024].T @ (old / np.sqrt(power)) for i in range(0, new.shape[1], 1024)]
         best = np.concatenate([p.max(1) for p in parts]).clip(0)
         self.source = np.concatenate([p.argmax(1) for p in parts])
-        saved = -len(new) / 2 * np.log2((1 - best ** 2 / own).clip(1e-6))
+        saved = -len(new) / 2 * np.log2((1 - best**2 / own).clip(1e-6))
         share = np.rint(8 * best / np.sqrt(power[self.source])).clip(0, 15)
         self.share = np.where(saved > math.log2(self.n) + 2, share, 0).astype(np.int64)
 
     def code_sources(self, coder: RangeCoder, side: Counts, encoding: bool, rows: int) -> None:
         """Codes each new row's share and, where it is not 0, the two digits of its source; or reads them."""
+
         def code(values, amount: int, context: int) -> np.ndarray:
             return side.code(coder, values if encoding else None, np.full(amount, context, np.uint16))
 
@@ -3970,10 +4557,10 @@ def code_bank(coder: RangeCoder, codes, shape, trellis, doublings: int, low: int
     if not doublings:
         out = code_pass(coder, counts, side, known, shape, trellis, None)
     else:
-        order = (np.arange(r) * 2654435761 % 2 ** 32).argsort(kind="stable")  # every pass gets rows of every kind
+        order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
         out, start = np.empty((c, r), dtype=np.int8), 0
         for n in range(doublings, -1, -1):
-            seen, part = order[:start], order[start:r >> n]
+            seen, part = order[:start], order[start : r >> n]
             predictor = Predictor(out[:, seen].T, part.size) if start else None
             some = None if codes is None else known[:, part]
             out[:, part] = code_pass(coder, counts, side, some, (1, part.size, c), trellis, predictor)
@@ -4013,9 +4600,9 @@ def decode_integers(data: bytes, shape, trellis: tuple | None = None) -> np.ndar
     data = bytes(data)
     doublings, low, high = CODES_HEADER.unpack_from(data) if len(data) >= CODES_HEADER.size else (0, 0, 0)
     predicted = shape[0] == 1 and 1 << 5 <= shape[1] <= 1 << 16 and shape[2] <= 1024
-    if low >= high or doublings not in (0, 5)[:1 + predicted]:
+    if low >= high or doublings not in (0, 5)[: 1 + predicted]:
         raise ValueError("the integers' header does not make sense")
-    coder = RangeCoder(data[CODES_HEADER.size:])
+    coder = RangeCoder(data[CODES_HEADER.size :])
     codes = code_bank(coder, None, shape, trellis, doublings, low, high)
     if not coder.decoder.maybe_exhausted():
         raise ValueError("the integers end before their data")
@@ -4042,8 +4629,7 @@ def compress(codec: str, data: bytes, bank: tuple[tuple[int, int, int], int] | N
     return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
-def decompress(codec: str, data: bytes, size: int,
-               bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
+def decompress(codec: str, data: bytes, size: int, bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
     """Exactly `size` bytes; memory grows with what really comes out, not with the claim. Errors: ArtifactError."""
     try:
         if codec == "pergroup":
@@ -4077,8 +4663,9 @@ def decompress(codec: str, data: bytes, size: int,
     return out
 
 
-def pack_within(stored: dict[str, Quantized], residuals: list[Residual], limit: int, c: Config,
-                log: Callable[[str], None]) -> bytes:
+def pack_within(
+    stored: dict[str, Quantized], residuals: list[Residual], limit: int, c: Config, log: Callable[[str], None]
+) -> bytes:
     """The artifact with as many of the residuals, in their order, as `limit` bytes allow."""
     plain = data = pack(stored, c)
     room, chosen = limit - len(plain), []
@@ -4145,8 +4732,9 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
             dtype = part_dtype(part, q.bits)
             content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
             contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
-        tensors.append([name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())},
-                        q.states])
+        tensors.append(
+            [name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())}, q.states]
+        )
     sections, payload, banks = [], [], banks_of(tensors)
     for section, parts in contents.items():
         raw, codec = b"".join(parts), c.compressor
@@ -4163,8 +4751,9 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
 STEP_OCTAVES = (-2.5, 4.0)  # how far TARGET_BYTES may move the steps: finer ones would not fit int8
 
 
-def quantize_within(weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, c: Config,
-                    log: Callable[[str], None]) -> bytes:
+def quantize_within(
+    weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, c: Config, log: Callable[[str], None]
+) -> bytes:
     """The artifact by TARGET_BYTES: its steps as small as `limit` bytes allow, to a thousandth of them.
 
     A step that is larger by an octave saves a bit for each weight, which makes nearly a straight line of the bytes, so
@@ -4188,13 +4777,16 @@ def quantize_within(weights: dict[str, Tensor], hessians: dict[str, Tensor], lim
     data, octaves, lines = best or (data, octaves, lines)
     for line in lines:
         log(line)
-    log(f"target:{len(data)} bytes of {limit} for the model, with steps {2 ** octaves:.4f} times as large; "
-        f"{len(tried)} attempts")
+    log(
+        f"target:{len(data)} bytes of {limit} for the model, with steps {2**octaves:.4f} times as large; "
+        f"{len(tried)} attempts"
+    )
     return data
 
 
-def size_table(data: bytes, stored: dict[str, Quantized], weights: dict[str, Tensor],
-               hessians: dict[str, Tensor]) -> list[dict[str, Any]]:
+def size_table(
+    data: bytes, stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> list[dict[str, Any]]:
     """One row for each section of an artifact: elements, bits, entropy and packed bits of one, bytes, relative error.
 
     The error is tr(E H E^T) / tr(W H W^T) of what is stored: the share of the outputs' power that quantization moves.
@@ -4232,17 +4824,23 @@ def read_header(data: bytes) -> tuple[dict, int]:
     if len(data) < PREFIX.size or data[:8] != MAGIC:
         raise ArtifactError("is not an artifact of this program (or of another version)")
     _, length, checksum = PREFIX.unpack_from(data)
-    packed = data[PREFIX.size:PREFIX.size + length]
+    packed = data[PREFIX.size : PREFIX.size + length]
     if len(packed) != length or zlib.crc32(packed) != checksum:
         raise ArtifactError("is damaged: the header's checksum does not match")
     try:
         header = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
-        formed = (all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
-                  and all(list(map(type, t)) == [str, int, list, dict, int] and set(t[3]) <= set(EXTRAS)
-                          and t[4] in (0, *TRELLISES, *UNGERBOECK)
-                          and all(len(shape) == EXTRAS[part][1] for part, shape in t[3].items())
-                          and all(type(n) is int and n >= 0 for shape in (t[2], *t[3].values()) for n in shape)
-                          for t in header["tensors"]) and isinstance(header["model"], dict))
+        formed = (
+            all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
+            and all(
+                list(map(type, t)) == [str, int, list, dict, int]
+                and set(t[3]) <= set(EXTRAS)
+                and t[4] in (0, *TRELLISES, *UNGERBOECK)
+                and all(len(shape) == EXTRAS[part][1] for part, shape in t[3].items())
+                and all(type(n) is int and n >= 0 for shape in (t[2], *t[3].values()) for n in shape)
+                for t in header["tensors"]
+            )
+            and isinstance(header["model"], dict)
+        )
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
         formed = False
     if not formed:
@@ -4250,14 +4848,15 @@ def read_header(data: bytes) -> tuple[dict, int]:
     return header, PREFIX.size + length
 
 
-def read_sections(data: bytes, offset: int, sections: list[list],
-                  banks: dict[str, tuple[tuple[int, int, int], int]]) -> dict[str, memoryview]:
+def read_sections(
+    data: bytes, offset: int, sections: list[list], banks: dict[str, tuple[tuple[int, int, int], int]]
+) -> dict[str, memoryview]:
     """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
     if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
         raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
     raw: dict[str, memoryview] = {}
     for section, codec, length, size, checksum in sections:
-        packed = data[offset:offset + length]
+        packed = data[offset : offset + length]
         offset += length
         if len(packed) != length or zlib.crc32(packed) != checksum:
             raise ArtifactError(f"is damaged: the checksum of its section {section!r} does not match")
@@ -4277,15 +4876,16 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
         section = section_of(name, part, dtype, size)
         if len(raw.get(section, b"")) < size * dtype.itemsize:
             raise ArtifactError(f"its section {section!r} is too short for its tensors")
-        content, raw[section] = raw[section][:size * dtype.itemsize], raw[section][size * dtype.itemsize:]
+        content, raw[section] = raw[section][: size * dtype.itemsize], raw[section][size * dtype.itemsize :]
         return torch.from_numpy(np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))).view(shape)
 
     stored = {}
     for name, bits, shape, extras, states in header["tensors"]:
         codes = take(name, "codes", bits, shape)
         scales = None if bits == 16 else take(name, "scales", bits, shape[:-1])
-        stored[name] = Quantized(codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())},
-                                 states)
+        stored[name] = Quantized(
+            codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())}, states
+        )
     left = [section for section, rest in raw.items() if len(rest)]
     if left or len(stored) != len(header["tensors"]):
         raise ArtifactError(f"its tensors do not fill its sections {left}")
@@ -4302,13 +4902,21 @@ def check_extras(name: str, q: Quantized) -> None:
     if "corrected" in x:
         n, rank, groups = len(x["corrected"]), shapes.get("left", [0, 0, 0])[2], shapes.get("right_scales", [0] * 3)[2]
         either = shapes.get("left_scales") == [n, 1]
-        expected |= dict(corrected=[n], left=[n, rows, rank], left_scales=[n, 1 if either else rows],
-                         right=[n, rank, columns], right_scales=[n, rank, max(1, min(groups, columns))])
+        expected |= dict(
+            corrected=[n],
+            left=[n, rows, rank],
+            left_scales=[n, 1 if either else rows],
+            right=[n, rank, columns],
+            right_scales=[n, rank, max(1, min(groups, columns))],
+        )
     if "refined" in x:
         n = len(x["refined"])
         expected |= dict(refined=[n], residual=[n, rows, columns], residual_scales=[n, rows])
-    inside = all(not len(x[part]) or 0 <= x[part].min() and x[part].max() < matrices
-                 for part in ("corrected", "refined") if part in x)
+    inside = all(
+        not len(x[part]) or x[part].min() >= 0 and x[part].max() < matrices
+        for part in ("corrected", "refined")
+        if part in x
+    )
     if shapes != expected or not inside or ((shapes or q.states) and q.scales is None):
         raise ArtifactError(f"the extras of its tensor {name!r} do not fit it")
 
@@ -4428,7 +5036,7 @@ class Ledger:
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
         self.nll = np.zeros(targets, np.float64 if evaluator.c.compute_dtype == "float64" else np.float32)
         self.mine = np.zeros(targets, np.uint8)  # times that this rank scored a target
-        self.all = np.zeros(targets, np.uint8)   # times that all ranks did, when they last shared
+        self.all = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
 
     def score(self, positions: np.ndarray, nll: Tensor) -> None:
         """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
@@ -4480,8 +5088,10 @@ class Pace:
         projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds
         if budget and projected > budget and not self.warned:
             self.warned = True
-            self.run.log(f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
-                         f"{projected:.0f} s of evaluation, unpacking included")
+            self.run.log(
+                f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
+                f"{projected:.0f} s of evaluation, unpacking included"
+            )
 
     def advance(self, work: float) -> None:
         """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
@@ -4523,7 +5133,7 @@ class Evaluator:
 
     def batches(self, rows: list[list[int]]) -> list[list[list[int]]]:
         """Rows (lists of windows) in groups of the batch size."""
-        return [rows[i:i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
+        return [rows[i : i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
 
     def batch(self, rows: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
         """A batch of rows, and for each place the input's position in the stream, or -1 where nothing is scored."""
@@ -4534,17 +5144,18 @@ class Evaluator:
         for r, row in enumerate(rows):
             place = 0
             for start, size, first in windows[row].tolist():
-                position[r, place:place + size] = np.arange(start, start + size)
-                starts[r, place:place + size] = place
-                scored[r, place + first:place + size] = np.arange(start + first, start + size)
+                position[r, place : place + size] = np.arange(start, start + size)
+                starts[r, place : place + size] = place
+                scored[r, place + first : place + size] = np.arange(start + first, start + size)
                 place += size
             starts[r, place:] = place  # padding is a document of its own
         ids, targets = (self.tokens[p].astype(np.int64) for p in (position, position + 1))
         return to_device(ids, targets, starts, self.run.device), scored
 
     @torch.no_grad()
-    def score_rows(self, forward: Callable, rows: list[list[int]], ledger: Ledger | None = None,
-                   windows: np.ndarray | None = None) -> None:
+    def score_rows(
+        self, forward: Callable, rows: list[list[int]], ledger: Ledger | None = None, windows: np.ndarray | None = None
+    ) -> None:
         """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(rows, self.windows if windows is None else windows)
         nll, _ = forward(*batch, looped=self.c.loops, tempered=True)
@@ -4553,15 +5164,17 @@ class Evaluator:
 
     def rehearse(self, forward: Callable) -> None:
         """Computes one batch, so that what an evaluation needs is compiled."""
-        self.score_rows(forward, self.rows[:self.batch_rows])
+        self.score_rows(forward, self.rows[: self.batch_rows])
 
     def project(self, forward: Callable) -> None:
         """Logs what an evaluation will take, measured on one of its batches."""
         batches = self.batches(self.rows)
         seconds = self.run.seconds_again(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
         Pace(self.run, self.c, "sliding", len(batches)).project(
-            seconds, f"{len(self.windows)} windows of up to {self.c.eval_context} tokens every {self.c.eval_step}, "
-                     f"{len(batches)} batches")
+            seconds,
+            f"{len(self.windows)} windows of up to {self.c.eval_context} tokens every {self.c.eval_step}, "
+            f"{len(batches)} batches",
+        )
 
     def __call__(self, forward: Callable) -> Score:
         """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
@@ -4591,10 +5204,10 @@ class GlobalSteps:
         """This rank's rows of a step on the targets of the inputs at `positions` [n], and which places are of it."""
         length = self.c.train_seq_len
         rows = np.full(-(-len(positions) // length) * length, -1)
-        rows[:len(positions)] = positions
-        rows = rows.reshape(-1, length)[self.run.rank::self.run.world]
+        rows[: len(positions)] = positions
+        rows = rows.reshape(-1, length)[self.run.rank :: self.run.world]
         most = max(1, self.c.micro_batch_tokens // length)
-        for places in (rows[i:i + most] for i in range(0, len(rows), most)):
+        for places in (rows[i : i + most] for i in range(0, len(rows), most)):
             inside = np.maximum(places, 0)
             ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
             targets = self.tokens[inside + 1].astype(np.int64)
@@ -4619,18 +5232,20 @@ class GlobalSteps:
         """Of a forward and backward pass on a row without text."""
         batch = without_text(next(self.batches(np.zeros(self.run.world * self.c.train_seq_len, np.int64)))[0])
         seconds = self.run.seconds_again(
-            lambda: torch.autograd.grad(self.forward(*batch, looped=self.c.loops)[0].sum(),
-                                        list(self.model.parameters()), allow_unused=True))
+            lambda: torch.autograd.grad(
+                self.forward(*batch, looped=self.c.loops)[0].sum(), list(self.model.parameters()), allow_unused=True
+            )
+        )
         return seconds / batch.ids.numel()
 
     def rest_frozen_blocks(self) -> None:
         """Zeroes the gradients of the first blocks: their vectors, and their matrices in the banks."""
         if self.frozen:
-            for block in self.model.blocks[:self.frozen]:
+            for block in self.model.blocks[: self.frozen]:
                 for p in block.parameters():
                     p.grad.zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
-                bank.grad.unflatten(0, (-1, self.c.num_layers))[:, :self.frozen].zero_()
+                bank.grad.unflatten(0, (-1, self.c.num_layers))[:, : self.frozen].zero_()
 
 
 def cosine(step: int, steps: int) -> float:
@@ -4669,7 +5284,7 @@ class PhasedTTT:
     def cost(self, documents: np.ndarray) -> np.ndarray:
         """Tokens that pass through the model for each document, about: its chunks, each with its context."""
         context = np.minimum(self.lengths[documents], self.c.ttt_context)
-        return self.counts[documents] * context - context ** 2 / (2 * self.chunks[documents])
+        return self.counts[documents] * context - context**2 / (2 * self.chunks[documents])
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything learns from it."""
@@ -4704,8 +5319,10 @@ class PhasedTTT:
         tokens = self.pace.total
         if self.learn:
             tokens = tokens * self.c.ttt_grad_steps + global_tokens / self.run.world
-        self.pace.project(seconds / batch.ids.numel() * tokens,
-                          f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases")
+        self.pace.project(
+            seconds / batch.ids.numel() * tokens,
+            f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases",
+        )
 
     def rehearse(self, batch: Batch, scored: np.ndarray, learning: bool) -> None:
         """Computes a window and, where it would learn, its gradients, and drops them."""
@@ -4723,7 +5340,7 @@ class PhasedTTT:
         for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
             stream = number % c.ttt_streams
             if stream % self.run.world == self.run.rank:
-                yield first, stream, self.order[first:min(first + c.ttt_batch_size, end)]
+                yield first, stream, self.order[first : min(first + c.ttt_batch_size, end)]
 
     def adapt(self, documents: np.ndarray) -> None:
         """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
@@ -4752,8 +5369,13 @@ class PhasedTTT:
         adapters, rows = self.adapters, len(scored)
         leaves = [p.detach().requires_grad_(learning) for p in adapters.parameters(rows)] if adapters else []
         with torch.set_grad_enabled(learning):
-            nll, _ = self.forward(*batch, looped=self.c.loops, adapters=adapters.pairs(leaves) if adapters else None,
-                                  last=scored.shape[1], tempered=True)  # adapters learn from what counts
+            nll, _ = self.forward(
+                *batch,
+                looped=self.c.loops,
+                adapters=adapters.pairs(leaves) if adapters else None,
+                last=scored.shape[1],
+                tempered=True,
+            )  # adapters learn from what counts
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
@@ -4770,12 +5392,12 @@ class PhasedTTT:
             first[1] = stop[1]  # the second row is padding: nothing of it is scored
         last = max(2, int(self.chunks[documents].max()))
         length = min(max(int((stop - begin).max()), last + 1), max(self.c.ttt_context, last))
-        offset = stop[:, None] - length + np.arange(length)                        # [R, T] places in their documents
+        offset = stop[:, None] - length + np.arange(length)  # [R, T] places in their documents
         padding = offset < begin[:, None]
         positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
         ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
         starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
-        scored = np.where(offset >= first[:, None], positions, -1)[:, length - last:]
+        scored = np.where(offset >= first[:, None], positions, -1)[:, length - last :]
         return to_device(ids, targets, starts, self.run.device), scored
 
     def learn_globally(self, documents: np.ndarray) -> None:
@@ -4810,9 +5432,9 @@ class ChunkTTT:
         steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.ttt_momentum, c.ttt_freeze_blocks)
         self.project(forward, len(windows), steps)
         for chunk in range(self.count):
-            mine = windows[edges[chunk]:edges[chunk + 1]]
+            mine = windows[edges[chunk] : edges[chunk + 1]]
             batches = self.evaluator.batches(pack_rows(mine, c.eval_context))
-            for rows in batches[run.rank::run.world]:
+            for rows in batches[run.rank :: run.world]:
                 self.evaluator.score_rows(forward, rows, self.ledger, mine)
             positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
             if self.learn and chunk < self.count - 1:
@@ -4829,8 +5451,9 @@ class ChunkTTT:
         seconds = evaluator.run.seconds_again(lambda: evaluator.rehearse(forward)) * batches
         if self.learn:
             seconds += steps.seconds_per_token() * c.ttt_epochs * (self.count - 1) * self.size
-        self.pace.project(seconds / evaluator.run.world, f"{windows} windows in {self.count} chunks, {c.ttt_epochs} "
-                                                         "passes over each")
+        self.pace.project(
+            seconds / evaluator.run.world, f"{windows} windows in {self.count} chunks, {c.ttt_epochs} passes over each"
+        )
 
 
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
@@ -4845,11 +5468,19 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     score = method(evaluator, model)()
     if not math.isfinite(score.nats):
         c, name = evaluator.c, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.c.ttt_mode]
-        raise ConfigError(name.upper(), getattr(c, name), f"the loss of test-time training is {score.loss}; lower this "
-                          f"rate" + (f" or GLOBAL_TTT_LR={c.global_ttt_lr:g}" if c.ttt_mode == "phased" else ""))
+        raise ConfigError(
+            name.upper(),
+            getattr(c, name),
+            f"the loss of test-time training is {score.loss}; lower this "
+            f"rate" + (f" or GLOBAL_TTT_LR={c.global_ttt_lr:g}" if c.ttt_mode == "phased" else ""),
+        )
     log_score(run, "ttt", score)
-    return rows | dict(val_bpb_ttt=score.bpb, val_bpb=score.bpb, val_loss=score.loss,
-                       ttt_targets_per_second=score.tokens / (time.perf_counter() - begin))
+    return rows | dict(
+        val_bpb_ttt=score.bpb,
+        val_bpb=score.bpb,
+        val_loss=score.loss,
+        ttt_targets_per_second=score.tokens / (time.perf_counter() - begin),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4859,8 +5490,12 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What a reader of a log needs to repeat it."""
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                cuda=torch.version.cuda or "none")
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        cuda=torch.version.cuda or "none",
+    )
 
 
 def hardware(run: Run) -> str:
@@ -4880,8 +5515,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()
-        run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, "
-                "everything put back")
+        run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back")
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
         loader.waited = 0.0
@@ -4917,10 +5551,18 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         run.barrier()
     tokens = end.step * c.train_batch_tokens
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
-    return dict(**sizes(size, c, run), val_bpb_pre_quant=score.bpb, val_loss_pre_quant=score.loss, steps=end.step,
-                train_tokens=tokens, train_seconds=end.seconds, tokens_per_second=tokens / end.seconds,
-                data_wait_share=waited,
-                parameters=parameter_count(c), sections=sections if run.main else [])
+    return dict(
+        **sizes(size, c, run),
+        val_bpb_pre_quant=score.bpb,
+        val_loss_pre_quant=score.loss,
+        steps=end.step,
+        train_tokens=tokens,
+        train_seconds=end.seconds,
+        tokens_per_second=tokens / end.seconds,
+        data_wait_share=waited,
+        parameters=parameter_count(c),
+        sections=sections if run.main else [],
+    )
 
 
 @functools.cache
@@ -4941,8 +5583,13 @@ def shipped_code() -> tuple[int, str]:
 def sizes(model_bytes: int, c: Config, run: Run) -> dict[str, Any]:
     """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
     code, form = run.agree_object(shipped_code() if run.main else None)
-    return dict(code_bytes=code, code_form=form, model_bytes=model_bytes, artifact_bytes=code + model_bytes,
-                artifact_limit_bytes=c.artifact_limit_bytes)
+    return dict(
+        code_bytes=code,
+        code_form=form,
+        model_bytes=model_bytes,
+        artifact_bytes=code + model_bytes,
+        artifact_limit_bytes=c.artifact_limit_bytes,
+    )
 
 
 def log_data(run: Run, evaluator: Evaluator) -> None:
@@ -4965,10 +5612,19 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
             evaluator.project(compiled_forward(model))
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
-    rows = dict(**sizes(len(data), c, run), val_bpb_quantized=score.bpb, val_loss_quantized=score.loss,
-                val_bpb_ttt=None, val_bpb=score.bpb, val_loss=score.loss, val_tokens=score.tokens,
-                val_bytes=score.bytes, parameters=parameter_count(c), audit=evaluator.audit.rows,
-                reference_compressors=evaluator.audit.manifest.reference)
+    rows = dict(
+        **sizes(len(data), c, run),
+        val_bpb_quantized=score.bpb,
+        val_loss_quantized=score.loss,
+        val_bpb_ttt=None,
+        val_bpb=score.bpb,
+        val_loss=score.loss,
+        val_tokens=score.tokens,
+        val_bytes=score.bytes,
+        parameters=parameter_count(c),
+        audit=evaluator.audit.rows,
+        reference_compressors=evaluator.audit.manifest.reference,
+    )
     if c.ttt_mode != "none":
         with Stage(run, "ttt"):
             rows |= test_time_training(evaluator, model)
@@ -4979,18 +5635,24 @@ def print_summary(run: Run, s: dict[str, Any]) -> None:
     """The last lines of a run, from what it measured."""
     run.log("-" * 72)
     if "val_bpb_pre_quant" in s:
-        run.log(f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
-                f"{s['parameters']} parameters")
+        run.log(
+            f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
+            f"{s['parameters']} parameters"
+        )
         run.log(f"val_bpb    {s['val_bpb_pre_quant']:.4f} before quantization")
     if "val_bpb_quantized" in s:
-        run.log(f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
-                f"{s['val_bytes']} bytes, each once")
+        run.log(
+            f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
+            f"{s['val_bytes']} bytes, each once"
+        )
         for name, bpb in s["reference_compressors"].items():
             run.log(f"           {bpb:.4f} {name} on the same text, for orientation")
     if "artifact_bytes" in s:
         share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
-        run.log(f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
-                f"{share:.1%} of the limit of {s['artifact_limit_bytes']}")
+        run.log(
+            f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
+            f"{share:.1%} of the limit of {s['artifact_limit_bytes']}"
+        )
         run.log(f"           code {s['code_form']}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
     run.log(f"seconds    {stages}; in all {sum(s['seconds'].values()):.1f}")
@@ -5014,9 +5676,11 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
         log_data(run, evaluator)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
     attention, why = choose_attention(c)
-    run.log(f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
-            f"attention:{attention} ({why}) compile:{c.compile} "
-            f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)} read_ahead:{c.read_ahead}")
+    run.log(
+        f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
+        f"attention:{attention} ({why}) compile:{c.compile} "
+        f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)} read_ahead:{c.read_ahead}"
+    )
     summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode, attention=attention)
     if c.mode != "eval":
         looped = f" looped:{execution_order(c, True)}" if c.loops else ""
@@ -5025,8 +5689,9 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
         summary |= dict(train_stages(c, run, loader, evaluator), audit=evaluator.audit.rows)
     if c.mode != "train":
         summary |= eval_stages(c, explicit, run, evaluator)
-    summary |= dict(seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(),
-                    hardware=hardware(run))
+    summary |= dict(
+        seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
+    )
     if run.main:
         write_aside(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
     print_summary(run, summary)
@@ -5038,11 +5703,16 @@ def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
 
 def dry_run(c: Config, world: int) -> str:
     """What a run would do, as one JSON object."""
-    return json.dumps(dict(
-        config=dataclasses.asdict(c), parameters=parameter_count(c),
-        execution_order=dict(plain=execution_order(c, False), looped=execution_order(c, True)),
-        batch_layout=dict(**batch_layout(c, world)._asdict(), row_tokens=c.train_seq_len),
-        evaluation=dict(context=c.eval_context, stride=c.eval_step, batch_rows=c.eval_rows)), indent=1)
+    return json.dumps(
+        dict(
+            config=dataclasses.asdict(c),
+            parameters=parameter_count(c),
+            execution_order=dict(plain=execution_order(c, False), looped=execution_order(c, True)),
+            batch_layout=dict(**batch_layout(c, world)._asdict(), row_tokens=c.train_seq_len),
+            evaluation=dict(context=c.eval_context, stride=c.eval_step, batch_rows=c.eval_rows),
+        ),
+        indent=1,
+    )
 
 
 def main(arguments: list[str], environment: dict[str, str]) -> int:
@@ -5082,15 +5752,18 @@ def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[
     while queue:
         word = queue.pop(0)
         if word == "--mode" or word.startswith("--mode="):
-            value = word[len("--mode="):] if "=" in word else (queue.pop(0) if queue else "")
+            value = word[len("--mode=") :] if "=" in word else (queue.pop(0) if queue else "")
             if not value:
                 raise ConfigError("argument", word, "needs a mode: train, eval or all")
             environment["MODE"] = value
         elif word in ("--help", "-h", "--dry-run"):
             options.add("--help" if word == "-h" else word)
         else:
-            raise ConfigError("argument", word, "must be --mode train|eval|all, --dry-run or --help; every other "
-                                                "setting is an environment variable")
+            raise ConfigError(
+                "argument",
+                word,
+                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable",
+            )
     return options, environment
 
 

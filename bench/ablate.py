@@ -10,6 +10,7 @@ each row the change against the whole preset with the same seeds: bits per byte 
 the model, tokens/s, with the standard deviations of these differences. Small models and short trainings: a technique
 that does nothing here may well pay at the preset's size.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,11 +31,35 @@ import train_gpt as t  # noqa: E402
 
 # The presets' shapes in small; what a row sets comes on top. The learning rates are higher, as small models want.
 SMALL = dict(
-    VOCAB_SIZE=1024, NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=3, TRAIN_SEQ_LEN=256,
-    TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=4096, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=0,
-    TRAIN_LOG_EVERY=50, VAL_BATCH_SIZE=8192, EVAL_SEQ_LEN=256, EVAL_STRIDE=0, EVAL_BUDGET_SECONDS=0,
-    GPTQ_CALIBRATION_BATCHES=4, TTT_MODE="none", MUON_MOMENTUM_WARMUP_STEPS=50, TARGET_BYTES=0, ROPE_DIMS=16,
-    MATRIX_LR=0.04, SCALAR_LR=0.04, TIED_EMBED_LR=0.03, WARMDOWN_FRAC=0.6, EMA_DECAY=0.97, SWA_EVERY=5, RVQ_ENABLED=0,
+    VOCAB_SIZE=1024,
+    NUM_LAYERS=4,
+    MODEL_DIM=128,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    MLP_MULT=3,
+    TRAIN_SEQ_LEN=256,
+    TRAIN_BATCH_TOKENS=2048,
+    MICRO_BATCH_TOKENS=4096,
+    MAX_WALLCLOCK_SECONDS=0,
+    WARMUP_STEPS=0,
+    VAL_LOSS_EVERY=0,
+    TRAIN_LOG_EVERY=50,
+    VAL_BATCH_SIZE=8192,
+    EVAL_SEQ_LEN=256,
+    EVAL_STRIDE=0,
+    EVAL_BUDGET_SECONDS=0,
+    GPTQ_CALIBRATION_BATCHES=4,
+    TTT_MODE="none",
+    MUON_MOMENTUM_WARMUP_STEPS=50,
+    TARGET_BYTES=0,
+    ROPE_DIMS=16,
+    MATRIX_LR=0.04,
+    SCALAR_LR=0.04,
+    TIED_EMBED_LR=0.03,
+    WARMDOWN_FRAC=0.6,
+    EMA_DECAY=0.97,
+    SWA_EVERY=5,
+    RVQ_ENABLED=0,
     CPU_THREADS=1,
 )
 PRESETS = {
@@ -44,48 +69,88 @@ PRESETS = {
 NO_DECAY = dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0)
 ROWS = {
     "record": {
-        "XSA off": dict(XSA_LAST_N=0), "skip gates off": dict(SKIP_GATES_ENABLED=0), "loops off": dict(NUM_LOOPS=0),
-        "loops from the start": dict(ENABLE_LOOPING_AT=0), "lanes off": dict(PARALLEL_START_LAYER=-1),
-        "SmearGate off": dict(SMEAR_GATE_ENABLED=0), "SmearGate by channel": dict(SMEAR_GATE_TYPE="channel"),
+        "XSA off": dict(XSA_LAST_N=0),
+        "skip gates off": dict(SKIP_GATES_ENABLED=0),
+        "loops off": dict(NUM_LOOPS=0),
+        "loops from the start": dict(ENABLE_LOOPING_AT=0),
+        "lanes off": dict(PARALLEL_START_LAYER=-1),
+        "SmearGate off": dict(SMEAR_GATE_ENABLED=0),
+        "SmearGate by channel": dict(SMEAR_GATE_TYPE="channel"),
         "head gate off": dict(SPARSE_ATTN_GATE_ENABLED=0),
         "output head gate instead": dict(SPARSE_ATTN_GATE_ENABLED=0, ATTN_OUT_GATE_ENABLED=1),
         "dense head gate instead": dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1),
-        "LN scale off": dict(LN_SCALE=0), "QK gain 1.5": dict(QK_GAIN_INIT=1.5), "rotary on all": dict(ROPE_DIMS=0),
-        "ReLU squared": dict(LEAKY_RELU_SLOPE=0), "NEFTune off": dict(NEFTUNE_ALPHA=0),
-        "z-loss off": dict(Z_LOSS_WEIGHT=0), "classic Newton-Schulz": dict(MUON_COEFFICIENTS="classic"),
-        "row normalization off": dict(MUON_ROW_NORMALIZE=0), "weight decay off": NO_DECAY,
-        "clipping off": dict(GRAD_CLIP_NORM=0), "EMA off": dict(EMA_DECAY=0), "untied head": dict(TIE_EMBEDDINGS=0),
-        "LQER off": dict(LQER_ENABLED=0), "uniform quantizer": dict(QUANTIZER="uniform"),
+        "LN scale off": dict(LN_SCALE=0),
+        "QK gain 1.5": dict(QK_GAIN_INIT=1.5),
+        "rotary on all": dict(ROPE_DIMS=0),
+        "ReLU squared": dict(LEAKY_RELU_SLOPE=0),
+        "NEFTune off": dict(NEFTUNE_ALPHA=0),
+        "z-loss off": dict(Z_LOSS_WEIGHT=0),
+        "classic Newton-Schulz": dict(MUON_COEFFICIENTS="classic"),
+        "row normalization off": dict(MUON_ROW_NORMALIZE=0),
+        "weight decay off": NO_DECAY,
+        "clipping off": dict(GRAD_CLIP_NORM=0),
+        "EMA off": dict(EMA_DECAY=0),
+        "untied head": dict(TIE_EMBEDDINGS=0),
+        "LQER off": dict(LQER_ENABLED=0),
+        "uniform quantizer": dict(QUANTIZER="uniform"),
         "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0),
-        "steps by column off": dict(COLUMN_STEPS=0), "brotli": dict(COMPRESSOR="brotli"),
-        "AWQ-lite on": dict(AWQ_GROUPS=8), "BigramHash on": dict(BIGRAM_VOCAB_SIZE=1536),
-        "value embeddings on": dict(VE_DIM=128, VE_LAYERS="2,3"), "poly softcap": dict(SOFTCAP_TYPE="poly"),
-        "focal loss on": dict(FOCAL_ENABLED=1), "SWA on": dict(SWA_ENABLED=1),
+        "steps by column off": dict(COLUMN_STEPS=0),
+        "brotli": dict(COMPRESSOR="brotli"),
+        "AWQ-lite on": dict(AWQ_GROUPS=8),
+        "BigramHash on": dict(BIGRAM_VOCAB_SIZE=1536),
+        "value embeddings on": dict(VE_DIM=128, VE_LAYERS="2,3"),
+        "poly softcap": dict(SOFTCAP_TYPE="poly"),
+        "focal loss on": dict(FOCAL_ENABLED=1),
+        "SWA on": dict(SWA_ENABLED=1),
         "progressive depth on": dict(PROGRESSIVE_DEPTH_SCHEDULE="0.08,0.25"),
         "late QAT on": dict(LATE_QAT_THRESHOLD=0.15),
-        "context 512": dict(EVAL_SEQ_LEN=512), "context 512, YaRN": dict(EVAL_SEQ_LEN=512, ROPE_TYPE="yarn"),
+        "context 512": dict(EVAL_SEQ_LEN=512),
+        "context 512, YaRN": dict(EVAL_SEQ_LEN=512, ROPE_TYPE="yarn"),
     },
     "poly5": {
-        "BigramHash off": dict(BIGRAM_VOCAB_SIZE=0), "value embeddings off": dict(VE_DIM=0),
-        "SmearGate off": dict(SMEAR_GATE_ENABLED=0), "XSA off": dict(XSA_LAST_N=0),
-        "tanh softcap": dict(SOFTCAP_TYPE="tanh"), "focal loss off": dict(FOCAL_ENABLED=0),
-        "z-loss off": dict(Z_LOSS_WEIGHT=0), "progressive depth off": dict(PROGRESSIVE_DEPTH_SCHEDULE="0"),
-        "LN scale off": dict(LN_SCALE=0), "weight decay off": NO_DECAY,
-        "EMA alone": dict(WEIGHT_AVERAGE="ema"), "SWA alone": dict(WEIGHT_AVERAGE="swa"),
-        "late QAT off": dict(LATE_QAT_THRESHOLD=0), "RVQ on": dict(RVQ_ENABLED=1), "GPTQ": dict(QUANTIZER="uniform"),
-        "trellis": dict(QUANTIZER="trellis"), "Polar Express": dict(MUON_COEFFICIENTS="polar_express"),
-        "row normalization on": dict(MUON_ROW_NORMALIZE=1), "skip gates on": dict(SKIP_GATES_ENABLED=1),
-        "head gate on": dict(SPARSE_ATTN_GATE_ENABLED=1), "NEFTune on": dict(NEFTUNE_ALPHA=5),
-        "loops on": dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=2), "lanes on": dict(PARALLEL_START_LAYER=3),
+        "BigramHash off": dict(BIGRAM_VOCAB_SIZE=0),
+        "value embeddings off": dict(VE_DIM=0),
+        "SmearGate off": dict(SMEAR_GATE_ENABLED=0),
+        "XSA off": dict(XSA_LAST_N=0),
+        "tanh softcap": dict(SOFTCAP_TYPE="tanh"),
+        "focal loss off": dict(FOCAL_ENABLED=0),
+        "z-loss off": dict(Z_LOSS_WEIGHT=0),
+        "progressive depth off": dict(PROGRESSIVE_DEPTH_SCHEDULE="0"),
+        "LN scale off": dict(LN_SCALE=0),
+        "weight decay off": NO_DECAY,
+        "EMA alone": dict(WEIGHT_AVERAGE="ema"),
+        "SWA alone": dict(WEIGHT_AVERAGE="swa"),
+        "late QAT off": dict(LATE_QAT_THRESHOLD=0),
+        "RVQ on": dict(RVQ_ENABLED=1),
+        "GPTQ": dict(QUANTIZER="uniform"),
+        "trellis": dict(QUANTIZER="trellis"),
+        "Polar Express": dict(MUON_COEFFICIENTS="polar_express"),
+        "row normalization on": dict(MUON_ROW_NORMALIZE=1),
+        "skip gates on": dict(SKIP_GATES_ENABLED=1),
+        "head gate on": dict(SPARSE_ATTN_GATE_ENABLED=1),
+        "NEFTune on": dict(NEFTUNE_ALPHA=5),
+        "loops on": dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=2),
+        "lanes on": dict(PARALLEL_START_LAYER=3),
     },
 }
 # What only evaluation does: the whole preset's artifacts, scored in another way. The rates of test-time training are
 # raised, and its batches and phases made smaller, for small models and few documents.
-TTT = dict(TTT_BATCH_SIZE=32, TTT_LORA_RANK=16, TTT_LORA_ALPHA=18, TTT_LORA_LR=1e-3, PHASED_TTT_PREFIX_DOCS=100,
-           GLOBAL_TTT_CHUNK_TOKENS=4096, GLOBAL_TTT_LR=0.01, TTT_CHUNK_TOKENS=4096, TTT_LR=0.01)
+TTT = dict(
+    TTT_BATCH_SIZE=32,
+    TTT_LORA_RANK=16,
+    TTT_LORA_ALPHA=18,
+    TTT_LORA_LR=1e-3,
+    PHASED_TTT_PREFIX_DOCS=100,
+    GLOBAL_TTT_CHUNK_TOKENS=4096,
+    GLOBAL_TTT_LR=0.01,
+    TTT_CHUNK_TOKENS=4096,
+    TTT_LR=0.01,
+)
 EVALUATIONS = {
-    "stride 64": dict(EVAL_STRIDE=64), "temperature 0.95": dict(TEMPERATURE=0.95),
-    "phased TTT": dict(TTT_MODE="phased", **TTT), "chunk TTT": dict(TTT_MODE="chunk", **TTT),
+    "stride 64": dict(EVAL_STRIDE=64),
+    "temperature 0.95": dict(TEMPERATURE=0.95),
+    "phased TTT": dict(TTT_MODE="phased", **TTT),
+    "chunk TTT": dict(TTT_MODE="chunk", **TTT),
 }
 
 
@@ -104,6 +169,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
     jobs = []
     for seed in options.seeds:
         for preset in options.presets:
+
             def job(name: str, of: Path | None = None) -> Job:
                 folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
                 return Job(preset, name, seed, folder, of)
@@ -132,11 +198,25 @@ def run(job: Job, options: argparse.Namespace) -> dict:
         if job.of:
             job.folder.mkdir(parents=True)
             shutil.copy(job.of / "model.pgolf", job.folder)
-            names = ("PRESET", "DATA_PATH", "ARTIFACT_DIR", "VAL_BATCH_SIZE", "CPU_THREADS", "EVAL_BUDGET_SECONDS",
-                     "EVAL_STRIDE", "TTT_MODE", *changes)  # the model's own settings are the artifact's
+            names = (
+                "PRESET",
+                "DATA_PATH",
+                "ARTIFACT_DIR",
+                "VAL_BATCH_SIZE",
+                "CPU_THREADS",
+                "EVAL_BUDGET_SECONDS",
+                "EVAL_STRIDE",
+                "TTT_MODE",
+                *changes,
+            )  # the model's own settings are the artifact's
             values = {"MODE": "eval", **{name: values[name] for name in names}}
-        done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, **{name: str(value) for name, value in values.items()}})
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train_gpt.py")],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **{name: str(value) for name, value in values.items()}},
+        )
         if done.returncode:
             raise RuntimeError(f"{job.folder}: exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}")
     summary = json.loads(path.read_text())
@@ -156,15 +236,24 @@ def make_all(jobs: list[Job], options: argparse.Namespace) -> dict[Job, dict]:
                 except RuntimeError:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-                print(f"{len(found)}/{len(jobs)} {time.monotonic() - began:.0f}s {job.preset} {job.name} seed "
-                      f"{job.seed}: {found[job]['val_bpb_quantized']:.4f}", flush=True)
+                print(
+                    f"{len(found)}/{len(jobs)} {time.monotonic() - began:.0f}s {job.preset} {job.name} seed "
+                    f"{job.seed}: {found[job]['val_bpb_quantized']:.4f}",
+                    flush=True,
+                )
     return found
 
 
 def settings(preset: str, changes: dict, options: argparse.Namespace) -> dict[str, str]:
     """The environment of a training."""
-    values = {**SMALL, **PRESETS[preset], "ITERATIONS": options.steps, **changes, "PRESET": preset,
-              "DATA_PATH": options.data}
+    values = {
+        **SMALL,
+        **PRESETS[preset],
+        "ITERATIONS": options.steps,
+        **changes,
+        "PRESET": preset,
+        "DATA_PATH": options.data,
+    }
     return {name: str(value) for name, value in values.items()}
 
 
@@ -229,10 +318,13 @@ def verdicts(whole: list[dict], rows: dict[str, list[dict]]) -> list[str]:
     """The rows by what they do to the score after quantization: the same with every seed, or not."""
     groups: dict[str, list[str]] = {"Better with every seed": [], "Worse with every seed": [], "Seeds disagree": []}
     for name, changed in rows.items():
-        signs = {(b["val_bpb_quantized"] > a["val_bpb_quantized"]) - (b["val_bpb_quantized"] < a["val_bpb_quantized"])
-                 for a, b in zip(whole, changed)}
-        groups[{(-1,): "Better with every seed", (1,): "Worse with every seed"}.get(tuple(signs), "Seeds disagree")
-               ].append(name)
+        signs = {
+            (b["val_bpb_quantized"] > a["val_bpb_quantized"]) - (b["val_bpb_quantized"] < a["val_bpb_quantized"])
+            for a, b in zip(whole, changed)
+        }
+        groups[
+            {(-1,): "Better with every seed", (1,): "Worse with every seed"}.get(tuple(signs), "Seeds disagree")
+        ].append(name)
     return [f"{title}: {', '.join(names)}.\n" for title, names in groups.items() if names]
 
 
@@ -246,14 +338,21 @@ def table(preset: str, found: dict[Job, dict], options: argparse.Namespace) -> l
     keys = ("val_bpb_pre_quant", "val_bpb_quantized", "model_bytes")
     means = {key: statistics.mean(s[key] for s in whole) for key in keys}
     spread = statistics.stdev(s["val_bpb_quantized"] for s in whole) if len(whole) > 1 else 0
-    return [f"## {preset}", "", f"The whole preset: {means['val_bpb_pre_quant']:.4f} bpb, quantized "
-            f"{means['val_bpb_quantized']:.4f} (deviation {spread:.4f}), {means['model_bytes']:.0f} bytes, "
-            f"{statistics.mean(ratios['whole']):.0f} tokens/s on one thread; {options.steps} steps of "
-            f"{SMALL['TRAIN_BATCH_TOKENS']} tokens, {whole[0]['parameters']} parameters, seeds "
-            f"{', '.join(map(str, options.seeds))}, {whole[0]['hardware']}, torch {whole[0]['versions']['torch']}.", "",
-            "| changed | bpb | bpb quantized | bytes | tokens/s |", "|---|---|---|---|---|",
-            *(line_of(name, whole, changed, ratios.get(name)) for name, changed in rows.items()), "",
-            *verdicts(whole, rows)]
+    return [
+        f"## {preset}",
+        "",
+        f"The whole preset: {means['val_bpb_pre_quant']:.4f} bpb, quantized "
+        f"{means['val_bpb_quantized']:.4f} (deviation {spread:.4f}), {means['model_bytes']:.0f} bytes, "
+        f"{statistics.mean(ratios['whole']):.0f} tokens/s on one thread; {options.steps} steps of "
+        f"{SMALL['TRAIN_BATCH_TOKENS']} tokens, {whole[0]['parameters']} parameters, seeds "
+        f"{', '.join(map(str, options.seeds))}, {whole[0]['hardware']}, torch {whole[0]['versions']['torch']}.",
+        "",
+        "| changed | bpb | bpb quantized | bytes | tokens/s |",
+        "|---|---|---|---|---|",
+        *(line_of(name, whole, changed, ratios.get(name)) for name, changed in rows.items()),
+        "",
+        *verdicts(whole, rows),
+    ]
 
 
 def main() -> int:
@@ -277,9 +376,14 @@ def main() -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    lines = ["# Ablations", "", "Made by `make ablate`: differences to the whole preset with the same seeds, mean ± "
-             "standard deviation over seeds (of tokens/s: over three timings in turns). More bits per byte are worse. "
-             "Rows without a figure before quantization score the whole preset's artifacts in another way.", ""]
+    lines = [
+        "# Ablations",
+        "",
+        "Made by `make ablate`: differences to the whole preset with the same seeds, mean ± "
+        "standard deviation over seeds (of tokens/s: over three timings in turns). More bits per byte are worse. "
+        "Rows without a figure before quantization score the whole preset's artifacts in another way.",
+        "",
+    ]
     for preset in options.presets:
         lines += table(preset, found, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

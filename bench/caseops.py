@@ -4,6 +4,7 @@
 
 The text is the documentation in a package (data/corpus.py), as prepare.py sees it; figures are medians.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,9 +43,12 @@ def main() -> None:
     codec = prepare.Codec(prepare.train_tokenizer(texts, 1024, with_caseops=True)[0], with_caseops=True)
     ids = [codec.encode(text) for text in texts]
     stages = {
-        "sentencepiece": (plain.processor.encode, texts), "caseops.encode": (caseops.encode, texts),
-        "caseops.decode": (caseops.decode, encoded), "token_bytes": (codec.token_bytes, ids),
-        "prepare, plain": (plain.encode, texts), "prepare, --caseops": (codec.encode, texts),
+        "sentencepiece": (plain.processor.encode, texts),
+        "caseops.encode": (caseops.encode, texts),
+        "caseops.decode": (caseops.decode, encoded),
+        "token_bytes": (codec.token_bytes, ids),
+        "prepare, plain": (plain.encode, texts),
+        "prepare, --caseops": (codec.encode, texts),
     }
     rates = {name: megabytes_per_second(*stage, size, options.repeats) for name, stage in stages.items()}
     print(f"{len(texts)} documents, {size} bytes")

@@ -5,6 +5,7 @@
 Each figure is the median of several alternating runs of forward and backward; a ratio above 1 means that the fast
 version is faster. The last line is a whole training step of the demo preset with ATTENTION=sdpa against blocked.
 """
+
 from __future__ import annotations
 
 import os
@@ -16,8 +17,8 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -38,10 +39,12 @@ def alternate(slow: Callable, fast: Callable, repeats: int) -> tuple[float, floa
 
 def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable:
     """A call that runs the function forward and backward."""
+
     def call() -> None:
         out = function(*inputs)
         out = out[0] if isinstance(out, tuple) else out
         torch.autograd.grad(out, inputs, torch.ones_like(out))
+
     return call
 
 
@@ -53,6 +56,7 @@ def one_document(rows: int, length: int) -> t.Documents:
 
 def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
     """Name -> (plain, fast), at the demo's shapes."""
+
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, requires_grad=True)
 
@@ -64,10 +68,14 @@ def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Calla
     return {
         "attention": (attention["sdpa"], attention["blocked"]),
         "rms_norm": (both_ways(t.rms_norm_plain, x), both_ways(t.RMSNormCPU.apply, x)),
-        "leaky_relu_squared": (both_ways(lambda h: t.leaky_relu_squared_plain(h, 0.5), hidden),
-                               both_ways(lambda h: t.LeakyReLUSquaredCPU.apply(h, 0.5), hidden)),
-        "cross_entropy": (both_ways(lambda z: t.softcapped_cross_entropy_plain(z, targets, 30.0), logits),
-                          both_ways(lambda z: t.SoftcappedCrossEntropyCPU.apply(z, targets, 30.0), logits)),
+        "leaky_relu_squared": (
+            both_ways(lambda h: t.leaky_relu_squared_plain(h, 0.5), hidden),
+            both_ways(lambda h: t.LeakyReLUSquaredCPU.apply(h, 0.5), hidden),
+        ),
+        "cross_entropy": (
+            both_ways(lambda z: t.softcapped_cross_entropy_plain(z, targets, 30.0), logits),
+            both_ways(lambda z: t.SoftcappedCrossEntropyCPU.apply(z, targets, 30.0), logits),
+        ),
     }
 
 
@@ -81,6 +89,7 @@ def training_step(attention: str) -> Callable:
 
     def call() -> None:
         model(ids, ids, one_document(*ids.shape), looped=False)[0].mean().backward()
+
     return call
 
 

@@ -32,7 +32,7 @@ SMALL = dict(
     PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=2048, TTT_BASELINE=1, TARGET_BYTES=0, EVAL_STRIDE=32, SEED=5,
 )  # fmt: skip
 RUNS = {
-    "demo": dict(PRESET="demo", MODEL_BYTES=90_000),
+    "demo": dict(PRESET="demo", MODEL_BYTES=150_000),
     "baseline": dict(PRESET="baseline"),
     "record": dict(PRESET="record"),
     "record, 2 ranks": dict(PRESET="record", ranks=2),
@@ -75,10 +75,16 @@ def fingerprint(settings: dict, data: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings["ARTIFACT_DIR"] = Path(folder, "run")
         done = subprocess.run(
-            command, env={**kept, **{k: str(v) for k, v in settings.items()}}, cwd=folder, capture_output=True, text=True
+            command,
+            env={**kept, **{k: str(v) for k, v in settings.items()}},
+            cwd=folder,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
-            raise SystemExit(f"error: {settings}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise SystemExit(
+                f"error: {settings}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
         run = Path(folder, "run")
         summary = json.loads((run / "summary.json").read_text())
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ whole time inside of `TrainLoader.batch`. `audit`: what a pass over the shard co
 with runs of 50 tokens; from it, computed and not measured, the time of 10 billion tokens on 8 ranks with a core each,
 the reading from a disk left out: the shard is in memory here.
 """
+
 from __future__ import annotations
 
 import os
@@ -22,8 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -58,9 +59,11 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
     lines = []
     for depth, loader in loaders.items():
         loader.ahead.close()
-        lines.append(f"demo      read ahead {depth}   {turns * steps} steps of {c.train_batch_tokens} tokens, "
-                     f"{1000 * spent[depth] / (turns * steps):.1f} ms each, waited {loader.waited / spent[depth]:.3%} "
-                     "of the time")
+        lines.append(
+            f"demo      read ahead {depth}   {turns * steps} steps of {c.train_batch_tokens} tokens, "
+            f"{1000 * spent[depth] / (turns * steps):.1f} ms each, waited {loader.waited / spent[depth]:.3%} "
+            "of the time"
+        )
     return lines
 
 
@@ -91,9 +94,11 @@ def consumer(folder: Path, seconds: float) -> list[str]:
             loader.ahead.close()
     for depth, rows in found.items():
         free, waited = (statistics.median(column) for column in zip(*rows))
-        lines.append(f"consumer  read ahead {depth}   sustained {free / 1e6:.1f} M tokens/s a rank; at "
-                     f"{RATE / 1e6:.0f} M tokens/s it waited {waited:.3%} of the time (medians of {RANKS} ranks, "
-                     f"{loader.layout.micro_rows} x {c.train_seq_len} tokens at a time)")
+        lines.append(
+            f"consumer  read ahead {depth}   sustained {free / 1e6:.1f} M tokens/s a rank; at "
+            f"{RATE / 1e6:.0f} M tokens/s it waited {waited:.3%} of the time (medians of {RANKS} ranks, "
+            f"{loader.layout.micro_rows} x {c.train_seq_len} tokens at a time)"
+        )
     return lines
 
 
@@ -117,14 +122,21 @@ def audit(folder: Path, validation_tokens: int) -> list[str]:
         index = t.DocumentIndex(validation)
         middle = time.perf_counter()
         windows = t.WindowIndex(validation)
-        lines.append(f"audit     indexing {validation_tokens} validation tokens: documents {middle - begin:.2f} s, "
-                     f"runs of 50 tokens {time.perf_counter() - middle:.2f} s")
-    for words, arguments in (("documents, no hash", (False, index)), ("documents and SHA-256", (True, index)),
-                             ("those and runs of 50 tokens", (True, index, windows))):
+        lines.append(
+            f"audit     indexing {validation_tokens} validation tokens: documents {middle - begin:.2f} s, "
+            f"runs of 50 tokens {time.perf_counter() - middle:.2f} s"
+        )
+    for words, arguments in (
+        ("documents, no hash", (False, index)),
+        ("documents and SHA-256", (True, index)),
+        ("those and runs of 50 tokens", (True, index, windows)),
+    ):
         seconds = seconds_of(lambda: t.scan_shard(training, 0, *arguments))
         rate = len(training) / seconds
-        lines.append(f"audit     {words}: {rate / 1e6:.0f} M tokens/s, {2 * rate / 1e9:.2f} GB/s on one core; 10 "
-                     f"billion tokens on {RANKS} ranks: {CHALLENGE_TOKENS / rate / RANKS:.1f} s (computed)")
+        lines.append(
+            f"audit     {words}: {rate / 1e6:.0f} M tokens/s, {2 * rate / 1e9:.2f} GB/s on one core; 10 "
+            f"billion tokens on {RANKS} ranks: {CHALLENGE_TOKENS / rate / RANKS:.1f} s (computed)"
+        )
     return lines
 
 
@@ -139,8 +151,13 @@ def main(arguments: list[str]) -> int:
         parser.error("--tokens must be at least 1000000, --seconds above 0, --steps at least 1")
     try:
         lines = demo(options.data, options.steps, 5)
-        print(f"# python bench/loader.py {' '.join(arguments)}\n{t.hardware(t.Run(0, 1, 1, torch.device('cpu')))}  "
-              f"torch {torch.__version__}  numpy {np.__version__}", *lines, sep="\n", flush=True)
+        print(
+            f"# python bench/loader.py {' '.join(arguments)}\n{t.hardware(t.Run(0, 1, 1, torch.device('cpu')))}  "
+            f"torch {torch.__version__}  numpy {np.__version__}",
+            *lines,
+            sep="\n",
+            flush=True,
+        )
         with tempfile.TemporaryDirectory() as folder:
             write_tokens(Path(folder), config("record", Path(folder)), options.tokens, 800.0)
             print(*consumer(Path(folder), options.seconds), *audit(Path(folder), 10_000_000), sep="\n")

@@ -11,6 +11,7 @@ chain of nearest neighbours in L1; transposed; `lrzip -z -L 9`; the permutations
 own; its peak memory counts that process, with what it inherits, and its children. Every coder must give the integers
 back.
 """
+
 from __future__ import annotations
 
 import os
@@ -26,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -60,9 +62,13 @@ def synthetic_banks(layers: int, width: int, vocabulary: int) -> Banks:
     rows += rng.standard_normal((vocabulary, width)) * 7
     like = rng.random(vocabulary) < 0.1
     rows[like] = rows[0] + rng.standard_normal((like.sum(), width))
-    return {"embedding": np.rint(rows).clip(-127, 127).astype(np.int8)[None],
-            "qo_bank": draw(2 * layers, width, width), "kv_bank": draw(2 * layers, width // 2, width),
-            "up_bank": draw(layers, 4 * width, width), "down_bank": draw(layers, width, 4 * width)}
+    return {
+        "embedding": np.rint(rows).clip(-127, 127).astype(np.int8)[None],
+        "qo_bank": draw(2 * layers, width, width),
+        "kv_bank": draw(2 * layers, width // 2, width),
+        "up_bank": draw(layers, 4 * width, width),
+        "down_bank": draw(layers, width, 4 * width),
+    }
 
 
 def split_roles(banks: Banks) -> Banks:
@@ -78,8 +84,10 @@ def split_roles(banks: Banks) -> Banks:
 
 def join_roles(roles: Banks, like: Banks) -> Banks:
     """The banks again."""
-    return {name: np.concatenate([roles[name[0]], roles[name[1]]]) if name in ("qo_bank", "kv_bank") else roles[name]
-            for name in like}
+    return {
+        name: np.concatenate([roles[name[0]], roles[name[1]]]) if name in ("qo_bank", "kv_bank") else roles[name]
+        for name in like
+    }
 
 
 def plain_bytes(banks: Banks) -> bytes:
@@ -95,6 +103,7 @@ def from_plain(raw: bytes, like: Banks) -> Banks:
 
 def byte_coder(codec: str) -> Coder:
     """A general compressor over the integers' bytes, one bank after another."""
+
     def pack(banks: Banks) -> tuple[bytes, int]:
         packed = t.compress(codec, plain_bytes(banks))
         return packed, len(packed)
@@ -162,7 +171,7 @@ def peers_unpack(packed: tuple[bytes, bytes], like: Banks) -> Banks:
             at += matrix.size
             order = slice(None)
             if role in SORTED:
-                order = orders[place:place + len(matrix)]
+                order = orders[place : place + len(matrix)]
                 place += len(matrix)
             matrix[order] = rows
     return join_roles(roles, like)
@@ -176,8 +185,19 @@ def standard_pack(banks: Banks) -> tuple[list[np.ndarray], int]:
     for matrix in (m for k in banks.values() for m in k.astype(np.int32)):
         coder = deepCABAC.Encoder()
         coder.initCtxModels(11, 1)
-        coder.encodeLayer(matrix, 0, 0, 0, 0, 0, np.zeros(len(matrix), np.int32), deepCABAC.HdspMode.AlwaysOff,
-                          np.zeros(2, np.int8), 0, 0)
+        coder.encodeLayer(
+            matrix,
+            0,
+            0,
+            0,
+            0,
+            0,
+            np.zeros(len(matrix), np.int32),
+            deepCABAC.HdspMode.AlwaysOff,
+            np.zeros(2, np.int8),
+            0,
+            0,
+        )
         packed.append(coder.finish())
     return packed, sum(p.size for p in packed)
 
@@ -260,10 +280,16 @@ def main() -> None:
         process.join()
         reference = reference or ((size, pack_s + unpack_s) if name == "pergroup-lrzip" else (0, 0))
         ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference)]
-        print(f"{name:16} {size:12,} {8 * size / weights:10.4f} {ratios[0]:>7} {pack_s:8.2f} {unpack_s:9.2f} "
-              f"{ratios[1]:>7} {peak:6.0f}", flush=True)
-    print("ratio, time: bytes, and seconds of pack and unpack, over those of lrzip in the peers' arrangement"
-          if reference[0] else "no lrzip on this machine: no ratios")
+        print(
+            f"{name:16} {size:12,} {8 * size / weights:10.4f} {ratios[0]:>7} {pack_s:8.2f} {unpack_s:9.2f} "
+            f"{ratios[1]:>7} {peak:6.0f}",
+            flush=True,
+        )
+    print(
+        "ratio, time: bytes, and seconds of pack and unpack, over those of lrzip in the peers' arrangement"
+        if reference[0]
+        else "no lrzip on this machine: no ratios"
+    )
 
 
 if __name__ == "__main__":

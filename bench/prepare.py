@@ -12,6 +12,7 @@ start of processes, which takes a second or two of any run, does not count. Runs
 Peak memory is the largest sum of the resident memory of a command's processes (every 20 ms), training the tokenizer
 and the reference compressors included: of the text above, of --large MB, and of lines of --line MB each.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -121,24 +122,32 @@ class Speed:
     def engine(self, workers: int) -> tuple[float, float]:
         """MB/s for a core and by the clock."""
         (_, small), (_, large) = self.files
-        less, more = (timed(functools.partial(both_passes, path, self.model, self.folder, workers, self.with_caseops))
-                      for path, _ in self.files)
+        less, more = (
+            timed(functools.partial(both_passes, path, self.model, self.folder, workers, self.with_caseops))
+            for path, _ in self.files
+        )
         return tuple((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
 
     def measure(self) -> None:
         """One turn of each."""
-        for name, run in (("SentencePiece", self.plain), ("1 worker", lambda: self.engine(1)),
-                          ("2 workers", lambda: self.engine(2))):
+        for name, run in (
+            ("SentencePiece", self.plain),
+            ("1 worker", lambda: self.engine(1)),
+            ("2 workers", lambda: self.engine(2)),
+        ):
             self.runs.setdefault(name, []).append(run())
 
     def lines(self) -> Iterator[str]:
         """A table."""
-        medians = {name: [statistics.median(values) for values in zip(*runs, strict=True)]
-                   for name, runs in self.runs.items()}
+        medians = {
+            name: [statistics.median(values) for values in zip(*runs, strict=True)] for name, runs in self.runs.items()
+        }
         for name, (core, clock) in medians.items():
             ratio = core / medians["SentencePiece"][0]
-            yield (f"{'--caseops' if self.with_caseops else 'plain':9s}  {name:13s}  {core:6.2f} MB/s for a core  "
-                   f"{clock:6.2f} MB/s  {ratio:5.2f} times SentencePiece for a core")
+            yield (
+                f"{'--caseops' if self.with_caseops else 'plain':9s}  {name:13s}  {core:6.2f} MB/s for a core  "
+                f"{clock:6.2f} MB/s  {ratio:5.2f} times SentencePiece for a core"
+            )
 
 
 def tree_memory(root: int) -> int:
@@ -161,8 +170,21 @@ def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int
     """Of the command: the largest sum over its processes in bytes, and what it printed."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "data" / "prepare.py"), str(path), "--out", out, "--workers", str(workers),
-             "--quiet", *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            [
+                sys.executable,
+                str(ROOT / "data" / "prepare.py"),
+                str(path),
+                "--out",
+                out,
+                "--workers",
+                str(workers),
+                "--quiet",
+                *more,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         peak = 0
         while process.poll() is None:
             peak = max(peak, tree_memory(process.pid))
@@ -184,15 +206,18 @@ def memory_lines(options: argparse.Namespace, file: tuple[Path, int], folder: Pa
         size = write_texts(path, documents(options.packages, int(options.large * 1e6)))
         start = time.perf_counter()
         peak, _ = peak_memory(path, folder, 2, *vocabulary)
-        yield (f"peak memory  {size / 1e6:7.1f} MB of text, workers: 2  {peak / 2**20:5.0f} MiB  "
-               f"({time.perf_counter() - start:.0f} s in all)")
+        yield (
+            f"peak memory  {size / 1e6:7.1f} MB of text, workers: 2  {peak / 2**20:5.0f} MiB  "
+            f"({time.perf_counter() - start:.0f} s in all)"
+        )
     for name, unit in LINES.items() if options.line else ():
         count = int(options.line * 1e6) // len(json.dumps(unit, ensure_ascii=False).strip('"').encode())
         write_texts(path, itertools.chain((unit * count, unit * (count + 1)), documents(options.packages, 10**6)))
         peak, printed = peak_memory(path, folder, 2, "--vocab-size", "512")
         dropped = "dropped" if "dropped" in printed else "none dropped"
-        yield (f"peak memory  two lines of {options.line:g} MB, {name}, workers: 2  {peak / 2**20:5.0f} MiB  "
-               f"({dropped})")
+        yield (
+            f"peak memory  two lines of {options.line:g} MB, {name}, workers: 2  {peak / 2**20:5.0f} MiB  ({dropped})"
+        )
 
 
 def main() -> None:
@@ -204,8 +229,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--packages", nargs="+", choices=corpus.PACKAGES, default=list(corpus.PACKAGES))
     options = parser.parse_args()
-    print(f"{options.megabytes:g} MB, {options.vocab_size} pieces, median of {options.repeats}; {machine()}",
-          flush=True)
+    print(
+        f"{options.megabytes:g} MB, {options.vocab_size} pieces, median of {options.repeats}; {machine()}", flush=True
+    )
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
         folder, files = Path(name), []
         for part in (0.25, 1):

@@ -6,6 +6,7 @@ Trains the demo's model, collects its Hessians once, and quantizes the same weig
 GPTQ at the demo's *_CLIP_SIGMAS with its integers packed by `pergroup` as all the others' are. "error" is the sum over
 banks of tr(E H E^T) / tr(W H W^T). One model and one seed: small differences are noise.
 """
+
 from __future__ import annotations
 
 import os
@@ -40,8 +41,15 @@ METHODS = {
 
 
 def config(options: argparse.Namespace, **knobs) -> t.Config:
-    environment = dict(PRESET="demo", DATA_PATH=options.data, MAX_WALLCLOCK_SECONDS=options.seconds, DEVICE="auto",
-                       COMPRESSOR="pergroup", TRAIN_LOG_EVERY=0, TARGET_BYTES=1)
+    environment = dict(
+        PRESET="demo",
+        DATA_PATH=options.data,
+        MAX_WALLCLOCK_SECONDS=options.seconds,
+        DEVICE="auto",
+        COMPRESSOR="pergroup",
+        TRAIN_LOG_EVERY=0,
+        TARGET_BYTES=1,
+    )
     environment |= {name: value for name, value in os.environ.items() if name in t.Config.__dataclass_fields__}
     return t.config_from_env({n: str(v) for n, v in {**environment, **knobs}.items()}, torch.cuda.is_available())[0]
 
@@ -93,10 +101,13 @@ def main() -> None:
     c_plain = config(options, **METHODS["GPTQ"])
     plain = t.quantize(weights, hessians, c_plain)
     limit, error = len(t.pack(plain, c_plain)), error_of(plain, weights, hessians)
-    print(f"float {exact:.5f} bpb; plain GPTQ takes {limit} bytes; torch {torch.__version__}, "
-          f"{t.hardware(evaluator.run)}")
-    print(f"{'at equal bytes':32} {'bytes':>8} {'error':>9} {'dB':>6} {'bpb lost':>9} {'seconds':>8}  "
-          "bytes at equal error")
+    print(
+        f"float {exact:.5f} bpb; plain GPTQ takes {limit} bytes; torch {torch.__version__}, {t.hardware(evaluator.run)}"
+    )
+    print(
+        f"{'at equal bytes':32} {'bytes':>8} {'error':>9} {'dB':>6} {'bpb lost':>9} {'seconds':>8}  "
+        "bytes at equal error"
+    )
     rows = []
     for name, knobs in METHODS.items():
         c, start = config(options, **knobs), time.perf_counter()
@@ -109,10 +120,22 @@ def main() -> None:
                 model.get_parameter(key).copy_(value)
         found, lost = error_of(stored, weights, hessians), evaluator(model).bpb - exact
         same_error = bytes_at_error(c, weights, hessians, error)
-        rows.append(dict(method=name, bytes=len(data), error=found, bpb_lost=lost, seconds=seconds,
-                         bytes_at_equal_error=same_error, ratio=same_error / limit))
-        print(f"{name:32} {len(data):8} {found:9.5f} {10 * math.log10(error / found):6.2f} {lost:9.5f} {seconds:8.1f}  "
-              f"{same_error} ({same_error / limit:.3f})", flush=True)
+        rows.append(
+            dict(
+                method=name,
+                bytes=len(data),
+                error=found,
+                bpb_lost=lost,
+                seconds=seconds,
+                bytes_at_equal_error=same_error,
+                ratio=same_error / limit,
+            )
+        )
+        print(
+            f"{name:32} {len(data):8} {found:9.5f} {10 * math.log10(error / found):6.2f} {lost:9.5f} {seconds:8.1f}  "
+            f"{same_error} ({same_error / limit:.3f})",
+            flush=True,
+        )
     if options.json:
         t.write_aside(options.json, json.dumps(dict(float_bpb=exact, rows=rows), indent=1) + "\n")
 

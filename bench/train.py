@@ -12,6 +12,7 @@ backward pass. Parts take turns, so that a change of the machine's speed meets a
 To compare with: PR #2163's log has 1.03 million tokens/s for each H100 before its loops start (33% utilization), and
 41.7 GB.
 """
+
 from __future__ import annotations
 
 import os
@@ -35,14 +36,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
 # `record` where a step of it would take minutes: every part of its architecture, narrow.
-SMALL = dict(PRESET="record", VOCAB_SIZE="1024", MODEL_DIM="128", NUM_HEADS="4", NUM_KV_HEADS="2", TRAIN_SEQ_LEN="256",
-             MICRO_BATCH_TOKENS="4096")
+SMALL = dict(
+    PRESET="record",
+    VOCAB_SIZE="1024",
+    MODEL_DIM="128",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    TRAIN_SEQ_LEN="256",
+    MICRO_BATCH_TOKENS="4096",
+)
 # Dense bfloat16 FLOP/s by the name that CUDA gives the chip, from NVIDIA's data sheets.
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA H100 PCIe": 756e12,
-              "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
-              "NVIDIA A100 80GB PCIe": 312e12}
-FORMULA = ("FLOPs/token = 6 * matmul parameters, each as often as it runs, head and gates included, "
-           "+ 12 * layers run * heads * head width * mean context")
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+FORMULA = (
+    "FLOPs/token = 6 * matmul parameters, each as often as it runs, head and gates included, "
+    "+ 12 * layers run * heads * head width * mean context"
+)
 NOT_COUNTED = "not counted: elementwise work, norms, softmax, what a backward pass computes again, the optimizers"
 
 
@@ -117,8 +133,10 @@ class Bench:
         model = t.GPT(c)
         model.reset()
         self.run, self.trainer = run, t.Trainer(model.to(run.device), t.TrainLoader(c, run))
-        self.parts = {"forward+backward": (NoUpdate(model), None),
-                      "whole step": (self.trainer.optimizers, self.trainer.average)}
+        self.parts = {
+            "forward+backward": (NoUpdate(model), None),
+            "whole step": (self.trainer.optimizers, self.trainer.average),
+        }
         self.variants = [(looped, part) for looped in ((False, True) if c.loops else (False,)) for part in self.parts]
 
     def measure(self, step: int, looped: bool, part: str) -> tuple[float, int]:
@@ -146,10 +164,18 @@ def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]
     rate = c.train_batch_tokens / statistics.median(seconds)
     flops = flops_per_token(bench.trainer.model, looped, context)
     peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None
-    return dict(order="looped" if looped else "plain", part=part, repeats=len(seconds),
-                ms_per_step=1000 * statistics.median(seconds), ms_lowest=1000 * min(seconds),
-                ms_highest=1000 * max(seconds), tokens_per_second=rate, flops_per_token=flops,
-                mfu=rate * flops / peak if peak else None, peak_memory_bytes=max(memory) or None)
+    return dict(
+        order="looped" if looped else "plain",
+        part=part,
+        repeats=len(seconds),
+        ms_per_step=1000 * statistics.median(seconds),
+        ms_lowest=1000 * min(seconds),
+        ms_highest=1000 * max(seconds),
+        tokens_per_second=rate,
+        flops_per_token=flops,
+        mfu=rate * flops / peak if peak else None,
+        peak_memory_bytes=max(memory) or None,
+    )
 
 
 def chip(run: t.Run) -> str:
@@ -161,31 +187,48 @@ def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str
     c, layout = bench.trainer.c, bench.trainer.layout
     shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim", "train_seq_len")
     return dict(
-        benchmark="train", preset=c.preset, chip=chip(bench.run), torch=torch.__version__, dtype=c.compute_dtype,
-        cuda=torch.version.cuda if c.device == "cuda" else None, threads=torch.get_num_threads(),
+        benchmark="train",
+        preset=c.preset,
+        chip=chip(bench.run),
+        torch=torch.__version__,
+        dtype=c.compute_dtype,
+        cuda=torch.version.cuda if c.device == "cuda" else None,
+        threads=torch.get_num_threads(),
         backend=dict(attention=t.choose_attention(c)[0], compile=c.compile == "1", triton=c.triton_kernels == "1"),
-        shape={name: getattr(c, name) for name in shape}, parameters=t.parameter_count(c),
+        shape={name: getattr(c, name) for name in shape},
+        parameters=t.parameter_count(c),
         layers_run=dict(plain=t.execution_order(c, False), looped=t.execution_order(c, True)),
-        tokens_per_step=c.train_batch_tokens, micro_steps=layout.micro_steps, micro_rows=layout.micro_rows,
-        mean_context=context, formula=FORMULA, not_counted=NOT_COUNTED, peak_flops=PEAK_FLOPS.get(chip(bench.run)),
-        process_peak_memory_bytes=bench.run.peak_memory(), rows=rows)
+        tokens_per_step=c.train_batch_tokens,
+        micro_steps=layout.micro_steps,
+        micro_rows=layout.micro_rows,
+        mean_context=context,
+        formula=FORMULA,
+        not_counted=NOT_COUNTED,
+        peak_flops=PEAK_FLOPS.get(chip(bench.run)),
+        process_peak_memory_bytes=bench.run.peak_memory(),
+        rows=rows,
+    )
 
 
 def table(r: dict[str, Any]) -> str:
     """The report for people."""
     backend = r["backend"]
-    lines = [f"{r['preset']}  {r['parameters']} parameters  {r['chip']}  torch {r['torch']}  {r['dtype']}  "
-             f"attention {backend['attention']}  compile {backend['compile']:d}  triton {backend['triton']:d}",
-             f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_rows']} rows of "
-             f"{r['shape']['train_seq_len']}; mean context {r['mean_context']:.1f}",
-             f"{'order':7s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
-             f"{'MFLOPs/token':>13s} {'MFU':>6s} {'peak MiB':>9s}"]
+    lines = [
+        f"{r['preset']}  {r['parameters']} parameters  {r['chip']}  torch {r['torch']}  {r['dtype']}  "
+        f"attention {backend['attention']}  compile {backend['compile']:d}  triton {backend['triton']:d}",
+        f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_rows']} rows of "
+        f"{r['shape']['train_seq_len']}; mean context {r['mean_context']:.1f}",
+        f"{'order':7s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
+        f"{'MFLOPs/token':>13s} {'MFU':>6s} {'peak MiB':>9s}",
+    ]
     for x in r["rows"]:
         mfu = "-" if x["mfu"] is None else f"{x['mfu']:.1%}"
         memory = "-" if x["peak_memory_bytes"] is None else f"{x['peak_memory_bytes'] / 2**20:.0f}"
         spread = f"{x['ms_lowest']:.1f}..{x['ms_highest']:.1f}"
-        lines.append(f"{x['order']:7s} {x['part']:17s} {x['ms_per_step']:9.1f} {spread:>18s} "
-                     f"{x['tokens_per_second']:10.0f} {x['flops_per_token'] / 1e6:13.2f} {mfu:>6s} {memory:>9s}")
+        lines.append(
+            f"{x['order']:7s} {x['part']:17s} {x['ms_per_step']:9.1f} {spread:>18s} "
+            f"{x['tokens_per_second']:10.0f} {x['flops_per_token'] / 1e6:13.2f} {mfu:>6s} {memory:>9s}"
+        )
     lines += [f"median of {r['rows'][0]['repeats']} each; {r['formula']}", r["not_counted"]]
     if r["cuda"] is None:
         lines.append(f"the whole process's peak memory is {r['process_peak_memory_bytes'] / 2**20:.0f} MiB")

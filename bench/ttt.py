@@ -13,6 +13,7 @@ With CUDA the last column is the time that the challenge's 50,000 documents (som
 such devices, compilation and unpacking left out; PR #2163's logs have 473 to 528 s for the phased one. Peak memory is
 the GPU's allocator's, or the process's until then.
 """
+
 from __future__ import annotations
 
 import os
@@ -26,8 +27,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +38,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
 # `record` where a second of it would take minutes: every part of its architecture, narrow.
-SMALL = dict(PRESET="record", VOCAB_SIZE="1024", MODEL_DIM="128", NUM_HEADS="4", NUM_KV_HEADS="2", TRAIN_SEQ_LEN="256",
-             TRAIN_BATCH_TOKENS="4096", MICRO_BATCH_TOKENS="4096", VAL_BATCH_SIZE="4096", TTT_BATCH_SIZE="16",
-             TTT_LORA_RANK="16", PHASED_TTT_PREFIX_DOCS="16", PHASED_TTT_NUM_PHASES="2",
-             GLOBAL_TTT_CHUNK_TOKENS="2048", TTT_CHUNK_TOKENS="2048")
+SMALL = dict(
+    PRESET="record",
+    VOCAB_SIZE="1024",
+    MODEL_DIM="128",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    TRAIN_SEQ_LEN="256",
+    TRAIN_BATCH_TOKENS="4096",
+    MICRO_BATCH_TOKENS="4096",
+    VAL_BATCH_SIZE="4096",
+    TTT_BATCH_SIZE="16",
+    TTT_LORA_RANK="16",
+    PHASED_TTT_PREFIX_DOCS="16",
+    PHASED_TTT_NUM_PHASES="2",
+    GLOBAL_TTT_CHUNK_TOKENS="2048",
+    TTT_CHUNK_TOKENS="2048",
+)
 CHALLENGE_TARGETS, CHALLENGE_DEVICES = 62_000_000, 8
 
 
@@ -95,6 +110,7 @@ def kept_weights(model: t.GPT) -> Iterator[None]:
 
 def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator, t.GPT], t.Score]]]:
     """Name -> (settings, what scores a stream)."""
+
     def sliding(evaluator: t.Evaluator, model: t.GPT) -> t.Score:
         return evaluator(t.compiled_forward(model))
 
@@ -124,9 +140,16 @@ def measure(name: str, c: t.Config, model: t.GPT, run: t.Run, score: Callable) -
         run.synchronize()
         seconds = time.perf_counter() - begin
     rate, cuda = result.tokens / seconds, run.device.type == "cuda"
-    return dict(name=name, targets=result.tokens, seconds=seconds, targets_per_second=rate, loss=result.loss,
-                bpb=result.bpb, peak_memory_bytes=run.peak_memory(),
-                challenge_seconds=CHALLENGE_TARGETS / rate / CHALLENGE_DEVICES if cuda else None)
+    return dict(
+        name=name,
+        targets=result.tokens,
+        seconds=seconds,
+        targets_per_second=rate,
+        loss=result.loss,
+        bpb=result.bpb,
+        peak_memory_bytes=run.peak_memory(),
+        challenge_seconds=CHALLENGE_TARGETS / rate / CHALLENGE_DEVICES if cuda else None,
+    )
 
 
 HEADING = f"{'evaluation':24s}{'targets':>10s}{'seconds':>10s}{'targets/s':>12s}{'nats':>9s}{'peak MiB':>10s}"
@@ -134,8 +157,10 @@ HEADING = f"{'evaluation':24s}{'targets':>10s}{'seconds':>10s}{'targets/s':>12s}
 
 def line(row: dict[str, Any], budget: float) -> str:
     """A row as text, below HEADING."""
-    text = (f"{row['name']:24s}{row['targets']:10d}{row['seconds']:10.2f}{row['targets_per_second']:12.0f}"
-            f"{row['loss']:9.4f}{row['peak_memory_bytes'] / 2**20:10.0f}")
+    text = (
+        f"{row['name']:24s}{row['targets']:10d}{row['seconds']:10.2f}{row['targets_per_second']:12.0f}"
+        f"{row['loss']:9.4f}{row['peak_memory_bytes'] / 2**20:10.0f}"
+    )
     if row["challenge_seconds"] is None:
         return text
     over = " over EVAL_BUDGET_SECONDS" if budget and row["challenge_seconds"] > budget else ""
@@ -153,20 +178,30 @@ def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str
         t.check_config(c)
         model = initial_model(c, run.device)
     if not options.data:
-        write_stream(folder, c, options.documents or (512 if cuda else 48), options.mean_length or
-                     (1240 if cuda else 160))
+        write_stream(
+            folder, c, options.documents or (512 if cuda else 48), options.mean_length or (1240 if cuda else 160)
+        )
         t.Vocabulary = NoText
     names, rows = options.only.split(",") if options.only else [], []
-    print(f"{t.hardware(run)}, torch {torch.__version__}, {c.compute_dtype}, attention {t.choose_attention(c)[0]}, "
-          f"compile {c.compile}, {t.parameter_count(c)} parameters\n{HEADING}", flush=True)
+    print(
+        f"{t.hardware(run)}, torch {torch.__version__}, {c.compute_dtype}, attention {t.choose_attention(c)[0]}, "
+        f"compile {c.compile}, {t.parameter_count(c)} parameters\n{HEADING}",
+        flush=True,
+    )
     for name, (settings, score) in evaluations(c).items():
         if not names or any(part in name for part in names):
             if c.compile == "1":
                 measure(name, settings, model, run, score)  # compiles
             rows.append(measure(name, settings, model, run, score))
             print(line(rows[-1], c.eval_budget_seconds), flush=True)
-    return dict(rows=rows, hardware=t.hardware(run), versions=t.versions(), attention=t.choose_attention(c)[0],
-                parameters=t.parameter_count(c), config=dataclasses.asdict(c))
+    return dict(
+        rows=rows,
+        hardware=t.hardware(run),
+        versions=t.versions(),
+        attention=t.choose_attention(c)[0],
+        parameters=t.parameter_count(c),
+        config=dataclasses.asdict(c),
+    )
 
 
 def main() -> None:

@@ -25,20 +25,26 @@ OPERATOR = f"[{''.join(OPERATORS.values())}]"
 
 # Both patterns first take one character of a fixed set and only then look around it: so the regex engine skips all
 # other text fast. In the first, the name of the group that is reached says which operator to write.
-CAPITALS = re.compile(rf"""
+CAPITALS = re.compile(
+    rf"""
     (?: [A-Z] | {OPERATOR} )
     (?: (?<=[A-Za-z][A-Z]) (?P<CAPNEXT>)
     |   (?<=[A-Z]) [A-Z]++ (?![a-z]) (?P<ALLCAPS>)
     |   (?<=[A-Z]) (?P<TITLE>)
-    |   (?P<ESC>) )""", re.VERBOSE)
+    |   (?P<ESC>) )""",
+    re.VERBOSE,
+)
 # What `encode` writes for them, with all that it depends on; a match of one character is something else.
-OPERATIONS = re.compile(rf"""
+OPERATIONS = re.compile(
+    rf"""
     (?: [A-Z] | {OPERATOR} )
     (?: (?<={CAPNEXT}) (?<=[a-z].) [a-z]
     |   (?<={ALLCAPS}) (?<![a-z].) [a-z]{{2,}}+ (?!{CAPNEXT})
     |   (?<={TITLE}) (?<![a-z].) [a-z] (?! (?:{CAPNEXT}[a-z])++ (?![a-z]) )  # A run of capitals alone has ALLCAPS.
     |   (?<={ESC}) {OPERATOR}
-    |   )""", re.VERBOSE)
+    |   )""",
+    re.VERBOSE,
+)
 
 
 class CaseOpsError(ValueError):

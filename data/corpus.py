@@ -50,8 +50,15 @@ SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 # Functions that attach documentation to an object written in C, where no docstring can stand.
 DOC_CALLS = frozenset(
-    {"add_docstr", "_add_docstr", "add_docstr_all", "add_docstring", "add_newdoc", "_array_method_doc",
-     "add_newdoc_for_scalar_type"}
+    {
+        "add_docstr",
+        "_add_docstr",
+        "add_docstr_all",
+        "add_docstring",
+        "add_newdoc",
+        "_array_method_doc",
+        "add_newdoc_for_scalar_type",
+    }
 )
 
 MIN_DOCUMENT_BYTES = 400
@@ -105,10 +112,7 @@ def source_files(package: str) -> list[Path]:
     for folder, folders, names in os.walk(root):
         skipped = SKIPPED_FOLDERS | (SKIPPED_AT_ROOT.get(package, frozenset()) if Path(folder) == root else frozenset())
         folders[:] = [name for name in folders if name not in skipped]
-        found += [
-            Path(folder, name) for name in names
-            if name.endswith(".py") and not name.startswith(SKIPPED_FILES)
-        ]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(SKIPPED_FILES)]
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 

@@ -108,8 +108,9 @@ class Repository:
         """All files below a folder, by their path in the repository; empty if there is no such folder."""
         listed = {}
         with self._plain_errors(folder), contextlib.suppress(self.hub.errors.EntryNotFoundError):
-            for item in self.api.list_repo_tree(self.repo, folder or None, recursive=True, revision=self.commit,
-                                                repo_type="dataset"):
+            for item in self.api.list_repo_tree(
+                self.repo, folder or None, recursive=True, revision=self.commit, repo_type="dataset"
+            ):
                 if isinstance(item, self.hub.hf_api.RepoFile):
                     sha256 = item.lfs.sha256 if item.lfs else None
                     listed[item.path] = RemoteFile(item.path, item.size, item.blob_id, sha256)
@@ -154,8 +155,10 @@ class Repository:
                 return
             progress(-part.stat().st_size)
             part.unlink()
-        raise PrepareError(f"{self.repo}: {file.path} comes with the hash {found} and not with the published "
-                           f"{file.digest}, {ATTEMPTS} times; it was removed, what is complete is kept")
+        raise PrepareError(
+            f"{self.repo}: {file.path} comes with the hash {found} and not with the published "
+            f"{file.digest}, {ATTEMPTS} times; it was removed, what is complete is kept"
+        )
 
     def _transfer(self, file: RemoteFile, part: Path, progress: Callable[[int], None]) -> None:
         """Append to `part` what it lacks. Its length may be wrong in the end, which the hash then shows."""
@@ -174,8 +177,15 @@ class Repository:
             while True:
                 held = raw.tell()
                 try:
-                    http_get(url, _Meter(raw, progress), resume_size=held, headers=headers, expected_size=file.size,
-                             displayed_filename=file.path, tqdm_class=silent_tqdm)
+                    http_get(
+                        url,
+                        _Meter(raw, progress),
+                        resume_size=held,
+                        headers=headers,
+                        expected_size=file.size,
+                        displayed_filename=file.path,
+                        tqdm_class=silent_tqdm,
+                    )
                     break
                 # A reset connection, or a server that is busy: http_get does not retry these.
                 except (ReadError, self.hub.errors.HfHubHTTPError) as error:
@@ -210,17 +220,21 @@ class Repository:
             raise PrepareError(f"{place}: there is no {what} (404)") from None
         except errors.RepositoryNotFoundError as error:
             status = error.response.status_code
-            raise PrepareError(f"{place}: no such dataset repository, or it is private or gated and HF_TOKEN does not "
-                               f"open it ({status})") from None
+            raise PrepareError(
+                f"{place}: no such dataset repository, or it is private or gated and HF_TOKEN does not "
+                f"open it ({status})"
+            ) from None
         except errors.HfHubHTTPError as error:
-            raise PrepareError(f"{place}: {what}: the hub answers {error.response.status_code} "
-                               f"{error.response.reason_phrase}") from None
+            raise PrepareError(
+                f"{place}: {what}: the hub answers {error.response.status_code} {error.response.reason_phrase}"
+            ) from None
         except ValueError:
             raise PrepareError(f"{place}: {what}: the answer is not JSON; is HF_ENDPOINT a hub?") from None
         except (HTTPError, InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            raise PrepareError(f"{place}: {what}: no connection ({reason}); what has arrived is kept, "
-                               "the same command goes on") from None
+            raise PrepareError(
+                f"{place}: {what}: no connection ({reason}); what has arrived is kept, the same command goes on"
+            ) from None
 
 
 def check_room(option: str, folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:
@@ -228,8 +242,9 @@ def check_room(option: str, folder: Path, wanted: Mapping[Path, RemoteFile]) -> 
     needed = sum(file.missing(path) for path, file in wanted.items())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise PrepareError(f"{option} {folder}: {needed / 1e9:.1f} GB are to be downloaded, and {free / 1e9:.1f} GB "
-                           "are free there")
+        raise PrepareError(
+            f"{option} {folder}: {needed / 1e9:.1f} GB are to be downloaded, and {free / 1e9:.1f} GB are free there"
+        )
 
 
 # ------------------------------------------------------------------------------------------- text of any dataset
@@ -261,8 +276,10 @@ def text_files(source: str, revision: str | None) -> tuple[Repository, list[Remo
             return repository, chosen
         found += sorted({str(PurePosixPath(file.path).parent) for file in of_kind})
     there = ", ".join(found[:20]) + (" ..." if len(found) > 20 else "")
-    raise PrepareError(f"{source}: no {', '.join(('.parquet', *TEXT_SUFFIXES))} file fits; "
-                       + (f"folders with such files: {there}" if found else "the repository has none at all"))
+    raise PrepareError(
+        f"{source}: no {', '.join(('.parquet', *TEXT_SUFFIXES))} file fits; "
+        + (f"folders with such files: {there}" if found else "the repository has none at all")
+    )
 
 
 def _converted_files(listed: Mapping[str, RemoteFile], config: str | None, split: str) -> list[RemoteFile]:
@@ -278,6 +295,7 @@ def _own_files(files: list[RemoteFile], config: str | None, split: str | None) -
 
     `sample/10BT` and `sample-10BT` both name the folder sample/10BT.
     """
+
     def words(file: RemoteFile) -> set[str]:
         path = PurePosixPath(file.path)
         return {*path.parts[:-1], *re.split(r"[-_.]", path.name)}

@@ -60,8 +60,17 @@ import published  # noqa: E402
 import shards  # noqa: E402
 from errors import PrepareError  # noqa: E402
 from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
-from sources import CHUNK_BYTES, Sources, Splitter, builtin_packages, cut, is_remote, list_files  # noqa: E402
-from sources import package_versions, text_hash  # noqa: E402
+from sources import (  # noqa: E402  # noqa: E402
+    CHUNK_BYTES,
+    Sources,
+    Splitter,
+    builtin_packages,
+    cut,
+    is_remote,
+    list_files,
+    package_versions,
+    text_hash,
+)
 from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
@@ -185,8 +194,11 @@ class Sample:
 
     def texts(self, splitter: Splitter) -> list[str]:
         """The sampled texts that train, in the order of their hashes."""
-        return [data.decode("utf-8", "surrogatepass") for number, data in sorted(self.heap)
-                if splitter.side(number) == "train"]
+        return [
+            data.decode("utf-8", "surrogatepass")
+            for number, data in sorted(self.heap)
+            if splitter.side(number) == "train"
+        ]
 
 
 def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> int:
@@ -197,8 +209,10 @@ def _threshold(fraction: float, low: int, high: int, known_sides: set[str]) -> i
     if "train" not in known_sides:
         threshold = min(threshold, high)
     if not ("val" in known_sides or low < threshold) or not ("train" in known_sides or high >= threshold):
-        raise PrepareError("there is only one distinct document, or one group of look-alikes; training and validation "
-                           "need one each (a smaller --max-document-bytes cuts a .txt file into more)")
+        raise PrepareError(
+            "there is only one distinct document, or one group of look-alikes; training and validation "
+            "need one each (a smaller --max-document-bytes cuts a .txt file into more)"
+        )
     return threshold
 
 
@@ -356,11 +370,20 @@ def recorded_options(options: Options) -> dict:
     """The options that change the output, as the manifest holds them."""
     tokenizer = hashlib.sha256(options.tokenizer.read_bytes()).hexdigest() if options.tokenizer else None
     return {
-        "vocab_size": options.vocab_size, "val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens,
-        "tokenizer_sha256": tokenizer, "seed": options.seed, "max_document_bytes": options.max_document_bytes,
-        "sample_bytes": options.sample_bytes, "text_field": options.text_field, "caseops": options.caseops,
-        "val_documents": options.val_documents, "train_shards": options.train_shards, "repo": options.repo,
-        "revision": options.revision, "repo_root": options.repo_root,
+        "vocab_size": options.vocab_size,
+        "val_fraction": options.val_fraction,
+        "shard_tokens": options.shard_tokens,
+        "tokenizer_sha256": tokenizer,
+        "seed": options.seed,
+        "max_document_bytes": options.max_document_bytes,
+        "sample_bytes": options.sample_bytes,
+        "text_field": options.text_field,
+        "caseops": options.caseops,
+        "val_documents": options.val_documents,
+        "train_shards": options.train_shards,
+        "repo": options.repo,
+        "revision": options.revision,
+        "repo_root": options.repo_root,
     }
 
 
@@ -397,8 +420,9 @@ def check_folder(options: Options, mark: str) -> dict | None:
     own = manifest_files(manifest) if manifest else {}
     for path in sorted(out.iterdir()):
         if OWN_FILE.fullmatch(path.name) and path.name not in own:
-            raise PrepareError(f"{path}: in the way, and no manifest says that this program made it; "
-                               "move it or choose another --out")
+            raise PrepareError(
+                f"{path}: in the way, and no manifest says that this program made it; move it or choose another --out"
+            )
     if options.force:
         return None
     if manifest and manifest["fingerprint"] == mark:
@@ -408,18 +432,23 @@ def check_folder(options: Options, mark: str) -> dict | None:
     elif unfinished and unfinished["fingerprint"] == mark:
         return None  # Whether it may replace what is there was decided when it began.
     extended = manifest and published.variant_of(options.sources) and published.grows(manifest, options)
-    for there, words in ((None if extended else manifest, "other data"),
-                         (unfinished, "an unfinished preparation of other data")):
+    for there, words in (
+        (None if extended else manifest, "other data"),
+        (unfinished, "an unfinished preparation of other data"),
+    ):
         if there and there["fingerprint"] != mark:
-            raise PrepareError(f"--out {out}: holds {words} ({_differences(there['options'], options)}); "
-                               "choose another folder, or --force replaces it")
+            raise PrepareError(
+                f"--out {out}: holds {words} ({_differences(there['options'], options)}); "
+                "choose another folder, or --force replaces it"
+            )
     return None
 
 
 def _differences(recorded: dict, options: Options) -> str:
     asked = recorded_options(options)
-    other = [f"{key} {recorded.get(key)} there, {value} asked"
-             for key, value in asked.items() if recorded.get(key) != value]
+    other = [
+        f"{key} {recorded.get(key)} there, {value} asked" for key, value in asked.items() if recorded.get(key) != value
+    ]
     return "; ".join(other) or "other or changed sources"
 
 
@@ -587,8 +616,11 @@ def _manifest(options: Options, mark: str, source: list[dict], model: bytes, tra
         "created_with": {"prepare": FORMAT, **program()},
         "options": recorded_options(options),
         "tokenizer": {
-            "file": published.TOKENIZER, "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(),
-            "vocab_size": options.vocab_size, "options": training,
+            "file": published.TOKENIZER,
+            "bytes": len(model),
+            "sha256": hashlib.sha256(model).hexdigest(),
+            "vocab_size": options.vocab_size,
+            "options": training,
         },
         "splits": splits,
         "fingerprint": mark,
@@ -612,8 +644,10 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
             splits = write_shards(sources, found, loaded, output, options, progress)
     for split, summary in splits.items():
         if not summary["documents"]:
-            raise Worthless(f"no {split} document is left ({output.dropped} of {found.documents} documents dropped "
-                            "because decoding does not give them back); give more text or another --tokenizer")
+            raise Worthless(
+                f"no {split} document is left ({output.dropped} of {found.documents} documents dropped "
+                "because decoding does not give them back); give more text or another --tokenizer"
+            )
     report.say("compressing the validation text with xz -9 and zstd -22")
     manifest = {
         **_manifest(options, mark, sources.described, model, training, splits),
@@ -634,8 +668,12 @@ def _surveyed(folder: Path, sources: Sources, options: Options, mark: str) -> Su
         return Survey(**unfinished["survey"])
     found, sample = survey(sources, options)
     write_file(folder / "sample.jsonl", "".join(json.dumps(text) + "\n" for text in sample).encode())
-    kept = {"fingerprint": mark, "program": program(), "options": recorded_options(options),
-            "survey": dataclasses.asdict(found)}
+    kept = {
+        "fingerprint": mark,
+        "program": program(),
+        "options": recorded_options(options),
+        "survey": dataclasses.asdict(found),
+    }
     write_file(folder / "survey.json", json.dumps(kept).encode())
     return found
 
@@ -737,44 +775,98 @@ def parse_arguments(arguments: list[str]) -> Options:
         return functools.partial(_number, int, low, high)
 
     parser = _Parser(
-        prog="prepare.py", description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="prepare.py",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog=EPILOG,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE",
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
         help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, "
-             "docs_selected, or sp1024, sp8192, sp8192-caseops")
+        "docs_selected, or sp1024, sp8192, sp8192-caseops",
+    )
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
     add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
-    add("--val-fraction", type=lambda text: _number(float, 0, 1, text, True), default=0.05, metavar="F",
-        help="share of the documents that validates (default: %(default)s)")
-    add("--val-documents", type=whole(1, 2**62), metavar="N",
-        help="the first N documents validate, and no others (default: 50000 of docs_selected.jsonl, else by hash)")
-    add("--shard-tokens", type=whole(1, 1_000_000_000), default=100_000_000, metavar="N",
-        help="most tokens in a shard, unless one document has more (default: %(default)s)")
-    add("--workers", type=whole(1, 1024), default=cores, metavar="N",
-        help="processes (default: one per core, %(default)s)")
+    add(
+        "--val-fraction",
+        type=lambda text: _number(float, 0, 1, text, True),
+        default=0.05,
+        metavar="F",
+        help="share of the documents that validates (default: %(default)s)",
+    )
+    add(
+        "--val-documents",
+        type=whole(1, 2**62),
+        metavar="N",
+        help="the first N documents validate, and no others (default: 50000 of docs_selected.jsonl, else by hash)",
+    )
+    add(
+        "--shard-tokens",
+        type=whole(1, 1_000_000_000),
+        default=100_000_000,
+        metavar="N",
+        help="most tokens in a shard, unless one document has more (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=whole(1, 1024),
+        default=cores,
+        metavar="N",
+        help="processes (default: one per core, %(default)s)",
+    )
     add("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece model to use instead of training one")
     add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the split and shuffle (default: 0)")
-    add("--max-document-bytes", type=whole(64, 1 << 30), default=32 << 10, metavar="N",
-        help="cut .txt files that are longer (default: %(default)s)")
-    add("--sample-bytes", type=whole(1 << 16, 1 << 30), default=32 << 20, metavar="N",
-        help="most text to train the tokenizer on; training takes about 10 times as much memory (default: %(default)s)")
-    add("--text-field", default="text", metavar="NAME",
-        help="the field or column that holds the text of .jsonl and .parquet (default: %(default)s)")
-    add("--caseops", action="store_true",
+    add(
+        "--max-document-bytes",
+        type=whole(64, 1 << 30),
+        default=32 << 10,
+        metavar="N",
+        help="cut .txt files that are longer (default: %(default)s)",
+    )
+    add(
+        "--sample-bytes",
+        type=whole(1 << 16, 1 << 30),
+        default=32 << 20,
+        metavar="N",
+        help="most text to train the tokenizer on; training takes about 10 times as much memory (default: %(default)s)",
+    )
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field or column that holds the text of .jsonl and .parquet (default: %(default)s)",
+    )
+    add(
+        "--caseops",
+        action="store_true",
         help="write capitals as operators before small letters (caseops.py), and each validation token's original "
-             "bytes as fineweb_val_bytes_*.bin")
-    add("--train-shards", type=whole(1, 10**6), metavar="N",
-        help="of sp1024, sp8192, sp8192-caseops: the first N training shards (default: all); more can be added later")
+        "bytes as fineweb_val_bytes_*.bin",
+    )
+    add(
+        "--train-shards",
+        type=whole(1, 10**6),
+        metavar="N",
+        help="of sp1024, sp8192, sp8192-caseops: the first N training shards (default: all); more can be added later",
+    )
     add("--repo", metavar="OWNER/NAME", help="dataset repository of docs_selected, sp1024, sp8192 or sp8192-caseops")
     add("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
-    add("--repo-root", default=published.ROOT, metavar="PATH",
-        help="folder in that repository that holds manifest.json (default: %(default)s)")
-    add("--downloads", type=Path, metavar="DIR",
-        help="folder for text from the hub, which stays there (default: downloads in --out)")
+    add(
+        "--repo-root",
+        default=published.ROOT,
+        metavar="PATH",
+        help="folder in that repository that holds manifest.json (default: %(default)s)",
+    )
+    add(
+        "--downloads",
+        type=Path,
+        metavar="DIR",
+        help="folder for text from the hub, which stays there (default: downloads in --out)",
+    )
     add("--force", action="store_true", help="replace what this program made in DIR with other options")
     add("--quiet", action="store_true", help="no progress on stderr")
     values = vars(parser.parse_intermixed_args(arguments))
@@ -784,8 +876,10 @@ def parse_arguments(arguments: list[str]) -> Options:
 def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     """What a run prints on stdout."""
     for split, entry in manifest["splits"].items():
-        yield (f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
-               f"{len(entry['shards'])} shard(s)")
+        yield (
+            f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
+            f"{len(entry['shards'])} shard(s)"
+        )
     if manifest.get("duplicates_of_validation"):
         yield f"left out of training: {manifest['duplicates_of_validation']:,} documents that validate"
     if manifest.get("dropped_documents"):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from errors import PrepareError
 from hub import RemoteFile, Repository, check_room
 from shards import read_shard
@@ -35,8 +36,18 @@ if TYPE_CHECKING:
 DOCUMENTS = "docs_selected"  # the name of the source; the file is docs_selected.jsonl
 VALIDATION_DOCUMENTS = 50_000  # the first so many of docs_selected.jsonl validate, always
 ROOT = "datasets"
-TEXT_OPTIONS = ("vocab_size", "val_fraction", "val_documents", "shard_tokens", "tokenizer", "seed",
-                "max_document_bytes", "text_field", "caseops", "downloads")
+TEXT_OPTIONS = (
+    "vocab_size",
+    "val_fraction",
+    "val_documents",
+    "shard_tokens",
+    "tokenizer",
+    "seed",
+    "max_document_bytes",
+    "text_field",
+    "caseops",
+    "downloads",
+)
 TOKENIZER = "tokenizer.model"  # its name in --out
 CHUNK_TOKENS = 4 << 20
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -71,8 +82,10 @@ def check_options(options: Options) -> None:
     """Refuse options for text, as an export's text and tokens are fixed. Raises PrepareError."""
     for field in dataclasses.fields(options):
         if field.name in TEXT_OPTIONS and getattr(options, field.name) != field.default:
-            raise PrepareError(f"--{field.name.replace('_', '-')} {getattr(options, field.name)}: does not apply to "
-                               f"{options.sources[0]}, whose text and tokenizer are given")
+            raise PrepareError(
+                f"--{field.name.replace('_', '-')} {getattr(options, field.name)}: does not apply to "
+                f"{options.sources[0]}, whose text and tokenizer are given"
+            )
 
 
 def grows(manifest: dict, options: Options) -> bool:
@@ -105,8 +118,9 @@ class Export:
         return {TOKENIZER: self.tokenizer, **self.val, **self.sidecars, **self.train}
 
 
-def find_export(listed: Mapping[str, RemoteFile], manifest: object, variant: str, root: str, shards: int | None,
-                repo: str) -> Export:
+def find_export(
+    listed: Mapping[str, RemoteFile], manifest: object, variant: str, root: str, shards: int | None, repo: str
+) -> Export:
     """The variant's entry of the manifest with its first `shards` training shards (None: all).
 
     listed: the repository's files, by path. Raises PrepareError that says what the manifest has if nothing fits.
@@ -123,8 +137,11 @@ def find_export(listed: Mapping[str, RemoteFile], manifest: object, variant: str
     val_count = layout.count("val")
     tokenizer = _tokenizer(manifest, entry, where)
     export = Export(
-        entry["name"], dict(entry.get("stats") or {}), layout.shards("train", count if shards is None else shards),
-        layout.shards("val", val_count), layout.shards("val_bytes", val_count) if caseops else {},
+        entry["name"],
+        dict(entry.get("stats") or {}),
+        layout.shards("train", count if shards is None else shards),
+        layout.shards("val", val_count),
+        layout.shards("val_bytes", val_count) if caseops else {},
         layout.file(tokenizer["model_path"]),
     )
     _check_hashes(export, [entry, tokenizer], where)
@@ -135,12 +152,16 @@ def _entry(manifest: dict, variant: str, where: str) -> dict:
     """The dataset's entry: of the variant's vocabulary, and with CaseOps in its name or not."""
     entries = [item for item in _dictionaries(manifest.get("datasets")) if isinstance(item.get("name"), str)]
     wanted = VARIANTS[variant]
-    fitting = [item for item in entries if item.get("vocab_size") == wanted.vocab_size
-               and ("caseops" in item["name"].lower()) == wanted.caseops]
+    fitting = [
+        item
+        for item in entries
+        if item.get("vocab_size") == wanted.vocab_size and ("caseops" in item["name"].lower()) == wanted.caseops
+    ]
     if len(fitting) != 1:
         there = ", ".join(f"{item['name']} ({item.get('vocab_size')} tokens)" for item in fitting or entries) or "none"
-        raise PrepareError(f"{where}: {'several datasets fit' if fitting else 'no dataset for'} {variant}; "
-                           f"it lists {there}")
+        raise PrepareError(
+            f"{where}: {'several datasets fit' if fitting else 'no dataset for'} {variant}; it lists {there}"
+        )
     return fitting[0]
 
 
@@ -150,8 +171,9 @@ def _tokenizer(manifest: dict, entry: dict, where: str) -> dict:
         if item.get("name") == entry.get("tokenizer_name"):
             return item
     there = ", ".join(str(item.get("name")) for item in entries) or "none"
-    raise PrepareError(f"{where}: no SentencePiece tokenizer {entry.get('tokenizer_name')} for {entry['name']}; "
-                       f"it lists {there}")
+    raise PrepareError(
+        f"{where}: no SentencePiece tokenizer {entry.get('tokenizer_name')} for {entry['name']}; it lists {there}"
+    )
 
 
 def _dictionaries(value: object) -> list[dict]:
@@ -187,8 +209,10 @@ class _Layout:
         count = (self.entry.get("stats") or {}).get(f"files_{split}")
         if count is None:
             pattern = self.pattern(split).replace("*", "[0-9]" * 6)
-            count = sum(fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{self.root}/{pattern}")
-                        for path in self.listed)
+            count = sum(
+                fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{self.root}/{pattern}")
+                for path in self.listed
+            )
         if type(count) is not int or count < 1:
             raise PrepareError(f"{self.where}: {self.entry['name']} has {count} {split} shards")
         return count
@@ -207,8 +231,9 @@ def _check_hashes(export: Export, entries: Iterable[dict], where: str) -> None:
         names = {str(value).rpartition("/")[2] for value in item.values()}
         for name in names & set(published):
             if item.get("sha256") not in (None, published[name].sha256):
-                raise PrepareError(f"{where}: {name} has the hash {item['sha256']}, and the hub publishes "
-                                   f"{published[name].sha256}")
+                raise PrepareError(
+                    f"{where}: {name} has the hash {item['sha256']}, and the hub publishes {published[name].sha256}"
+                )
 
 
 def _all_dictionaries(value: object) -> Iterator[dict]:
@@ -250,15 +275,23 @@ def download(options: Options, folder: Path, pinned: str | None, bar: Bar) -> Do
     except ValueError as error:
         raise PrepareError(f"{repository.repo}: {path}: not JSON: {error}") from None
     export = find_export(listed, manifest, name, root, options.train_shards, repository.repo)
-    paths = {file: options.out / file if remote.intact(options.out / file) else folder / file
-             for file, remote in export.files.items()}
+    paths = {
+        file: options.out / file if remote.intact(options.out / file) else folder / file
+        for file, remote in export.files.items()
+    }
     wanted = {place: export.files[file] for file, place in paths.items() if place.parent == folder}
     check_room("--out", options.out, wanted)
     with bar(f"downloading {len(wanted)} files", sum(file.size for file in wanted.values()) or 1) as progress:
         repository.fetch(wanted, progress)
     described = {
-        "export": name, "repo": repository.repo, "revision": options.revision, "commit": repository.commit,
-        "root": root, "dataset": export.name, "train_shards": len(export.train), "stats": export.stats,
+        "export": name,
+        "repo": repository.repo,
+        "revision": options.revision,
+        "commit": repository.commit,
+        "root": root,
+        "dataset": export.name,
+        "train_shards": len(export.train),
+        "stats": export.stats,
     }
     return Download(export, paths, described)
 
@@ -293,8 +326,9 @@ def open_shard(path: Path, remote: RemoteFile) -> np.ndarray:
         raise PrepareError(str(error)) from None
 
 
-def _count(tokens: np.ndarray, codec: Codec, context: np.ndarray, remote: RemoteFile,
-           progress: Callable[[int], None]) -> tuple[dict, np.ndarray]:
+def _count(
+    tokens: np.ndarray, codec: Codec, context: np.ndarray, remote: RemoteFile, progress: Callable[[int], None]
+) -> tuple[dict, np.ndarray]:
     """Tokens, documents (BOS) and text bytes of a shard, which may begin inside a document.
 
     context: the tokens before it that decide on the bytes of its first one; the same for the next shard is returned.
@@ -306,7 +340,7 @@ def _count(tokens: np.ndarray, codec: Codec, context: np.ndarray, remote: Remote
             raise PrepareError(f"{remote.path}: token id {ids.max()}; the tokenizer has {codec.vocab_size} pieces")
         documents += int((ids == codec.processor.bos_id()).sum())
         joined = np.concatenate([context, ids])
-        size += int(codec.token_bytes(joined)[len(context):].sum())
+        size += int(codec.token_bytes(joined)[len(context) :].sum())
         # A token's bytes depend on the one before it and, with CaseOps, on the row of ESC tokens that ends there.
         keep = 1
         escape = codec.operators["ESC"] if codec.operators else -1
@@ -335,14 +369,24 @@ def _measure_sidecars(download: Download, split: dict, codec: Codec) -> None:
         tokens = open_shard(download.paths[shard["file"]], remote)
         widths = open_shard(download.paths[name], remote)
         if len(widths) != len(tokens) or widths[tokens == codec.processor.bos_id()].any():
-            raise PrepareError(f"{remote.path}: {len(widths)} byte counts for {len(tokens)} tokens, or bytes for a "
-                               "document's start")
+            raise PrepareError(
+                f"{remote.path}: {len(widths)} byte counts for {len(tokens)} tokens, or bytes for a document's start"
+            )
         size = int(widths.sum(dtype=np.int64))
         if size != shard["bytes"]:
-            raise PrepareError(f"{remote.path}: its counts add up to {size} bytes, and the tokens stand for "
-                               f"{shard['bytes']} bytes of text")
-        sidecars.append({"file": name, "tokens": len(widths), "documents": shard["documents"], "bytes": size,
-                         "sha256": _sha256(remote, download.paths[name])})
+            raise PrepareError(
+                f"{remote.path}: its counts add up to {size} bytes, and the tokens stand for "
+                f"{shard['bytes']} bytes of text"
+            )
+        sidecars.append(
+            {
+                "file": name,
+                "tokens": len(widths),
+                "documents": shard["documents"],
+                "bytes": size,
+                "sha256": _sha256(remote, download.paths[name]),
+            }
+        )
     split["sidecars"] = sidecars
 
 
@@ -351,12 +395,18 @@ def check_figures(export: Export, splits: Mapping[str, dict]) -> None:
     complete = ["val"]
     if len(export.train) == export.stats.get("files_train", len(export.train)):
         complete.append("train")
-    found = {f"{ours}_{split}": splits[split][key] for split in complete
-             for ours, key in (("tokens", "tokens"), ("docs", "documents"))}
+    found = {
+        f"{ours}_{split}": splits[split][key]
+        for split in complete
+        for ours, key in (("tokens", "tokens"), ("docs", "documents"))
+    }
     if len(complete) == 2:
         found |= {f"{key}_total": found[f"{key}_val"] + found[f"{key}_train"] for key in ("tokens", "docs")}
-    other = [f"{key} {export.stats[key]} there, {value} counted" for key, value in found.items()
-             if export.stats.get(key) not in (None, value)]
+    other = [
+        f"{key} {export.stats[key]} there, {value} counted"
+        for key, value in found.items()
+        if export.stats.get(key) not in (None, value)
+    ]
     if other:
         raise PrepareError(f"{export.name}: the published manifest and the shards disagree: {'; '.join(other)}")
 

@@ -196,7 +196,9 @@ class Shards:
         """Write down how far the pass has come."""
         _sync(self.validation)
         state = {
-            "documents": self.documents, "dropped": self.dropped, "digest": self.digest.hex(),
+            "documents": self.documents,
+            "dropped": self.dropped,
+            "digest": self.digest.hex(),
             "validation": self.validation.tell(),
             "writers": {side: [writer.state() for writer in writers] for side, writers in self.writers.items()},
         }

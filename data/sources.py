@@ -18,14 +18,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import zstandard
+
 import corpus
 import hub
 import published
-import zstandard
 from errors import PrepareError, library
 
 if TYPE_CHECKING:
     import pyarrow
+
     from prepare import Options, Report
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -55,8 +57,10 @@ def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
                 raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file")
             listed += [(str(item), item) for item in inside]
         elif not path.exists():
-            raise PrepareError(f"{source}: no such file or folder (nor is it builtin, hf:OWNER/NAME, "
-                               f"{published.DOCUMENTS}, {', '.join(published.VARIANTS)})")
+            raise PrepareError(
+                f"{source}: no such file or folder (nor is it builtin, hf:OWNER/NAME, "
+                f"{published.DOCUMENTS}, {', '.join(published.VARIANTS)})"
+            )
         elif not path.name.endswith(SUFFIXES):
             raise PrepareError(f"{source}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
         else:
@@ -213,8 +217,10 @@ def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
         parts.append(rest)
         held += len(rest)
         if held > MAX_LINE_BYTES:
-            raise PrepareError(f"{path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes, which is the most that "
-                               "memory is kept for; cut the document")
+            raise PrepareError(
+                f"{path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes, which is the most that "
+                "memory is kept for; cut the document"
+            )
     if last := _joined(parts):
         yield last
 
@@ -308,10 +314,14 @@ class Sources:
             repository.fetch(wanted, progress)
         paths = [path for path in wanted if path.name.endswith(SUFFIXES)]
         self.files += [(str(path), path) for path in paths]
-        self.described.append({
-            "source": name, "repo": repository.repo, "commit": repository.commit,
-            "files": [{"path": file.path, "bytes": file.size, "hash": file.digest} for file in remote],
-        })
+        self.described.append(
+            {
+                "source": name,
+                "repo": repository.repo,
+                "commit": repository.commit,
+                "files": [{"path": file.path, "bytes": file.size, "hash": file.digest} for file in remote],
+            }
+        )
         if name == published.DOCUMENTS:
             published.check_documents(paths[0])
 
@@ -329,10 +339,15 @@ class Sources:
         # The files' order is package by package; training must not meet one package at the end only.
         random.Random(self.options.seed).shuffle(documents)
         self.builtin[name] = tuple(documents)
-        self.described.append({
-            "builtin": package_versions(packages), "documents": len(documents), "files": gathered.files,
-            "files_not_parsed": list(gathered.unparsed), "groups": len({d.group for d in documents}),
-        })
+        self.described.append(
+            {
+                "builtin": package_versions(packages),
+                "documents": len(documents),
+                "files": gathered.files,
+                "files_not_parsed": list(gathered.unparsed),
+                "groups": len({d.group for d in documents}),
+            }
+        )
 
     def __iter__(self) -> Iterator[str]:
         return self._split_by_place() if self.first else self._texts()
@@ -355,8 +370,10 @@ class Sources:
                 continue
             yield text
         if number < self.first:
-            raise PrepareError(f"--val-documents {self.first}: {' '.join(self.options.sources)}: there are only "
-                               f"{number + 1} documents, and training needs some too")
+            raise PrepareError(
+                f"--val-documents {self.first}: {' '.join(self.options.sources)}: there are only "
+                f"{number + 1} documents, and training needs some too"
+            )
 
 
 def validation_documents(options: Options) -> int | None:
@@ -364,12 +381,16 @@ def validation_documents(options: Options) -> int | None:
     names = [path.name if path else name for name, path in list_files(options.sources)]
     listed = [name == published.DOCUMENTS or name.startswith(f"{published.DOCUMENTS}.jsonl") for name in names]
     if any(listed[1:]):
-        raise PrepareError(f"{' '.join(options.sources)}: {published.DOCUMENTS} must come first, as its first "
-                           f"{published.VALIDATION_DOCUMENTS:,} documents validate")
+        raise PrepareError(
+            f"{' '.join(options.sources)}: {published.DOCUMENTS} must come first, as its first "
+            f"{published.VALIDATION_DOCUMENTS:,} documents validate"
+        )
     first = options.val_documents or (published.VALIDATION_DOCUMENTS if any(listed) else None)
     if first and any(builtin_packages(source) for source in options.sources):
-        raise PrepareError(f"{' '.join(options.sources)}: builtin has a split of its own and can't stand beside "
-                           f"{'--val-documents' if options.val_documents else published.DOCUMENTS}")
+        raise PrepareError(
+            f"{' '.join(options.sources)}: builtin has a split of its own and can't stand beside "
+            f"{'--val-documents' if options.val_documents else published.DOCUMENTS}"
+        )
     return first
 
 

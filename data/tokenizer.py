@@ -12,9 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import caseops
 import numpy as np
 import sentencepiece
+
+import caseops
 from errors import PrepareError
 from sources import cut
 
@@ -50,17 +51,29 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool =
         raise PrepareError("the training text holds no words to train a tokenizer on; give more text")
     # As many threads on any machine: the pieces do not depend on the number, but the model file holds it.
     options = {
-        "model_type": "bpe", "vocab_size": vocab_size, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK,
-        "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "add_dummy_prefix": True, "character_coverage": 1.0,
-        "max_sentence_length": 2 * TRAINING_LINE_BYTES, "num_threads": 4,
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "pad_id": PAD,
+        "bos_id": BOS,
+        "eos_id": EOS,
+        "unk_id": UNK,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": True,
+        "character_coverage": 1.0,
+        "max_sentence_length": 2 * TRAINING_LINE_BYTES,
+        "num_threads": 4,
     } | ({"user_defined_symbols": symbols} if symbols else {})
     model = io.BytesIO()
     translated = (line.decode().translate(rare) for line in lines)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in translated if line.strip("\r\n")), model_writer=model, minloglevel=3,
-            **options
+            sentence_iterator=(line for line in translated if line.strip("\r\n")),
+            model_writer=model,
+            minloglevel=3,
+            **options,
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from None
@@ -180,8 +193,9 @@ class Codec:
         for name_, symbol in caseops.OPERATORS.items():
             ids[name_] = self.processor.piece_to_id(symbol)
             if [piece for piece in pieces if symbol in piece] != [symbol] or self.silent[ids[name_]]:
-                raise PrepareError(f"{name}: --caseops needs the user-defined symbol U+{ord(symbol):04X} ({name_}), "
-                                   "in no other piece")
+                raise PrepareError(
+                    f"{name}: --caseops needs the user-defined symbol U+{ord(symbol):04X} ({name_}), in no other piece"
+                )
         return ids
 
     def token_bytes(self, ids: np.ndarray) -> np.ndarray:
@@ -215,8 +229,9 @@ class Codec:
         space = document.rfind(" ", first, end)
         if space >= 0:
             return space
-        places = [at for at in range(end, first, -1)
-                  if not (self.operators and INSIDE_CAPITALS.match(document, at - 1))]
+        places = [
+            at for at in range(end, first, -1) if not (self.operators and INSIDE_CAPITALS.match(document, at - 1))
+        ]
         return next((at for at in places if self._parted(*document[at - 1 : at + 1])), places[0] if places else end)
 
     def _parted(self, left: str, right: str) -> bool:

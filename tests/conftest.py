@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from helpers import ROOT, TINY, built_once, launch, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
@@ -31,9 +32,11 @@ def tiny(data):
 @pytest.fixture(scope="session")
 def baseline(tmp_path_factory):
     """A worse submission's file, to compare with."""
+
     def build(folder):
         rows = {str(seed): dict(val_bpb=bpb) for seed, bpb in ((1, 3.3), (2, 3.301), (3, 3.302))}
         (folder / "submission.json").write_text(json.dumps(dict(seed_results=rows)))
+
     return built_once(tmp_path_factory, "baseline", build) / "submission.json"
 
 
@@ -43,13 +46,27 @@ def reproduced(tmp_path_factory, data, baseline):
 
     The data lie beside them, so that what is written names no folder of the test run.
     """
+
     def build(folder):
         shutil.copytree(data, folder / "shards")
         shutil.copy(baseline, folder / "baseline.json")
         values = dict(TINY, DATA_PATH="shards", ITERATIONS=8)
         del values["SEED"]
-        done = launch(ROOT / "tools" / "reproduce.py", values, "--work", "work", "--out", "out", "--baseline",
-                      "baseline.json", "--with-artifacts", "--author", "A. Author", cwd=folder)
+        done = launch(
+            ROOT / "tools" / "reproduce.py",
+            values,
+            "--work",
+            "work",
+            "--out",
+            "out",
+            "--baseline",
+            "baseline.json",
+            "--with-artifacts",
+            "--author",
+            "A. Author",
+            cwd=folder,
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         (folder / "out.txt").write_text(done.stdout)
+
     return built_once(tmp_path_factory, "reproduced", build)

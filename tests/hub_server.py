@@ -43,8 +43,11 @@ class Hub:
 
     def downloads(self):
         """Paths of the files that were asked for, once for each answer with bytes."""
-        return [path.split("/resolve/")[1].partition("/")[2] for method, path in self.requests
-                if method == "GET" and "/resolve/" in path]
+        return [
+            path.split("/resolve/")[1].partition("/")[2]
+            for method, path in self.requests
+            if method == "GET" and "/resolve/" in path
+        ]
 
 
 @contextlib.contextmanager
@@ -69,8 +72,10 @@ def describe(path, data):
     git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
     entry = {"type": "file", "oid": git, "size": len(data), "path": path}
     if len(data) >= LARGE:
-        entry |= {"oid": hashlib.sha1(path.encode()).hexdigest(),
-                  "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+        entry |= {
+            "oid": hashlib.sha1(path.encode()).hexdigest(),
+            "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134},
+        }
     return entry
 
 
@@ -122,8 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def information(self, repo, revision):
         if there := self.found(repo, revision):
-            body = {"id": repo, "sha": there[0], "private": False, "gated": False, "disabled": False, "downloads": 0,
-                    "likes": 0, "tags": [], "siblings": []}
+            body = {
+                "id": repo,
+                "sha": there[0],
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "siblings": [],
+            }
             self.answer(200, json.dumps(body).encode())
 
     def listing(self, repo, revision, folder):
@@ -151,8 +165,14 @@ class _Handler(BaseHTTPRequestHandler):
         if len(files[path]) < LARGE:
             return self.content(repo, commit, path)
         entry = describe(path, files[path])["lfs"]
-        self.answer(302, b"", Location=f"{self.hub.url}/cdn/{repo}/{commit}/{quote(path)}", X_Repo_Commit=commit,
-                    X_Linked_Size=str(entry["size"]), X_Linked_ETag=f'"{entry["oid"]}"')
+        self.answer(
+            302,
+            b"",
+            Location=f"{self.hub.url}/cdn/{repo}/{commit}/{quote(path)}",
+            X_Repo_Commit=commit,
+            X_Linked_Size=str(entry["size"]),
+            X_Linked_ETag=f'"{entry["oid"]}"',
+        )
 
     def content(self, repo, commit, path):
         data = self.hub.commit_of(repo, commit)[1][path]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 from helpers import build_model, config, tg
 
 
@@ -53,8 +54,12 @@ def depth(c, run, learning):
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), c.loops, learning)
     disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state()))
-    return {**{name: p.detach().numpy() for name, p in model.named_parameters()}, "disturbed": disturbed,
-            "moved": moved, "momenta moved": momenta}
+    return {
+        **{name: p.detach().numpy() for name, p in model.named_parameters()},
+        "disturbed": disturbed,
+        "moved": moved,
+        "momenta moved": momenta,
+    }
 
 
 def score(c, run):

@@ -71,9 +71,9 @@ class Reference:
         """One number per head, or ones."""
         c = self.c
         if c.sparse_attn_gate_enabled:
-            return torch.sigmoid(c.sparse_attn_gate_scale * (self.of(layer, "head_gate") @ n[:c.gate_window]))
+            return torch.sigmoid(c.sparse_attn_gate_scale * (self.of(layer, "head_gate") @ n[: c.gate_window]))
         if c.attn_out_gate_enabled:
-            return 2 * torch.sigmoid(self.of(layer, "head_gate") @ n[:c.gate_window])
+            return 2 * torch.sigmoid(self.of(layer, "head_gate") @ n[: c.gate_window])
         if c.gated_attn_enabled:
             return torch.sigmoid(self.of(layer, "head_gate") @ n)
         return torch.ones(c.num_heads, dtype=n.dtype)
@@ -133,8 +133,10 @@ class Reference:
             return [x[t] if starts[t] == t else (1 - g) * x[t] + g * x[t - 1] for t in range(len(x))]
         if self.c.smear_gate_enabled:
             w, scale = self.p["smear.weight"], self.p["smear.scale"]
-            x = [x[t] if starts[t] == t else
-                 x[t] + scale * torch.sigmoid(w @ x[t][:self.c.gate_window]) * x[t - 1] for t in range(len(x))]
+            x = [
+                x[t] if starts[t] == t else x[t] + scale * torch.sigmoid(w @ x[t][: self.c.gate_window]) * x[t - 1]
+                for t in range(len(x))
+            ]
         return [unit(a) for a in x]
 
     def blend(self, x, saved, place):
@@ -172,8 +174,9 @@ class Reference:
         half = len(order) // 2
         x0 = self.embed(ids, starts, noise)
         if c.ve_dim:
-            self.values = [self.p["values.scale"] * (self.p["values.projection"] @ self.p["values.table"][token])
-                           for token in ids]
+            self.values = [
+                self.p["values.scale"] * (self.p["values.projection"] @ self.p["values.table"][token]) for token in ids
+            ]
         lanes = [x0]
         for place, number in enumerate(order):
             if 0 <= c.parallel_start_layer <= number and len(lanes) == 1:
@@ -194,7 +197,9 @@ class Reference:
         return torch.stack(nll), torch.stack(lse)
 
     def __call__(self, batch, looped, noise=None):
-        rows = [self.row(ids.tolist(), targets.tolist(), starts.tolist(), looped, None if noise is None else noise[r])
-                for r, (ids, targets, starts) in enumerate(zip(batch.ids, batch.targets, batch.documents.starts))]
+        rows = [
+            self.row(ids.tolist(), targets.tolist(), starts.tolist(), looped, None if noise is None else noise[r])
+            for r, (ids, targets, starts) in enumerate(zip(batch.ids, batch.targets, batch.documents.starts))
+        ]
         nll, lse = zip(*rows)
         return torch.stack(nll), torch.stack(lse)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+
 from helpers import ROOT, built_once, knob_names, launch, strings, write_data
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -17,19 +18,48 @@ def test_every_row_changes_the_configuration(preset):
     whole = tg.config_from_env(strings({**ablate.SMALL, **ablate.PRESETS[preset], "PRESET": preset}), False)[0]
     for name, changes in {**ablate.ROWS[preset], **ablate.EVALUATIONS}.items():
         assert set(changes) <= set(knob_names())
-        changed = tg.config_from_env(strings({**ablate.SMALL, **ablate.PRESETS[preset], **changes, "PRESET": preset}),
-                                     False)[0]
+        changed = tg.config_from_env(
+            strings({**ablate.SMALL, **ablate.PRESETS[preset], **changes, "PRESET": preset}), False
+        )[0]
         assert changed != whole, name
 
 
 def test_a_table_is_made_once(tmp_path_factory, tmp_path, monkeypatch, capsys):
     data = built_once(tmp_path_factory, "data", write_data)
-    tiny = dict(VOCAB_SIZE=384, MODEL_DIM=32, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=128, EVAL_SEQ_LEN=32, ROPE_DIMS=4,
-                CPU_THREADS=1, GPTQ_CALIBRATION_BATCHES=1)
+    tiny = dict(
+        VOCAB_SIZE=384,
+        MODEL_DIM=32,
+        TRAIN_SEQ_LEN=32,
+        TRAIN_BATCH_TOKENS=128,
+        EVAL_SEQ_LEN=32,
+        ROPE_DIMS=4,
+        CPU_THREADS=1,
+        GPTQ_CALIBRATION_BATCHES=1,
+    )
     monkeypatch.setattr(ablate, "SMALL", {**ablate.SMALL, **tiny})
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "--presets", "poly5", "--seeds", "1", "2", "--steps", "3", "--only",
-                                      "XSA off", "temperature 0.95", "--data", str(data), "--folder",
-                                      str(tmp_path / "runs"), "--out", str(tmp_path / "table.md")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "ablate.py",
+            "--presets",
+            "poly5",
+            "--seeds",
+            "1",
+            "2",
+            "--steps",
+            "3",
+            "--only",
+            "XSA off",
+            "temperature 0.95",
+            "--data",
+            str(data),
+            "--folder",
+            str(tmp_path / "runs"),
+            "--out",
+            str(tmp_path / "table.md"),
+        ],
+    )
     assert ablate.main() == 0
     text = (tmp_path / "table.md").read_text()
     runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("*summary.json")}
@@ -49,8 +79,17 @@ def test_the_verdict_is_by_every_seed():
     def runs(*figures):
         return [dict(val_bpb_quantized=x) for x in figures]
 
-    lines = ablate.verdicts(runs(2.0, 2.1), {"a": runs(1.9, 2.0), "b": runs(2.1, 2.2), "c": runs(1.9, 2.2),
-                                             "d": runs(2.0, 2.1), "e": runs(2.0, 2.2), "f": runs(2.2, 2.3)})
+    lines = ablate.verdicts(
+        runs(2.0, 2.1),
+        {
+            "a": runs(1.9, 2.0),
+            "b": runs(2.1, 2.2),
+            "c": runs(1.9, 2.2),
+            "d": runs(2.0, 2.1),
+            "e": runs(2.0, 2.2),
+            "f": runs(2.2, 2.3),
+        },
+    )
     assert lines == ["Better with every seed: a.\n", "Worse with every seed: b, f.\n", "Seeds disagree: c, d, e.\n"]
 
 

@@ -13,10 +13,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, random_batch
 
 ANY_BYTES = ["zstd", "brotli", "lzma"]
 CODECS = [*ANY_BYTES, "pergroup"]
@@ -46,10 +47,13 @@ def stored_with_extras(base=RECORD_LIKE, **knobs):
 def equal(x, y):
     """Whether two stored models are the same in every array of every tensor."""
     return list(x) == list(y) and all(
-        (x[n].bits, x[n].states) == (y[n].bits, y[n].states) and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
-        and all(a.dtype == b.dtype and torch.equal(a, b)
-                for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n])))
-        for n in x)
+        (x[n].bits, x[n].states) == (y[n].bits, y[n].states)
+        and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
+        and all(
+            a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n]))
+        )
+        for n in x
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- round trip
@@ -141,8 +145,9 @@ def test_a_bomb_is_not_unpacked(codec):
 
 @pytest.fixture(scope="module", params=CODECS)
 def container(request):
-    c, stored = stored_model(RECORD_LIKE, COMPRESSOR=request.param, **SMALL, NUM_LOOPS=0, PARALLEL_START_LAYER=-1,
-                             XSA_LAST_N=2)
+    c, stored = stored_model(
+        RECORD_LIKE, COMPRESSOR=request.param, **SMALL, NUM_LOOPS=0, PARALLEL_START_LAYER=-1, XSA_LAST_N=2
+    )
     return tg.pack(stored, c)
 
 
@@ -174,7 +179,7 @@ def test_every_byte_of_the_prefix_is_checked(container):
 @examples(max_examples=200)
 @given(st.data())
 def test_any_truncation_is_noticed(container, data):
-    refused(container[:data.draw(st.integers(0, len(container) - 1))])
+    refused(container[: data.draw(st.integers(0, len(container) - 1))])
 
 
 @examples(max_examples=50)
@@ -212,10 +217,16 @@ def test_an_unchanged_header_is_no_forgery(container):
 
 
 FORGERIES = {
-    "not json": lambda h: b"hello", "not utf-8": lambda h: b"\xff\xfe{", "a list": lambda h: [], "null": lambda h: None,
-    "empty": lambda h: {}, "deep": lambda h: b"[" * 100_000,
-    "no sections": lambda h: {**h, "sections": []}, "no tensors": lambda h: {**h, "tensors": []},
-    "no model": lambda h: {**h, "model": {}}, "unknown knob": lambda h: {**h, "model": {**h["model"], "evil": 1}},
+    "not json": lambda h: b"hello",
+    "not utf-8": lambda h: b"\xff\xfe{",
+    "a list": lambda h: [],
+    "null": lambda h: None,
+    "empty": lambda h: {},
+    "deep": lambda h: b"[" * 100_000,
+    "no sections": lambda h: {**h, "sections": []},
+    "no tensors": lambda h: {**h, "tensors": []},
+    "no model": lambda h: {**h, "model": {}},
+    "unknown knob": lambda h: {**h, "model": {**h["model"], "evil": 1}},
     "knob of another type": lambda h: {**h, "model": {**h["model"], "num_layers": "many"}},
     "null knob": lambda h: {**h, "model": {**h["model"], "model_dim": None}},
     "no width": lambda h: {**h, "model": {**h["model"], "num_heads": 0}},
@@ -270,9 +281,9 @@ def mutated(draw, content):
         a, b = sorted((draw(st.integers(0, len(content))), draw(st.integers(0, len(content)))))
         kind = draw(st.sampled_from(["byte", "bytes", "cut", "end", "insert", "repeat", "exchange"]))
         if kind == "byte" and a < len(content):
-            content = content[:a] + bytes([draw(st.integers(0, 255))]) + content[a + 1:]
+            content = content[:a] + bytes([draw(st.integers(0, 255))]) + content[a + 1 :]
         elif kind == "bytes":
-            content = content[:a] + draw(st.binary(max_size=9)) + content[a + 9:]
+            content = content[:a] + draw(st.binary(max_size=9)) + content[a + 9 :]
         elif kind == "cut":
             content = content[:a] + content[b:]
         elif kind == "end":
@@ -303,8 +314,8 @@ def forge(draw, container):
     number = draw(st.integers(0, len(header["sections"]) - 1))
     start = offset + sum(s[2] for s in header["sections"][:number])
     section = header["sections"][number]
-    content = mutated(draw, container[start:start + section[2]])
-    payload = container[offset:start] + content + container[start + section[2]:]
+    content = mutated(draw, container[start : start + section[2]])
+    payload = container[offset:start] + content + container[start + section[2] :]
     section[2], section[4] = len(content), zlib.crc32(content)
     return signed(header, payload)
 
@@ -335,20 +346,29 @@ def test_no_mutation_does_more_than_be_refused(codec):
     assert longest < 10 and grown < 2**20  # seconds; KiB
 
 
-JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-                    max_leaves=10)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
 
 
 @examples(max_examples=300)
 @given(st.data())
 def test_junk_in_a_header_is_refused_or_harmless(data):
     """Anything at any place of the header: unpacking gives an ArtifactError or tensors, nothing else."""
+
     def forge(header):
         node, path = header, []
         while isinstance(node, (dict, list)) and node and (not path or data.draw(st.booleans())):
-            path.append((node, data.draw(st.sampled_from(sorted(node)) if isinstance(node, dict)
-                                         else st.integers(0, len(node) - 1))))
+            path.append(
+                (
+                    node,
+                    data.draw(
+                        st.sampled_from(sorted(node)) if isinstance(node, dict) else st.integers(0, len(node) - 1)
+                    ),
+                )
+            )
             node = path[-1][0][path[-1][1]]
         path[-1][0][path[-1][1]] = data.draw(JUNK)
         return header
@@ -366,8 +386,9 @@ FORGED = tg.pack(*reversed(stored_model(**SMALL)))
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0), POLY_LIKE],
-                         ids=["tiny", "record", "untied", "poly"])
+@pytest.mark.parametrize(
+    "base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0), POLY_LIKE], ids=["tiny", "record", "untied", "poly"]
+)
 @torch.no_grad()
 def test_a_loaded_model_is_the_dequantized_one(base):
     """The same NLLs, bit for bit, as weights that are dequantized and set by hand; the preset at loading is another."""
@@ -388,8 +409,16 @@ def test_a_loaded_model_is_the_dequantized_one(base):
 def test_knobs_that_contradict_the_artifact_are_refused():
     c, stored = stored_model()
     data = tg.pack(stored, c)
-    for name, value in dict(NUM_LAYERS=4, MODEL_DIM=64, LOGIT_SOFTCAP=20.0, LN_SCALE=1, ROPE_BASE=500.0,
-                            BIGRAM_VOCAB_SIZE=50, VE_LAYERS="1", SMEAR_GATE_TYPE="channel").items():
+    for name, value in dict(
+        NUM_LAYERS=4,
+        MODEL_DIM=64,
+        LOGIT_SOFTCAP=20.0,
+        LN_SCALE=1,
+        ROPE_BASE=500.0,
+        BIGRAM_VOCAB_SIZE=50,
+        VE_LAYERS="1",
+        SMEAR_GATE_TYPE="channel",
+    ).items():
         other = config(**{name: value})
         shown = getattr(other, name.lower())
         with pytest.raises(tg.ConfigError, match=rf"^{name}={shown}: the artifact was made with "):

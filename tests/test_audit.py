@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-import train_gpt as tg
-from helpers import ROOT, TINY, config, examples, launch, run_script, single_run, snapshot, strings, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import ROOT, TINY, config, examples, launch, run_script, single_run, snapshot, strings, write_shard
 
 sys.path.insert(0, str(ROOT / "tools"))
 import audit_data  # noqa: E402
@@ -63,10 +64,17 @@ def full_manifest(folder):
         rows = []
         for path in shards(folder, split):
             tokens = tg.open_shard(path)
-            rows.append(dict(file=path.name, tokens=len(tokens), documents=int((tokens == BOS).sum()),
-                             sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
-        splits[split] = dict(tokens=sum(r["tokens"] for r in rows), documents=sum(r["documents"] for r in rows),
-                             shards=rows)
+            rows.append(
+                dict(
+                    file=path.name,
+                    tokens=len(tokens),
+                    documents=int((tokens == BOS).sum()),
+                    sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+                )
+            )
+        splits[split] = dict(
+            tokens=sum(r["tokens"] for r in rows), documents=sum(r["documents"] for r in rows), shards=rows
+        )
     splits["val"]["bytes"] = json.loads((folder / "manifest.json").read_text())["splits"]["val"]["bytes"]
     tokenizer = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
     manifest = dict(splits=splits, tokenizer=dict(file="tokenizer.model", sha256=tokenizer))
@@ -121,16 +129,18 @@ def test_a_planted_document_of_any_length_is_found_wherever_a_shard_ends_in_it(p
         write_split(tmp_path, "train", [*training[:place], planted, *training[place:]], {cut, 600})
         audit = audit_of(tmp_path)
         assert (audit.rows["shared_documents"], audit.rows["shared_copies"]) == (1, 1)
-        assert findings(audit) == [f"ALLOW_SHARED_DOCUMENTS=0: 1 of 10 validation documents in DATA_PATH={tmp_path} "
-                                   "are in its training shards too, which must not hold them; where that is known of a "
-                                   "published data set, this knob allows so many"]
+        assert findings(audit) == [
+            f"ALLOW_SHARED_DOCUMENTS=0: 1 of 10 validation documents in DATA_PATH={tmp_path} "
+            "are in its training shards too, which must not hold them; where that is known of a "
+            "published data set, this knob allows so many"
+        ]
 
 
 def test_nearly_equal_documents_are_not_shared(tmp_path):
     """One token more, less, or other, at any place: of the same key or of another."""
     document = np.random.default_rng(1).integers(4, 2000, 100).tolist()
     near = [document[:-1], document + [4], document[1:]]
-    near += [[*document[:i], (document[i] + 1) % 1000 + 4, *document[i + 1:]] for i in range(100)]
+    near += [[*document[:i], (document[i] + 1) % 1000 + 4, *document[i + 1 :]] for i in range(100)]
     write_split(tmp_path, "val", [document, document])
     write_split(tmp_path, "train", near)
     assert audit_of(tmp_path).rows["shared_documents"] == 0
@@ -144,17 +154,22 @@ def test_nearly_equal_documents_are_not_shared(tmp_path):
 
 def shared_windows(training, validation, length):
     """The positions (document, first token) of validation's windows that training has too."""
+
     def windows(document):
-        return [tuple(document[i:i + length]) for i in range(len(document) - length + 1)]
+        return [tuple(document[i : i + length]) for i in range(len(document) - length + 1)]
 
     seen = {window for document in training for window in windows(document)}
     return [(d, i) for d, document in enumerate(validation) for i, w in enumerate(windows(document)) if w in seen]
 
 
 @examples(max_examples=80)
-@given(st.lists(st.lists(st.integers(4, 5), max_size=40), min_size=2, max_size=6),
-       st.lists(st.lists(st.integers(4, 5), max_size=40), min_size=2, max_size=6),
-       st.sets(st.integers(0, 100), max_size=4), st.sampled_from([(6, 3), (7, 3), (8, 4)]), st.integers(9, 40))
+@given(
+    st.lists(st.lists(st.integers(4, 5), max_size=40), min_size=2, max_size=6),
+    st.lists(st.lists(st.integers(4, 5), max_size=40), min_size=2, max_size=6),
+    st.sets(st.integers(0, 100), max_size=4),
+    st.sampled_from([(6, 3), (7, 3), (8, 4)]),
+    st.integers(9, 40),
+)
 def test_shared_windows_are_those_of_a_plain_set(tmp_path_factory, training, validation, cuts, lengths, block):
     folder = tmp_path_factory.mktemp("shards")
     write_split(folder, "train", training, cuts)
@@ -173,12 +188,13 @@ def test_shared_windows_are_those_of_a_plain_set(tmp_path_factory, training, val
 def test_a_planted_window_of_50_tokens_is_found_and_one_of_49_is_not(shift, length, tmp_path):
     generator = np.random.default_rng(5)
     training, validation = ([generator.integers(4, 2000, 300).tolist() for _ in range(5)] for _ in range(2))
-    training[2][100:100 + length] = validation[3][shift:shift + length]
+    training[2][100 : 100 + length] = validation[3][shift : shift + length]
     write_split(tmp_path, "train", training, {2 * 301 + 130})  # a shard ends in it
     write_split(tmp_path, "val", validation)
     audit = audit_of(tmp_path, AUDIT="windows")
-    assert audit.rows["shared_windows"] == dict(length=50, of=5 * 251, shared=max(0, length - 49),
-                                                documents=int(length >= 50))
+    assert audit.rows["shared_windows"] == dict(
+        length=50, of=5 * 251, shared=max(0, length - 49), documents=int(length >= 50)
+    )
     assert audit.rows["shared_documents"] == 0 and not audit.findings  # a report: boilerplate repeats
 
 
@@ -201,8 +217,9 @@ def test_whole_data_pass(copy):
     assert audit.rows["train"]["documents"] == 400 and audit.rows["shared_documents"] == 0
 
 
-@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "fineweb_train_000002.bin", "fineweb_val_000001.bin",
-                                  "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name", ["fineweb_train_000000.bin", "fineweb_train_000002.bin", "fineweb_val_000001.bin", "tokenizer.model"]
+)
 def test_one_flipped_bit_is_found_by_its_hash(name, copy):
     full_manifest(copy)
     content = bytearray((copy / name).read_bytes())
@@ -211,17 +228,28 @@ def test_one_flipped_bit_is_found_by_its_hash(name, copy):
     assert [f for f in findings(audit_of(copy)) if f.startswith(f"{copy / name}: was changed: its SHA-256 is ")]
 
 
-@pytest.mark.parametrize("split, shard, key", [
-    ("train", 1, "tokens"), ("train", 1, "documents"), ("val", 0, "tokens"), ("val", 1, "documents"),
-    ("train", None, "tokens"), ("train", None, "documents"), ("val", None, "tokens"), ("val", None, "documents")])
+@pytest.mark.parametrize(
+    "split, shard, key",
+    [
+        ("train", 1, "tokens"),
+        ("train", 1, "documents"),
+        ("val", 0, "tokens"),
+        ("val", 1, "documents"),
+        ("train", None, "tokens"),
+        ("train", None, "documents"),
+        ("val", None, "tokens"),
+        ("val", None, "documents"),
+    ],
+)
 def test_counts_that_are_not_the_manifests_are_found(split, shard, key, copy):
     manifest = full_manifest(copy)
     row = manifest["splits"][split] if shard is None else manifest["splits"][split]["shards"][shard]
     right, row[key] = row[key], row[key] + 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
     holder = f"the {split} shards" if shard is None else row["file"]
-    assert findings(audit_of(copy)) == [f"{copy / 'manifest.json'}: promises {right + 1} {key} in {holder}, which hold "
-                                        f"{right}"]
+    assert findings(audit_of(copy)) == [
+        f"{copy / 'manifest.json'}: promises {right + 1} {key} in {holder}, which hold {right}"
+    ]
 
 
 def test_shards_that_the_manifest_does_not_know_or_misses_are_found(copy):
@@ -238,8 +266,11 @@ def test_ids_beyond_the_vocabulary_are_found_by_shard(split, data):
     highest = max(tokens.values())
     assert not [f for f in findings(audit_of(data, VOCAB_SIZE=highest + 1)) if f"fineweb_{split}" in f]
     found = [f for f in findings(audit_of(data, VOCAB_SIZE=highest)) if f"fineweb_{split}" in f]
-    assert found == [f"{path}: holds token id {highest}, and VOCAB_SIZE={highest} needs ids below it"
-                     for path, value in tokens.items() if value == highest]
+    assert found == [
+        f"{path}: holds token id {highest}, and VOCAB_SIZE={highest} needs ids below it"
+        for path, value in tokens.items()
+        if value == highest
+    ]
 
 
 def test_a_stream_must_begin_with_bos_and_its_other_shards_need_not(tmp_path):
@@ -261,9 +292,13 @@ def test_a_stream_must_begin_with_bos_and_its_other_shards_need_not(tmp_path):
 
 def test_machines_with_other_files_are_found(copy, monkeypatch):
     """What two machines see of a shard differs: the second one's answer comes with the first one's."""
+
     def other_machine(run, value):
-        changed = {number: scan._replace(documents=scan.documents + (number == 1)) for number, scan in value.items()} \
-            if isinstance(value, dict) else value
+        changed = (
+            {number: scan._replace(documents=scan.documents + (number == 1)) for number, scan in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
         return [value, changed]
 
     monkeypatch.setattr(tg.Run, "gather", other_machine)
@@ -306,8 +341,9 @@ def test_several_findings_are_one_line_that_says_where_all_are_listed(copy, tmp_
     path = shards(copy, "train")[0]
     write_shard(path, [5, *tg.open_shard(path)])
     line = refusal(dict(RUN, DATA_PATH=copy), tmp_path, capfd, monkeypatch)
-    assert line == (f"error: {path}: does not begin with BOS, 1: every document must (1 more: make audit-data "
-                    f"DATA={copy})\n")
+    assert line == (
+        f"error: {path}: does not begin with BOS, 1: every document must (1 more: make audit-data DATA={copy})\n"
+    )
 
 
 def test_an_allowed_overlap_is_loud_and_recorded_and_eval_needs_no_training_shards(copy, tmp_path, capfd, monkeypatch):
@@ -368,10 +404,17 @@ def test_the_command_lists_every_finding_and_leaves_the_folder_alone(copy):
     assert sum("ALLOW_SHARED_DOCUMENTS=0: 1 of 40" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda d: (d / "fineweb_val_000000.bin").write_bytes(b"short"), "fineweb_val_000000.bin: is not a token shard"),
-    (lambda d: [p.unlink() for p in d.glob("fineweb_train_*")], "holds no fineweb_train_"),
-    (lambda d: write_shard(tg.sidecar_path(d / "fineweb_val_000000.bin"), [1, 2]), "does not hold the byte counts")])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda d: (d / "fineweb_val_000000.bin").write_bytes(b"short"),
+            "fineweb_val_000000.bin: is not a token shard",
+        ),
+        (lambda d: [p.unlink() for p in d.glob("fineweb_train_*")], "holds no fineweb_train_"),
+        (lambda d: write_shard(tg.sidecar_path(d / "fineweb_val_000000.bin"), [1, 2]), "does not hold the byte counts"),
+    ],
+)
 def test_the_command_names_what_cannot_be_read(damage, words, copy, capsys):
     damage(copy)
     assert audit_data.main([str(copy)], {}) == 2
@@ -379,8 +422,9 @@ def test_the_command_names_what_cannot_be_read(damage, words, copy, capsys):
     assert len([line for line in out.splitlines() if line.startswith("finding: ") and words in line]) == 1
 
 
-@pytest.mark.parametrize("arguments, words", [([], "make audit-data"), (["a", "b"], "make audit-data"),
-                                              (["no/such"], "DATA=no/such")])
+@pytest.mark.parametrize(
+    "arguments, words", [([], "make audit-data"), (["a", "b"], "make audit-data"), (["no/such"], "DATA=no/such")]
+)
 def test_the_command_says_how_it_is_used(arguments, words, capsys):
     assert audit_data.main(arguments, {}) == 2
     assert words in capsys.readouterr().err
@@ -391,8 +435,19 @@ def test_a_prepared_folder_passes_with_its_sidecars_and_every_file_is_under_a_ha
     (tmp_path / "texts").mkdir()
     for number in range(60):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"Document {number} of THE collection. " * (number % 7 + 1))
-    done = launch(ROOT / "data" / "prepare.py", {}, tmp_path / "texts", "--out", tmp_path / "out", "--vocab-size", 330,
-                  "--caseops", "--val-fraction", 0.2, "--quiet")
+    done = launch(
+        ROOT / "data" / "prepare.py",
+        {},
+        tmp_path / "texts",
+        "--out",
+        tmp_path / "out",
+        "--vocab-size",
+        330,
+        "--caseops",
+        "--val-fraction",
+        0.2,
+        "--quiet",
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     c = config(VOCAB_SIZE=330, DATA_PATH=out)

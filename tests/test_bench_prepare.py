@@ -21,10 +21,25 @@ SPEC.loader.exec_module(bench)
 
 
 def test_a_small_run_prints_every_figure(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--megabytes", "0.4", "--large", "0.3", "--line", "0", "--vocab-size",
-               "400", "--repeats", "1", "--packages", "networkx"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True,
-                          text=True, timeout=240)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--megabytes",
+        "0.4",
+        "--large",
+        "0.3",
+        "--line",
+        "0",
+        "--vocab-size",
+        "400",
+        "--repeats",
+        "1",
+        "--packages",
+        "networkx",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     head, *lines = done.stdout.splitlines()
     assert head.startswith("0.4 MB, 400 pieces, median of 1; ") and "sentencepiece 0." in head

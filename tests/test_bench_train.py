@@ -9,24 +9,40 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run, tg
 from torch.utils.flop_counter import FlopCounterMode
+
+from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run, tg
 
 sys.path.insert(0, str(ROOT / "bench"))
 import train as bench  # noqa: E402
 
 SCRIPT = ROOT / "bench" / "train.py"
 SHAPE = dict(RECORD_LIKE, COMPUTE_DTYPE="float32", TRAIN_BATCH_TOKENS=512)
-VARIANTS = [("plain", "forward+backward"), ("plain", "whole step"), ("looped", "forward+backward"),
-            ("looped", "whole step")]
+VARIANTS = [
+    ("plain", "forward+backward"),
+    ("plain", "whole step"),
+    ("looped", "forward+backward"),
+    ("looped", "whole step"),
+]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The command, run tiny: (its output, the JSON object of its file)."""
     folder = tmp_path_factory.mktemp("bench")
-    done = launch(SCRIPT, SHAPE, "--repeats", 3, "--warmup", 1, "--document-tokens", 12, "--json",
-                  folder / "result.json", cwd=folder)
+    done = launch(
+        SCRIPT,
+        SHAPE,
+        "--repeats",
+        3,
+        "--warmup",
+        1,
+        "--document-tokens",
+        12,
+        "--json",
+        folder / "result.json",
+        cwd=folder,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert [path.name for path in folder.iterdir()] == ["result.json"]
     return done.stdout, json.loads((folder / "result.json").read_text())
@@ -68,9 +84,17 @@ def test_the_table_says_the_same(finished):
 
 
 @pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize("knobs", [{}, dict(TIE_EMBEDDINGS=0), dict(SPARSE_ATTN_GATE_ENABLED=0, SMEAR_GATE_ENABLED=0),
-                                   dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1, MLP_MULT=1.5),
-                                   dict(BIGRAM_VOCAB_SIZE=11, VE_DIM=6), POLY_LIKE])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        dict(TIE_EMBEDDINGS=0),
+        dict(SPARSE_ATTN_GATE_ENABLED=0, SMEAR_GATE_ENABLED=0),
+        dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1, MLP_MULT=1.5),
+        dict(BIGRAM_VOCAB_SIZE=11, VE_DIM=6),
+        POLY_LIKE,
+    ],
+)
 def test_flops_are_those_that_torch_counts(knobs, looped):
     """The matrix products of the linear part exactly; attention's too, where every key of a row of 32 is computed."""
     c = config({**SHAPE, **knobs}, ATTENTION="blocked", COMPUTE_DTYPE="float32")
@@ -80,8 +104,10 @@ def test_flops_are_those_that_torch_counts(knobs, looped):
     counted = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     tokens = batch.ids.numel()
     layers = len(tg.execution_order(c, looped))
-    assert counted == {"aten.mm": 6 * bench.matmul_parameters(model, looped) * tokens,
-                       "aten.bmm": bench.attention_flops(c, layers, c.train_seq_len) * tokens}
+    assert counted == {
+        "aten.mm": 6 * bench.matmul_parameters(model, looped) * tokens,
+        "aten.bmm": bench.attention_flops(c, layers, c.train_seq_len) * tokens,
+    }
 
 
 def test_resting_layers_cost_no_gradient_of_their_weights():
@@ -140,8 +166,10 @@ def test_the_whole_step_is_the_trainers(data):
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-                                        ("NVIDIA H100 NVL", None), ("", None)])
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 NVL", None), ("", None)],
+)
 def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
     model = tg.GPT(config(TINY))
@@ -166,10 +194,16 @@ def test_defaults():
     assert bench.configuration(dict(DEVICE="cpu"), True)[0].model_dim == small.model_dim
 
 
-@pytest.mark.parametrize("knobs, arguments, words", [
-    (dict(MODEL_DIM=33), (), "NUM_HEADS=4"), (dict(TRAIN_BATCH_TOKENS=33), (), "TRAIN_BATCH_TOKENS=33"),
-    ({}, ("--repeats", 0), "--repeats"), ({}, ("--document-tokens", math.nan), "--document-tokens"),
-    ({}, ("--json", "no/such/folder.json"), "no/such/folder.json")])
+@pytest.mark.parametrize(
+    "knobs, arguments, words",
+    [
+        (dict(MODEL_DIM=33), (), "NUM_HEADS=4"),
+        (dict(TRAIN_BATCH_TOKENS=33), (), "TRAIN_BATCH_TOKENS=33"),
+        ({}, ("--repeats", 0), "--repeats"),
+        ({}, ("--document-tokens", math.nan), "--document-tokens"),
+        ({}, ("--json", "no/such/folder.json"), "no/such/folder.json"),
+    ],
+)
 def test_what_a_user_can_mend(knobs, arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     environment = {name: str(value) for name, value in {**SHAPE, **knobs}.items()}

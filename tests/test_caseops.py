@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import examples
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import caseops  # noqa: E402
@@ -20,10 +21,38 @@ T, A, C, E = "\ue001", "\ue002", "\ue003", "\ue004"
 
 # Letters of both cases, all operators, and what looks like a letter or a boundary to one notion of text or another.
 NASTY = st.text(st.sampled_from(["a", "b", "A", "B", T, A, C, E, " ", "'", "é", "\n"]), max_size=16)
-WORDS = st.lists(st.sampled_from([
-    "the", "The", "THE", "tHe", "I", "McDonald", "iPhone", "ABc", " ", " ", ", ", "_", "1", T, A, C, E,
-    "É", "ß", "ﬁ", "e\u0301", "日本", "🙂", "▁", "\n\n",
-]), max_size=12).map("".join)
+WORDS = st.lists(
+    st.sampled_from(
+        [
+            "the",
+            "The",
+            "THE",
+            "tHe",
+            "I",
+            "McDonald",
+            "iPhone",
+            "ABc",
+            " ",
+            " ",
+            ", ",
+            "_",
+            "1",
+            T,
+            A,
+            C,
+            E,
+            "É",
+            "ß",
+            "ﬁ",
+            "e\u0301",
+            "日本",
+            "🙂",
+            "▁",
+            "\n\n",
+        ]
+    ),
+    max_size=12,
+).map("".join)
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=24)  # Lone surrogates are among these characters.
 
 
@@ -45,29 +74,32 @@ def by_definition(text):
 # -------------------------------------------------------------------------------------------------------- the bijection
 
 
-@pytest.mark.parametrize(("text", "encoded"), [
-    ("", ""),
-    ("all small, 123.", "all small, 123."),
-    ("The end", f"{T}the end"),
-    ("I am", f"{T}i am"),
-    ("a HTTP server", f"a {A}http server"),
-    ("OK", f"{A}ok"),
-    ("McDonald's", f"{T}mc{C}donald's"),
-    ("iPhone", f"i{C}phone"),
-    ("ABc", f"{T}a{C}bc"),
-    ("aB", f"a{C}b"),
-    ("aBC", f"a{C}b{C}c"),
-    ("A1B", f"{T}a1{T}b"),
-    ("snake_Case", f"snake_{T}case"),
-    ("X\u0301AB", f"{T}x\u0301{A}ab"),  # A combining mark ends a run.
-    ("ÉCOLE École", f"É{A}cole École"),
-    ("Iİıi ßẞ ǅ ﬁ \u212a", f"{T}iİıi ßẞ ǅ ﬁ \u212a"),  # The last one is the Kelvin sign, no ASCII letter.
-    (f"{T}", f"{E}{T}"),
-    (f"{E}{E}A", f"{E}{E}{E}{E}{T}a"),
-    (f"a{C}B", f"a{E}{C}{T}b"),
-    ("\ue000\ue005\uf8ff", "\ue000\ue005\uf8ff"),
-    ("\ud800A\udfff", f"\ud800{T}a\udfff"),
-])
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        ("", ""),
+        ("all small, 123.", "all small, 123."),
+        ("The end", f"{T}the end"),
+        ("I am", f"{T}i am"),
+        ("a HTTP server", f"a {A}http server"),
+        ("OK", f"{A}ok"),
+        ("McDonald's", f"{T}mc{C}donald's"),
+        ("iPhone", f"i{C}phone"),
+        ("ABc", f"{T}a{C}bc"),
+        ("aB", f"a{C}b"),
+        ("aBC", f"a{C}b{C}c"),
+        ("A1B", f"{T}a1{T}b"),
+        ("snake_Case", f"snake_{T}case"),
+        ("X\u0301AB", f"{T}x\u0301{A}ab"),  # A combining mark ends a run.
+        ("ÉCOLE École", f"É{A}cole École"),
+        ("Iİıi ßẞ ǅ ﬁ \u212a", f"{T}iİıi ßẞ ǅ ﬁ \u212a"),  # The last one is the Kelvin sign, no ASCII letter.
+        (f"{T}", f"{E}{T}"),
+        (f"{E}{E}A", f"{E}{E}{E}{E}{T}a"),
+        (f"a{C}B", f"a{E}{C}{T}b"),
+        ("\ue000\ue005\uf8ff", "\ue000\ue005\uf8ff"),
+        ("\ud800A\udfff", f"\ud800{T}a\udfff"),
+    ],
+)
 def test_worked_examples(text, encoded):
     assert caseops.encode(text) == encoded == by_definition(text)
     assert caseops.decode(encoded) == text
@@ -116,32 +148,35 @@ def test_every_character():
     assert changed == [*range(ord("A"), ord("Z") + 1), *map(ord, caseops.OPERATORS.values())]
 
 
-@pytest.mark.parametrize(("text", "position", "reason"), [
-    ("a B", 2, "the capital B in encoded text"),
-    (f"x{E}", 1, "ESC without an operator after it"),
-    (f"{E}a", 0, "ESC without an operator after it"),
-    (f"{E}{E}{E}", 2, "ESC without an operator after it"),
-    (f"{T}", 0, "TITLE without a small letter after it"),
-    (f"é {T}é", 2, "TITLE without a small letter after it"),
-    (f"{T}{T}a", 0, "TITLE without a small letter after it"),
-    (f"a{T}b", 1, "TITLE inside a word"),
-    (f"{T}a{T}b", 2, "TITLE inside a word"),
-    (f"{T}a{C}b", 0, "TITLE and CAPNEXT in a word of capitals, which has ALLCAPS"),
-    (f" {T}a{C}b{C}c d", 1, "TITLE and CAPNEXT in a word of capitals, which has ALLCAPS"),
-    (f"{A} ab", 0, "ALLCAPS without a small letter after it"),
-    (f"{A}a", 0, "ALLCAPS before a single letter"),
-    (f"{A}a1b", 0, "ALLCAPS before a single letter"),
-    (f"{A}a{C}b", 0, "ALLCAPS before a single letter"),
-    (f"a{A}bc", 1, "ALLCAPS inside a word"),
-    (f"{A}ab{A}cd", 3, "ALLCAPS inside a word"),
-    (f"{A}ab{T}c", 3, "TITLE inside a word"),
-    (f"{A}ab{C}c", 0, "CAPNEXT after ALLCAPS"),
-    (f"{C}a", 0, "CAPNEXT outside a word"),
-    (f"é{C}a", 1, "CAPNEXT outside a word"),
-    (f"{E}{T}{C}a", 2, "CAPNEXT outside a word"),
-    (f"a{C}", 1, "CAPNEXT without a small letter after it"),
-    (f"a{C}{C}b", 1, "CAPNEXT without a small letter after it"),
-])
+@pytest.mark.parametrize(
+    ("text", "position", "reason"),
+    [
+        ("a B", 2, "the capital B in encoded text"),
+        (f"x{E}", 1, "ESC without an operator after it"),
+        (f"{E}a", 0, "ESC without an operator after it"),
+        (f"{E}{E}{E}", 2, "ESC without an operator after it"),
+        (f"{T}", 0, "TITLE without a small letter after it"),
+        (f"é {T}é", 2, "TITLE without a small letter after it"),
+        (f"{T}{T}a", 0, "TITLE without a small letter after it"),
+        (f"a{T}b", 1, "TITLE inside a word"),
+        (f"{T}a{T}b", 2, "TITLE inside a word"),
+        (f"{T}a{C}b", 0, "TITLE and CAPNEXT in a word of capitals, which has ALLCAPS"),
+        (f" {T}a{C}b{C}c d", 1, "TITLE and CAPNEXT in a word of capitals, which has ALLCAPS"),
+        (f"{A} ab", 0, "ALLCAPS without a small letter after it"),
+        (f"{A}a", 0, "ALLCAPS before a single letter"),
+        (f"{A}a1b", 0, "ALLCAPS before a single letter"),
+        (f"{A}a{C}b", 0, "ALLCAPS before a single letter"),
+        (f"a{A}bc", 1, "ALLCAPS inside a word"),
+        (f"{A}ab{A}cd", 3, "ALLCAPS inside a word"),
+        (f"{A}ab{T}c", 3, "TITLE inside a word"),
+        (f"{A}ab{C}c", 0, "CAPNEXT after ALLCAPS"),
+        (f"{C}a", 0, "CAPNEXT outside a word"),
+        (f"é{C}a", 1, "CAPNEXT outside a word"),
+        (f"{E}{T}{C}a", 2, "CAPNEXT outside a word"),
+        (f"a{C}", 1, "CAPNEXT without a small letter after it"),
+        (f"a{C}{C}b", 1, "CAPNEXT without a small letter after it"),
+    ],
+)
 def test_what_encode_does_not_write_is_refused(text, position, reason):
     with pytest.raises(caseops.CaseOpsError) as refused:
         caseops.decode(text)
@@ -154,7 +189,26 @@ def test_what_encode_does_not_write_is_refused(text, position, reason):
 @pytest.fixture(scope="module")
 def codec():
     """A tokenizer of 340 pieces, trained on encoded prose."""
-    words = "the The THE of and And river River stone iPhone McDonald HTTP I words Words, end.\n is Is".split(" ")
+    words = [
+        "the",
+        "The",
+        "THE",
+        "of",
+        "and",
+        "And",
+        "river",
+        "River",
+        "stone",
+        "iPhone",
+        "McDonald",
+        "HTTP",
+        "I",
+        "words",
+        "Words,",
+        "end.\n",
+        "is",
+        "Is",
+    ]
     generator = random.Random(0)
     sample = [" ".join(generator.choices(words, k=60)) for _ in range(50)]
     return prepare.Codec(prepare.train_tokenizer(sample, 340, with_caseops=True)[0], with_caseops=True)

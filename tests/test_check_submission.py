@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+
 from helpers import ROOT, launch, snapshot
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -35,8 +36,9 @@ def check(folder, capsys, *arguments):
 
 def test_our_own_folder_passes_and_nothing_is_left_unchecked(reproduced, capsys):
     before = snapshot(reproduced)
-    code, errors, notes = check(reproduced / "out", capsys, "--data", reproduced / "shards", "--baseline",
-                                reproduced / "baseline.json")
+    code, errors, notes = check(
+        reproduced / "out", capsys, "--data", reproduced / "shards", "--baseline", reproduced / "baseline.json"
+    )
     assert code == 0, errors
     assert notes.count("note: ") == 1 and "significance: better by" in notes  # the verdict; artifacts were loaded
     assert snapshot(reproduced) == before
@@ -68,34 +70,41 @@ def edit(path, old, new, count=1):
 
 def in_json(change):
     """A plant that changes submission.json."""
+
     def plant(folder):
         content = json.loads((folder / "submission.json").read_text())
         change(content)
         (folder / "submission.json").write_text(json.dumps(content))
+
     return plant
 
 
 def row(key, value):
     """A plant: a figure of seed 0, in submission.json alone."""
+
     def change(s):
         r = s["seed_results"]["0"]
         r[key] = value(r[key]) if callable(value) else value
+
     return in_json(change)
 
 
 def field(key, value):
     def change(s):
         s[key] = value(s[key]) if callable(value) else value
+
     return in_json(change)
 
 
 def page_cell(column, delta):
     """A plant: a cell of seed 42's row in README.md."""
+
     def plant(folder):
         line = re.search(r"^\| 42 .*$", (folder / "README.md").read_text(), re.M)[0]
         cells = line.split("|")
         cells[column] = f" {type(delta)(float(cells[column])) + delta} "
         edit(folder / "README.md", line, "|".join(cells))
+
     return plant
 
 
@@ -104,6 +113,7 @@ def swap(one, other):
         a, b = (folder / one).read_bytes(), (folder / other).read_bytes()
         (folder / one).write_bytes(b)
         (folder / other).write_bytes(a)
+
     return plant
 
 
@@ -113,6 +123,7 @@ def log_edit(pattern, new):
         text, count = re.subn(pattern, new, path.read_text(), count=1, flags=re.M)
         assert count
         path.write_text(text)
+
     return plant
 
 
@@ -134,18 +145,24 @@ PLANTS = {
     "no requirements": (lambda f: (f / "requirements.txt").unlink(), "requirements.txt: is missing"),
     "a log less": (lambda f: (f / "train_seed314.log").unlink(), "seed 314: submission.json has it, and no log"),
     "no logs": (lambda f: [p.unlink() for p in f.glob("*.log")], "there is no log of a run"),
-    "a log more": (lambda f: (f / "train_seed9.log").write_text((f / "train_seed0.log").read_text() + "\n"),
-                   "seed 9: a log has it, and seed_results does not"),
+    "a log more": (
+        lambda f: (f / "train_seed9.log").write_text((f / "train_seed0.log").read_text() + "\n"),
+        "seed 9: a log has it, and seed_results does not",
+    ),
     "one log twice": (lambda f: shutil.copy(f / "train_seed0.log", f / "train_seed42.log"), "are the same file"),
     "swapped logs": (swap("train_seed0.log", "train_seed42.log"), "seed 0: val_bpb in submission.json and log"),
     "swapped summaries": (swap("summary_seed0.json", "summary_seed42.json"), "seed 0: the summary says seed: 42 and 0"),
     "a field less": (in_json(lambda s: s.pop("hardware")), "has no hardware"),
     "seeds not distinct": (field("seeds", [42, 42, 314]), "are not distinct"),
     "other seeds": (field("seeds", [42, 0, 1]), "seeds [42, 0, 1] and seed_results"),
-    "the same score twice": (in_json(lambda s: s["seed_results"]["0"].update(
-        val_bpb=s["seed_results"]["42"]["val_bpb"])), "2 seeds have the same val_bpb"),
-    "another setting": (lambda f: edit(f / "config_seed0.json", '"matrix_lr": 0.03', '"matrix_lr": 0.04'),
-                        "MATRIX_LR is 0.03 on seed 42 and 0.04 on 0"),
+    "the same score twice": (
+        in_json(lambda s: s["seed_results"]["0"].update(val_bpb=s["seed_results"]["42"]["val_bpb"])),
+        "2 seeds have the same val_bpb",
+    ),
+    "another setting": (
+        lambda f: edit(f / "config_seed0.json", '"matrix_lr": 0.03', '"matrix_lr": 0.04'),
+        "MATRIX_LR is 0.03 on seed 42 and 0.04 on 0",
+    ),
     "another machine": (lambda f: edit(f / "summary_seed0.json", "core", "kernel"), "hardware differs"),
     "bpb in json": (row("val_bpb", lambda x: x - 0.0002), "seed 0: val_bpb in submission.json and summary"),
     "loss in json": (row("val_loss", lambda x: x - 0.0002), "seed 0: val_loss in submission.json and summary"),
@@ -163,11 +180,17 @@ PLANTS = {
     "log's curve": (log_edit(r"^step:4/8 train_loss:\d", "step:4/8 train_loss:1"), "step 4 in log and metrics"),
     "log's steps": (log_edit(r"^step:4/8 .*\n", ""), "log and metrics have other steps"),
     "log's bytes": (log_edit(r"^artifact +\d", "artifact 9"), "artifact_bytes in submission.json and log"),
-    "shared documents": (log_edit(r"^audit: 0 validation", "warning: audit: 3 validation"),
-                         "shared_documents in submission.json and log"),
+    "shared documents": (
+        log_edit(r"^audit: 0 validation", "warning: audit: 3 validation"),
+        "shared_documents in submission.json and log",
+    ),
     "log's targets": (log_edit(r"back; \d", "back; 9"), "target_tokens in submission.json and log"),
-    "metrics": (lambda f: edit(f / "metrics_seed0.jsonl", '"stage": "quantized", "val_loss": ',
-                               '"stage": "quantized", "val_loss": 1'), "val_loss in metrics and summary"),
+    "metrics": (
+        lambda f: edit(
+            f / "metrics_seed0.jsonl", '"stage": "quantized", "val_loss": ', '"stage": "quantized", "val_loss": 1'
+        ),
+        "val_loss in metrics and summary",
+    ),
     "mean": (field("val_bpb", lambda x: x + 0.0002), "val_bpb and the seeds' mean"),
     "mean loss": (field("val_loss", lambda x: x + 0.0002), "val_loss and the seeds' mean"),
     "deviation": (field("val_bpb_std", lambda x: x + 0.0002), "val_bpb_std"),
@@ -179,8 +202,10 @@ PLANTS = {
     "delta": (field("delta_vs_leaderboard_bpb", lambda x: x - 0.001), "delta_vs_leaderboard_bpb"),
     "delta in nats": (field("delta_vs_leaderboard_nats", lambda x: x - 0.001), "delta_vs_leaderboard_nats"),
     "p-value": (in_json(lambda s: s["significance"].update(p_value_margin=0.5)), "significance p_value_margin 0.5"),
-    "verdict": (in_json(lambda s: s["significance"].update(holds=not s["significance"]["holds"])),
-                "significance holds"),
+    "verdict": (
+        in_json(lambda s: s["significance"].update(holds=not s["significance"]["holds"])),
+        "significance holds",
+    ),
     "compliance": (in_json(lambda s: s["compliance"].update(three_seeds=False)), "compliance three_seeds is False"),
     "hardware": (field("hardware", "8 x NVIDIA H100"), "hardware '8 x NVIDIA H100', and the log of seed 42 says"),
     "track": (field("track", "10min_16mb"), "is for 8 H100s"),
@@ -225,8 +250,9 @@ def test_training_over_its_time_is_found(folder, capsys):
     path = folder / "summary_seed0.json"
     s = json.loads(path.read_text())
     for seconds, calibrate, found in ((600.01, 0, False), (601.5, 0, True), (599, 3, True)):
-        path.write_text(json.dumps(dict(s, steps=1000, train_seconds=seconds,
-                                        seconds=dict(s["seconds"], calibrate=calibrate))))
+        path.write_text(
+            json.dumps(dict(s, steps=1000, train_seconds=seconds, seconds=dict(s["seconds"], calibrate=calibrate)))
+        )
         assert ("of training and calibration are over 600" in check(folder, capsys, "--no-load")[1]) is found
 
 
@@ -240,8 +266,9 @@ def test_a_damaged_artifact_does_not_load(folder, capsys):
 
 
 def test_a_rerun_gives_the_same_score_and_another_score_is_found(folder, reproduced, capsys):
-    code, errors, notes = check(folder, capsys, "--no-load", "--rerun", 42, "--data", reproduced / "shards",
-                                "--tolerance", 1e-9)
+    code, errors, notes = check(
+        folder, capsys, "--no-load", "--rerun", 42, "--data", reproduced / "shards", "--tolerance", 1e-9
+    )
     assert code == 0 and "rerun: seed 42 val_bpb" in notes, errors
     again = check_submission.Findings()
     seed = check_submission.read_folder(folder, again).seeds[42]
@@ -277,15 +304,30 @@ def peers(tmp_path):
     """A folder as other people make them: other fields, rounded figures, a page by hand."""
     rows, page = {}, "# A record\n\n| Seed | val_bpb | Artifact |\n|--|--|--|\n"
     for seed, bpb in ((42, 1.22760000), (0, 1.22811111), (314, 1.22722222)):
-        log = LOG.replace("{seed}", str(seed)).replace("{size}", str(15863489 + seed)).replace(
-            "{loss:.4f}", f"{bpb * 1.69:.4f}").replace("{bpb:.4f}", f"{bpb:.4f}").replace(
-            "{loss:.8f}", f"{bpb * 1.69:.8f}").replace("{bpb:.8f}", f"{bpb:.8f}")
+        log = (
+            LOG.replace("{seed}", str(seed))
+            .replace("{size}", str(15863489 + seed))
+            .replace("{loss:.4f}", f"{bpb * 1.69:.4f}")
+            .replace("{bpb:.4f}", f"{bpb:.4f}")
+            .replace("{loss:.8f}", f"{bpb * 1.69:.8f}")
+            .replace("{bpb:.8f}", f"{bpb:.8f}")
+        )
         (tmp_path / f"train_seed{seed}.log").write_text(log)
         rows[str(seed)] = dict(val_bpb=round(bpb, 6), artifact_bytes=15863489 + seed)
         page += f"| {seed} | {bpb:.5f} | {15863489 + seed:,} |\n"
     mean = sum(r["val_bpb"] for r in rows.values()) / 3
-    s = dict(author="x", github_id="x", name="x", blurb="x", date="2026-01-01", val_loss=mean * 1.69,
-             val_bpb=round(mean, 6), bytes_total=15863531, seeds=[42, 0, 314], seed_results=rows)
+    s = dict(
+        author="x",
+        github_id="x",
+        name="x",
+        blurb="x",
+        date="2026-01-01",
+        val_loss=mean * 1.69,
+        val_bpb=round(mean, 6),
+        bytes_total=15863531,
+        seeds=[42, 0, 314],
+        seed_results=rows,
+    )
     (tmp_path / "submission.json").write_text(json.dumps(s))
     (tmp_path / "README.md").write_text(page + f"\nMean {mean:.5f}.\n\nAn ablation gave 1.2300.\n")
     (tmp_path / "train_gpt.py").write_text("x = 1\n")
@@ -298,17 +340,27 @@ def test_other_peoples_folders_are_read(peers, capsys):
     assert "1.2300" in notes and "--data" in notes
 
 
-@pytest.mark.parametrize("plant, words", [
-    (lambda f: edit(f / "README.md", "| 0 | 1.22811", "| 0 | 1.22711"), "README.md: seed 0, val_bpb: 1.22711"),
-    (lambda f: edit(f / "README.md", "15,863,531", "15,863,530"), "README.md: seed 42, Artifact: 15,863,530"),
-    (lambda f: edit(f / "README.md", "Mean 1.22764", "Mean 1.22664"), "1.22664 is in no other file"),
-    (lambda f: edit(f / "train_seed0.log", "matrix_lr: 0.04", "matrix_lr: 0.05"), "MATRIX_LR is 0.04 on seed 42"),
-    (lambda f: edit(f / "train_seed0.log", "exact val_loss:2.07550778 val_bpb:1.22811111",
-                    "exact val_loss:2.07550778 val_bpb:1.22911111"), "seed 0: val_bpb in submission.json and log"),
-    (lambda f: edit(f / "train_seed0.log", "47851520", "47851519"), "are not one validation set's"),
-    (lambda f: edit(f / "train_seed0.log", "599980ms", "610000ms"), "610.0 s of training"),
-    (lambda f: edit(f / "train_seed0.log", "15863489 bytes", "16863489 bytes"), "bytes is over 16000000"),
-    (lambda f: edit(f / "train_seed0.log", "  seed: 0", "  seed: 1"), "seed in its name and in its text: 0 and 1")])
+@pytest.mark.parametrize(
+    "plant, words",
+    [
+        (lambda f: edit(f / "README.md", "| 0 | 1.22811", "| 0 | 1.22711"), "README.md: seed 0, val_bpb: 1.22711"),
+        (lambda f: edit(f / "README.md", "15,863,531", "15,863,530"), "README.md: seed 42, Artifact: 15,863,530"),
+        (lambda f: edit(f / "README.md", "Mean 1.22764", "Mean 1.22664"), "1.22664 is in no other file"),
+        (lambda f: edit(f / "train_seed0.log", "matrix_lr: 0.04", "matrix_lr: 0.05"), "MATRIX_LR is 0.04 on seed 42"),
+        (
+            lambda f: edit(
+                f / "train_seed0.log",
+                "exact val_loss:2.07550778 val_bpb:1.22811111",
+                "exact val_loss:2.07550778 val_bpb:1.22911111",
+            ),
+            "seed 0: val_bpb in submission.json and log",
+        ),
+        (lambda f: edit(f / "train_seed0.log", "47851520", "47851519"), "are not one validation set's"),
+        (lambda f: edit(f / "train_seed0.log", "599980ms", "610000ms"), "610.0 s of training"),
+        (lambda f: edit(f / "train_seed0.log", "15863489 bytes", "16863489 bytes"), "bytes is over 16000000"),
+        (lambda f: edit(f / "train_seed0.log", "  seed: 0", "  seed: 1"), "seed in its name and in its text: 0 and 1"),
+    ],
+)
 def test_what_is_planted_in_other_peoples_is_found(plant, words, peers, capsys):
     plant(peers)
     code, errors, _ = check(peers, capsys)
@@ -316,10 +368,13 @@ def test_what_is_planted_in_other_peoples_is_found(plant, words, peers, capsys):
 
 
 def test_what_a_user_can_mend(peers, tmp_path, monkeypatch, capsys):
-    for arguments, words in ((["none"], "none: must be a submission's folder"),
-                             ([str(peers), "--rerun", "7"], "--rerun 7"),
-                             ([str(peers), "--data", str(ROOT / "tests")], "holds no fineweb_val"),
-                             ([str(peers), "--baseline", "no.json"], "no.json: there is no such"), ([], "FOLDER")):
+    for arguments, words in (
+        (["none"], "none: must be a submission's folder"),
+        ([str(peers), "--rerun", "7"], "--rerun 7"),
+        ([str(peers), "--data", str(ROOT / "tests")], "holds no fineweb_val"),
+        ([str(peers), "--baseline", "no.json"], "no.json: there is no such"),
+        ([], "FOLDER"),
+    ):
         monkeypatch.setattr(sys, "argv", ["check_submission.py", *arguments])
         code = runs.command_line(check_submission.main)
         out, errors = capsys.readouterr()

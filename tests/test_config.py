@@ -8,9 +8,19 @@ import subprocess
 import sys
 
 import pytest
+
 import train_gpt as tg
 from helpers import (
-    ROOT, SCRIPT, TINY, clean_environment, config, knob_names, run_script, snapshot, strings, write_shard,
+    ROOT,
+    SCRIPT,
+    TINY,
+    clean_environment,
+    config,
+    knob_names,
+    run_script,
+    snapshot,
+    strings,
+    write_shard,
 )
 
 SOURCE = SCRIPT.read_text()
@@ -67,10 +77,14 @@ WRONG = [
     ("ARTIFACT_LIMIT_BYTES", dict(ARTIFACT_LIMIT_BYTES="16e6"), "an integer"),
     ("SMEAR_GATE_TYPE", dict(SMEAR_GATE_TYPE="wide"), "window, channel"),
     ("BIGRAM_VOCAB_SIZE", dict(BIGRAM_VOCAB_SIZE="1"), "at least 2"),
-    *(("VE_LAYERS", dict(VE_DIM="8", VE_LAYERS=value), "below NUM_LAYERS=6")
-      for value in ("9,10", "1,1", "1;2", "a", "-1", "1,,2", "9" * 5000)),
-    *(("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE=value), "rising order")
-      for value in ("0.3,0.2", "0.2,0.2", "1", "0,0.5", "nan", "0.1;0.2", "0.1,,0.2")),
+    *(
+        ("VE_LAYERS", dict(VE_DIM="8", VE_LAYERS=value), "below NUM_LAYERS=6")
+        for value in ("9,10", "1,1", "1;2", "a", "-1", "1,,2", "9" * 5000)
+    ),
+    *(
+        ("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE=value), "rising order")
+        for value in ("0.3,0.2", "0.2,0.2", "1", "0,0.5", "nan", "0.1;0.2", "0.1,,0.2")
+    ),
     ("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE="0.1,0.2", NUM_LAYERS="2"), "NUM_LAYERS=2"),
     ("WEIGHT_AVERAGE", dict(WEIGHT_AVERAGE="ema"), "EMA_DECAY"),
     ("WEIGHT_AVERAGE", dict(WEIGHT_AVERAGE="swa", EMA_DECAY="0.9"), "SWA_ENABLED=1"),
@@ -161,8 +175,15 @@ def test_a_damaged_shard(damage, split, tiny, data, tmp_path, capfd, monkeypatch
     name = f"fineweb_{split}_000001.bin"
     folder, content = copy_data(data, tmp_path, [name]), (data / name).read_bytes()
     shard = folder / name
-    shard.write_bytes({"magic": b"\x00" + content[1:], "truncated": content[:-2], "short header": content[:600],
-                       "empty": b"", "too long": content + b"\x00\x00"}[damage])
+    shard.write_bytes(
+        {
+            "magic": b"\x00" + content[1:],
+            "truncated": content[:-2],
+            "short header": content[:600],
+            "empty": b"",
+            "too long": content + b"\x00\x00",
+        }[damage]
+    )
     line = refused(dict(tiny, DATA_PATH=folder), tmp_path, capfd, monkeypatch)
     assert str(shard) in line
     assert ("header" in line) if damage in ("magic", "short header", "empty") else ("tokens" in line)
@@ -330,34 +351,128 @@ def test_steps_of_warmdown_replace_a_presets_fraction():
 
 # SPEC.md's values of the presets, so that a change of a default cannot change a recipe unseen.
 RECIPES = {
-    "record": dict(vocab_size=8192, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=4,
-                   tied_embed_init_std=0.005, neftune_alpha=5, gate_window=12, rope_dims=16, rope_base=1e4,
-                   qk_gain_init=5,
-                   train_seq_len=2048, xsa_last_n=11, sparse_attn_gate_scale=0.5, leaky_relu_slope=0.5,
-                   enable_looping_at=0.35, loop_start=3, loop_end=5, num_loops=2, parallel_start_layer=8,
-                   logit_softcap=30, z_loss_weight=1e-4, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
-                   muon_momentum_warmup_steps=1500, muon_backend_steps=5, muon_wd=0.095, matrix_lr=0.026,
-                   tied_embed_lr=0.03, embed_wd=0.085, scalar_lr=0.02, adam_wd=0.02, beta1=0.9, beta2=0.99,
-                   adam_eps=1e-8,
-                   grad_clip_norm=0.3, warmdown_frac=0.85, min_lr=0.1, max_wallclock_seconds=600, warmup_steps=20,
-                   train_batch_tokens=786432, ema_decay=0.9965, gptq_calibration_batches=16, gptq_damp=0.01,
-                   attn_clip_sigmas=13, mlp_clip_sigmas=11.5, embed_clip_sigmas=14, matrix_bits=6,
-                   embed_bits=7, artifact_limit_bytes=16_000_000),
-    "poly5": dict(vocab_size=1024, num_layers=11, mlp_mult=3, xsa_last_n=4, num_loops=0, parallel_start_layer=-1,
-                  qk_gain_init=1.5, neftune_alpha=0, z_loss_weight=1e-4, muon_momentum=0.99,
-                  muon_momentum_warmup_start=0.92, muon_wd=0.04, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
-                  adam_wd=0.04, warmdown_iters=3500, warmdown_frac=0, iterations=9000, ema_decay=0.997,
-                  train_seq_len=2048, eval_stride=16, compressor="zstd", skip_gates_enabled=False,
-                  smear_gate_enabled=True, smear_gate_type="channel", bigram_vocab_size=1536, bigram_dim=128,
-                  ve_dim=128, ve_layers="9,10", softcap_type="poly", logit_softcap=30, focal_enabled=True,
-                  focal_gamma=1, progressive_depth_schedule="0.08,0.25", muon_coefficients="classic",
-                  embed_wd=0.04, swa_enabled=True, swa_every=50, swa_start=0.2, weight_average="both",
-                  late_qat_threshold=0.15, matrix_bits=6, quantizer="gptq_lite", rvq_enabled=True, rvq_bits=4,
-                  temperature=1, ttt_mode="chunk", ttt_chunk_tokens=32768, ttt_epochs=3, ttt_lr=0.002,
-                  ttt_freeze_blocks=0, sparse_attn_gate_enabled=False, gated_attn_enabled=False,
-                  attn_out_gate_enabled=False),
-    "baseline": dict(vocab_size=1024, num_layers=9, model_dim=512, xsa_last_n=0, num_loops=0, parallel_start_layer=-1,
-                     smear_gate_enabled=False, neftune_alpha=0, ema_decay=0, leaky_relu_slope=0),
+    "record": dict(
+        vocab_size=8192,
+        num_layers=11,
+        model_dim=512,
+        num_heads=8,
+        num_kv_heads=4,
+        mlp_mult=4,
+        tied_embed_init_std=0.005,
+        neftune_alpha=5,
+        gate_window=12,
+        rope_dims=16,
+        rope_base=1e4,
+        qk_gain_init=5,
+        train_seq_len=2048,
+        xsa_last_n=11,
+        sparse_attn_gate_scale=0.5,
+        leaky_relu_slope=0.5,
+        enable_looping_at=0.35,
+        loop_start=3,
+        loop_end=5,
+        num_loops=2,
+        parallel_start_layer=8,
+        logit_softcap=30,
+        z_loss_weight=1e-4,
+        muon_momentum=0.97,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_backend_steps=5,
+        muon_wd=0.095,
+        matrix_lr=0.026,
+        tied_embed_lr=0.03,
+        embed_wd=0.085,
+        scalar_lr=0.02,
+        adam_wd=0.02,
+        beta1=0.9,
+        beta2=0.99,
+        adam_eps=1e-8,
+        grad_clip_norm=0.3,
+        warmdown_frac=0.85,
+        min_lr=0.1,
+        max_wallclock_seconds=600,
+        warmup_steps=20,
+        train_batch_tokens=786432,
+        ema_decay=0.9965,
+        gptq_calibration_batches=16,
+        gptq_damp=0.01,
+        attn_clip_sigmas=13,
+        mlp_clip_sigmas=11.5,
+        embed_clip_sigmas=14,
+        matrix_bits=6,
+        embed_bits=7,
+        artifact_limit_bytes=16_000_000,
+    ),
+    "poly5": dict(
+        vocab_size=1024,
+        num_layers=11,
+        mlp_mult=3,
+        xsa_last_n=4,
+        num_loops=0,
+        parallel_start_layer=-1,
+        qk_gain_init=1.5,
+        neftune_alpha=0,
+        z_loss_weight=1e-4,
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_wd=0.04,
+        matrix_lr=0.025,
+        scalar_lr=0.025,
+        tied_embed_lr=0.035,
+        adam_wd=0.04,
+        warmdown_iters=3500,
+        warmdown_frac=0,
+        iterations=9000,
+        ema_decay=0.997,
+        train_seq_len=2048,
+        eval_stride=16,
+        compressor="zstd",
+        skip_gates_enabled=False,
+        smear_gate_enabled=True,
+        smear_gate_type="channel",
+        bigram_vocab_size=1536,
+        bigram_dim=128,
+        ve_dim=128,
+        ve_layers="9,10",
+        softcap_type="poly",
+        logit_softcap=30,
+        focal_enabled=True,
+        focal_gamma=1,
+        progressive_depth_schedule="0.08,0.25",
+        muon_coefficients="classic",
+        embed_wd=0.04,
+        swa_enabled=True,
+        swa_every=50,
+        swa_start=0.2,
+        weight_average="both",
+        late_qat_threshold=0.15,
+        matrix_bits=6,
+        quantizer="gptq_lite",
+        rvq_enabled=True,
+        rvq_bits=4,
+        temperature=1,
+        ttt_mode="chunk",
+        ttt_chunk_tokens=32768,
+        ttt_epochs=3,
+        ttt_lr=0.002,
+        ttt_freeze_blocks=0,
+        sparse_attn_gate_enabled=False,
+        gated_attn_enabled=False,
+        attn_out_gate_enabled=False,
+    ),
+    "baseline": dict(
+        vocab_size=1024,
+        num_layers=9,
+        model_dim=512,
+        xsa_last_n=0,
+        num_loops=0,
+        parallel_start_layer=-1,
+        smear_gate_enabled=False,
+        neftune_alpha=0,
+        ema_decay=0,
+        leaky_relu_slope=0,
+    ),
 }
 
 
@@ -377,27 +492,43 @@ def test_the_record_preset_has_the_records_size_and_order():
 # ------------------------------------------------------------------------------------------------------ misspelt names
 
 
-@pytest.mark.parametrize("name", ["TTT_LORA_RNAK", "MATRIX_LRR", "NUM_LAYER", "num_layerz", "MUON_MOMENTUMS",
-                                  "SWA_EVER", "TRAIN_SEQLEN", "WARMDOWN_ITER", "ARTIFACT_LIMIT_BYTE", "ITERATION"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TTT_LORA_RNAK",
+        "MATRIX_LRR",
+        "NUM_LAYER",
+        "num_layerz",
+        "MUON_MOMENTUMS",
+        "SWA_EVER",
+        "TRAIN_SEQLEN",
+        "WARMDOWN_ITER",
+        "ARTIFACT_LIMIT_BYTE",
+        "ITERATION",
+    ],
+)
 def test_a_misspelt_knob_is_warned_about_by_name(name):
     warnings = tg.misspelt({name: "5"})
     assert len(warnings) == 1 and f"{name}=5" in warnings[0] and "no effect" in warnings[0]
 
 
-@pytest.mark.parametrize("name, meant", [("MATRIX_LRR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"),
-                                         ("ITERATION", "ITERATIONS")])
+@pytest.mark.parametrize(
+    "name, meant", [("MATRIX_LRR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"), ("ITERATION", "ITERATIONS")]
+)
 def test_the_knob_that_was_meant_is_named(name, meant):
     assert f"did you mean {meant}?" in tg.misspelt({name: "5"})[0]
 
 
 def test_ordinary_variables_and_real_knobs_are_not_warned_about():
-    ordinary = ("HOME PATH USER LANG LC_ALL SHELL TERM PWD OLDPWD EDITOR PAGER HOSTNAME LOGNAME MAIL DISPLAY "
-                "VIRTUAL_ENV OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG "
-                "RANK WORLD_SIZE LOCAL_RANK "
-                "LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID "
-                "TORCHINDUCTOR_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTHONPATH PYTHONHASHSEED XDG_RUNTIME_DIR CI "
-                "GITHUB_RUN_ID "
-                "SLURM_JOB_ID TMPDIR NODE_RANK LD_LIBRARY_PATH DEBIAN_FRONTEND PYTEST_CURRENT_TEST MODELS _ SHLVL TZ")
+    ordinary = (
+        "HOME PATH USER LANG LC_ALL SHELL TERM PWD OLDPWD EDITOR PAGER HOSTNAME LOGNAME MAIL DISPLAY "
+        "VIRTUAL_ENV OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG "
+        "RANK WORLD_SIZE LOCAL_RANK "
+        "LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID "
+        "TORCHINDUCTOR_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTHONPATH PYTHONHASHSEED XDG_RUNTIME_DIR CI "
+        "GITHUB_RUN_ID "
+        "SLURM_JOB_ID TMPDIR NODE_RANK LD_LIBRARY_PATH DEBIAN_FRONTEND PYTEST_CURRENT_TEST MODELS _ SHLVL TZ"
+    )
     assert tg.misspelt(dict.fromkeys(ordinary.split(), "x")) == []
     assert tg.misspelt(dict.fromkeys(knob_names(), "1")) == []
 
@@ -442,7 +573,8 @@ def test_dry_run_of_every_preset_needs_no_data(preset, tmp_path, capfd, monkeypa
     plan = json.loads(out)
     model = tg.GPT(config({"PRESET": preset}, VOCAB_SIZE=384))  # a smaller table, counted out of the promise
     counted = sum(p.numel() for p in model.parameters()) + (plan["config"]["vocab_size"] - 384) * (
-        model.c.model_dim + model.c.ve_dim)
+        model.c.model_dim + model.c.ve_dim
+    )
     assert plan["parameters"] == counted
     assert not list(tmp_path.iterdir())
 
@@ -477,8 +609,14 @@ print("clean", end="")
 
 
 def test_importing_reads_no_environment_and_starts_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-B", "-c", IMPORT_CHECK, str(ROOT)], cwd=tmp_path, capture_output=True,
-                          text=True, env=clean_environment({"NUM_LAYERS": "wrong"}), timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", IMPORT_CHECK, str(ROOT)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=clean_environment({"NUM_LAYERS": "wrong"}),
+        timeout=120,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "clean", "")
     assert not list(tmp_path.iterdir())
 
@@ -500,17 +638,44 @@ def test_no_knob_is_read_with_a_fallback():
 
 
 def test_one_place_knows_the_formula_of_bits_per_byte():
-    logs = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func) in (
-        "math.log", "math.log2", "np.log", "np.log2", "torch.log2")]
+    logs = [
+        n
+        for n in ast.walk(TREE)
+        if isinstance(n, ast.Call)
+        and ast.unparse(n.func) in ("math.log", "math.log2", "np.log", "np.log2", "torch.log2")
+    ]
     assert [ast.unparse(n) for n in logs].count("math.log(2)") == 1
-    assert len([n for n in ast.walk(TREE) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div)
-                and "math.log(2)" in ast.unparse(n.right)]) == 1
+    assert (
+        len(
+            [
+                n
+                for n in ast.walk(TREE)
+                if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div) and "math.log(2)" in ast.unparse(n.right)
+            ]
+        )
+        == 1
+    )
 
 
 def test_sections_stand_in_the_houses_order():
     titles = re.findall(r"^# -{20,}\n# (\w+)", SOURCE, flags=re.MULTILINE)
-    house = ["Config", "Run", "Data", "Score", "Kernels", "Model", "Adapters", "Optimizers", "Schedules", "Training",
-             "GPTQ", "Artifact", "Evaluation", "TTT", "main"]
+    house = [
+        "Config",
+        "Run",
+        "Data",
+        "Score",
+        "Kernels",
+        "Model",
+        "Adapters",
+        "Optimizers",
+        "Schedules",
+        "Training",
+        "GPTQ",
+        "Artifact",
+        "Evaluation",
+        "TTT",
+        "main",
+    ]
     assert titles == [name for name in house if name in titles]
     assert set(house) - set(titles) <= {"Adapters", "TTT"}  # these two may still be unbuilt
 
@@ -526,10 +691,18 @@ def test_each_section_calls_only_those_above_it():
     late = []
     for node in TREE.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            annotations = {id(a) for f in ast.walk(node) if isinstance(f, (ast.arg, ast.AnnAssign)) and f.annotation
-                           for a in ast.walk(f.annotation)}
-            annotations |= {id(a) for f in ast.walk(node) if isinstance(f, ast.FunctionDef) and f.returns
-                            for a in ast.walk(f.returns)}
+            annotations = {
+                id(a)
+                for f in ast.walk(node)
+                if isinstance(f, (ast.arg, ast.AnnAssign)) and f.annotation
+                for a in ast.walk(f.annotation)
+            }
+            annotations |= {
+                id(a)
+                for f in ast.walk(node)
+                if isinstance(f, ast.FunctionDef) and f.returns
+                for a in ast.walk(f.returns)
+            }
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and id(n) not in annotations}
             late += [(node.name, name) for name in used if section.get(name, 0) > section[node.name]]
     assert late == []

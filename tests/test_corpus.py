@@ -109,8 +109,13 @@ def networkx():
 
 def test_documents_are_top_level_objects_with_all_inside(package):
     found = texts(corpus.gather(["pkgofdocs"], min_bytes=1))
-    assert list(found)[:5] == ["pkgofdocs", "pkgofdocs:Box", "pkgofdocs:slow", "pkgofdocs:quick",
-                               "pkgofdocs.calls:doc.absolute"]
+    assert list(found)[:5] == [
+        "pkgofdocs",
+        "pkgofdocs:Box",
+        "pkgofdocs:slow",
+        "pkgofdocs:quick",
+        "pkgofdocs.calls:doc.absolute",
+    ]
     assert found["pkgofdocs"] == "pkgofdocs\n\nWhat the package is for.\n"
     assert found["pkgofdocs:Box"] == textwrap.dedent("""\
         Box(size=3, *rest, deep=True, **more)
@@ -246,6 +251,7 @@ def test_nothing_is_imported_to_be_read():
 
 def naive_groups(documents, words):
     """The definition, slowly: link any two texts that share a window or are equal, and follow the links."""
+
     def windows(text):
         found = re.findall(r"\w+", text.lower())
         return {tuple(found[i : i + words]) for i in range(len(found) - words + 1)}

@@ -10,10 +10,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-import train_gpt as tg
-from helpers import ROOT, TINY, clean_environment, config, examples, single_run, strings, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import ROOT, TINY, clean_environment, config, examples, single_run, strings, write_shard
 
 
 @pytest.fixture
@@ -144,8 +145,8 @@ def test_a_batch_holds_rows_their_successors_and_their_documents(data):
             assert np.array_equal(documents.starts.numpy(), tg.document_starts(ids.numpy()))
             places = [loader.row_index(p) * 32 for p in loader.row_numbers(step, micro)]
             for row, start in enumerate(places):
-                assert np.array_equal(ids[row], whole[start:start + 32])
-                assert np.array_equal(targets[row], whole[start + 1:start + 33])
+                assert np.array_equal(ids[row], whole[start : start + 32])
+                assert np.array_equal(targets[row], whole[start + 1 : start + 33])
             seen += int((documents.starts > 0).any())
     assert seen  # some rows hold more than one document
 
@@ -204,8 +205,9 @@ def arrays_of(batch):
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 11)), max_size=12), st.integers(1, 5))
 def test_reading_ahead_changes_no_bit_whatever_is_asked_for(data, keys, depth):
     """In order, from the beginning again as after a warmup, and at random, as calibration and tests do."""
-    plain, ahead = (tg.TrainLoader(config(DATA_PATH=data, MICRO_BATCH_TOKENS=64, READ_AHEAD=n), single_run())
-                    for n in (0, depth))
+    plain, ahead = (
+        tg.TrainLoader(config(DATA_PATH=data, MICRO_BATCH_TOKENS=64, READ_AHEAD=n), single_run()) for n in (0, depth)
+    )
     order = [(step, micro) for step in range(2) for micro in range(plain.layout.micro_steps)]
     for key in (*order, *order[:5], *keys, *order[-3:]):
         for expected, found in zip(arrays_of(plain.batch(*key)), arrays_of(ahead.batch(*key)), strict=True):
@@ -267,7 +269,7 @@ def test_the_thread_ends_with_its_loader(data):
     assert readers() <= before
     loader = tg.TrainLoader(config(DATA_PATH=data), single_run())
     loader.batch(0, 0)
-    thread, = readers() - before
+    (thread,) = readers() - before
     del loader  # as after an exception, where nobody closes it
     for _ in range(20):
         gc.collect()
@@ -289,8 +291,13 @@ raise SystemExit(7)
 
 
 def test_a_process_that_fails_while_reading_ahead_ends(data):
-    done = subprocess.run([sys.executable, "-c", CRASH, str(ROOT), str(data)], capture_output=True, text=True,
-                          env=clean_environment({}), timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(ROOT), str(data)],
+        capture_output=True,
+        text=True,
+        env=clean_environment({}),
+        timeout=120,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (7, "reading\n", "")
 
 
@@ -298,8 +305,16 @@ def test_a_training_is_the_same_with_and_without_and_says_how_long_it_waited(dat
     monkeypatch.chdir(tmp_path)
     models = []
     for depth in (0, 3):
-        values = dict(TINY, DATA_PATH=data, READ_AHEAD=depth, RUN_ID=f"ahead{depth}", MODE="train", WARMUP_STEPS=1,
-                      NEFTUNE_ALPHA=5, ITERATIONS=4)
+        values = dict(
+            TINY,
+            DATA_PATH=data,
+            READ_AHEAD=depth,
+            RUN_ID=f"ahead{depth}",
+            MODE="train",
+            WARMUP_STEPS=1,
+            NEFTUNE_ALPHA=5,
+            ITERATIONS=4,
+        )
         assert tg.main([], strings(values)) == 0
         folder = tmp_path / "logs" / f"ahead{depth}"
         models.append((folder / "model.pgolf").read_bytes())
@@ -320,8 +335,9 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
     loader = tg.TrainLoader(config(DATA_PATH=data), dataclasses.replace(run, device=torch.device("cuda", 0)))
     for key in [(step, micro) for step in range(20) for micro in range(expected.layout.micro_steps)]:
         batch = loader.batch(*key)
-        for theirs, ours in zip((*expected.batch(*key)[:2], *expected.batch(*key).documents),
-                                (*batch[:2], *batch.documents)):
+        for theirs, ours in zip(
+            (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents)
+        ):
             assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
     loader.ahead.close()
 
@@ -332,8 +348,9 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
 def noise_of(c, world, step=0):
     """The noise of a step's rows in global order."""
     group = loaders(c, world)
-    return torch.cat([loader.noise(step, micro, (8, 16)) for micro in range(group[0].layout.micro_steps)
-                      for loader in group])
+    return torch.cat(
+        [loader.noise(step, micro, (8, 16)) for micro in range(group[0].layout.micro_steps) for loader in group]
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -348,7 +365,7 @@ def test_noise_is_uniform_of_the_specified_size(counted):
     noise = torch.cat([noise_of(c, 1, step) for step in range(4)])
     reach = 5 / (8 * 16) ** 0.5
     assert noise.abs().max() <= reach and noise.abs().max() > 0.99 * reach
-    assert abs(noise.mean()) < 0.02 * reach and abs(noise.std() / reach - 3 ** -0.5) < 0.01
+    assert abs(noise.mean()) < 0.02 * reach and abs(noise.std() / reach - 3**-0.5) < 0.01
 
 
 def test_each_row_step_and_seed_has_noise_of_its_own(counted):

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch
 
@@ -34,8 +35,14 @@ def test_every_knob_has_its_row_under_its_section():
     assert titles == list(docs.sections()) and "Optimizers" in titles
     assert page.index("## Optimizers") < page.index("| `MATRIX_LR`") < page.index("## Schedules")
     cells = next(line for line in page.splitlines() if "`MATRIX_LR`" in line).strip("| ").split(" | ")
-    assert cells == ["`MATRIX_LR`", "float, from 0", "`0.04`", "demo `0.02`<br>record `0.026`<br>poly5 `0.025`",
-                     "learning rate of the matrix banks (Muon)", "weights"]
+    assert cells == [
+        "`MATRIX_LR`",
+        "float, from 0",
+        "`0.04`",
+        "demo `0.02`<br>record `0.026`<br>poly5 `0.025`",
+        "learning rate of the matrix banks (Muon)",
+        "weights",
+    ]
 
 
 def test_values_are_written_as_the_environment_takes_them():
@@ -56,12 +63,28 @@ def root(tmp_path):
 
 
 def submission(**changes):
-    rows = {str(seed): dict(val_bpb=1.5 + i / 1000, val_loss=3.0, pre_quant_val_bpb=1.6 + i / 1000,
-                            quantized_val_bpb=1.61 + i / 1000, artifact_bytes=15_000_000 + i, steps=800 + i,
-                            train_wallclock_ms=110_000 + i, eval_time_s=20.25 + i)
-            for i, seed in enumerate((42, 0, 314))}
-    return dict(dict(seed_results=rows, hardware="2 cores of Some Chip, 1 rank", dataset="text: of 3 documents",
-                     date="2026-11-20"), **changes)
+    rows = {
+        str(seed): dict(
+            val_bpb=1.5 + i / 1000,
+            val_loss=3.0,
+            pre_quant_val_bpb=1.6 + i / 1000,
+            quantized_val_bpb=1.61 + i / 1000,
+            artifact_bytes=15_000_000 + i,
+            steps=800 + i,
+            train_wallclock_ms=110_000 + i,
+            eval_time_s=20.25 + i,
+        )
+        for i, seed in enumerate((42, 0, 314))
+    }
+    return dict(
+        dict(
+            seed_results=rows,
+            hardware="2 cores of Some Chip, 1 rank",
+            dataset="text: of 3 documents",
+            date="2026-11-20",
+        ),
+        **changes,
+    )
 
 
 def test_results_are_the_submissions_figures(root):
@@ -70,11 +93,27 @@ def test_results_are_the_submissions_figures(root):
     assert text.startswith("# Title\n\n" + docs.BEGIN) and text.endswith(docs.END + "\n\nThe rest.\n")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["Seed", "val_bpb pre-quantization", "quantized", "after TTT", "artifact bytes", "steps",
-                        "training s", "evaluation s"]
+    assert cells[0] == [
+        "Seed",
+        "val_bpb pre-quantization",
+        "quantized",
+        "after TTT",
+        "artifact bytes",
+        "steps",
+        "training s",
+        "evaluation s",
+    ]
     assert cells[2] == ["42", "1.6000", "1.6100", "1.5000", "15000000", "800", "110.0", "20.2"]
-    assert cells[-1] == ["mean ± sample deviation", "1.6010 ± 0.0010", "1.6110 ± 0.0010", "1.5010 ± 0.0010",
-                         "15000001 ± 1", "801 ± 1", "110.0 ± 0.0", "21.2 ± 1.0"]
+    assert cells[-1] == [
+        "mean ± sample deviation",
+        "1.6010 ± 0.0010",
+        "1.6110 ± 0.0010",
+        "1.5010 ± 0.0010",
+        "15000001 ± 1",
+        "801 ± 1",
+        "110.0 ± 0.0",
+        "21.2 ± 1.0",
+    ]
     assert "\n\n2 cores of Some Chip, 1 rank; text: of 3 documents; 2026-11-20.\n" in text
     (root / "README.md").write_text(text)
     assert docs.stale(root) == {}
@@ -83,8 +122,11 @@ def test_results_are_the_submissions_figures(root):
 def test_without_test_time_training_its_column_is_empty_and_one_seed_has_no_deviation():
     content = submission()
     content["seed_results"] = {"42": dict(content["seed_results"]["42"], val_bpb=1.61)}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in docs.results(content).splitlines()
-            if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in docs.results(content).splitlines()
+        if line.startswith("|")
+    ]
     assert rows[2][:4] == ["42", "1.6000", "1.6100", ""] and rows[3][1:4] == ["1.6000", "1.6100", ""]
 
 
@@ -94,14 +136,17 @@ def test_without_a_submission_the_readme_is_left_alone(root):
     assert docs.stale(root) == {"docs/knobs.md": (ROOT / "docs" / "knobs.md").read_text()}
 
 
-@pytest.mark.parametrize("page, content, wrong", [
-    ("no markers", submission(), "README.md: must hold one line"),
-    (f"{docs.END}\n{docs.BEGIN}\n", submission(), "README.md: must hold one line"),
-    (f"{docs.BEGIN}\n{docs.BEGIN}\n{docs.END}\n", submission(), "README.md: must hold one line"),
-    (None, {"seed_results": {}}, "submission.json: is not a submission.json"),
-    (None, [], "submission.json: is not a submission.json"),
-    (None, submission(seed_results={"42": dict(val_bpb="1.5")}), "submission.json: is not a submission.json"),
-])
+@pytest.mark.parametrize(
+    "page, content, wrong",
+    [
+        ("no markers", submission(), "README.md: must hold one line"),
+        (f"{docs.END}\n{docs.BEGIN}\n", submission(), "README.md: must hold one line"),
+        (f"{docs.BEGIN}\n{docs.BEGIN}\n{docs.END}\n", submission(), "README.md: must hold one line"),
+        (None, {"seed_results": {}}, "submission.json: is not a submission.json"),
+        (None, [], "submission.json: is not a submission.json"),
+        (None, submission(seed_results={"42": dict(val_bpb="1.5")}), "submission.json: is not a submission.json"),
+    ],
+)
 def test_what_cannot_be_filled_in_is_named(page, content, wrong, root):
     (root / "submission.json").write_text(json.dumps(content))
     if page is not None:
@@ -174,14 +219,24 @@ def test_the_drawing_is_the_record_presets():
     assert drawing.count('class="skip" marker-end') == sum(v.skip is not None for v in tg.visit_plan(c, True))
     assert drawing.count('class="lanes"') == sum(v.lanes for v in tg.visit_plan(c, True))
     half = c.num_layers // 2
-    for words in (f"{tg.parameter_count(c):,} parameters: {c.num_layers} layers of width {c.model_dim}, {c.num_heads} "
-                  f"heads of {c.head_dim} ({c.num_kv_heads} for keys and values), {c.vocab_size} tokens",
-                  f"embedding {c.vocab_size} × {c.model_dim}", f"softcap {c.logit_softcap:g} · tanh(z/30)",
-                  f"{c.model_dim} → {c.kv_dim}", f"{c.model_dim} → {c.hidden_dim}", f"{c.hidden_dim} → {c.model_dim}",
-                  f"rotary on {c.rotary_dims} of {c.head_dim}", f"n[:{c.gate_window}]", f"{c.enable_looping_at:.0%}",
-                  f"q × gain, {c.qk_gain_init:g} at first", f"leaky_relu(·, {c.leaky_relu_slope:g})²",
-                  f"0–{half - 1} | {half}–{c.num_layers - 1}", f"layers 0–{c.parallel_start_layer - 1}, one lane",
-                  f"Hessians of {c.gptq_calibration_batches} batches", f"≤ {c.artifact_limit_bytes:,} bytes"):
+    for words in (
+        f"{tg.parameter_count(c):,} parameters: {c.num_layers} layers of width {c.model_dim}, {c.num_heads} "
+        f"heads of {c.head_dim} ({c.num_kv_heads} for keys and values), {c.vocab_size} tokens",
+        f"embedding {c.vocab_size} × {c.model_dim}",
+        f"softcap {c.logit_softcap:g} · tanh(z/30)",
+        f"{c.model_dim} → {c.kv_dim}",
+        f"{c.model_dim} → {c.hidden_dim}",
+        f"{c.hidden_dim} → {c.model_dim}",
+        f"rotary on {c.rotary_dims} of {c.head_dim}",
+        f"n[:{c.gate_window}]",
+        f"{c.enable_looping_at:.0%}",
+        f"q × gain, {c.qk_gain_init:g} at first",
+        f"leaky_relu(·, {c.leaky_relu_slope:g})²",
+        f"0–{half - 1} | {half}–{c.num_layers - 1}",
+        f"layers 0–{c.parallel_start_layer - 1}, one lane",
+        f"Hessians of {c.gptq_calibration_batches} batches",
+        f"≤ {c.artifact_limit_bytes:,} bytes",
+    ):
         assert words in drawing, words
 
 
@@ -195,11 +250,17 @@ COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of th
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory, data):
     """A copy of the repository in which the page's first commands were given, one by one, as they stand there."""
+
     def build(folder):
         for name in COPIED:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, folder / name, ignore=lambda where, names: [
-                    n for n in names if n == "__pycache__" or name == "data" and not n.endswith(".py")])
+                shutil.copytree(
+                    ROOT / name,
+                    folder / name,
+                    ignore=lambda where, names: [
+                        n for n in names if n == "__pycache__" or name == "data" and not n.endswith(".py")
+                    ],
+                )
             else:
                 shutil.copy(ROOT / name, folder / name)
         python = folder / ".venv" / "bin" / "python"
@@ -210,9 +271,16 @@ def followed(tmp_path_factory, data):
         for name in ("GIT_DIR", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
             environment.pop(name, None)
         for command in re.split(r"\n(?!    )", COMMANDS.strip()):
-            done = subprocess.run(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment,
-                                  capture_output=True, text=True, timeout=600)
+            done = subprocess.run(
+                ["bash", "-c", "set -eo pipefail\n" + command],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
     return built_once(tmp_path_factory, "technique", build)
 
 
@@ -238,8 +306,14 @@ def test_switched_off_the_example_leaves_every_bit_as_it_was(followed, data, tmp
     done = launch(ROOT / "train_gpt.py", dict(TINY, DATA_PATH=data, RUN_ID="before"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = tmp_path / "logs" / "before", followed / "logs" / "plain"
-    losses = [[row["train_loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-               if "train_loss" in row] for folder in (before, after)]
+    losses = [
+        [
+            row["train_loss"]
+            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            if "train_loss" in row
+        ]
+        for folder in (before, after)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) > 3
     for name in ("parameters", "val_bpb_pre_quant", "val_bpb"):
         assert summary(before)[name] == summary(after)[name]
@@ -257,7 +331,12 @@ def test_a_diff_that_does_not_fit_is_refused(followed):
     """The page's first command is strict: a second time, its lines are no longer those of before."""
     first = next(line for line in COMMANDS.splitlines() if "git apply" in line)
     before = (followed / "train_gpt.py").read_bytes()
-    done = subprocess.run(["bash", "-c", "set -o pipefail\n" + first], cwd=followed, capture_output=True, text=True,
-                          env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(followed.parent)))
+    done = subprocess.run(
+        ["bash", "-c", "set -o pipefail\n" + first],
+        cwd=followed,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(followed.parent)),
+    )
     assert done.returncode and "does not apply" in done.stderr
     assert (followed / "train_gpt.py").read_bytes() == before

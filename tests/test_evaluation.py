@@ -6,11 +6,24 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import train_gpt as tg
-from helpers import (RECORD_LIKE, ROOT, TINY, build_model, config, documents_from, encode, examples, launch, single_run,
-                     strings, write_shard)
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import (
+    RECORD_LIKE,
+    ROOT,
+    TINY,
+    build_model,
+    config,
+    documents_from,
+    encode,
+    examples,
+    launch,
+    single_run,
+    strings,
+    write_shard,
+)
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
@@ -19,8 +32,8 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 
 def test_where_documents_begin_and_end():
-    assert tg.document_bounds(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]       # the last BOS is a target
-    assert tg.document_bounds(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]          # documents of one token
+    assert tg.document_bounds(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]  # the last BOS is a target
+    assert tg.document_bounds(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]  # documents of one token
     assert tg.document_bounds(np.array([1, 1])).tolist() == [0, 1]
 
 
@@ -41,7 +54,7 @@ def test_windows_score_each_target_once_with_the_promised_context(lengths, conte
     for start, size, first in windows.tolist():
         assert 1 <= size <= context and 0 <= first < size
         inputs = range(start, start + size)
-        assert len(set(document[list(inputs)])) == 1                      # never across documents
+        assert len(set(document[list(inputs)])) == 1  # never across documents
         begin = bounds[document[start]]
         for place in range(first, size):
             counts[start + place] += 1
@@ -61,7 +74,7 @@ def test_windows_in_chunks_of_the_stream_score_each_target_once_in_its_chunk(len
     for start, size, first in tg.evaluation_windows(bounds, context, stride, chunk).tolist():
         scored = np.arange(start + first, start + size)
         assert 1 <= size <= context and len(scored) and len(set(scored // chunk)) == 1
-        assert len(set(document[start:start + size])) == 1
+        assert len(set(document[start : start + size])) == 1
         counts[scored] += 1
         begin = bounds[document[start]]
         assert start == begin or (scored - start + 1 > context - stride).all()
@@ -129,10 +142,10 @@ def naive_nats(model, tokens, context, stride):
         while done < end:
             stop = begin + context if done == begin else done + stride
             first, stop = max(begin, stop - context), min(stop, end)  # where the document ends adds no context
-            ids, targets = (torch.tensor([tokens[first + k:stop + k]]) for k in (0, 1))
+            ids, targets = (torch.tensor([tokens[first + k : stop + k]]) for k in (0, 1))
             documents = documents_from(torch.zeros(1, stop - first, dtype=torch.int32))
             nll, _ = model(ids, targets, documents, looped=looped)
-            total += nll[0, done - first:].double().sum().item()
+            total += nll[0, done - first :].double().sum().item()
             done = stop
     return total
 
@@ -158,8 +171,12 @@ def test_the_score_is_that_of_a_plain_loop(name, data, tmp_path):
     tokens = streams()[name]
     for base in (TINY, RECORD_LIKE):
         model = build_model(config(base, COMPUTE_DTYPE="float64"), spread=0.1)
-        for knobs in (dict(), dict(EVAL_STRIDE=8), dict(EVAL_SEQ_LEN=20, EVAL_STRIDE=7),
-                      dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=1)):
+        for knobs in (
+            dict(),
+            dict(EVAL_STRIDE=8),
+            dict(EVAL_SEQ_LEN=20, EVAL_STRIDE=7),
+            dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=1),
+        ):
             evaluator = evaluator_of(tmp_path / "data", data, tokens, **{**base, "COMPUTE_DTYPE": "float64", **knobs})
             score = evaluator(model)
             context = knobs.get("EVAL_SEQ_LEN", 32)
@@ -268,8 +285,9 @@ def manifest(folder, content):
     (folder / "manifest.json").write_text(content)
 
 
-@pytest.mark.parametrize("content", [
-    '{"splits": {"val": {"tokens": %d, "bytes": 1}}}', '{"splits": {"val": {"tokens": 1, "bytes": %d}}}'])
+@pytest.mark.parametrize(
+    "content", ['{"splits": {"val": {"tokens": %d, "bytes": 1}}}', '{"splits": {"val": {"tokens": 1, "bytes": %d}}}']
+)
 def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
@@ -282,9 +300,22 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     assert tg.Evaluator(evaluator.c, single_run()).remarks == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '{"splits": 3}', '{"splits": {"val": {}}}', '"text"',
-                                     '{"splits": {"val": {"tokens": "many", "bytes": 1}}}',
-                                     '{"splits": {"val": {"tokens": null, "bytes": 1}}}', "\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '{"splits": 3}',
+        '{"splits": {"val": {}}}',
+        '"text"',
+        '{"splits": {"val": {"tokens": "many", "bytes": 1}}}',
+        '{"splits": {"val": {"tokens": null, "bytes": 1}}}',
+        "\xff\xfe",
+    ],
+)
 def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     manifest(tmp_path / "data", content)
@@ -318,11 +349,14 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
         assert any("sidecar" in remark for remark in evaluator.remarks)
 
 
-@pytest.mark.parametrize("setting, change, message", [
-    ("0", lambda x: x, "CASEOPS_ENABLED=0: .*fineweb_val_bytes_000000.bin says"),
-    ("1", lambda x: x[:-1], "fineweb_val_bytes_000000.bin: does not hold the byte counts of the"),
-    ("auto", lambda x: x + 1, "fineweb_val_bytes_000000.bin: does not hold"),
-])
+@pytest.mark.parametrize(
+    "setting, change, message",
+    [
+        ("0", lambda x: x, "CASEOPS_ENABLED=0: .*fineweb_val_bytes_000000.bin says"),
+        ("1", lambda x: x[:-1], "fineweb_val_bytes_000000.bin: does not hold the byte counts of the"),
+        ("auto", lambda x: x + 1, "fineweb_val_bytes_000000.bin: does not hold"),
+    ],
+)
 def test_a_sidecar_that_does_not_fit_is_refused(setting, change, message, data, tmp_path):
     folder = with_sidecars(data, tmp_path / "d", change)
     with pytest.raises(tg.ConfigError, match=message):
@@ -342,8 +376,15 @@ def test_a_missing_sidecar_is_named(data, tmp_path):
 @pytest.mark.parametrize("ranks, budget, warned", [(1, 600, False), (1, 2, True), (4, 2, False)])
 def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp_path, monkeypatch, capsys):
     """Half a second for each batch: of one rank all, of four ranks the share of the one that has most."""
-    evaluator = evaluator_of(tmp_path / "data", data, [1, *range(4, 84)], EVAL_SEQ_LEN=16, EVAL_STRIDE=8,
-                             VAL_BATCH_SIZE=32, EVAL_BUDGET_SECONDS=budget)
+    evaluator = evaluator_of(
+        tmp_path / "data",
+        data,
+        [1, *range(4, 84)],
+        EVAL_SEQ_LEN=16,
+        EVAL_STRIDE=8,
+        VAL_BATCH_SIZE=32,
+        EVAL_BUDGET_SECONDS=budget,
+    )
     evaluator.run = single_run(0, ranks)
     computed = []
     monkeypatch.setattr(tg.Run, "seconds_again", lambda run, compute: compute() or 0.5)
@@ -352,12 +393,16 @@ def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp
     lines = capsys.readouterr().out.splitlines()
     batches = len(evaluator.batches(evaluator.rows))
     assert batches == 5 and computed == [evaluator.rows[:2]]
-    assert lines[0] == (f"sliding: 9 windows of up to 16 tokens every 8, 5 batches, projected to take "
-                        f"{0.5 * math.ceil(5 / ranks):.1f} s")
+    assert lines[0] == (
+        f"sliding: 9 windows of up to 16 tokens every 8, 5 batches, projected to take "
+        f"{0.5 * math.ceil(5 / ranks):.1f} s"
+    )
     assert [("EVAL_BUDGET_SECONDS=2" in line) for line in lines[1:]] == [True] * warned
 
 
 def test_a_run_projects_its_evaluation_before_it_trains(data, tmp_path):
-    out = launch(ROOT / "train_gpt.py", dict(strings(TINY), DATA_PATH=str(data), ARTIFACT_DIR=str(tmp_path / "run"),
-                                             ITERATIONS="2", WARMUP_STEPS="0")).stdout
+    out = launch(
+        ROOT / "train_gpt.py",
+        dict(strings(TINY), DATA_PATH=str(data), ARTIFACT_DIR=str(tmp_path / "run"), ITERATIONS="2", WARMUP_STEPS="0"),
+    ).stdout
     assert 0 < out.index("sliding: ") < out.index("projected to take") < out.index("step:1/2")

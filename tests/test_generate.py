@@ -7,10 +7,22 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from helpers import (RECORD_LIKE, ROOT, TINY, build_model, config, examples, launch, make_documents, snapshot, strings,
-                     tg)
 from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import (
+    RECORD_LIKE,
+    ROOT,
+    TINY,
+    build_model,
+    config,
+    examples,
+    launch,
+    make_documents,
+    snapshot,
+    strings,
+    tg,
+)
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
 import caseops  # noqa: E402
@@ -24,10 +36,23 @@ def caseops_tokenizer():
     """A tokenizer with the operators as symbols of their own, as data/prepare.py makes it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(caseops.encode(text) for text in make_documents(1, 200)), model_writer=model,
-        vocab_size=384, model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1,
-        user_defined_symbols=list(caseops.OPERATORS.values()), minloglevel=3)
+        sentence_iterator=iter(caseops.encode(text) for text in make_documents(1, 200)),
+        model_writer=model,
+        vocab_size=384,
+        model_type="bpe",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        num_threads=1,
+        user_defined_symbols=list(caseops.OPERATORS.values()),
+        minloglevel=3,
+    )
     return model.getvalue()
 
 
@@ -82,8 +107,9 @@ def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, data, mon
     logits, _ = loaded(folder)
     c, ids = logits.c, torch.randint(4, 384, (1, 20), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 1
-    batch = tg.to_device(ids[:, :-1].numpy(), ids[:, 1:].numpy(), tg.document_starts(ids[:, :-1].numpy()),
-                         torch.device("cpu"))
+    batch = tg.to_device(
+        ids[:, :-1].numpy(), ids[:, 1:].numpy(), tg.document_starts(ids[:, :-1].numpy()), torch.device("cpu")
+    )
     nll, _ = logits.model(*batch, looped=True)
     row = torch.log_softmax(logits(ids[0, :-1].tolist()).double(), 0)
     assert -row[ids[0, -1]] == pytest.approx(nll[0, -1].item(), abs=2e-2 if dtype == "bfloat16" else 1e-5)
@@ -144,12 +170,20 @@ def test_lines_ends_the_text_after_so_many_that_hold_something():
     assert "".join(generate.lines_of(iter(["a\nb", "c"]), 0)) == "a\nbc"
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["missing"], "missing: there is no such artifact"), (["."], "model.pgolf: there is no such artifact"),
-    (["broken.pgolf", "--tokenizer", "t"], "artifact: is"), (["{folder}", "--top-k", "-1"], "--top-k: -1"),
-    (["{folder}", "--temperature", "hot"], "hot: must be a number"), (["{folder}", "--temperature", "nan"], "nan"),
-    (["{folder}", "--tokenizer", "none.model"], "none.model: there is no such file"),
-    (["broken.pgolf"], "--tokenizer: is needed"), (["{folder}", "x", "--steps"], "--steps")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["missing"], "missing: there is no such artifact"),
+        (["."], "model.pgolf: there is no such artifact"),
+        (["broken.pgolf", "--tokenizer", "t"], "artifact: is"),
+        (["{folder}", "--top-k", "-1"], "--top-k: -1"),
+        (["{folder}", "--temperature", "hot"], "hot: must be a number"),
+        (["{folder}", "--temperature", "nan"], "nan"),
+        (["{folder}", "--tokenizer", "none.model"], "none.model: there is no such file"),
+        (["broken.pgolf"], "--tokenizer: is needed"),
+        (["{folder}", "x", "--steps"], "--steps"),
+    ],
+)
 def test_what_a_user_can_mend(arguments, words, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.pgolf").write_bytes(b"PGOLF")

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, single_run
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, single_run
 
 
 def correlated(count, columns, seed=0, rank=None):
@@ -89,8 +90,8 @@ def test_a_batch_is_quantized_like_its_matrices_one_by_one():
     scales = tg.row_scales(w, 6, 0.0)
     together = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31)
     for i in range(5):
-        alone = tg.gptq(w[i:i + 1], tg.feedback_of(hessian[i:i + 1], 0.01), scales[i:i + 1], 31)
-        assert torch.equal(together[i:i + 1], alone)
+        alone = tg.gptq(w[i : i + 1], tg.feedback_of(hessian[i : i + 1], 0.01), scales[i : i + 1], 31)
+        assert torch.equal(together[i : i + 1], alone)
 
 
 def test_independent_inputs_make_gptq_round_to_nearest():
@@ -167,8 +168,11 @@ def quantized(base, bits=None, **knobs):
     model = build_model(c)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     head = "embedding" if model.head is None else "head"
-    hessians = {name: torch.cat([correlated(100, w.size(-1), i)[1] for i in range(w.size(0) if w.dim() == 3 else 1)])
-                for name, w in weights.items() if name in (*tg.BANKS, head)}
+    hessians = {
+        name: torch.cat([correlated(100, w.size(-1), i)[1] for i in range(w.size(0) if w.dim() == 3 else 1)])
+        for name, w in weights.items()
+        if name in (*tg.BANKS, head)
+    }
     return c, model, weights, tg.quantize(weights, hessians, c)
 
 
@@ -209,12 +213,18 @@ def test_quantizing_what_was_quantized_changes_nothing():
             assert torch.equal(codes, stored[name].codes)
 
 
-@pytest.mark.parametrize("knob", ["MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS",
-                                  "EMBED_CLIP_SIGMAS", "GPTQ_DAMP"])
+@pytest.mark.parametrize(
+    "knob", ["MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "GPTQ_DAMP"]
+)
 def test_each_knob_of_the_quantization_acts_on_its_tensors(knob):
-    changed = {"MATRIX_BITS": set(tg.BANKS), "EMBED_BITS": {"embedding"}, "ATTN_CLIP_SIGMAS": {"qo_bank", "kv_bank"},
-               "MLP_CLIP_SIGMAS": {"up_bank", "down_bank"}, "EMBED_CLIP_SIGMAS": {"embedding"},
-               "GPTQ_DAMP": {*tg.BANKS, "embedding"}}[knob]
+    changed = {
+        "MATRIX_BITS": set(tg.BANKS),
+        "EMBED_BITS": {"embedding"},
+        "ATTN_CLIP_SIGMAS": {"qo_bank", "kv_bank"},
+        "MLP_CLIP_SIGMAS": {"up_bank", "down_bank"},
+        "EMBED_CLIP_SIGMAS": {"embedding"},
+        "GPTQ_DAMP": {*tg.BANKS, "embedding"},
+    }[knob]
     value = {"MATRIX_BITS": 4, "EMBED_BITS": 5, "GPTQ_DAMP": 0.5}.get(knob, 4.0)
     before, after = (tg.dequantize(quantized(TINY, **k)[3]) for k in ({}, {knob: value}))
     assert {name for name in before if not torch.equal(before[name], after[name])} == changed
@@ -246,8 +256,11 @@ def test_gptq_lite_knows_no_hessian_and_residuals_refine_it():
     c, model, weights, stored = quantized(POLY_LIKE)
     assert c.quantizer == "gptq_lite" and c.rvq_enabled
     assert all(torch.equal(stored[name].codes, q.codes) for name, q in tg.quantize(weights, {}, c).items())
-    hessians = {name: torch.eye(w.size(-1)).expand(len(tg.as_batch(w)), -1, -1) for name, w in weights.items()
-                if name in (*tg.BANKS, "embedding")}
+    hessians = {
+        name: torch.eye(w.size(-1)).expand(len(tg.as_batch(w)), -1, -1)
+        for name, w in weights.items()
+        if name in (*tg.BANKS, "embedding")
+    }
     refined = tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c))
     for name in hessians:
         before, after = ((tg.restore(q[name]) - weights[name]).norm() for q in (stored, refined))
@@ -260,8 +273,13 @@ def test_tables_are_stored_by_their_size():
     c, _, weights, stored = quantized(POLY_LIKE, QUANTIZER="uniform", BIGRAM_VOCAB_SIZE=6000, MATRIX_BITS=5)
     assert weights["bigram.table"].numel() == 72_000
     assert {name: q.bits for name, q in stored.items() if "bigram" in name or "values" in name} == {
-        "bigram.table": 5, "bigram.projection": 16, "bigram.scale": 16, "values.table": 16, "values.projection": 16,
-        "values.scale": 16}
+        "bigram.table": 5,
+        "bigram.projection": 16,
+        "bigram.scale": 16,
+        "values.table": 16,
+        "values.projection": 16,
+        "values.scale": 16,
+    }
     expected = tg.row_scales(weights["bigram.table"], 5, 12.85)
     assert torch.equal(stored["bigram.table"].scales, expected)
     other = quantized(POLY_LIKE, QUANTIZER="uniform", BIGRAM_VOCAB_SIZE=6000, MATRIX_CLIP_SIGMAS=4)[3]["bigram.table"]
@@ -323,8 +341,17 @@ def test_calibration_reads_other_batches_with_another_start(data):
 
 def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
     """On the model's own loss: a coarse grid of 3 bits, calibrated on training batches, scored on validation text."""
-    c = config(TINY, DATA_PATH=data, ITERATIONS=40, MATRIX_BITS=3, EMBED_BITS=8, ATTN_CLIP_SIGMAS=3, MLP_CLIP_SIGMAS=3,
-               TRAIN_LOG_EVERY=0, COMPUTE_DTYPE="float32")
+    c = config(
+        TINY,
+        DATA_PATH=data,
+        ITERATIONS=40,
+        MATRIX_BITS=3,
+        EMBED_BITS=8,
+        ATTN_CLIP_SIGMAS=3,
+        MLP_CLIP_SIGMAS=3,
+        TRAIN_LOG_EVERY=0,
+        COMPUTE_DTYPE="float32",
+    )
     model = tg.GPT(c)
     model.reset()
     trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()))
@@ -353,8 +380,11 @@ def with_hessians(**knobs):
     """A random model, its Hessians with a strong common direction, and the stored form that the knobs ask for."""
     c = config(RECORD_LIKE, **{"LQER_ENABLED": 0, "MATRIX_BITS": 4, "EMBED_BITS": 5, **knobs})
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
-    hessians = {name: torch.cat([correlated(100, w.size(-1), i)[1] for i in range(w.size(0) if w.dim() == 3 else 1)])
-                for name, w in weights.items() if name in (*tg.BANKS, "embedding")}
+    hessians = {
+        name: torch.cat([correlated(100, w.size(-1), i)[1] for i in range(w.size(0) if w.dim() == 3 else 1)])
+        for name, w in weights.items()
+        if name in (*tg.BANKS, "embedding")
+    }
     lines = []
     return c, weights, hessians, tg.quantize(weights, hessians, c, lines.append), lines
 
@@ -380,15 +410,24 @@ def test_low_rank_corrections_lower_the_weighted_error(select, asymmetric):
         for i, (old, new) in enumerate(zip(before[name].tolist(), after[name].tolist())):
             assert new < old if (name, i) in touched else new == old
     if select == "norm":
-        norms = {(name, i): error.square().sum().item() for name in hessians for i, error in enumerate(
-            tg.as_batch(weights[name] - tg.restore(plain[name])))}
+        norms = {
+            (name, i): error.square().sum().item()
+            for name in hessians
+            for i, error in enumerate(tg.as_batch(weights[name] - tg.restore(plain[name])))
+        }
         assert touched == set(sorted(norms, key=norms.get)[-4:])
 
 
 def test_factors_have_the_levels_and_scales_of_the_specification():
     for asymmetric, left, right in (("1", (-2, 1), (-8, 7)), ("0", (-3, 3), (-3, 3))):
-        _, _, _, stored, _ = with_hessians(LQER_ENABLED=1, LQER_SELECT="norm", LQER_ASYM_ENABLED=asymmetric,
-                                           LQER_FACTOR_BITS=3, LQER_ASYM_GROUP=8, LQER_RANK=3)
+        _, _, _, stored, _ = with_hessians(
+            LQER_ENABLED=1,
+            LQER_SELECT="norm",
+            LQER_ASYM_ENABLED=asymmetric,
+            LQER_FACTOR_BITS=3,
+            LQER_ASYM_GROUP=8,
+            LQER_RANK=3,
+        )
         found = [(name, q) for name, q in stored.items() if "corrected" in q.extras]
         assert found
         for name, q in found:
@@ -424,8 +463,10 @@ def test_a_correction_of_a_low_rank_error_takes_it_away():
 
 def test_the_finest_groups_are_those_with_most_activation_and_weight():
     c = config(RECORD_LIKE, AWQ_GROUPS=3)
-    weights, hessians = {"up_bank": torch.ones(2, 8, 130), "embedding": torch.ones(30, 64)}, {
-        "up_bank": torch.diag_embed(torch.ones(2, 130)), "embedding": torch.eye(64)[None]}
+    weights, hessians = (
+        {"up_bank": torch.ones(2, 8, 130), "embedding": torch.ones(30, 64)},
+        {"up_bank": torch.diag_embed(torch.ones(2, 130)), "embedding": torch.eye(64)[None]},
+    )
     hessians["up_bank"][1, 70, 70] = 1e4  # one loud channel, in the second group of the second matrix
     weights["up_bank"][0, :, 128:] = 200  # two columns of large weights, in the third group of the first
     weights["embedding"] *= 3
@@ -445,7 +486,7 @@ def test_fine_groups_have_steps_of_eight_bits(quantizer):
         chosen = {(int(g // per), int(g % per)) for g in groups.get(name, torch.empty(0))}
         assert bool(chosen) == ("columns" in q.extras)
         for i, group in ((i, g) for i in range(len(tg.as_batch(q.codes))) for g in range(per) if chosen):
-            steps = q.extras["columns"][i, 64 * group:64 * group + 64]
+            steps = q.extras["columns"][i, 64 * group : 64 * group + 64]
             assert (steps == (-2 * (8 - q.bits) if (i, group) in chosen else 0)).all()
         for i in {i for i, _ in chosen}:
             assert after[name][i] < 0.8 * before[name][i]
@@ -462,8 +503,11 @@ def test_residuals_refine_the_matrices_where_they_save_most_until_the_bytes_are_
     sizes, counts = [], []
     for limit in (plain, plain + 2000, plain + 10_000, 10**9):
         data = tg.pack_within(stored, residuals, limit, c, lines.append)
-        refined = {(name, i) for name, q in tg.unpack(data)[1].items()
-                   for i in q.extras.get("refined", torch.empty(0)).tolist()}
+        refined = {
+            (name, i)
+            for name, q in tg.unpack(data)[1].items()
+            for i in q.extras.get("refined", torch.empty(0)).tolist()
+        }
         assert len(data) <= limit and f"rvq:{len(refined)} of {matrices}" in lines[-1]
         assert refined <= {(r.name, r.matrix) for r in residuals}
         sizes.append(len(data))
@@ -516,8 +560,9 @@ def test_steps_by_column_lower_the_error_at_equal_bytes(quantizer):
 
 @pytest.mark.parametrize("quantizer, compressor", [("uniform", "zstd"), ("trellis", "pergroup")])
 def test_the_steps_are_fitted_to_the_target(quantizer, compressor):
-    c, weights, hessians, stored, _ = with_hessians(QUANTIZER=quantizer, COMPRESSOR=compressor, TARGET_BYTES=1,
-                                                    MATRIX_BITS=6, EMBED_BITS=7, COLUMN_STEPS=0.5)
+    c, weights, hessians, stored, _ = with_hessians(
+        QUANTIZER=quantizer, COMPRESSOR=compressor, TARGET_BYTES=1, MATRIX_BITS=6, EMBED_BITS=7, COLUMN_STEPS=0.5
+    )
     plain, errors = len(tg.pack(stored, c)), []
     for share in (0.8, 1.0, 1.2):
         limit, lines = int(share * plain), []
@@ -545,8 +590,16 @@ def test_steps_end_where_codes_would(quantizer):
 
 
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis", "gptq_lite"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
 def test_weights_of_a_device_are_quantized_packed_and_held_against_what_is_read_back(device, quantizer):
     c, weights, hessians, _, _ = with_hessians(QUANTIZER=quantizer, LQER_ENABLED=1, LQER_SELECT="norm")
     weights, hessians = ({name: x.to(device) for name, x in some.items()} for some in (weights, hessians))

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import train_gpt as tg
-from helpers import documents_from, examples
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import documents_from, examples
 
 
 def normal(*shape, seed=0, dtype=torch.float64, scale=1.0):
@@ -35,8 +36,9 @@ def relative_error(x, exact):
     return ((x.double() - exact).norm() / exact.norm()).item()
 
 
-def rounding_is_no_worse(fast, plain, inputs, slack=1.6, floor=2.0 ** -9):
+def rounding_is_no_worse(fast, plain, inputs, slack=1.6, floor=2.0**-9):
     """In bfloat16 the fast version's errors, against float64, are at most the plain version's, with some slack."""
+
     def run(function, dtype):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
         outputs = function(*leaves)
@@ -93,8 +95,11 @@ def test_leaky_relu_squared(slope):
     x = normal(4, 33)
     compare(lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope), lambda a: tg.leaky_relu_squared_plain(a, slope), [x])
     assert torch.autograd.gradcheck(lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope), x.requires_grad_())
-    rounding_is_no_worse(lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope),
-                         lambda a: tg.leaky_relu_squared_plain(a, slope), [normal(64, 64)])
+    rounding_is_no_worse(
+        lambda a: tg.LeakyReLUSquaredCPU.apply(a, slope),
+        lambda a: tg.leaky_relu_squared_plain(a, slope),
+        [normal(64, 64)],
+    )
 
 
 def test_leaky_relu_squared_by_hand():
@@ -111,8 +116,11 @@ def test_leaky_relu_squared_by_hand():
 def test_softcapped_cross_entropy(cap, scale):
     logits = normal(3, 5, 40, scale=scale)
     targets = torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(1))
-    compare(lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, cap),
-            lambda x: tg.softcapped_cross_entropy_plain(x, targets, cap), [logits])
+    compare(
+        lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, cap),
+        lambda x: tg.softcapped_cross_entropy_plain(x, targets, cap),
+        [logits],
+    )
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.3, -2.0)])
@@ -164,8 +172,11 @@ def test_cross_entropy_of_saturated_logits_is_finite(value, cap, dtype):
 
 def test_cross_entropy_rounds_no_worse_than_the_plain_one():
     targets = torch.randint(100, (32,), generator=torch.Generator().manual_seed(2))
-    rounding_is_no_worse(lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, 30.0),
-                         lambda x: tg.softcapped_cross_entropy_plain(x, targets, 30.0), [normal(32, 100, scale=5)])
+    rounding_is_no_worse(
+        lambda x: tg.SoftcappedCrossEntropyCPU.apply(x, targets, 30.0),
+        lambda x: tg.softcapped_cross_entropy_plain(x, targets, 30.0),
+        [normal(32, 100, scale=5)],
+    )
 
 
 def test_cross_entropy_leaves_its_input_alone():
@@ -196,8 +207,8 @@ def attention_naive(q, k, v, documents):
             first = int(documents[r, t])
             for head in range(q.size(2)):
                 g = head * k.size(2) // q.size(2)
-                scores = k[r, first:t + 1, g] @ q[r, t, head] / q.size(-1) ** 0.5
-                y[r, t, head] = torch.softmax(scores, 0) @ v[r, first:t + 1, g]
+                scores = k[r, first : t + 1, g] @ q[r, t, head] / q.size(-1) ** 0.5
+                y[r, t, head] = torch.softmax(scores, 0) @ v[r, first : t + 1, g]
     return y
 
 
@@ -253,8 +264,12 @@ def test_blocked_attention_rounds_like_torchs():
 
 def test_who_sees_whom():
     seen = tg.visible(torch.tensor([[0, 0, 2, 2]]))[0].tolist()
-    assert seen == [[True, False, False, False], [True, True, False, False], [False, False, True, False],
-                    [False, False, True, True]]
+    assert seen == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, True, True],
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- rotary and low rank
@@ -296,7 +311,7 @@ def test_rotated_products_depend_on_the_distance_alone():
     x, y, (cos, sin, _) = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1), tables(30, [1.0, 0.1, 0.01, 0.001])
     q, k = (tg.rotate(z.expand(1, 30, 1, 8), cos, sin)[0, :, 0] for z in (x, y))
     for distance in (0, 1, 7):
-        products = (q[distance:] * k[:30 - distance]).sum(-1)
+        products = (q[distance:] * k[: 30 - distance]).sum(-1)
         assert torch.allclose(products, products[:1].expand_as(products))
 
 
@@ -327,14 +342,18 @@ def test_packed_attention_equals_torchs(starts):
     """The bounds of the flattened rows say what the mask says: padding, documents of one token, rows that continue."""
     documents = documents_from(documents_of(starts, 3, 50))
     mask = tg.visible(documents.starts)
-    compare(lambda q, k, v: tg.attention_packed(q, k, v, documents.bounds, document_by_document),
-            lambda q, k, v: tg.attention_sdpa(q, k, v, mask),
-            [normal(3, 50, 4, 8), normal(3, 50, 2, 8), normal(3, 50, 2, 8)])
+    compare(
+        lambda q, k, v: tg.attention_packed(q, k, v, documents.bounds, document_by_document),
+        lambda q, k, v: tg.attention_sdpa(q, k, v, mask),
+        [normal(3, 50, 4, 8), normal(3, 50, 2, 8), normal(3, 50, 2, 8)],
+    )
 
 
 def test_bounds_have_one_shape_for_all_batches_of_a_size():
-    shapes = {tg.document_bounds_of(documents_of([starts], 8, 256).numpy()).shape
-              for starts in ([0], [0, 5], [0, 100, 200], list(range(0, 256, 128)))}
+    shapes = {
+        tg.document_bounds_of(documents_of([starts], 8, 256).numpy()).shape
+        for starts in ([0], [0, 5], [0, 100, 200], list(range(0, 256, 128)))
+    }
     assert shapes == {(33,)}
     many = tg.document_bounds_of(documents_of([list(range(256))], 8, 256).numpy())
     assert many.tolist() == list(range(2049))
@@ -358,8 +377,13 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
         y = backend(documents, dtype)(*leaves)
         return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
-    exact, plain, other = (results(b, d) for b, d in ((tg.attention_backend("sdpa"), torch.float64),
-                                                     (tg.attention_backend("sdpa"), torch.bfloat16),
-                                                     (prepare, torch.bfloat16)))
+    exact, plain, other = (
+        results(b, d)
+        for b, d in (
+            (tg.attention_backend("sdpa"), torch.float64),
+            (tg.attention_backend("sdpa"), torch.bfloat16),
+            (prepare, torch.bfloat16),
+        )
+    )
     for truth, x, y in zip(exact, plain, other):
         assert (y - truth).abs().max() <= 2 * (x - truth).abs().max() + 1e-3

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run, write_shard
 
@@ -18,9 +19,20 @@ VOCABULARY, PADDING = 640, 0  # padding is no text: the time is projected on it
 # Targets of each document: longer than the context, of one chunk, of one target, alone and one after the other.
 LENGTHS = (20, 1, 7, 33, 1, 1, 12, 5, 26, 9, 40, 3, 1, 17, 8, 30, 2, 11, 22, 6)
 # Rates so large that what a score must not depend on would change it visibly.
-PHASED = dict(TTT_MODE="phased", TTT_BATCH_SIZE=3, TTT_STREAMS=2, TTT_CHUNK_SIZE=6, TTT_EVAL_SEQ_LEN=16,
-              TTT_LORA_RANK=4, TTT_LORA_ALPHA=8, TTT_LORA_LR=0.05, PHASED_TTT_PREFIX_DOCS=12, PHASED_TTT_NUM_PHASES=2,
-              GLOBAL_TTT_CHUNK_TOKENS=20, GLOBAL_TTT_LR=0.1)
+PHASED = dict(
+    TTT_MODE="phased",
+    TTT_BATCH_SIZE=3,
+    TTT_STREAMS=2,
+    TTT_CHUNK_SIZE=6,
+    TTT_EVAL_SEQ_LEN=16,
+    TTT_LORA_RANK=4,
+    TTT_LORA_ALPHA=8,
+    TTT_LORA_LR=0.05,
+    PHASED_TTT_PREFIX_DOCS=12,
+    PHASED_TTT_NUM_PHASES=2,
+    GLOBAL_TTT_CHUNK_TOKENS=20,
+    GLOBAL_TTT_LR=0.1,
+)
 CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=48, TTT_EPOCHS=2, TTT_LR=0.1, EVAL_SEQ_LEN=16, EVAL_STRIDE=8)
 RECORD = dict(RECORD_LIKE, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4)
 POLY = dict(POLY_LIKE, NUM_LAYERS=3, VE_LAYERS="0,2", TEMPERATURE=0.8, EVAL_STRIDE=0)
@@ -31,10 +43,14 @@ EVALUATIONS = {
     "phased": (RECORD, PHASED),
     "phased, tiny": (TINY, PHASED),
     "phased, stream": (RECORD, dict(PHASED, TTT_ORDER="stream", TTT_STREAMS=3, TTT_BATCH_SIZE=2)),
-    "phased, short": (RECORD, dict(PHASED, TTT_SHORT_DOC_CHUNKS=1, TTT_EVAL_SEQ_LEN=24, TTT_GRAD_STEPS=2,
-                                   TTT_BATCH_SIZE=4)),
-    "phased, one document": (TINY, dict(PHASED, TTT_ORDER="stream", TTT_BATCH_SIZE=1, TTT_STREAMS=1,
-                                        PHASED_TTT_NUM_PHASES=3)),
+    "phased, short": (
+        RECORD,
+        dict(PHASED, TTT_SHORT_DOC_CHUNKS=1, TTT_EVAL_SEQ_LEN=24, TTT_GRAD_STEPS=2, TTT_BATCH_SIZE=4),
+    ),
+    "phased, one document": (
+        TINY,
+        dict(PHASED, TTT_ORDER="stream", TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_NUM_PHASES=3),
+    ),
     "chunk": (RECORD, CHUNK),
     "chunk, tiny": (TINY, dict(CHUNK, EVAL_STRIDE=0, TTT_CHUNK_TOKENS=30, TTT_FREEZE_BLOCKS=1)),
     "sliding, poly5": (POLY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=3)),
@@ -56,9 +72,9 @@ class Entry:
 
     time: int
     positions: np.ndarray  # [n] inputs, as the ledger was told
-    nll: np.ndarray        # [n]
-    logits: torch.Tensor   # [n, V], before the softcap
-    loss: tuple            # what was called with them: (function, its other arguments)
+    nll: np.ndarray  # [n]
+    logits: torch.Tensor  # [n, V], before the softcap
+    loss: tuple  # what was called with them: (function, its other arguments)
 
 
 @dataclass
@@ -67,7 +83,7 @@ class Read:
 
     time: int
     positions: set[int]  # of targets
-    nameless: int        # targets of documents of one, which cannot be told apart
+    nameless: int  # targets of documents of one, which cannot be told apart
 
 
 @dataclass
@@ -79,7 +95,7 @@ class Trace:
     reads: list[Read] = field(default_factory=list)
     nll: np.ndarray | None = None  # the ledger's, at the end
     c: tg.Config | None = None
-    nats: float = 0.0              # what the run reports
+    nats: float = 0.0  # what the run reports
     time: int = 0
 
     def tick(self):
@@ -113,18 +129,18 @@ class Recorder:
     def forward(self, module, arguments, keywords, output):
         """A hook of the model: remembers the pass, and sees what a backward pass takes from it."""
         ids, targets, documents = arguments
-        self.ids, self.targets, self.nll = ids, targets[:, -output[0].size(1):], output[0].detach()
+        self.ids, self.targets, self.nll = ids, targets[:, -output[0].size(1) :], output[0].detach()
         if output[0].requires_grad:
             output[0].register_hook(lambda gradient: self.read(gradient, ids, targets, documents.starts))
 
     def read(self, gradient, ids, targets, starts):
         """Notes every target that a gradient depends on: those with a weight, and the tokens that stood before them."""
         positions, nameless, first = set(), 0, ids.size(1) - gradient.size(1)
-        targets = targets[:, -gradient.size(1):]
+        targets = targets[:, -gradient.size(1) :]
         for row, column in (gradient != 0).nonzero().tolist():
             place = first + column
             last, target = ids[row, place].item(), targets[row, column].item()
-            seen = {*ids[row, starts[row, place]:place + 1].tolist(), target} - {tg.BOS_ID, PADDING}
+            seen = {*ids[row, starts[row, place] : place + 1].tolist(), target} - {tg.BOS_ID, PADDING}
             positions |= {self.place[t] - 1 for t in seen}
             if target == tg.BOS_ID:  # a BOS is known by the token before it alone
                 positions |= {self.place[last]} if last != tg.BOS_ID else set()
@@ -138,10 +154,12 @@ class Recorder:
             raise Violation("C4: what is entered is not what the last forward pass gave")
         mask, where = torch.from_numpy(places), positions[places]
         if not np.array_equal(self.targets[mask].numpy(), tokens[where + 1]) or not np.array_equal(
-                self.ids[:, -nll.size(1):][mask].numpy(), tokens[where]):
+            self.ids[:, -nll.size(1) :][mask].numpy(), tokens[where]
+        ):
             raise Violation("C4: what is entered is not the score of these targets")
-        self.trace.entries.append(Entry(self.trace.tick(), where, nll.detach()[mask].numpy().copy(),
-                                        self.logits[mask].clone(), self.loss))
+        self.trace.entries.append(
+            Entry(self.trace.tick(), where, nll.detach()[mask].numpy().copy(), self.logits[mask].clone(), self.loss)
+        )
 
 
 class OneByteEach:
@@ -158,8 +176,18 @@ def evaluator_of(tokens, folder, base, knobs):
     """(Evaluator of a stream, its model with random weights)."""
     write_shard(folder / "fineweb_val_000000.bin", tokens)
     # Gains that saturate nothing: each path of the model must matter. Small batches, so that there are many.
-    c = config({**base, "VOCAB_SIZE": VOCABULARY, "COMPUTE_DTYPE": "float64", "QK_GAIN_INIT": 2.0,
-                "VAL_BATCH_SIZE": 128, "MICRO_BATCH_TOKENS": 64, **knobs}, DATA_PATH=folder)
+    c = config(
+        {
+            **base,
+            "VOCAB_SIZE": VOCABULARY,
+            "COMPUTE_DTYPE": "float64",
+            "QK_GAIN_INIT": 2.0,
+            "VAL_BATCH_SIZE": 128,
+            "MICRO_BATCH_TOKENS": 64,
+            **knobs,
+        },
+        DATA_PATH=folder,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "Vocabulary", OneByteEach)
         evaluator = tg.Evaluator(c, single_run())
@@ -206,20 +234,26 @@ class Rules:
     def __init__(self, c):
         self.c, lengths = c, np.array(LENGTHS)
         self.bounds = np.cumsum([0, *lengths])
-        self.document = np.repeat(np.arange(len(lengths)), lengths)        # of every position
-        order = sorted(range(len(lengths)), key=lambda d: -lengths[d]) if c.ttt_order == "length" else \
-            list(range(len(lengths)))
-        size = np.where(lengths <= 256, 8, c.ttt_chunk_size) if c.ttt_short_doc_chunks else \
-            np.full(len(lengths), c.ttt_chunk_size)
+        self.document = np.repeat(np.arange(len(lengths)), lengths)  # of every position
+        order = (
+            sorted(range(len(lengths)), key=lambda d: -lengths[d])
+            if c.ttt_order == "length"
+            else list(range(len(lengths)))
+        )
+        size = (
+            np.where(lengths <= 256, 8, c.ttt_chunk_size)
+            if c.ttt_short_doc_chunks
+            else np.full(len(lengths), c.ttt_chunk_size)
+        )
         self.chunk = (np.arange(self.bounds[-1]) - self.bounds[self.document]) // size[self.document]
         self.last_chunk = (lengths - 1) // size
         cuts = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
         self.phase, self.batch, self.stream = (np.zeros(len(lengths), int) for _ in range(3))
         for begin, end in zip((0, *cuts), (*cuts, len(order))):
             for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
-                some = order[first:min(first + c.ttt_batch_size, end)]
+                some = order[first : min(first + c.ttt_batch_size, end)]
                 self.phase[some], self.stream[some] = sum(cut <= begin for cut in cuts), number % c.ttt_streams
-                self.batch[some] = first                                   # grows with time
+                self.batch[some] = first  # grows with time
         self.phases = len(cuts)
 
     def may_change(self, token):
@@ -241,9 +275,9 @@ class Rules:
 
 # --------------------------------------------------------------------------------------------------------- the checkers
 
-SINGLE = (9, 45, 162)       # places of tokens that are changed alone
-WHOLE = (2, 3, 8, 13)       # documents that are changed as a whole
-SHARES = (0.1, 0.4, 0.7)    # of the ledger's entries; all that is scored later is changed
+SINGLE = (9, 45, 162)  # places of tokens that are changed alone
+WHOLE = (2, 3, 8, 13)  # documents that are changed as a whole
+SHARES = (0.1, 0.4, 0.7)  # of the ledger's entries; all that is scored later is changed
 
 
 def check_causality(run):
@@ -256,7 +290,7 @@ def check_causality(run):
     changes = [{i} for i in SINGLE]
     changes += [set(range(rules.bounds[d] + 1, rules.bounds[d + 1])) for d in WHOLE]
     for share in SHARES:
-        done = set().union(*(e.positions.tolist() for e in before.entries[:int(share * len(before.entries))]))
+        done = set().union(*(e.positions.tolist() for e in before.entries[: int(share * len(before.entries))]))
         changes.append({i for i in inside if i - 1 not in done})
     reach = np.zeros(len(tokens) - 1, bool)
     for places in filter(None, changes):
@@ -264,8 +298,10 @@ def check_causality(run):
         different, sources = before.nll != after.nll, np.array(sorted(places & set(inside))) - 1
         allowed = np.logical_or.reduce([rules.may_change(p + 1) for p in sources])
         if (different & ~allowed).any():
-            raise Violation(f"C1: the tokens {sorted(places)} change the scores of the targets of "
-                            f"{np.flatnonzero(different & ~allowed).tolist()}")
+            raise Violation(
+                f"C1: the tokens {sorted(places)} change the scores of the targets of "
+                f"{np.flatnonzero(different & ~allowed).tolist()}"
+            )
         if not different[sources].all():
             raise Violation("C1: a score does not depend on its target")
         reach |= different & ~np.isin(rules.document, rules.document[sources])
@@ -334,6 +370,7 @@ def runner(folder, name, **knobs):
         if tuple(tokens) not in known:
             known[tuple(tokens)] = record(tokens, folder, base, {**settings, **knobs})
         return known[tuple(tokens)]
+
     return run
 
 
@@ -357,8 +394,10 @@ def other_tail(tokens, cut, seed):
     return tokens[:cut] + [tg.BOS_ID if generator.random() < 0.15 else 4 + (t - 4) % (VOCABULARY - 4) for t in tail]
 
 
-@pytest.mark.parametrize("name", [name for name in EVALUATIONS if name.split(", ")[0] != "phased" or "stream" in name
-                                  or "one document" in name])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in EVALUATIONS if name.split(", ")[0] != "phased" or "stream" in name or "one document" in name],
+)
 def test_in_stream_order_not_even_the_lengths_of_what_follows_matter(name, tmp_path):
     """A tail of other documents leaves every score before it; shapes differ, so all but the last bits are compared."""
     base, knobs = EVALUATIONS[name]
@@ -366,7 +405,7 @@ def test_in_stream_order_not_even_the_lengths_of_what_follows_matter(name, tmp_p
     before = record(stream(), tmp_path, base, knobs).nll
     for cut in (61, 90, 150):
         after = record(other_tail(stream(), cut, cut), tmp_path, base, knobs).nll
-        np.testing.assert_allclose(after[:cut - 1], before[:cut - 1], rtol=1e-8, atol=0)
+        np.testing.assert_allclose(after[: cut - 1], before[: cut - 1], rtol=1e-8, atol=0)
         assert not np.allclose(after[cut:], before[cut:], rtol=1e-2)
 
 
@@ -379,22 +418,28 @@ def looks_ahead(patch):
 
     def plant(model, ids, documents, noise):
         return embed(model, ids, documents, noise) + 0.1 * tg.F.embedding(ids, model.embedding).roll(-1, 1)
+
     patch.setattr(tg.GPT, "embed", plant)
 
 
 def mask_is_off_by_one(patch):
     """A query sees the key after it, inside its document."""
+
     def plant(starts):
         positions = torch.arange(starts.size(1))
         return (positions <= positions[:, None] + 1) & (starts[:, None, :] == starts[:, :, None])
+
     patch.setattr(tg, "visible", plant)
 
 
 def smear_crosses_documents(patch):
     """The SmearGate mixes the token before a document's first into it."""
     smear = tg.SmearGate.forward
-    patch.setattr(tg.SmearGate, "forward",
-                  lambda gate, x, documents: smear(gate, x, documents._replace(starts=documents.starts - 1)))
+    patch.setattr(
+        tg.SmearGate,
+        "forward",
+        lambda gate, x, documents: smear(gate, x, documents._replace(starts=documents.starts - 1)),
+    )
 
 
 def pairs_cross_documents(patch):
@@ -414,11 +459,13 @@ def target_in_the_logits(patch):
 
     def plant(model, ids, targets, *arguments, **keywords):
         head = model.logits.register_forward_hook(
-            lambda seat, inputs, out: out + 0.2 * tg.F.one_hot(targets[:, -out.size(1):], out.size(-1)))
+            lambda seat, inputs, out: out + 0.2 * tg.F.one_hot(targets[:, -out.size(1) :], out.size(-1))
+        )
         try:
             return forward(model, ids, targets, *arguments, **keywords)
         finally:
             head.remove()
+
     patch.setattr(tg.GPT, "forward", plant)
 
 
@@ -435,15 +482,18 @@ def temperature_of_the_target(patch):
     def plant(logits, targets, *rest):
         (cold, lse), (warm, _) = loss(2 * logits, targets, *rest), loss(logits, targets, *rest)
         return torch.minimum(cold, warm), lse
+
     patch.setattr(tg, "softcapped_cross_entropy", plant)
 
 
 def blind_ledger(patch):
     """The program's own assertions are off: whoever plants a violation would see to that."""
+
     def score(ledger, positions, nll):
         places = positions >= 0
         ledger.mine[positions[places]] = 1
         ledger.nll[positions[places]] = nll.detach()[torch.from_numpy(places)].numpy()
+
     patch.setattr(tg.Ledger, "score", score)
     patch.setattr(tg.Ledger, "learn", lambda ledger, positions: None)
     patch.setattr(tg.Ledger, "close", lambda ledger: float(ledger.nll.sum(dtype=np.float64)))
@@ -456,6 +506,7 @@ def adapt_by(patch, order):
     def adapt(ttt, documents):
         documents = documents[np.argsort(-ttt.counts[documents], kind="stable")]
         for chunk in range(int(ttt.counts[documents[0]])):
+
             def score(chunk=chunk):
                 batch, scored = ttt.window(documents[ttt.counts[documents] > chunk], chunk)
                 ttt.ledger.score(scored, ttt.score(batch, scored, False)[0])
@@ -466,7 +517,9 @@ def adapt_by(patch, order):
                 nll, leaves = ttt.score(batch, scored, True)
                 loss = (nll * torch.from_numpy(scored >= 0)).sum(1).sum()
                 ttt.adapters.step(len(some), list(torch.autograd.grad(loss, leaves)))
+
             order(ttt, documents, chunk, score, learn)
+
     patch.setattr(tg.PhasedTTT, "adapt", adapt)
 
 
@@ -479,16 +532,19 @@ def learns_from_the_next_chunk(patch):
         score()
         if chunk + 1 < ttt.counts[documents[0]]:
             learn(chunk + 1)
+
     adapt_by(patch, order)
 
 
 def scores_again_after_learning(patch):
     """The ledger holds the second score; the first was entered in time."""
+
     def order(ttt, documents, chunk, score, learn):
         score()
         learn()
         batch, scored = ttt.window(documents[ttt.counts[documents] > chunk], chunk)
         ttt.ledger.nll[scored[scored >= 0]] = ttt.score(batch, scored, False)[0][torch.from_numpy(scored >= 0)]
+
     adapt_by(patch, order)
 
 
@@ -497,8 +553,13 @@ def scores_twice(patch):
 
 
 def scores_from_right_to_left(patch):
-    adapt_by(patch, lambda ttt, documents, chunk, score, learn:
-             (score(int(ttt.counts[documents[0]]) - 1 - chunk), learn(int(ttt.counts[documents[0]]) - 1 - chunk)))
+    adapt_by(
+        patch,
+        lambda ttt, documents, chunk, score, learn: (
+            score(int(ttt.counts[documents[0]]) - 1 - chunk),
+            learn(int(ttt.counts[documents[0]]) - 1 - chunk),
+        ),
+    )
 
 
 def skips_one(patch):
@@ -511,6 +572,7 @@ def skips_one(patch):
         if chunk == 1:
             scored[0, np.flatnonzero(scored[0] >= 0)[0]] = -1
         return batch, scored
+
     patch.setattr(tg.PhasedTTT, "window", plant)
 
 
@@ -521,14 +583,18 @@ def enters_the_better_score(patch):
     def plant(ttt, *arguments):
         nll, leaves = score(ttt, *arguments)
         return nll.clamp(max=6), leaves
+
     patch.setattr(tg.PhasedTTT, "score", plant)
 
 
 def passes_twice(patch):
     """A first pass over everything teaches the weights; the second one is reported."""
     phased = tg.PhasedTTT
-    patch.setattr(tg, "PhasedTTT", lambda evaluator, model, learn=True: (
-        phased(evaluator, model)(), phased(evaluator, model, learn))[1])
+    patch.setattr(
+        tg,
+        "PhasedTTT",
+        lambda evaluator, model, learn=True: (phased(evaluator, model)(), phased(evaluator, model, learn))[1],
+    )
 
 
 def keeps_b(patch):
@@ -540,44 +606,65 @@ def keeps_b(patch):
         start(adapters, *arguments)
         for key, b in (kept or {}).items():
             adapters.b[key].copy_(b)
+
     patch.setattr(tg.Adapters, "start", plant)
 
 
 def rows_share_gradients(patch):
     """Documents of a batch learn from each other."""
     step = tg.Adapters.step
-    patch.setattr(tg.Adapters, "step", lambda adapters, rows, gradients: step(
-        adapters, rows, [g.mean(0, keepdim=True).expand_as(g).contiguous() for g in gradients]))
+    patch.setattr(
+        tg.Adapters,
+        "step",
+        lambda adapters, rows, gradients: step(
+            adapters, rows, [g.mean(0, keepdim=True).expand_as(g).contiguous() for g in gradients]
+        ),
+    )
 
 
 def phase_holds_unscored_documents(patch):
     blind_ledger(patch)
     learn = tg.PhasedTTT.learn_globally
-    patch.setattr(tg.PhasedTTT, "learn_globally", lambda ttt, documents: learn(ttt, ttt.order[:len(documents) + 3]))
+    patch.setattr(tg.PhasedTTT, "learn_globally", lambda ttt, documents: learn(ttt, ttt.order[: len(documents) + 3]))
 
 
 def trains_on_the_next_chunk(patch):
     """Each chunk of the stream is learned from before it is scored."""
     blind_ledger(patch)
     step = tg.GlobalSteps.step
-    patch.setattr(tg.GlobalSteps, "step", lambda steps, positions, lr: step(
-        steps, np.minimum(positions + 24, len(steps.tokens) - 2), lr))
+    patch.setattr(
+        tg.GlobalSteps,
+        "step",
+        lambda steps, positions, lr: step(steps, np.minimum(positions + 24, len(steps.tokens) - 2), lr),
+    )
 
 
 # What is planted, in which evaluation, and the rules whose proofs must fail.
 PLANTED = [
-    (looks_ahead, "sliding, tiny", "C2"), (looks_ahead, "phased, tiny", "C2"), (looks_ahead, "chunk, tiny", "C2"),
-    (mask_is_off_by_one, "sliding, tiny", "C1 C2"), (mask_is_off_by_one, "chunk, tiny", "C1 C2"),
-    (smear_crosses_documents, "sliding", "C1"), (smear_crosses_documents, "sliding, poly5", "C1"),
-    (pairs_cross_documents, "sliding, poly5", "C1"), (attention_crosses_documents, "sliding, tiny", "C1"),
-    (target_in_the_logits, "sliding, tiny", "C2"), (not_normalized, "sliding, tiny", "C2"),
-    (not_normalized, "phased, tiny", "C2"), (temperature_of_the_target, "sliding, tiny", "C2"),
-    (learns_before_scoring, "phased, tiny", "C3"), (learns_from_the_next_chunk, "phased, tiny", "C1 C3"),
-    (scores_again_after_learning, "phased, tiny", "C4"), (scores_twice, "phased, tiny", "C4"),
-    (scores_from_right_to_left, "phased, tiny", "C1 C4"), (skips_one, "phased, tiny", "C4"),
-    (enters_the_better_score, "phased, tiny", "C4"), (passes_twice, "phased, tiny", "C1 C4"),
+    (looks_ahead, "sliding, tiny", "C2"),
+    (looks_ahead, "phased, tiny", "C2"),
+    (looks_ahead, "chunk, tiny", "C2"),
+    (mask_is_off_by_one, "sliding, tiny", "C1 C2"),
+    (mask_is_off_by_one, "chunk, tiny", "C1 C2"),
+    (smear_crosses_documents, "sliding", "C1"),
+    (smear_crosses_documents, "sliding, poly5", "C1"),
+    (pairs_cross_documents, "sliding, poly5", "C1"),
+    (attention_crosses_documents, "sliding, tiny", "C1"),
+    (target_in_the_logits, "sliding, tiny", "C2"),
+    (not_normalized, "sliding, tiny", "C2"),
+    (not_normalized, "phased, tiny", "C2"),
+    (temperature_of_the_target, "sliding, tiny", "C2"),
+    (learns_before_scoring, "phased, tiny", "C3"),
+    (learns_from_the_next_chunk, "phased, tiny", "C1 C3"),
+    (scores_again_after_learning, "phased, tiny", "C4"),
+    (scores_twice, "phased, tiny", "C4"),
+    (scores_from_right_to_left, "phased, tiny", "C1 C4"),
+    (skips_one, "phased, tiny", "C4"),
+    (enters_the_better_score, "phased, tiny", "C4"),
+    (passes_twice, "phased, tiny", "C1 C4"),
     (keeps_b, "phased, tiny", "C1"),
-    (rows_share_gradients, "phased, tiny", "C1"), (phase_holds_unscored_documents, "phased, tiny", "C1 C3"),
+    (rows_share_gradients, "phased, tiny", "C1"),
+    (phase_holds_unscored_documents, "phased, tiny", "C1 C3"),
     (trains_on_the_next_chunk, "chunk, tiny", "C1 C3"),
 ]
 

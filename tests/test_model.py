@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, documents_from, random_batch
 from reference import Reference
@@ -12,13 +13,30 @@ BASELINE = dict(TINY, **EXACT, NUM_LAYERS=3, LEAKY_RELU_SLOPE=0.0)
 RECORD = dict(RECORD_LIKE, **EXACT)
 POLY = dict(POLY_LIKE, **EXACT)
 PAIRS = dict(BIGRAM_VOCAB_SIZE=23, VE_DIM=6, VE_LAYERS="1,4")  # with loops, lanes and gates
-ODD = dict(TINY, **EXACT, NUM_LAYERS=4, TIE_EMBEDDINGS=0, NUM_LOOPS=1, LOOP_START=0, LOOP_END=1, ROPE_BASE=50,
-           LOGIT_SOFTCAP=5.0, MLP_MULT=1.5, XSA_LAST_N=2, PARALLEL_START_LAYER=3)
+ODD = dict(
+    TINY,
+    **EXACT,
+    NUM_LAYERS=4,
+    TIE_EMBEDDINGS=0,
+    NUM_LOOPS=1,
+    LOOP_START=0,
+    LOOP_END=1,
+    ROPE_BASE=50,
+    LOGIT_SOFTCAP=5.0,
+    MLP_MULT=1.5,
+    XSA_LAST_N=2,
+    PARALLEL_START_LAYER=3,
+)
 CONFIGURATIONS = {
-    "baseline": BASELINE, "record": RECORD, "odd": ODD, "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
-    "one kv head": dict(BASELINE, NUM_KV_HEADS=1), "one layer": dict(BASELINE, NUM_LAYERS=1),
+    "baseline": BASELINE,
+    "record": RECORD,
+    "odd": ODD,
+    "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
+    "one kv head": dict(BASELINE, NUM_KV_HEADS=1),
+    "one layer": dict(BASELINE, NUM_LAYERS=1),
     "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
-    "poly": POLY, "record with pairs": dict(RECORD, **PAIRS),
+    "poly": POLY,
+    "record with pairs": dict(RECORD, **PAIRS),
     "channel smear": dict(RECORD, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly", LOGIT_SOFTCAP=2.0),
     "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128),
     "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
@@ -35,8 +53,10 @@ def gradients(model, nll, lse):
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-@pytest.mark.parametrize("name, looped", [*((name, False) for name in CONFIGURATIONS), ("record", True), ("odd", True),
-                                          ("record with pairs", True)])
+@pytest.mark.parametrize(
+    "name, looped",
+    [*((name, False) for name in CONFIGURATIONS), ("record", True), ("odd", True), ("record with pairs", True)],
+)
 def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     c = config(CONFIGURATIONS[name], ATTENTION=attention)
     model, batch = build_model(c, seed=3), random_batch(c, 2, 13, seed=5, document_length=5)
@@ -58,8 +78,19 @@ def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
 
 def test_the_full_record_order_matches_too():
     """11 layers, the loop 3..5 three times, lanes from 8: the published layout, at a small width."""
-    c = config(RECORD, NUM_LAYERS=11, NUM_LOOPS=2, LOOP_START=3, LOOP_END=5, PARALLEL_START_LAYER=8, XSA_LAST_N=11,
-               MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2)
+    c = config(
+        RECORD,
+        NUM_LAYERS=11,
+        NUM_LOOPS=2,
+        LOOP_START=3,
+        LOOP_END=5,
+        PARALLEL_START_LAYER=8,
+        XSA_LAST_N=11,
+        MODEL_DIM=16,
+        NUM_HEADS=2,
+        NUM_KV_HEADS=1,
+        MLP_MULT=2,
+    )
     model, batch = build_model(c, seed=4), random_batch(c, 1, 7, seed=2, document_length=4)
     for looped in (False, True):
         nll, _ = model(*batch, looped=looped)
@@ -80,8 +111,9 @@ def test_low_precision_stays_near_the_exact_result():
 
 # ------------------------------------------------------------------------------------------ documents and causality
 
-SETTINGS = [(base, dtype) for base in (TINY, RECORD_LIKE, dict(POLY_LIKE, VOCAB_SIZE=48))
-            for dtype in ("bfloat16", "float32")]
+SETTINGS = [
+    (base, dtype) for base in (TINY, RECORD_LIKE, dict(POLY_LIKE, VOCAB_SIZE=48)) for dtype in ("bfloat16", "float32")
+]
 IDS = ["plain bf16", "plain f32", "record bf16", "record f32", "poly bf16", "poly f32"]
 
 
@@ -156,8 +188,9 @@ def test_probabilities_of_all_tokens_sum_to_one(base, temperature):
     for looped in {False, c.loops}:
         total, reference = 0, model(*batch, looped=looped, tempered=True)[1]
         for token in range(48):
-            nll, lse = model(batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped,
-                             tempered=True)
+            nll, lse = model(
+                batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped, tempered=True
+            )
             assert torch.equal(lse, reference)  # fixed before the target is seen
             total = total + torch.exp(-nll)
         assert torch.allclose(total, torch.ones_like(total), rtol=1e-12)
@@ -288,8 +321,8 @@ def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
     adapted[0].mean().backward()
     for visit in adapters:
         for name, (a, b) in visit.items():
-            assert b.grad.abs().sum() > 0, name      # B learns at once
-            assert a.grad.abs().sum() == 0, name     # A only after B has moved
+            assert b.grad.abs().sum() > 0, name  # B learns at once
+            assert a.grad.abs().sum() == 0, name  # A only after B has moved
 
 
 def test_each_adapter_acts_on_its_own_row_and_its_own_visit():
@@ -333,10 +366,10 @@ def plan(looped, **knobs):
 def test_the_plan_of_the_record_is_the_specifications_example():
     plain, looped = plan(False), plan(True)
     assert [v.layer for v in plain] == list(range(11))
-    assert [v.save for v in plain] == [True] * 5 + [False] * 6                      # 0-4 | 5-10
+    assert [v.save for v in plain] == [True] * 5 + [False] * 6  # 0-4 | 5-10
     assert [v.skip for v in plain] == [None] * 5 + [0, 1, 2, 3, 4] + [None]
     assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert [v.save for v in looped] == [True] * 8 + [False] * 9                     # 0,1,2,3,4,5,3,4 | 5,3,...,10
+    assert [v.save for v in looped] == [True] * 8 + [False] * 9  # 0,1,2,3,4,5,3,4 | 5,3,...,10
     assert [v.skip for v in looped] == [None] * 8 + list(range(8)) + [None]
     for visits in (plain, looped):
         assert [v.layer for v in visits if v.lanes] == [8, 9, 10]
@@ -373,15 +406,20 @@ def test_xsa_leaves_nothing_along_the_own_value():
     out, own = tg.exclude_own_value(y, v), v.repeat_interleave(2, dim=2)
     assert out.shape == y.shape
     assert (out * own).sum(-1).abs().max() < 1e-12
-    removed = y - out                                             # parallel to the value, nothing else is taken
+    removed = y - out  # parallel to the value, nothing else is taken
     cosine = torch.nn.functional.cosine_similarity(removed, own, dim=-1).abs()
     assert torch.allclose(cosine, torch.ones_like(cosine))
 
 
 def test_yarn_acts_where_and_only_where_the_evaluated_context_is_longer():
     plain = tg.GPT(config(TINY))
-    for knobs, acts in ((dict(), False), (dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=16), False), (dict(EVAL_SEQ_LEN=64), True),
-                        (dict(YARN_MAX_LEN=40), True), (dict(YARN_MAX_LEN=20), False)):
+    for knobs, acts in (
+        (dict(), False),
+        (dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=16), False),
+        (dict(EVAL_SEQ_LEN=64), True),
+        (dict(YARN_MAX_LEN=40), True),
+        (dict(YARN_MAX_LEN=20), False),
+    ):
         for switch in (dict(ROPE_YARN=1), dict(ROPE_TYPE="yarn"), dict()):
             model = tg.GPT(config(TINY, **knobs, **switch))
             changed = not torch.equal(model.cos[:32], plain.cos)
@@ -452,7 +490,7 @@ def test_initial_weights_of_pairs_and_values():
 def test_poly5_has_the_size_of_a_sum_by_hand():
     """Vocabulary 1024, width 512, 11 layers, 256 values, 1536 hidden, 5 skips."""
     banks = 22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 1536 * 512
-    vectors = 11 * (2 * 512 + 512 + 512 + 8) + 5 * 512 + 512          # mixes, scales, gains; skips; smear
+    vectors = 11 * (2 * 512 + 512 + 512 + 8) + 5 * 512 + 512  # mixes, scales, gains; skips; smear
     pairs, values = 1536 * 128 + 512 * 128 + 1, 1024 * 128 + 256 * 128 + 1 + 2
     expected = 1024 * 512 + banks + vectors + pairs + values
     assert tg.parameter_count(config({"PRESET": "poly5"})) == expected == 26_928_220
@@ -500,8 +538,9 @@ def test_every_stage_of_poly5_is_one_graph_with_the_eager_result():
                 model.zero_grad(set_to_none=True)
                 outputs[0].sum().backward()
                 assert {name for name, p in model.named_parameters() if p.grad is None} == resting
-                assert all(p.grad[i].any() == (i % 3 < learning) for p in (model.qo_bank, model.up_bank)
-                           for i in range(len(p)))
+                assert all(
+                    p.grad[i].any() == (i % 3 < learning) for p in (model.qo_bank, model.up_bank) for i in range(len(p))
+                )
     torch._dynamo.reset()  # of graphs for one function there may be only so many in a process
     assert len(graphs) == len(uses) + 1
 
@@ -509,8 +548,18 @@ def test_every_stage_of_poly5_is_one_graph_with_the_eager_result():
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
 def test_each_use_is_one_graph_with_the_eager_result(attention):
     """Traced with fullgraph=True, which refuses a break, and run without a compiler: values and gradients agree."""
-    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float64", ATTENTION=attention, NUM_LAYERS=3, LOOP_START=1,
-               LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=2, XSA_LAST_N=3)
+    c = config(
+        RECORD_LIKE,
+        VOCAB_SIZE=48,
+        COMPUTE_DTYPE="float64",
+        ATTENTION=attention,
+        NUM_LAYERS=3,
+        LOOP_START=1,
+        LOOP_END=1,
+        NUM_LOOPS=1,
+        PARALLEL_START_LAYER=2,
+        XSA_LAST_N=3,
+    )
     model, batch = build_model(c), random_batch(c, 2, 16)
     compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
     for looped in (False, True):

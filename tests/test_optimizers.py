@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run
 from rank_worker import run_jobs
@@ -16,11 +17,23 @@ EXACT = dict(COMPUTE_DTYPE="float64", VOCAB_SIZE=48)
 # -------------------------------------------------------------------------------------------------------------- groups
 
 
-@pytest.mark.parametrize("base", [TINY, UNTIED, RECORD_LIKE, POLY_LIKE, dict(POLY_LIKE, TIE_EMBEDDINGS=0)],
-                         ids=["tiny", "untied", "record", "poly", "untied poly"])
+@pytest.mark.parametrize(
+    "base",
+    [TINY, UNTIED, RECORD_LIKE, POLY_LIKE, dict(POLY_LIKE, TIE_EMBEDDINGS=0)],
+    ids=["tiny", "untied", "record", "poly", "untied poly"],
+)
 def test_every_parameter_is_in_one_group(base):
-    c = config(base, MATRIX_LR=0.1, SCALAR_LR=0.2, TIED_EMBED_LR=0.3, EMBED_LR=0.4, HEAD_LR=0.5, MUON_WD=0.01,
-               ADAM_WD=0.02, EMBED_WD=0.03)
+    c = config(
+        base,
+        MATRIX_LR=0.1,
+        SCALAR_LR=0.2,
+        TIED_EMBED_LR=0.3,
+        EMBED_LR=0.4,
+        HEAD_LR=0.5,
+        MUON_WD=0.01,
+        ADAM_WD=0.02,
+        EMBED_WD=0.03,
+    )
     model = tg.GPT(c)
     groups = tg.parameter_groups(model, c)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -47,11 +60,13 @@ def test_a_parameter_in_two_groups_is_noticed(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------- plain float64 versions
 
-POLAR = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
-         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-         (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
-         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
+POLAR = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
 CLASSIC = [(3.4445, -4.775, 2.0315)] * 5
 
 
@@ -97,12 +112,24 @@ def clipped(gradients, limit):
 
 
 RECIPES = {
-    "classic": dict(), "polar": dict(MUON_COEFFICIENTS="polar_express"), "rows": dict(MUON_ROW_NORMALIZE=1),
-    "decay": dict(MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.1), "clip": dict(GRAD_CLIP_NORM=0.05),
-    "no clip in effect": dict(GRAD_CLIP_NORM=1e6), "momentum": dict(MUON_MOMENTUM=0.6, MUON_MOMENTUM_WARMUP_START=0.1,
-                                                                    MUON_MOMENTUM_WARMUP_STEPS=2, BETA1=0.5, BETA2=0.9),
-    "record": dict(MUON_COEFFICIENTS="polar_express", MUON_ROW_NORMALIZE=1, MUON_WD=0.095, GRAD_CLIP_NORM=0.3,
-                   ADAM_WD=0.02, EMBED_WD=0.085, BETA2=0.99),
+    "classic": dict(),
+    "polar": dict(MUON_COEFFICIENTS="polar_express"),
+    "rows": dict(MUON_ROW_NORMALIZE=1),
+    "decay": dict(MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.1),
+    "clip": dict(GRAD_CLIP_NORM=0.05),
+    "no clip in effect": dict(GRAD_CLIP_NORM=1e6),
+    "momentum": dict(
+        MUON_MOMENTUM=0.6, MUON_MOMENTUM_WARMUP_START=0.1, MUON_MOMENTUM_WARMUP_STEPS=2, BETA1=0.5, BETA2=0.9
+    ),
+    "record": dict(
+        MUON_COEFFICIENTS="polar_express",
+        MUON_ROW_NORMALIZE=1,
+        MUON_WD=0.095,
+        GRAD_CLIP_NORM=0.3,
+        ADAM_WD=0.02,
+        EMBED_WD=0.085,
+        BETA2=0.99,
+    ),
 }
 
 
@@ -124,8 +151,9 @@ def test_steps_are_those_of_plain_optimizers(recipe):
     assert all(p.grad is None for p in model.parameters())
     for name, p in model.named_parameters():
         if name in tg.BANKS:
-            expected = np.stack([muon_reference(w, [g[i] for g in history[name]], c)
-                                 for i, w in enumerate(before[name])])
+            expected = np.stack(
+                [muon_reference(w, [g[i] for g in history[name]], c) for i, w in enumerate(before[name])]
+            )
         else:
             lr, decay = (c.tied_embed_lr, c.embed_wd) if name == "embedding" else (c.scalar_lr, c.adam_wd)
             expected = adam_reference(before[name], history[name], lr, decay, c)
@@ -206,12 +234,28 @@ def test_reset_forgets_everything():
 
 def jobs_for(data):
     """Training and scoring, exact and in the usual types; banks of 1, 4 and 6 layers, which few ranks divide."""
-    record = dict(RECORD_LIKE, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=48,
-                  ITERATIONS=100, MUON_MOMENTUM_WARMUP_STEPS=3)
-    tiny = dict(TINY, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=64,
-                ITERATIONS=100)
-    poly = dict(POLY_LIKE, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=32,
-                ITERATIONS=100, GRAD_CLIP_NORM=0, SWA_START=1)
+    record = dict(
+        RECORD_LIKE,
+        DATA_PATH=str(data),
+        TRAIN_SEQ_LEN=16,
+        TRAIN_BATCH_TOKENS=384,
+        MICRO_BATCH_TOKENS=48,
+        ITERATIONS=100,
+        MUON_MOMENTUM_WARMUP_STEPS=3,
+    )
+    tiny = dict(
+        TINY, DATA_PATH=str(data), TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=64, ITERATIONS=100
+    )
+    poly = dict(
+        POLY_LIKE,
+        DATA_PATH=str(data),
+        TRAIN_SEQ_LEN=16,
+        TRAIN_BATCH_TOKENS=384,
+        MICRO_BATCH_TOKENS=32,
+        ITERATIONS=100,
+        GRAD_CLIP_NORM=0,
+        SWA_START=1,
+    )
     score = dict(tiny, EVAL_STRIDE=5, VAL_BATCH_SIZE=512)
     steps = dict(steps=4)
     exact = dict(COMPUTE_DTYPE="float64")
@@ -223,8 +267,12 @@ def jobs_for(data):
         dict(name="usual", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float32")),
         dict(name="poly", kind="train", arguments=steps, knobs=dict(poly, **exact)),
         dict(name="depth", kind="depth", arguments=dict(learning=2), knobs=dict(poly, **exact)),
-        dict(name="shallow", kind="depth", arguments=dict(learning=1),
-             knobs=dict(tiny, **exact, NUM_LAYERS=2, MUON_WD=0.1)),
+        dict(
+            name="shallow",
+            kind="depth",
+            arguments=dict(learning=1),
+            knobs=dict(tiny, **exact, NUM_LAYERS=2, MUON_WD=0.1),
+        ),
         dict(name="score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float32")),
         dict(name="exact score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float64")),
         dict(name="hessians", kind="hessians", knobs=dict(record, COMPUTE_DTYPE="float64")),
@@ -234,8 +282,11 @@ def jobs_for(data):
 def difference(x, y):
     """Largest difference of two results, over the size of each array."""
     assert set(x) == set(y)
-    return max(np.abs(x[name] - y[name]).max() / (np.abs(y[name]).max() + 1e-12) for name in x
-               if x[name].size and name != "losses")
+    return max(
+        np.abs(x[name] - y[name]).max() / (np.abs(y[name]).max() + 1e-12)
+        for name in x
+        if x[name].size and name != "losses"
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -245,12 +296,28 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_
     for name in ("one", "many"):
         (tmp_path / name).mkdir()
     run_jobs(jobs, single_run(), tmp_path / "one")
-    done = launch(ROOT / "tests" / "rank_worker.py", {"OMP_NUM_THREADS": 1}, tmp_path / "jobs.json", tmp_path / "many",
-                  ranks=ranks)
+    done = launch(
+        ROOT / "tests" / "rank_worker.py",
+        {"OMP_NUM_THREADS": 1},
+        tmp_path / "jobs.json",
+        tmp_path / "many",
+        ranks=ranks,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     # The clip's norm is summed in float32 (clipped); the Hessians are kept in float32.
-    tolerances = {"record": 1e-9, "clipped": 1e-5, "uneven": 1e-9, "one layer": 1e-9, "usual": 1e-2, "poly": 1e-9,
-                  "depth": 1e-9, "shallow": 1e-9, "score": 1e-7, "exact score": 1e-13, "hessians": 1e-4}
+    tolerances = {
+        "record": 1e-9,
+        "clipped": 1e-5,
+        "uneven": 1e-9,
+        "one layer": 1e-9,
+        "usual": 1e-2,
+        "poly": 1e-9,
+        "depth": 1e-9,
+        "shallow": 1e-9,
+        "score": 1e-7,
+        "exact score": 1e-13,
+        "hessians": 1e-4,
+    }
     for name, tolerance in tolerances.items():
         alone = dict(np.load(tmp_path / "one" / f"{name}.0.npz"))
         together = [dict(np.load(tmp_path / "many" / f"{name}.{rank}.npz")) for rank in range(ranks)]

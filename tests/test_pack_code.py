@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import RECORD_LIKE, ROOT, SCRIPT, built_once, clean_environment, examples, launch, run_script, snapshot, tg
 from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import RECORD_LIKE, ROOT, SCRIPT, built_once, clean_environment, examples, launch, run_script, snapshot, tg
 
 sys.path.insert(0, str(ROOT / "tools"))
 import pack_code  # noqa: E402
@@ -25,21 +26,25 @@ RUN = dict(RECORD_LIKE, ITERATIONS=3, TRAIN_LOG_EVERY=0)
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """The packed script, alone in a folder, as the command makes it."""
+
     def build(folder):
         done = launch(TOOL, {}, "--out", folder / "train_gpt.py")
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert f"{(folder / 'train_gpt.py').stat().st_size} bytes" in done.stdout
+
     return built_once(tmp_path_factory, "packed", build) / "train_gpt.py"
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, data):
     """A folder with the artifact of a short training, and nothing else."""
+
     def build(folder):
         done = run_script(dict(RUN, DATA_PATH=data, RUN_ID="run"), "--mode", "train", cwd=folder)
         assert done.returncode == 0, done.stderr
         shutil.move(folder / "logs" / "run" / "model.pgolf", folder)
         shutil.rmtree(folder / "logs")
+
     return built_once(tmp_path_factory, "artifact_to_pack", build)
 
 
@@ -47,8 +52,17 @@ def evaluate(script, artifact, data, folder, ranks=1, **knobs):
     """MODE=eval by a script from an empty folder: (the process, its summary)."""
     (folder / "empty").mkdir(parents=True)
     shutil.copytree(artifact, folder / "run")
-    values = dict(PRESET="record", MODE="eval", ARTIFACT_DIR=folder / "run", DATA_PATH=data, CPU_THREADS=1,
-                  COMPUTE_DTYPE="bfloat16", VAL_BATCH_SIZE=2048, DEVICE="cpu", **knobs)
+    values = dict(
+        PRESET="record",
+        MODE="eval",
+        ARTIFACT_DIR=folder / "run",
+        DATA_PATH=data,
+        CPU_THREADS=1,
+        COMPUTE_DTYPE="bfloat16",
+        VAL_BATCH_SIZE=2048,
+        DEVICE="cpu",
+        **knobs,
+    )
     done = launch(script, values, ranks=ranks, cwd=folder / "empty")
     assert not list((folder / "empty").iterdir()) and (folder / "run" / "eval_summary.json").is_file(), done.stderr
     return done, json.loads((folder / "run" / "eval_summary.json").read_text())
@@ -142,12 +156,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.skipif(tg.triton is None, reason="triton is not installed")
-@pytest.mark.parametrize("name, interpreted", [("cross_entropy_edges", 1), ("mlp_edges", 1), ("cubins", 0),
-                                               ("one_graph", 0)])
+@pytest.mark.parametrize(
+    "name, interpreted", [("cross_entropy_edges", 1), ("mlp_edges", 1), ("cubins", 0), ("one_graph", 0)]
+)
 def test_the_packed_kernels_pass_the_kernels_tests(name, interpreted, packed, tmp_path):
     """The checks of test_triton_kernels.py, on the packed module."""
-    environment = clean_environment(dict(TRITON_INTERPRET=interpreted, OMP_NUM_THREADS=1, PYTHONWARNINGS="ignore",
-                                         TRITON_CACHE_DIR=tmp_path, PYTHONPATH=ROOT / "tests"))
+    environment = clean_environment(
+        dict(
+            TRITON_INTERPRET=interpreted,
+            OMP_NUM_THREADS=1,
+            PYTHONWARNINGS="ignore",
+            TRITON_CACHE_DIR=tmp_path,
+            PYTHONPATH=ROOT / "tests",
+        )
+    )
     command = [sys.executable, "-c", KERNELS, packed.parent, ROOT / "tests" / "test_triton_kernels.py", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -156,8 +178,11 @@ def test_the_packed_kernels_pass_the_kernels_tests(name, interpreted, packed, tm
 def unpacked(content):
     """The source text in a packed script."""
     codec = re.search(rb"traceback,(\w+) as _", content)[1].decode()
-    literal = next(node for node in ast.walk(ast.parse(content)) if isinstance(node, ast.Constant)
-                   and isinstance(node.value, str) and len(node.value) > 1000)
+    literal = next(
+        node
+        for node in ast.walk(ast.parse(content))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 1000
+    )
     return __import__(codec).decompress(literal.value.encode("latin-1")).decode()
 
 
@@ -167,9 +192,14 @@ def test_what_is_taken_out_and_what_stays(packed):
     names, kept = ([n.name for n in ast.walk(tree) if isinstance(n, named)] for tree in (before, after))
     assert names == kept
     assert not any(ast.get_docstring(n) for n in ast.walk(after) if isinstance(n, (*named, ast.Module)))
-    kernels = [{n.name: [(a.arg, ast.unparse(a.annotation) if a.annotation else "") for a in n.args.args]
-                for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.endswith("_kernel")}
-               for tree in (before, after)]
+    kernels = [
+        {
+            n.name: [(a.arg, ast.unparse(a.annotation) if a.annotation else "") for a in n.args.args]
+            for n in ast.walk(tree)
+            if isinstance(n, ast.FunctionDef) and n.name.endswith("_kernel")
+        }
+        for tree in (before, after)
+    ]
     assert kernels[0] == kernels[1] and any("constexpr" in kind for _, kind in next(iter(kernels[0].values())))
     assert packed.stat().st_size < SCRIPT.stat().st_size / 4
 
@@ -212,11 +242,18 @@ def test_lines_are_the_interpreters_where_text_has_other_line_ends(tmp_path):
     assert module.x == "a\u2028b\u2029c\x85d\x0ce"
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["missing.py"], "missing.py"), (["words.txt"], "words.txt: is not a Python script"),
-    (["binary.py"], "binary.py: is not a Python script"), (["folder"], "folder"),
-    (["fine.py", "--out", "fine.py"], "would be written over"), (["fine.py", "--out", "words.txt/x.py"], "words.txt"),
-    (["fine.py", "--out", "folder"], "folder")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["missing.py"], "missing.py"),
+        (["words.txt"], "words.txt: is not a Python script"),
+        (["binary.py"], "binary.py: is not a Python script"),
+        (["folder"], "folder"),
+        (["fine.py", "--out", "fine.py"], "would be written over"),
+        (["fine.py", "--out", "words.txt/x.py"], "words.txt"),
+        (["fine.py", "--out", "folder"], "folder"),
+    ],
+)
 def test_what_a_user_can_mend(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text("these are words\n")

@@ -1,4 +1,5 @@
 """The entropy coder of integers: exact round trips, exact probabilities, bounded behaviour on any bytes."""
+
 from __future__ import annotations
 
 import bisect
@@ -32,7 +33,7 @@ def embedding_like(r: int = 1024, c: int = 48, seed: int = 0) -> np.ndarray:
     """Rows of low rank and noise, some of which are near copies of others."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(r, 6)) @ rng.normal(size=(6, c)) * 3 + rng.normal(size=(r, c)) * 2
-    x[r // 2:] = np.where(rng.random((r - r // 2, 1)) < 0.5, x[rng.integers(0, 20, r - r // 2)], x[r // 2:])
+    x[r // 2 :] = np.where(rng.random((r - r // 2, 1)) < 0.5, x[rng.integers(0, 20, r - r // 2)], x[r // 2 :])
     return np.rint(x + rng.normal(size=(r, c)) * 0.4).clip(-127, 127).astype(np.int8)[None]
 
 
@@ -45,8 +46,12 @@ def same(codes: np.ndarray, trellis=None) -> bytes:
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=120)
-@given(st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)), st.floats(0.01, 200), st.integers(0, 99),
-       TRELLISES)
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
+    st.floats(0.01, 200),
+    st.integers(0, 99),
+    TRELLISES,
+)
 def test_round_trip(shape, spread, seed, trellis):
     same(draw(shape, spread, seed), trellis)
 
@@ -118,7 +123,7 @@ def reference_decode(words: list[int], tables: list[list[int]]) -> list[int]:
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=60)
-@given(st.lists(st.integers(0, 10 ** 9), min_size=2, max_size=256), st.integers(0, 2 ** 32))
+@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=256), st.integers(0, 2**32))
 def test_constriction_uses_exactly_our_integers(row, seed):
     """Its bytes decode with (n + 1) / 2^24 in integer arithmetic, so no rounding of floats decides a probability."""
     counts = p.Counts(0, np.array([row], dtype=np.int64) + 1)
@@ -151,14 +156,20 @@ def quickly(data: bytes, shape, trellis, seconds: float = 5) -> None:
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
-@given(st.binary(max_size=200), st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 20)), TRELLISES,
-       st.sampled_from([b"", b"\0\xf0\x10", b"\5\x80\x7f"]))
+@given(
+    st.binary(max_size=200),
+    st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 20)),
+    TRELLISES,
+    st.sampled_from([b"", b"\0\xf0\x10", b"\5\x80\x7f"]),
+)
 def test_random_bytes(data, shape, trellis, header):
     quickly(header + data, shape, trellis)
 
 
-VALID = {shape: p.encode_integers(codes) for shape, codes in
-         {(2, 60, 30): draw((2, 60, 30), 3, 0), (1, 512, 24): embedding_like(512, 24)}.items()}
+VALID = {
+    shape: p.encode_integers(codes)
+    for shape, codes in {(2, 60, 30): draw((2, 60, 30), 3, 0), (1, 512, 24): embedding_like(512, 24)}.items()
+}
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
@@ -192,6 +203,7 @@ def digest() -> str:
 
 def test_same_bytes_in_another_process():
     code = "import helpers, test_pergroup as t; print(t.digest())"  # helpers knows where the script is
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           cwd=Path(__file__).parent)
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
     assert other.stdout.strip() == digest()

@@ -33,7 +33,34 @@ import shards  # noqa: E402
 import sources  # noqa: E402
 import tokenizer  # noqa: E402
 
-SYLLABLES = "ba ko mi tu re sa no li wen dor fa gu pel ish an or ta vi qua ze the of and to in is".split()
+SYLLABLES = [
+    "ba",
+    "ko",
+    "mi",
+    "tu",
+    "re",
+    "sa",
+    "no",
+    "li",
+    "wen",
+    "dor",
+    "fa",
+    "gu",
+    "pel",
+    "ish",
+    "an",
+    "or",
+    "ta",
+    "vi",
+    "qua",
+    "ze",
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+]
 
 
 def story(seed, words=120):
@@ -122,6 +149,7 @@ def naive_bytes(processor, ids):
     """The score's rule for bytes, written as it is said."""
     total = 0
     for before, number in zip([None, *ids[:-1]], ids, strict=True):
+
         def silent(piece):
             return processor.is_control(piece) or processor.is_unknown(piece) or processor.is_unused(piece)
 
@@ -137,9 +165,44 @@ def naive_bytes(processor, ids):
 # ------------------------------------------------------------------------------------------------------- round trip
 
 
-PIECES = ["▁", " ", "  ", "\n", "\r\n", "\0", "\t", "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "<0xE2>", "ba", "the",
-          "\ue000", "\ue001", "\uf8ff", "\ufffe", "\uffff", "\u2585", "\u2047", " \u2047 ", "\ufffd", "\ufeff",
-          "e\u0301", "é", "字", "😀", "\U0010ffff", "12", "\x7f", "\x85", "\u2028", "\u00a0", "\u3000"]
+PIECES = [
+    "▁",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\0",
+    "\t",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<0x0A>",
+    "<0xE2>",
+    "ba",
+    "the",
+    "\ue000",
+    "\ue001",
+    "\uf8ff",
+    "\ufffe",
+    "\uffff",
+    "\u2585",
+    "\u2047",
+    " \u2047 ",
+    "\ufffd",
+    "\ufeff",
+    "e\u0301",
+    "é",
+    "字",
+    "😀",
+    "\U0010ffff",
+    "12",
+    "\x7f",
+    "\x85",
+    "\u2028",
+    "\u00a0",
+    "\u3000",
+]
 TEXTS = st.one_of(
     st.text(min_size=1),
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join),
@@ -202,8 +265,17 @@ def test_more_characters_than_the_vocabulary_holds():
 
 
 def train(**changes):
-    made = {"model_type": "bpe", "vocab_size": 330, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3,
-            "byte_fallback": True, "minloglevel": 3, **changes}
+    made = {
+        "model_type": "bpe",
+        "vocab_size": 330,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "byte_fallback": True,
+        "minloglevel": 3,
+        **changes,
+    }
     path = made.pop("path")
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -212,11 +284,14 @@ def train(**changes):
     return path
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"pad_id": -1, "bos_id": 2, "eos_id": 1, "unk_id": 0}, "they must have (0, 1, 2, 3)"),
-    ({"byte_fallback": False, "vocab_size": 200}, "lacks byte pieces"),
-    ({"user_defined_symbols": ["a▁b"]}, "not in front"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_id": -1, "bos_id": 2, "eos_id": 1, "unk_id": 0}, "they must have (0, 1, 2, 3)"),
+        ({"byte_fallback": False, "vocab_size": 200}, "lacks byte pieces"),
+        ({"user_defined_symbols": ["a▁b"]}, "not in front"),
+    ],
+)
 def test_tokenizers_that_cannot_be_scored_are_refused(tmp_path, source, command, changes, message):
     path = train(path=tmp_path / "given.model", **changes)
     assert refused(command(source, "--out", tmp_path / "out", "--tokenizer", path), f"--tokenizer {path}", message)
@@ -490,12 +565,18 @@ def test_other_options_or_sources_need_force(tmp_path, source, command):
     assert {**before, "notes.md": b"a user's own file"} == contents(out)
     code, _, _ = command(source, "--out", out, "--vocab-size", 300, "--force")
     assert code == 0
-    assert set(contents(out)) == {"tokenizer.model", "manifest.json", "fineweb_train_000000.bin",
-                                  "fineweb_val_000000.bin", "notes.md"}
+    assert set(contents(out)) == {
+        "tokenizer.model",
+        "manifest.json",
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        "notes.md",
+    }
 
 
-@pytest.mark.parametrize("name", ["fineweb_train_000007.bin", "fineweb_val_000000.bin", "tokenizer.model",
-                                  "fineweb_val_bytes_000000.bin"])
+@pytest.mark.parametrize(
+    "name", ["fineweb_train_000007.bin", "fineweb_val_000000.bin", "tokenizer.model", "fineweb_val_bytes_000000.bin"]
+)
 def test_files_of_others_are_not_touched(tmp_path, source, command, name):
     out = tmp_path / "out"
     out.mkdir()
@@ -505,13 +586,26 @@ def test_files_of_others_are_not_touched(tmp_path, source, command, name):
     assert contents(out) == {name: b"someone's"}
 
 
-@pytest.mark.parametrize("text", [
-    "{", "[]", "null",
-    '{"format": 1, "options": {}, "fingerprint": "", "splits": [], "tokenizer": {"file": 1, "bytes": 1}}',
-    '{"format": 1}', '{"format": 2, "splits": {}}',
-    json.dumps({"format": 1, "options": {}, "fingerprint": "", "splits": {},
-                "tokenizer": {"file": "../precious", "bytes": 1}}),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"format": 1, "options": {}, "fingerprint": "", "splits": [], "tokenizer": {"file": 1, "bytes": 1}}',
+        '{"format": 1}',
+        '{"format": 2, "splits": {}}',
+        json.dumps(
+            {
+                "format": 1,
+                "options": {},
+                "fingerprint": "",
+                "splits": {},
+                "tokenizer": {"file": "../precious", "bytes": 1},
+            }
+        ),
+    ],
+)
 def test_a_manifest_of_others_is_not_touched(tmp_path, source, command, text):
     out = tmp_path / "out"
     out.mkdir()
@@ -523,8 +617,20 @@ def test_a_manifest_of_others_is_not_touched(tmp_path, source, command, text):
 # ---------------------------------------------------------------------------------------------------------- caseops
 
 
-NASTY = ["\ue001", "\ue004\ue004\ue002Ab", "ESC \ue004", "▁ THE ▁The ", "A\ud7ffB \uf8ff", "ıİ ß ﬁ e\u0301 É",
-         "🙂 I\n\n", "X" * 3000, "\0 iPhone\r\n", " ", "\ue003" * 99, "The THE the tHe McDonald's"]
+NASTY = [
+    "\ue001",
+    "\ue004\ue004\ue002Ab",
+    "ESC \ue004",
+    "▁ THE ▁The ",
+    "A\ud7ffB \uf8ff",
+    "ıİ ß ﬁ e\u0301 É",
+    "🙂 I\n\n",
+    "X" * 3000,
+    "\0 iPhone\r\n",
+    " ",
+    "\ue003" * 99,
+    "The THE the tHe McDonald's",
+]
 
 
 def check_caseops(out, expected, dropped=0):
@@ -541,9 +647,11 @@ def check_caseops(out, expected, dropped=0):
         counts = np.frombuffer(raw[1024:], "<u2").astype(int)
         starts = np.flatnonzero(shards.read_shard(out / shard["file"]) == 1)
         assert len(counts) == shard["tokens"] == sidecar["tokens"] and not counts[starts].any()
-        assert {key: shard[key] for key in ("documents", "bytes")} == {
-            "documents": len(starts), "bytes": counts.sum()
-        } == {key: sidecar[key] for key in ("documents", "bytes")}
+        assert (
+            {key: shard[key] for key in ("documents", "bytes")}
+            == {"documents": len(starts), "bytes": counts.sum()}
+            == {key: sidecar[key] for key in ("documents", "bytes")}
+        )
         found += [part.sum() for part in np.split(counts, starts[1:])]
     texts = {side: [caseops.decode(text) for text in documents_of(out, manifest, side)] for side in ("train", "val")}
     assert found == [len(text.encode()) for text in texts["val"]] and sum(found) == split["bytes"]
@@ -558,8 +666,21 @@ def test_caseops_of_nasty_documents(tmp_path, monkeypatch, command):
     texts = [f"{nasty} {number} {story(number, 20).title()}" for number in range(12) for nasty in NASTY] + NASTY
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, "", "half a pair \ud800"])
     for workers in (1, 2):
-        code, printed, _ = command(source, "--out", tmp_path / str(workers), "--caseops", "--vocab-size", 320,
-                                   "--val-fraction", 0.4, "--shard-tokens", 3000, "--workers", workers, "--quiet")
+        code, printed, _ = command(
+            source,
+            "--out",
+            tmp_path / str(workers),
+            "--caseops",
+            "--vocab-size",
+            320,
+            "--val-fraction",
+            0.4,
+            "--shard-tokens",
+            3000,
+            "--workers",
+            workers,
+            "--quiet",
+        )
         assert code == 0 and "VOCAB_SIZE=320 CASEOPS_ENABLED=1 python train_gpt.py" in printed
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     manifest = check_caseops(tmp_path / "1", texts, dropped=1)
@@ -594,8 +715,13 @@ def test_caseops_folders_are_recognized_completed_and_replaced(tmp_path, source,
 
 
 def test_caseops_with_a_given_tokenizer(tmp_path, command):
-    path = train(path=tmp_path / "given.model", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False,
-                 vocab_size=334, user_defined_symbols=list(caseops.OPERATORS.values()))
+    path = train(
+        path=tmp_path / "given.model",
+        normalization_rule_name="nmt_nfkc",
+        remove_extra_whitespaces=False,
+        vocab_size=334,
+        user_defined_symbols=list(caseops.OPERATORS.values()),
+    )
     texts = [" ".join(story(seed).split()).title() for seed in range(40)]
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, "ﬁ Becomes fi and is lost"])
     code, _, _ = command(source, "--out", tmp_path / "out", "--caseops", "--tokenizer", path, "--val-fraction", 0.2)
@@ -603,12 +729,15 @@ def test_caseops_with_a_given_tokenizer(tmp_path, command):
     check_caseops(tmp_path / "out", texts, dropped=1)
 
 
-@pytest.mark.parametrize(("changes", "symbol"), [
-    ({}, "U+E001 (TITLE)"),
-    ({"user_defined_symbols": ["\ue001", "\ue002", "\ue004"]}, "U+E003 (CAPNEXT)"),
-    ({"user_defined_symbols": [*caseops.OPERATORS.values(), "\ue002a"]}, "U+E002 (ALLCAPS)"),
-    ({"control_symbols": list(caseops.OPERATORS.values())}, "U+E001 (TITLE)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "symbol"),
+    [
+        ({}, "U+E001 (TITLE)"),
+        ({"user_defined_symbols": ["\ue001", "\ue002", "\ue004"]}, "U+E003 (CAPNEXT)"),
+        ({"user_defined_symbols": [*caseops.OPERATORS.values(), "\ue002a"]}, "U+E002 (ALLCAPS)"),
+        ({"control_symbols": list(caseops.OPERATORS.values())}, "U+E001 (TITLE)"),
+    ],
+)
 def test_tokenizers_without_the_operators_are_refused(tmp_path, source, command, changes, symbol):
     path = train(path=tmp_path / "given.model", **changes)
     result = command(source, "--out", tmp_path / "out", "--caseops", "--tokenizer", path)
@@ -626,21 +755,24 @@ def damaged_zst(text):
 GOOD = (json.dumps({"text": "good"}) + "\n").encode()
 
 
-@pytest.mark.parametrize(("name", "data", "fragments"), [
-    ("a.txt", b"good\n\xff", ["a.txt: not UTF-8 at byte offset 5"]),
-    ("a.txt", b"x" * 40000 + b"\xc3", ["a.txt: not UTF-8 at byte offset 40000"]),
-    ("a.txt", b"", ["no text"]),
-    ("a.txt", b"one document", ["only one distinct document"]),
-    ("a.jsonl", GOOD + b"{", ["a.jsonl:2: not JSON"]),
-    ("a.jsonl", b"[" * 100_000, ["a.jsonl:1: not JSON"]),
-    ("a.jsonl", GOOD + b"\n" + b'{"body": "x"}', ["a.jsonl:3: no text in field \"text\""]),
-    ("a.jsonl", b'{"text": 1}', ["a.jsonl:1: no text in field"]),
-    ("a.jsonl", b'["text"]', ["a.jsonl:1: no text in field"]),
-    ("a.jsonl", GOOD + b'{"text": "\xff"}', ["a.jsonl:2: not UTF-8 at byte offset 27"]),
-    ("a.jsonl.zst", damaged_zst(GOOD * 500), ["a.jsonl.zst: damaged zstd file: it ends too early"]),
-    ("a.jsonl.zst", b"not zstd at all", ["a.jsonl.zst: damaged zstd file"]),
-    ("a.csv", b"a,b", ["a.csv: unknown kind of file; allowed are .txt, .jsonl, .jsonl.zst"]),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "fragments"),
+    [
+        ("a.txt", b"good\n\xff", ["a.txt: not UTF-8 at byte offset 5"]),
+        ("a.txt", b"x" * 40000 + b"\xc3", ["a.txt: not UTF-8 at byte offset 40000"]),
+        ("a.txt", b"", ["no text"]),
+        ("a.txt", b"one document", ["only one distinct document"]),
+        ("a.jsonl", GOOD + b"{", ["a.jsonl:2: not JSON"]),
+        ("a.jsonl", b"[" * 100_000, ["a.jsonl:1: not JSON"]),
+        ("a.jsonl", GOOD + b"\n" + b'{"body": "x"}', ['a.jsonl:3: no text in field "text"']),
+        ("a.jsonl", b'{"text": 1}', ["a.jsonl:1: no text in field"]),
+        ("a.jsonl", b'["text"]', ["a.jsonl:1: no text in field"]),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}', ["a.jsonl:2: not UTF-8 at byte offset 27"]),
+        ("a.jsonl.zst", damaged_zst(GOOD * 500), ["a.jsonl.zst: damaged zstd file: it ends too early"]),
+        ("a.jsonl.zst", b"not zstd at all", ["a.jsonl.zst: damaged zstd file"]),
+        ("a.csv", b"a,b", ["a.csv: unknown kind of file; allowed are .txt, .jsonl, .jsonl.zst"]),
+    ],
+)
 def test_bad_input_is_named(tmp_path, command, name, data, fragments):
     path = tmp_path / name
     path.write_bytes(data)
@@ -648,25 +780,28 @@ def test_bad_input_is_named(tmp_path, command, name, data, fragments):
     assert sorted(item.name for item in tmp_path.iterdir()) == [name]
 
 
-@pytest.mark.parametrize(("arguments", "fragments"), [
-    (["--vocab-size", "299"], ["--vocab-size", "299", "from 300 to 65,535"]),
-    (["--vocab-size", "65536"], ["--vocab-size", "65536", "from 300 to 65,535"]),
-    (["--vocab-size", "many"], ["--vocab-size", "many", "whole number"]),
-    (["--val-fraction", "0"], ["--val-fraction", "between 0 and 1"]),
-    (["--val-fraction", "1"], ["--val-fraction", "between 0 and 1"]),
-    (["--val-fraction", "nan"], ["--val-fraction", "nan", "between 0 and 1"]),
-    (["--shard-tokens", "0"], ["--shard-tokens", "from 1"]),
-    (["--workers", "0"], ["--workers", "from 1"]),
-    (["--seed", "-1"], ["--seed", "from 0"]),
-    (["--max-document-bytes", "1"], ["--max-document-bytes", "from 64"]),
-    (["--tokenizer", "missing.model"], ["--tokenizer missing.model: No such file"]),
-    (["--tokenizer", __file__], [f"--tokenizer {__file__}: not a SentencePiece model"]),
-    (["--vocab-size", "60000"], ["--vocab-size 60000: the training text supports at most"]),
-    (["--nonsense"], ["unrecognized arguments: --nonsense"]),
-    (["missing.txt"], ["missing.txt: no such file or folder"]),
-    (["builtin:nothing"], ["builtin:nothing: allowed packages are networkx, numpy, python, sympy, torch"]),
-    (["builtin", "builtin:numpy"], ["builtin:numpy: builtin can be given once"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--vocab-size", "299"], ["--vocab-size", "299", "from 300 to 65,535"]),
+        (["--vocab-size", "65536"], ["--vocab-size", "65536", "from 300 to 65,535"]),
+        (["--vocab-size", "many"], ["--vocab-size", "many", "whole number"]),
+        (["--val-fraction", "0"], ["--val-fraction", "between 0 and 1"]),
+        (["--val-fraction", "1"], ["--val-fraction", "between 0 and 1"]),
+        (["--val-fraction", "nan"], ["--val-fraction", "nan", "between 0 and 1"]),
+        (["--shard-tokens", "0"], ["--shard-tokens", "from 1"]),
+        (["--workers", "0"], ["--workers", "from 1"]),
+        (["--seed", "-1"], ["--seed", "from 0"]),
+        (["--max-document-bytes", "1"], ["--max-document-bytes", "from 64"]),
+        (["--tokenizer", "missing.model"], ["--tokenizer missing.model: No such file"]),
+        (["--tokenizer", __file__], [f"--tokenizer {__file__}: not a SentencePiece model"]),
+        (["--vocab-size", "60000"], ["--vocab-size 60000: the training text supports at most"]),
+        (["--nonsense"], ["unrecognized arguments: --nonsense"]),
+        (["missing.txt"], ["missing.txt: no such file or folder"]),
+        (["builtin:nothing"], ["builtin:nothing: allowed packages are networkx, numpy, python, sympy, torch"]),
+        (["builtin", "builtin:numpy"], ["builtin:numpy: builtin can be given once"]),
+    ],
+)
 def test_bad_options_are_named(tmp_path, source, command, arguments, fragments):
     assert refused(command(source, "--out", tmp_path / "out", *arguments), *fragments)
     assert not (tmp_path / "out").exists()
@@ -765,15 +900,26 @@ def test_full_disk_keeps_what_was_there(tmp_path, source, command, monkeypatch):
 
 def start(*arguments, **more):
     return subprocess.Popen(
-        [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True, **more,
+        [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **more,
     )
 
 
 def test_file_size_limit_in_a_real_process(tmp_path, source):
     out = tmp_path / "new" / "out"
-    process = start(source, "--out", out, "--vocab-size", 320, "--quiet",
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    process = start(
+        source,
+        "--out",
+        out,
+        "--vocab-size",
+        320,
+        "--quiet",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+    )
     printed, err = process.communicate()
     assert refused((process.returncode, printed, err), f"--out {out}: File too large") and err.count("\n") == 1
     assert not (tmp_path / "new").exists()
@@ -820,8 +966,11 @@ def test_a_dead_worker_is_reported(tmp_path, source, command, monkeypatch):
         raise prepare.BrokenProcessPool("dead")
 
     monkeypatch.setattr(corpus, "map_in_order", broken)
-    assert refused(command(source, "--out", tmp_path / "out", "--vocab-size", 320), "a worker process was killed",
-                   f"kept in {tmp_path / 'out' / prepare.UNFINISHED}")
+    assert refused(
+        command(source, "--out", tmp_path / "out", "--vocab-size", 320),
+        "a worker process was killed",
+        f"kept in {tmp_path / 'out' / prepare.UNFINISHED}",
+    )
 
 
 def test_help_and_silence(tmp_path, source, command, capfd):
@@ -829,15 +978,32 @@ def test_help_and_silence(tmp_path, source, command, capfd):
         command("--help")
     text = capfd.readouterr().out
     assert done.value.code == 0
-    for word in ("SOURCE", "--out", "--vocab-size", "--val-fraction", "--shard-tokens", "--workers", "--tokenizer",
-                 "--seed", "--max-document-bytes", "--caseops", "--force", "--text-field", "--sample-bytes", "builtin",
-                 "exit codes"):
+    for word in (
+        "SOURCE",
+        "--out",
+        "--vocab-size",
+        "--val-fraction",
+        "--shard-tokens",
+        "--workers",
+        "--tokenizer",
+        "--seed",
+        "--max-document-bytes",
+        "--caseops",
+        "--force",
+        "--text-field",
+        "--sample-bytes",
+        "builtin",
+        "exit codes",
+    ):
         assert word in text
     code, printed, err = command(source, "--out", tmp_path / "out", "--vocab-size", 320, "--quiet")
     assert (code, err) == (0, "") and "bits per byte" in printed
     code, _, err = command(source, "--out", tmp_path / "loud", "--vocab-size", 320)
     assert code == 0 and [line.split()[0] for line in err.splitlines()] == [
-        "reading", "training", "tokenizing", "compressing"
+        "reading",
+        "training",
+        "tokenizing",
+        "compressing",
     ]
 
 

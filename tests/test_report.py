@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import pytest
+
 from helpers import ROOT, launch, snapshot
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -92,23 +93,42 @@ def test_our_log_alone_says_what_the_summary_says(reproduced):
     summary = json.loads((folder / "summary.json").read_text())
     assert whole.final.bpb == summary["val_bpb"] and whole.artifact_bytes == summary["artifact_bytes"]
     assert from_log.final.bpb == pytest.approx(whole.final.bpb, abs=6e-5)
-    for name in ("steps", "artifact_bytes", "code_bytes", "model_bytes", "targets", "val_bytes", "parameters",
-                 "hardware", "attention"):
+    for name in (
+        "steps",
+        "artifact_bytes",
+        "code_bytes",
+        "model_bytes",
+        "targets",
+        "val_bytes",
+        "parameters",
+        "hardware",
+        "attention",
+    ):
         assert getattr(from_log, name) == getattr(whole, name), name
     assert [x[0] for x in from_log.losses] == [x[0] for x in whole.losses] == [1, 2, 3, 4, 8]
     assert from_log.versions["torch"] == whole.versions["torch"] and from_log.eval_seconds == pytest.approx(
-        whole.eval_seconds, abs=0.2)
+        whole.eval_seconds, abs=0.2
+    )
     assert [r.seed for r in runs.read_runs(reproduced / "out")] == [0, 314, 42]  # a submission's folder
 
 
 @pytest.fixture(scope="module")
 def sweep_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    trials = [dict(trial=n, state="complete" if n < 4 else "fail", value=1.5 - 0.1 * n if n < 4 else None, seconds=1.5,
-                   values=dict(LR=f"0.0{n + 1}", MODE="ab"[n % 2]), error=None if n < 4 else "exit code 2: <b>")
-              for n in (3, 2, 1, 0, 4)]
-    (folder / "study.json").write_text(json.dumps(dict(name="lr", objective="val_bpb", variables=["LR", "MODE"],
-                                                       command="x", trials=trials)))
+    trials = [
+        dict(
+            trial=n,
+            state="complete" if n < 4 else "fail",
+            value=1.5 - 0.1 * n if n < 4 else None,
+            seconds=1.5,
+            values=dict(LR=f"0.0{n + 1}", MODE="ab"[n % 2]),
+            error=None if n < 4 else "exit code 2: <b>",
+        )
+        for n in (3, 2, 1, 0, 4)
+    ]
+    (folder / "study.json").write_text(
+        json.dumps(dict(name="lr", objective="val_bpb", variables=["LR", "MODE"], command="x", trials=trials))
+    )
     return folder
 
 
@@ -177,11 +197,18 @@ def test_a_running_run_can_be_looked_at(reproduced, tmp_path):
     assert (tmp_path / "r" / "loss.png").is_file()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["none"], "none: there is no such file"), (["empty"], "empty: holds no run"),
-    (["words.txt"], "words.txt: holds no"), (["bad/study.json"], "is not a sweep's"),
-    (["peer.log", "--out", "mine"], "--out mine: is a folder with other files"),
-    ([], "PATH"), (["broken"], "summary.json: is not JSON")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["none"], "none: there is no such file"),
+        (["empty"], "empty: holds no run"),
+        (["words.txt"], "words.txt: holds no"),
+        (["bad/study.json"], "is not a sweep's"),
+        (["peer.log", "--out", "mine"], "--out mine: is a folder with other files"),
+        ([], "PATH"),
+        (["broken"], "summary.json: is not JSON"),
+    ],
+)
 def test_what_a_user_can_mend(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "bad", "mine", "broken"):

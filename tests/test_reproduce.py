@@ -11,8 +11,9 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, TINY, clean_environment, launch, snapshot
 from scipy import stats
+
+from helpers import ROOT, TINY, clean_environment, launch, snapshot
 
 sys.path.insert(0, str(ROOT / "tools"))
 import reproduce  # noqa: E402
@@ -20,11 +21,46 @@ import runs  # noqa: E402
 import submission  # noqa: E402
 
 TOOL = ROOT / "tools" / "reproduce.py"
-FIELDS = """author github_id name blurb date track val_loss val_bpb val_loss_std val_bpb_std seeds seed_results
-comparison_baseline_bpb delta_vs_leaderboard_bpb delta_vs_leaderboard_nats artifact_bytes_mean artifact_bytes_max
-bytes_total hardware pytorch_version cuda_version attention_backend dataset technique_summary compliance""".split()
-SEED_FIELDS = """val_loss val_bpb pre_quant_val_bpb quantized_val_bpb artifact_bytes steps step_avg_ms
-train_wallclock_ms eval_time_s val_tokens target_tokens""".split()
+FIELDS = [
+    "author",
+    "github_id",
+    "name",
+    "blurb",
+    "date",
+    "track",
+    "val_loss",
+    "val_bpb",
+    "val_loss_std",
+    "val_bpb_std",
+    "seeds",
+    "seed_results",
+    "comparison_baseline_bpb",
+    "delta_vs_leaderboard_bpb",
+    "delta_vs_leaderboard_nats",
+    "artifact_bytes_mean",
+    "artifact_bytes_max",
+    "bytes_total",
+    "hardware",
+    "pytorch_version",
+    "cuda_version",
+    "attention_backend",
+    "dataset",
+    "technique_summary",
+    "compliance",
+]
+SEED_FIELDS = [
+    "val_loss",
+    "val_bpb",
+    "pre_quant_val_bpb",
+    "quantized_val_bpb",
+    "artifact_bytes",
+    "steps",
+    "step_avg_ms",
+    "train_wallclock_ms",
+    "eval_time_s",
+    "val_tokens",
+    "target_tokens",
+]
 VALUES = {name: value for name, value in TINY.items() if name != "SEED"} | dict(DATA_PATH="shards", ITERATIONS=8)
 
 
@@ -33,8 +69,9 @@ def content(reproduced):
 
 
 def summaries(reproduced):
-    return {seed: json.loads((reproduced / "work" / f"seed{seed}" / "summary.json").read_text())
-            for seed in (42, 0, 314)}
+    return {
+        seed: json.loads((reproduced / "work" / f"seed{seed}" / "summary.json").read_text()) for seed in (42, 0, 314)
+    }
 
 
 def test_every_figure_is_the_summaries(reproduced):
@@ -49,7 +86,7 @@ def test_every_figure_is_the_summaries(reproduced):
         assert (row["artifact_bytes"], row["steps"]) == (summary["artifact_bytes"], 8)
         assert row["train_wallclock_ms"] == pytest.approx(1000 * summary["train_seconds"], abs=1)
         assert row["step_avg_ms"] == pytest.approx(125 * summary["train_seconds"], abs=0.01)
-        assert row["eval_time_s"] == pytest.approx(sum(summary["seconds"][x] for x in ("unpack", "evaluate")), abs=.01)
+        assert row["eval_time_s"] == pytest.approx(sum(summary["seconds"][x] for x in ("unpack", "evaluate")), abs=0.01)
         assert row["target_tokens"] == summary["val_tokens"] == row["val_tokens"] - 1
         assert row["code_bytes"] == (reproduced / "out" / "train_gpt.py").stat().st_size
     bpb = [summary["val_bpb"] for summary in found.values()]
@@ -73,8 +110,9 @@ def test_the_comparison_is_scipys(reproduced):
     s = content(reproduced)
     row = next(iter(s["seed_results"].values()))
     nats = math.log(2) * row["val_bytes"] / row["target_tokens"]
-    ours, theirs = [[x * nats for x in xs] for xs in (
-        [r["val_bpb"] for r in s["seed_results"].values()], [3.3, 3.301, 3.302])]
+    ours, theirs = [
+        [x * nats for x in xs] for xs in ([r["val_bpb"] for r in s["seed_results"].values()], [3.3, 3.301, 3.302])
+    ]
     assert [r["val_loss"] for r in s["seed_results"].values()] == pytest.approx(ours)  # so nats are nats a token
     assert s["comparison_baseline_bpb"] == pytest.approx(3.301)
     assert s["delta_vs_leaderboard_bpb"] == pytest.approx(s["val_bpb"] - 3.301)
@@ -83,16 +121,21 @@ def test_the_comparison_is_scipys(reproduced):
     for name, margin in (("p_value", 0), ("p_value_margin", 0.005)):
         expected = stats.ttest_ind(ours, [x - margin for x in theirs], equal_var=False, alternative="less").pvalue
         assert t[name] == pytest.approx(expected)
-    assert t["holds"] is s["compliance"]["record_rule"] is bool(
-        t["p_value_margin"] < 0.01 and t["gain_nats"] > 0.005)
+    assert t["holds"] is s["compliance"]["record_rule"] is bool(t["p_value_margin"] < 0.01 and t["gain_nats"] > 0.005)
 
 
 def test_the_folder_holds_the_page_the_script_and_the_logs(reproduced):
     out, s = reproduced / "out", content(reproduced)
-    kinds = ("train_seed{}.log", "metrics_seed{}.jsonl", "summary_seed{}.json", "config_seed{}.json",
-             "model_seed{}.pgolf")
+    kinds = (
+        "train_seed{}.log",
+        "metrics_seed{}.jsonl",
+        "summary_seed{}.json",
+        "config_seed{}.json",
+        "model_seed{}.pgolf",
+    )
     assert {p.name for p in out.iterdir()} == {"README.md", "submission.json", "train_gpt.py", "requirements.txt"} | {
-        kind.format(seed) for kind in kinds for seed in (42, 0, 314)}
+        kind.format(seed) for kind in kinds for seed in (42, 0, 314)
+    }
     assert (out / "train_gpt.py").read_bytes().startswith(b"#coding:l1 packed")
     page = (out / "README.md").read_text()
     assert "$" not in page.replace("SEED=$seed", "") and f"{s['val_bpb']:.6f}" in page
@@ -122,8 +165,21 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path)
     for seed in (0, 314):
         shutil.rmtree(tmp_path / "work" / f"seed{seed}")
     shutil.copy(reproduced / "baseline.json", tmp_path)
-    command = [sys.executable, str(TOOL), "--work", "work", "--out", "out", "--with-artifacts", "--author", "A. Author",
-               "--baseline", "baseline.json", "--script", str(reproduced / "out" / "train_gpt.py")]
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--work",
+        "work",
+        "--out",
+        "out",
+        "--with-artifacts",
+        "--author",
+        "A. Author",
+        "--baseline",
+        "baseline.json",
+        "--script",
+        str(reproduced / "out" / "train_gpt.py"),
+    ]
     values = clean_environment(VALUES)
     first = subprocess.Popen(command, env=values, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     lines = []
@@ -159,8 +215,17 @@ def test_a_folder_that_is_there_is_not_written_over(reproduced, tmp_path):
 
 
 def test_a_run_that_fails_ends_it_with_that_runs_line(reproduced, tmp_path):
-    done = launch(TOOL, dict(VALUES, DATA_PATH="nowhere"), "--seeds", "5", "--work", "work", "--script",
-                  reproduced / "out" / "train_gpt.py", cwd=tmp_path)
+    done = launch(
+        TOOL,
+        dict(VALUES, DATA_PATH="nowhere"),
+        "--seeds",
+        "5",
+        "--work",
+        "work",
+        "--script",
+        reproduced / "out" / "train_gpt.py",
+        cwd=tmp_path,
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: seed 5 failed: DATA_PATH=nowhere: holds no")
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "submissions").exists()
 
@@ -185,21 +250,36 @@ def test_the_record_track_is_for_the_challenges_hardware_time_and_text():
     def of(hardware, seconds, documents):
         run = runs.Run("r", "r", hardware=hardware, train_seconds=seconds)
         return submission.track([submission.Finished(1, None, run, {})], dict(documents=documents, text="FineWeb; x"))
+
     assert of("8 x NVIDIA H100 80GB HBM3", 600.02, 50000) == "10min_16mb"
-    for case in (("1 x NVIDIA H100 80GB HBM3", 599, 50000), ("8 x NVIDIA H100 80GB HBM3", 1200, 50000),
-                 ("8 x NVIDIA H100 80GB HBM3", 599, 514)):
+    for case in (
+        ("1 x NVIDIA H100 80GB HBM3", 599, 50000),
+        ("8 x NVIDIA H100 80GB HBM3", 1200, 50000),
+        ("8 x NVIDIA H100 80GB HBM3", 599, 514),
+    ):
         assert of(*case).startswith("non-record: " + case[0])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--seeds", "1,1"], "1,1: must be different"), (["--seeds", "a"], "a: must be"),
-    (["MATRIX_LR"], "MATRIX_LR: must"),
-    (["SEED=3"], "SEED=3: --seeds sets this"), (["MODE=eval"], "MODE=eval"), (["--nproc", "0"], "--nproc: 0"),
-    (["--baseline", "none.json"], "none.json: there is no such"), (["--script", "none.py"], "none.py"),
-    (["--script", "words.txt"], "words.txt: is not a Python script"), (["--baseline", "words.txt"], "words.txt: must"),
-    (["MATRIX_LR=big"], "MATRIX_LR=big: must be a finite number"), (["--preset", "huge"], "PRESET=huge"),
-    (["TRAIN_BATCH_TOKENS=96", "--nproc", "2"], "2 ranks do not divide"), (["--work", "full"], "full: is not empty"),
-    (["--template", "template"], "none of")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--seeds", "1,1"], "1,1: must be different"),
+        (["--seeds", "a"], "a: must be"),
+        (["MATRIX_LR"], "MATRIX_LR: must"),
+        (["SEED=3"], "SEED=3: --seeds sets this"),
+        (["MODE=eval"], "MODE=eval"),
+        (["--nproc", "0"], "--nproc: 0"),
+        (["--baseline", "none.json"], "none.json: there is no such"),
+        (["--script", "none.py"], "none.py"),
+        (["--script", "words.txt"], "words.txt: is not a Python script"),
+        (["--baseline", "words.txt"], "words.txt: must"),
+        (["MATRIX_LR=big"], "MATRIX_LR=big: must be a finite number"),
+        (["--preset", "huge"], "PRESET=huge"),
+        (["TRAIN_BATCH_TOKENS=96", "--nproc", "2"], "2 ranks do not divide"),
+        (["--work", "full"], "full: is not empty"),
+        (["--template", "template"], "none of"),
+    ],
+)
 def test_what_a_user_can_mend(arguments, words, tmp_path, monkeypatch, capsys, reproduced):
     monkeypatch.chdir(tmp_path)
     for name, value in clean_environment(VALUES).items():
@@ -229,8 +309,11 @@ def test_other_settings_or_another_script_are_not_mixed(tmp_path):
     plan = dict(script_sha256="a", ranks=1, config=dict(matrix_lr=0.1))
     reproduce.prepare_work(tmp_path / "work", plan, b"x")
     reproduce.prepare_work(tmp_path / "work", plan, b"x")
-    for other, name in ((dict(plan, config=dict(matrix_lr=0.2)), "MATRIX_LR"), (dict(plan, ranks=2), "ranks"),
-                        (dict(plan, script_sha256="b"), "script_sha256")):
+    for other, name in (
+        (dict(plan, config=dict(matrix_lr=0.2)), "MATRIX_LR"),
+        (dict(plan, ranks=2), "ranks"),
+        (dict(plan, script_sha256="b"), "script_sha256"),
+    ):
         with pytest.raises(runs.UserError, match=name):
             reproduce.prepare_work(tmp_path / "work", other, b"y")
     assert (tmp_path / "work" / "train_gpt.py").read_bytes() == b"x"
@@ -253,8 +336,11 @@ def test_a_submission_is_shown_at_the_root(reproduced, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     files, out = published(tmp_path), reproduced / "out"
     logs = {f"logs/{p.name}" for seed in (42, 0, 314) for p in out.glob(f"*_seed{seed}.*") if p.suffix != ".pgolf"}
-    assert set(files) == logs | {"submission.json", "logs/mine/log.txt", "docs/loss.png", "docs/stages.png",
-                                 "docs/bytes.png"} and len(logs) == 12
+    assert (
+        set(files)
+        == logs | {"submission.json", "logs/mine/log.txt", "docs/loss.png", "docs/stages.png", "docs/bytes.png"}
+        and len(logs) == 12
+    )
     assert all(files[name] == (out / name.removeprefix("logs/")).read_bytes() for name in logs | {"submission.json"})
     assert all(files[f"docs/{name}.png"].startswith(b"\x89PNG") for name in ("loss", "stages", "bytes"))
     assert launch(*command).returncode == 0 and published(tmp_path) == files

@@ -16,8 +16,8 @@ sys.path.insert(0, str(DATA))
 import prepare  # noqa: E402
 import shards  # noqa: E402
 import tokenizer  # noqa: E402
-from test_prepare import contents, refused, story, write_jsonl  # noqa: E402
 from test_prepare import command as command  # noqa: E402
+from test_prepare import contents, refused, story, write_jsonl  # noqa: E402
 
 OPTIONS = ("--vocab-size", 300, "--val-fraction", 0.2, "--shard-tokens", 4000, "--workers", 1, "--caseops", "--quiet")
 
@@ -86,10 +86,15 @@ def test_killed_at_every_moment_that_lasts(texts, tmp_path, owner, name, capfd):
 
 
 MOMENTS = {
-    "survey": (prepare, "text_hash", 15), "sample written": (prepare, "write_file", 1),
-    "survey written": (prepare, "write_file", 2), "tokenizer": (prepare, "train_tokenizer", 1),
-    "tokenizer written": (prepare, "write_file", 3), "first document": (tokenizer.Codec, "encode_segment", 1),
-    "first shard": (shards.Shards, "add", 5), "middle": (shards.Shards, "add", 20), "end": (shards.Shards, "finish", 1),
+    "survey": (prepare, "text_hash", 15),
+    "sample written": (prepare, "write_file", 1),
+    "survey written": (prepare, "write_file", 2),
+    "tokenizer": (prepare, "train_tokenizer", 1),
+    "tokenizer written": (prepare, "write_file", 3),
+    "first document": (tokenizer.Codec, "encode_segment", 1),
+    "first shard": (shards.Shards, "add", 5),
+    "middle": (shards.Shards, "add", 20),
+    "end": (shards.Shards, "finish", 1),
     "compressors": (prepare, "reference_compressors", 1),
 }
 
@@ -112,8 +117,12 @@ def test_killed_in_each_stage(texts, tmp_path, moment, after, monkeypatch):
         state = json.loads((kept / "state.json").read_bytes())
         done = state["documents"]
         lost = sum(path.stat().st_size for path in kept.glob("fineweb_*_0*.bin"))
-        lost -= sum(1024 + 2 * shard["tokens"] for side in state["writers"].values() for writer in side
-                    for shard in writer["shards"])
+        lost -= sum(
+            1024 + 2 * shard["tokens"]
+            for side in state["writers"].values()
+            for writer in side
+            for shard in writer["shards"]
+        )
         assert lost <= 2 * 2 * 4000 + 3 * 1024 + 2 * 4000  # A training shard, and the validation text beside it.
     assert run(source, out) == 0 and contents(out) == expected
     assert len(encoded) == 32 - done - (done <= 10)  # Document 10 is the empty one, which is not encoded.
@@ -137,8 +146,12 @@ def test_other_options_do_not_go_on(texts, tmp_path, command):
     (source, expected), out = texts, tmp_path / "out"
     kill_midway(source, out)
     before = {path: path.read_bytes() for path in (out / prepare.UNFINISHED).iterdir()}
-    assert refused(command(source, "--out", out, *OPTIONS, "--seed", 1), "an unfinished preparation of other data",
-                   "seed 0 there, 1 asked", "--force")
+    assert refused(
+        command(source, "--out", out, *OPTIONS, "--seed", 1),
+        "an unfinished preparation of other data",
+        "seed 0 there, 1 asked",
+        "--force",
+    )
     assert before == {path: path.read_bytes() for path in (out / prepare.UNFINISHED).iterdir()}
     assert run(source, out, "--seed", 1, "--force") == 0 and contents(out) != expected
     assert json.loads((out / "manifest.json").read_bytes())["options"]["seed"] == 1
@@ -185,8 +198,9 @@ def test_what_another_program_began_is_begun_anew(texts, tmp_path):
     assert run(source, out) == 0 and contents(out) == expected
 
 
-@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "fineweb_val_bytes_000000.bin", "validation",
-                                  "state.json"])
+@pytest.mark.parametrize(
+    "name", ["fineweb_train_000000.bin", "fineweb_val_bytes_000000.bin", "validation", "state.json"]
+)
 @pytest.mark.parametrize("lost", [0, 1, None])
 def test_files_that_a_disk_has_lost_are_made_again(texts, tmp_path, name, lost):
     (source, expected), out = texts, tmp_path / "out"
@@ -220,8 +234,11 @@ def test_a_damaged_source_keeps_what_is_finished(texts, tmp_path, command):
 
 def start(*arguments):
     return subprocess.Popen(
-        [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -21,5 +21,8 @@ def test_it_says_what_it_was_run_on():
     assert s["seeds"] == [42, 0, 314] and set(s["seed_results"]) == {"42", "0", "314"}
     assert s["track"].startswith("non-record: 2 cores") and "built-in corpus" in s["dataset"]
     logs = sorted(path.name for path in (ROOT / "logs").glob("*_seed*"))
-    assert logs == sorted(f"{kind}_seed{seed}.{suffix}" for seed in s["seeds"] for kind, suffix in
-                          (("train", "log"), ("metrics", "jsonl"), ("summary", "json"), ("config", "json")))
+    assert logs == sorted(
+        f"{kind}_seed{seed}.{suffix}"
+        for seed in s["seeds"]
+        for kind, suffix in (("train", "log"), ("metrics", "jsonl"), ("summary", "json"), ("config", "json"))
+    )

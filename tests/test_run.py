@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import config, single_run, working_folder
 
@@ -90,8 +91,9 @@ def test_ranks_share_the_cores(monkeypatch):
     monkeypatch.setattr(tg.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(tg.dist, "new_group", lambda *_, **__: None)
     for ranks in (1, 2, 3, 12):
-        environment = dict(RANK="1", WORLD_SIZE=str(ranks), LOCAL_RANK="1", LOCAL_WORLD_SIZE=str(ranks),
-                           MASTER_ADDR="127.0.0.1")
+        environment = dict(
+            RANK="1", WORLD_SIZE=str(ranks), LOCAL_RANK="1", LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1"
+        )
         tg.start_run(config(CPU_THREADS=0), environment)
     assert threads == [8, 4, 2, 1]
 
@@ -130,9 +132,17 @@ def test_errors_name_what_stands_where():
     assert issubclass(tg.ArtifactError, tg.ConfigError)
 
 
-@pytest.mark.parametrize("arguments, options, mode", [
-    ([], set(), None), (["--help"], {"--help"}, None), (["-h"], {"--help"}, None), (["--mode", "eval"], set(), "eval"),
-    (["--mode=train"], set(), "train"), (["--dry-run", "--mode", "all"], {"--dry-run"}, "all")])
+@pytest.mark.parametrize(
+    "arguments, options, mode",
+    [
+        ([], set(), None),
+        (["--help"], {"--help"}, None),
+        (["-h"], {"--help"}, None),
+        (["--mode", "eval"], set(), "eval"),
+        (["--mode=train"], set(), "train"),
+        (["--dry-run", "--mode", "all"], {"--dry-run"}, "all"),
+    ],
+)
 def test_arguments(arguments, options, mode):
     given = {"MODE": "other"} if mode else {}
     found, environment = tg.parse_arguments(arguments, given)

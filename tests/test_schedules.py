@@ -1,10 +1,11 @@
 """Schedules are pure functions of the progress: their corners."""
 
 import pytest
-import train_gpt as tg
-from helpers import config, examples
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import config, examples
 
 
 def at(step, seconds=0.0):
@@ -82,8 +83,14 @@ def test_no_warmdown():
 
 
 @examples(max_examples=200)
-@given(st.integers(0, 2000), st.floats(0, 700), st.sampled_from([0, 0.3, 1.0]), st.sampled_from([0, 10, 5000]),
-       st.sampled_from([0, 0.1]), st.sampled_from([0, 600]))
+@given(
+    st.integers(0, 2000),
+    st.floats(0, 700),
+    st.sampled_from([0, 0.3, 1.0]),
+    st.sampled_from([0, 10, 5000]),
+    st.sampled_from([0, 0.1]),
+    st.sampled_from([0, 600]),
+)
 def test_the_rate_stays_between_its_floor_and_one_and_never_rises(step, seconds, fraction, steps, floor, limit):
     c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=limit, WARMDOWN_FRAC=fraction, WARMDOWN_ITERS=steps, MIN_LR=floor)
     progress, further = at(step, seconds), at(step + 7, seconds * (step + 7) / max(step, 1))  # at the same pace
@@ -132,13 +139,31 @@ def test_the_uses_of_poly5_and_of_the_record():
 
 
 @examples(max_examples=150)
-@given(st.sampled_from(["0", "0.3", "0.08,0.25", "0.5,0.9"]), st.sampled_from([0, 0.35, 0.95, 1]),
-       st.sampled_from([0, 0.1, 0.6, 1]), st.sampled_from([0, 0.3, 1.0]), st.sampled_from([0, 300, 5000]),
-       st.sampled_from([0, 0.15]), st.sampled_from([0, 600]), st.floats(0.1, 3))
+@given(
+    st.sampled_from(["0", "0.3", "0.08,0.25", "0.5,0.9"]),
+    st.sampled_from([0, 0.35, 0.95, 1]),
+    st.sampled_from([0, 0.1, 0.6, 1]),
+    st.sampled_from([0, 0.3, 1.0]),
+    st.sampled_from([0, 300, 5000]),
+    st.sampled_from([0, 0.15]),
+    st.sampled_from([0, 600]),
+    st.floats(0.1, 3),
+)
 def test_no_step_computes_what_the_warmup_did_not(depth, loop, threshold, fraction, steps, floor, limit, pace):
-    c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=limit, PROGRESSIVE_DEPTH_SCHEDULE=depth, NUM_LOOPS=1,
-               LOOP_START=0, LOOP_END=0, ENABLE_LOOPING_AT=loop, LATE_QAT_THRESHOLD=threshold, WARMDOWN_FRAC=fraction,
-               WARMDOWN_ITERS=steps, MIN_LR=floor, NUM_LAYERS=5)
+    c = config(
+        ITERATIONS=1000,
+        MAX_WALLCLOCK_SECONDS=limit,
+        PROGRESSIVE_DEPTH_SCHEDULE=depth,
+        NUM_LOOPS=1,
+        LOOP_START=0,
+        LOOP_END=0,
+        ENABLE_LOOPING_AT=loop,
+        LATE_QAT_THRESHOLD=threshold,
+        WARMDOWN_FRAC=fraction,
+        WARMDOWN_ITERS=steps,
+        MIN_LR=floor,
+        NUM_LAYERS=5,
+    )
     progress = [at(step, step * pace) for step in range(1000)]
     needed = {tg.use_at(p, c) for p in progress if tg.fraction_done(p, c) < 1}
     assert needed <= set(tg.all_uses(c)) and len(set(tg.all_uses(c))) == len(tg.all_uses(c))

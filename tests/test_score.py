@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import sentencepiece
-import train_gpt as tg
-from helpers import config, examples, make_documents, train_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
+import train_gpt as tg
+from helpers import config, examples, make_documents, train_tokenizer
 
 # Any text that SentencePiece gives back: U+2581 is its sign for a space, and a zero byte ends its strings.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\u2581\u0000"), max_size=60)
@@ -49,8 +50,26 @@ def test_bytes_of_tokens_are_the_bytes_of_the_text(vocabulary, documents):
     assert text_bytes(vocabulary, documents) == sum(len(text.encode()) for text in documents)
 
 
-@pytest.mark.parametrize("text", ["", " ", "   x", "a  b", "\n\n", "naïve café", "日本語", "🙂🙂", "1999 12 345",
-                                  "\t tab", "x" * 500, " leading", "trailing ", "\u00a0", "\x7f\x01"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "   x",
+        "a  b",
+        "\n\n",
+        "naïve café",
+        "日本語",
+        "🙂🙂",
+        "1999 12 345",
+        "\t tab",
+        "x" * 500,
+        " leading",
+        "trailing ",
+        "\u00a0",
+        "\x7f\x01",
+    ],
+)
 def test_bytes_of_chosen_texts(vocabulary, text):
     assert text_bytes(vocabulary, [text, text]) == 2 * len(text.encode())
 
@@ -91,8 +110,18 @@ def test_bytes_are_summed_without_overflow(vocabulary):
 def test_a_tokenizer_with_other_ids_is_refused(tmp_path):
     model = tmp_path / "other.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the river and the stone"] * 20), model_prefix=str(tmp_path / "other"), vocab_size=280,
-        model_type="bpe", byte_fallback=True, bos_id=0, eos_id=1, unk_id=2, pad_id=-1, minloglevel=3, num_threads=1)
+        sentence_iterator=iter(["the river and the stone"] * 20),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        bos_id=0,
+        eos_id=1,
+        unk_id=2,
+        pad_id=-1,
+        minloglevel=3,
+        num_threads=1,
+    )
     with pytest.raises(tg.ConfigError, match="its BOS is 0"):
         tg.Vocabulary(config(VOCAB_SIZE=280, TOKENIZER_PATH=model))
 

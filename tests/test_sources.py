@@ -17,7 +17,6 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
-import hub_server
 import huggingface_hub.constants
 import huggingface_hub.file_download
 import huggingface_hub.utils._http
@@ -25,25 +24,33 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import train_gpt as tg
-from helpers import TINY, config, examples, single_run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prepare import command, contents, documents_of, options, refused, story, write_jsonl
 
 import hub
+import hub_server
 import prepare
 import published
 import shards
 import sources
+import train_gpt as tg
 from errors import PrepareError
+from helpers import TINY, config, examples, single_run
+from test_prepare import contents, documents_of, options, refused, story, write_jsonl
 
 REPO, CASEOPS = published.VARIANTS["sp1024"].repo, published.VARIANTS["sp8192-caseops"].repo
 VOCAB_SIZE = 512
 CASE_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-NASTY = ["Ünïcödé Ωmega ПРИВЕТ мир", "漢字かな交じり文 한국어", "עברית العربية हिन्दी", "😀👩‍👩‍👧‍👦🇦🇶 \U0010ffff",
-         "a\0b\x01\x1b[0m\x7f\x85\u2028", "\r\n\t \u3000\u200b\ufeff", "\ue001\ue002 McDonald's \ue004\ue004 HTTP",
-         "▁▁ ▁x"]
+NASTY = [
+    "Ünïcödé Ωmega ПРИВЕТ мир",
+    "漢字かな交じり文 한국어",
+    "עברית العربية हिन्दी",
+    "😀👩‍👩‍👧‍👦🇦🇶 \U0010ffff",
+    "a\0b\x01\x1b[0m\x7f\x85\u2028",
+    "\r\n\t \u3000\u200b\ufeff",
+    "\ue001\ue002 McDonald's \ue004\ue004 HTTP",
+    "▁▁ ▁x",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------- stand-in
@@ -65,10 +72,12 @@ def loopback_only(monkeypatch):
 def serve(monkeypatch):
     """Start a stand-in of the hub with some repositories; huggingface_hub in this process talks to it alone."""
     with contextlib.ExitStack() as stack:
+
         def start(repos):
             served = stack.enter_context(hub_server.serving(repos))
             endpoint(monkeypatch, served.url)
             return served
+
         yield start
         huggingface_hub.utils.close_session()
 
@@ -103,16 +112,32 @@ def layout(folder, name, manifest):
                 files[f"datasets/datasets/{name}/fineweb_{kind}_{number:06d}.bin"] = shard(part)
     for split in ("train", "val"):
         found = manifest["splits"][split]
-        counts |= {f"docs_{split}": found["documents"], f"tokens_{split}": found["tokens"],
-                   f"files_{split}": {"train": 4, "val": 2}[split]}
+        counts |= {
+            f"docs_{split}": found["documents"],
+            f"tokens_{split}": found["tokens"],
+            f"files_{split}": {"train": 4, "val": 2}[split],
+        }
     counts |= {f"{key}_total": counts[f"{key}_train"] + counts[f"{key}_val"] for key in ("docs", "files", "tokens")}
     model = f"tokenizers/{name.removeprefix('fineweb10B_')}_bpe.model"
     files[f"datasets/{model}"] = (folder / "tokenizer.model").read_bytes()
-    entry = {"name": name, "tokenizer_name": f"{name}_bpe", "vocab_size": VOCAB_SIZE, "path": f"datasets/{name}",
-             "train_glob": f"datasets/{name}/fineweb_train_*.bin", "val_glob": f"datasets/{name}/fineweb_val_*.bin",
-             "stats": counts}
-    tokenizer = {"name": f"{name}_bpe", "kind": "sentencepiece_bpe", "vocab_size": VOCAB_SIZE, "bos_id": 1, "eos_id": 2,
-                 "model_path": model, "vocab_path": model.replace(".model", ".vocab")}
+    entry = {
+        "name": name,
+        "tokenizer_name": f"{name}_bpe",
+        "vocab_size": VOCAB_SIZE,
+        "path": f"datasets/{name}",
+        "train_glob": f"datasets/{name}/fineweb_train_*.bin",
+        "val_glob": f"datasets/{name}/fineweb_val_*.bin",
+        "stats": counts,
+    }
+    tokenizer = {
+        "name": f"{name}_bpe",
+        "kind": "sentencepiece_bpe",
+        "vocab_size": VOCAB_SIZE,
+        "bos_id": 1,
+        "eos_id": 2,
+        "model_path": model,
+        "vocab_path": model.replace(".model", ".vocab"),
+    }
     return files, entry, tokenizer
 
 
@@ -124,8 +149,9 @@ def exports(tmp_path_factory):
     source, files, made, datasets, tokenizers = write_jsonl(folder / "texts.jsonl", texts), {}, {}, [], []
     for name, with_caseops in (("fineweb10B_sp1024", False), (CASE_NAME, True)):
         out = folder / name
-        made[name], _ = prepare.prepare(options(source, out=out, vocab_size=VOCAB_SIZE, caseops=with_caseops,
-                                                val_fraction=0.3))
+        made[name], _ = prepare.prepare(
+            options(source, out=out, vocab_size=VOCAB_SIZE, caseops=with_caseops, val_fraction=0.3)
+        )
         more, entry, tokenizer = layout(out, name, made[name])
         files |= more
         datasets.append(entry)
@@ -138,8 +164,11 @@ def exports(tmp_path_factory):
 @pytest.fixture
 def published_repos(exports, monkeypatch):
     """Repositories to serve, in which a test may change files. The variants' vocabularies are those of the test."""
-    monkeypatch.setattr(published, "VARIANTS", {
-        "sp1024": published.Variant(REPO, VOCAB_SIZE), "sp8192-caseops": published.Variant(CASEOPS, VOCAB_SIZE, True)})
+    monkeypatch.setattr(
+        published,
+        "VARIANTS",
+        {"sp1024": published.Variant(REPO, VOCAB_SIZE), "sp8192-caseops": published.Variant(CASEOPS, VOCAB_SIZE, True)},
+    )
     return {REPO: {"main": dict(exports[0])}, CASEOPS: {"main": dict(exports[0])}}
 
 
@@ -173,7 +202,8 @@ def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_r
     assert manifest["splits"]["val"]["bytes"] == expected["splits"]["val"]["bytes"] > 3000
     stats = manifest["source"][0]["stats"]
     assert [stats[f"tokens_{split}"] for split in ("train", "val")] == [
-        manifest["splits"][split]["tokens"] for split in ("train", "val")]
+        manifest["splits"][split]["tokens"] for split in ("train", "val")
+    ]
     assert set(contents(out)) == {"manifest.json", *prepare.manifest_files(manifest)}
     assert (set(manifest["splits"]["val"]) >= {"sidecars"}) == ("caseops" in source)
     # The script counts the same bytes, else its evaluator refuses the manifest.
@@ -235,7 +265,7 @@ def test_a_transfer_that_fails_for_good_is_taken_up_by_the_next_run(tmp_path, se
     served.cut.clear()
     before = dict(served.sent), len(served.downloads())
     assert command("sp1024", "--out", out)[0] == 0
-    assert not complete & {Path(name).name for name in served.downloads()[before[1]:]}
+    assert not complete & {Path(name).name for name in served.downloads()[before[1] :]}
     assert served.sent[path] - before[0][path] == len(published_repos[REPO]["main"][path]) - held
 
 
@@ -276,6 +306,7 @@ def test_a_published_file_that_is_no_shard(tmp_path, serve, published_repos, com
 def swap(path, data):
     def change(repos):
         repos[REPO]["main"][path] = data
+
     return change
 
 
@@ -296,8 +327,12 @@ BAD_REPOSITORIES = [
     (manifest_change(lambda m: m["datasets"][0]["stats"].update(tokens_train=5)), ["tokens_train 5 there"]),
     (manifest_change(lambda m: m["datasets"][0]["stats"].update(docs_val=7)), ["docs_val 7 there"]),
     (manifest_change(lambda m: m["datasets"][0]["stats"].update(tokens_total=8)), ["tokens_total 8 there"]),
-    (manifest_change(lambda m: m["datasets"][0].update(
-        files=[{"path": "x/fineweb_val_000001.bin", "sha256": "0" * 64}])), ["fineweb_val_000001.bin", "0" * 64]),
+    (
+        manifest_change(
+            lambda m: m["datasets"][0].update(files=[{"path": "x/fineweb_val_000001.bin", "sha256": "0" * 64}])
+        ),
+        ["fineweb_val_000001.bin", "0" * 64],
+    ),
     (swap(train_file(1), shard([1, VOCAB_SIZE + 3, 5])), [train_file(1), f"token id {VOCAB_SIZE + 3}"]),
     (swap("datasets/tokenizers/sp1024_bpe.model", b"x" * 2000), ["sp1024_bpe.model", "not a SentencePiece model"]),
 ]
@@ -400,20 +435,24 @@ def test_full_disks(tmp_path, monkeypatch, serve, published_repos, command):
     assert command("sp1024", "--out", tmp_path / "out")[0] == 0
 
 
-@pytest.mark.parametrize("arguments, fragments", [
-    (["sp1024", "--vocab-size", "512"], ["--vocab-size 512", "sp1024"]),
-    (["sp1024", "--caseops"], ["--caseops", "sp1024"]),
-    (["sp1024", "--val-documents", "5"], ["--val-documents 5"]),
-    (["sp1024", "builtin"], ["stands alone"]),
-    (["builtin", "--train-shards", "5"], ["--train-shards 5", "sp1024"]),
-    (["hf:squad"], ["hf:squad", "hf:OWNER/NAME"]),
-])
+@pytest.mark.parametrize(
+    "arguments, fragments",
+    [
+        (["sp1024", "--vocab-size", "512"], ["--vocab-size 512", "sp1024"]),
+        (["sp1024", "--caseops"], ["--caseops", "sp1024"]),
+        (["sp1024", "--val-documents", "5"], ["--val-documents 5"]),
+        (["sp1024", "builtin"], ["stands alone"]),
+        (["builtin", "--train-shards", "5"], ["--train-shards 5", "sp1024"]),
+        (["hf:squad"], ["hf:squad", "hf:OWNER/NAME"]),
+    ],
+)
 def test_options_that_do_not_go_together(tmp_path, published_repos, command, arguments, fragments):
     assert refused(command(*arguments, "--out", tmp_path / "out"), *fragments)
     assert not (tmp_path / "out").exists()
 
 
-PROGRAM = """
+PROGRAM = (
+    """
 import socket, sys
 connect = socket.socket.connect
 def checked(self, address):
@@ -427,16 +466,27 @@ for name in ("sp1024", "sp8192-caseops"):
     variant = published.VARIANTS[name]
     published.VARIANTS[name] = published.Variant(variant.repo, %d, variant.caseops)
 sys.exit(prepare.main())
-""" % VOCAB_SIZE
+"""
+    % VOCAB_SIZE
+)
 
 
 def process(served, *arguments):
     """The program in a process of its own, which finds the stand-in by HF_ENDPOINT."""
-    environment = {**os.environ, "HF_ENDPOINT": served.url, "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "PYTHONPATH": str(Path(prepare.__file__).parent)}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": served.url,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(Path(prepare.__file__).parent),
+    }
     environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -555,8 +605,11 @@ def test_docs_selected_is_downloaded_once_and_checked(tmp_path, serve, command):
     texts = [story(seed) for seed in range(30)] + [story(2)]
     data = write_jsonl(tmp_path / "docs.jsonl", texts).read_bytes()
     beside = {"num_docs": 31, "docs_sha256": hub_server.hashlib.sha256(data).hexdigest()}
-    files = {"datasets/docs_selected.jsonl": data, "datasets/manifest.json": b"{}",
-             "datasets/docs_selected.source_manifest.json": json.dumps(beside).encode()}
+    files = {
+        "datasets/docs_selected.jsonl": data,
+        "datasets/manifest.json": b"{}",
+        "datasets/docs_selected.source_manifest.json": json.dumps(beside).encode(),
+    }
     served, out = serve({REPO: {"main": files}}), tmp_path / "out"
     arguments = ["docs_selected", "--val-documents", 5, "--vocab-size", 320, "--downloads", tmp_path / "kept"]
     assert command(*arguments, "--out", out)[0] == 0
@@ -582,33 +635,43 @@ def parquet_bytes(folder, texts, **columns):
 def test_a_dataset_of_the_hub(tmp_path, serve, command):
     texts = [story(seed) for seed in range(30)]
     halves = [parquet_bytes(tmp_path, part) for part in (texts[:15], texts[15:])]
-    branches = {"main": {"README.md": b"text"}, hub.CONVERTED: {
-        "default/train/0000.parquet": halves[0], "default/train/0001.parquet": halves[1],
-        "default/test/0000.parquet": halves[1], "small/train/0000.parquet": halves[0]}}
+    branches = {
+        "main": {"README.md": b"text"},
+        hub.CONVERTED: {
+            "default/train/0000.parquet": halves[0],
+            "default/train/0001.parquet": halves[1],
+            "default/test/0000.parquet": halves[1],
+            "small/train/0000.parquet": halves[0],
+        },
+    }
     serve({"some/texts": branches})
     assert command("hf:some/texts", "--out", tmp_path / "out", "--vocab-size", 320)[0] == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert sorted(documents_of(tmp_path / "out", manifest, "train") + documents_of(tmp_path / "out", manifest, "val")) \
-        == sorted(texts)
+    assert sorted(
+        documents_of(tmp_path / "out", manifest, "train") + documents_of(tmp_path / "out", manifest, "val")
+    ) == sorted(texts)
     for name, expected in (("hf:some/texts@test", texts[15:]), ("hf:some/texts:small", texts[:15])):
         assert list(sources.Sources(options(name, out=tmp_path / "out"))) == expected
     assert refused(command("hf:some/texts@other", "--out", tmp_path / "two"), "hf:some/texts@other", "default/test")
     assert refused(command("hf:some/texts", "--text-field", "body", "--out", tmp_path / "two"), '"body"', "text")
 
 
-@pytest.mark.parametrize("paths, source, expected", [
-    (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-0.parquet"], "", [0, 1]),
-    (["data/train-0.parquet", "data/test-0.parquet"], "@test", [1]),
-    (["sample/10BT/000.parquet", "sample/100BT/000.parquet"], ":sample-10BT", [0]),
-    (["sample/10BT/000.parquet", "sample/100BT/000.parquet"], ":sample/100BT", [1]),
-    (["en/a.jsonl.gz", "de/a.jsonl.gz"], ":de", [1]),
-    (["a.jsonl", "b.jsonl.zst", "c.txt"], "", [0, 1]),
-    (["train.jsonl", "validation.jsonl"], "@validation", [1]),
-    (["data/a.parquet", "train.jsonl"], "", [0]),
-    (["a.csv"], "", None),
-    (["en/a.parquet"], ":fr", None),
-    (["a.parquet"], "@validation", None),
-])
+@pytest.mark.parametrize(
+    "paths, source, expected",
+    [
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-0.parquet"], "", [0, 1]),
+        (["data/train-0.parquet", "data/test-0.parquet"], "@test", [1]),
+        (["sample/10BT/000.parquet", "sample/100BT/000.parquet"], ":sample-10BT", [0]),
+        (["sample/10BT/000.parquet", "sample/100BT/000.parquet"], ":sample/100BT", [1]),
+        (["en/a.jsonl.gz", "de/a.jsonl.gz"], ":de", [1]),
+        (["a.jsonl", "b.jsonl.zst", "c.txt"], "", [0, 1]),
+        (["train.jsonl", "validation.jsonl"], "@validation", [1]),
+        (["data/a.parquet", "train.jsonl"], "", [0]),
+        (["a.csv"], "", None),
+        (["en/a.parquet"], ":fr", None),
+        (["a.parquet"], "@validation", None),
+    ],
+)
 def test_files_of_a_repository_without_conversion(serve, paths, source, expected):
     serve({"some/texts": {"main": dict.fromkeys(paths, b"data")}})
     if expected is None:
@@ -620,8 +683,14 @@ def test_files_of_a_repository_without_conversion(serve, paths, source, expected
 
 
 def test_a_conversion_that_is_cut_is_not_taken(serve):
-    serve({"some/texts": {"main": {"data/train-0.parquet": b"all"},
-                          hub.CONVERTED: {"default/partial-train/0000.parquet": b"some"}}})
+    serve(
+        {
+            "some/texts": {
+                "main": {"data/train-0.parquet": b"all"},
+                hub.CONVERTED: {"default/partial-train/0000.parquet": b"some"},
+            }
+        }
+    )
     assert [file.path for file in hub.text_files("hf:some/texts", None)[1]] == ["data/train-0.parquet"]
 
 
@@ -639,8 +708,10 @@ def read(path, field="text", limit=32 << 10):
 
 
 @examples(max_examples=50)
-@given(st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(NASTY)), max_size=12),
-       st.integers(1, 5))
+@given(
+    st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(NASTY)), max_size=12),
+    st.integers(1, 5),
+)
 def test_every_format_gives_the_texts_back(tmp_path_factory, texts, rows):
     base = tmp_path_factory.getbasetemp() / f"formats-{os.getpid()}"
     base.mkdir(exist_ok=True)
@@ -655,9 +726,9 @@ def test_every_format_gives_the_texts_back(tmp_path_factory, texts, rows):
 def test_nulls_are_empty_and_other_columns_are_not_read(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["one", None, "three"], body=["1", "2", "3"], number=[1, 2, 3])
     assert read(path) == ["one", "", "three"] and read(path, "body") == ["1", "2", "3"]
-    with pytest.raises(PrepareError, match="no column \"other\".*text, body, number"):
+    with pytest.raises(PrepareError, match='no column "other".*text, body, number'):
         read(path, "other")
-    with pytest.raises(PrepareError, match="\"number\" holds int64"):
+    with pytest.raises(PrepareError, match='"number" holds int64'):
         read(path, "number")
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from helpers import ROOT, SCRIPT, TINY, clean_environment, launch, snapshot
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -86,18 +87,22 @@ def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp
     assert "best: NUM_HEADS=4 python" in second.stdout and "deviation" in second.stdout
     unchanged = snapshot(tmp_path / "s")
     third = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert third.stdout.splitlines()[1:] == second.stdout.splitlines()[-len(third.stdout.splitlines()) + 1:]
+    assert third.stdout.splitlines()[1:] == second.stdout.splitlines()[-len(third.stdout.splitlines()) + 1 :]
     after = snapshot(tmp_path / "s")
-    assert {k: v for k, v in after.items() if "study.db" not in k} == \
-        {k: v for k, v in unchanged.items() if "study.db" not in k}
+    assert {k: v for k, v in after.items() if "study.db" not in k} == {
+        k: v for k, v in unchanged.items() if "study.db" not in k
+    }
 
 
 def test_a_failed_run_is_recorded_and_run_again_only_when_asked(place):
     content = run("LR=9,8,3", code=1)
     assert states(content) == {("3",): "complete", ("9",): "fail", ("8",): "fail"}
     errors = {t["values"]["LR"]: t["error"] for t in content["trials"]}
-    assert errors == {"3": None, "9": "exit code 1: ValueError: nine",
-                      "8": "no finite val_bpb in summary.json or the output"}
+    assert errors == {
+        "3": None,
+        "9": "exit code 1: ValueError: nine",
+        "8": "no finite val_bpb in summary.json or the output",
+    }
     assert len(run("LR=9,8,3", code=1)["trials"]) == 3 and len(open("starts").read().split("\n")) == 4
     run("LR=9,8,3", "--retry-failed", code=1)
     assert sorted(line.split()[0] for line in open("starts")) == ["3", "8", "8", "9", "9"]
@@ -119,6 +124,7 @@ def test_runs_stand_side_by_side_each_on_its_gpu(place, monkeypatch):
 def test_places(monkeypatch):
     def of(jobs=None, each=1):
         return sweep.slots(type("Options", (), dict(jobs=jobs, gpus_per_run=each)))
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     assert of(each=2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     assert [p["CUDA_VISIBLE_DEVICES"] for p in of(jobs=6)] == list("012340")
@@ -150,10 +156,25 @@ def test_random_and_tpe_draw_inside_the_range_and_go_on(sampler, place):
 
 
 def test_two_machines_on_one_database_share_a_grid(place):
-    command = [sys.executable, str(TOOL), "LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name",
-               "one"]
-    both = [subprocess.Popen([*command, "--folder", name, "--", "python", "pretend.py"], cwd=place,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in "ab"]
+    command = [
+        sys.executable,
+        str(TOOL),
+        "LR=1,2,3,4,5,6",
+        "--storage",
+        f"sqlite:///{place}/shared.db",
+        "--name",
+        "one",
+    ]
+    both = [
+        subprocess.Popen(
+            [*command, "--folder", name, "--", "python", "pretend.py"],
+            cwd=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in "ab"
+    ]
     assert [p.wait(timeout=100) for p in both] == [0, 0], [p.stdout.read() for p in both]
     assert sorted(line.split()[0] for line in open("starts")) == list("123456")
     content = run("LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name", "one")
@@ -183,18 +204,31 @@ def test_values():
     assert math.isclose(float(sweep.written(0.1 + 0.2)), 0.3)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], "VARIABLE=values"), (["LR=1"], "-- COMMAND: is needed"), (["LR", "--", "x"], "LR: must be a variable"),
-    (["LR=", "--", "x"], "LR=: must be a list"), (["LR=1,1", "--", "x"], "LR=1,1"), (["LR=2..1", "--", "x"], "go up"),
-    (["LR=log:0..1", "--trials", "2", "--", "x"], "from above 0"), (["LR=1,2..3", "--", "x"], "LR=1,2..3"),
-    (["LR=1..2", "--", "x"], "--trials: is needed"), (["LR=1..2", "--sampler", "grid", "--", "x"], "LR needs a list"),
-    (["LR=1", "LR=2", "--", "x"], "LR: is given twice"), (["RUN_ID=a,b", "--", "x"], "RUN_ID"),
-    (["LR=1", "--trials", "0", "--", "x"], "--trials: 0"), (["LR=1", "--name", "a/b", "--", "x"], "--name a/b"),
-    (["LR=1", "--storage", "nothing://x", "--", "x"], "--storage nothing://x"),
-    (["LR=1", "--prune", "speed", "--", "x"], "speed")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "VARIABLE=values"),
+        (["LR=1"], "-- COMMAND: is needed"),
+        (["LR", "--", "x"], "LR: must be a variable"),
+        (["LR=", "--", "x"], "LR=: must be a list"),
+        (["LR=1,1", "--", "x"], "LR=1,1"),
+        (["LR=2..1", "--", "x"], "go up"),
+        (["LR=log:0..1", "--trials", "2", "--", "x"], "from above 0"),
+        (["LR=1,2..3", "--", "x"], "LR=1,2..3"),
+        (["LR=1..2", "--", "x"], "--trials: is needed"),
+        (["LR=1..2", "--sampler", "grid", "--", "x"], "LR needs a list"),
+        (["LR=1", "LR=2", "--", "x"], "LR: is given twice"),
+        (["RUN_ID=a,b", "--", "x"], "RUN_ID"),
+        (["LR=1", "--trials", "0", "--", "x"], "--trials: 0"),
+        (["LR=1", "--name", "a/b", "--", "x"], "--name a/b"),
+        (["LR=1", "--storage", "nothing://x", "--", "x"], "--storage nothing://x"),
+        (["LR=1", "--prune", "speed", "--", "x"], "speed"),
+    ],
+)
 def test_what_a_user_can_mend(arguments, words, place, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments] if "--" in arguments or "LR=1" in arguments else
-                        ["sweep.py", "--", "x"])
+    monkeypatch.setattr(
+        sys, "argv", ["sweep.py", *arguments] if "--" in arguments or "LR=1" in arguments else ["sweep.py", "--", "x"]
+    )
     code = runs.command_line(sweep.main)
     out, errors = capsys.readouterr()
     assert code == 2 and not out and errors.startswith("error: ") and len(errors.splitlines()) == 1 and words in errors

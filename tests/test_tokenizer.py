@@ -18,15 +18,26 @@ from test_prepare import NASTY, PIECES, naive_bytes, story  # noqa: E402
 
 examples = functools.partial(settings, deadline=None, derandomize=True, database=None)
 SCRIPTS = [
-    "Съешь же ещё этих мягких французских булок, да выпей чаю.", "Ξεσκεπάζω τὴν ψυχοφθόρα βδελυγμία.",
-    "نص حكيم له سر قاطع وذو شأن عظيم مكتوب على ثوب أخضر", "דג סקרן שט בים מאוכזב ולפתע מצא לו חברה",
-    "ऋषियों को सताने वाले दुष्ट राक्षसों के राजा रावण का सर्वनाश", "いろはにほへと ちりぬるを わかよたれそ",
+    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "Ξεσκεπάζω τὴν ψυχοφθόρα βδελυγμία.",
+    "نص حكيم له سر قاطع وذو شأن عظيم مكتوب على ثوب أخضر",
+    "דג סקרן שט בים מאוכזב ולפתע מצא לו חברה",
+    "ऋषियों को सताने वाले दुष्ट राक्षसों के राजा रावण का सर्वनाश",
+    "いろはにほへと ちりぬるを わかよたれそ",
     "視野無限廣，窗外有藍天。",
-    "키스의 고유조건은 입술끼리 만나야 하고", "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า", "ང་རང་ཨེ་ཤེལ་ནས།", "ᚠᛇᚻ᛫ᛒᛦᚦ", "𝒯𝒽𝑒 𐐀𐐁 𓀀𓁐",
+    "키스의 고유조건은 입술끼리 만나야 하고",
+    "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า",
+    "ང་རང་ཨེ་ཤེལ་ནས།",
+    "ᚠᛇᚻ᛫ᛒᛦᚦ",
+    "𝒯𝒽𝑒 𐐀𐐁 𓀀𓁐",
     "👩‍👩‍👧‍👦 👍🏽 🇨🇭 ☕️ 🫠",
     "".join(map(chr, range(0x20))),
-    "a\x7f\x80\x9f\u200b\u200d\u202e\u2066b\u2028\u2029", "Z̸̧͎a̷l̵͈g̶̜o",
-    "Ĳ ﬃ ǅ İ ı ſ ẞ", "\ufeff\ufffe\uffff\U0010ffff", "  ▁▁ ▁a▁ ▁", "\ue001\ue004 Mc\ue003Donald's \ue002",
+    "a\x7f\x80\x9f\u200b\u200d\u202e\u2066b\u2028\u2029",
+    "Z̸̧͎a̷l̵͈g̶̜o",
+    "Ĳ ﬃ ǅ İ ı ſ ẞ",
+    "\ufeff\ufffe\uffff\U0010ffff",
+    "  ▁▁ ▁a▁ ▁",
+    "\ue001\ue004 Mc\ue003Donald's \ue002",
 ]
 
 
@@ -37,14 +48,27 @@ def trained(with_caseops=False, **changes):
         return tokenizer.Codec(tokenizer.train_tokenizer(texts, 700, with_caseops)[0], with_caseops=with_caseops)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.replace("\0", "").replace("▁", " ") for text in texts), model_writer=model,
-        **{"vocab_size": 1000, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_fallback": True,
-           "model_type": "bpe", "minloglevel": 3, **changes})
+        sentence_iterator=iter(text.replace("\0", "").replace("▁", " ") for text in texts),
+        model_writer=model,
+        **{
+            "vocab_size": 1000,
+            "pad_id": 0,
+            "bos_id": 1,
+            "eos_id": 2,
+            "unk_id": 3,
+            "byte_fallback": True,
+            "model_type": "bpe",
+            "minloglevel": 3,
+            **changes,
+        },
+    )
     return tokenizer.Codec(model.getvalue())
 
 
 MODELS = {
-    "ours": {}, "caseops": {"with_caseops": True}, "normalizing": {"normalization_rule_name": "nmt_nfkc"},
+    "ours": {},
+    "caseops": {"with_caseops": True},
+    "normalizing": {"normalization_rule_name": "nmt_nfkc"},
     "normalizing, spaces kept": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False},
     "no space in front": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
     "no space in front, trimming": {"add_dummy_prefix": False},
@@ -158,11 +182,17 @@ def test_few_words_are_remembered(codecs, name, monkeypatch):
 
 
 LONG = {
-    "words": lambda size: (story(1, 4000) + "\n") * (size // 20_000), "letter": lambda size: "x" * size,
-    "capital": lambda size: "X" * size, "space": lambda size: " " * size, "mark": lambda size: "▁" * (size // 3),
-    "nul": lambda size: "\0" * size, "emoji": lambda size: "👩‍👩‍👧‍👦🫠" * (size // 30),
-    "chinese": lambda size: "視野無限廣" * (size // 15), "digit": lambda size: "7" * size,
-    "operator": lambda size: "\ue004" * (size // 3), "mixed": lambda size: "aB" * (size // 2),
+    "words": lambda size: (story(1, 4000) + "\n") * (size // 20_000),
+    "letter": lambda size: "x" * size,
+    "capital": lambda size: "X" * size,
+    "space": lambda size: " " * size,
+    "mark": lambda size: "▁" * (size // 3),
+    "nul": lambda size: "\0" * size,
+    "emoji": lambda size: "👩‍👩‍👧‍👦🫠" * (size // 30),
+    "chinese": lambda size: "視野無限廣" * (size // 15),
+    "digit": lambda size: "7" * size,
+    "operator": lambda size: "\ue004" * (size // 3),
+    "mixed": lambda size: "aB" * (size // 2),
 }
 
 
@@ -187,9 +217,12 @@ def test_training_is_deterministic():
     pieces = []
     for threads in (1, 3):
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([story(seed) for seed in range(40)]),
-                                                 model_writer=model, minloglevel=3,
-                                                 **{**given, "vocab_size": 320, "num_threads": threads})
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([story(seed) for seed in range(40)]),
+            model_writer=model,
+            minloglevel=3,
+            **{**given, "vocab_size": 320, "num_threads": threads},
+        )
         made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         pieces.append([(made.id_to_piece(n), made.get_score(n)) for n in range(320)])
     assert pieces[0] == pieces[1]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
 
@@ -20,18 +21,28 @@ def make_trainer(base, data, random_weights=False, **knobs):
 
 def state(trainer):
     """Copies of all that a step changes: weights, average, both optimizers."""
-    return dict(weights=[p.detach().clone() for p in trainer.model.parameters()],
-                average=[a.clone() for a in trainer.average or []], late=[trainer.late_count],
-                momentum=[m.clone() for m in trainer.optimizers.muon.momentum],
-                adam=json.dumps({str(k): {n: v.tolist() for n, v in s.items()}
-                                 for k, s in trainer.optimizers.adam.state_dict()["state"].items()}),
-                grads=[p.grad is None for p in trainer.model.parameters()])
+    return dict(
+        weights=[p.detach().clone() for p in trainer.model.parameters()],
+        average=[a.clone() for a in trainer.average or []],
+        late=[trainer.late_count],
+        momentum=[m.clone() for m in trainer.optimizers.muon.momentum],
+        adam=json.dumps(
+            {
+                str(k): {n: v.tolist() for n, v in s.items()}
+                for k, s in trainer.optimizers.adam.state_dict()["state"].items()
+            }
+        ),
+        grads=[p.grad is None for p in trainer.model.parameters()],
+    )
 
 
 def same(x, y):
     tensors = ("weights", "average", "momentum")
-    return x.keys() == y.keys() and all(len(x[k]) == len(y[k]) for k in x) and all(
-        all(map(torch.equal, x[k], y[k])) if k in tensors else x[k] == y[k] for k in x)
+    return (
+        x.keys() == y.keys()
+        and all(len(x[k]) == len(y[k]) for k in x)
+        and all(all(map(torch.equal, x[k], y[k])) if k in tensors else x[k] == y[k] for k in x)
+    )
 
 
 def no_validation():
@@ -54,12 +65,17 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
 
 def test_warmup_runs_every_order_that_the_run_will_need(data):
     poly = {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}
-    for base, uses in ((TINY, {(False, 3, False)}), (RECORD_LIKE, {(False, 6, False), (True, 6, False)}),
-                       (POLY_LIKE, poly)):
+    for base, uses in (
+        (TINY, {(False, 3, False)}),
+        (RECORD_LIKE, {(False, 6, False), (True, 6, False)}),
+        (POLY_LIKE, poly),
+    ):
         trainer, seen = make_trainer(base, data, WARMUP_STEPS=1), []
         forward = trainer.forward
-        trainer.forward = lambda *a, **k: (seen.append((k["looped"], trainer.model.learning, k["rounded"])),
-                                           forward(*a, **k))[1]
+        trainer.forward = lambda *a, **k: (
+            seen.append((k["looped"], trainer.model.learning, k["rounded"])),
+            forward(*a, **k),
+        )[1]
         trainer.warm_up()
         assert set(seen) == uses and trainer.model.learning == trainer.c.num_layers
 
@@ -89,8 +105,9 @@ def test_the_loss_falls(data):
 def test_a_step_uses_all_rows_once_whatever_the_micro_batch(data):
     ends = []
     for micro in (32, 256, 768):
-        trainer = make_trainer(RECORD_LIKE, data, random_weights=True, COMPUTE_DTYPE="float64", GRAD_CLIP_NORM=0,
-                               MICRO_BATCH_TOKENS=micro)
+        trainer = make_trainer(
+            RECORD_LIKE, data, random_weights=True, COMPUTE_DTYPE="float64", GRAD_CLIP_NORM=0, MICRO_BATCH_TOKENS=micro
+        )
         nats = trainer.step(tg.Progress(3, 0.0), True)
         ends.append((nats.item(), torch.cat([p.detach().flatten() for p in trainer.model.parameters()])))
     for nats, weights in ends[1:]:
@@ -161,12 +178,16 @@ def test_a_certain_token_is_no_division_by_zero():
 
 def adam_states(trainer):
     """AdamW's state of every parameter, by name; copies."""
-    return {name: {key: value.clone() for key, value in trainer.optimizers.adam.state[p].items()}
-            for name, p in trainer.model.named_parameters() if p in trainer.optimizers.adam.state}
+    return {
+        name: {key: value.clone() for key, value in trainer.optimizers.adam.state[p].items()}
+        for name, p in trainer.model.named_parameters()
+        if p in trainer.optimizers.adam.state
+    }
 
 
-@pytest.mark.parametrize("base", [POLY_LIKE, dict(RECORD_LIKE, VE_DIM=6, VE_LAYERS="0,4", BIGRAM_VOCAB_SIZE=9)],
-                         ids=["poly", "record"])
+@pytest.mark.parametrize(
+    "base", [POLY_LIKE, dict(RECORD_LIKE, VE_DIM=6, VE_LAYERS="0,4", BIGRAM_VOCAB_SIZE=9)], ids=["poly", "record"]
+)
 def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
     """Against their values after a step of all layers, so that momentum and averages of gradients are there."""
     trainer = make_trainer(base, data, random_weights=True, MUON_WD=0.5, ADAM_WD=0.5, GRAD_CLIP_NORM=0.1)
@@ -219,8 +240,18 @@ def weights_of(trainer):
 @pytest.mark.parametrize("kept", ["ema", "swa", "both"])
 def test_the_late_average_is_the_mean_of_late_weights(kept, data):
     """Every second step of those whose rate is below 0.5; `both` is the mean of the two averages."""
-    trainer = make_trainer(TINY, data, random_weights=True, ITERATIONS=10, WARMDOWN_FRAC=1, EMA_DECAY=0.8, SWA_ENABLED=1,
-                           SWA_EVERY=2, SWA_START=0.5, WEIGHT_AVERAGE=kept)
+    trainer = make_trainer(
+        TINY,
+        data,
+        random_weights=True,
+        ITERATIONS=10,
+        WARMDOWN_FRAC=1,
+        EMA_DECAY=0.8,
+        SWA_ENABLED=1,
+        SWA_EVERY=2,
+        SWA_START=0.5,
+        WEIGHT_AVERAGE=kept,
+    )
     assert ((trainer.average is not None), (trainer.late is not None)) == (kept != "swa", kept != "ema")
     snapshots, ema = [], weights_of(trainer)
     for step in range(10):
@@ -260,8 +291,11 @@ def test_late_rounding_changes_the_update_and_not_the_kind_of_weights(data):
 def test_every_change_of_what_steps_compute_is_logged(data, tmp_path):
     end, log, _, _ = logged_run(tmp_path, data, POLY_LIKE, ITERATIONS=10, TRAIN_LOG_EVERY=0, SWA_EVERY=2)
     assert end.step == 10 and log == [
-        "step:0 layers that learn: the first 2 of 6", "step:2 layers that learn: the first 4 of 6",
-        "step:5 layers that learn: the first 6 of 6", "step:8 late QAT on: matrices are rounded to 6 and 6 bits"]
+        "step:0 layers that learn: the first 2 of 6",
+        "step:2 layers that learn: the first 4 of 6",
+        "step:5 layers that learn: the first 6 of 6",
+        "step:8 late QAT on: matrices are rounded to 6 and 6 bits",
+    ]
 
 
 def logged_run(folder, data, base=TINY, **knobs):

@@ -1,4 +1,5 @@
 """Trellis-coded quantization: state machine, optimality, gain over rounding, degenerate cases."""
+
 from __future__ import annotations
 
 import itertools
@@ -6,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 import train_gpt as tg
 from helpers import config
 
@@ -32,8 +34,10 @@ def both_ways(w, hessian, steps, damp=0.01, states=8, rate=1.0):
 
 def slow_levels(codes: list[int], states: int) -> tuple[list[int], list[int]]:
     """The definition, a code at a time: (levels, quantizers)."""
-    following = {4: {0: (0, 2), 1: (2, 0), 2: (1, 3), 3: (3, 1)},
-                 8: {0: (0, 2), 1: (5, 7), 2: (1, 3), 3: (6, 4), 4: (2, 0), 5: (4, 6), 6: (3, 1), 7: (7, 5)}}[states]
+    following = {
+        4: {0: (0, 2), 1: (2, 0), 2: (1, 3), 3: (3, 1)},
+        8: {0: (0, 2), 1: (5, 7), 2: (1, 3), 3: (6, 4), 4: (2, 0), 5: (4, 6), 6: (3, 1), 7: (7, 5)},
+    }[states]
     state, levels, quantizers = 0, [], []
     for k in codes:
         second = state >= 2 if states == 4 else state % 2 == 1
@@ -80,8 +84,10 @@ def test_independent_inputs_give_the_best_of_all_codes(states):
     codes, values = both_ways(w, torch.eye(6)[None], steps, states=states, rate=0.0)
     for i in range(4):
         near = [range(int(x) - 1, int(x) + 3) for x in np.floor(w[0, i].numpy() / 1.6)]
-        best = min(float(((torch.tensor(slow_levels(list(k), states)[0]) * 0.8 - w[0, i]) ** 2).sum())
-                   for k in itertools.product(*near))
+        best = min(
+            float(((torch.tensor(slow_levels(list(k), states)[0]) * 0.8 - w[0, i]) ** 2).sum())
+            for k in itertools.product(*near)
+        )
         assert float(((values[0, i] - w[0, i]) ** 2).sum()) == pytest.approx(best, rel=1e-5)
 
 
@@ -89,8 +95,9 @@ def entropy(codes: torch.Tensor, context: torch.Tensor) -> float:
     """Bits a code, given its context."""
     joint = torch.bincount((context.long() * 256 + codes.long() + 128).flatten()).double()
     parts = torch.bincount(context.long().flatten()).double()
-    return float((torch.special.entr(joint / codes.numel()).sum() - torch.special.entr(parts / codes.numel()).sum())
-                 / np.log(2))
+    return float(
+        (torch.special.entr(joint / codes.numel()).sum() - torch.special.entr(parts / codes.numel()).sum()) / np.log(2)
+    )
 
 
 def weighted_error(w, values, hessian) -> float:
@@ -104,8 +111,9 @@ def uniform_decibels(w, hessian, bits: float) -> float:
     for step in (0.33, 0.45):
         steps = step * w.std(-1)
         codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), steps, 127)
-        found.append((entropy(codes, torch.zeros_like(codes)),
-                      weighted_error(w, codes.float() * steps[..., None], hessian)))
+        found.append(
+            (entropy(codes, torch.zeros_like(codes)), weighted_error(w, codes.float() * steps[..., None], hessian))
+        )
     (b0, e0), (b1, e1) = found
     assert b1 < bits < b0
     return e1 + (e0 - e1) * (bits - b1) / (b0 - b1)
@@ -114,8 +122,10 @@ def uniform_decibels(w, hessian, bits: float) -> float:
 @pytest.mark.parametrize("states, rate, least", [(4, 1.0, 0.85), (8, 0.0, 0.85), (8, 1.0, 0.95), (32, 1.0, 1.03)])
 def test_gain_over_plain_gptq_at_equal_entropy(states, rate, least):
     """The issue's probe: 384 x 512 Gaussian weights at 3.4 bits."""
-    w, hessian = gaussian(1, 384, 512) * (0.5 + torch.rand(384, 1, generator=torch.Generator().manual_seed(2))), \
-        correlated(4096, 512)
+    w, hessian = (
+        gaussian(1, 384, 512) * (0.5 + torch.rand(384, 1, generator=torch.Generator().manual_seed(2))),
+        correlated(4096, 512),
+    )
     hessian = hessian + 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(512)
     order = tg.feedback_of(hessian, 0.0).order[0]  # in which the probe searches
     w, hessian = w[..., order], hessian[:, order][..., order]
@@ -153,8 +163,12 @@ def test_chunks_of_rows_and_of_matrices_do_not_matter(monkeypatch):
 @pytest.mark.parametrize("kind", ["zero", "rank one", "dead", "full"])
 @pytest.mark.parametrize("damp", [0.01, 0.0])
 def test_degenerate_cases(rows, columns, kind, damp):
-    hessian = {"zero": torch.zeros(1, columns, columns), "rank one": torch.ones(1, columns, columns),
-               "dead": correlated(50, columns), "full": correlated(50, columns)}[kind]
+    hessian = {
+        "zero": torch.zeros(1, columns, columns),
+        "rank one": torch.ones(1, columns, columns),
+        "dead": correlated(50, columns),
+        "full": correlated(50, columns),
+    }[kind]
     if kind == "dead":
         hessian[:, columns // 2], hessian[:, :, columns // 2] = 0, 0
     w = gaussian(2, rows, columns)
@@ -162,7 +176,7 @@ def test_degenerate_cases(rows, columns, kind, damp):
     steps = tg.row_scales(w, 6, 0.0).float()
     codes, values = both_ways(w, hessian.expand(2, -1, -1), steps, damp)
     assert codes.dtype == torch.int8 and codes.shape == w.shape and values.isfinite().all()
-    assert (codes[1, 0] == 0).all()                            # a row of zeros, at the smallest step
+    assert (codes[1, 0] == 0).all()  # a row of zeros, at the smallest step
     d = w - values
     assert float(((d @ hessian) * d).sum()) <= 1.05 * float(((w @ hessian) * w).sum()) + 1e-9
 

@@ -24,8 +24,14 @@ CAP = 30.0
 def run_check(name, interpreted, options=(), **environment):
     """Runs check_<name> of this file in a process; its whole output stands in the failure."""
     environment |= {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, *options, __file__, name], env={**os.environ, **environment}, text=True,
-                          timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, *options, __file__, name],
+        env={**os.environ, **environment},
+        text=True,
+        timeout=240,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout
 
@@ -72,8 +78,11 @@ def compare(fast, plain, inputs):
 def compare_cross_entropy(shape, kind, dtype=torch.float32, scale=12.0, device="cpu", cap=CAP):
     logits = normal(*shape, dtype=dtype, scale=scale, device=device)
     targets = random_targets(*shape[:-1], below=shape[-1], device=device)
-    compare(lambda x: k.softcapped_cross_entropy_triton(x, targets, cap, kind),
-            lambda x: k.softcapped_cross_entropy_plain(x, targets, cap, kind), [logits])
+    compare(
+        lambda x: k.softcapped_cross_entropy_triton(x, targets, cap, kind),
+        lambda x: k.softcapped_cross_entropy_plain(x, targets, cap, kind),
+        [logits],
+    )
 
 
 def z_loss_gradient(logits, function):
@@ -94,9 +103,11 @@ def compare_z_loss(kind, dtype=torch.float32, device="cpu"):
 
 def mlp_inputs(rows, width, hidden, out, dtype=torch.float32, device="cpu"):
     rows = rows if isinstance(rows, tuple) else (rows,)
-    return [normal(*rows, width, dtype=dtype, device=device),
-            normal(hidden, width, seed=1, dtype=dtype, scale=width ** -0.5, device=device),
-            normal(out, hidden, seed=2, dtype=dtype, scale=hidden ** -0.5, device=device)]
+    return [
+        normal(*rows, width, dtype=dtype, device=device),
+        normal(hidden, width, seed=1, dtype=dtype, scale=width**-0.5, device=device),
+        normal(out, hidden, seed=2, dtype=dtype, scale=hidden**-0.5, device=device),
+    ]
 
 
 def compare_mlp(rows, width, hidden, out, slope=0.5, dtype=torch.float32, device="cpu"):
@@ -114,6 +125,7 @@ def mend_bfloat16():
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def rounding_cast(self, x, to):
@@ -154,13 +166,19 @@ def check_cross_entropy_edges():
     rising[1] = rising[1].flip(0)  # the maximum lies in the last block, and in the first
     targets = torch.tensor([3, 19999])
     for kind in KINDS:
-        compare(lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP, kind),
-                lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP, kind), [rising])
+        compare(
+            lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP, kind),
+            lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP, kind),
+            [rising],
+        )
     wide = normal(4, 6, 100, scale=9.0)
     for logits in (wide[..., :77], wide.transpose(0, 1), wide.mT, wide[:, ::2, ::3], wide[0, 0]):
         targets = random_targets(*logits.shape[:-1], below=logits.size(-1))
-        compare(lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP),
-                lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP), [logits])
+        compare(
+            lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP),
+            lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP),
+            [logits],
+        )
     targets, results = random_targets(8, below=100)[::2], []
     for function in (k.softcapped_cross_entropy_triton, k.softcapped_cross_entropy_plain):
         x = wide[:, 0].clone().requires_grad_()
@@ -175,7 +193,7 @@ def check_cross_entropy_edges():
     check_extreme_logits()
     x = wide[0].requires_grad_()
     nll, _ = k.softcapped_cross_entropy_triton(x, random_targets(6, below=100), CAP)
-    first, = torch.autograd.grad(nll.square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(nll.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
 
@@ -203,9 +221,9 @@ def check_mlp():
             compare_mlp(*size, dtype=dtype)
     for slope in (0.0, 0.01, 1.0, 2.0):
         compare_mlp(65, 17, 70, 9, slope)
-    compare_mlp(577, 16, 70, 8)                        # ten rows of tiles: more than a group
+    compare_mlp(577, 16, 70, 8)  # ten rows of tiles: more than a group
     compare_mlp(1100, 16, 70, 8, dtype=torch.float16)
-    compare_mlp((), 16, 70, 8)                         # one vector
+    compare_mlp((), 16, 70, 8)  # one vector
     for rows in (0, (2, 0)):
         x, up, down = (v.requires_grad_() for v in mlp_inputs(rows, 4, 6, 3))
         y = k.mlp_triton(x, up, down, 0.5)
@@ -259,7 +277,7 @@ def kernels_to_compile():
         constants = dict(k.MLP_TILES[dtype], N=hidden, K=width, SLOPE=0.5)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         for kernel, optional in ((k.mlp_up_kernel, "leaky"), (k.mlp_up_backward_kernel, "square")):
-            types = dict.fromkeys(kernel.arg_names[:kernel.arg_names.index("M")], pointer)
+            types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("M")], pointer)
             yield kernel, {**types, "M": "i32"}, constants, options
             yield kernel, {**types, "M": "i64"}, {**constants, optional: None}, options
 
@@ -269,12 +287,16 @@ def check_cubins():
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
     compiled = set()
     for kernel, types, constants, options in kernels_to_compile():
         types = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
-        binary = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned),
-                                target=GPUTarget("cuda", 90, 32), options=options)
+        binary = triton.compile(
+            ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options=options,
+        )
         compiled.add(kernel.__name__)
         assert len(binary.asm["cubin"]) > 1000
         assert binary.metadata.shared <= 227 * 1024 // 2 - 1024  # of an H100's multiprocessor, half
@@ -291,10 +313,12 @@ def check_one_graph():
     import torch.utils._triton
     import triton
     from triton.backends.compiler import GPUTarget
+
     torch.utils._triton.has_triton = lambda: True
     triton.runtime.driver.set_active(type("H100", (), {"get_current_target": lambda self: GPUTarget("cuda", 90, 32)})())
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
+
     graphs = []
 
     def record(module, inputs):
@@ -347,7 +371,7 @@ def test_plain_softcaps():
     x = torch.linspace(-100, 100, 4001, dtype=torch.float64)
     u = (x / CAP).clamp(-2, 2)
     assert torch.allclose(k.softcap_plain(x, CAP), CAP * torch.tanh(x / CAP))
-    assert torch.allclose(k.softcap_plain(x, CAP, "poly"), CAP * (u * (1 - u ** 2 / 3 + u ** 4 / 15)).clamp(-1, 1))
+    assert torch.allclose(k.softcap_plain(x, CAP, "poly"), CAP * (u * (1 - u**2 / 3 + u**4 / 15)).clamp(-1, 1))
     assert k.softcap_plain(x.to(torch.bfloat16), CAP).dtype == torch.float32
     with pytest.raises(ValueError, match="sigmoid"):
         k.softcap_plain(x, CAP, "sigmoid")
@@ -378,17 +402,19 @@ class TestGPU:
     def test_more_than_2_to_the_31_logits(self):
         if torch.cuda.mem_get_info()[0] < 16e9:
             pytest.skip("needs 16 GB of free GPU memory")
-        rows = 2 ** 31 // 8192 + 3
+        rows = 2**31 // 8192 + 3
         logits = torch.zeros(rows, 8192, dtype=torch.bfloat16, device="cuda")
         logits[-3:] = normal(3, 8192, dtype=torch.bfloat16, scale=12.0, device="cuda")
         targets = random_targets(rows, below=8192, device="cuda")
         ours = values_and_gradients(lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP)[0][-3:], [logits])
-        exact = values_and_gradients(lambda x: k.softcapped_cross_entropy_plain(x, targets[-3:], CAP)[0], [logits[-3:]],
-                                     torch.float64)
+        exact = values_and_gradients(
+            lambda x: k.softcapped_cross_entropy_plain(x, targets[-3:], CAP)[0], [logits[-3:]], torch.float64
+        )
         assert distance(ours[0], exact[0]) <= 1e-5 and distance(ours[1][-3:], exact[1]) <= 3e-3
 
     def test_fullgraph(self):
         """Compiled by Inductor: the same values and gradients, for other numbers of rows and without gradients too."""
+
         def loss(x, up, down, head, targets):
             nll, lse = k.softcapped_cross_entropy_triton(k.mlp_triton(x, up, down, 0.5) @ head.mT, targets, CAP)
             return nll.mean() + 1e-4 * lse.square().mean()
@@ -398,8 +424,11 @@ class TestGPU:
             inputs = mlp_inputs(rows, 64, 256, 64, torch.bfloat16, "cuda")
             inputs.append(normal(1000, 64, seed=3, dtype=torch.bfloat16, device="cuda"))
             targets = random_targets(*rows, below=1000, device="cuda")
-            for x, y in zip(values_and_gradients(lambda *xs: compiled(*xs, targets), inputs),
-                            values_and_gradients(lambda *xs: loss(*xs, targets), inputs), strict=True):
+            for x, y in zip(
+                values_and_gradients(lambda *xs: compiled(*xs, targets), inputs),
+                values_and_gradients(lambda *xs: loss(*xs, targets), inputs),
+                strict=True,
+            ):
                 assert distance(x, y.double()) <= 1e-2
             with torch.no_grad():
                 assert torch.allclose(compiled(*inputs, targets), loss(*inputs, targets), rtol=1e-4)

@@ -14,16 +14,42 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import (RECORD_LIKE, ROOT, TINY, build_model, config, documents_from, examples, launch, random_batch,
-                     single_run, strings, tg, train_tokenizer)
 from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers import (
+    RECORD_LIKE,
+    ROOT,
+    TINY,
+    build_model,
+    config,
+    documents_from,
+    examples,
+    launch,
+    random_batch,
+    single_run,
+    strings,
+    tg,
+    train_tokenizer,
+)
 from test_evaluation import evaluator_of, naive_nats
 
 RECORD = dict(RECORD_LIKE, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4)
-PHASED = dict(TTT_MODE="phased", TTT_BATCH_SIZE=4, TTT_STREAMS=3, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=24,
-              TTT_LORA_RANK=4, TTT_LORA_ALPHA=6, TTT_LORA_LR=0.01, PHASED_TTT_PREFIX_DOCS=6, PHASED_TTT_NUM_PHASES=2,
-              GLOBAL_TTT_CHUNK_TOKENS=30, GLOBAL_TTT_LR=0.05, QK_GAIN_INIT=2)
+PHASED = dict(
+    TTT_MODE="phased",
+    TTT_BATCH_SIZE=4,
+    TTT_STREAMS=3,
+    TTT_CHUNK_SIZE=8,
+    TTT_EVAL_SEQ_LEN=24,
+    TTT_LORA_RANK=4,
+    TTT_LORA_ALPHA=6,
+    TTT_LORA_LR=0.01,
+    PHASED_TTT_PREFIX_DOCS=6,
+    PHASED_TTT_NUM_PHASES=2,
+    GLOBAL_TTT_CHUNK_TOKENS=30,
+    GLOBAL_TTT_LR=0.05,
+    QK_GAIN_INIT=2,
+)
 CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=50, TTT_EPOCHS=2, TTT_LR=0.05, EVAL_SEQ_LEN=24, EVAL_STRIDE=6)
 LENGTHS = (30, 7, 90, 1, 12, 45, 8, 1, 24, 16)
 
@@ -60,8 +86,10 @@ class PlainAdapters:
         self.model, self.scale, self.handles = model, c.ttt_lora_alpha / c.ttt_lora_rank, []
         widths = dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim, head=c.vocab_size)
         self.a = {key: x.double().clone().requires_grad_() for key, x in a.items()}
-        self.b = {key: torch.zeros(len(x), widths[key], c.ttt_lora_rank, dtype=torch.float64).requires_grad_()
-                  for key, x in a.items()}
+        self.b = {
+            key: torch.zeros(len(x), widths[key], c.ttt_lora_rank, dtype=torch.float64).requires_grad_()
+            for key, x in a.items()
+        }
         self.squares, self.steps = [torch.zeros_like(p) for p in self.parameters()], 0
         for block in model.blocks:
             self.hook(block.q, lambda n, y: self.begin(n) or y + self.map("q", n))
@@ -96,9 +124,9 @@ class PlainAdapters:
         gradients = torch.autograd.grad(loss, self.parameters(), allow_unused=True, materialize_grads=True)
         self.steps += 1
         for p, g, s in zip(self.parameters(), gradients, self.squares):
-            s.copy_(c.ttt_beta2 * s + (1 - c.ttt_beta2) * g ** 2)
+            s.copy_(c.ttt_beta2 * s + (1 - c.ttt_beta2) * g**2)
             p *= 1 - c.ttt_lora_lr * c.ttt_weight_decay
-            p -= c.ttt_lora_lr * g / ((s / (1 - c.ttt_beta2 ** self.steps)).sqrt() + 1e-10)
+            p -= c.ttt_lora_lr * g / ((s / (1 - c.ttt_beta2**self.steps)).sqrt() + 1e-10)
 
     def remove(self):
         """Leaves the seats; returns A."""
@@ -121,9 +149,9 @@ def plain_document(model, tokens, a, c):
     adapters, found = PlainAdapters(model, a, c), []
     for first in range(0, n, size):
         left = max(0, first + size - c.ttt_context)
-        found.append(plain_nll(model, tokens[left:first + size + 1], c.loops)[first - left:].detach())
+        found.append(plain_nll(model, tokens[left : first + size + 1], c.loops)[first - left :].detach())
         for _ in range(c.ttt_grad_steps if first + size < n else 0):
-            loss = plain_nll(model, tokens[left:first + size + 1], c.loops)[first - left:].mean()
+            loss = plain_nll(model, tokens[left : first + size + 1], c.loops)[first - left :].mean()
             with torch.enable_grad():
                 adapters.step(loss, c)
     return torch.cat(found).numpy(), adapters.remove()
@@ -165,7 +193,7 @@ def plain_phased(evaluator, model, first_a):
             plain_global(model, [(tokens[i], tokens[i + 1]) for s in order[:place] for i in range(*s)], c)
             number = 0
         a = kept.get(number % c.ttt_streams, first_a[number % c.ttt_streams])
-        result[begin:end], kept[number % c.ttt_streams] = plain_document(model, tokens[begin:end + 1], a, c)
+        result[begin:end], kept[number % c.ttt_streams] = plain_document(model, tokens[begin : end + 1], a, c)
         number += 1
     return result
 
@@ -173,7 +201,7 @@ def plain_phased(evaluator, model, first_a):
 def plain_global(model, pairs, c):
     """The steps of all weights between phases."""
     size, velocity = c.global_ttt_chunk_tokens, [torch.zeros_like(p) for p in model.parameters()]
-    chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)][:-1]
+    chunks = [pairs[i : i + size] for i in range(0, len(pairs), size)][:-1]
     total = c.global_ttt_epochs * len(chunks)
     for step in range(total):
         lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -187,16 +215,33 @@ def first_adapters(patch):
     def watched(adapters, stream, *rest):
         start(adapters, stream, *rest)
         found.setdefault(stream, {key: a[0].clone() for key, a in adapters.a.items()})
+
     patch.setattr(tg.Adapters, "start", watched)
     return found
 
 
-@pytest.mark.parametrize("base, knobs", [
-    (TINY, dict()), (RECORD, dict(TTT_STREAMS=2, GLOBAL_TTT_EPOCHS=2)),
-    (RECORD, dict(TTT_ORDER="stream", TTT_GRAD_STEPS=2, TTT_K_LORA=0, TTT_MLP_LORA=0)),
-    (TINY, dict(TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=3, TTT_ORDER="stream", TTT_Q_LORA=0, TTT_V_LORA=0,
-                TTT_O_LORA=0, TTT_BETA2=0.5, TTT_WEIGHT_DECAY=5, TIE_EMBEDDINGS=0)),
-])
+@pytest.mark.parametrize(
+    "base, knobs",
+    [
+        (TINY, dict()),
+        (RECORD, dict(TTT_STREAMS=2, GLOBAL_TTT_EPOCHS=2)),
+        (RECORD, dict(TTT_ORDER="stream", TTT_GRAD_STEPS=2, TTT_K_LORA=0, TTT_MLP_LORA=0)),
+        (
+            TINY,
+            dict(
+                TTT_SHORT_DOC_CHUNKS=1,
+                TTT_CHUNK_SIZE=3,
+                TTT_ORDER="stream",
+                TTT_Q_LORA=0,
+                TTT_V_LORA=0,
+                TTT_O_LORA=0,
+                TTT_BETA2=0.5,
+                TTT_WEIGHT_DECAY=5,
+                TIE_EMBEDDINGS=0,
+            ),
+        ),
+    ],
+)
 def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, monkeypatch):
     """Scores, adapters, the A that is handed on, phases and the steps of all weights."""
     settings = {**PHASED, "TTT_BATCH_SIZE": 1, "TTT_STREAMS": 1, **knobs}
@@ -215,8 +260,9 @@ def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, m
 @pytest.mark.parametrize("order", ["length", "stream"])
 def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     """With A drawn anew for each batch, a document's scores are those of the plain loop from its own A."""
-    evaluator, model = prepared(tmp_path, data, RECORD, **dict(PHASED, TTT_WARM_START_A=0, PHASED_TTT_PREFIX_DOCS=0,
-                                                               TTT_ORDER=order))
+    evaluator, model = prepared(
+        tmp_path, data, RECORD, **dict(PHASED, TTT_WARM_START_A=0, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER=order)
+    )
     score, begun, bounds = tg.PhasedTTT.score, {}, evaluator.documents
 
     def watched(ttt, batch, scored, learning):
@@ -229,7 +275,7 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     found, tokens = scores(tg.PhasedTTT, evaluator, model), evaluator.tokens.tolist()
     assert len(begun) == len(LENGTHS)
     for document, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
-        expected, _ = plain_document(model, tokens[begin:end + 1], begun[document], evaluator.c)
+        expected, _ = plain_document(model, tokens[begin : end + 1], begun[document], evaluator.c)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     assert not torch.equal(begun[0]["head"], begun[1]["head"])
 
@@ -238,11 +284,20 @@ def test_a_is_handed_on_within_a_stream_alone(data, tmp_path, monkeypatch):
     """Document after document in three streams: each begins with the A that the third before it left, B at zero."""
     evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0))
     start, adapt, begun, left = tg.Adapters.start, tg.PhasedTTT.adapt, [], []
-    monkeypatch.setattr(tg.Adapters, "start", lambda adapters, *rest: (
-        start(adapters, *rest), begun.append([a.clone() for a in adapters.a.values()]),
-        [None for b in adapters.b.values() if b.any()] == [] or pytest.fail("B is not zero")))
-    monkeypatch.setattr(tg.PhasedTTT, "adapt", lambda ttt, documents: (
-        adapt(ttt, documents), left.append([a.clone() for a in ttt.adapters.a.values()])))
+    monkeypatch.setattr(
+        tg.Adapters,
+        "start",
+        lambda adapters, *rest: (
+            start(adapters, *rest),
+            begun.append([a.clone() for a in adapters.a.values()]),
+            [None for b in adapters.b.values() if b.any()] == [] or pytest.fail("B is not zero"),
+        ),
+    )
+    monkeypatch.setattr(
+        tg.PhasedTTT,
+        "adapt",
+        lambda ttt, documents: (adapt(ttt, documents), left.append([a.clone() for a in ttt.adapters.a.values()])),
+    )
     scores(tg.PhasedTTT, evaluator, model)
     assert len(begun) == len(left) == len(LENGTHS)
     for number in range(3, len(LENGTHS)):
@@ -261,8 +316,14 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
     bounds = np.cumsum([0, *lengths])
     tokens = np.arange(1000, 1001 + bounds[-1], dtype=np.uint16)  # a token says where it stands
     chunks = np.array(data.draw(st.lists(st.integers(1, size), min_size=len(lengths), max_size=len(lengths))))
-    ttt = SimpleNamespace(bounds=bounds, lengths=lengths, chunks=chunks, tokens=tokens, run=single_run(),
-                          c=SimpleNamespace(ttt_context=context, ttt_batch_size=8))
+    ttt = SimpleNamespace(
+        bounds=bounds,
+        lengths=lengths,
+        chunks=chunks,
+        tokens=tokens,
+        run=single_run(),
+        c=SimpleNamespace(ttt_context=context, ttt_batch_size=8),
+    )
     counts, seen = -(-lengths // chunks), np.zeros(bounds[-1], int)
     for chunk in range(counts.max()):
         some = np.flatnonzero(counts > chunk)
@@ -270,14 +331,14 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
         last = scored.shape[1]
         assert last <= ids.shape[1] <= max(context, last) and last <= max(2, chunks[some].max())
         assert len(ids) == max(2, len(some)) and torch.equal(targets, ids + 1)
-        assert (scored[len(some):] == -1).all()  # a second row of padding: no size is ever 1
+        assert (scored[len(some) :] == -1).all()  # a second row of padding: no size is ever 1
         for row, document in enumerate(some):
             first = chunk * chunks[document]
             expected = bounds[document] + np.arange(first, min(first + chunks[document], lengths[document]))
             places = np.flatnonzero(scored[row] >= 0)
             assert scored[row, places].tolist() == expected.tolist() and places[-1] == scored.shape[1] - 1
             seen[expected] += 1
-            assert ids[row, -len(expected):].tolist() == (expected + 1000).tolist()
+            assert ids[row, -len(expected) :].tolist() == (expected + 1000).tolist()
             begin = documents.starts[row, -1].item()
             inputs = ids[row, begin:].numpy() - 1000 - bounds[document]
             left = max(0, first + chunks[document] - context)
@@ -289,8 +350,13 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
 def test_chunks_by_document_length(data, tmp_path):
     tokens = stream((2, 256, 257, 2000, 2001, 3))
     for short, expected in ((1, [8, 8, 24, 24, 96, 8]), (0, [96] * 6)):
-        evaluator, model = prepared(tmp_path, data, TINY, tokens, **dict(
-            PHASED, TTT_SHORT_DOC_CHUNKS=short, TTT_CHUNK_SIZE=96, TTT_EVAL_SEQ_LEN=128))
+        evaluator, model = prepared(
+            tmp_path,
+            data,
+            TINY,
+            tokens,
+            **dict(PHASED, TTT_SHORT_DOC_CHUNKS=short, TTT_CHUNK_SIZE=96, TTT_EVAL_SEQ_LEN=128),
+        )
         assert tg.PhasedTTT(evaluator, model).chunks.tolist() == expected
 
 
@@ -305,8 +371,9 @@ def test_a_chunk_is_at_most_the_context(data, tmp_path):
 def test_phases_and_order(data, tmp_path):
     """Cumulative cuts; the longest first, in the order of the stream where they are equal; no phase after the end."""
     for prefix, phases, expected in ((6, 2, [3, 6]), (6, 4, [1, 3, 4, 6]), (2, 5, [1, 2]), (0, 3, []), (1, 1, [1])):
-        evaluator, model = prepared(tmp_path, data, TINY, **dict(
-            PHASED, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases))
+        evaluator, model = prepared(
+            tmp_path, data, TINY, **dict(PHASED, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
+        )
         assert list(tg.PhasedTTT(evaluator, model).cuts) == expected
     assert tg.PhasedTTT(evaluator, model).order.tolist() == [2, 5, 0, 8, 9, 4, 6, 1, 3, 7]
     evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream"))
@@ -317,9 +384,14 @@ def test_phases_and_order(data, tmp_path):
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD], ids=["tiny", "record"])
-@pytest.mark.parametrize("knobs", [
-    dict(PHASED, TTT_LORA_LR=0, GLOBAL_TTT_LR=0), dict(CHUNK, TTT_LR=0),
-    dict(PHASED, TTT_LORA_LR=0, GLOBAL_TTT_LR=0, COMPUTE_DTYPE="bfloat16", TTT_ORDER="stream")])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(PHASED, TTT_LORA_LR=0, GLOBAL_TTT_LR=0),
+        dict(CHUNK, TTT_LR=0),
+        dict(PHASED, TTT_LORA_LR=0, GLOBAL_TTT_LR=0, COMPUTE_DTYPE="bfloat16", TTT_ORDER="stream"),
+    ],
+)
 def test_rates_of_zero_are_exactly_the_baseline(base, knobs, data, tmp_path):
     evaluator, model = prepared(tmp_path, data, base, **knobs)
     method = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[knobs["TTT_MODE"]]
@@ -383,8 +455,9 @@ def test_a_small_contribution_to_the_logits_survives_bfloat16(monkeypatch):
     c = config(**dict(PHASED, TTT_BATCH_SIZE=1, TTT_LORA_ALPHA=4, COMPUTE_DTYPE="bfloat16"))
     model, batch, seen = build_model(c, seed=1, spread=0.2), random_batch(c, 1, 20), []
     loss = tg.softcapped_cross_entropy
-    monkeypatch.setattr(tg, "softcapped_cross_entropy",
-                        lambda logits, *rest: seen.append(logits) or loss(logits, *rest))
+    monkeypatch.setattr(
+        tg, "softcapped_cross_entropy", lambda logits, *rest: seen.append(logits) or loss(logits, *rest)
+    )
     adapters, pairs = adapters_of(model, 1)
     with torch.no_grad():
         before, _ = model(*batch, looped=False, adapters=pairs)
@@ -422,19 +495,24 @@ def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data,
 def watch_steps(monkeypatch):
     """Collects the positions and rates of the steps of all weights."""
     step, seen = tg.GlobalSteps.step, []
-    monkeypatch.setattr(tg.GlobalSteps, "step", lambda steps, positions, lr: (
-        seen.append((positions.tolist(), lr)), step(steps, positions, lr)))
+    monkeypatch.setattr(
+        tg.GlobalSteps,
+        "step",
+        lambda steps, positions, lr: (seen.append((positions.tolist(), lr)), step(steps, positions, lr)),
+    )
     return seen
 
 
 def test_phases_learn_from_scored_documents_once_without_the_last_chunk(data, tmp_path, monkeypatch):
     seen = watch_steps(monkeypatch)
-    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", GLOBAL_TTT_EPOCHS=2,
-                                                             PHASED_TTT_PREFIX_DOCS=4))
+    evaluator, model = prepared(
+        tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", GLOBAL_TTT_EPOCHS=2, PHASED_TTT_PREFIX_DOCS=4)
+    )
     scores(tg.PhasedTTT, evaluator, model)
     # After two documents 37 targets: one chunk of 30. After four 128: four chunks. Each twice.
     assert [positions for positions, _ in seen] == 2 * [list(range(30))] + 2 * [
-        list(range(i, i + 30)) for i in (0, 30, 60, 90)]
+        list(range(i, i + 30)) for i in (0, 30, 60, 90)
+    ]
     half = [0.5 * (1 + math.cos(math.pi * k / 2)) for k in range(2)]
     eighth = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
     assert [lr for _, lr in seen] == pytest.approx([0.05 * x for x in half + eighth])
@@ -453,9 +531,11 @@ def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch
     evaluator, model = prepared(tmp_path, data, TINY, **CHUNK)
     found = scores(tg.ChunkTTT, evaluator, model)
     assert len(found) == 234 and [positions for positions, _ in seen] == [
-        list(range(i, i + 50)) for i in (0, 50, 100, 150) for _ in range(2)]
-    assert [lr for _, lr in seen] == pytest.approx([0.05 * 0.5 * (1 + math.cos(math.pi * k / 4))
-                                                    for k in range(4) for _ in range(2)])
+        list(range(i, i + 50)) for i in (0, 50, 100, 150) for _ in range(2)
+    ]
+    assert [lr for _, lr in seen] == pytest.approx(
+        [0.05 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4) for _ in range(2)]
+    )
     before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.c, seed=1, spread=0.2), learn=False)
     assert np.array_equal(found[:50], before[:50]) and (found[50:] != before[50:]).mean() > 0.9
 
@@ -482,8 +562,10 @@ def test_learning_gains_where_documents_repeat_themselves(data, tmp_path):
     tokens = []
     for _ in range(12):
         tokens += [tg.BOS_ID, *np.tile(generator.integers(4, 384, 5), 12).tolist()]
-    for method, knobs, share in ((tg.PhasedTTT, dict(PHASED, PHASED_TTT_PREFIX_DOCS=0), 0.9),
-                                 (tg.ChunkTTT, CHUNK, 0.97)):
+    for method, knobs, share in (
+        (tg.PhasedTTT, dict(PHASED, PHASED_TTT_PREFIX_DOCS=0), 0.9),
+        (tg.ChunkTTT, CHUNK, 0.97),
+    ):
         evaluator, model = prepared(tmp_path, data, TINY, [*tokens, tg.BOS_ID], **knobs)
         before = scores(method, evaluator, model, learn=False).sum()
         assert scores(method, evaluator, model).sum() < share * before
@@ -507,8 +589,9 @@ def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
 
 
 def ledger_of(targets, compute_dtype="float32"):
-    evaluator = SimpleNamespace(run=single_run(), tokens=np.zeros(targets + 1), c=SimpleNamespace(
-        compute_dtype=compute_dtype))
+    evaluator = SimpleNamespace(
+        run=single_run(), tokens=np.zeros(targets + 1), c=SimpleNamespace(compute_dtype=compute_dtype)
+    )
     return tg.Ledger(evaluator)
 
 
@@ -571,8 +654,13 @@ def test_the_budget_warns_early_and_once(budget, warned_at, monkeypatch, capsys)
 
 def test_the_projection_does_not_depend_on_the_ranks(data, tmp_path, monkeypatch, capsys):
     """One of eight ranks computes one batch of eight: its first one is an eighth of the first round, not all of it."""
-    evaluator, model = prepared(tmp_path, data, TINY, stream([16] * 64), **dict(
-        PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=8, PHASED_TTT_PREFIX_DOCS=0, EVAL_BUDGET_SECONDS=100))
+    evaluator, model = prepared(
+        tmp_path,
+        data,
+        TINY,
+        stream([16] * 64),
+        **dict(PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=8, PHASED_TTT_PREFIX_DOCS=0, EVAL_BUDGET_SECONDS=100),
+    )
     clock, evaluator.run = Clock(monkeypatch), single_run(0, 8)
 
     def adapt(ttt, documents):
@@ -598,8 +686,13 @@ def test_what_is_computed_for_the_projection_is_dropped(method, knobs, data, tmp
 
 def test_phased_learning_is_projected_from_its_tokens(data, tmp_path, monkeypatch, capsys):
     """At a second for each token of a window: all windows' tokens, and those that all weights learn from."""
-    evaluator, model = prepared(tmp_path, data, TINY, stream([24] * 8), **dict(
-        PHASED, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=16, TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4))
+    evaluator, model = prepared(
+        tmp_path,
+        data,
+        TINY,
+        stream([24] * 8),
+        **dict(PHASED, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=16, TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4),
+    )
     widths = []
 
     def seconds_again(run, compute):
@@ -610,16 +703,18 @@ def test_phased_learning_is_projected_from_its_tokens(data, tmp_path, monkeypatc
     monkeypatch.setattr(tg.Run, "seconds_again", seconds_again)
     tg.PhasedTTT(evaluator, model)()
     line = capsys.readouterr().out.splitlines()[0]
-    work = 8 * (3 * 16 - 16 ** 2 / (2 * 8)) + (2 + 4) * 24  # 8 documents of three chunks; phases end after 2 and 4
+    work = 8 * (3 * 16 - 16**2 / (2 * 8)) + (2 + 4) * 24  # 8 documents of three chunks; phases end after 2 and 4
     assert line == f"ttt: 8 documents in 24 chunks, 2 phases, projected to take {work:.1f} s" and widths == [1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
 RANK_JOBS = {
-    "phased float64": (RECORD, PHASED, "float64"), "phased float32": (RECORD, PHASED, "float32"),
+    "phased float64": (RECORD, PHASED, "float64"),
+    "phased float32": (RECORD, PHASED, "float32"),
     "more ranks than streams": (TINY, dict(PHASED, TTT_STREAMS=1, TTT_ORDER="stream"), "float64"),
-    "chunk float64": (RECORD, CHUNK, "float64"), "chunk float32": (TINY, CHUNK, "float32"),
+    "chunk float64": (RECORD, CHUNK, "float64"),
+    "chunk float32": (TINY, CHUNK, "float32"),
 }
 
 
@@ -627,8 +722,14 @@ def rank_scores(folder, run):
     """val_bpb of every job, on this rank."""
     found = {}
     for name, (base, knobs, dtype) in RANK_JOBS.items():
-        c = config(base, **{**knobs, "COMPUTE_DTYPE": dtype}, DATA_PATH=folder, CPU_THREADS=1, VAL_BATCH_SIZE=96,
-                   EVAL_BUDGET_SECONDS=0)
+        c = config(
+            base,
+            **{**knobs, "COMPUTE_DTYPE": dtype},
+            DATA_PATH=folder,
+            CPU_THREADS=1,
+            VAL_BATCH_SIZE=96,
+            EVAL_BUDGET_SECONDS=0,
+        )
         evaluator, model = tg.Evaluator(c, run), build_model(c, seed=1, spread=0.2)
         found[name] = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[c.ttt_mode](evaluator, model)().bpb
     return found
@@ -657,8 +758,9 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **how: compiled(model, backend="eager", **how))
     torch._dynamo.reset()
     tokens = stream((30, 7, 90, 1, 12, 45, 8, 1, 24, 16, 1, 1, 1, 1, 1, 9, 17, 25, 2, 3, 33, 60))
-    evaluator, model = prepared(tmp_path, data, dict(TINY, NUM_LAYERS=2), tokens, **dict(PHASED, ATTENTION="sdpa",
-                                                                                          **knobs))
+    evaluator, model = prepared(
+        tmp_path, data, dict(TINY, NUM_LAYERS=2), tokens, **dict(PHASED, ATTENTION="sdpa", **knobs)
+    )
     evaluator.c = dataclasses.replace(evaluator.c, compile="1")
     model.c = evaluator.c
     before = tg.graphs_compiled()
@@ -677,9 +779,13 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
 def strange_streams():
     generator = np.random.default_rng(2)
     text = generator.integers(4, 384, 80).tolist()
-    return {"documents of one token": [1] * 20,
-            "ends with a bos": [1, *text[:40], 1], "one target": [1, 17], "bos alone": [1, 1],
-            "ends within a document": [1, *text[:9], 1, *text[9:]]}
+    return {
+        "documents of one token": [1] * 20,
+        "ends with a bos": [1, *text[:40], 1],
+        "one target": [1, 17],
+        "bos alone": [1, 1],
+        "ends within a document": [1, *text[:9], 1, *text[9:]],
+    }
 
 
 @pytest.mark.parametrize("name", strange_streams())
@@ -687,11 +793,16 @@ def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch
     """Each document by itself in the plain loop, in phases without steps of all weights, and in chunks."""
     tokens = strange_streams()[name]
     first_a = first_adapters(monkeypatch)
-    evaluator, model = prepared(tmp_path, data, TINY, tokens, **dict(
-        PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"))
+    evaluator, model = prepared(
+        tmp_path,
+        data,
+        TINY,
+        tokens,
+        **dict(PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"),
+    )
     found, a = scores(tg.PhasedTTT, evaluator, model), None
     for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:]):
-        expected, a = plain_document(model, tokens[begin:end + 1], a or first_a[0], evaluator.c)
+        expected, a = plain_document(model, tokens[begin : end + 1], a or first_a[0], evaluator.c)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     evaluator, model = prepared(tmp_path, data, RECORD, tokens, **CHUNK)
     assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()
@@ -700,20 +811,46 @@ def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch
 
 
 def test_a_document_of_100_000_tokens(data, tmp_path):
-    base = dict(TINY, NUM_LAYERS=1, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=1, TRAIN_SEQ_LEN=512,
-                TRAIN_BATCH_TOKENS=1024)
+    base = dict(
+        TINY,
+        NUM_LAYERS=1,
+        MODEL_DIM=16,
+        NUM_HEADS=2,
+        NUM_KV_HEADS=1,
+        MLP_MULT=1,
+        TRAIN_SEQ_LEN=512,
+        TRAIN_BATCH_TOKENS=1024,
+    )
     tokens = stream((100_000, 5))
-    evaluator, model = prepared(tmp_path, data, base, tokens, **dict(
-        PHASED, COMPUTE_DTYPE="float32", TTT_CHUNK_SIZE=500, TTT_EVAL_SEQ_LEN=512, GLOBAL_TTT_CHUNK_TOKENS=40_000,
-        PHASED_TTT_PREFIX_DOCS=1, PHASED_TTT_NUM_PHASES=1))
+    evaluator, model = prepared(
+        tmp_path,
+        data,
+        base,
+        tokens,
+        **dict(
+            PHASED,
+            COMPUTE_DTYPE="float32",
+            TTT_CHUNK_SIZE=500,
+            TTT_EVAL_SEQ_LEN=512,
+            GLOBAL_TTT_CHUNK_TOKENS=40_000,
+            PHASED_TTT_PREFIX_DOCS=1,
+            PHASED_TTT_NUM_PHASES=1,
+        ),
+    )
     assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
-    evaluator, model = prepared(tmp_path, data, base, tokens, **dict(
-        CHUNK, COMPUTE_DTYPE="float32", TTT_CHUNK_TOKENS=32768, EVAL_SEQ_LEN=512, EVAL_STRIDE=512))
+    evaluator, model = prepared(
+        tmp_path,
+        data,
+        base,
+        tokens,
+        **dict(CHUNK, COMPUTE_DTYPE="float32", TTT_CHUNK_TOKENS=32768, EVAL_SEQ_LEN=512, EVAL_STRIDE=512),
+    )
     assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()
 
 
-@pytest.mark.parametrize("knobs, name", [(dict(CHUNK, TTT_LR=1e300), "TTT_LR"),
-                                         (dict(PHASED, GLOBAL_TTT_LR=1e300), "TTT_LORA_LR")])
+@pytest.mark.parametrize(
+    "knobs, name", [(dict(CHUNK, TTT_LR=1e300), "TTT_LR"), (dict(PHASED, GLOBAL_TTT_LR=1e300), "TTT_LORA_LR")]
+)
 def test_rates_that_run_away_are_named(knobs, name, data, tmp_path):
     evaluator, model = prepared(tmp_path, data, TINY, **knobs)
     with pytest.raises(tg.ConfigError, match=f"^{name}=.*the loss of test-time training is nan"):
@@ -731,8 +868,14 @@ def test_a_shard_that_is_cut_off_is_refused(data, tmp_path):
 def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
     """One of as many tokens counts other bytes than the manifest promises; one of another size needs no manifest."""
     other, small = tmp_path / "other.model", tmp_path / "small.model"
-    other.write_bytes(train_tokenizer(["altogether different words make unlike pieces"] * 40 + ["xyz" * 50]
-                                      + [chr(c) * 9 for c in range(0x3b1, 0x3c9)], 384))
+    other.write_bytes(
+        train_tokenizer(
+            ["altogether different words make unlike pieces"] * 40
+            + ["xyz" * 50]
+            + [chr(c) * 9 for c in range(0x3B1, 0x3C9)],
+            384,
+        )
+    )
     small.write_bytes(train_tokenizer(["the river and the stone"] * 20, 290))
     with pytest.raises(tg.ConfigError, match=r"manifest.json: promises"):
         tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=other), single_run())
@@ -746,8 +889,9 @@ def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
 def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatch, capfd):
     """MODE=all and MODE=eval of its artifact give the same score; settings of test-time training travel in neither."""
     monkeypatch.chdir(tmp_path)
-    values = dict(TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=data, RUN_ID="run", ITERATIONS=3,
-                  COMPUTE_DTYPE="float32")
+    values = dict(
+        TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=data, RUN_ID="run", ITERATIONS=3, COMPUTE_DTYPE="float32"
+    )
     values.pop("QK_GAIN_INIT")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "set_num_threads", lambda n: None)
@@ -764,8 +908,17 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
     log = (tmp_path / "logs/run/log.txt").read_text()
     assert f"ttt val_loss:{both['val_loss']:.4f} val_bpb:{both['val_bpb']:.4f}" in log and "ttt_baseline val_" in log
     ttt_knobs = {name: value for name, value in values.items() if "TTT_" in name and name != "TTT_BASELINE"}
-    done = launch(ROOT / "bench" / "ttt.py", dict(ttt_knobs, COMPUTE_DTYPE="float32", CPU_THREADS=1, SEED=7),
-                  "--artifact", "logs/run/model.pgolf", "--data", data, "--json", "bench.json", cwd=tmp_path)
+    done = launch(
+        ROOT / "bench" / "ttt.py",
+        dict(ttt_knobs, COMPUTE_DTYPE="float32", CPU_THREADS=1, SEED=7),
+        "--artifact",
+        "logs/run/model.pgolf",
+        "--data",
+        data,
+        "--json",
+        "bench.json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 5

@@ -9,6 +9,7 @@ documents and bytes), and validation documents that are in the training shards t
 ALLOW_SHARED_DOCUMENTS act as in train_gpt.py; without VOCAB_SIZE, the tokenizer's is taken. Exit code 0, or 2 and a
 line for each finding.
 """
+
 from __future__ import annotations
 
 import os
@@ -37,8 +38,11 @@ def configuration(folder: str, environment: dict[str, str]) -> t.Config:
         try:
             knobs["VOCAB_SIZE"] = str(sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size())
         except (RuntimeError, OSError):
-            raise t.ConfigError("TOKENIZER_PATH", str(file), "is no SentencePiece model that can be read; without one, "
-                                                             "VOCAB_SIZE must be set") from None
+            raise t.ConfigError(
+                "TOKENIZER_PATH",
+                str(file),
+                "is no SentencePiece model that can be read; without one, VOCAB_SIZE must be set",
+            ) from None
     return t.config_from_env(knobs, False)[0]
 
 
@@ -67,8 +71,10 @@ def count_bytes(c: t.Config, audit: t.Audit, validation: t.TokenStream, training
     vocabulary, sidecar = t.Vocabulary(c), t.read_sidecar(c, validation)
     audit.count_bytes("val", t.count_bytes(validation.read(0, len(validation)), sidecar, vocabulary))
     if sidecar is None:
-        blocks = (training.read(start, min(start + t.AUDIT_BLOCK + 1, len(training)))  # one token before the targets
-                  for start in range(0, len(training) - 1, t.AUDIT_BLOCK))
+        blocks = (
+            training.read(start, min(start + t.AUDIT_BLOCK + 1, len(training)))  # one token before the targets
+            for start in range(0, len(training) - 1, t.AUDIT_BLOCK)
+        )
         audit.count_bytes("train", sum(t.count_bytes(block, None, vocabulary) for block in blocks))
 
 

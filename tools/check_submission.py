@@ -8,6 +8,7 @@ times against the limits, mean, deviation and p-value recomputed, the script com
 are there, which runs the folder's script. --rerun trains a seed again with it and compares. Each disagreement is named;
 a note says what could not be checked. Exit code 0: no disagreement; 1: some; 2: something to mend.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -19,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +33,26 @@ from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line
 
 MARKER = "<!-- Made by tools/reproduce.py"
 CORE = ("author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total")
-OURS = (*CORE, "track", "val_loss_std", "val_bpb_std", "seeds", "seed_results", "comparison_baseline_bpb",
-        "delta_vs_leaderboard_bpb", "delta_vs_leaderboard_nats", "artifact_bytes_mean", "artifact_bytes_max",
-        "hardware", "pytorch_version", "cuda_version", "attention_backend", "dataset", "technique_summary",
-        "compliance")
+OURS = (
+    *CORE,
+    "track",
+    "val_loss_std",
+    "val_bpb_std",
+    "seeds",
+    "seed_results",
+    "comparison_baseline_bpb",
+    "delta_vs_leaderboard_bpb",
+    "delta_vs_leaderboard_nats",
+    "artifact_bytes_mean",
+    "artifact_bytes_max",
+    "hardware",
+    "pytorch_version",
+    "cuda_version",
+    "attention_backend",
+    "dataset",
+    "technique_summary",
+    "compliance",
+)
 # Settings of other people's logs that differ between runs without being configuration.
 LOCAL = re.compile(r"seed|run_?id|path|dir|date|time|file|port|rank|host|url|name|step|log")
 
@@ -65,8 +83,10 @@ class Findings:
         """Holds two figures against each other; one that is missing is not a disagreement."""
         if one is None or other is None:
             return
-        self.require(agree(one, other) if tolerance is None else abs(one - other) <= tolerance,
-                     f"{what}: {plain(one)} and {plain(other)}")
+        self.require(
+            agree(one, other) if tolerance is None else abs(one - other) <= tolerance,
+            f"{what}: {plain(one)} and {plain(other)}",
+        )
 
 
 def plain(value: Any) -> str:
@@ -98,8 +118,11 @@ class Seed:
 
     @property
     def sources(self) -> Iterator[tuple[str, Run]]:
-        return ((name, run) for name, run in (("log", self.log), ("metrics", self.metrics), ("summary", self.summary))
-                if run)
+        return (
+            (name, run)
+            for name, run in (("log", self.log), ("metrics", self.metrics), ("summary", self.summary))
+            if run
+        )
 
 
 @dataclass
@@ -152,8 +175,10 @@ def read_rows(folder: Folder, findings: Findings) -> None:
         if not str(name).isdecimal() or not isinstance(row, dict):
             findings.error(f"submission.json: seed_results {name!r} is no seed with its figures")
             continue
-        folder.seeds[int(name)] = Seed(int(name), {key: value for key, value in row.items()
-                                                   if isinstance(value, (int, float, str)) or value is None})
+        folder.seeds[int(name)] = Seed(
+            int(name),
+            {key: value for key, value in row.items() if isinstance(value, (int, float, str)) or value is None},
+        )
     if not folder.seeds:
         findings.note("submission.json: has no seed_results; the logs alone give the seeds' figures")
 
@@ -176,8 +201,10 @@ def read_logs(folder: Folder, findings: Findings) -> None:
         seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
         findings.require(seed.log is None, f"{log.name}: another log of seed {run.seed} is there too")
         seed.log, tail = run, log.stem.removeprefix("train_")
-        beside = {kind: log.with_name(f"{kind}_{tail}{end}") for kind, end in
-                  (("metrics", ".jsonl"), ("summary", ".json"), ("config", ".json"))}
+        beside = {
+            kind: log.with_name(f"{kind}_{tail}{end}")
+            for kind, end in (("metrics", ".jsonl"), ("summary", ".json"), ("config", ".json"))
+        }
         if beside["metrics"].is_file():
             seed.metrics = runs.read_metrics(beside["metrics"], Run(log.stem, str(beside["metrics"])))
         if beside["summary"].is_file():
@@ -205,8 +232,10 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
         findings.require(len(set(map(str, listed))) == len(listed), f"submission.json: seeds {listed} are not distinct")
         rows = [seed for seed, s in folder.seeds.items() if s.row]
         if rows:
-            findings.require(sorted(map(str, listed)) == sorted(map(str, rows)),
-                             f"submission.json: seeds {listed} and seed_results {rows}")
+            findings.require(
+                sorted(map(str, listed)) == sorted(map(str, rows)),
+                f"submission.json: seeds {listed} and seed_results {rows}",
+            )
     with_rows = any(s.row for s in folder.seeds.values())
     for number, seed in folder.seeds.items():
         findings.require(seed.log is not None, f"seed {number}: submission.json has it, and no log is there")
@@ -239,9 +268,12 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
     for seed, config in zip(seeds[1:], configs[1:]):
         for name in sorted(set(config) | set(configs[0])):
             if name not in ignored:
-                findings.require(config.get(name) == configs[0].get(name), f"configuration: {name.upper()} is "
-                                 f"{configs[0].get(name)} on seed {seeds[0].seed} and {config.get(name)} on "
-                                 f"{seed.seed}")
+                findings.require(
+                    config.get(name) == configs[0].get(name),
+                    f"configuration: {name.upper()} is "
+                    f"{configs[0].get(name)} on seed {seeds[0].seed} and {config.get(name)} on "
+                    f"{seed.seed}",
+                )
     for what in ("hardware", "attention", "parameters", "code_bytes"):
         values = {getattr(run, what) for s in seeds for _, run in s.sources} - {None}
         findings.require(len(values) < 2, f"configuration: {what} differs: {', '.join(sorted(map(str, values)))}")
@@ -254,13 +286,21 @@ def figures(run: Run) -> dict[str, Any]:
     """A source's figures under submission.json's names."""
     final, stages = run.final, run.stages
     return dict(
-        val_loss=final.loss if final else None, val_bpb=final.bpb if final else None,
+        val_loss=final.loss if final else None,
+        val_bpb=final.bpb if final else None,
         pre_quant_val_bpb=stages["pre_quant"].bpb if "pre_quant" in stages else None,
         quantized_val_bpb=stages["quantized"].bpb if "quantized" in stages else None,
-        artifact_bytes=run.artifact_bytes, code_bytes=run.code_bytes, model_bytes=run.model_bytes, steps=run.steps,
-        train_wallclock_ms=1000 * run.train_seconds if run.train_seconds else None, step_avg_ms=run.step_avg_ms,
-        target_tokens=run.targets, val_tokens=run.val_tokens, val_bytes=run.val_bytes,
-        shared_documents=run.shared_documents)
+        artifact_bytes=run.artifact_bytes,
+        code_bytes=run.code_bytes,
+        model_bytes=run.model_bytes,
+        steps=run.steps,
+        train_wallclock_ms=1000 * run.train_seconds if run.train_seconds else None,
+        step_avg_ms=run.step_avg_ms,
+        target_tokens=run.targets,
+        val_tokens=run.val_tokens,
+        val_bytes=run.val_bytes,
+        shared_documents=run.shared_documents,
+    )
 
 
 def check_sources(folder: Folder, findings: Findings) -> None:
@@ -270,17 +310,24 @@ def check_sources(folder: Folder, findings: Findings) -> None:
         tolerances = dict(train_wallclock_ms=1.0, step_avg_ms=0.01 + 1 / min(steps, default=1))  # logs have whole ms
         sources = [("submission.json", seed.row), *((name, figures(run)) for name, run in seed.sources)]
         for place, (name, values) in enumerate(sources):
-            for other, others in sources[place + 1:]:
+            for other, others in sources[place + 1 :]:
                 for key in figures(Run("", "")):
                     if not any(isinstance(x.get(key), str) for x in (values, others)):
-                        findings.same(f"seed {number}: {key} in {name} and {other}", values.get(key), others.get(key),
-                                      tolerances.get(key))
+                        findings.same(
+                            f"seed {number}: {key} in {name} and {other}",
+                            values.get(key),
+                            others.get(key),
+                            tolerances.get(key),
+                        )
         spent = seed.row.get("eval_time_s")
-        known = [x for _, run in seed.sources
-                 for x in (run.eval_seconds, *(s.seconds for s in run.stages.values())) if x]
+        known = [
+            x for _, run in seed.sources for x in (run.eval_seconds, *(s.seconds for s in run.stages.values())) if x
+        ]
         if isinstance(spent, (int, float)) and known:
-            findings.require(any(abs(spent - x) <= 0.2 + 1e-3 * x for x in known),
-                             f"seed {number}: eval_time_s {spent} in submission.json and {max(known):.3f} in its logs")
+            findings.require(
+                any(abs(spent - x) <= 0.2 + 1e-3 * x for x in known),
+                f"seed {number}: eval_time_s {spent} in submission.json and {max(known):.3f} in its logs",
+            )
         check_curve(number, seed, findings)
 
 
@@ -303,26 +350,38 @@ def check_row(folder: Folder, findings: Findings) -> None:
         if not all(isinstance(value, (int, float)) for value in r.values()):
             continue
         if {"code_bytes", "model_bytes", "artifact_bytes"} <= set(r):
-            findings.same(f"seed {number}: code_bytes + model_bytes and artifact_bytes",
-                          r["code_bytes"] + r["model_bytes"], r["artifact_bytes"])
+            findings.same(
+                f"seed {number}: code_bytes + model_bytes and artifact_bytes",
+                r["code_bytes"] + r["model_bytes"],
+                r["artifact_bytes"],
+            )
         if {"steps", "step_avg_ms", "train_wallclock_ms"} <= set(r):
-            findings.same(f"seed {number}: steps x step_avg_ms and train_wallclock_ms", r["steps"] * r["step_avg_ms"],
-                          r["train_wallclock_ms"], max(1.0, 0.006 * r["steps"]))
+            findings.same(
+                f"seed {number}: steps x step_avg_ms and train_wallclock_ms",
+                r["steps"] * r["step_avg_ms"],
+                r["train_wallclock_ms"],
+                max(1.0, 0.006 * r["steps"]),
+            )
         if {"val_loss", "val_bpb", "target_tokens", "val_bytes"} <= set(r) and r["val_bytes"]:
-            findings.same(f"seed {number}: val_bpb, and val_loss in bits per byte",  r["val_bpb"],
-                          r["val_loss"] / math.log(2) * r["target_tokens"] / r["val_bytes"])
+            findings.same(
+                f"seed {number}: val_bpb, and val_loss in bits per byte",
+                r["val_bpb"],
+                r["val_loss"] / math.log(2) * r["target_tokens"] / r["val_bytes"],
+            )
         if {"target_tokens", "val_tokens"} <= set(r):
-            findings.require(r["target_tokens"] == r["val_tokens"] - 1,
-                             f"seed {number}: target_tokens {r['target_tokens']} is not one less than val_tokens "
-                             f"{r['val_tokens']}")
+            findings.require(
+                r["target_tokens"] == r["val_tokens"] - 1,
+                f"seed {number}: target_tokens {r['target_tokens']} is not one less than val_tokens {r['val_tokens']}",
+            )
 
 
 def check_statistics(folder: Folder, findings: Findings) -> None:
     """Means, sample deviations, sizes."""
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
     if not rows:
-        rows = [{k: v for k, v in figures(seed.log).items() if v is not None} for seed in folder.seeds.values()
-                if seed.log]
+        rows = [
+            {k: v for k, v in figures(seed.log).items() if v is not None} for seed in folder.seeds.values() if seed.log
+        ]
     for key in ("val_bpb", "val_loss"):
         values = [r[key] for r in rows if isinstance(r.get(key), (int, float))]
         if not values or len(values) != len(rows):
@@ -332,16 +391,23 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
         stated = s.get(f"{key}_std")
         if isinstance(stated, (int, float)) and deviation is not None and not agree(stated, deviation):
             why = " (it is the population's)" if agree(stated, float(np.std(values))) else ""
-            findings.error(f"submission.json: {key}_std {plain(stated)} and the seeds' sample deviation "
-                           f"{plain(deviation)}{why}")
+            findings.error(
+                f"submission.json: {key}_std {plain(stated)} and the seeds' sample deviation {plain(deviation)}{why}"
+            )
     sizes = [r["artifact_bytes"] for r in rows if isinstance(r.get("artifact_bytes"), int)]
     if len(sizes) == len(rows) and sizes:
         findings.same("submission.json: artifact_bytes_max and the largest", s.get("artifact_bytes_max"), max(sizes))
-        findings.same("submission.json: artifact_bytes_mean and the mean", s.get("artifact_bytes_mean"),
-                      sum(sizes) / len(sizes), 0.51)
+        findings.same(
+            "submission.json: artifact_bytes_mean and the mean",
+            s.get("artifact_bytes_mean"),
+            sum(sizes) / len(sizes),
+            0.51,
+        )
         if isinstance(s.get("bytes_total"), int):
-            findings.require(s["bytes_total"] in ([max(sizes)] if folder.ours else sizes),
-                             f"submission.json: bytes_total {s['bytes_total']} and artifacts of {sizes}")
+            findings.require(
+                s["bytes_total"] in ([max(sizes)] if folder.ours else sizes),
+                f"submission.json: bytes_total {s['bytes_total']} and artifacts of {sizes}",
+            )
 
 
 def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, float] | None) -> None:
@@ -350,31 +416,44 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
     stated = s.get("baseline") if isinstance(s.get("baseline"), dict) else {}
     theirs = baseline or stated.get("val_bpb")
     if baseline and isinstance(stated.get("val_bpb"), dict):
-        findings.require(sorted(baseline.values()) == sorted(stated["val_bpb"].values()),
-                         "submission.json: baseline's figures are not those of --baseline")
+        findings.require(
+            sorted(baseline.values()) == sorted(stated["val_bpb"].values()),
+            "submission.json: baseline's figures are not those of --baseline",
+        )
     if s.get("comparison_baseline_bpb") is not None:
         mean = sum(theirs.values()) / len(theirs) if theirs else None
-        findings.same("submission.json: comparison_baseline_bpb and the baseline's mean",
-                      s["comparison_baseline_bpb"], mean)
-        findings.same("submission.json: delta_vs_leaderboard_bpb and the difference", s.get("delta_vs_leaderboard_bpb"),
-                      s.get("val_bpb", math.nan) - s["comparison_baseline_bpb"])
+        findings.same(
+            "submission.json: comparison_baseline_bpb and the baseline's mean", s["comparison_baseline_bpb"], mean
+        )
+        findings.same(
+            "submission.json: delta_vs_leaderboard_bpb and the difference",
+            s.get("delta_vs_leaderboard_bpb"),
+            s.get("val_bpb", math.nan) - s["comparison_baseline_bpb"],
+        )
     ours = [r["val_bpb"] for r in rows if "val_bpb" in r]
     if not theirs or not ours or not {"val_bytes", "target_tokens"} <= set(rows[0]):
-        findings.note("significance: not recomputed, it needs the baseline's figures (--baseline), val_bytes and "
-                      "target_tokens")
+        findings.note(
+            "significance: not recomputed, it needs the baseline's figures (--baseline), val_bytes and target_tokens"
+        )
         return
     per_bpb = runs.bpb_to_nats(1.0, rows[0]["target_tokens"], rows[0]["val_bytes"])
     test = submission.significance(ours, list(theirs.values()), per_bpb)
-    findings.same("submission.json: delta_vs_leaderboard_nats and the difference", s.get("delta_vs_leaderboard_nats"),
-                  -test["gain_nats"])
+    findings.same(
+        "submission.json: delta_vs_leaderboard_nats and the difference",
+        s.get("delta_vs_leaderboard_nats"),
+        -test["gain_nats"],
+    )
     for name in ("gain_nats", "p_value", "p_value_margin", "holds") if isinstance(s.get("significance"), dict) else ():
         one, other = s["significance"].get(name), test[name]
-        close = one == other if None in (one, other) or isinstance(other, bool) else math.isclose(one, other,
-                                                                                                 rel_tol=1e-3)
+        close = (
+            one == other if None in (one, other) or isinstance(other, bool) else math.isclose(one, other, rel_tol=1e-3)
+        )
         findings.require(close, f"submission.json: significance {name} {one}, recomputed {other}")
-    findings.note(f"significance: better by {test['gain_nats']:.5f} nats per token, p = {test['p_value']} that it is "
-                  f"no better, p = {test['p_value_margin']} that it is not by {test['margin_nats']}: the rule "
-                  f"{'holds' if test['holds'] else 'does not hold'}")
+    findings.note(
+        f"significance: better by {test['gain_nats']:.5f} nats per token, p = {test['p_value']} that it is "
+        f"no better, p = {test['p_value_margin']} that it is not by {test['margin_nats']}: the rule "
+        f"{'holds' if test['holds'] else 'does not hold'}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- data, limits
@@ -402,8 +481,10 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
         findings.same(f"seed {number}: val_bytes and the manifest's in {data}", seed.row.get("val_bytes"), expected)
     if folder.ours and "dataset" in folder.content:
         texts = folder.content["dataset"], submission.dataset(data)["text"]
-        findings.same("submission.json: dataset, and the one of --data",  # folders may be named freely
-                      *(text.partition(": ")[2] for text in texts))
+        findings.same(
+            "submission.json: dataset, and the one of --data",  # folders may be named freely
+            *(text.partition(": ")[2] for text in texts),
+        )
 
 
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
@@ -425,10 +506,14 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
             findings.note(f"seed {number}: no source says its seconds of training")
         else:
             spent = train / 1000 + calibration
-            findings.require(spent - (step or 0) / 1000 <= BUDGET_SECONDS, f"seed {number}: {spent:.1f} s of training "
-                             f"and calibration are over {BUDGET_SECONDS:.0f}")
-        findings.require(evaluation <= BUDGET_SECONDS,
-                         f"seed {number}: {evaluation:.1f} s of evaluation are over {BUDGET_SECONDS:.0f}")
+            findings.require(
+                spent - (step or 0) / 1000 <= BUDGET_SECONDS,
+                f"seed {number}: {spent:.1f} s of training and calibration are over {BUDGET_SECONDS:.0f}",
+            )
+        findings.require(
+            evaluation <= BUDGET_SECONDS,
+            f"seed {number}: {evaluation:.1f} s of evaluation are over {BUDGET_SECONDS:.0f}",
+        )
         if not evaluation:
             findings.note(f"seed {number}: no source says its seconds of evaluation")
 
@@ -438,29 +523,48 @@ def check_claims(folder: Folder, findings: Findings) -> None:
     s = folder.content
     for number, seed in folder.seeds.items():
         for source, run in seed.sources:
-            for key, value in (("hardware", run.hardware), ("attention_backend", run.attention),
-                               ("pytorch_version", run.versions.get("torch")),
-                               ("cuda_version", run.versions.get("cuda"))):
+            for key, value in (
+                ("hardware", run.hardware),
+                ("attention_backend", run.attention),
+                ("pytorch_version", run.versions.get("torch")),
+                ("cuda_version", run.versions.get("cuda")),
+            ):
                 if key in s and value:
-                    findings.require(str(value) in str(s[key]), f"submission.json: {key} {s[key]!r}, and the {source} "
-                                     f"of seed {number} says {value!r}")
+                    findings.require(
+                        str(value) in str(s[key]),
+                        f"submission.json: {key} {s[key]!r}, and the {source} of seed {number} says {value!r}",
+                    )
     hardware = " ".join(str(run.hardware or "") for run in folder.logs)
     if hardware.strip() and re.search(r"10.?min", str(s.get("track", ""))):
-        findings.require("H100" in hardware and "8 x" in hardware,
-                         f"submission.json: track {s['track']!r} is for 8 H100s, and the logs say {hardware.strip()}")
+        findings.require(
+            "H100" in hardware and "8 x" in hardware,
+            f"submission.json: track {s['track']!r} is for 8 H100s, and the logs say {hardware.strip()}",
+        )
     rows = [seed.row for seed in folder.seeds.values()]
     if folder.ours and isinstance(s.get("compliance"), dict) and all("target_tokens" in r for r in rows):
         for name, value in submission.compliance(rows, s.get("significance")).items():
-            findings.require(s["compliance"].get(name) == value,
-                             f"submission.json: compliance {name} is {s['compliance'].get(name)}, and must be {value}")
+            findings.require(
+                s["compliance"].get(name) == value,
+                f"submission.json: compliance {name} is {s['compliance'].get(name)}, and must be {value}",
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- README
 
 TOKEN = re.compile(r"(?<![\w./-])[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w]|\.\d)")
-COLUMNS = (("ttt", "val_bpb"), ("pre", "pre_quant_val_bpb"), ("quant", "quantized_val_bpb"), ("bpb", "val_bpb"),
-           ("loss", "val_loss"), ("ms", "step_avg_ms"), ("artifact", "artifact_bytes"), ("bytes", "artifact_bytes"),
-           ("steps", "steps"), ("train", "train_wallclock_ms"), ("eval", "eval_time_s"))
+COLUMNS = (
+    ("ttt", "val_bpb"),
+    ("pre", "pre_quant_val_bpb"),
+    ("quant", "quantized_val_bpb"),
+    ("bpb", "val_bpb"),
+    ("loss", "val_loss"),
+    ("ms", "step_avg_ms"),
+    ("artifact", "artifact_bytes"),
+    ("bytes", "artifact_bytes"),
+    ("steps", "steps"),
+    ("train", "train_wallclock_ms"),
+    ("eval", "eval_time_s"),
+)
 
 
 def numbers_in(value: Any) -> Iterator[float]:
@@ -500,9 +604,18 @@ def column_statistics(folder: Folder) -> Iterator[float]:
 def check_page(folder: Folder, findings: Findings) -> None:
     """README.md: rows of seeds against their seed; on a page of ours every other number against all that is known."""
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
-    known = forms([*numbers_in(folder.content), *numbers_in([s.config for s in folder.seeds.values()]),
-                   *(x for r in folder.logs for x in numbers_in({k: v for k, v in figures(r).items() if v})),
-                   *column_statistics(folder), CAP_BYTES, runs.MARGIN_NATS, runs.LEVEL, BUDGET_SECONDS])
+    known = forms(
+        [
+            *numbers_in(folder.content),
+            *numbers_in([s.config for s in folder.seeds.values()]),
+            *(x for r in folder.logs for x in numbers_in({k: v for k, v in figures(r).items() if v})),
+            *column_statistics(folder),
+            CAP_BYTES,
+            runs.MARGIN_NATS,
+            runs.LEVEL,
+            BUDGET_SECONDS,
+        ]
+    )
     header: list[str] = []
     rows, claims = 0, Counter()
     for line in page.splitlines():
@@ -525,15 +638,19 @@ def check_page(folder: Folder, findings: Findings) -> None:
         else:
             claims.update(t for t in TOKEN.findall(line) if re.fullmatch(r"[01]\.\d{4,}", t) and not known_as(t, known))
     if folder.seeds and folder.page:
-        findings.require(rows == 0 or rows >= len(folder.seeds), f"README.md: {rows} of {len(folder.seeds)} seeds have "
-                         "a row in its table")
+        findings.require(
+            rows == 0 or rows >= len(folder.seeds),
+            f"README.md: {rows} of {len(folder.seeds)} seeds have a row in its table",
+        )
         if not rows:
             (findings.error if folder.ours else findings.note)("README.md: has no table with a row for each seed")
     mean = folder.content.get("val_bpb")
     if isinstance(mean, float) and folder.page:
         exact = (text for text in TOKEN.findall(folder.page) if len(text.partition(".")[2]) >= 4)
-        findings.require(any(runs.rounded(mean, text) for text in exact),
-                         f"README.md: does not say submission.json's val_bpb {plain(mean)}")
+        findings.require(
+            any(runs.rounded(mean, text) for text in exact),
+            f"README.md: does not say submission.json's val_bpb {plain(mean)}",
+        )
     if claims:
         findings.note(f"README.md: in no other file, so not checked: {', '.join(sorted(claims)[:12])}")
 
@@ -550,8 +667,10 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
         key = next((key for word, key in COLUMNS if word in title.lower()), None)
         own = forms(float(v[key]) for v in values if isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
-            findings.require(known_as(text, own if folder.ours and own else everything),
-                             f"README.md: seed {number}, {title}: {text} is not in its log or row")
+            findings.require(
+                known_as(text, own if folder.ours and own else everything),
+                f"README.md: seed {number}, {title}: {text} is not in its log or row",
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- script, artifact
@@ -593,13 +712,17 @@ def check_script(folder: Folder, findings: Findings, load: bool) -> None:
         (findings.require(size == value, text) if folder.ours else size == value or findings.note(text))
     stated = folder.content.get("script_sha256")
     if stated is not None:
-        same, text = stated == hashlib.sha256(script.read_bytes()).hexdigest(), "train_gpt.py: is not the script that ran"
+        same, text = (
+            stated == hashlib.sha256(script.read_bytes()).hexdigest(),
+            "train_gpt.py: is not the script that ran",
+        )
         (findings.require(same, text) if folder.ours else same or findings.note(text))
     artifacts = {seed: path for seed in folder.seeds for path in folder.path.glob(f"*seed{seed}.pgolf")}
     for seed, path in artifacts.items():
         for source, run in folder.seeds[seed].sources:
-            findings.same(f"{path.name}: its bytes and model_bytes in the {source}", path.stat().st_size,
-                          run.model_bytes)
+            findings.same(
+                f"{path.name}: its bytes and model_bytes in the {source}", path.stat().st_size, run.model_bytes
+            )
     if not artifacts or not load:
         findings.note("artifacts: none is in the folder, so none was loaded" if load else "artifacts: not loaded")
         return
@@ -608,8 +731,12 @@ def check_script(folder: Folder, findings: Findings, load: bool) -> None:
 
 def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: dict[int, Path]) -> None:
     """Has the folder's own script read its artifacts, in another process."""
-    done = subprocess.run([sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())],
-                          capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if last == "no load_artifact":
         findings.note("artifacts: the script has no load_artifact, so none was loaded")
@@ -631,8 +758,11 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
     if number not in folder.seeds:
         raise UserError(f"--rerun {number}: must be one of the folder's seeds: {', '.join(map(str, folder.seeds))}")
     seed = folder.seeds[number]
-    settings = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in
-                (seed.config or {}).items() if name not in submission.PRIVATE and value != ""}
+    settings = {
+        name.upper(): str(int(value) if isinstance(value, bool) else value)
+        for name, value in (seed.config or {}).items()
+        if name not in submission.PRIVATE and value != ""
+    }
     data = options.data or settings.get("DATA_PATH") or os.environ.get("DATA_PATH")
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
         if name in settings:
@@ -640,8 +770,14 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
     if data:
         settings["DATA_PATH"] = str(Path(data).resolve())
         settings.pop("TOKENIZER_PATH", None) if options.data else None
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}",
-               str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={options.nproc}",
+        str(script),
+    ]
     with tempfile.TemporaryDirectory(prefix="rerun.") as place:
         values = {**os.environ, **settings, "SEED": str(number), "ARTIFACT_DIR": str(Path(place, "run"))}
         log = Path(place, f"seed{number}.txt")
@@ -665,11 +801,16 @@ def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) 
     """Score, tokens and bytes of a rerun against what the folder says."""
     number, before = seed.seed, seed.row or figures(seed.log)
     was, now = before.get("val_bpb"), again.final.bpb
-    findings.note(f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "
-                  f"{again.steps} steps, and {before.get('steps')}; artifact {again.artifact_bytes} bytes, and "
-                  f"{before.get('artifact_bytes')}")
-    findings.require(abs(now - was) <= tolerance, f"rerun: seed {number} gives val_bpb {now:.6f}, and the folder says "
-                     f"{was:.6f}; more than --tolerance {tolerance:g} apart")
+    findings.note(
+        f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "
+        f"{again.steps} steps, and {before.get('steps')}; artifact {again.artifact_bytes} bytes, and "
+        f"{before.get('artifact_bytes')}"
+    )
+    findings.require(
+        abs(now - was) <= tolerance,
+        f"rerun: seed {number} gives val_bpb {now:.6f}, and the folder says "
+        f"{was:.6f}; more than --tolerance {tolerance:g} apart",
+    )
     for key in ("target_tokens", "val_bytes"):
         findings.same(f"rerun: seed {number} {key}, now and in the folder", figures(again)[key], before.get(key))
 
@@ -685,14 +826,27 @@ def main(arguments: list[str]) -> int:
     add("--no-load", action="store_true", help="do not run the folder's script to load its artifacts")
     add("--rerun", type=number_type(int, 0), metavar="SEED", help="run this seed again and compare")
     add("--nproc", type=number_type(int, 1), default=1, metavar="N", help="ranks of the rerun (default: 1)")
-    add("--tolerance", type=number_type(float, 0), default=0.002, metavar="BPB",
-        help="how far a rerun's val_bpb may be from the folder's (default: %(default)s)")
+    add(
+        "--tolerance",
+        type=number_type(float, 0),
+        default=0.002,
+        metavar="BPB",
+        help="how far a rerun's val_bpb may be from the folder's (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     findings = Findings()
     baseline = submission.baseline_figures(options.baseline) if options.baseline else None
     folder = read_folder(options.folder, findings)
-    for check in (check_fields, check_seeds, check_configuration, check_sources, check_row, check_statistics,
-                  check_claims, check_page):
+    for check in (
+        check_fields,
+        check_seeds,
+        check_configuration,
+        check_sources,
+        check_row,
+        check_statistics,
+        check_claims,
+        check_page,
+    ):
         check(folder, findings)
     check_comparison(folder, findings, baseline)
     check_data(folder, findings, options.data)

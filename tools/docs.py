@@ -7,6 +7,7 @@ docs/knobs.md is train_gpt.Config as tables. README.md's part between the lines 
 `<!-- end of results` is submission.json's; without a submission.json at the root it is left as it is. A further part
 is a further row of PARTS: a file, and a function from the root folder and the file's text to its new text.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,15 +15,15 @@ import functools
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_gpt as tg  # noqa: E402
-
 import runs  # noqa: E402
+import train_gpt as tg  # noqa: E402
 from runs import Parser, UserError, command_line, read_json, write_aside  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ docs/knobs.md
@@ -78,8 +79,14 @@ def knob_row(field: dataclasses.Field) -> list[str]:
     """A knob's row of the table."""
     presets = (f"{preset} {code(row[field.name])}" for preset, row in tg.PRESETS.items() if field.name in row)
     name = f"`{field.name.upper()}`" + ("†" if field.metadata["model"] else "")
-    cells = [name, allowed(field), code(field.default), "<br>".join(presets), field.metadata["meaning"],
-             field.metadata["alive"]]
+    cells = [
+        name,
+        allowed(field),
+        code(field.default),
+        "<br>".join(presets),
+        field.metadata["meaning"],
+        field.metadata["alive"],
+    ]
     return [cell.replace("|", "\\|") for cell in cells]
 
 
@@ -112,10 +119,15 @@ class Column(NamedTuple):
     form: str
 
 
-COLUMNS = (Column("val_bpb pre-quantization", "pre_quant_val_bpb", 1, ".4f"),
-           Column("quantized", "quantized_val_bpb", 1, ".4f"), Column("after TTT", "val_bpb", 1, ".4f"),
-           Column("artifact bytes", "artifact_bytes", 1, ".0f"), Column("steps", "steps", 1, ".0f"),
-           Column("training s", "train_wallclock_ms", 1000, ".1f"), Column("evaluation s", "eval_time_s", 1, ".1f"))
+COLUMNS = (
+    Column("val_bpb pre-quantization", "pre_quant_val_bpb", 1, ".4f"),
+    Column("quantized", "quantized_val_bpb", 1, ".4f"),
+    Column("after TTT", "val_bpb", 1, ".4f"),
+    Column("artifact bytes", "artifact_bytes", 1, ".0f"),
+    Column("steps", "steps", 1, ".0f"),
+    Column("training s", "train_wallclock_ms", 1000, ".1f"),
+    Column("evaluation s", "eval_time_s", 1, ".1f"),
+)
 
 
 def results(s: dict[str, Any]) -> str:

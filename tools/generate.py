@@ -6,23 +6,24 @@
 The logits are those of the model's one forward: a hook on its head keeps them. The same seed gives the same text on
 the same device. The text ends where the model begins a new document.
 """
+
 from __future__ import annotations
 
 import codecs
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see train_gpt.py
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-import caseops  # noqa: E402
 import torch  # noqa: E402
-import train_gpt as tg  # noqa: E402
 
+import caseops  # noqa: E402
+import train_gpt as tg  # noqa: E402
 from runs import Parser, UserError, command_line, number_type, read_json  # noqa: E402
 
 LETTERS = re.compile(f"[A-Za-z{''.join(caseops.OPERATORS.values())}]*$")
@@ -37,8 +38,10 @@ class Text:
         self.caseops = all(m.PieceToId(operator) != m.unk_id() for operator in caseops.OPERATORS.values())
         silent = [i for i in ids if i != tg.BOS_ID and (m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i))]
         self.silent = torch.tensor(silent, dtype=torch.int64)  # training has none of them, and they are no text
-        self.pieces = [bytes([int(m.IdToPiece(i)[3:5], 16)]) if m.IsByte(i)
-                       else m.IdToPiece(i).replace("\u2581", " ").encode() for i in ids]
+        self.pieces = [
+            bytes([int(m.IdToPiece(i)[3:5], 16)]) if m.IsByte(i) else m.IdToPiece(i).replace("\u2581", " ").encode()
+            for i in ids
+        ]
 
     def encode(self, prompt: str) -> list[int]:
         """BOS and the prompt's tokens."""
@@ -67,7 +70,8 @@ def original(text: str) -> str:
         return caseops.decode(text)
     except caseops.CaseOpsError:
         return caseops.OPERATIONS.sub(
-            lambda m: m[0][1:].upper() if len(m[0]) > 1 else re.sub(caseops.OPERATOR, "", m[0]), text)
+            lambda m: m[0][1:].upper() if len(m[0]) > 1 else re.sub(caseops.OPERATOR, "", m[0]), text
+        )
 
 
 class Logits:
@@ -86,7 +90,7 @@ class Logits:
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         """Softcapped logits [V], float32, on the CPU, given the last tokens that the context holds."""
-        ids = torch.tensor([tokens[-self.c.eval_context:]]).numpy()
+        ids = torch.tensor([tokens[-self.c.eval_context :]]).numpy()
         batch = tg.to_device(ids, ids, tg.document_starts(ids), self.device)
         self.model(*batch, looped=self.c.loops, last=1)
         return tg.softcap_plain(self.caught[0, -1], self.c.logit_softcap, self.c.softcap_type).float().cpu()
@@ -135,9 +139,15 @@ def tokenizer_file(options, artifact: Path) -> Path:
         if (artifact.parent / name).is_file():
             c = read_json(artifact.parent / name)
             break
-    path = options.tokenizer or os.environ.get("TOKENIZER_PATH") or (
-        Path(os.environ["DATA_PATH"], "tokenizer.model") if os.environ.get("DATA_PATH") else c.get("tokenizer_path")
-        or (Path(c["data_path"], "tokenizer.model") if "data_path" in c else None))
+    path = (
+        options.tokenizer
+        or os.environ.get("TOKENIZER_PATH")
+        or (
+            Path(os.environ["DATA_PATH"], "tokenizer.model")
+            if os.environ.get("DATA_PATH")
+            else c.get("tokenizer_path") or (Path(c["data_path"], "tokenizer.model") if "data_path" in c else None)
+        )
+    )
     if path is None:
         raise UserError(f"--tokenizer: is needed, or DATA_PATH: no config.json beside {artifact} names one")
     return Path(path)
@@ -150,8 +160,13 @@ def load(options) -> tuple[Logits, Text]:
         raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} in its folder")
     kept = ("COMPUTE_DTYPE", "ATTENTION", "TRITON_KERNELS", "CPU_THREADS", "EVAL_SEQ_LEN")
     values = {name: os.environ[name] for name in kept if name in os.environ}
-    values |= dict(PRESET="baseline", MODE="eval", DEVICE=options.device, COMPILE="0",
-                   TOKENIZER_PATH=str(tokenizer_file(options, path)))
+    values |= dict(
+        PRESET="baseline",
+        MODE="eval",
+        DEVICE=options.device,
+        COMPILE="0",
+        TOKENIZER_PATH=str(tokenizer_file(options, path)),
+    )
     c, explicit, _ = tg.config_from_env(values, torch.cuda.is_available())
     device = torch.device(c.device)
     if c.device == "cpu":
@@ -166,14 +181,29 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT", help=f"a run's folder, or its {tg.CONTAINER_FILE}")
     add("prompt", nargs="?", default="", help="how the text begins (default: nothing)")
-    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: TOKENIZER_PATH, "
-        "DATA_PATH/tokenizer.model, or that of the config.json beside the artifact)")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece model (default: TOKENIZER_PATH, "
+        "DATA_PATH/tokenizer.model, or that of the config.json beside the artifact)",
+    )
     add("--tokens", type=number_type(int, 1), default=100, metavar="N", help="at most (default: %(default)s)")
     add("--lines", type=number_type(int, 0), default=0, metavar="N", help="lines at most; 0: any (default)")
-    add("--temperature", type=number_type(float, 0), default=0.8, metavar="T",
-        help="0 takes the likeliest token (default: %(default)s)")
-    add("--top-k", type=number_type(int, 0), default=40, metavar="K",
-        help="draw from the K likeliest tokens; 0: from all (default: %(default)s)")
+    add(
+        "--temperature",
+        type=number_type(float, 0),
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    add(
+        "--top-k",
+        type=number_type(int, 0),
+        default=40,
+        metavar="K",
+        help="draw from the K likeliest tokens; 0: from all (default: %(default)s)",
+    )
     add("--seed", type=number_type(int, 0, 2**63 - 1), default=0, metavar="S", help="(default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     options = parser.parse_args(arguments)

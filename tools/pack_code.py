@@ -7,6 +7,7 @@ Functions keep their names, and each of its lines can be shown: in a traceback, 
 kernel's source text. The same script gives the same bytes; a packed script is already packed, and is given back.
 Pack with the oldest Python that is to run it: newer ones write f-strings that 3.11 cannot read.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -69,21 +70,36 @@ def minify(source: str) -> str:
     tree = Unannotated().visit(ast.parse(source))
     # Strings and arithmetic stay where they are: in a kernel they are constants. A dataclass reads its annotations.
     return python_minifier.minify(
-        ast.unparse(tree), remove_literal_statements=True, remove_annotations=False, hoist_literals=False,
-        constant_folding=False, rename_globals=False, rename_locals=True, preserve_locals=kept_names(tree))
+        ast.unparse(tree),
+        remove_literal_statements=True,
+        remove_annotations=False,
+        hoist_literals=False,
+        constant_folding=False,
+        rename_globals=False,
+        rename_locals=True,
+        preserve_locals=kept_names(tree),
+    )
 
 
 def compressions(data: bytes) -> dict[str, bytes]:
     """The data as each of the standard library's compressors leaves them, by the module that reads them."""
     filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, pb=0)]  # pb=0: text, no aligned words
-    return dict(lzma=lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters), bz2=bz2.compress(data),
-                zlib=zlib.compress(data, 9))
+    return dict(
+        lzma=lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters),
+        bz2=bz2.compress(data),
+        zlib=zlib.compress(data, 9),
+    )
 
 
 def literal(data: bytes) -> bytes:
     """Bytes as the inside of a string between ''' in a Latin-1 source: what Python would not read as it is, escaped."""
-    for byte, escape in ((rb"\\", rb"\\\\"), (rb"\0(?=[0-7])", rb"\\000"), (rb"\0", rb"\\0"), (rb"\r", rb"\\r"),
-                         (rb"'(?='|\Z)", rb"\\'")):
+    for byte, escape in (
+        (rb"\\", rb"\\\\"),
+        (rb"\0(?=[0-7])", rb"\\000"),
+        (rb"\0", rb"\\0"),
+        (rb"\r", rb"\\r"),
+        (rb"'(?='|\Z)", rb"\\'"),
+    ):
         data = re.sub(byte, escape, data)
     return data
 
@@ -94,8 +110,13 @@ def pack(source: bytes) -> bytes:
         return source
     text = minify(source.decode())
     before, between, after = READER.encode().split(b"%s")
-    return min((HEADER + before + codec.encode() + between + literal(data) + after
-                for codec, data in compressions(text.encode()).items()), key=len)
+    return min(
+        (
+            HEADER + before + codec.encode() + between + literal(data) + after
+            for codec, data in compressions(text.encode()).items()
+        ),
+        key=len,
+    )
 
 
 def write_aside(path: Path, content: bytes) -> None:

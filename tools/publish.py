@@ -6,6 +6,7 @@ The folder is one of tools/reproduce.py, and tools/check_submission.py must find
 metrics, summaries and settings of its seeds replace those of the last one in logs/; `make docs` then writes the
 README's table from submission.json.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -34,8 +35,11 @@ def publish(folder: Path, root: Path) -> list[Path]:
     found = runs.read_runs(folder)
     for run in found:
         run.name = f"seed {run.seed}"
-    pictures = {"loss.png": report.loss_picture(found), "stages.png": report.stage_picture(found),
-                "bytes.png": report.bytes_picture(found)}
+    pictures = {
+        "loss.png": report.loss_picture(found),
+        "stages.png": report.stage_picture(found),
+        "bytes.png": report.bytes_picture(found),
+    }
     for name, content in pictures.items():
         write_aside(root / "docs" / name, content)
     return [root / "submission.json", *(logs / path.name for path in files), *(root / "docs" / n for n in pictures)]

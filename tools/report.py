@@ -8,6 +8,7 @@ NAME=PATH gives a run another name. On the terminal stands the table; --out gets
 (loss against step and time, bits per byte through the stages, bytes by role, a sweep's parallel coordinates) and
 report.html, one page that holds everything.
 """
+
 from __future__ import annotations
 
 import base64
@@ -15,8 +16,9 @@ import html
 import io
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import runs
 from runs import CAP_BYTES, Parser, Run, UserError, command_line, read_json, write_aside
@@ -25,8 +27,13 @@ MARKER = "<!-- made by tools/report.py -->"
 # Okabe and Ito's colours, which the colour-blind tell apart; then the same with other lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
-STAGES = {"pre_quant": "before\nquantization", "quantized": "quantized", "sliding": "sliding\nwindows",
-          "ttt_baseline": "TTT's windows\nwithout learning", "ttt": "test-time\ntraining"}
+STAGES = {
+    "pre_quant": "before\nquantization",
+    "quantized": "quantized",
+    "sliding": "sliding\nwindows",
+    "ttt_baseline": "TTT's windows\nwithout learning",
+    "ttt": "test-time\ntraining",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -65,8 +72,10 @@ def read_study(path: Path) -> dict[str, Any]:
 
 def rename(found: list[Run]) -> None:
     """Makes equal names different, by their folders and then by a number."""
-    for add in (lambda run, _: f"{Path(run.source).parent.name}/{run.name}",
-                lambda run, place: f"{run.name} ({place})"):
+    for add in (
+        lambda run, _: f"{Path(run.source).parent.name}/{run.name}",
+        lambda run, place: f"{run.name} ({place})",
+    ):
         names = [run.name for run in found]
         for place, run in enumerate(found):
             if names.count(run.name) > 1:
@@ -76,16 +85,28 @@ def rename(found: list[Run]) -> None:
 def rows_of(found: list[Run]) -> list[list[str]]:
     """The table's rows; columns that no run fills are left out."""
     columns: dict[str, Callable[[Run], str]] = {
-        "run": lambda r: r.name, "seed": lambda r: runs.shown(r.seed),
+        "run": lambda r: r.name,
+        "seed": lambda r: runs.shown(r.seed),
         "val_bpb": lambda r: runs.shown(r.final and r.final.bpb, ".5f"),
         "val_loss": lambda r: runs.shown(r.final and r.final.loss, ".5f"),
-        **{label: (lambda r, stage=stage: runs.shown(r.stages[stage].bpb if stage in r.stages else None, ".5f"))
-           for stage, label in (("pre_quant", "pre-quant"), ("quantized", "quantized"), ("sliding", "sliding"),
-                                ("ttt", "ttt"))},
-        "steps": lambda r: runs.shown(r.steps), "ms/step": lambda r: runs.shown(r.step_avg_ms, ".2f"),
-        "train s": lambda r: runs.shown(r.train_seconds, ".1f"), "eval s": lambda r: runs.shown(r.eval_seconds, ".1f"),
-        "bytes": lambda r: runs.shown(r.artifact_bytes), "code": lambda r: runs.shown(r.code_bytes),
-        "parameters": lambda r: runs.shown(r.parameters), "hardware": lambda r: r.hardware or "-"}
+        **{
+            label: (lambda r, stage=stage: runs.shown(r.stages[stage].bpb if stage in r.stages else None, ".5f"))
+            for stage, label in (
+                ("pre_quant", "pre-quant"),
+                ("quantized", "quantized"),
+                ("sliding", "sliding"),
+                ("ttt", "ttt"),
+            )
+        },
+        "steps": lambda r: runs.shown(r.steps),
+        "ms/step": lambda r: runs.shown(r.step_avg_ms, ".2f"),
+        "train s": lambda r: runs.shown(r.train_seconds, ".1f"),
+        "eval s": lambda r: runs.shown(r.eval_seconds, ".1f"),
+        "bytes": lambda r: runs.shown(r.artifact_bytes),
+        "code": lambda r: runs.shown(r.code_bytes),
+        "parameters": lambda r: runs.shown(r.parameters),
+        "hardware": lambda r: r.hardware or "-",
+    }
     cells = {title: [cell(run) for run in found] for title, cell in columns.items()}
     kept = [title for title, values in cells.items() if set(values) != {"-"}]
     return [kept, *([cells[title][place] for title in kept] for place in range(len(found)))]
@@ -94,9 +115,19 @@ def rows_of(found: list[Run]) -> list[list[str]]:
 def sweep_rows(study: dict[str, Any]) -> list[list[str]]:
     """A sweep's table, as its file orders it: the best first."""
     head = ["trial", *study["variables"], study["objective"], "seconds", "state"]
-    return [head, *([str(t["trial"]), *(t["values"].get(n, "-") for n in study["variables"]),
-                     runs.shown(t["value"], ".6f"), runs.shown(t["seconds"], ".1f"),
-                     t["state"] + (f": {t['error']}" if t["error"] else "")] for t in study["trials"])]
+    return [
+        head,
+        *(
+            [
+                str(t["trial"]),
+                *(t["values"].get(n, "-") for n in study["variables"]),
+                runs.shown(t["value"], ".6f"),
+                runs.shown(t["seconds"], ".1f"),
+                t["state"] + (f": {t['error']}" if t["error"] else ""),
+            ]
+            for t in study["trials"]
+        ),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -129,14 +160,15 @@ def legend(fig, ax, entries: int) -> None:
     """Below the axes, so that it hides nothing."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(3, max(1, entries)), fontsize=8,
-                   frameon=False)
+        fig.legend(
+            handles, labels, loc="outside lower center", ncols=min(3, max(1, entries)), fontsize=8, frameon=False
+        )
 
 
 def smoothed(values: list[float]) -> list[float]:
     """A running mean over a fiftieth of a curve, where it is long enough to need one."""
     width = max(1, len(values) // 50)
-    return [sum(values[max(0, i - width + 1):i + 1]) / min(width, i + 1) for i in range(len(values))]
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]
 
 
 def loss_picture(found: list[Run]) -> bytes | None:
@@ -156,8 +188,16 @@ def loss_picture(found: list[Run]) -> bytes | None:
                 label = None
             if scores:
                 x, y = zip(*scores)
-                ax.plot(x, y, marker="o", markersize=4, linewidth=0 if points else 1, markerfacecolor="white",
-                        label=label, **style(place))
+                ax.plot(
+                    x,
+                    y,
+                    marker="o",
+                    markersize=4,
+                    linewidth=0 if points else 1,
+                    markerfacecolor="white",
+                    label=label,
+                    **style(place),
+                )
     lows, highs = zip(*(curve_range(run) for run in drawn))
     axes[0].set_ylim(min(lows) - 0.03 * (max(highs) - min(lows)), max(highs))
     axes[0].set(xlabel="step", ylabel="loss, nats per token", title="Loss against step (line: training, o: validation)")
@@ -185,15 +225,27 @@ def stage_picture(found: list[Run]) -> bytes | None:
     for place, run in enumerate(drawn):
         points = [(kept.index(s), run.stages[s].bpb) for s in kept if s in run.stages]
         ax.plot(*zip(*points), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
-    ends = sorted((run.stages[[s for s in kept if s in run.stages][-1]].bpb, place,
-                   kept.index([s for s in kept if s in run.stages][-1])) for place, run in enumerate(drawn))
+    ends = sorted(
+        (
+            run.stages[[s for s in kept if s in run.stages][-1]].bpb,
+            place,
+            kept.index([s for s in kept if s in run.stages][-1]),
+        )
+        for place, run in enumerate(drawn)
+    )
     low, high = ax.get_ylim()
     last = -math.inf
     for value, place, x in ends:  # texts that would lie on each other move up
         y = max(value, last + 0.045 * (high - low))
         last = y
-        ax.annotate(f"{value:.4f}", (x, value), xytext=(x + 0.07, y), color=COLOURS[place % len(COLOURS)], fontsize=8,
-                    va="center")
+        ax.annotate(
+            f"{value:.4f}",
+            (x, value),
+            xytext=(x + 0.07, y),
+            color=COLOURS[place % len(COLOURS)],
+            fontsize=8,
+            va="center",
+        )
     ax.set_ylim(low, max(high, last + 0.05 * (high - low)))
     ax.set_xticks(range(len(kept)), [STAGES[stage] for stage in kept])
     ax.set_xlim(-0.3, len(kept) - 0.4)
@@ -221,8 +273,14 @@ def bytes_picture(found: list[Run]) -> bytes | None:
     if not drawn:
         return None
     largest = max(sum(parts.values()) for _, parts in drawn)
-    kept = list(dict.fromkeys(role for _, parts in drawn for role, count in parts.items()
-                              if role == "code" or count >= sum(parts.values()) / 50))
+    kept = list(
+        dict.fromkeys(
+            role
+            for _, parts in drawn
+            for role, count in parts.items()
+            if role == "code" or count >= sum(parts.values()) / 50
+        )
+    )
     from matplotlib import colormaps
 
     colours = {role: colormaps["tab20"](place % 20) for place, role in enumerate(kept)} | {"other": "#999999"}
@@ -232,11 +290,25 @@ def bytes_picture(found: list[Run]) -> bytes | None:
         left = 0.0
         small = sum(count for role, count in parts.items() if role not in kept)
         for role, count in [*((r, parts[r]) for r in kept if r in parts), ("other", small)]:
-            ax.barh(place, count / unit, left=left, color=colours[role], edgecolor="white", linewidth=0.5, height=0.7,
-                    label=role if count else None)
+            ax.barh(
+                place,
+                count / unit,
+                left=left,
+                color=colours[role],
+                edgecolor="white",
+                linewidth=0.5,
+                height=0.7,
+                label=role if count else None,
+            )
             left += count / unit
-        ax.annotate(f" {sum(parts.values()):,}", (left, place), va="center", fontsize=8, zorder=5,
-                    bbox=dict(boxstyle="square,pad=0.05", facecolor="white", edgecolor="none"))
+        ax.annotate(
+            f" {sum(parts.values()):,}",
+            (left, place),
+            va="center",
+            fontsize=8,
+            zorder=5,
+            bbox=dict(boxstyle="square,pad=0.05", facecolor="white", edgecolor="none"),
+        )
     if largest > CAP_BYTES / 2:
         ax.axvline(CAP_BYTES / unit, color="black", linewidth=1, linestyle="--")
     ax.set_yticks(range(len(drawn)), [run.name for run, _ in drawn], fontsize=8)
@@ -263,8 +335,9 @@ def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[t
     def place(text: str) -> float:
         return (scale(float(text)) - low) / (high - low) if high > low else 0.5
 
-    shown = numbers if len(numbers) <= 6 else [
-        (math.exp if log else float)(low + (high - low) * i / 4) for i in range(5)]
+    shown = (
+        numbers if len(numbers) <= 6 else [(math.exp if log else float)(low + (high - low) * i / 4) for i in range(5)]
+    )
     return place, [(place(str(x)), f"{x:.5g}") for x in shown]
 
 
@@ -281,16 +354,29 @@ def sweep_picture(study: dict[str, Any]) -> bytes | None:
         places[name], ticks = axis_of(name, [row[name] for row in table])
         ax.axvline(x, color="#444444", linewidth=1)
         for y, text in ticks:
-            ax.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center",
-                        bbox=dict(boxstyle="round,pad=0.1", facecolor="white", edgecolor="none", alpha=0.8), zorder=5)
+            ax.annotate(
+                text,
+                (x, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+                bbox=dict(boxstyle="round,pad=0.1", facecolor="white", edgecolor="none", alpha=0.8),
+                zorder=5,
+            )
     from matplotlib import colormaps
 
     order = sorted(range(len(done)), key=lambda i: -done[i]["value"])
     for rank, i in enumerate(order):
         share = rank / max(1, len(order) - 1)
         ys = [places[name](table[i][name]) for name in names]
-        ax.plot(range(len(names)), ys, color=colormaps["viridis_r"](0.1 + 0.9 * share), alpha=0.9,
-                linewidth=1 + 1.8 * (share == 1))
+        ax.plot(
+            range(len(names)),
+            ys,
+            color=colormaps["viridis_r"](0.1 + 0.9 * share),
+            alpha=0.9,
+            linewidth=1 + 1.8 * (share == 1),
+        )
     ax.set_xticks(range(len(names)), names)
     ax.set_xlim(-0.2, len(names) - 0.5)
     ax.set_ylim(-0.05, 1.05)
@@ -298,8 +384,9 @@ def sweep_picture(study: dict[str, Any]) -> bytes | None:
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.grid(False)
     failed = len(study["trials"]) - len(done)
-    ax.set_title(f"{study['name']}: {len(done)} finished runs, {failed} others; dark: low {study['objective']}",
-                 fontsize=10)
+    ax.set_title(
+        f"{study['name']}: {len(done)} finished runs, {failed} others; dark: low {study['objective']}", fontsize=10
+    )
     return png(fig)
 
 
@@ -313,11 +400,16 @@ td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right;white-space:
 
 def html_table(rows: list[list[str]]) -> str:
     """Rows as a table; the first is its head."""
+
     def line(row: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
-    return "<div class=wide><table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + \
-        "</table></div>"
+    return (
+        "<div class=wide><table>"
+        + line(rows[0], "th")
+        + "".join(line(row, "td") for row in rows[1:])
+        + "</table></div>"
+    )
 
 
 def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str, bytes]]]) -> None:
@@ -333,11 +425,16 @@ def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str,
         for name, content in pictures.items():
             write_aside(out / name, content)
             text += [f"![{name.removesuffix('.png')}]({name})", ""]
-            body.append(f'<img alt="{html.escape(name.removesuffix(".png"))}" src="data:image/png;base64,'
-                        f'{base64.b64encode(content).decode()}">')
+            body.append(
+                f'<img alt="{html.escape(name.removesuffix(".png"))}" src="data:image/png;base64,'
+                f'{base64.b64encode(content).decode()}">'
+            )
     write_aside(out / "report.md", "\n".join(text))
-    write_aside(page, f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8><title>{html.escape(sections[0][0])}"
-                      f"</title><style>{STYLE}</style>{''.join(body)}</html>\n")
+    write_aside(
+        page,
+        f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8><title>{html.escape(sections[0][0])}"
+        f"</title><style>{STYLE}</style>{''.join(body)}</html>\n",
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -350,8 +447,15 @@ def main(arguments: list[str]) -> int:
     found, sweeps = read(options.paths)
     sections = []
     if found:
-        pictures = {} if not options.out else {
-            "loss.png": loss_picture(found), "stages.png": stage_picture(found), "bytes.png": bytes_picture(found)}
+        pictures = (
+            {}
+            if not options.out
+            else {
+                "loss.png": loss_picture(found),
+                "stages.png": stage_picture(found),
+                "bytes.png": bytes_picture(found),
+            }
+        )
         sections.append((options.title, rows_of(found), pictures))
     for place, study in enumerate(sweeps):
         number = f"-{place + 1}" if len(sweeps) > 1 else ""
@@ -360,8 +464,10 @@ def main(arguments: list[str]) -> int:
     for title, rows, _ in sections:
         print(runs.table(rows))
     if options.out:
-        write_report(options.out, [(title, rows, {name: p for name, p in pictures.items() if p})
-                                   for title, rows, pictures in sections])
+        write_report(
+            options.out,
+            [(title, rows, {name: p for name, p in pictures.items() if p}) for title, rows, pictures in sections],
+        )
         print(f"written: {options.out / 'report.html'}")
     return 0
 

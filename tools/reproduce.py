@@ -8,6 +8,7 @@ a command that was stopped goes on with the seeds that are left when it is given
 variables or words NAME=value. At the end: mean, sample deviation, Welch's test against a baseline's seeds, and a folder
 with README.md, submission.json, the packed script, requirements.txt and the logs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -47,8 +48,12 @@ def parse(arguments: list[str]):
     add("--seeds", type=seeds_type, default=list(SEEDS), metavar="A,B,C", help="default: 42,0,314")
     add("--nproc", type=number_type(int, 1), metavar="N", help="ranks (default: one per GPU, or one)")
     add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="default: train_gpt.py")
-    add("--work", type=Path, metavar="DIR", help="folder of the runs (default: logs/reproduce-PRESET-CODE, where CODE "
-        "stands for script and settings)")
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs (default: logs/reproduce-PRESET-CODE, where CODE stands for script and settings)",
+    )
     add("--out", type=Path, metavar="DIR", help="submission's folder (default: submissions/PRESET-CODE)")
     add("--baseline", type=Path, metavar="PATH", help="submission.json, submission folder or runs to compare with")
     add("--template", type=Path, default=submission.TEMPLATE, metavar="FILE", help="of README.md")
@@ -63,8 +68,11 @@ def parse(arguments: list[str]):
         if name in FIXED:
             raise UserError(f"{name}={value}: {FIXED[name] or 'a reproduction runs all stages'} sets this")
     options.settings = {name: value for name, _, value in pairs}
-    for path, name in ((options.baseline, "--baseline"), (options.script, "--script"),
-                       (options.template, "--template")):
+    for path, name in (
+        (options.baseline, "--baseline"),
+        (options.script, "--script"),
+        (options.template, "--template"),
+    ):
         if path and not path.exists():
             raise UserError(f"{name} {path}: there is no such file")
     return options
@@ -107,8 +115,11 @@ def make_plan(options) -> tuple[dict[str, Any], bytes]:
         raise UserError(f"--script {options.script}: is not a Python script ({error})") from None
     config = dry_run(options.script, environment(options, SEED=options.seeds[0], WORLD_SIZE=options.nproc))["config"]
     packed = pack_code.pack(source)
-    return dict(script_sha256=hashlib.sha256(packed).hexdigest(), ranks=options.nproc,
-                config={name: value for name, value in config.items() if name not in submission.PRIVATE}), packed
+    return dict(
+        script_sha256=hashlib.sha256(packed).hexdigest(),
+        ranks=options.nproc,
+        config={name: value for name, value in config.items() if name not in submission.PRIVATE},
+    ), packed
 
 
 def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
@@ -140,8 +151,10 @@ def complete(folder: Path, seed: int) -> bool:
     if s.get("seed") != seed or "val_bpb" not in s:
         raise UserError(f"{folder}: does not hold a whole run of seed {seed}")
     if s["artifact_bytes"] > s["artifact_limit_bytes"]:
-        raise UserError(f"{folder}: its artifact of {s['artifact_bytes']} bytes is over "
-                        f"ARTIFACT_LIMIT_BYTES={s['artifact_limit_bytes']}")
+        raise UserError(
+            f"{folder}: its artifact of {s['artifact_bytes']} bytes is over "
+            f"ARTIFACT_LIMIT_BYTES={s['artifact_limit_bytes']}"
+        )
     return True
 
 
@@ -157,8 +170,14 @@ def set_aside(folder: Path) -> None:
 def run_seed(script: Path, options, seed: int, folder: Path) -> None:
     """One run through torchrun, its output shown and kept beside its folder. Errors: UserError with its last error."""
     set_aside(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}",
-               str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={options.nproc}",
+        str(script),
+    ]
     values = environment(options, SEED=seed, ARTIFACT_DIR=folder)
     error = ""
     with open(folder.with_name(folder.name + ".out"), "w", encoding="utf-8") as log:
@@ -181,6 +200,7 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
 
 def identity(options, config: dict[str, Any]) -> dict[str, str]:
     """Who and what, for submission.json: from the options, or from git's settings; never invented."""
+
     def git(name: str) -> str:
         try:
             return subprocess.run(["git", "config", name], capture_output=True, text=True).stdout.strip()
@@ -189,9 +209,12 @@ def identity(options, config: dict[str, Any]) -> dict[str, str]:
 
     preset = config["preset"]
     changes = " ".join(f"{name}={value}" for name, value in options.settings.items())
-    return dict(author=options.author or git("user.name"), github_id=options.github_id or git("github.user"),
-                name=options.name or f"{preset}{' with ' + changes if changes else ''}",
-                blurb=options.blurb or submission.techniques(config))
+    return dict(
+        author=options.author or git("user.name"),
+        github_id=options.github_id or git("github.user"),
+        name=options.name or f"{preset}{' with ' + changes if changes else ''}",
+        blurb=options.blurb or submission.techniques(config),
+    )
 
 
 def defaults_of(script: Path) -> dict[str, Any]:

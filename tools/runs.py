@@ -3,6 +3,7 @@
 A run is read from its folder (summary.json, metrics.jsonl, log.txt), from a metrics file, or from a log alone, ours or
 one in the format of the challenge's public records. What a source does not say is None or absent: nothing is guessed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,15 +17,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # the challenge's: decimal bytes; seconds of training, and of evaluation
-MARGIN_NATS, LEVEL = 0.005, 0.01               # a record must be better by so much, shown at p below this
+MARGIN_NATS, LEVEL = 0.005, 0.01  # a record must be better by so much, shown at p below this
 SEEDS = (42, 0, 314)
 RUN_FILES = ("summary.json", "metrics.jsonl", "log.txt")
 EVALUATION_STAGES = ("unpack", "evaluate", "ttt")
@@ -46,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 def number_type(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """An argparse type: a finite number from `low` to `high`."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -56,6 +59,7 @@ def number_type(kind: type, low: float, high: float = math.inf) -> Callable[[str
             limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
             raise argparse.ArgumentTypeError(f"{text}: must be {wanted} {limits}")
         return value
+
     return parse
 
 
@@ -102,8 +106,9 @@ def start(command: list[str], environment: dict[str, str], **options: Any) -> su
         if prctl:
             prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
-    return subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, start_new_session=True,
-                            preexec_fn=follow_parent, **options)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=follow_parent, **options
+    )
 
 
 def stop(child: subprocess.Popen) -> None:
@@ -156,8 +161,8 @@ class Run:
     steps: int | None = None
     train_seconds: float | None = None
     eval_seconds: float | None = None
-    targets: int | None = None      # scored tokens
-    val_tokens: int | None = None   # tokens of the validation shards
+    targets: int | None = None  # scored tokens
+    val_tokens: int | None = None  # tokens of the validation shards
     val_bytes: int | None = None
     shared_documents: int | None = None  # of validation, that training holds too
     parameters: int | None = None
@@ -336,8 +341,21 @@ def read_metrics(path: Path, run: Run | None = None) -> Run:
 
 def apply_summary(run: Run, s: dict[str, Any]) -> Run:
     """A Run with a summary.json's figures, which are the exact ones."""
-    names = ("seed", "code_bytes", "model_bytes", "artifact_bytes", "steps", "train_seconds", "val_bytes",
-             "parameters", "hardware", "versions", "sections", "seconds", "attention")
+    names = (
+        "seed",
+        "code_bytes",
+        "model_bytes",
+        "artifact_bytes",
+        "steps",
+        "train_seconds",
+        "val_bytes",
+        "parameters",
+        "hardware",
+        "versions",
+        "sections",
+        "seconds",
+        "attention",
+    )
     for name in names:
         if s.get(name) is not None:
             setattr(run, name, s[name])
@@ -396,8 +414,11 @@ def read_runs_or_none(folder: Path) -> list[Run]:
 
 def submission_logs(folder: Path) -> list[Path]:
     """The text logs of a submission's folder."""
-    logs = [p for p in sorted(folder.iterdir()) if p.suffix in (".log", ".txt") and p.is_file()
-            and not p.name.startswith(("requirements", "LICENSE"))]
+    logs = [
+        p
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".log", ".txt") and p.is_file() and not p.name.startswith(("requirements", "LICENSE"))
+    ]
     inner = folder / "logs"
     return logs + (sorted(p for p in inner.iterdir() if p.suffix in (".log", ".txt")) if inner.is_dir() else [])
 
@@ -407,8 +428,13 @@ def submission_runs(folder: Path) -> list[Run]:
     runs = []
     for log in submission_logs(folder):
         tail = log.stem.removeprefix("train_")
-        run = run_from_files(f"{folder.name}/{log.stem}", str(log), log.with_name(f"summary_{tail}.json"),
-                             log.with_name(f"metrics_{tail}.jsonl"), log)
+        run = run_from_files(
+            f"{folder.name}/{log.stem}",
+            str(log),
+            log.with_name(f"summary_{tail}.json"),
+            log.with_name(f"metrics_{tail}.jsonl"),
+            log,
+        )
         if run.losses or run.scores or run.stages:
             runs.append(run)
     return runs

@@ -3,6 +3,7 @@
 Every figure comes from the runs' own files; `tools/reproduce.py` calls this, and `tools/check_submission.py` holds a
 folder against it.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -26,11 +27,14 @@ from runs import BUDGET_SECONDS, CAP_BYTES, LEVEL, MARGIN_NATS, Run, UserError
 TEMPLATE = Path(__file__).with_name("submission.md")
 OFFICIAL_DOCUMENTS = 50_000  # of the challenge's validation set, FineWeb's
 RULES = {
-    "train_within_600s": "training within 600 s", "eval_within_600s": "evaluation within 600 s",
+    "train_within_600s": "training within 600 s",
+    "eval_within_600s": "evaluation within 600 s",
     "artifact_within_16000000_bytes": "artifact within 16000000 bytes, code included",
     "every_target_scored_once": "every target scored once",
-    "no_validation_document_in_training": "no validation document in the training shards", "three_seeds": "three seeds",
-    "record_rule": "better than the baseline by 0.005 nats at p < 0.01"}
+    "no_validation_document_in_training": "no validation document in the training shards",
+    "three_seeds": "three seeds",
+    "record_rule": "better than the baseline by 0.005 nats at p < 0.01",
+}
 SIGNS = {True: "yes", False: "no", None: "not applicable"}
 # Settings that name a run or a machine, and no configuration; they may differ between seeds.
 PRIVATE = ("seed", "run_id", "artifact_dir", "mode")
@@ -64,8 +68,11 @@ def dataset(data: Path) -> dict[str, Any]:
     file = data / "manifest.json"
     sources = runs.read_json(file).get("source") if file.is_file() else None
     origin = "; ".join(map(source_words, sources)) if sources else "origin not recorded (no source in a manifest.json)"
-    return dict(tokens=tokens, documents=documents, text=f"{data.name}: {origin}; validation set of {documents} "
-                                                         f"documents, {tokens} tokens")
+    return dict(
+        tokens=tokens,
+        documents=documents,
+        text=f"{data.name}: {origin}; validation set of {documents} documents, {tokens} tokens",
+    )
 
 
 def source_words(source: Any) -> str:
@@ -79,27 +86,40 @@ def track(results: list[Finished], data: dict[str, Any]) -> str:
     """The challenge's track where hardware, time and text are its own; otherwise what they were."""
     hardware = sorted({f.run.hardware for f in results})
     longest = max(f.run.train_seconds for f in results)
-    if (all(h.startswith("8 x ") and "H100" in h for h in hardware) and longest < BUDGET_SECONDS + 1
-            and data["documents"] == OFFICIAL_DOCUMENTS):
+    if (
+        all(h.startswith("8 x ") and "H100" in h for h in hardware)
+        and longest < BUDGET_SECONDS + 1
+        and data["documents"] == OFFICIAL_DOCUMENTS
+    ):
         return "10min_16mb"
     return f"non-record: {'; '.join(hardware)}; {longest:.1f} s of training; {data['text'].split('; validation')[0]}"
 
 
 def techniques(c: dict[str, Any]) -> str:
     """The model and its training in words, from the settings alone."""
-    words = [f"{c['num_layers']} layer{'s' if c['num_layers'] > 1 else ''} of width {c['model_dim']}, "
-             f"{c['num_heads']} heads ({c['num_kv_heads']} for keys and values), MLP x{c['mlp_mult']:g}, "
-             f"{c['vocab_size']} tokens, {'tied' if c['tie_embeddings'] else 'untied'} embedding"]
+    words = [
+        f"{c['num_layers']} layer{'s' if c['num_layers'] > 1 else ''} of width {c['model_dim']}, "
+        f"{c['num_heads']} heads ({c['num_kv_heads']} for keys and values), MLP x{c['mlp_mult']:g}, "
+        f"{c['vocab_size']} tokens, {'tied' if c['tie_embeddings'] else 'untied'} embedding"
+    ]
     switches = {
         "num_loops": f"layers {c['loop_start']}-{c['loop_end']} repeated {c['num_loops']} more times",
-        "xsa_last_n": f"XSA on the last {c['xsa_last_n']} layers", "smear_gate_enabled": "SmearGate",
-        "skip_gates_enabled": "gated U-Net skips", "sparse_attn_gate_enabled": "sparse attention head gates",
-        "gated_attn_enabled": "attention head gates", "attn_out_gate_enabled": "attention output gates",
-        "neftune_alpha": "NEFTune", "z_loss_weight": "z-loss", "ema_decay": f"EMA {c['ema_decay']:g}"}
+        "xsa_last_n": f"XSA on the last {c['xsa_last_n']} layers",
+        "smear_gate_enabled": "SmearGate",
+        "skip_gates_enabled": "gated U-Net skips",
+        "sparse_attn_gate_enabled": "sparse attention head gates",
+        "gated_attn_enabled": "attention head gates",
+        "attn_out_gate_enabled": "attention output gates",
+        "neftune_alpha": "NEFTune",
+        "z_loss_weight": "z-loss",
+        "ema_decay": f"EMA {c['ema_decay']:g}",
+    }
     words += [text for name, text in switches.items() if c.get(name)]
     words += ["two residual lanes"] if c["parallel_start_layer"] >= 0 else []
-    words += [f"Muon ({c['muon_coefficients']}) and AdamW",
-              f"{c['quantizer']} GPTQ in {c['matrix_bits']} bits, embedding in {c['embed_bits']}"]
+    words += [
+        f"Muon ({c['muon_coefficients']}) and AdamW",
+        f"{c['quantizer']} GPTQ in {c['matrix_bits']} bits, embedding in {c['embed_bits']}",
+    ]
     words += [text for name, text in dict(lqer_enabled="LQER", rvq_enabled="a second rounding").items() if c.get(name)]
     words += [f"{c['compressor']} compression"]
     words += [f"{c['ttt_mode']} test-time training, score first"] if c["ttt_mode"] != "none" else []
@@ -111,9 +131,15 @@ def significance(ours: list[float], theirs: list[float], nats_per_bpb: float) ->
     a, b = ([bpb * nats_per_bpb for bpb in values] for values in (ours, theirs))
     gain = sum(b) / len(b) - sum(a) / len(a)
     p_rule = runs.welch(a, b, MARGIN_NATS)
-    return dict(test="one-sided Welch t-test of nats per token", margin_nats=MARGIN_NATS, level=LEVEL, gain_nats=gain,
-                p_value=runs.welch(a, b), p_value_margin=p_rule,
-                holds=None if p_rule is None else gain >= MARGIN_NATS and p_rule < LEVEL)
+    return dict(
+        test="one-sided Welch t-test of nats per token",
+        margin_nats=MARGIN_NATS,
+        level=LEVEL,
+        gain_nats=gain,
+        p_value=runs.welch(a, b),
+        p_value_margin=p_rule,
+        holds=None if p_rule is None else gain >= MARGIN_NATS and p_rule < LEVEL,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the baseline
@@ -151,12 +177,22 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
     """A seed's figures."""
     run = f.run
     return dict(
-        val_loss=run.final.loss, val_bpb=run.final.bpb, pre_quant_val_bpb=run.stages["pre_quant"].bpb,
-        quantized_val_bpb=run.stages["quantized"].bpb, artifact_bytes=run.artifact_bytes, steps=run.steps,
-        step_avg_ms=round(run.step_avg_ms, 3), train_wallclock_ms=round(1000 * run.train_seconds),
-        eval_time_s=round(run.eval_seconds, 3), val_tokens=data["tokens"], target_tokens=run.targets,
-        val_bytes=run.val_bytes, code_bytes=run.code_bytes, model_bytes=run.model_bytes,
-        shared_documents=run.shared_documents)
+        val_loss=run.final.loss,
+        val_bpb=run.final.bpb,
+        pre_quant_val_bpb=run.stages["pre_quant"].bpb,
+        quantized_val_bpb=run.stages["quantized"].bpb,
+        artifact_bytes=run.artifact_bytes,
+        steps=run.steps,
+        step_avg_ms=round(run.step_avg_ms, 3),
+        train_wallclock_ms=round(1000 * run.train_seconds),
+        eval_time_s=round(run.eval_seconds, 3),
+        val_tokens=data["tokens"],
+        target_tokens=run.targets,
+        val_bytes=run.val_bytes,
+        code_bytes=run.code_bytes,
+        model_bytes=run.model_bytes,
+        shared_documents=run.shared_documents,
+    )
 
 
 def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
@@ -172,11 +208,13 @@ def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[
         every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),
         no_validation_document_in_training=None if None in shared else not any(shared),
         three_seeds=len(rows) >= 3,
-        record_rule=test["holds"] if test else None)
+        record_rule=test["holds"] if test else None,
+    )
 
 
-def submission(results: list[Finished], who: dict[str, str], data: dict[str, Any],
-               baseline: tuple[str, dict[str, float]] | None) -> dict[str, Any]:
+def submission(
+    results: list[Finished], who: dict[str, str], data: dict[str, Any], baseline: tuple[str, dict[str, float]] | None
+) -> dict[str, Any]:
     """The content of submission.json."""
     rows = {str(f.seed): seed_row(f, data) for f in results}
     bpb, loss = ([r[name] for r in rows.values()] for name in ("val_bpb", "val_loss"))
@@ -193,17 +231,31 @@ def submission(results: list[Finished], who: dict[str, str], data: dict[str, Any
         return "; ".join(sorted({str(v) for v in values}))
 
     return dict(
-        **who, date=datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).date().isoformat(),
-        track=track(results, data), val_loss=mean_loss, val_bpb=mean, val_loss_std=deviation_loss,
-        val_bpb_std=deviation, seeds=[f.seed for f in results], seed_results=rows, comparison_baseline_bpb=theirs,
+        **who,
+        date=datetime.datetime.fromtimestamp(newest, datetime.UTC).date().isoformat(),
+        track=track(results, data),
+        val_loss=mean_loss,
+        val_bpb=mean,
+        val_loss_std=deviation_loss,
+        val_bpb_std=deviation,
+        seeds=[f.seed for f in results],
+        seed_results=rows,
+        comparison_baseline_bpb=theirs,
         delta_vs_leaderboard_bpb=None if theirs is None else mean - theirs,
         delta_vs_leaderboard_nats=None if theirs is None else (mean - theirs) * per_bpb,
-        baseline=dict(source=baseline[0], val_bpb=baseline[1]) if baseline else None, significance=test,
-        artifact_bytes_mean=sum(sizes) / len(sizes), artifact_bytes_max=max(sizes), bytes_total=max(sizes),
-        hardware=together(f.run.hardware for f in results), pytorch_version=run.versions.get("torch"),
-        cuda_version=run.versions.get("cuda"), attention_backend=together(f.run.attention for f in results),
-        dataset=data["text"], technique_summary=techniques(results[0].config),
-        compliance=compliance(list(rows.values()), test))
+        baseline=dict(source=baseline[0], val_bpb=baseline[1]) if baseline else None,
+        significance=test,
+        artifact_bytes_mean=sum(sizes) / len(sizes),
+        artifact_bytes_max=max(sizes),
+        bytes_total=max(sizes),
+        hardware=together(f.run.hardware for f in results),
+        pytorch_version=run.versions.get("torch"),
+        cuda_version=run.versions.get("cuda"),
+        attention_backend=together(f.run.attention for f in results),
+        dataset=data["text"],
+        technique_summary=techniques(results[0].config),
+        compliance=compliance(list(rows.values()), test),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- README.md
@@ -211,12 +263,36 @@ def submission(results: list[Finished], who: dict[str, str], data: dict[str, Any
 
 def seed_table(s: dict[str, Any]) -> str:
     """The per-seed table with its mean and sample deviation."""
-    head = ["Seed", "val_bpb", "val_loss", "pre-quant bpb", "quantized bpb", "artifact bytes", "steps", "ms/step",
-            "train s", "eval s"]
-    keys = dict(val_bpb=".6f", val_loss=".6f", pre_quant_val_bpb=".6f", quantized_val_bpb=".6f", artifact_bytes="d",
-                steps="d", step_avg_ms=".2f")
-    rows = [[seed, *(format(r[k], f) for k, f in keys.items()), f"{r['train_wallclock_ms'] / 1000:.1f}",
-             f"{r['eval_time_s']:.1f}"] for seed, r in s["seed_results"].items()]
+    head = [
+        "Seed",
+        "val_bpb",
+        "val_loss",
+        "pre-quant bpb",
+        "quantized bpb",
+        "artifact bytes",
+        "steps",
+        "ms/step",
+        "train s",
+        "eval s",
+    ]
+    keys = dict(
+        val_bpb=".6f",
+        val_loss=".6f",
+        pre_quant_val_bpb=".6f",
+        quantized_val_bpb=".6f",
+        artifact_bytes="d",
+        steps="d",
+        step_avg_ms=".2f",
+    )
+    rows = [
+        [
+            seed,
+            *(format(r[k], f) for k, f in keys.items()),
+            f"{r['train_wallclock_ms'] / 1000:.1f}",
+            f"{r['eval_time_s']:.1f}",
+        ]
+        for seed, r in s["seed_results"].items()
+    ]
     blank = [""] * 7
     rows.append(["**mean**", f"{s['val_bpb']:.6f}", f"{s['val_loss']:.6f}", *blank])
     rows.append(["**std**", runs.shown(s["val_bpb_std"], ".6f"), runs.shown(s["val_loss_std"], ".6f"), *blank])
@@ -229,35 +305,56 @@ def comparison(s: dict[str, Any]) -> str:
         return "No baseline was given."
     t, b = s["significance"], s["baseline"]
     figures = ", ".join(f"{value:.6f} (seed {seed})" for seed, value in b["val_bpb"].items())
-    lines = [f"Baseline {b['source']}: mean val_bpb {s['comparison_baseline_bpb']:.6f}, of {figures}.", "",
-             f"Difference {s['delta_vs_leaderboard_bpb']:+.6f} bpb, {s['delta_vs_leaderboard_nats']:+.6f} nats per "
-             "token (negative is better)."]
+    lines = [
+        f"Baseline {b['source']}: mean val_bpb {s['comparison_baseline_bpb']:.6f}, of {figures}.",
+        "",
+        f"Difference {s['delta_vs_leaderboard_bpb']:+.6f} bpb, {s['delta_vs_leaderboard_nats']:+.6f} nats per "
+        "token (negative is better).",
+    ]
     if t["p_value"] is None:
         return "\n".join(lines + ["A test needs two seeds on both sides."])
     verdict = "holds" if t["holds"] else "does not hold"
-    return "\n".join(lines + [
-        f"{t['test']}: p = {t['p_value']:.3g} that it is no better, p = {t['p_value_margin']:.3g} that it is not "
-        f"better by {t['margin_nats']} nats.", f"The challenge's rule (by {t['margin_nats']} nats at p < "
-        f"{t['level']}) {verdict}."])
+    return "\n".join(
+        lines
+        + [
+            f"{t['test']}: p = {t['p_value']:.3g} that it is no better, p = {t['p_value_margin']:.3g} that it is not "
+            f"better by {t['margin_nats']} nats.",
+            f"The challenge's rule (by {t['margin_nats']} nats at p < {t['level']}) {verdict}.",
+        ]
+    )
 
 
 def settings(c: dict[str, Any], defaults: dict[str, Any]) -> list[list[str]]:
     """The settings that differ from the defaults, as name and value."""
-    return [[f"`{name.upper()}`", str(value)] for name, value in c.items()
-            if name not in PRIVATE and value != defaults.get(name, value)]
+    return [
+        [f"`{name.upper()}`", str(value)]
+        for name, value in c.items()
+        if name not in PRIVATE and value != defaults.get(name, value)
+    ]
 
 
-def readme(s: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], command: str,
-           template: Path = TEMPLATE) -> str:
+def readme(
+    s: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], command: str, template: Path = TEMPLATE
+) -> str:
     """README.md from its template. Errors: UserError for a template with other placeholders."""
+
     def spread(value: float | None) -> str:
         return f"mean of {len(s['seeds'])} seeds, sample deviation {value:.6f}" if value is not None else "one seed"
 
     rules = [["Rule", "Holds"], *([RULES[name], SIGNS[v]] for name, v in s["compliance"].items())]
-    values = {**s, "val_bpb": f"{s['val_bpb']:.6f}", "val_loss": f"{s['val_loss']:.6f}", "cap": CAP_BYTES,
-              "spread": spread(s["val_bpb_std"]), "spread_loss": spread(s["val_loss_std"]), "command": command,
-              "seed_table": seed_table(s), "comparison": comparison(s), "rules": runs.table(rules, markdown=True),
-              "settings": runs.table([["Setting", "Value"], *settings(config, defaults)], markdown=True)}
+    values = {
+        **s,
+        "val_bpb": f"{s['val_bpb']:.6f}",
+        "val_loss": f"{s['val_loss']:.6f}",
+        "cap": CAP_BYTES,
+        "spread": spread(s["val_bpb_std"]),
+        "spread_loss": spread(s["val_loss_std"]),
+        "command": command,
+        "seed_table": seed_table(s),
+        "comparison": comparison(s),
+        "rules": runs.table(rules, markdown=True),
+        "settings": runs.table([["Setting", "Value"], *settings(config, defaults)], markdown=True),
+    }
     try:
         return string.Template(template.read_text(encoding="utf-8")).substitute(values)
     except (KeyError, ValueError) as error:
@@ -267,8 +364,9 @@ def readme(s: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], 
 # -------------------------------------------------------------------------------------------------------- the folder
 
 
-def write_folder(out: Path, script: Path, results: list[Finished], s: dict[str, Any], text: str,
-                 artifacts: bool) -> bool:
+def write_folder(
+    out: Path, script: Path, results: list[Finished], s: dict[str, Any], text: str, artifacts: bool
+) -> bool:
     """Writes the folder aside and renames it; False where it was there, the same. Errors: UserError if it differs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -278,16 +376,21 @@ def write_folder(out: Path, script: Path, results: list[Finished], s: dict[str, 
         shutil.copyfile(runs.ROOT / "requirements.txt", temporary / "requirements.txt")
         (temporary / "submission.json").write_text(json.dumps(s, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(text, encoding="utf-8")
-        names = {"log.txt": "train_seed{}.log", "metrics.jsonl": "metrics_seed{}.jsonl",
-                 "summary.json": "summary_seed{}.json", "config.json": "config_seed{}.json"}
+        names = {
+            "log.txt": "train_seed{}.log",
+            "metrics.jsonl": "metrics_seed{}.jsonl",
+            "summary.json": "summary_seed{}.json",
+            "config.json": "config_seed{}.json",
+        }
         names |= {"model.pgolf": "model_seed{}.pgolf"} if artifacts else {}
         for f in results:
             for source, target in names.items():
                 shutil.copyfile(f.folder / source, temporary / target.format(f.seed))
         if out.exists():
             if not same_folders(temporary, out):
-                raise UserError(f"--out {out}: already holds something else, and nothing is written over; choose "
-                                "another name")
+                raise UserError(
+                    f"--out {out}: already holds something else, and nothing is written over; choose another name"
+                )
             return False
         os.rename(temporary, out)
         return True
@@ -305,6 +408,8 @@ def same_folders(one: Path, other: Path) -> bool:
 def shell_command(values: dict[str, str], ranks: int, seeds: list[int]) -> str:
     """The lines that run the folder's script for all seeds."""
     words = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
-    return (f"for seed in {' '.join(map(str, seeds))}; do\n"
-            f"    {words}{' ' if words else ''}SEED=$seed torchrun --standalone --nproc_per_node={ranks} "
-            "train_gpt.py\ndone")
+    return (
+        f"for seed in {' '.join(map(str, seeds))}; do\n"
+        f"    {words}{' ' if words else ''}SEED=$seed torchrun --standalone --nproc_per_node={ranks} "
+        "train_gpt.py\ndone"
+    )

@@ -12,6 +12,7 @@ The same command again goes on where the sweep was killed: what ran then is run 
 fails is recorded with its error. The runs lie in logs/sweeps/NAME/, their table in study.json there, all of it in an
 Optuna database (SQLite there, or --storage); machines that share a database share the sweep.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -28,9 +29,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import runs
 from runs import Parser, UserError, command_line, number_type, write_aside
@@ -85,8 +87,9 @@ def read_values(name: str, text: str) -> Values:
     if not match:
         words = text.split(",")
         if "" in words or len(set(words)) != len(words) or text.startswith("log:") or ".." in text:
-            raise UserError(f"{name}={text}: must be a list a,b,c of different values, or a range as 0.1..0.5 or "
-                            "log:0.01..0.05:5")
+            raise UserError(
+                f"{name}={text}: must be a list a,b,c of different values, or a range as 0.1..0.5 or log:0.01..0.05:5"
+            )
         return Values(choices=tuple(words))
     log, ends, points = bool(match[1]), (match[2], match[3]), int(match[4] or 0)
     try:
@@ -151,8 +154,9 @@ class Sweep:
         described = {name: repr(values) for name, values in sorted(self.space.items())}
         before = study.user_attrs.get("space")
         if before is not None and before != described:
-            raise UserError(f"--name {o.name}: this study sweeps {', '.join(before)} with other values; choose "
-                            "another name")
+            raise UserError(
+                f"--name {o.name}: this study sweeps {', '.join(before)} with other values; choose another name"
+            )
         study.set_user_attr("space", described)
         return study
 
@@ -173,8 +177,11 @@ class Sweep:
         wanted = [getattr(self.optuna.trial.TrialState, state) for state in states]
         everything = self.study.get_trials(deepcopy=False)
         replaced = {t.user_attrs.get("again") for t in everything}
-        return [t for t in everything if (not wanted or t.state in wanted) and t.number not in replaced
-                and "interrupted" not in t.user_attrs]
+        return [
+            t
+            for t in everything
+            if (not wanted or t.state in wanted) and t.number not in replaced and "interrupted" not in t.user_attrs
+        ]
 
     def put_back(self, trial) -> None:
         """Marks a running trial as interrupted and queues it again; of several machines one does."""
@@ -223,8 +230,7 @@ class Sweep:
             return self.take_trial()
 
     def take_trial(self):
-        if not self.trials("WAITING") and (self.options.sampler == "grid"
-                                           or len(self.trials()) >= self.options.trials):
+        if not self.trials("WAITING") and (self.options.sampler == "grid" or len(self.trials()) >= self.options.trials):
             return None
         trial = self.study.ask(self.distributions)
         if self.options.sampler == "grid" and "point" not in trial.user_attrs:  # another machine was faster
@@ -243,12 +249,23 @@ class Sweep:
             values = {n: written(v) for n, v in t.params.items()}
             values |= {"SEED": t.user_attrs["seed"]} if "seed" in t.user_attrs else {}
             queued = {n: written(v) for n, v in t.system_attrs.get("fixed_params", {}).items()}
-            rows.append(dict(trial=t.number, state=t.state.name.lower(), values=values or queued,
-                             value=t.value if t.state.name == "COMPLETE" else None,
-                             **{n: t.user_attrs.get(n) for n in ("error", "seconds", "folder", "steps")}))
+            rows.append(
+                dict(
+                    trial=t.number,
+                    state=t.state.name.lower(),
+                    values=values or queued,
+                    value=t.value if t.state.name == "COMPLETE" else None,
+                    **{n: t.user_attrs.get(n) for n in ("error", "seconds", "folder", "steps")},
+                )
+            )
         rows.sort(key=lambda r: (r["state"] != "complete", r["value"] if r["value"] is not None else 0.0, r["trial"]))
-        content = dict(name=self.options.name, objective=self.options.objective, command=self.options.command,
-                       variables=list(self.space), trials=rows)
+        content = dict(
+            name=self.options.name,
+            objective=self.options.objective,
+            command=self.options.command,
+            variables=list(self.space),
+            trials=rows,
+        )
         write_aside(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
         return rows
 
@@ -259,8 +276,11 @@ def process_start(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         pass
-    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True) \
-        if sys.platform == "darwin" else None
+    done = (
+        subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+        if sys.platform == "darwin"
+        else None
+    )
     return done.stdout.strip() or None if done else None
 
 
@@ -281,7 +301,7 @@ def gpus() -> list[str]:
 def slots(options) -> list[dict[str, str]]:
     """What each place for a run sets: its GPUs, or its share of the cores."""
     found, each = gpus(), options.gpus_per_run
-    groups = [",".join(found[i:i + each]) for i in range(0, len(found) - each + 1, each)]
+    groups = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
     if found and not groups:
         raise UserError(f"--gpus-per-run {each}: {len(found)} GPUs are visible")
     jobs = options.jobs or len(groups) or 1
@@ -322,7 +342,7 @@ class Job:
         with open(file, "rb") as content:
             content.seek(self.read)
             data = content.read()
-        whole = data[:data.rfind(b"\n") + 1]  # a line may be half written
+        whole = data[: data.rfind(b"\n") + 1]  # a line may be half written
         self.read += len(whole)
         for line in whole.splitlines():
             row = json.loads(line)
@@ -362,8 +382,11 @@ class Job:
     def result(self, code: int) -> tuple[float | None, str]:
         """(the objective, an empty text) or (None, the error)."""
         text = self.output.read_text(encoding="utf-8", errors="replace")
-        ignored = [line for line in text.splitlines() if (m := re.match(r"warning: (\w+)=.* has no effect", line))
-                   and m[1] in self.values]
+        ignored = [
+            line
+            for line in text.splitlines()
+            if (m := re.match(r"warning: (\w+)=.* has no effect", line)) and m[1] in self.values
+        ]
         if code:
             errors = [line for line in text.splitlines() if line.startswith("error: ")]
             last = (errors or text.strip().splitlines() or ["no output"])[-1]
@@ -374,8 +397,11 @@ class Job:
             value = self.score()
         except (UserError, OSError) as error:
             return None, str(error)
-        return (value, "") if value is not None and math.isfinite(value) else \
-            (None, f"no finite {self.options.objective} in summary.json or the output")
+        return (
+            (value, "")
+            if value is not None and math.isfinite(value)
+            else (None, f"no finite {self.options.objective} in summary.json or the output")
+        )
 
     def score(self) -> float | None:
         """The objective, from summary.json, or from the output of other scripts."""
@@ -416,16 +442,25 @@ def print_table(sweep: Sweep) -> None:
     """The runs, the best first, and the command of the best."""
     rows, names = sweep.write(), list(sweep.space)
     head = ["trial", *names, sweep.options.objective, "seconds", "state"]
-    body = [[str(r["trial"]), *(r["values"].get(n, "-") for n in names), runs.shown(r["value"], ".6f"),
-             runs.shown(r["seconds"], ".1f"), r["state"] + (f": {r['error']}" if r["error"] else "")] for r in rows]
+    body = [
+        [
+            str(r["trial"]),
+            *(r["values"].get(n, "-") for n in names),
+            runs.shown(r["value"], ".6f"),
+            runs.shown(r["seconds"], ".1f"),
+            r["state"] + (f": {r['error']}" if r["error"] else ""),
+        ]
+        for r in rows
+    ]
     print(runs.table([head, *body]))
     done = [r for r in rows if r["state"] == "complete"]
     names = [n for n in names if n != "SEED"]
     groups: dict[tuple, list[float]] = {}
     for r in done:
         groups.setdefault(tuple(r["values"][n] for n in names), []).append(r["value"])
-    means = sorted(((*runs.mean_and_deviation(values), len(values), key) for key, values in groups.items()),
-                   key=lambda m: m[0])
+    means = sorted(
+        ((*runs.mean_and_deviation(values), len(values), key) for key, values in groups.items()), key=lambda m: m[0]
+    )
     if names and any(count > 1 for *_, count, _ in means):
         body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
         print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
@@ -451,16 +486,25 @@ def parse(arguments: list[str]):
     add("--name", help="of the study (default: from variables, values and command)")
     add("--folder", type=Path, metavar="DIR", help="default: logs/sweeps/NAME")
     add("--storage", metavar="URL", help="Optuna's database (default: SQLite in the folder)")
-    add("--objective", default="val_bpb", metavar="NAME", help="a figure of summary.json, the less the better; of "
-        "other scripts' output val_bpb or val_loss (default: val_bpb)")
-    add("--prune", choices=("train_loss", "val_loss", "val_bpb"), help="stop a run early where this figure of its "
-        "metrics.jsonl is worse than the median of the others at that step")
+    add(
+        "--objective",
+        default="val_bpb",
+        metavar="NAME",
+        help="a figure of summary.json, the less the better; of "
+        "other scripts' output val_bpb or val_loss (default: val_bpb)",
+    )
+    add(
+        "--prune",
+        choices=("train_loss", "val_loss", "val_bpb"),
+        help="stop a run early where this figure of its "
+        "metrics.jsonl is worse than the median of the others at that step",
+    )
     add("--prune-startup", type=number_type(int, 1), default=4, metavar="N", help="after N whole runs (default: 4)")
     add("--prune-after", type=number_type(int, 0), default=0, metavar="STEP", help="from this step on (default: 0)")
     add("--sampler-seed", type=number_type(int, 0, 2**32 - 1), metavar="S", help="of random and tpe")
     add("--retry-failed", action="store_true", help="run what failed again")
     options = parser.parse_intermixed_args(arguments[:place])
-    options.argv = arguments[place + 1:]
+    options.argv = arguments[place + 1 :]
     if not options.argv:
         raise UserError("-- COMMAND: is needed after the variables, as in: -- python train_gpt.py")
     return completed(options)

@@ -804,25 +804,25 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     return config, explicit, remarks + misspelt(environment)
 
 
-def resolved(c: Config, cuda: bool) -> Config:
+def resolved(config: Config, cuda: bool) -> Config:
     """Puts what `auto` means on this machine in its place. Errors: ConfigError for what this machine cannot do."""
-    device = c.device if c.device != "auto" else "cuda" if cuda else "cpu"
+    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
     if device == "cuda" and not cuda:
-        raise ConfigError("DEVICE", c.device, "no CUDA device is visible; cpu or auto are possible")
+        raise ConfigError("DEVICE", config.device, "no CUDA device is visible; cpu or auto are possible")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
     automatic = {
         "compute_dtype": "bfloat16" if native else "float32",
         "compile": "01"[device == "cuda"],
         "triton_kernels": "01"[device == "cuda" and triton is not None],
     }
-    if c.compile == "1" and device == "cpu" and not cpu_compiler():
+    if config.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
-    if c.triton_kernels == "1" and (device == "cpu" or triton is None):
+    if config.triton_kernels == "1" and (device == "cpu" or triton is None):
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
-    values = {name: value for name, value in automatic.items() if getattr(c, name) == "auto"}
-    if c.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
-        values["yarn_max_len"] = max(c.yarn_max_len, c.longest_context)
-    return dataclasses.replace(c, device=device, **values)
+    values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
+    if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
+        values["yarn_max_len"] = max(config.yarn_max_len, config.longest_context)
+    return dataclasses.replace(config, device=device, **values)
 
 
 def cpu_compiler() -> bool:
@@ -854,92 +854,102 @@ def misspelt(environment: dict[str, str]) -> list[str]:
     return warnings
 
 
-def check_config(c: Config) -> None:
+def check_config(config: Config) -> None:
     """Checks across fields. Errors: ConfigError."""
 
     def require(holds: bool, name: str, allowed: str) -> None:
         if not holds:
-            raise ConfigError(name.upper(), getattr(c, name), allowed)
+            raise ConfigError(name.upper(), getattr(config, name), allowed)
 
-    require(c.model_dim % c.num_heads == 0, "num_heads", f"must divide MODEL_DIM={c.model_dim}")
-    require(c.head_dim % 2 == 0, "num_heads", f"MODEL_DIM/NUM_HEADS={c.head_dim} must be even for rotary embedding")
-    require(c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={c.num_heads}")
+    require(config.model_dim % config.num_heads == 0, "num_heads", f"must divide MODEL_DIM={config.model_dim}")
     require(
-        c.rotary_dims % 2 == 0 and c.rotary_dims <= c.head_dim,
-        "rope_dims",
-        f"must be even and at most the head width {c.head_dim}",
+        config.head_dim % 2 == 0,
+        "num_heads",
+        f"MODEL_DIM/NUM_HEADS={config.head_dim} must be even for rotary embedding",
     )
-    require(c.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={c.model_dim}")
-    require(c.xsa_last_n <= c.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={c.num_layers}")
-    require(c.gate_window <= c.model_dim, "gate_window", f"must be at most MODEL_DIM={c.model_dim}")
-    gates = [g for g in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(c, g)]
+    require(config.num_heads % config.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={config.num_heads}")
+    require(
+        config.rotary_dims % 2 == 0 and config.rotary_dims <= config.head_dim,
+        "rope_dims",
+        f"must be even and at most the head width {config.head_dim}",
+    )
+    require(config.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={config.model_dim}")
+    require(config.xsa_last_n <= config.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}")
+    require(config.gate_window <= config.model_dim, "gate_window", f"must be at most MODEL_DIM={config.model_dim}")
+    gates = [
+        g for g in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(config, g)
+    ]
     if len(gates) > 1:
         require(False, gates[1], f"only one head gate can be on, and {gates[0].upper()} is")
-    if c.loops:
-        require(c.loop_end < c.num_layers, "loop_end", f"must be below NUM_LAYERS={c.num_layers}")
-        require(c.loop_start <= c.loop_end, "loop_start", f"must be at most LOOP_END={c.loop_end}")
-    if c.lanes:
-        orders = [execution_order(c, looped) for looped in (False, True)]
+    if config.loops:
+        require(config.loop_end < config.num_layers, "loop_end", f"must be below NUM_LAYERS={config.num_layers}")
+        require(config.loop_start <= config.loop_end, "loop_start", f"must be at most LOOP_END={config.loop_end}")
+    if config.lanes:
+        orders = [execution_order(config, looped) for looped in (False, True)]
         first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
-        allowed = f"must be -1, or from {first} to {c.num_layers - 1}: lanes start in the second half, after the loop"
-        start = max(first, c.loop_end + 1 if c.loops else 0)
+        allowed = (
+            f"must be -1, or from {first} to {config.num_layers - 1}: lanes start in the second half, after the loop"
+        )
+        start = max(first, config.loop_end + 1 if config.loops else 0)
         require(
-            start <= c.parallel_start_layer < c.num_layers,
+            start <= config.parallel_start_layer < config.num_layers,
             "parallel_start_layer",
             allowed.replace(f"from {first}", f"from {start}"),
         )
     require(
-        c.mode == "eval" or c.train_batch_tokens % c.train_seq_len == 0,
+        config.mode == "eval" or config.train_batch_tokens % config.train_seq_len == 0,
         "train_batch_tokens",
-        f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+        f"must be a multiple of TRAIN_SEQ_LEN={config.train_seq_len}",
     )
-    require(c.eval_stride <= c.eval_context, "eval_stride", f"must be at most the context, {c.eval_context}")
     require(
-        not (c.rvq_enabled and c.target_bytes),
+        config.eval_stride <= config.eval_context, "eval_stride", f"must be at most the context, {config.eval_context}"
+    )
+    require(
+        not (config.rvq_enabled and config.target_bytes),
         "rvq_enabled",
         "must be 0 with TARGET_BYTES: the steps take all of them, and leave none for a second rounding",
     )
-    require(c.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
+    require(config.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
     require(
-        c.bigram_vocab_size != 1,
+        config.bigram_vocab_size != 1,
         "bigram_vocab_size",
         "must be 0 or at least 2: a document's first token has a bucket of its own",
     )
-    if c.ve_dim:
-        found = {layer for layer in c.value_layers if layer < c.num_layers}
+    if config.ve_dim:
+        found = {layer for layer in config.value_layers if layer < config.num_layers}
         require(
-            len(found) == c.ve_layers.count(",") + 1,
+            len(found) == config.ve_layers.count(",") + 1,
             "ve_layers",
-            f"must be different layers below NUM_LAYERS={c.num_layers} with commas between, such as 0,1",
+            f"must be different layers below NUM_LAYERS={config.num_layers} with commas between, such as 0,1",
         )
     require(
-        len(c.depth_cuts) < c.num_layers,
+        len(config.depth_cuts) < config.num_layers,
         "progressive_depth_schedule",
-        f"must be fewer numbers than NUM_LAYERS={c.num_layers}",
+        f"must be fewer numbers than NUM_LAYERS={config.num_layers}",
     )
-    require(c.weight_average != "ema" or c.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
-    require(c.weight_average != "swa" or c.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
+    require(config.weight_average != "ema" or config.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
+    require(config.weight_average != "swa" or config.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
     for name in ("column_steps", "awq_groups", "target_bytes"):
         require(
-            c.quantizer != "gptq_lite" or not getattr(c, name),
+            config.quantizer != "gptq_lite" or not getattr(config, name),
             name,
             "must be 0 with QUANTIZER=gptq_lite, which knows one grid per row",
         )
     for name in ("attn_bits", "mlp_bits"):
-        require(getattr(c, name) != 1, name, "must be 0 or from 2 to 8")
+        require(getattr(config, name) != 1, name, "must be 0 or from 2 to 8")
     require(
-        c.gptq_reserve_seconds < c.max_wallclock_seconds or c.max_wallclock_seconds == 0,
+        config.gptq_reserve_seconds < config.max_wallclock_seconds or config.max_wallclock_seconds == 0,
         "gptq_reserve_seconds",
-        f"must be below MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}",
+        f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
     )
 
 
-def execution_order(c: Config, looped: bool) -> list[int]:
+def execution_order(config: Config, looped: bool) -> list[int]:
     """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped."""
-    if not (looped and c.loops):
-        return list(range(c.num_layers))
-    loop = list(range(c.loop_start, c.loop_end + 1))
-    return [*range(c.loop_start), *loop * (c.num_loops + 1), *range(c.loop_end + 1, c.num_layers)]
+    if not (looped and config.loops):
+        return list(range(config.num_layers))
+    loop = list(range(config.loop_start, config.loop_end + 1))
+    return [*range(config.loop_start), *loop * (config.num_loops + 1), *range(config.loop_end + 1, config.num_layers)]
 
 
 class BatchLayout(NamedTuple):
@@ -951,19 +961,21 @@ class BatchLayout(NamedTuple):
     micro_rows: int
 
 
-def batch_layout(c: Config, world: int) -> BatchLayout:
+def batch_layout(config: Config, world: int) -> BatchLayout:
     """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's rows. Errors: ConfigError."""
-    rows = c.train_batch_tokens // c.train_seq_len
+    rows = config.train_batch_tokens // config.train_seq_len
     if rows % world:
         raise ConfigError(
             "TRAIN_BATCH_TOKENS",
-            c.train_batch_tokens,
-            f"is {rows} rows of TRAIN_SEQ_LEN={c.train_seq_len}, which {world} ranks do not divide; "
-            f"a multiple of {world * c.train_seq_len} is needed",
+            config.train_batch_tokens,
+            f"is {rows} rows of TRAIN_SEQ_LEN={config.train_seq_len}, which {world} ranks do not divide; "
+            f"a multiple of {world * config.train_seq_len} is needed",
         )
     local = rows // world
     micro_rows = max(
-        n for n in range(1, local + 1) if local % n == 0 and (n == 1 or n * c.train_seq_len <= c.micro_batch_tokens)
+        n
+        for n in range(1, local + 1)
+        if local % n == 0 and (n == 1 or n * config.train_seq_len <= config.micro_batch_tokens)
     )
     return BatchLayout(rows, world, local // micro_rows, micro_rows)
 
@@ -1132,27 +1144,27 @@ def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def start_run(c: Config, environment: dict[str, str]) -> Run:
+def start_run(config: Config, environment: dict[str, str]) -> Run:
     """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
     rank, world, local, local_world = (
         rank_variable(environment, name, default)
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    cuda = c.device == "cuda"
+    cuda = config.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError(
             "DEVICE",
-            c.device,
+            config.device,
             f"{local_world} ranks here need as many CUDA devices, and {torch.cuda.device_count()} are visible",
         )
-    if c.mode != "eval":
-        batch_layout(c, world)  # refuses a world that does not divide the batch before anything starts
+    if config.mode != "eval":
+        batch_layout(config, world)  # refuses a world that does not divide the batch before anything starts
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        torch.set_num_threads(c.cpu_threads or max(1, available_cores() // local_world))
+        torch.set_num_threads(config.cpu_threads or max(1, available_cores() // local_world))
     run = Run(rank, world, local_world, device)
     if world > 1:
         if "MASTER_ADDR" not in environment:
@@ -1166,29 +1178,29 @@ def start_run(c: Config, environment: dict[str, str]) -> Run:
     return run
 
 
-def open_folder(run: Run, c: Config) -> None:
+def open_folder(run: Run, config: Config) -> None:
     """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = run.agree_object(c.run_id or f"{stamp}-{c.preset}-seed{c.seed}")
-    folder = Path(c.artifact_dir or Path("logs") / name)
-    problem = run.agree_object(folder_problem(folder, c) if run.main else None)
+    name = run.agree_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
+    folder = Path(config.artifact_dir or Path("logs") / name)
+    problem = run.agree_object(folder_problem(folder, config) if run.main else None)
     if problem:
         raise ConfigError(*problem)
-    run.folder, run.prefix = folder, "eval_" if c.mode == "eval" else ""
+    run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
     if run.main:
-        write_aside(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+        write_aside(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
-def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
+def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
     """Makes the folder; returns what is wrong with it, as ConfigError's arguments, or None."""
-    name = "ARTIFACT_DIR" if c.artifact_dir else "RUN_ID"
-    if c.mode == "eval":
-        if not (c.artifact_dir or c.run_id):
+    name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
+    if config.mode == "eval":
+        if not (config.artifact_dir or config.run_id):
             return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, to know which run's artifact to score"
         if not (folder / CONTAINER_FILE).is_file():
             return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
-    if "/" in c.run_id or c.run_id in (".", ".."):
-        return "RUN_ID", c.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
+    if "/" in config.run_id or config.run_id in (".", ".."):
+        return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = sorted(p.name for p in folder.iterdir())
@@ -1196,7 +1208,7 @@ def folder_problem(folder: Path, c: Config) -> tuple[str, str, str] | None:
             pass
     except OSError as error:
         return name, str(folder), f"must be a folder that can be written ({error.strerror})"
-    if c.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
+    if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
         return name, str(folder), "already holds a run, and nothing is written over; choose another name"
     return None
 
@@ -1252,16 +1264,16 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_name(f"{head}_bytes_{number}")
 
 
-def shard_paths(c: Config, split: str) -> list[Path]:
+def shard_paths(config: Config, split: str) -> list[Path]:
     """The shards of a split, in order. Errors: ConfigError where there are none."""
     pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
-    paths = sorted(Path(c.data_path).glob(pattern))
+    paths = sorted(Path(config.data_path).glob(pattern))
     if not paths:
         raise ConfigError(
             "DATA_PATH",
-            c.data_path,
+            config.data_path,
             f"holds no {pattern}; `python data/prepare.py builtin --out "
-            f"{c.data_path} --vocab-size {c.vocab_size}` makes such shards "
+            f"{config.data_path} --vocab-size {config.vocab_size}` makes such shards "
             "from built-in text",
         )
     return paths
@@ -1270,12 +1282,14 @@ def shard_paths(c: Config, split: str) -> list[Path]:
 class TokenStream:
     """All shards of a split as one sequence of tokens."""
 
-    def __init__(self, c: Config, split: str):
-        self.paths, self.vocab_size = shard_paths(c, split), c.vocab_size
+    def __init__(self, config: Config, split: str):
+        self.paths, self.vocab_size = shard_paths(config, split), config.vocab_size
         self.shards = [open_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         if len(self) < 2:
-            raise ConfigError("DATA_PATH", c.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed")
+            raise ConfigError(
+                "DATA_PATH", config.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed"
+            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -1367,24 +1381,29 @@ class TrainLoader:
     continues exactly, and ranks only share the rows out.
     """
 
-    def __init__(self, c: Config, run: Run):
-        self.stream, self.c, self.run, self.layout = TokenStream(c, "train"), c, run, batch_layout(c, run.world)
-        self.rows = (len(self.stream) - 1) // c.train_seq_len
+    def __init__(self, config: Config, run: Run):
+        self.stream, self.config, self.run, self.layout = (
+            TokenStream(config, "train"),
+            config,
+            run,
+            batch_layout(config, run.world),
+        )
+        self.rows = (len(self.stream) - 1) // config.train_seq_len
         if self.rows < 1:
             raise ConfigError(
                 "TRAIN_SEQ_LEN",
-                c.train_seq_len,
-                f"the training shards in DATA_PATH={c.data_path} hold only {len(self.stream)} tokens",
+                config.train_seq_len,
+                f"the training shards in DATA_PATH={config.data_path} hold only {len(self.stream)} tokens",
             )
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
         # A thread that pins memory does it for its own current device, which would be the first.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
-        self.ahead = ReadAhead(self.read, self.following, c.read_ahead, device)
+        self.ahead = ReadAhead(self.read, self.following, config.read_ahead, device)
         self.waited = 0.0  # seconds in which `batch` kept a step waiting
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """All rows in the order of an epoch."""
-        return np.random.default_rng([self.c.seed, epoch]).permutation(self.rows)
+        return np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
 
     def row_index(self, position: int) -> int:
         """The row that stands at a position of the endless sequence of epochs."""
@@ -1411,7 +1430,7 @@ class TrainLoader:
 
     def read(self, place: tuple[int, int]) -> Batch:
         """The same in this machine's memory, ready to be sent."""
-        length = self.c.train_seq_len
+        length = self.config.train_seq_len
         starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
         tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [R, T + 1]
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
@@ -1419,14 +1438,14 @@ class TrainLoader:
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
         """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
-        if not self.c.neftune_alpha:
+        if not self.config.neftune_alpha:
             return None
         generator, rows = torch.Generator(self.run.device), []
         for place in self.row_numbers(step, micro):
-            own = np.random.SeedSequence([self.c.seed, place]).generate_state(1, np.uint64)[0]
+            own = np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0]
             generator.manual_seed(int(own) >> 1)
             rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
-        return torch.stack(rows) * (self.c.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+        return torch.stack(rows) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
 def without_text(batch: Batch) -> Batch:
@@ -1671,8 +1690,8 @@ class Audit:
     the next: a pass costs a second or two for each billion tokens and core, and what is remembered can be outdated.
     """
 
-    def __init__(self, c: Config, run: Run):
-        self.c, self.run, self.manifest = c, run, Manifest(Path(c.data_path))
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run, self.manifest = config, run, Manifest(Path(config.data_path))
         self.findings: list[tuple[str, object, str]] = []  # a ConfigError's arguments
         self.rows: dict[str, Any] = dict(manifest=bool(self.manifest.splits))
 
@@ -1684,7 +1703,11 @@ class Audit:
         findings = list(dict.fromkeys(itertools.chain(*self.run.gather(self.findings))))
         if findings:
             name, value, problem = findings[0]
-            more = f" ({len(findings) - 1} more: make audit-data DATA={self.c.data_path})" if len(findings) > 1 else ""
+            more = (
+                f" ({len(findings) - 1} more: make audit-data DATA={self.config.data_path})"
+                if len(findings) > 1
+                else ""
+            )
             raise ConfigError(name, value, problem + more)
 
     def validation(self, stream: TokenStream) -> None:
@@ -1693,7 +1716,7 @@ class Audit:
             "val", stream, {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
         )
         files = [(path, self.manifest.promised_digest("val", path.name)) for path in map(sidecar_path, stream.paths)]
-        for path, promised in (*files, (self.c.tokenizer_file, self.manifest.tokenizer)):
+        for path, promised in (*files, (self.config.tokenizer_file, self.manifest.tokenizer)):
             if promised and path.is_file():
                 with open(path, "rb") as file:
                     self.check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), promised)
@@ -1703,9 +1726,9 @@ class Audit:
 
         The ranks of a machine share its shards out, so that every machine's files are read; threads share a rank's.
         """
-        c, run = self.c, self.run
-        index, windows = DocumentIndex(validation), WindowIndex(validation) if c.audit == "windows" else None
-        threads = c.cpu_threads or max(1, available_cores() // run.local_world)
+        config, run = self.config, self.run
+        index, windows = DocumentIndex(validation), WindowIndex(validation) if config.audit == "windows" else None
+        threads = config.cpu_threads or max(1, available_cores() // run.local_world)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
             scans = dict(
@@ -1725,17 +1748,17 @@ class Audit:
         copies = [numbers for scan in found.values() for numbers in scan.copies]
         shared = len({number for numbers in copies for number in numbers})
         self.rows |= dict(
-            shared_documents=shared, shared_copies=len(copies), allowed_shared_documents=c.allow_shared_documents
+            shared_documents=shared, shared_copies=len(copies), allowed_shared_documents=config.allow_shared_documents
         )
         if windows:
             self.rows |= dict(shared_windows=windows.share(run))
-        if shared > c.allow_shared_documents:
+        if shared > config.allow_shared_documents:
             self.findings.append(
                 (
                     "ALLOW_SHARED_DOCUMENTS",
-                    c.allow_shared_documents,
+                    config.allow_shared_documents,
                     f"{shared} of {len(index.bounds) - 1} validation "
-                    f"documents in DATA_PATH={c.data_path} are in its training shards too, which must not hold them; where "
+                    f"documents in DATA_PATH={config.data_path} are in its training shards too, which must not hold them; where "
                     "that is known of a published data set, this knob allows so many",
                 )
             )
@@ -1842,10 +1865,10 @@ class Score:
 class Vocabulary:
     """How many bytes of text each token stands for, from the SentencePiece model."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         import sentencepiece  # only scoring needs it
 
-        path = c.tokenizer_file
+        path = config.tokenizer_file
         if not path.is_file():
             raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
@@ -1853,11 +1876,13 @@ class Vocabulary:
         except (RuntimeError, OSError):
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if c.tokenizer_sha256 not in ("", self.digest):
-            raise ConfigError("TOKENIZER_SHA256", c.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}")
+        if config.tokenizer_sha256 not in ("", self.digest):
+            raise ConfigError(
+                "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
+            )
         size = self.model.vocab_size()
-        if size != c.vocab_size:
-            raise ConfigError("VOCAB_SIZE", c.vocab_size, f"the tokenizer {path} has {size} tokens")
+        if size != config.vocab_size:
+            raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {size} tokens")
         if self.model.bos_id() != BOS_ID:
             raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
         m, ids = self.model, range(size)
@@ -1877,25 +1902,25 @@ class Vocabulary:
         return self.width[targets] + (self.marked[targets] & ~self.special[previous])
 
 
-def read_sidecar(c: Config, stream: TokenStream) -> np.ndarray | None:
+def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
     """Bytes of the original text that each token of the stream stands for, or None where the text was not transformed.
 
     Errors: ConfigError for a sidecar that is missing, of another length, or there although CASEOPS_ENABLED=0: by the
     tokenizer's table, case operators would count as text.
     """
     there = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
-    if c.caseops_enabled == "0" and there:
+    if config.caseops_enabled == "0" and there:
         raise ConfigError(
             "CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 count by it"
         )
-    if c.caseops_enabled == "0" or not there and c.caseops_enabled == "auto":
+    if config.caseops_enabled == "0" or not there and config.caseops_enabled == "auto":
         return None
     counts = []
     for shard, path, tokens in zip(stream.paths, map(sidecar_path, stream.paths), stream.shards):
         if not path.is_file():
             raise ConfigError(
                 "CASEOPS_ENABLED",
-                c.caseops_enabled,
+                config.caseops_enabled,
                 f"{path} is missing; `data/prepare.py --caseops` makes shards with their byte counts",
             )
         counts.append(open_shard(path))
@@ -2229,16 +2254,16 @@ def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]
     return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.bounds, kernel=kernel)
 
 
-def choose_attention(c: Config) -> tuple[str, str]:
+def choose_attention(config: Config) -> tuple[str, str]:
     """The backend to use and why: FlashAttention 3, 2, torch's own varlen attention, SDPA, whichever is first here.
 
     Errors: ConfigError where the one that is asked for cannot run.
     """
-    wanted, reasons = c.attention, []
+    wanted, reasons = config.attention, []
     for name in ("fa3", "fa2", "varlen"):
         if wanted not in ("auto", name):
             continue
-        if c.device == "cpu" or c.compute_dtype != "bfloat16":
+        if config.device == "cpu" or config.compute_dtype != "bfloat16":
             reasons.append(f"{name}: takes bfloat16 on CUDA only")
             continue
         try:
@@ -2250,7 +2275,7 @@ def choose_attention(c: Config) -> tuple[str, str]:
         raise ConfigError("ATTENTION", wanted, f"cannot run here ({reasons[0]}); auto takes what can")
     if wanted != "auto":
         return wanted, "asked for"
-    return ("blocked", "fastest on CPUs") if c.device == "cpu" else ("sdpa", "; ".join(reasons))
+    return ("blocked", "fastest on CPUs") if config.device == "cpu" else ("sdpa", "; ".join(reasons))
 
 
 # Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes that belong to the weights
@@ -2649,16 +2674,16 @@ class Visit(NamedTuple):
     lanes: bool  # run on the two-lane residual stream
 
 
-def visit_plan(c: Config, looped: bool) -> tuple[Visit, ...]:
+def visit_plan(config: Config, looped: bool) -> tuple[Visit, ...]:
     """The U-Net over the execution order: the first half pushes, the second pops, last in first out."""
-    order = execution_order(c, looped)
+    order = execution_order(config, looped)
     half = len(order) // 2
     return tuple(
         Visit(
             layer,
             place - half if half <= place < 2 * half else None,
             place < half,
-            c.lanes and layer >= c.parallel_start_layer,
+            config.lanes and layer >= config.parallel_start_layer,
         )
         for place, layer in enumerate(order)
     )
@@ -2698,36 +2723,38 @@ class Shared(NamedTuple):
 class Block(nn.Module):
     """A layer: its vectors, gates and seats. `attend` and `feed` serve one lane and two."""
 
-    def __init__(self, c: Config, layer: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.c, self.layer = c, layer
-        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # m0, m1
-        self.attention_scale = nn.Parameter(torch.ones(c.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
-        self.query_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
-        if c.sparse_attn_gate_enabled or c.attn_out_gate_enabled or c.gated_attn_enabled:
-            width = c.model_dim if c.gated_attn_enabled else c.gate_window
-            self.head_gate = nn.Parameter(torch.zeros(c.num_heads, width))
+        self.config, self.layer = config, layer
+        self.input_mix = nn.Parameter(
+            torch.stack([torch.ones(config.model_dim), torch.zeros(config.model_dim)])
+        )  # m0, m1
+        self.attention_scale = nn.Parameter(torch.ones(config.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
+        self.query_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        if config.sparse_attn_gate_enabled or config.attn_out_gate_enabled or config.gated_attn_enabled:
+            width = config.model_dim if config.gated_attn_enabled else config.gate_window
+            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, width))
         else:
             self.register_parameter("head_gate", None)
-        self.value_scale = nn.Parameter(torch.ones(1)) if layer in c.value_layers else None
+        self.value_scale = nn.Parameter(torch.ones(1)) if layer in config.value_layers else None
         # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
-        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1)) if c.lanes else None
+        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1)) if config.lanes else None
         self.q, self.k, self.v, self.out, self.up, self.down = (Projection() for _ in range(6))
-        self.fused = c.triton_kernels != "0"  # taps on the seats of up and down turn it off for their time
-        self.norm_scale = (layer + 1) ** -0.5 if c.ln_scale else 1.0
-        self.subtract_own_value = layer >= c.num_layers - c.xsa_last_n
+        self.fused = config.triton_kernels != "0"  # taps on the seats of up and down turn it off for their time
+        self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+        self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
 
     def attend(self, x: Tensor, w: Weights, shared: Shared, adapters: dict) -> Tensor:
         """Attention of the mixed input x [R, T, d] -> [R, T, d], before the output scale."""
-        c, (rows, length, _) = self.c, x.shape
+        config, (rows, length, _) = self.config, x.shape
         n = self.norm(x)
-        q = self.q(n, w.q, adapters.get("q")).view(rows, length, c.num_heads, c.head_dim)
-        k = self.k(n, w.k, adapters.get("k")).view(rows, length, c.num_kv_heads, c.head_dim)
+        q = self.q(n, w.q, adapters.get("q")).view(rows, length, config.num_heads, config.head_dim)
+        k = self.k(n, w.k, adapters.get("k")).view(rows, length, config.num_kv_heads, config.head_dim)
         v = self.v(n, w.v, adapters.get("v"))
         if self.value_scale is not None:
             v = v + self.value_scale.to(x.dtype) * shared.values
-        v = v.view(rows, length, c.num_kv_heads, c.head_dim)
+        v = v.view(rows, length, config.num_kv_heads, config.head_dim)
         q = rotate(rms_norm(q), shared.cos, shared.sin) * self.query_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), shared.cos, shared.sin)
         y = shared.attention(q, k, v)
@@ -2735,27 +2762,27 @@ class Block(nn.Module):
             y = exclude_own_value(y, v)
         if self.head_gate is not None:
             y = y * self.gate(n)[..., None]
-        y = self.out(y.reshape(rows, length, c.model_dim), w.out)
+        y = self.out(y.reshape(rows, length, config.model_dim), w.out)
         return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
 
     def norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.norm_scale if self.c.ln_scale else rms_norm(x)
+        return rms_norm(x) * self.norm_scale if self.config.ln_scale else rms_norm(x)
 
     def gate(self, n: Tensor) -> Tensor:
         """Head gates [R, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
-        c = self.c
+        config = self.config
         g = F.linear(n[..., : self.head_gate.size(1)], self.head_gate.to(n.dtype))
-        if c.sparse_attn_gate_enabled:
-            return torch.sigmoid(c.sparse_attn_gate_scale * g)
-        return 2 * torch.sigmoid(g) if c.attn_out_gate_enabled else torch.sigmoid(g)
+        if config.sparse_attn_gate_enabled:
+            return torch.sigmoid(config.sparse_attn_gate_scale * g)
+        return 2 * torch.sigmoid(g) if config.attn_out_gate_enabled else torch.sigmoid(g)
 
     def feed(self, x: Tensor, w: Weights, adapters: dict) -> Tensor:
         """MLP of x [R, T, d] -> [R, T, d], before the output scale."""
         n = self.norm(x)
         if self.fused and triton_takes(n):
-            y = mlp_triton(n, w.up, w.down, self.c.leaky_relu_slope)
+            y = mlp_triton(n, w.up, w.down, self.config.leaky_relu_slope)
         else:
-            y = self.down(leaky_relu_squared(self.up(n, w.up), self.c.leaky_relu_slope), w.down)
+            y = self.down(leaky_relu_squared(self.up(n, w.up), self.config.leaky_relu_slope), w.down)
         return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
 
 
@@ -2775,10 +2802,10 @@ class SmearGate(nn.Module):
     it look across borders).
     """
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.channel = c.smear_gate_type == "channel"
-        self.weight = nn.Parameter(torch.zeros(c.model_dim if self.channel else c.gate_window))
+        self.channel = config.smear_gate_type == "channel"
+        self.weight = nn.Parameter(torch.zeros(config.model_dim if self.channel else config.gate_window))
         self.scale = None if self.channel else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
@@ -2812,16 +2839,16 @@ def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
     return torch.where(follows(starts), hashed, buckets - 1)
 
 
-def rotary_tables(c: Config, length: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, [length, rotary/2] each, float64.
 
     YaRN (arXiv 2309.00071): wavelengths are stretched by the ratio of the contexts, the long ones wholly, the short
     ones not at all, with a ramp between. It acts only where that ratio is above 1.
     """
-    share = torch.arange(0, c.rotary_dims, 2, dtype=torch.float64) / c.rotary_dims
-    frequencies = c.rope_base**-share
-    stretch = max(c.yarn_max_len, c.longest_context) / c.train_seq_len
-    if c.yarn and stretch > 1:
+    share = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / config.rotary_dims
+    frequencies = config.rope_base**-share
+    stretch = max(config.yarn_max_len, config.longest_context) / config.train_seq_len
+    if config.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return angles.cos(), angles.sin()
@@ -2833,44 +2860,44 @@ class GPT(nn.Module):
     In a visit plan's sequential part `lane` merely follows `x`, so it is right where the two-lane part begins.
     """
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.c = c
-        self.attention = attention_backend(choose_attention(c)[0])
-        self.plans = {looped: visit_plan(c, looped) for looped in (False, True)}
-        layers, d = c.num_layers, c.model_dim
+        self.config = config
+        self.attention = attention_backend(choose_attention(config)[0])
+        self.plans = {looped: visit_plan(config, looped) for looped in (False, True)}
+        layers, d = config.num_layers, config.model_dim
         # Layers that learn. torch.compile guards on a number; before 2.13 not on a parameter's requires_grad.
         self.learning = layers
-        self.embedding = nn.Parameter(torch.empty(c.vocab_size, d))
-        self.head = None if c.tie_embeddings else nn.Parameter(torch.empty(c.vocab_size, d))
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, d))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))  # q of all layers, then out
-        self.kv_bank = nn.Parameter(torch.empty(2 * layers, c.kv_dim, d))  # k of all layers, then v
-        self.up_bank = nn.Parameter(torch.empty(layers, c.hidden_dim, d))
-        self.down_bank = nn.Parameter(torch.empty(layers, d, c.hidden_dim))
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(layers))
-        self.smear = SmearGate(c) if c.smear_gate_enabled else None
-        self.bigram = Table(c.bigram_vocab_size, c.bigram_dim, d, 0.05) if c.bigram_vocab_size else None
-        self.values = Table(c.vocab_size, c.ve_dim, c.kv_dim, 0.1) if c.ve_dim else None
+        self.kv_bank = nn.Parameter(torch.empty(2 * layers, config.kv_dim, d))  # k of all layers, then v
+        self.up_bank = nn.Parameter(torch.empty(layers, config.hidden_dim, d))
+        self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
+        self.smear = SmearGate(config) if config.smear_gate_enabled else None
+        self.bigram = Table(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
+        self.values = Table(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
         skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
-        self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if c.skip_gates_enabled else None
+        self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None
         self.logits = Projection()
-        length = max(c.train_seq_len, c.longest_context)
-        for name, table in zip(("cos", "sin"), rotary_tables(c, length)):
+        length = max(config.train_seq_len, config.longest_context)
+        for name, table in zip(("cos", "sin"), rotary_tables(config, length)):
             self.register_buffer(name, table, persistent=False)
-        self.to(c.master_dtype)
+        self.to(config.master_dtype)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Initial weights, from SEED alone: orthogonal inputs of the layers, zero outputs, a small embedding."""
-        c, generator = self.c, torch.Generator().manual_seed(self.c.seed)
-        self.embedding.normal_(std=c.tied_embed_init_std if c.tie_embeddings else 1.0, generator=generator)
+        config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
+        self.embedding.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
         if self.head is not None:
             self.head.zero_()
         for bank, zero_from in (
-            (self.qo_bank, c.num_layers),
-            (self.kv_bank, 2 * c.num_layers),
-            (self.up_bank, c.num_layers),
+            (self.qo_bank, config.num_layers),
+            (self.kv_bank, 2 * config.num_layers),
+            (self.up_bank, config.num_layers),
             (self.down_bank, 0),
         ):
             bank.zero_()
@@ -2891,10 +2918,10 @@ class GPT(nn.Module):
 
     def layer_weights(self, dtype: torch.dtype, rounded: bool) -> list[Weights]:
         """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
-        c, n = self.c, self.c.num_layers
+        config, n = self.config, self.config.num_layers
         banks = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
         if rounded:
-            grids = (c.attn_grid, c.attn_grid, c.mlp_grid, c.mlp_grid)
+            grids = (config.attn_grid, config.attn_grid, config.mlp_grid, config.mlp_grid)
             banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
         weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
@@ -2912,9 +2939,9 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, documents: Documents, noise: Tensor | None) -> Tensor:
         """Embeddings of tokens and pairs in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
-        c, x = self.c, F.embedding(ids, self.embedding).to(self.c.dtype)
+        config, x = self.config, F.embedding(ids, self.embedding).to(self.config.dtype)
         if self.bigram is not None:
-            x = x + self.bigram(bigram_buckets(ids, documents.starts, c.bigram_vocab_size), x.dtype)
+            x = x + self.bigram(bigram_buckets(ids, documents.starts, config.bigram_vocab_size), x.dtype)
         if noise is not None:
             x = x + noise.to(x.dtype)
         if self.smear is None:
@@ -2983,18 +3010,18 @@ class GPT(nn.Module):
         wide = torch.promote_types(logits.dtype, torch.float32)
         if "head" in adapters[-1]:  # next to a bfloat16 logit a small contribution would round away
             logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
-        c, cap = self.c, self.c.logit_softcap
-        if tempered and c.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
-            logits, cap = logits.to(wide) / c.temperature, cap / c.temperature
+        config, cap = self.config, self.config.logit_softcap
+        if tempered and config.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
+            logits, cap = logits.to(wide) / config.temperature, cap / config.temperature
         return softcapped_cross_entropy(
-            logits, targets, cap, c.softcap_type, c.fused_ce_enabled, c.triton_kernels != "0"
+            logits, targets, cap, config.softcap_type, config.fused_ce_enabled, config.triton_kernels != "0"
         )
 
 
-def parameter_count(c: Config) -> int:
+def parameter_count(config: Config) -> int:
     """Learned numbers of the model, without allocating them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(c).parameters())
+        return sum(p.numel() for p in GPT(config).parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3010,25 +3037,25 @@ class Adapters:
     depend on the size of gradients, so steps s times as large, with an epsilon of 1/s, are the same.
     """
 
-    def __init__(self, c: Config, visits: int, device: torch.device):
-        d, rank, rows = c.model_dim, c.ttt_lora_rank, c.ttt_batch_size
+    def __init__(self, config: Config, visits: int, device: torch.device):
+        d, rank, rows = config.model_dim, config.ttt_lora_rank, config.ttt_batch_size
         wanted = dict(
-            q=(c.ttt_q_lora, d),
-            k=(c.ttt_k_lora, c.kv_dim),
-            v=(c.ttt_v_lora, c.kv_dim),
-            attention=(c.ttt_o_lora, d),
-            mlp=(c.ttt_mlp_lora, d),
+            q=(config.ttt_q_lora, d),
+            k=(config.ttt_k_lora, config.kv_dim),
+            v=(config.ttt_v_lora, config.kv_dim),
+            attention=(config.ttt_o_lora, d),
+            mlp=(config.ttt_mlp_lora, d),
         )
-        widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, c.vocab_size)}
-        self.c, self.visits, self.scale, self.device = c, visits, c.ttt_lora_alpha / rank, device
+        widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, config.vocab_size)}
+        self.config, self.visits, self.scale, self.device = config, visits, config.ttt_lora_alpha / rank, device
         self.shapes = {key: (rows, n, rank, d) for key, (n, _) in widths.items()}
         self.kept: dict[int, dict[str, Tensor]] = {}  # each stream's A
         self.b = {key: torch.empty(rows, n, width, rank, device=device) for key, (n, width) in widths.items()}
 
     def start(self, stream: int, seed: int) -> None:
         """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
-        if stream not in self.kept or not self.c.ttt_warm_start_a:
-            generator, bound = torch.Generator(self.device).manual_seed(seed), self.c.model_dim**-0.5
+        if stream not in self.kept or not self.config.ttt_warm_start_a:
+            generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
             self.kept[stream] = {
                 key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
                 for key, shape in self.shapes.items()
@@ -3064,7 +3091,7 @@ class Adapters:
     @torch.no_grad()
     def step(self, rows: int, gradients: list[Tensor]) -> None:
         """AdamW of the first rows: betas (0, TTT_BETA2), eps 1e-10, decoupled decay."""
-        c, parameters = self.c, self.parameters(rows)
+        config, parameters = self.config, self.parameters(rows)
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
             state = {name: [s[:rows] for s in tensors[side]] for name, tensors in self.state.items()}
             adamw(
@@ -3076,9 +3103,9 @@ class Adapters:
                 fused=True,
                 amsgrad=False,
                 beta1=0.0,
-                beta2=c.ttt_beta2,
-                lr=c.ttt_lora_lr * scale,
-                weight_decay=c.ttt_weight_decay / scale,
+                beta2=config.ttt_beta2,
+                lr=config.ttt_lora_lr * scale,
+                weight_decay=config.ttt_weight_decay / scale,
                 eps=1e-10 / scale,
                 maximize=False,
             )
@@ -3113,12 +3140,12 @@ class Group(NamedTuple):
     weight_decay: float
 
 
-def parameter_groups(model: GPT, c: Config) -> list[Group]:
+def parameter_groups(model: GPT, config: Config) -> list[Group]:
     """The table of groups. Every parameter is in exactly one: asserted."""
     banks = [getattr(model, name) for name in BANKS]
-    tables = [("embedding", [model.embedding], c.tied_embed_lr if c.tie_embeddings else c.embed_lr)]
+    tables = [("embedding", [model.embedding], config.tied_embed_lr if config.tie_embeddings else config.embed_lr)]
     if model.head is not None:
-        tables.append(("head", [model.head], c.head_lr))
+        tables.append(("head", [model.head], config.head_lr))
     # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
     tables.extend(
         (name, [part.table], tables[0][2])
@@ -3128,9 +3155,9 @@ def parameter_groups(model: GPT, c: Config) -> list[Group]:
     taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        Group("banks", banks, True, c.matrix_lr, c.muon_wd),
-        *(Group(name, ps, False, lr, c.embed_wd) for name, ps, lr in tables),
-        Group("scalars", rest, False, c.scalar_lr, c.adam_wd),
+        Group("banks", banks, True, config.matrix_lr, config.muon_wd),
+        *(Group(name, ps, False, lr, config.embed_wd) for name, ps, lr in tables),
+        Group("scalars", rest, False, config.scalar_lr, config.adam_wd),
     ]
     covered = [id(p) for g in groups for p in g.parameters]
     assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is in no group, or in two"
@@ -3160,9 +3187,9 @@ class Muon:
     While only some layers learn, the other matrices and their momentum rest, and cost nothing.
     """
 
-    def __init__(self, group: Group, c: Config, run: Run):
+    def __init__(self, group: Group, config: Config, run: Run):
         self.banks, self.lr, self.weight_decay = group.parameters, group.lr, group.weight_decay
-        self.c, self.run = c, run
+        self.config, self.run = config, run
         self.share = [-(-bank.size(0) // run.world) for bank in self.banks]
         self.momentum = [
             torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
@@ -3182,18 +3209,18 @@ class Muon:
 
     def direction(self, grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
         """Nesterov momentum, then orthogonalization, with the shape's step scale: [B, r, c] in the masters' type."""
-        c = self.c
+        config = self.config
         momentum.lerp_(grad, 1 - beta)
         update = grad.lerp(momentum, beta)
-        if c.muon_row_normalize:
+        if config.muon_row_normalize:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         rows, columns = update.shape[-2:]
-        update = orthogonalize(update, c.muon_backend_steps, c.muon_coefficients, c.dtype)
+        update = orthogonalize(update, config.muon_backend_steps, config.muon_coefficients, config.dtype)
         return update * max(1.0, rows / columns) ** 0.5
 
     def learning_rows(self, bank: Tensor, share: int, learning: int) -> tuple[Tensor, Tensor]:
         """Which matrices of a bank, and which of this rank's share of it, belong to the first `learning` layers."""
-        rows, first = [i for i in range(bank.size(0)) if i % self.c.num_layers < learning], self.run.rank * share
+        rows, first = [i for i in range(bank.size(0)) if i % self.config.num_layers < learning], self.run.rank * share
         mine = [i - first for i in rows if first <= i < first + share]
         return torch.tensor(rows, device=bank.device), torch.tensor(mine, dtype=torch.long, device=bank.device)
 
@@ -3206,7 +3233,7 @@ class Muon:
         lr, pending = self.lr * multiplier, []
         for grad, momentum, bank, share in zip(grads, self.momentum, self.banks, self.share):
             rows = None
-            if learning == self.c.num_layers:
+            if learning == self.config.num_layers:
                 update = self.direction(grad, momentum, beta)
             else:
                 rows, mine = self.learning_rows(bank, share, learning)
@@ -3234,17 +3261,19 @@ class Muon:
 class Optimizers:
     """Both optimizers behind one `step`: reduces the gradients over the ranks, clips their norm, updates."""
 
-    def __init__(self, model: GPT, c: Config, run: Run):
-        groups = parameter_groups(model, c)
-        self.c, self.run, self.model = c, run, model
-        self.muon = Muon(next(g for g in groups if g.muon), c, run)
+    def __init__(self, model: GPT, config: Config, run: Run):
+        groups = parameter_groups(model, config)
+        self.config, self.run, self.model = config, run, model
+        self.muon = Muon(next(g for g in groups if g.muon), config, run)
         self.adam_groups = [g for g in groups if not g.muon]
         self.adam = self.new_adam()
 
     def new_adam(self) -> torch.optim.AdamW:
-        c = self.c
+        config = self.config
         rows = [dict(params=g.parameters, lr=g.lr, weight_decay=g.weight_decay) for g in self.adam_groups]
-        return torch.optim.AdamW(rows, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=self.run.device.type == "cuda")
+        return torch.optim.AdamW(
+            rows, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=self.run.device.type == "cuda"
+        )
 
     def reset(self) -> None:
         """Forgets everything: as after construction."""
@@ -3287,12 +3316,12 @@ class Optimizers:
 
     def clip(self, shares: list[Tensor], rest: list[Tensor]) -> float:
         """Norm of the averaged gradient over all parameters; scales it down to GRAD_CLIP_NORM."""
-        if not self.c.grad_clip_norm:
+        if not self.config.grad_clip_norm:
             return math.nan
         squares = sum(s.square().sum() for s in shares)
         self.run.add_up(squares)
         norm = (squares + sum(g.square().sum() for g in rest)).sqrt()
-        scale = (self.c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensor in (*shares, *rest):
             tensor.mul_(scale.to(tensor.dtype))
         return norm.item()
@@ -3310,32 +3339,32 @@ class Progress(NamedTuple):
     seconds: float
 
 
-def fraction_done(p: Progress, c: Config) -> float:
+def fraction_done(p: Progress, config: Config) -> float:
     """Share of the training that is over, in 0..1: of the time limit, or of the steps, whichever is further."""
-    return min(1.0, max(p.step / c.iterations, p.seconds / c.train_seconds))
+    return min(1.0, max(p.step / config.iterations, p.seconds / config.train_seconds))
 
 
-def lr_multiplier(p: Progress, c: Config) -> float:
+def lr_multiplier(p: Progress, config: Config) -> float:
     """1, then linear to 0 over the warmdown, not below MIN_LR."""
-    left = 1.0 - fraction_done(p, c)
-    warmdown = c.warmdown_frac
-    if not warmdown and c.warmdown_iters:
+    left = 1.0 - fraction_done(p, config)
+    warmdown = config.warmdown_frac
+    if not warmdown and config.warmdown_iters:
         # In steps: the share of the run that they take at the pace so far.
-        seconds = c.warmdown_iters * p.seconds / max(p.step, 1)
-        warmdown = min(1.0, max(c.warmdown_iters / c.iterations, seconds / c.train_seconds))
-    return max(c.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
+        seconds = config.warmdown_iters * p.seconds / max(p.step, 1)
+        warmdown = min(1.0, max(config.warmdown_iters / config.iterations, seconds / config.train_seconds))
+    return max(config.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
 
 
-def muon_beta(p: Progress, c: Config) -> float:
+def muon_beta(p: Progress, config: Config) -> float:
     """Muon's momentum, linear over its warmup."""
-    share = min(1.0, p.step / c.muon_momentum_warmup_steps) if c.muon_momentum_warmup_steps else 1.0
-    start = min(c.muon_momentum_warmup_start, c.muon_momentum)
-    return start + share * (c.muon_momentum - start)
+    share = min(1.0, p.step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    start = min(config.muon_momentum_warmup_start, config.muon_momentum)
+    return start + share * (config.muon_momentum - start)
 
 
-def loops_on(p: Progress, c: Config) -> bool:
+def loops_on(p: Progress, config: Config) -> bool:
     """Whether the depth recurrence runs already."""
-    return c.loops and fraction_done(p, c) >= c.enable_looping_at
+    return config.loops and fraction_done(p, config) >= config.enable_looping_at
 
 
 class Use(NamedTuple):
@@ -3346,39 +3375,39 @@ class Use(NamedTuple):
     rounded: bool  # late QAT
 
 
-def layers_learning(p: Progress, c: Config) -> int:
+def layers_learning(p: Progress, config: Config) -> int:
     """Progressive depth (PR #1325): n fractions make n + 1 stages, in each of which as many layers more learn."""
-    stage = sum(fraction_done(p, c) >= cut for cut in c.depth_cuts)
-    return c.num_layers * (stage + 1) // (len(c.depth_cuts) + 1)
+    stage = sum(fraction_done(p, config) >= cut for cut in config.depth_cuts)
+    return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
 
-def use_at(p: Progress, c: Config) -> Use:
+def use_at(p: Progress, config: Config) -> Use:
     """What the next step computes."""
-    return Use(loops_on(p, c), layers_learning(p, c), lr_multiplier(p, c) < c.late_qat_threshold)
+    return Use(loops_on(p, config), layers_learning(p, config), lr_multiplier(p, config) < config.late_qat_threshold)
 
 
-def all_uses(c: Config) -> list[Use]:
+def all_uses(config: Config) -> list[Use]:
     """Every use that a training can come to, in order, for the warmup to compile.
 
     A warmdown is no longer than the training, so the rate falls below a threshold in the last such share of it at the
     earliest. When exactly may depend on the pace: from there on both uses are counted.
     """
-    cuts = sorted({0.0, *c.depth_cuts, *((c.enable_looping_at,) if c.loops else ())} - {1.0})
-    falls = bool(c.warmdown_frac or c.warmdown_iters) and c.min_lr < c.late_qat_threshold
+    cuts = sorted({0.0, *config.depth_cuts, *((config.enable_looping_at,) if config.loops else ())} - {1.0})
+    falls = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
     uses = []
     for begin, end in zip(cuts, (*cuts[1:], 1.0)):
-        middle = Progress((begin + end) / 2 * c.iterations, 0.0)
-        for rounded in (False, True) if falls and end > 1 - c.late_qat_threshold else (False,):
-            uses.append(Use(loops_on(middle, c), layers_learning(middle, c), rounded))
+        middle = Progress((begin + end) / 2 * config.iterations, 0.0)
+        for rounded in (False, True) if falls and end > 1 - config.late_qat_threshold else (False,):
+            uses.append(Use(loops_on(middle, config), layers_learning(middle, config), rounded))
     return uses
 
 
-def ema_share(step: int, c: Config) -> float:
+def ema_share(step: int, config: Config) -> float:
     """Share of the new weights in the average; larger at first, so that a short run does not average its start in.
 
     The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
     """
-    return 1.0 - min(c.ema_decay, (1 + step) / (10 + step))
+    return 1.0 - min(config.ema_decay, (1 + step) / (10 + step))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3388,7 +3417,7 @@ def ema_share(step: int, c: Config) -> float:
 
 def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
     """The model's forward, compiled as one graph for each use where COMPILE says so."""
-    if model.c.compile != "1":
+    if model.config.compile != "1":
         return model
     torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together come near the usual 8
     return torch.compile(model, dynamic=dynamic, fullgraph=True)
@@ -3418,11 +3447,11 @@ class Trainer:
     """Weights, optimizers, averages and the position in the data: all that a training step changes."""
 
     def __init__(self, model: GPT, loader: TrainLoader):
-        c, run = loader.c, loader.run
-        self.model, self.loader, self.layout, self.c, self.run = model, loader, loader.layout, c, run
-        self.optimizers = Optimizers(model, c, run)
+        config, run = loader.config, loader.run
+        self.model, self.loader, self.layout, self.config, self.run = model, loader, loader.layout, config, run
+        self.optimizers = Optimizers(model, config, run)
         self.forward = compiled_forward(model)
-        ema, swa = c.averages
+        ema, swa = config.averages
         self.average = [p.clone() for p in self.parameters()] if ema else None
         self.late, self.late_count = [torch.zeros_like(p) for p in self.parameters()] if swa else None, 0
 
@@ -3435,38 +3464,42 @@ class Trainer:
 
         Returns this rank's sum of NLL over its targets, as a tensor (reading it would wait).
         """
-        c, nats = self.c, torch.zeros((), dtype=torch.float64, device=self.run.device)
-        self.model.rest(c.num_layers if learning is None else learning)
+        config, nats = self.config, torch.zeros((), dtype=torch.float64, device=self.run.device)
+        self.model.rest(config.num_layers if learning is None else learning)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
-            noise = self.loader.noise(p.step, micro, (c.train_seq_len, c.model_dim))
+            noise = self.loader.noise(p.step, micro, (config.train_seq_len, config.model_dim))
             nll, lse = self.forward(*batch, looped=looped, noise=noise, rounded=rounded)
-            loss = (nll * focal_weights(nll, c.focal_gamma)).sum() if c.focal_enabled else nll.sum()
-            if c.z_loss_weight:
-                loss = loss + c.z_loss_weight * lse.square().sum()
-            (loss / c.train_batch_tokens).backward()
+            loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
+            if config.z_loss_weight:
+                loss = loss + config.z_loss_weight * lse.square().sum()
+            (loss / config.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=torch.float64)
-        self.optimizers.step(muon_beta(p, c), lr_multiplier(p, c))
-        self.model.rest(c.num_layers)
+        self.optimizers.step(muon_beta(p, config), lr_multiplier(p, config))
+        self.model.rest(config.num_layers)
         self.add_to_averages(p)
         return nats
 
     def add_to_averages(self, p: Progress) -> None:
         """Takes the weights after a step into the averages: every step's into the EMA, late ones into the SWA."""
-        c = self.c
+        config = self.config
         if self.average is not None:
-            torch._foreach_lerp_(self.average, self.parameters(), ema_share(p.step, c))
-        if self.late is not None and (p.step + 1) % c.swa_every == 0 and lr_multiplier(p, c) < c.swa_start:
+            torch._foreach_lerp_(self.average, self.parameters(), ema_share(p.step, config))
+        if (
+            self.late is not None
+            and (p.step + 1) % config.swa_every == 0
+            and lr_multiplier(p, config) < config.swa_start
+        ):
             self.late_count += 1
             torch._foreach_lerp_(self.late, self.parameters(), 1 / self.late_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
         kept = [p.clone() for p in self.parameters()]
-        for step in range(self.c.warmup_steps):
-            for use in all_uses(self.c):
+        for step in range(self.config.warmup_steps):
+            for use in all_uses(self.config):
                 self.step(Progress(step, 0.0), *use)
-        if self.c.warmup_steps:
+        if self.config.warmup_steps:
             evaluate_once(self.forward)
         for tensors in (self.parameters(), self.average or []):
             copy_all(tensors, kept)
@@ -3485,64 +3518,66 @@ class Trainer:
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
     """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
-    c, run = trainer.c, trainer.run
-    progress, use, since = Progress(0, 0.0), Use(False, c.num_layers, False), time.perf_counter()
+    config, run = trainer.config, trainer.run
+    progress, use, since = Progress(0, 0.0), Use(False, config.num_layers, False), time.perf_counter()
     while True:
-        last = fraction_done(progress, c) >= 1.0
-        if c.val_loss_every and (last or progress.step % c.val_loss_every == 0):
+        last = fraction_done(progress, config) >= 1.0
+        if config.val_loss_every and (last or progress.step % config.val_loss_every == 0):
             run.synchronize()
-            log_validation(run, c, progress, validate())
+            log_validation(run, config, progress, validate())
             since = time.perf_counter()
         if last:
             return progress
-        before, use = use, use_at(progress, c)
-        log_use(run, c, progress, before, use)
+        before, use = use, use_at(progress, config)
+        log_use(run, config, progress, before, use)
         nats = trainer.step(progress, *use)
         now = time.perf_counter()
         progress = Progress(progress.step + 1, run.agree(progress.seconds + now - since))
         since = now
-        if c.train_log_every and (
-            progress.step % c.train_log_every == 0 or progress.step <= 3 or fraction_done(progress, c) >= 1.0
+        if config.train_log_every and (
+            progress.step % config.train_log_every == 0 or progress.step <= 3 or fraction_done(progress, config) >= 1.0
         ):
-            log_step(run, c, progress, nats)
+            log_step(run, config, progress, nats)
 
 
-def log_use(run: Run, c: Config, p: Progress, before: Use, use: Use) -> None:
+def log_use(run: Run, config: Config, p: Progress, before: Use, use: Use) -> None:
     """A line for each change of what steps compute."""
     if use.looped and not before.looped:
-        run.log(f"step:{p.step} looping on: layers {execution_order(c, True)}")
+        run.log(f"step:{p.step} looping on: layers {execution_order(config, True)}")
     if use.learning != before.learning:
-        run.log(f"step:{p.step} layers that learn: the first {use.learning} of {c.num_layers}")
+        run.log(f"step:{p.step} layers that learn: the first {use.learning} of {config.num_layers}")
     if use.rounded and not before.rounded:
-        run.log(f"step:{p.step} late QAT on: matrices are rounded to {c.attn_grid[0]} and {c.mlp_grid[0]} bits")
+        run.log(
+            f"step:{p.step} late QAT on: matrices are rounded to {config.attn_grid[0]} and {config.mlp_grid[0]} bits"
+        )
 
 
-def diverged(c: Config, what: str) -> ConfigError:
+def diverged(config: Config, what: str) -> ConfigError:
     """The error of a training that has run away."""
     return ConfigError(
-        "MATRIX_LR", c.matrix_lr, f"{what}; lower this rate, SCALAR_LR={c.scalar_lr:g} or the embedding's"
+        "MATRIX_LR", config.matrix_lr, f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
     )
 
 
-def log_step(run: Run, c: Config, p: Progress, nats: Tensor) -> None:
+def log_step(run: Run, config: Config, p: Progress, nats: Tensor) -> None:
     """The line of a training step, in the words that the field's scripts parse, and its metrics."""
     run.add_up(nats)
-    loss, share = nats.item() / c.train_batch_tokens, fraction_done(p, c)
+    loss, share = nats.item() / config.train_batch_tokens, fraction_done(p, config)
     if not math.isfinite(loss):
-        raise diverged(c, f"the training loss is {loss} at step {p.step}")
+        raise diverged(config, f"the training loss is {loss} at step {p.step}")
     ms, eta = 1000 * p.seconds, p.seconds / share * (1 - share) if share else 0.0
-    rate = p.step * c.train_batch_tokens / p.seconds
+    rate = p.step * config.train_batch_tokens / p.seconds
     run.log(
-        f"step:{p.step}/{c.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
-        f"lr_scale:{lr_multiplier(p, c):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s"
+        f"step:{p.step}/{config.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
+        f"lr_scale:{lr_multiplier(p, config):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s"
     )
     run.metric(
         step=p.step,
         train_loss=loss,
         train_seconds=p.seconds,
-        lr_scale=lr_multiplier(p, c),
-        momentum=muon_beta(p, c),
-        tokens=p.step * c.train_batch_tokens,
+        lr_scale=lr_multiplier(p, config),
+        momentum=muon_beta(p, config),
+        tokens=p.step * config.train_batch_tokens,
     )
 
 
@@ -3560,11 +3595,11 @@ def log_score(run: Run, stage: str, score: Score) -> None:
     run.metric(stage=stage, val_loss=score.loss, val_bpb=score.bpb)
 
 
-def log_validation(run: Run, c: Config, p: Progress, score: Score) -> None:
+def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
     ms = 1000 * p.seconds
     if not math.isfinite(score.nats):
-        raise diverged(c, f"the validation loss is {score.loss} at step {p.step}")
-    run.log(f"step:{p.step}/{c.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
+        raise diverged(config, f"the validation loss is {score.loss} at step {p.step}")
+    run.log(f"step:{p.step}/{config.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
     run.metric(step=p.step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=p.seconds)
 
 
@@ -3604,17 +3639,17 @@ AWQ_COLUMNS = 64  # columns that AWQ-lite treats alike
 SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
-def quantization_bits(name: str, elements: int, c: Config) -> tuple[int, float]:
+def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, float]:
     """(bits, clip sigmas) of a parameter by its role and size; 0 sigmas: the whole range of a row."""
     if name in ("qo_bank", "kv_bank"):
-        return c.attn_grid
+        return config.attn_grid
     if name in ("up_bank", "down_bank"):
-        return c.mlp_grid
+        return config.mlp_grid
     if name in ("embedding", "head"):
-        return c.embed_bits, c.embed_clip_sigmas
+        return config.embed_bits, config.embed_clip_sigmas
     if name.endswith((".table", ".projection")) and elements > SMALL_TENSOR:
-        return c.matrix_bits, c.matrix_clip_sigmas
-    return (8, 0.0) if name.endswith("head_gate") and c.gated_attn_quant_gate else (16, 0.0)
+        return config.matrix_bits, config.matrix_clip_sigmas
+    return (8, 0.0) if name.endswith("head_gate") and config.gated_attn_quant_gate else (16, 0.0)
 
 
 class HessianTaps:
@@ -3643,7 +3678,7 @@ class HessianTaps:
     def __exit__(self, *_) -> None:
         for handle in self.handles:
             handle.remove()
-        self.set_fused(self.model.c.triton_kernels != "0")
+        self.set_fused(self.model.config.triton_kernels != "0")
 
     def set_fused(self, fused: bool) -> None:
         """The fused MLP passes its seats by, so they are served only without it."""
@@ -3660,16 +3695,17 @@ class HessianTaps:
 @torch.no_grad()
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
-    c, run, model = trainer.c, trainer.run, trainer.model
+    config, run, model = trainer.config, trainer.run, trainer.model
     with HessianTaps(model) as taps:
-        for step in range(first_step, first_step + c.gptq_calibration_batches):
+        for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):
-                model(*trainer.loader.batch(step, micro), looped=c.loops)
+                model(*trainer.loader.batch(step, micro), looped=config.loops)
     run.add_up(*taps.sums.values())
-    tokens = c.gptq_calibration_batches * c.train_batch_tokens
+    tokens = config.gptq_calibration_batches * config.train_batch_tokens
     mean = {name: total / tokens for name, total in taps.sums.items()}
     stack = {
-        name: torch.stack([mean[f"{i}.{name}"] for i in range(c.num_layers)]) for name in ("q", "out", "up", "down")
+        name: torch.stack([mean[f"{i}.{name}"] for i in range(config.num_layers)])
+        for name in ("q", "out", "up", "down")
     }
     return {
         "qo_bank": torch.cat((stack["q"], stack["out"])),
@@ -3918,7 +3954,7 @@ def steps_by_column(feedback: Feedback, exponent: float) -> Tensor:
     return torch.empty_like(codes).scatter_(-1, feedback.order, codes).to(torch.int8)
 
 
-def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, c: Config) -> Tensor:
+def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, config: Config) -> Tensor:
     """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) in place of rounding, columns in the model's order.
 
     weights [B, r, c], U [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
@@ -3926,7 +3962,7 @@ def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, c: 
     the rate-distortion function, 0 ignores them. The model's order needs no bytes, and did better than a falling
     diagonal: a search spends the freedom of the columns that matter little on those that matter much.
     """
-    trellis, rate = trellis_of(c.trellis_states, weights.device), c.trellis_rate
+    trellis, rate = trellis_of(config.trellis_states, weights.device), config.trellis_rate
     codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
     bit = math.log(4) * rate * TRELLIS_NOISE  # -dD/dR, 6.02 dB a bit
     rows, chunk = weights.size(1), TRELLIS_ROWS[weights.device.type]
@@ -3998,7 +4034,7 @@ def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
 
 
-def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config) -> dict[str, Tensor]:
+def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """AWQ-lite (after arXiv 2306.00978): the AWQ_GROUPS groups of columns with the largest activation x weight.
 
     A group's worth is the sum of rms activation x mean |w| over its AWQ_COLUMNS input columns. Returns each bank's
@@ -4012,29 +4048,35 @@ def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Conf
         worth[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1).flatten()
     ranked = torch.cat(list(worth.values())).argsort(descending=True, stable=True)
     chosen = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
-    chosen[ranked[: c.awq_groups]] = True
+    chosen[ranked[: config.awq_groups]] = True
     parts = chosen.split([len(w) for w in worth.values()])
     return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
 
 
 def quantize_bank(
-    weights: Tensor, feedback: Feedback, fine: Tensor | None, bits: int, sigmas: float, c: Config, octaves: float = 0.0
+    weights: Tensor,
+    feedback: Feedback,
+    fine: Tensor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    octaves: float = 0.0,
 ) -> Quantized:
     """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
 
     Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
     the bytes, so codes may use all of int8.
     """
-    batch, device, on_trellis = as_batch(weights).float(), weights.device, c.quantizer == "trellis"
-    columns = steps_by_column(feedback, c.column_steps)
+    batch, device, on_trellis = as_batch(weights).float(), weights.device, config.quantizer == "trellis"
+    columns = steps_by_column(feedback, config.column_steps)
     scales = row_scales(
         batch / torch.exp2(columns / 2)[:, None],
         bits,
         sigmas,
-        c.scale_grid,
+        config.scale_grid,
         2.0**octaves * (TRELLIS_STEP if on_trellis else 1),
     )
-    limits = torch.full(columns.shape, 127 if c.target_bytes else 2 ** (bits - 1) - 1, device=device)
+    limits = torch.full(columns.shape, 127 if config.target_bytes else 2 ** (bits - 1) - 1, device=device)
     if fine is not None:
         groups = torch.zeros(len(batch) * -(-batch.size(-1) // AWQ_COLUMNS), dtype=torch.bool, device=device)
         groups[fine.long()] = True
@@ -4042,31 +4084,37 @@ def quantize_bank(
         columns = (columns - (16 - 2 * bits) * inside).clamp(min=-127)
         limits = torch.where(inside, 127, limits)
     factors = torch.exp2(columns / 2)
-    if on_trellis or c.target_bytes:  # steps so fine that a row's largest weight has no code would cost the most
+    if on_trellis or config.target_bytes:  # steps so fine that a row's largest weight has no code would cost the most
         levels = 2 * TRELLIS_LIMIT - 2 if on_trellis else 127
         least = 1.1 * (batch / factors[:, None]).abs().amax(-1) / levels  # a tenth more: fed errors move weights
-        scales = torch.maximum(scales, stored_steps(least, c.scale_grid))
+        scales = torch.maximum(scales, stored_steps(least, config.scale_grid))
     codes = (
-        trellis_gptq(batch, feedback.u, scales, factors, c)
+        trellis_gptq(batch, feedback.u, scales, factors, config)
         if on_trellis
         else gptq(batch, feedback, scales, limits, factors)
     )
     extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
     return Quantized(
-        codes.view(weights.shape), scales.view(weights.shape[:-1]), bits, extras, c.trellis_states if on_trellis else 0
+        codes.view(weights.shape),
+        scales.view(weights.shape[:-1]),
+        bits,
+        extras,
+        config.trellis_states if on_trellis else 0,
     )
 
 
-def all_feedbacks(hessians: dict[str, Tensor], c: Config) -> dict[str, Feedback]:
+def all_feedbacks(hessians: dict[str, Tensor], config: Config) -> dict[str, Feedback]:
     """Every bank's. A trellis does best in the columns' own order."""
-    return {name: feedback_of(h, c.gptq_damp, natural=c.quantizer == "trellis") for name, h in hessians.items()}
+    return {
+        name: feedback_of(h, config.gptq_damp, natural=config.quantizer == "trellis") for name, h in hessians.items()
+    }
 
 
 @torch.no_grad()
 def quantize(
     weights: dict[str, Tensor],
     hessians: dict[str, Tensor],
-    c: Config,
+    config: Config,
     log: Callable[[str], None] = lambda line: None,
     octaves: float = 0.0,
     feedbacks: dict[str, Feedback] | None = None,
@@ -4076,22 +4124,22 @@ def quantize(
 
     `octaves` makes the steps of those with a Hessian larger. `feedbacks` are the Hessians' if they are known already.
     """
-    feedbacks = feedbacks or ({} if c.quantizer == "gptq_lite" else all_feedbacks(hessians, c))
-    stored, fine = {}, fine_groups(weights, hessians, c) if c.awq_groups and hessians else {}
+    feedbacks = feedbacks or ({} if config.quantizer == "gptq_lite" else all_feedbacks(hessians, config))
+    stored, fine = {}, fine_groups(weights, hessians, config) if config.awq_groups and hessians else {}
     for name, value in weights.items():
-        bits, sigmas = quantization_bits(name, value.numel(), c)
+        bits, sigmas = quantization_bits(name, value.numel(), config)
         if bits == 16:
             stored[name] = Quantized(value.half(), None, 16, {})
-        elif c.quantizer == "gptq_lite":
-            stored[name] = Quantized(*gptq_lite(value.float(), bits, c.scale_grid), bits, {})
+        elif config.quantizer == "gptq_lite":
+            stored[name] = Quantized(*gptq_lite(value.float(), bits, config.scale_grid), bits, {})
         elif name in hessians:
-            stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, c, octaves)
+            stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, config, octaves)
         else:
             scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
             codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
             stored[name] = Quantized(codes.to(torch.int8), scales, bits, {})
-    if c.lqer_enabled and hessians:
-        correct_errors(stored, weights, hessians, c, log)
+    if config.lqer_enabled and hessians:
+        correct_errors(stored, weights, hessians, config, log)
     return stored
 
 
@@ -4129,23 +4177,23 @@ def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales.gather(0, best)[0]
 
 
-def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, c: Config) -> tuple[Tensor, Tensor]:
+def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
     """Codes and scales of the left or of the right factor: 2 and 4 bits, or LQER_FACTOR_BITS per row."""
     if not asymmetric:
-        high = 2 ** (c.lqer_factor_bits - 1) - 1
+        high = 2 ** (config.lqer_factor_bits - 1) - 1
         codes, scales = round_groups(right if left is None else left, -high, high)
         return codes, scales if left is not None else scales[:, None]
     if left is not None:
         codes, scale = round_groups(left.reshape(1, -1), -2, 1)
         return codes.view(left.shape), scale
-    groups = -(-right.size(1) // c.lqer_asym_group)
+    groups = -(-right.size(1) // config.lqer_asym_group)
     width = -(-right.size(1) // groups)
     padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
     codes, scales = round_groups(padded, -8, 7)
     return codes.flatten(1)[:, : right.size(1)], scales
 
 
-def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, c: Config) -> Correction:
+def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Config) -> Correction:
     """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
 
     Starts at the best factors of that rank, then rounds one and solves the other for it, in turn; the best is kept.
@@ -4154,55 +4202,55 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, c: Config) 
     h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (1e-6 * h.diagonal().mean() + 1e-30)
     lower = torch.linalg.cholesky(h)
     white = e @ lower
-    rank = min(c.lqer_rank, *e.shape)
+    rank = min(config.lqer_rank, *e.shape)
     basis = torch.linalg.eigh(white.mT @ white)[1][:, -rank:]
     left = white @ basis
     right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
     size = left.square().mean(0).sqrt().clamp_min(1e-12)  # columns of one size, since they may share one scale
     right, best, weighted = right * size[:, None], None, e @ h
     for _ in range(4):
-        right_form = round_factors(None, right, asymmetric, c)
+        right_form = round_factors(None, right, asymmetric, config)
         r = factor_values(*right_form).double()
         left = weighted @ r.mT @ torch.linalg.pinv(r @ h @ r.mT, hermitian=True)
-        left_form = round_factors(left, None, asymmetric, c)
-        l = factor_values(*left_form).double()
-        remains = weighted_error((e - l @ r)[None], h[None]).item()
+        left_form = round_factors(left, None, asymmetric, config)
+        left_values = factor_values(*left_form).double()
+        remains = weighted_error((e - left_values @ r)[None], h[None]).item()
         if best is None or remains < best.error:
             best = Correction(*left_form, *right_form, remains, 0.0)
-        right = torch.linalg.pinv(l) @ e
-    bits = (2, 4) if asymmetric else (c.lqer_factor_bits,) * 2
+        right = torch.linalg.pinv(left_values) @ e
+    bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
     scales = best.left_scales.numel() + best.right_scales.numel()
     return best._replace(bytes=(bits[0] * best.left.numel() + bits[1] * best.right.numel()) / 8 + 2 * scales)
 
 
 def fit_corrections(
-    errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool, c: Config
+    errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool, config: Config
 ) -> list[tuple[float, str, int, Correction]]:
     """The corrections to store, best first: (weighted error that each saves beyond its price, bank, matrix, factors).
 
     LQER_SELECT=norm takes the matrices with the largest error, as the peers do; gain, those that save most, if any.
     """
     measure = {
-        name: e.square().sum((-1, -2)) if c.lqer_select == "norm" else weighted_error(e, hessians[name])
+        name: e.square().sum((-1, -2)) if config.lqer_select == "norm" else weighted_error(e, hessians[name])
         for name, e in errors.items()
     }
     ranked = sorted(
         ((value, name, i) for name, m in measure.items() for i, value in enumerate(m.tolist())), reverse=True
     )
     fits = []
-    for _, name, i in ranked[: c.lqer_top_k * (1 if c.lqer_select == "norm" else 4)]:
-        fit = fit_correction(errors[name][i], hessians[name][i], asymmetric, c)
+    for _, name, i in ranked[: config.lqer_top_k * (1 if config.lqer_select == "norm" else 4)]:
+        fit = fit_correction(errors[name][i], hessians[name][i], asymmetric, config)
         before = weighted_error(errors[name][i], hessians[name][i]).item()
         fits.append((before - fit.error - price * fit.bytes, name, i, fit))
     fits.sort(key=lambda f: -f[0])
-    return fits if c.lqer_select == "norm" else [f for f in fits[: c.lqer_top_k] if f[0] > 0]
+    return fits if config.lqer_select == "norm" else [f for f in fits[: config.lqer_top_k] if f[0] > 0]
 
 
 def correct_errors(
     stored: dict[str, Quantized],
     weights: dict[str, Tensor],
     hessians: dict[str, Tensor],
-    c: Config,
+    config: Config,
     log: Callable[[str], None],
 ) -> None:
     """LQER: adds low-rank corrections to LQER_TOP_K stored matrices.
@@ -4213,8 +4261,8 @@ def correct_errors(
     errors = {name: as_batch(weights[name]).float() - as_batch(restore(stored[name])) for name in hessians}
     total = sum(weighted_error(e, hessians[name]).sum().item() for name, e in errors.items())
     price = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
-    forms = {"auto": (True, False), "1": (True,), "0": (False,)}[c.lqer_asym_enabled]
-    candidates = [fit_corrections(errors, hessians, price, form, c) for form in forms]
+    forms = {"auto": (True, False), "1": (True,), "0": (False,)}[config.lqer_asym_enabled]
+    candidates = [fit_corrections(errors, hessians, price, form, config) for form in forms]
     fits = max(candidates, key=lambda fits: sum(saved for saved, *_ in fits))
     for saved, name, i, fit in fits:
         elsewhere = price * fit.bytes
@@ -4250,16 +4298,16 @@ def entropy(codes: Tensor) -> float:
 
 @torch.no_grad()
 def fit_residuals(
-    stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], c: Config
+    stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config
 ) -> list[Residual]:
     """RVQ: every matrix's error rounded to RVQ_BITS, its largest value being the range, most saved per byte first."""
     found = []
     for name, hessian in hessians.items():
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
-        limit = 2 ** (c.rvq_bits - 1) - 1
-        scales = row_scales(errors, c.rvq_bits, 0.0, c.scale_grid)
+        limit = 2 ** (config.rvq_bits - 1) - 1
+        scales = row_scales(errors, config.rvq_bits, 0.0, config.scale_grid)
         # Rounded to nearest, some matrices would only get worse.
-        codes = gptq(errors, feedback_of(hessian, c.gptq_damp), scales, limit)
+        codes = gptq(errors, feedback_of(hessian, config.gptq_damp), scales, limit)
         left = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
         for i, saved in enumerate((weighted_error(errors, hessian) - left).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
@@ -4664,16 +4712,16 @@ def decompress(codec: str, data: bytes, size: int, bank: tuple[tuple[int, int, i
 
 
 def pack_within(
-    stored: dict[str, Quantized], residuals: list[Residual], limit: int, c: Config, log: Callable[[str], None]
+    stored: dict[str, Quantized], residuals: list[Residual], limit: int, config: Config, log: Callable[[str], None]
 ) -> bytes:
     """The artifact with as many of the residuals, in their order, as `limit` bytes allow."""
-    plain = data = pack(stored, c)
+    plain = data = pack(stored, config)
     room, chosen = limit - len(plain), []
     for residual in residuals:
         if residual.bytes <= room:
             chosen.append(residual)
             room -= residual.bytes
-    while chosen and len(data := pack(with_residuals(stored, chosen), c)) > limit:
+    while chosen and len(data := pack(with_residuals(stored, chosen), config)) > limit:
         chosen.pop()
     if residuals:
         names = " ".join(f"{r.name}[{r.matrix}]" for r in chosen)
@@ -4723,7 +4771,7 @@ def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
 
 
-def pack(stored: dict[str, Quantized], c: Config) -> bytes:
+def pack(stored: dict[str, Quantized], config: Config) -> bytes:
     """The artifact's bytes: prefix, header (model values, tensors, sections), then the sections."""
     contents: dict[str, list[bytes]] = {}
     tensors = []
@@ -4737,13 +4785,13 @@ def pack(stored: dict[str, Quantized], c: Config) -> bytes:
         )
     sections, payload, banks = [], [], banks_of(tensors)
     for section, parts in contents.items():
-        raw, codec = b"".join(parts), c.compressor
+        raw, codec = b"".join(parts), config.compressor
         if codec == "pergroup" and section not in banks:
             codec = "brotli"
         packed = compress(codec, raw, banks.get(section))
         sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
         payload.append(packed)
-    header = dict(model=c.model_values(), sections=sections, tensors=tensors)
+    header = dict(model=config.model_values(), sections=sections, tensors=tensors)
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
 
@@ -4752,7 +4800,7 @@ STEP_OCTAVES = (-2.5, 4.0)  # how far TARGET_BYTES may move the steps: finer one
 
 
 def quantize_within(
-    weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, c: Config, log: Callable[[str], None]
+    weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, config: Config, log: Callable[[str], None]
 ) -> bytes:
     """The artifact by TARGET_BYTES: its steps as small as `limit` bytes allow, to a thousandth of them.
 
@@ -4760,10 +4808,10 @@ def quantize_within(
     each attempt starts from the last one's excess. Ends at STEP_OCTAVES where the model is too small for its bytes.
     """
     count, (low, high) = sum(weights[name].numel() for name in hessians), STEP_OCTAVES
-    octaves, tried, best, feedbacks = 0.0, set(), None, all_feedbacks(hessians, c)
+    octaves, tried, best, feedbacks = 0.0, set(), None, all_feedbacks(hessians, config)
     while len(tried) < 8:
         lines: list[str] = []
-        data = pack(quantize(weights, hessians, c, lines.append, octaves, feedbacks), c)
+        data = pack(quantize(weights, hessians, config, lines.append, octaves, feedbacks), config)
         excess = len(data) - limit
         tried.add(octaves)
         if excess > 0:
@@ -4921,7 +4969,7 @@ def check_extras(name: str, q: Quantized) -> None:
         raise ArtifactError(f"the extras of its tensor {name!r} do not fit it")
 
 
-def artifact_config(values: dict[str, Any], c: Config, explicit: set[str]) -> Config:
+def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:
     """The config with an artifact's model values, each of the right type and allowed.
 
     Errors: ArtifactError for values that no run can have; ConfigError where a knob was set to something else.
@@ -4931,27 +4979,27 @@ def artifact_config(values: dict[str, Any], c: Config, explicit: set[str]) -> Co
     if set(values) != set(rows) or not all(type(v) in kinds[rows[name].type] for name, v in values.items()):
         raise ArtifactError("its model values are not those of this program")
     for name, value in values.items():
-        if name in explicit and getattr(c, name) != value:
-            raise ConfigError(name.upper(), getattr(c, name), f"the artifact was made with {value}")
+        if name in explicit and getattr(config, name) != value:
+            raise ConfigError(name.upper(), getattr(config, name), f"the artifact was made with {value}")
     try:
         for name, value in values.items():
             check_allowed(name.upper(), value, rows[name].metadata)
     except ConfigError as error:
         raise ArtifactError(f"holds a model that cannot be: {error}") from None
-    c = dataclasses.replace(c, **values)
-    check_config(dataclasses.replace(c, mode="eval"))
-    return c
+    config = dataclasses.replace(config, **values)
+    check_config(dataclasses.replace(config, mode="eval"))
+    return config
 
 
-def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
+def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
     """The model that an artifact holds, and the config with the artifact's model values.
 
     Errors: ArtifactError for a damaged file; ConfigError where a knob was set to what the artifact is not.
     """
     header, _ = read_header(data)
-    c = artifact_config(header["model"], c, explicit)
+    config = artifact_config(header["model"], config, explicit)
     with torch.device("meta"):
-        model = GPT(c)
+        model = GPT(config)
     expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
     if [[name, shape] for name, _, shape, *_ in header["tensors"]] != expected:
         raise ArtifactError("its tensors are not those of its model")
@@ -4961,11 +5009,11 @@ def load_artifact(data: bytes, c: Config, explicit: set[str], device: torch.devi
     weights = dequantize(stored)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, table in zip(("cos", "sin"), rotary_tables(c, model.cos.size(0))):
+        for name, table in zip(("cos", "sin"), rotary_tables(config, model.cos.size(0))):
             getattr(model, name).copy_(table)
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    return model, c
+    return model, config
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5034,7 +5082,7 @@ class Ledger:
 
     def __init__(self, evaluator: Evaluator):
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
-        self.nll = np.zeros(targets, np.float64 if evaluator.c.compute_dtype == "float64" else np.float32)
+        self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
         self.mine = np.zeros(targets, np.uint8)  # times that this rank scored a target
         self.all = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
 
@@ -5072,8 +5120,8 @@ class Pace:
     One warning says when it will not end within its budget, to which all stages of an evaluation count.
     """
 
-    def __init__(self, run: Run, c: Config, what: str, total: float):
-        self.run, self.c, self.what, self.total, self.done, self.warned = run, c, what, total, 0.0, False
+    def __init__(self, run: Run, config: Config, what: str, total: float):
+        self.run, self.config, self.what, self.total, self.done, self.warned = run, config, what, total, 0.0, False
         self.begin = self.last = time.perf_counter()
         self.first: tuple[float, float] | None = None  # work and time of the first advance, which may have compiled
 
@@ -5084,7 +5132,7 @@ class Pace:
 
     def warn(self, seconds: float) -> None:
         """The warning, once, where these seconds and those of the stages before are over the budget."""
-        budget = self.c.eval_budget_seconds
+        budget = self.config.eval_budget_seconds
         projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds
         if budget and projected > budget and not self.warned:
             self.warned = True
@@ -5112,21 +5160,21 @@ class Pace:
 class Evaluator:
     """Validation stream, byte counts and the fixed list of batches, the same on any number of ranks."""
 
-    def __init__(self, c: Config, run: Run):
-        self.c, self.run = c, run
-        self.stream, self.vocabulary, self.audit = TokenStream(c, "val"), Vocabulary(c), Audit(c, run)
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run = config, run
+        self.stream, self.vocabulary, self.audit = TokenStream(config, "val"), Vocabulary(config), Audit(config, run)
         self.audit.validation(self.stream)
         self.audit.refuse()  # ids beyond the vocabulary have no bytes
         self.tokens = self.stream.read(0, len(self.stream))
-        sidecar = read_sidecar(c, self.stream)
+        sidecar = read_sidecar(config, self.stream)
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
         self.audit.count_bytes("val", self.bytes)
         self.audit.refuse()
         self.documents = document_bounds(self.tokens)
-        self.windows = evaluation_windows(self.documents, c.eval_context, c.eval_step)
+        self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
-        self.rows = pack_rows(self.windows, c.eval_context)
-        self.batch_rows = min(c.eval_rows, len(self.rows))
+        self.rows = pack_rows(self.windows, config.eval_context)
+        self.batch_rows = min(config.eval_rows, len(self.rows))
         self.remarks = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
         if not self.audit.rows["manifest"]:
             self.remarks.append(f"{self.audit.manifest.path} is not there: nothing says what the shards should hold")
@@ -5137,7 +5185,7 @@ class Evaluator:
 
     def batch(self, rows: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
         """A batch of rows, and for each place the input's position in the stream, or -1 where nothing is scored."""
-        length = self.c.eval_context
+        length = self.config.eval_context
         position = np.zeros((self.batch_rows, length), np.int64)
         starts = np.zeros((self.batch_rows, length), np.int32)
         scored = np.full((self.batch_rows, length), -1, np.int64)
@@ -5158,7 +5206,7 @@ class Evaluator:
     ) -> None:
         """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(rows, self.windows if windows is None else windows)
-        nll, _ = forward(*batch, looped=self.c.loops, tempered=True)
+        nll, _ = forward(*batch, looped=self.config.loops, tempered=True)
         if ledger:
             ledger.score(scored, nll)
 
@@ -5170,16 +5218,16 @@ class Evaluator:
         """Logs what an evaluation will take, measured on one of its batches."""
         batches = self.batches(self.rows)
         seconds = self.run.seconds_again(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
-        Pace(self.run, self.c, "sliding", len(batches)).project(
+        Pace(self.run, self.config, "sliding", len(batches)).project(
             seconds,
-            f"{len(self.windows)} windows of up to {self.c.eval_context} tokens every {self.c.eval_step}, "
+            f"{len(self.windows)} windows of up to {self.config.eval_context} tokens every {self.config.eval_step}, "
             f"{len(batches)} batches",
         )
 
     def __call__(self, forward: Callable) -> Score:
         """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
         ledger, batches = Ledger(self), self.batches(self.rows)
-        pace = Pace(self.run, self.c, "sliding", len(batches))
+        pace = Pace(self.run, self.config, "sliding", len(batches))
         for number in range(self.run.rank, len(batches), self.run.world):
             self.score_rows(forward, batches[number], ledger)
             pace.advance(min(self.run.world, len(batches) - number))
@@ -5195,18 +5243,18 @@ class GlobalSteps:
     """SGD of all weights on text that has been scored; ranks share a step's rows and add up their gradients."""
 
     def __init__(self, evaluator: Evaluator, model: GPT, ledger: Ledger, momentum: float, frozen_blocks: int = 0):
-        self.c, self.run, self.tokens = evaluator.c, evaluator.run, evaluator.tokens
+        self.config, self.run, self.tokens = evaluator.config, evaluator.run, evaluator.tokens
         self.model, self.ledger, self.frozen = model, ledger, frozen_blocks
         self.forward = compiled_forward(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
 
     def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's rows of a step on the targets of the inputs at `positions` [n], and which places are of it."""
-        length = self.c.train_seq_len
+        length = self.config.train_seq_len
         rows = np.full(-(-len(positions) // length) * length, -1)
         rows[: len(positions)] = positions
         rows = rows.reshape(-1, length)[self.run.rank :: self.run.world]
-        most = max(1, self.c.micro_batch_tokens // length)
+        most = max(1, self.config.micro_batch_tokens // length)
         for places in (rows[i : i + most] for i in range(0, len(rows), most)):
             inside = np.maximum(places, 0)
             ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
@@ -5220,7 +5268,7 @@ class GlobalSteps:
         for p in parameters:
             p.grad = torch.zeros_like(p)
         for batch, counted in self.batches(positions):
-            nll, _ = self.forward(*batch, looped=self.c.loops)
+            nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
         self.run.add_up(*(p.grad for p in parameters))
         self.rest_frozen_blocks()
@@ -5230,10 +5278,12 @@ class GlobalSteps:
 
     def seconds_per_token(self) -> float:
         """Of a forward and backward pass on a row without text."""
-        batch = without_text(next(self.batches(np.zeros(self.run.world * self.c.train_seq_len, np.int64)))[0])
+        batch = without_text(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
         seconds = self.run.seconds_again(
             lambda: torch.autograd.grad(
-                self.forward(*batch, looped=self.c.loops)[0].sum(), list(self.model.parameters()), allow_unused=True
+                self.forward(*batch, looped=self.config.loops)[0].sum(),
+                list(self.model.parameters()),
+                allow_unused=True,
             )
         )
         return seconds / batch.ids.numel()
@@ -5245,7 +5295,7 @@ class GlobalSteps:
                 for p in block.parameters():
                     p.grad.zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
-                bank.grad.unflatten(0, (-1, self.c.num_layers))[:, : self.frozen].zero_()
+                bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen].zero_()
 
 
 def cosine(step: int, steps: int) -> float:
@@ -5262,39 +5312,45 @@ class PhasedTTT:
     """
 
     def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
-        c, self.run, self.evaluator, self.model, self.learn = evaluator.c, evaluator.run, evaluator, model, learn
-        self.c, self.tokens, self.bounds = c, evaluator.tokens, evaluator.documents
+        config, self.run, self.evaluator, self.model, self.learn = (
+            evaluator.config,
+            evaluator.run,
+            evaluator,
+            model,
+            learn,
+        )
+        self.config, self.tokens, self.bounds = config, evaluator.tokens, evaluator.documents
         self.lengths = np.diff(self.bounds)
         by_length = np.argsort(-self.lengths, kind="stable")
-        self.order = by_length if c.ttt_order == "length" else np.arange(len(self.lengths))
-        prefix = min(c.phased_ttt_prefix_docs, len(self.order))
-        cuts = [prefix * (phase + 1) // c.phased_ttt_num_phases for phase in range(c.phased_ttt_num_phases)]
+        self.order = by_length if config.ttt_order == "length" else np.arange(len(self.lengths))
+        prefix = min(config.phased_ttt_prefix_docs, len(self.order))
+        cuts = [prefix * (phase + 1) // config.phased_ttt_num_phases for phase in range(config.phased_ttt_num_phases)]
         # Documents scored before each learning of all weights; after the last document nothing would gain from it.
         self.cuts = [cut for cut in dict.fromkeys(cuts) if 0 < cut < len(self.order)]
-        self.chunks = np.full(len(self.lengths), c.ttt_chunk_size)
-        if c.ttt_short_doc_chunks:
+        self.chunks = np.full(len(self.lengths), config.ttt_chunk_size)
+        if config.ttt_short_doc_chunks:
             self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
-        self.chunks = np.minimum(self.chunks, c.ttt_context)  # a window must hold its chunk
+        self.chunks = np.minimum(self.chunks, config.ttt_context)  # a window must hold its chunk
         self.counts = -(-self.lengths // self.chunks)
         self.ledger = Ledger(evaluator)
         self.forward = compiled_forward(model, dynamic=True)
         work = sum(self.cost(batch).sum() for begin, end in self.phases() for _, _, batch in self.batches(begin, end))
-        self.pace = Pace(self.run, c, "ttt" if learn else "ttt_baseline", float(work))
+        self.pace = Pace(self.run, config, "ttt" if learn else "ttt_baseline", float(work))
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
         """Tokens that pass through the model for each document, about: its chunks, each with its context."""
-        context = np.minimum(self.lengths[documents], self.c.ttt_context)
+        context = np.minimum(self.lengths[documents], self.config.ttt_context)
         return self.counts[documents] * context - context**2 / (2 * self.chunks[documents])
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything learns from it."""
-        c = self.c
+        config = self.config
         self.model.requires_grad_(False)
-        self.adapters = Adapters(c, len(self.model.plans[c.loops]), self.run.device) if self.learn else None
+        self.adapters = Adapters(config, len(self.model.plans[config.loops]), self.run.device) if self.learn else None
         for begin, end in self.phases():
             for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
-                    self.adapters.start(stream, c.seed + first)
+                    self.adapters.start(stream, config.seed + first)
                 if not self.pace.done:
                     self.project(batch)
                 self.adapt(batch)
@@ -5310,15 +5366,17 @@ class PhasedTTT:
         Learning of all weights is counted as if a token cost in it what it costs an adapter's step.
         """
         most = int(self.counts[documents].max())
-        full = max(0, min(most - 2, self.c.ttt_context // self.c.ttt_chunk_size))
+        full = max(0, min(most - 2, self.config.ttt_context // self.config.ttt_chunk_size))
         for chunk in (0, full):  # the order in which windows come: another one would compile other graphs
             batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
             learning, batch = self.learn and most > chunk + 1, without_text(batch)
             seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, learning))
-        global_tokens = sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.c.global_ttt_epochs
+        global_tokens = (
+            sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.config.global_ttt_epochs
+        )
         tokens = self.pace.total
         if self.learn:
-            tokens = tokens * self.c.ttt_grad_steps + global_tokens / self.run.world
+            tokens = tokens * self.config.ttt_grad_steps + global_tokens / self.run.world
         self.pace.project(
             seconds / batch.ids.numel() * tokens,
             f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases",
@@ -5336,11 +5394,11 @@ class PhasedTTT:
 
     def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
-        c = self.c
-        for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
-            stream = number % c.ttt_streams
+        config = self.config
+        for number, first in enumerate(range(begin, end, config.ttt_batch_size)):
+            stream = number % config.ttt_streams
             if stream % self.run.world == self.run.rank:
-                yield first, stream, self.order[first : min(first + c.ttt_batch_size, end)]
+                yield first, stream, self.order[first : min(first + config.ttt_batch_size, end)]
 
     def adapt(self, documents: np.ndarray) -> None:
         """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
@@ -5353,7 +5411,7 @@ class PhasedTTT:
             learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
             nll, leaves = self.score(batch, scored, learning > 0)
             self.ledger.score(scored, nll)
-            for step in range(self.c.ttt_grad_steps if learning else 0):
+            for step in range(self.config.ttt_grad_steps if learning else 0):
                 if step:
                     nll, leaves = self.score(batch, scored, True)
                 counted = scored[:learning] >= 0
@@ -5371,7 +5429,7 @@ class PhasedTTT:
         with torch.set_grad_enabled(learning):
             nll, _ = self.forward(
                 *batch,
-                looped=self.c.loops,
+                looped=self.config.loops,
                 adapters=adapters.pairs(leaves) if adapters else None,
                 last=scored.shape[1],
                 tempered=True,
@@ -5385,13 +5443,13 @@ class PhasedTTT:
         """
         first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
         stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
-        begin = np.maximum(0, first + self.chunks[documents] - self.c.ttt_context)
+        begin = np.maximum(0, first + self.chunks[documents] - self.config.ttt_context)
         # torch.compile makes a graph of its own where a size is 1 or two sizes are equal: here neither happens.
-        if len(documents) == 1 < self.c.ttt_batch_size:
+        if len(documents) == 1 < self.config.ttt_batch_size:
             documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
             first[1] = stop[1]  # the second row is padding: nothing of it is scored
         last = max(2, int(self.chunks[documents].max()))
-        length = min(max(int((stop - begin).max()), last + 1), max(self.c.ttt_context, last))
+        length = min(max(int((stop - begin).max()), last + 1), max(self.config.ttt_context, last))
         offset = stop[:, None] - length + np.arange(length)  # [R, T] places in their documents
         padding = offset < begin[:, None]
         positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
@@ -5402,14 +5460,16 @@ class PhasedTTT:
 
     def learn_globally(self, documents: np.ndarray) -> None:
         """All weights learn from the documents scored so far, each once an epoch, in chunks; the last is left out."""
-        c = self.c
+        config = self.config
         stream = np.concatenate([np.arange(self.bounds[d], self.bounds[d + 1]) for d in documents])
-        chunks = np.split(stream, range(c.global_ttt_chunk_tokens, len(stream), c.global_ttt_chunk_tokens))[:-1]
+        chunks = np.split(stream, range(config.global_ttt_chunk_tokens, len(stream), config.global_ttt_chunk_tokens))[
+            :-1
+        ]
         self.model.requires_grad_(True)
-        steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.global_ttt_momentum)
-        total = c.global_ttt_epochs * len(chunks)
+        steps = GlobalSteps(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
+        total = config.global_ttt_epochs * len(chunks)
         for step in range(total):
-            steps.step(chunks[step % len(chunks)], c.global_ttt_lr * cosine(step, total))
+            steps.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
         self.model.requires_grad_(False)
         self.run.log(f"ttt:{total} steps of all weights on {len(documents)} scored documents, {len(stream)} tokens")
 
@@ -5418,61 +5478,62 @@ class ChunkTTT:
     """The stream in chunks: sliding windows score a chunk, then all weights learn from it; never from the last."""
 
     def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
-        c = self.c = evaluator.c
+        config = self.config = evaluator.config
         self.evaluator, self.model, self.learn, self.ledger = evaluator, model, learn, Ledger(evaluator)
-        self.size, self.count = c.ttt_chunk_tokens, -(-(len(evaluator.tokens) - 1) // c.ttt_chunk_tokens)
-        self.pace = Pace(evaluator.run, c, "ttt" if learn else "ttt_baseline", self.count)
+        self.size, self.count = config.ttt_chunk_tokens, -(-(len(evaluator.tokens) - 1) // config.ttt_chunk_tokens)
+        self.pace = Pace(evaluator.run, config, "ttt" if learn else "ttt_baseline", self.count)
 
     def __call__(self) -> Score:
         """Scores the stream's targets, each before anything learns from it."""
-        c, run, end = self.c, self.evaluator.run, len(self.evaluator.tokens) - 1
-        windows = evaluation_windows(self.evaluator.documents, c.eval_context, c.eval_step, self.size)
+        config, run, end = self.config, self.evaluator.run, len(self.evaluator.tokens) - 1
+        windows = evaluation_windows(self.evaluator.documents, config.eval_context, config.eval_step, self.size)
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
-        steps = GlobalSteps(self.evaluator, self.model, self.ledger, c.ttt_momentum, c.ttt_freeze_blocks)
+        steps = GlobalSteps(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
         self.project(forward, len(windows), steps)
         for chunk in range(self.count):
             mine = windows[edges[chunk] : edges[chunk + 1]]
-            batches = self.evaluator.batches(pack_rows(mine, c.eval_context))
+            batches = self.evaluator.batches(pack_rows(mine, config.eval_context))
             for rows in batches[run.rank :: run.world]:
                 self.evaluator.score_rows(forward, rows, self.ledger, mine)
             positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
             if self.learn and chunk < self.count - 1:
                 self.ledger.share()
-                for _ in range(c.ttt_epochs):
-                    steps.step(positions, c.ttt_lr * cosine(chunk, self.count - 1))
+                for _ in range(config.ttt_epochs):
+                    steps.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
             self.pace.advance(1)
         return Score(self.ledger.close(), end, self.evaluator.bytes)
 
     def project(self, forward: Callable, windows: int, steps: GlobalSteps) -> None:
         """Logs what the evaluation will take, from one batch of windows and one row of learning."""
-        c, evaluator = self.c, self.evaluator
+        config, evaluator = self.config, self.evaluator
         batches = len(evaluator.batches(evaluator.rows))  # a chunk's border parts some batches in two
         seconds = evaluator.run.seconds_again(lambda: evaluator.rehearse(forward)) * batches
         if self.learn:
-            seconds += steps.seconds_per_token() * c.ttt_epochs * (self.count - 1) * self.size
+            seconds += steps.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
         self.pace.project(
-            seconds / evaluator.run.world, f"{windows} windows in {self.count} chunks, {c.ttt_epochs} passes over each"
+            seconds / evaluator.run.world,
+            f"{windows} windows in {self.count} chunks, {config.ttt_epochs} passes over each",
         )
 
 
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without learning. The summary's rows."""
-    run, method = evaluator.run, dict(phased=PhasedTTT, chunk=ChunkTTT)[evaluator.c.ttt_mode]
+    run, method = evaluator.run, dict(phased=PhasedTTT, chunk=ChunkTTT)[evaluator.config.ttt_mode]
     rows: dict[str, Any] = {}
-    if evaluator.c.ttt_baseline:
+    if evaluator.config.ttt_baseline:
         score = method(evaluator, model, learn=False)()
         log_score(run, "ttt_baseline", score)
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
     if not math.isfinite(score.nats):
-        c, name = evaluator.c, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.c.ttt_mode]
+        config, name = evaluator.config, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.config.ttt_mode]
         raise ConfigError(
             name.upper(),
-            getattr(c, name),
+            getattr(config, name),
             f"the loss of test-time training is {score.loss}; lower this "
-            f"rate" + (f" or GLOBAL_TTT_LR={c.global_ttt_lr:g}" if c.ttt_mode == "phased" else ""),
+            f"rate" + (f" or GLOBAL_TTT_LR={config.global_ttt_lr:g}" if config.ttt_mode == "phased" else ""),
         )
     log_score(run, "ttt", score)
     return rows | dict(
@@ -5506,16 +5567,18 @@ def hardware(run: Run) -> str:
     return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
 
-def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
+def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
     """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
     with Stage(run, "setup"):
-        model, earlier = GPT(c), graphs_compiled()
+        model, earlier = GPT(config), graphs_compiled()
         model.reset()
         trainer = Trainer(model.to(run.device), loader)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()
-        run.log(f"warmup:{c.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back")
+        run.log(
+            f"warmup:{config.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back"
+        )
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
         loader.waited = 0.0
@@ -5526,8 +5589,8 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         score = evaluator(trainer.forward)
         log_score(run, "pre_quant", score)
         if not math.isfinite(score.nats):
-            raise diverged(c, f"the validation loss is {score.loss}")
-        if c.compile == "1":
+            raise diverged(config, f"the validation loss is {score.loss}")
+        if config.compile == "1":
             run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
@@ -5535,13 +5598,13 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
     with Stage(run, "quantize"):
         if run.main:
             weights = {name: p.detach() for name, p in model.named_parameters()}
-            room = (c.target_bytes or c.artifact_limit_bytes) - shipped_code()[0]
-            if c.target_bytes:
-                data = quantize_within(weights, hessians, room, c, run.log)
+            room = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+            if config.target_bytes:
+                data = quantize_within(weights, hessians, room, config, run.log)
             else:
-                stored = quantize(weights, hessians, c, run.log)
-                residuals = fit_residuals(stored, weights, hessians, c) if c.rvq_enabled else []
-                data = pack_within(stored, residuals, room, c, run.log)
+                stored = quantize(weights, hessians, config, run.log)
+                residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
+                data = pack_within(stored, residuals, room, config, run.log)
     with Stage(run, "pack"):
         if run.main:
             write_aside(run.folder / CONTAINER_FILE, data)
@@ -5549,10 +5612,10 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
             for line in format_table(sections):
                 run.log(line)
         run.barrier()
-    tokens = end.step * c.train_batch_tokens
+    tokens = end.step * config.train_batch_tokens
     size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
     return dict(
-        **sizes(size, c, run),
+        **sizes(size, config, run),
         val_bpb_pre_quant=score.bpb,
         val_loss_pre_quant=score.loss,
         steps=end.step,
@@ -5560,7 +5623,7 @@ def train_stages(c: Config, run: Run, loader: TrainLoader, evaluator: Evaluator)
         train_seconds=end.seconds,
         tokens_per_second=tokens / end.seconds,
         data_wait_share=waited,
-        parameters=parameter_count(c),
+        parameters=parameter_count(config),
         sections=sections if run.main else [],
     )
 
@@ -5580,7 +5643,7 @@ def shipped_code() -> tuple[int, str]:
         return file.stat().st_size, f"not packed ({error!r})"
 
 
-def sizes(model_bytes: int, c: Config, run: Run) -> dict[str, Any]:
+def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
     """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
     code, form = run.agree_object(shipped_code() if run.main else None)
     return dict(
@@ -5588,7 +5651,7 @@ def sizes(model_bytes: int, c: Config, run: Run) -> dict[str, Any]:
         code_form=form,
         model_bytes=model_bytes,
         artifact_bytes=code + model_bytes,
-        artifact_limit_bytes=c.artifact_limit_bytes,
+        artifact_limit_bytes=config.artifact_limit_bytes,
     )
 
 
@@ -5599,21 +5662,21 @@ def log_data(run: Run, evaluator: Evaluator) -> None:
     run.metric(audit=evaluator.audit.rows)
 
 
-def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
+def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
         path = run.folder / CONTAINER_FILE
         data = run.agree_object(path.read_bytes() if run.main else None)
-        model, c = load_artifact(data, c, explicit, run.device)
+        model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
-            evaluator = Evaluator(c, run)
+            evaluator = Evaluator(config, run)
             log_data(run, evaluator)
             evaluator.project(compiled_forward(model))
         score = evaluator(compiled_forward(model))
         log_score(run, "quantized", score)
     rows = dict(
-        **sizes(len(data), c, run),
+        **sizes(len(data), config, run),
         val_bpb_quantized=score.bpb,
         val_loss_quantized=score.loss,
         val_bpb_ttt=None,
@@ -5621,11 +5684,11 @@ def eval_stages(c: Config, explicit: set[str], run: Run, evaluator: Evaluator | 
         val_loss=score.loss,
         val_tokens=score.tokens,
         val_bytes=score.bytes,
-        parameters=parameter_count(c),
+        parameters=parameter_count(config),
         audit=evaluator.audit.rows,
         reference_compressors=evaluator.audit.manifest.reference,
     )
-    if c.ttt_mode != "none":
+    if config.ttt_mode != "none":
         with Stage(run, "ttt"):
             rows |= test_time_training(evaluator, model)
     return rows
@@ -5659,57 +5722,57 @@ def print_summary(run: Run, s: dict[str, Any]) -> None:
     run.log(f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}")
 
 
-def execute(c: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
+def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
     """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
     evaluator = None
-    if c.mode != "eval":
+    if config.mode != "eval":
         with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
-            loader, evaluator = TrainLoader(c, run), Evaluator(c, run)
+            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
         with Stage(run, "audit"):
             evaluator.audit.training(loader.stream, evaluator.stream)
             evaluator.audit.refuse()
-        c = dataclasses.replace(c, tokenizer_sha256=evaluator.vocabulary.digest)
-    open_folder(run, c)
+        config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
+    open_folder(run, config)
     for remark in remarks:
         run.log(remark)
     if evaluator:
         log_data(run, evaluator)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
-    attention, why = choose_attention(c)
+    attention, why = choose_attention(config)
     run.log(
-        f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{c.compute_dtype} "
-        f"attention:{attention} ({why}) compile:{c.compile} "
-        f"triton:{c.triton_kernels} fused_ce:{int(c.fused_ce_enabled)} read_ahead:{c.read_ahead}"
+        f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{config.compute_dtype} "
+        f"attention:{attention} ({why}) compile:{config.compile} "
+        f"triton:{config.triton_kernels} fused_ce:{int(config.fused_ce_enabled)} read_ahead:{config.read_ahead}"
     )
-    summary: dict[str, Any] = dict(preset=c.preset, seed=c.seed, mode=c.mode, attention=attention)
-    if c.mode != "eval":
-        looped = f" looped:{execution_order(c, True)}" if c.loops else ""
-        run.log(f"parameters:{parameter_count(c)} order:{execution_order(c, False)}{looped}")
-        run.log(str(batch_layout(c, run.world)))
-        summary |= dict(train_stages(c, run, loader, evaluator), audit=evaluator.audit.rows)
-    if c.mode != "train":
-        summary |= eval_stages(c, explicit, run, evaluator)
+    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
+    if config.mode != "eval":
+        looped = f" looped:{execution_order(config, True)}" if config.loops else ""
+        run.log(f"parameters:{parameter_count(config)} order:{execution_order(config, False)}{looped}")
+        run.log(str(batch_layout(config, run.world)))
+        summary |= dict(train_stages(config, run, loader, evaluator), audit=evaluator.audit.rows)
+    if config.mode != "train":
+        summary |= eval_stages(config, explicit, run, evaluator)
     summary |= dict(
         seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
     )
     if run.main:
         write_aside(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
     print_summary(run, summary)
-    over = summary.get("artifact_bytes", 0) - c.artifact_limit_bytes
+    over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:
-        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={c.artifact_limit_bytes}")
+        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
     return 1 if over > 0 else 0
 
 
-def dry_run(c: Config, world: int) -> str:
+def dry_run(config: Config, world: int) -> str:
     """What a run would do, as one JSON object."""
     return json.dumps(
         dict(
-            config=dataclasses.asdict(c),
-            parameters=parameter_count(c),
-            execution_order=dict(plain=execution_order(c, False), looped=execution_order(c, True)),
-            batch_layout=dict(**batch_layout(c, world)._asdict(), row_tokens=c.train_seq_len),
-            evaluation=dict(context=c.eval_context, stride=c.eval_step, batch_rows=c.eval_rows),
+            config=dataclasses.asdict(config),
+            parameters=parameter_count(config),
+            execution_order=dict(plain=execution_order(config, False), looped=execution_order(config, True)),
+            batch_layout=dict(**batch_layout(config, world)._asdict(), row_tokens=config.train_seq_len),
+            evaluation=dict(context=config.eval_context, stride=config.eval_step, batch_rows=config.eval_rows),
         ),
         indent=1,
     )
@@ -5722,16 +5785,16 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         if "--help" in options:
             print(help_text())
             return 0
-        c, explicit, remarks = config_from_env(environment, torch.cuda.is_available())
+        config, explicit, remarks = config_from_env(environment, torch.cuda.is_available())
         if "--dry-run" in options:
-            plan = dry_run(c, rank_variable(environment, "WORLD_SIZE", 1))
+            plan = dry_run(config, rank_variable(environment, "WORLD_SIZE", 1))
             for remark in remarks:
                 print(remark, file=sys.stderr)
             print(plan)
             return 0
-        run = start_run(c, environment)
+        run = start_run(config, environment)
         try:
-            code = execute(c, explicit, remarks, run)
+            code = execute(config, explicit, remarks, run)
             run.barrier()  # a rank that leaves early would cut off what others still send
             return code
         finally:

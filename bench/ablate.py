@@ -285,7 +285,7 @@ def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[st
     missing = [name for name in wanted(ROWS[preset], options) if name not in found]
     whole = Timed(preset, {}, options) if missing or not found else None
     if not found:
-        found["whole"] = [whole.c.train_batch_tokens / whole.seconds() for _ in range(rounds)][1:]
+        found["whole"] = [whole.config.train_batch_tokens / whole.seconds() for _ in range(rounds)][1:]
     for name in missing:
         changed = Timed(preset, ROWS[preset][name], options)
         found[name] = [whole.seconds() / changed.seconds() for _ in range(rounds)][1:]

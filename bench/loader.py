@@ -69,7 +69,7 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
 
 def consume(loader: t.TrainLoader, seconds: float, rate: float) -> tuple[float, float]:
     """Asks for batches for some seconds, at most at this rate. Returns (tokens/s, share of the time spent waiting)."""
-    tokens = loader.layout.micro_rows * loader.c.train_seq_len
+    tokens = loader.layout.micro_rows * loader.config.train_seq_len
     place, taken, loader.waited, begin = (0, 0), 0, 0.0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()

@@ -88,7 +88,7 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that a token is multiplied with: a layer's as often as it runs, those outside of layers once."""
-    layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.c.num_layers
+    layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
     gates = [model.blocks[v.layer].head_gate for v in model.plans[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
@@ -102,7 +102,7 @@ def attention_flops(c: t.Config, layers: int, context: float) -> float:
 
 
 def flops_per_token(model: t.GPT, looped: bool, context: float) -> float:
-    return 6 * matmul_parameters(model, looped) + attention_flops(model.c, len(model.plans[looped]), context)
+    return 6 * matmul_parameters(model, looped) + attention_flops(model.config, len(model.plans[looped]), context)
 
 
 def mean_context(loader: t.TrainLoader, steps: range) -> float:
@@ -159,7 +159,7 @@ class Bench:
 
 def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
     """One line of the table, from what was measured."""
-    c, (looped, part) = bench.trainer.c, variant
+    c, (looped, part) = bench.trainer.config, variant
     seconds, memory = zip(*samples)
     rate = c.train_batch_tokens / statistics.median(seconds)
     flops = flops_per_token(bench.trainer.model, looped, context)
@@ -184,7 +184,7 @@ def chip(run: t.Run) -> str:
 
 def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str, Any]:
     """The JSON object: what was measured, on what, and how FLOPs are counted."""
-    c, layout = bench.trainer.c, bench.trainer.layout
+    c, layout = bench.trainer.config, bench.trainer.layout
     shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim", "train_seq_len")
     return dict(
         benchmark="train",

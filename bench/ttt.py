@@ -129,7 +129,7 @@ def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator,
 def measure(name: str, c: t.Config, model: t.GPT, run: t.Run, score: Callable) -> dict[str, Any]:
     """One evaluation: seconds, targets/s, peak memory and the score."""
     run.seconds.clear()
-    model.c = c
+    model.config = c
     evaluator = t.Evaluator(c, run)
     with kept_weights(model):
         if run.device.type == "cuda":

@@ -53,8 +53,8 @@ class Reference:
     """The forward pass of one row. Weights are read from a GPT's parameters by name."""
 
     def __init__(self, model, rounded=False, temperature=1.0):
-        self.c, self.p, self.temperature = model.c, dict(model.named_parameters()), temperature
-        c, lite = model.c, model.c.quantizer == "gptq_lite"
+        self.c, self.p, self.temperature = model.config, dict(model.named_parameters()), temperature
+        c, lite = model.config, model.config.quantizer == "gptq_lite"
         attention, mlp = (c.attn_clip_sigmas, c.attn_bits), (c.mlp_clip_sigmas, c.mlp_bits)
         classes = dict(qo_bank=attention, kv_bank=attention, up_bank=mlp, down_bank=mlp)
         for name, (sigmas, bits) in classes.items() if rounded else ():

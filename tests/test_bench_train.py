@@ -173,7 +173,7 @@ def test_the_whole_step_is_the_trainers(data):
 def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
     model = tg.GPT(config(TINY))
-    fake = SimpleNamespace(run=None, trainer=SimpleNamespace(c=model.c, model=model))
+    fake = SimpleNamespace(run=None, trainer=SimpleNamespace(c=model.config, model=model))
     row = bench.row(fake, (False, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768
     expected = None if peak is None else 2 * 768 * row["flops_per_token"] / peak

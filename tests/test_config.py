@@ -573,7 +573,7 @@ def test_dry_run_of_every_preset_needs_no_data(preset, tmp_path, capfd, monkeypa
     plan = json.loads(out)
     model = tg.GPT(config({"PRESET": preset}, VOCAB_SIZE=384))  # a smaller table, counted out of the promise
     counted = sum(p.numel() for p in model.parameters()) + (plan["config"]["vocab_size"] - 384) * (
-        model.c.model_dim + model.c.ve_dim
+        model.config.model_dim + model.config.ve_dim
     )
     assert plan["parameters"] == counted
     assert not list(tmp_path.iterdir())

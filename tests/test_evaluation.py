@@ -136,7 +136,7 @@ def naive_nats(model, tokens, context, stride):
     """Document by document and target by target: each NLL from a forward pass over its own context alone."""
     starts = [i for i, t in enumerate(tokens[:-1]) if t == tg.BOS_ID]
     starts = starts if starts and starts[0] == 0 else [0, *starts]
-    total, looped = 0.0, model.c.loops
+    total, looped = 0.0, model.config.loops
     for begin, end in pairwise([*starts, len(tokens) - 1]):
         done = begin
         while done < end:
@@ -295,9 +295,9 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     assert evaluator.audit.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
     with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
-        tg.Evaluator(evaluator.c, single_run())
+        tg.Evaluator(evaluator.config, single_run())
     manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
-    assert tg.Evaluator(evaluator.c, single_run()).remarks == []
+    assert tg.Evaluator(evaluator.config, single_run()).remarks == []
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     manifest(tmp_path / "data", content)
     with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
-        tg.Evaluator(evaluator.c, single_run())
+        tg.Evaluator(evaluator.config, single_run())
 
 
 # -------------------------------------------------------------------------------------------------------- byte sidecar

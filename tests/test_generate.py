@@ -105,7 +105,7 @@ def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, data, mon
     """And a token further back than the context holds changes nothing."""
     monkeypatch.setenv("COMPUTE_DTYPE", dtype)
     logits, _ = loaded(folder)
-    c, ids = logits.c, torch.randint(4, 384, (1, 20), generator=torch.Generator().manual_seed(1))
+    c, ids = logits.config, torch.randint(4, 384, (1, 20), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 1
     batch = tg.to_device(
         ids[:, :-1].numpy(), ids[:, 1:].numpy(), tg.document_starts(ids[:, :-1].numpy()), torch.device("cpu")

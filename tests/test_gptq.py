@@ -299,7 +299,7 @@ def make_trainer(base, data, **knobs):
 def test_hessians_are_the_mean_products_of_every_matrix_inputs(base, data, monkeypatch):
     """Against X^T X of the arguments of F.linear, told apart by the weight that they meet."""
     trainer = make_trainer(base, data, NEFTUNE_ALPHA=5)
-    model, c = trainer.model, trainer.c
+    model, c = trainer.model, trainer.config
     found = tg.collect_hessians(trainer, 7)
     inputs, linear = {}, torch.nn.functional.linear
 

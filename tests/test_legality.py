@@ -196,7 +196,7 @@ def evaluator_of(tokens, folder, base, knobs):
 
 def evaluate(evaluator, model):
     """The nats that a run reports, of the evaluation that the settings ask for."""
-    if evaluator.c.ttt_mode == "none":
+    if evaluator.config.ttt_mode == "none":
         return evaluator(model).nats
     return tg.test_time_training(evaluator, model)["val_loss"] * (len(evaluator.tokens) - 1)
 
@@ -208,7 +208,7 @@ def record(tokens, folder, base, knobs):
         trace = Trace(np.asarray(tokens))
         recorder = Recorder(trace, patch)
         model.register_forward_hook(recorder.forward, with_kwargs=True)
-        trace.c, trace.nats = evaluator.c, evaluate(evaluator, model)
+        trace.c, trace.nats = evaluator.config, evaluate(evaluator, model)
     trace.nll = trace.nll.copy()
     return trace
 

@@ -214,7 +214,7 @@ def test_the_temperature_divides_the_softcapped_logits_at_evaluation_alone(softc
     """A cap of 2, so that softcap(z) / T and softcap(z / T) are far apart."""
     knobs = dict(SOFTCAP_TYPE=softcap, LOGIT_SOFTCAP=2.0, TEMPERATURE=0.7)
     model, exact = (build_model(config(POLY, **{**knobs, "COMPUTE_DTYPE": d})) for d in (dtype, "float64"))
-    batch = random_batch(model.c, 2, 11)
+    batch = random_batch(model.config, 2, 11)
     tempered, plain = model(*batch, looped=False, tempered=True), model(*batch, looped=False)
     for found, temperature in ((tempered, 0.7), (plain, 1.0)):
         expected = Reference(exact, temperature=temperature)(batch, False)

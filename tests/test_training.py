@@ -77,7 +77,7 @@ def test_warmup_runs_every_order_that_the_run_will_need(data):
             forward(*a, **k),
         )[1]
         trainer.warm_up()
-        assert set(seen) == uses and trainer.model.learning == trainer.c.num_layers
+        assert set(seen) == uses and trainer.model.learning == trainer.config.num_layers
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])
@@ -191,12 +191,12 @@ def adam_states(trainer):
 def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
     """Against their values after a step of all layers, so that momentum and averages of gradients are there."""
     trainer = make_trainer(base, data, random_weights=True, MUON_WD=0.5, ADAM_WD=0.5, GRAD_CLIP_NORM=0.1)
-    layers, momentum, learning = trainer.c.num_layers, trainer.optimizers.muon.momentum, 2
-    trainer.step(tg.Progress(0, 0.0), trainer.c.loops)
+    layers, momentum, learning = trainer.config.num_layers, trainer.optimizers.muon.momentum, 2
+    trainer.step(tg.Progress(0, 0.0), trainer.config.loops)
     before, states = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, adam_states(trainer)
     momenta = [m.clone() for m in momentum]
     for step in (1, 2):
-        trainer.step(tg.Progress(step, 0.0), trainer.c.loops, learning)
+        trainer.step(tg.Progress(step, 0.0), trainer.config.loops, learning)
     after, states_after = dict(trainer.model.named_parameters()), adam_states(trainer)
     for name, m, m_before in zip(tg.BANKS, momentum, momenta):
         for i in range(len(m)):
@@ -206,7 +206,7 @@ def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
         rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
         same_state = all(torch.equal(states[name][key], states_after[name][key]) for key in states[name])
         assert torch.equal(before[name], after[name]) == same_state == rests, name
-    trainer.step(tg.Progress(3, 0.0), trainer.c.loops)
+    trainer.step(tg.Progress(3, 0.0), trainer.config.loops)
     assert not any(torch.equal(after[name][-1], before[name][-1]) for name in tg.BANKS)
 
 
@@ -256,7 +256,7 @@ def test_the_late_average_is_the_mean_of_late_weights(kept, data):
     snapshots, ema = [], weights_of(trainer)
     for step in range(10):
         trainer.step(tg.Progress(step, 0.0), False)
-        ema = [torch.lerp(a, w, tg.ema_share(step, trainer.c)) for a, w in zip(ema, weights_of(trainer))]
+        ema = [torch.lerp(a, w, tg.ema_share(step, trainer.config)) for a, w in zip(ema, weights_of(trainer))]
         if (step + 1) % 2 == 0 and 1 - step / 10 < 0.5:
             snapshots.append(weights_of(trainer))
     assert len(snapshots) == 2 and trainer.late_count == (0 if kept == "ema" else 2)

@@ -64,7 +64,7 @@ def prepared(folder, data, base, tokens=None, **knobs):
     """(Evaluator, model with random weights) of settings."""
     knobs = {**base, "COMPUTE_DTYPE": "float64", **knobs}
     evaluator = evaluator_of(folder / "data", data, stream() if tokens is None else tokens, **knobs)
-    return evaluator, build_model(evaluator.c, seed=1, spread=0.2)
+    return evaluator, build_model(evaluator.config, seed=1, spread=0.2)
 
 
 def scores(method, evaluator, model, learn=True):
@@ -182,7 +182,7 @@ def plain_step(model, pairs, lr, momentum, velocity, c):
 
 def plain_phased(evaluator, model, first_a):
     """Phased test-time training with one document to a batch, from the specification."""
-    c, tokens = evaluator.c, evaluator.tokens.tolist()
+    c, tokens = evaluator.config, evaluator.tokens.tolist()
     begins = [i for i, t in enumerate(tokens[:-1]) if t == tg.BOS_ID]
     spans = list(zip(begins, [*begins[1:], len(tokens) - 1]))
     order = sorted(spans, key=lambda s: s[0] - s[1]) if c.ttt_order == "length" else spans
@@ -248,12 +248,12 @@ def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, m
     evaluator, model = prepared(tmp_path, data, base, **settings)
     first_a = first_adapters(monkeypatch)
     found = scores(tg.PhasedTTT, evaluator, model)
-    plain = build_model(evaluator.c, seed=1, spread=0.2)
+    plain = build_model(evaluator.config, seed=1, spread=0.2)
     expected = plain_phased(evaluator, plain, first_a)
     np.testing.assert_allclose(found, expected, rtol=2e-5)  # adapters are kept in float32
     for p, q in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-7, atol=1e-9)
-    still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.c, seed=1, spread=0.2), learn=False)
+    still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), learn=False)
     assert np.abs(found - still).max() > 0.05  # far more than the tolerance
 
 
@@ -275,7 +275,7 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     found, tokens = scores(tg.PhasedTTT, evaluator, model), evaluator.tokens.tolist()
     assert len(begun) == len(LENGTHS)
     for document, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
-        expected, _ = plain_document(model, tokens[begin : end + 1], begun[document], evaluator.c)
+        expected, _ = plain_document(model, tokens[begin : end + 1], begun[document], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     assert not torch.equal(begun[0]["head"], begun[1]["head"])
 
@@ -397,7 +397,7 @@ def test_rates_of_zero_are_exactly_the_baseline(base, knobs, data, tmp_path):
     method = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[knobs["TTT_MODE"]]
     before = scores(method, evaluator, model, learn=False)
     assert np.array_equal(scores(method, evaluator, model), before)
-    kept = build_model(evaluator.c, seed=1, spread=0.2)
+    kept = build_model(evaluator.config, seed=1, spread=0.2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept.parameters()))
 
 
@@ -414,7 +414,7 @@ def test_the_baseline_is_that_of_isolated_windows(data, tmp_path):
 
 def adapters_of(model, rows, seed=0, spread=0.0):
     """The model's adapters for some documents: A drawn, B of this spread."""
-    adapters = tg.Adapters(model.c, len(model.plans[model.c.loops]), torch.device("cpu"))
+    adapters = tg.Adapters(model.config, len(model.plans[model.config.loops]), torch.device("cpu"))
     adapters.start(0, seed)
     generator = torch.Generator().manual_seed(seed)
     for b in adapters.b.values():
@@ -480,13 +480,15 @@ def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data,
     """Two steps on targets of several documents; the size of micro-batches does not matter."""
     for micro in (32, 10**6):
         evaluator, model = prepared(tmp_path, data, base, LOGIT_SOFTCAP=cap, MICRO_BATCH_TOKENS=micro, QK_GAIN_INIT=2)
-        plain, ledger = build_model(evaluator.c, seed=1, spread=0.2), tg.Ledger(evaluator)
+        plain, ledger = build_model(evaluator.config, seed=1, spread=0.2), tg.Ledger(evaluator)
         ledger.mine[:] = 1
         steps = tg.GlobalSteps(evaluator, model, ledger, 0.9)
         velocity, tokens = [torch.zeros_like(p) for p in plain.parameters()], evaluator.tokens.tolist()
         for positions, lr in ((np.r_[0:30, 128:140, 37:77], 0.1), (np.r_[77:127], 0.03)):
             steps.step(positions, lr)
-            norm = plain_step(plain, [(tokens[i], tokens[i + 1]) for i in positions], lr, 0.9, velocity, evaluator.c)
+            norm = plain_step(
+                plain, [(tokens[i], tokens[i + 1]) for i in positions], lr, 0.9, velocity, evaluator.config
+            )
             assert (norm > 1) == clipped
         for p, q in zip(model.parameters(), plain.parameters()):
             torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-11)
@@ -536,14 +538,14 @@ def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch
     assert [lr for _, lr in seen] == pytest.approx(
         [0.05 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4) for _ in range(2)]
     )
-    before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.c, seed=1, spread=0.2), learn=False)
+    before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), learn=False)
     assert np.array_equal(found[:50], before[:50]) and (found[50:] != before[50:]).mean() > 0.9
 
 
 def test_frozen_blocks_rest(data, tmp_path):
     """Their vectors and their matrices keep every bit, the others move."""
     evaluator, model = prepared(tmp_path, data, RECORD, **dict(CHUNK, TTT_FREEZE_BLOCKS=2))
-    kept, layers = {name: p.detach().clone() for name, p in model.named_parameters()}, evaluator.c.num_layers
+    kept, layers = {name: p.detach().clone() for name, p in model.named_parameters()}, evaluator.config.num_layers
     scores(tg.ChunkTTT, evaluator, model)
     for name, p in model.named_parameters():
         if name in tg.BANKS:
@@ -577,7 +579,7 @@ def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
     for yarn in (0, 1):
         knobs = dict(PHASED, ROPE_YARN=yarn, TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=64)
         evaluator, model = prepared(tmp_path, data, TINY, stream((200, 64, 30)), **knobs)
-        assert evaluator.c.ttt_context == 64 > evaluator.c.train_seq_len == evaluator.c.eval_context
+        assert evaluator.config.ttt_context == 64 > evaluator.config.train_seq_len == evaluator.config.eval_context
         found[yarn] = scores(tg.PhasedTTT, evaluator, model, learn=False)
         assert found[yarn].sum() == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 64, 64), rel=1e-10)
         assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
@@ -761,14 +763,17 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     evaluator, model = prepared(
         tmp_path, data, dict(TINY, NUM_LAYERS=2), tokens, **dict(PHASED, ATTENTION="sdpa", **knobs)
     )
-    evaluator.c = dataclasses.replace(evaluator.c, compile="1")
-    model.c = evaluator.c
+    evaluator.config = dataclasses.replace(evaluator.config, compile="1")
+    model.config = evaluator.config
     before = tg.graphs_compiled()
     found = scores(tg.PhasedTTT, evaluator, model)
     assert tg.graphs_compiled() - before == 3  # scoring, scoring and learning, the steps of all weights
     monkeypatch.undo()
-    evaluator.c, eager = dataclasses.replace(evaluator.c, compile="0"), build_model(model.c, seed=1, spread=0.2)
-    eager.c = evaluator.c
+    evaluator.config, eager = (
+        dataclasses.replace(evaluator.config, compile="0"),
+        build_model(model.config, seed=1, spread=0.2),
+    )
+    eager.c = evaluator.config
     np.testing.assert_allclose(found, scores(tg.PhasedTTT, evaluator, eager), rtol=1e-6)
     torch._dynamo.reset()
 
@@ -802,7 +807,7 @@ def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch
     )
     found, a = scores(tg.PhasedTTT, evaluator, model), None
     for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:]):
-        expected, a = plain_document(model, tokens[begin : end + 1], a or first_a[0], evaluator.c)
+        expected, a = plain_document(model, tokens[begin : end + 1], a or first_a[0], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     evaluator, model = prepared(tmp_path, data, RECORD, tokens, **CHUNK)
     assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()

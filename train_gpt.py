@@ -79,21 +79,120 @@ class ConfigError(Exception):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
 
 
-def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None, model=False):
-    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed.
-
-    `model` marks what a forward pass needs to know: those values travel in the artifact.
-    """
-    return field(
-        default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices, model=model)
-    )
-
-
-model_knob = functools.partial(knob, model=True)
+def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None):
+    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed."""
+    return field(default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices))
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
+    """What a forward pass depends on: the only settings that a model sees, and those that its artifact carries."""
+
+    tokenizer_sha256: str = knob(
+        "",
+        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
+        "exit code",
+    )
+    vocab_size: int = knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536)
+    train_seq_len: int = knob(
+        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
+    )
+    num_layers: int = knob(9, "transformer layers", "parameters", low=1, high=256)
+    model_dim: int = knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
+    num_heads: int = knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
+    num_kv_heads: int = knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
+    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
+    leaky_relu_slope: float = knob(
+        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
+    )
+    tie_embeddings: bool = knob(True, "the head is the embedding transposed", "parameters")
+    rope_base: float = knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
+    rope_dims: int = knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
+    rope_type: str = knob(
+        "rope",
+        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
+        "loss",
+        choices=("rope", "yarn"),
+    )
+    rope_yarn: bool = knob(False, "the same as ROPE_TYPE=yarn", "loss")
+    yarn_max_len: int = knob(
+        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
+    )
+    logit_softcap: float = knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
+    softcap_type: str = knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
+    ln_scale: bool = knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
+    xsa_last_n: int = knob(
+        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
+    )
+    skip_gates_enabled: bool = knob(
+        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
+    )
+    sparse_attn_gate_enabled: bool = knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
+    sparse_attn_gate_scale: float = knob(0.5, "the scale in the sparse head gate", "loss", low=0)
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
+    attn_out_gate_enabled: bool = knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
+    smear_gate_enabled: bool = knob(False, "mix the previous token's embedding in, gated", "parameters")
+    smear_gate_type: str = knob(
+        "window",
+        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
+        "parameters",
+        choices=("window", "channel"),
+    )
+    bigram_vocab_size: int = knob(
+        0,
+        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
+        "parameters",
+        low=0,
+        high=1 << 20,
+    )
+    bigram_dim: int = knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
+    ve_dim: int = knob(
+        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
+    )
+    ve_layers: str = knob("9,10", "layers whose values they are added to, with commas between", "parameters")
+    gate_window: int = knob(12, "input channels that the small gates read", "parameters", low=1)
+    num_loops: int = knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16)
+    loop_start: int = knob(3, "first layer of the loop", "execution order", low=0)
+    loop_end: int = knob(5, "last layer of the loop", "execution order", low=0)
+    parallel_start_layer: int = knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def yarn(self) -> bool:
+        return self.rope_yarn or self.rope_type == "yarn"
+
+    @property
+    def loops(self) -> bool:
+        return self.num_loops > 0
+
+    @property
+    def lanes(self) -> bool:
+        return self.parallel_start_layer >= 0
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with value embeddings: the numbers in VE_LAYERS."""
+        words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
+        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
     """Every setting of a run. A field is the environment variable of the same name in capitals."""
 
     # What to run, and where
@@ -144,19 +243,11 @@ class Config:
     # Data
     data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
     tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
-    tokenizer_sha256: str = model_knob(
-        "",
-        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
-        "exit code",
-    )
     caseops_enabled: str = knob(
         "auto",
         "1: the shards' text went through CaseOps, so the byte sidecar counts its bytes; auto: where there is one",
         "byte counts",
         choices=("auto", "0", "1"),
-    )
-    vocab_size: int = model_knob(
-        1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536
     )
     audit: str = knob(
         "documents",
@@ -180,80 +271,15 @@ class Config:
     gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
     warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
     train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
-    train_seq_len: int = model_knob(
-        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
-    )
     micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
     train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
     val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "evaluation layout", low=1)
 
     # Model
-    num_layers: int = model_knob(9, "transformer layers", "parameters", low=1, high=256)
-    model_dim: int = model_knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
-    num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
-    num_kv_heads: int = model_knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
-    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
-    leaky_relu_slope: float = model_knob(
-        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
-    )
-    tie_embeddings: bool = model_knob(True, "the head is the embedding transposed", "parameters")
     tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
-    rope_base: float = model_knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
-    rope_dims: int = model_knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
-    rope_type: str = model_knob(
-        "rope",
-        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
-        "loss",
-        choices=("rope", "yarn"),
-    )
-    rope_yarn: bool = model_knob(False, "the same as ROPE_TYPE=yarn", "loss")
-    yarn_max_len: int = model_knob(
-        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
-    )
     qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
-    logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
-    softcap_type: str = model_knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
-    ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
-    xsa_last_n: int = model_knob(
-        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
-    )
-    skip_gates_enabled: bool = model_knob(
-        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
-    )
-    sparse_attn_gate_enabled: bool = model_knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
-    sparse_attn_gate_scale: float = model_knob(0.5, "the scale in the sparse head gate", "loss", low=0)
-    gated_attn_enabled: bool = model_knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
-    attn_out_gate_enabled: bool = model_knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
-    smear_gate_enabled: bool = model_knob(False, "mix the previous token's embedding in, gated", "parameters")
-    smear_gate_type: str = model_knob(
-        "window",
-        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
-        "parameters",
-        choices=("window", "channel"),
-    )
-    bigram_vocab_size: int = model_knob(
-        0,
-        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
-        "parameters",
-        low=0,
-        high=1 << 20,
-    )
-    bigram_dim: int = model_knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
-    ve_dim: int = model_knob(
-        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
-    )
-    ve_layers: str = model_knob("9,10", "layers whose values they are added to, with commas between", "parameters")
-    gate_window: int = model_knob(12, "input channels that the small gates read", "parameters", low=1)
-    num_loops: int = model_knob(
-        0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16
-    )
-    loop_start: int = model_knob(3, "first layer of the loop", "execution order", low=0)
-    loop_end: int = model_knob(5, "last layer of the loop", "execution order", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
-    parallel_start_layer: int = model_knob(
-        -1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1
-    )
     neftune_alpha: float = knob(
         0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss", low=0
     )
@@ -459,39 +485,19 @@ class Config:
     )
 
     @property
+    def model(self) -> ModelConfig:
+        """The settings that the artifact carries."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations and matrix products."""
         return getattr(torch, self.compute_dtype)
 
     @property
-    def master_dtype(self) -> torch.dtype:
-        """Of the weights that are trained: float32, or float64 where everything is."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def hidden_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def rotary_dims(self) -> int:
-        return self.rope_dims or self.head_dim
-
-    @property
     def train_seconds(self) -> float:
         """Seconds of training at most, calibration's reserve taken off; infinite without a limit."""
         return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
-
-    @property
-    def yarn(self) -> bool:
-        return self.rope_yarn or self.rope_type == "yarn"
 
     @property
     def eval_context(self) -> int:
@@ -515,14 +521,6 @@ class Config:
         return max(1, self.val_batch_size // self.eval_context)
 
     @property
-    def loops(self) -> bool:
-        return self.num_loops > 0
-
-    @property
-    def lanes(self) -> bool:
-        return self.parallel_start_layer >= 0
-
-    @property
     def attn_grid(self) -> tuple[int, float]:
         """Bits and clip sigmas of attention's matrices; 0 sigmas: the whole range of a row, as GPTQ-lite begins."""
         return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
@@ -536,12 +534,6 @@ class Config:
     def averages(self) -> tuple[bool, bool]:
         """Whether the EMA and the SWA are kept: those that are on and that WEIGHT_AVERAGE does not leave out."""
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
-
-    @property
-    def value_layers(self) -> tuple[int, ...]:
-        """Layers with value embeddings: the numbers in VE_LAYERS."""
-        words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
-        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
 
     @property
     def depth_cuts(self) -> tuple[float, ...]:
@@ -563,10 +555,6 @@ class Config:
     @property
     def tokenizer_file(self) -> Path:
         return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
-
-    def model_values(self) -> dict[str, Any]:
-        """What the artifact must say for a forward pass to be the same."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["model"]}
 
 
 # Recipes are rows of this table; a row not named keeps the default above.
@@ -801,7 +789,7 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         )
     if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
         check_config(config)
-    return config, explicit, remarks + misspelt(environment)
+    return config, explicit, remarks + unknown_variables(environment)
 
 
 def resolved(config: Config, cuda: bool) -> Config:
@@ -842,7 +830,7 @@ def cpu_info(*fields: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in fields), "")
 
 
-def misspelt(environment: dict[str, str]) -> list[str]:
+def unknown_variables(environment: dict[str, str]) -> list[str]:
     """One warning for each variable that looks like a knob and is none."""
     names = [f.name.upper() for f in dataclasses.fields(Config)]
     warnings = []
@@ -1008,7 +996,7 @@ def help_text() -> str:
 CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
 
 
-def write_aside(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
     data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
@@ -1068,7 +1056,7 @@ class Run:
             with open(self.folder / (self.prefix + name), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def agree(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """Rank 0's number on every rank."""
         if self.world == 1:
             return value
@@ -1076,7 +1064,7 @@ class Run:
         dist.broadcast(number, 0, group=self.control)
         return number.item()
 
-    def agree_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's object (text, bytes, numbers) on every rank."""
         if self.world == 1:
             return value
@@ -1091,7 +1079,7 @@ class Run:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def add_up(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Sums tensors over all ranks, in place."""
         if self.world > 1:
             for tensor in tensors:
@@ -1112,7 +1100,7 @@ class Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
-    def seconds_again(self, compute: Callable[[], Any]) -> float:
+    def time_second_call(self, compute: Callable[[], Any]) -> float:
         """Seconds that a computation takes the second time: the first time it may compile."""
         for _ in range(2):
             self.synchronize()
@@ -1181,14 +1169,14 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
 def open_folder(run: Run, config: Config) -> None:
     """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = run.agree_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
+    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
     folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.agree_object(folder_problem(folder, config) if run.main else None)
+    problem = run.broadcast_object(folder_problem(folder, config) if run.main else None)
     if problem:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
     if run.main:
-        write_aside(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
@@ -1333,7 +1321,7 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
     return starts.reshape(ids.shape)
 
 
-class ReadAhead:
+class Prefetcher:
     """Makes on a thread of its own what will probably be asked for next, while the caller works.
 
     `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
@@ -1398,7 +1386,7 @@ class TrainLoader:
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
         # A thread that pins memory does it for its own current device, which would be the first.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
-        self.ahead = ReadAhead(self.read, self.following, config.read_ahead, device)
+        self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
         self.waited = 0.0  # seconds in which `batch` kept a step waiting
 
     def epoch_order(self, epoch: int) -> np.ndarray:
@@ -1448,12 +1436,12 @@ class TrainLoader:
         return torch.stack(rows) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
-def without_text(batch: Batch) -> Batch:
+def as_padding(batch: Batch) -> Batch:
     """A batch of the same shape with padding (token 0) for text: to measure what learning costs, without learning."""
     return Batch(torch.zeros_like(batch.ids), torch.zeros_like(batch.targets), batch.documents)
 
 
-def document_bounds_of(starts: np.ndarray) -> np.ndarray:
+def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
     """[R, T] starts -> [n + 1] int32 bounds of the flattened rows.
 
     n is a power of two, enough for documents of 64 tokens on average: one shape for all batches of a size, so that
@@ -1468,7 +1456,7 @@ def document_bounds_of(starts: np.ndarray) -> np.ndarray:
 
 def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
     """Arrays [R, T] -> a Batch in this machine's memory, pinned where the device is a GPU."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, document_bounds_of(starts))]
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, cu_seqlens_of(starts))]
     if device.type == "cuda":
         tensors = [t.pin_memory() for t in tensors]
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
@@ -2105,22 +2093,22 @@ def softcapped_cross_entropy(
     logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh", fused: bool = True, on_triton: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`softcapped_cross_entropy_plain`, or where `fused`, the fastest version of it; `on_triton` allows Triton's."""
-    if fused and on_triton and triton_takes(logits):
+    if fused and on_triton and triton_supports(logits):
         return softcapped_cross_entropy_triton(logits, targets, cap, kind)
     if fused and kind == "tanh" and eager_on_cpu(logits):
         return SoftcappedCrossEntropyCPU.apply(logits, targets, cap)
     return softcapped_cross_entropy_plain(logits, targets, cap, kind)
 
 
-def row_reach(weights: Tensor, sigmas: float) -> Tensor:
+def clip_range(weights: Tensor, sigmas: float) -> Tensor:
     """The magnitude at which a row's grid ends [..., r]: `sigmas` standard deviations, or with 0 the row's largest."""
     return sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
 
 
-def straight_through(weights: Tensor, bits: int, sigmas: float) -> Tensor:
+def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
     """Weights [..., r, c] rounded to each row's grid, with the gradient of the identity (arXiv 1308.3432)."""
     limit, exact = 2 ** (bits - 1) - 1, weights.detach()
-    step = row_reach(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
+    step = clip_range(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
     # What is added is exactly 0, so the values are the grid's, and its gradient is the gradient of the sum.
     return (exact / step).round().clamp(-limit, limit) * step + (weights - exact)
 
@@ -2251,7 +2239,7 @@ def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]
             attention_blocked, bias=additive(visible(documents.starts), dtype)
         )
     kernel = flash_attention(name)
-    return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.bounds, kernel=kernel)
+    return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.cu_seqlens, kernel=kernel)
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
@@ -2278,6 +2266,35 @@ def choose_attention(config: Config) -> tuple[str, str]:
     return ("blocked", "fastest on CPUs") if config.device == "cpu" else ("sdpa", "; ".join(reasons))
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """How a forward pass is computed on this machine: it changes speed and rounding, never the function."""
+
+    dtype: torch.dtype  # of activations and matrix products
+    attention: str  # a backend of `attention_backend`
+    triton: bool  # Triton kernels, where they support the tensors
+    fused_cross_entropy: bool
+    compile: bool
+    context: int  # tokens of the longest sequence
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of the weights that are trained: float32, or float64 where everything is."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+def runtime_of(config: Config) -> Runtime:
+    """How this run computes a forward pass. Errors: ConfigError for an attention backend that cannot run here."""
+    return Runtime(
+        dtype=config.dtype,
+        attention=choose_attention(config)[0],
+        triton=config.triton_kernels != "0",
+        fused_cross_entropy=config.fused_ce_enabled,
+        compile=config.compile == "1",
+        context=max(config.train_seq_len, config.longest_context),
+    )
+
+
 # Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes that belong to the weights
 # (vocabulary, widths) are compile-time constants; the number of tokens is not, so a new batch size compiles nothing.
 
@@ -2287,7 +2304,7 @@ def triton_jit(function):
     return function if triton is None else triton.jit(function)
 
 
-def triton_takes(x: Tensor) -> bool:
+def triton_supports(x: Tensor) -> bool:
     """Whether the Triton versions below can run on x."""
     return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
@@ -2665,7 +2682,7 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Visit(NamedTuple):
+class LayerCall(NamedTuple):
     """One step of the forward pass: which layer runs, which saved output it blends in first, and what it does after."""
 
     layer: int
@@ -2674,12 +2691,12 @@ class Visit(NamedTuple):
     lanes: bool  # run on the two-lane residual stream
 
 
-def visit_plan(config: Config, looped: bool) -> tuple[Visit, ...]:
+def layer_schedule(config: Config, looped: bool) -> tuple[LayerCall, ...]:
     """The U-Net over the execution order: the first half pushes, the second pops, last in first out."""
     order = execution_order(config, looped)
     half = len(order) // 2
     return tuple(
-        Visit(
+        LayerCall(
             layer,
             place - half if half <= place < 2 * half else None,
             place < half,
@@ -2759,7 +2776,7 @@ class Block(nn.Module):
         k = rotate(rms_norm(k), shared.cos, shared.sin)
         y = shared.attention(q, k, v)
         if self.subtract_own_value:
-            y = exclude_own_value(y, v)
+            y = subtract_own_value_component(y, v)
         if self.head_gate is not None:
             y = y * self.gate(n)[..., None]
         y = self.out(y.reshape(rows, length, config.model_dim), w.out)
@@ -2779,14 +2796,14 @@ class Block(nn.Module):
     def feed(self, x: Tensor, w: Weights, adapters: dict) -> Tensor:
         """MLP of x [R, T, d] -> [R, T, d], before the output scale."""
         n = self.norm(x)
-        if self.fused and triton_takes(n):
+        if self.fused and triton_supports(n):
             y = mlp_triton(n, w.up, w.down, self.config.leaky_relu_slope)
         else:
             y = self.down(leaky_relu_squared(self.up(n, w.up), self.config.leaky_relu_slope), w.down)
         return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
 
 
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+def subtract_own_value_component(y: Tensor, v: Tensor) -> Tensor:
     """XSA: takes from y [R, T, H, h] its component along the value of its own position and kv head, v [R, T, K, h]."""
     rows, length, heads, width = y.shape
     direction = F.normalize(v, dim=-1).unsqueeze(3)  # [R, T, K, 1, h]
@@ -2816,7 +2833,7 @@ class SmearGate(nn.Module):
         return x + self.scale.to(x.dtype) * gate * before * inside
 
 
-class Table(nn.Module):
+class FactorizedEmbedding(nn.Module):
     """A small embedding table [rows, width], a projection [out, width] and a scale: indices [R, T] -> [R, T, out]."""
 
     def __init__(self, rows: int, width: int, out: int, scale: float):
@@ -2864,7 +2881,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention_backend(choose_attention(config)[0])
-        self.plans = {looped: visit_plan(config, looped) for looped in (False, True)}
+        self.schedules = {looped: layer_schedule(config, looped) for looped in (False, True)}
         layers, d = config.num_layers, config.model_dim
         # Layers that learn. torch.compile guards on a number; before 2.13 not on a parameter's requires_grad.
         self.learning = layers
@@ -2878,7 +2895,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
         self.bigram = Table(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
         self.values = Table(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
-        skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
+        skips = max(sum(v.skip is not None for v in plan) for plan in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None
         self.logits = Projection()
@@ -2922,7 +2939,7 @@ class GPT(nn.Module):
         banks = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
         if rounded:
             grids = (config.attn_grid, config.attn_grid, config.mlp_grid, config.mlp_grid)
-            banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
+            banks = tuple(fake_quantize(bank, *grid) for bank, grid in zip(banks, grids))
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
         weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
         return [
@@ -2949,7 +2966,7 @@ class GPT(nn.Module):
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
     def visit(
-        self, v: Visit, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared, adapters: dict
+        self, v: LayerCall, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared, adapters: dict
     ) -> tuple[Tensor, Tensor]:
         """Runs one layer on one lane (x; lane passes) or on two."""
         block = self.blocks[v.layer]
@@ -2985,7 +3002,7 @@ class GPT(nn.Module):
         so many tokens alone, [R, last]. `rounded` rounds the banks (late QAT); `tempered` divides the softcapped
         logits by TEMPERATURE, as evaluations do.
         """
-        plan = self.plans[looped]
+        plan = self.schedules[looped]
         adapters = adapters or [{}] * (len(plan) + 1)
         length = ids.size(1)
         x0 = x = lane = self.embed(ids, documents, noise)
@@ -3149,7 +3166,7 @@ def parameter_groups(model: GPT, config: Config) -> list[Group]:
     # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
     tables.extend(
         (name, [part.table], tables[0][2])
-        for name, part in (("bigram", model.bigram), ("values", model.values))
+        for name, part in (("bigram", model.bigram), ("values", model.value_embeds))
         if part is not None
     )
     taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
@@ -3319,7 +3336,7 @@ class Optimizers:
         if not self.config.grad_clip_norm:
             return math.nan
         squares = sum(s.square().sum() for s in shares)
-        self.run.add_up(squares)
+        self.run.all_reduce(squares)
         norm = (squares + sum(g.square().sum() for g in rest)).sqrt()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensor in (*shares, *rest):
@@ -3367,7 +3384,7 @@ def loops_on(p: Progress, config: Config) -> bool:
     return config.loops and fraction_done(p, config) >= config.enable_looping_at
 
 
-class Use(NamedTuple):
+class StepVariant(NamedTuple):
     """What a training step computes; each is a graph of its own."""
 
     looped: bool
@@ -3375,18 +3392,20 @@ class Use(NamedTuple):
     rounded: bool  # late QAT
 
 
-def layers_learning(p: Progress, config: Config) -> int:
+def trainable_layers_at(p: Progress, config: Config) -> int:
     """Progressive depth (PR #1325): n fractions make n + 1 stages, in each of which as many layers more learn."""
     stage = sum(fraction_done(p, config) >= cut for cut in config.depth_cuts)
     return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
 
-def use_at(p: Progress, config: Config) -> Use:
+def step_variant_at(p: Progress, config: Config) -> StepVariant:
     """What the next step computes."""
-    return Use(loops_on(p, config), layers_learning(p, config), lr_multiplier(p, config) < config.late_qat_threshold)
+    return StepVariant(
+        loops_on(p, config), trainable_layers_at(p, config), lr_multiplier(p, config) < config.late_qat_threshold
+    )
 
 
-def all_uses(config: Config) -> list[Use]:
+def all_step_variants(config: Config) -> list[StepVariant]:
     """Every use that a training can come to, in order, for the warmup to compile.
 
     A warmdown is no longer than the training, so the rate falls below a threshold in the last such share of it at the
@@ -3398,11 +3417,11 @@ def all_uses(config: Config) -> list[Use]:
     for begin, end in zip(cuts, (*cuts[1:], 1.0)):
         middle = Progress((begin + end) / 2 * config.iterations, 0.0)
         for rounded in (False, True) if falls and end > 1 - config.late_qat_threshold else (False,):
-            uses.append(Use(loops_on(middle, config), layers_learning(middle, config), rounded))
+            uses.append(StepVariant(loops_on(middle, config), trainable_layers_at(middle, config), rounded))
     return uses
 
 
-def ema_share(step: int, config: Config) -> float:
+def ema_weight(step: int, config: Config) -> float:
     """Share of the new weights in the average; larger at first, so that a short run does not average its start in.
 
     The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
@@ -3452,15 +3471,15 @@ class Trainer:
         self.optimizers = Optimizers(model, config, run)
         self.forward = compiled_forward(model)
         ema, swa = config.averages
-        self.average = [p.clone() for p in self.parameters()] if ema else None
-        self.late, self.late_count = [torch.zeros_like(p) for p in self.parameters()] if swa else None, 0
+        self.ema = [p.clone() for p in self.parameters()] if ema else None
+        self.swa, self.swa_count = [torch.zeros_like(p) for p in self.parameters()] if swa else None, 0
 
     def parameters(self) -> list[Tensor]:
         """The model's weights, outside of autograd."""
         return [p.detach() for p in self.model.parameters()]
 
     def step(self, p: Progress, looped: bool, learning: int | None = None, rounded: bool = False) -> Tensor:
-        """One update of the first `learning` layers (None: all) and of all that is no layer's, by a `Use`.
+        """One update of the first `learning` layers (None: all) and of all that is no layer's, by a `StepVariant`.
 
         Returns this rank's sum of NLL over its targets, as a tensor (reading it would wait).
         """
@@ -3469,7 +3488,7 @@ class Trainer:
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
             noise = self.loader.noise(p.step, micro, (config.train_seq_len, config.model_dim))
-            nll, lse = self.forward(*batch, looped=looped, noise=noise, rounded=rounded)
+            nll, lse = self.forward(*batch, looped=looped, noise=noise, fake_quant=rounded)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
@@ -3483,35 +3502,35 @@ class Trainer:
     def add_to_averages(self, p: Progress) -> None:
         """Takes the weights after a step into the averages: every step's into the EMA, late ones into the SWA."""
         config = self.config
-        if self.average is not None:
-            torch._foreach_lerp_(self.average, self.parameters(), ema_share(p.step, config))
+        if self.ema is not None:
+            torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))
         if (
-            self.late is not None
+            self.swa is not None
             and (p.step + 1) % config.swa_every == 0
             and lr_multiplier(p, config) < config.swa_start
         ):
-            self.late_count += 1
-            torch._foreach_lerp_(self.late, self.parameters(), 1 / self.late_count)
+            self.swa_count += 1
+            torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
         kept = [p.clone() for p in self.parameters()]
         for step in range(self.config.warmup_steps):
-            for use in all_uses(self.config):
+            for use in all_step_variants(self.config):
                 self.step(Progress(step, 0.0), *use)
         if self.config.warmup_steps:
             evaluate_once(self.forward)
-        for tensors in (self.parameters(), self.average or []):
+        for tensors in (self.parameters(), self.ema or []):
             copy_all(tensors, kept)
-        self.late_count = 0
+        self.swa_count = 0
         self.optimizers.reset()
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model: the EMA, the SWA, or their mean where both are kept."""
-        averages = [] if self.average is None else [self.average]
-        if self.late is not None:
-            self.run.log(f"swa:{self.late_count} late weights averaged")
-            averages += [self.late] if self.late_count else []
+        averages = [] if self.ema is None else [self.ema]
+        if self.swa is not None:
+            self.run.log(f"swa:{self.swa_count} late weights averaged")
+            averages += [self.swa] if self.swa_count else []
         if averages:
             copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages)])
 
@@ -3519,7 +3538,7 @@ class Trainer:
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
     """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
     config, run = trainer.config, trainer.run
-    progress, use, since = Progress(0, 0.0), Use(False, config.num_layers, False), time.perf_counter()
+    progress, use, since = Progress(0, 0.0), StepVariant(False, config.num_layers, False), time.perf_counter()
     while True:
         last = fraction_done(progress, config) >= 1.0
         if config.val_loss_every and (last or progress.step % config.val_loss_every == 0):
@@ -3528,11 +3547,11 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
             since = time.perf_counter()
         if last:
             return progress
-        before, use = use, use_at(progress, config)
-        log_use(run, config, progress, before, use)
+        before, use = use, step_variant_at(progress, config)
+        log_variant_change(run, config, progress, before, use)
         nats = trainer.step(progress, *use)
         now = time.perf_counter()
-        progress = Progress(progress.step + 1, run.agree(progress.seconds + now - since))
+        progress = Progress(progress.step + 1, run.broadcast(progress.seconds + now - since))
         since = now
         if config.train_log_every and (
             progress.step % config.train_log_every == 0 or progress.step <= 3 or fraction_done(progress, config) >= 1.0
@@ -3540,7 +3559,7 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
             log_step(run, config, progress, nats)
 
 
-def log_use(run: Run, config: Config, p: Progress, before: Use, use: Use) -> None:
+def log_variant_change(run: Run, config: Config, p: Progress, before: StepVariant, use: StepVariant) -> None:
     """A line for each change of what steps compute."""
     if use.looped and not before.looped:
         run.log(f"step:{p.step} looping on: layers {execution_order(config, True)}")
@@ -3561,7 +3580,7 @@ def diverged(config: Config, what: str) -> ConfigError:
 
 def log_step(run: Run, config: Config, p: Progress, nats: Tensor) -> None:
     """The line of a training step, in the words that the field's scripts parse, and its metrics."""
-    run.add_up(nats)
+    run.all_reduce(nats)
     loss, share = nats.item() / config.train_batch_tokens, fraction_done(p, config)
     if not math.isfinite(loss):
         raise diverged(config, f"the training loss is {loss} at step {p.step}")
@@ -3581,7 +3600,7 @@ def log_step(run: Run, config: Config, p: Progress, nats: Tensor) -> None:
     )
 
 
-def log_waiting(run: Run, p: Progress, seconds: float) -> float:
+def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
     """The share of the training in which steps waited for their batches, on the rank that waited longest."""
     share = max(run.gather(seconds)) / p.seconds
     run.log(f"data: steps waited for batches {share:.3%} of the time")
@@ -3652,7 +3671,7 @@ def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, fl
     return (8, 0.0) if name.endswith("head_gate") and config.gated_attn_quant_gate else (16, 0.0)
 
 
-class HessianTaps:
+class HessianHooks:
     """Context that adds up X^T X of the inputs of every projection while the model runs eagerly.
 
     q, k and v of a layer read the same input, so one tap serves the three.
@@ -3668,7 +3687,7 @@ class HessianTaps:
         }
         self.seats["logits"] = model.logits
 
-    def __enter__(self) -> HessianTaps:
+    def __enter__(self) -> HessianHooks:
         self.handles = [
             seat.register_forward_pre_hook(functools.partial(self.tap, name)) for name, seat in self.seats.items()
         ]
@@ -3696,11 +3715,11 @@ class HessianTaps:
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
     config, run, model = trainer.config, trainer.run, trainer.model
-    with HessianTaps(model) as taps:
+    with HessianHooks(model) as taps:
         for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):
                 model(*trainer.loader.batch(step, micro), looped=config.loops)
-    run.add_up(*taps.sums.values())
+    run.all_reduce(*taps.sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
     mean = {name: total / tokens for name, total in taps.sums.items()}
     stack = {
@@ -3985,7 +4004,7 @@ def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, t
 
     With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
     """
-    return stored_steps(times * row_reach(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+    return stored_steps(times * clip_range(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
 
 
 def stored_steps(steps: Tensor, per_octave: int) -> Tensor:
@@ -4791,7 +4810,7 @@ def pack(stored: dict[str, Quantized], config: Config) -> bytes:
         packed = compress(codec, raw, banks.get(section))
         sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
         payload.append(packed)
-    header = dict(model=config.model_values(), sections=sections, tensors=tensors)
+    header = dict(model=dataclasses.asdict(config.model), sections=sections, tensors=tensors)
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
 
@@ -4974,7 +4993,7 @@ def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) 
 
     Errors: ArtifactError for values that no run can have; ConfigError where a knob was set to something else.
     """
-    rows = {f.name: f for f in dataclasses.fields(Config) if f.metadata["model"]}
+    rows = {f.name: f for f in dataclasses.fields(ModelConfig)}
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
     if set(values) != set(rows) or not all(type(v) in kinds[rows[name].type] for name, v in values.items()):
         raise ArtifactError("its model values are not those of this program")
@@ -5021,7 +5040,7 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def document_bounds(tokens: np.ndarray) -> np.ndarray:
+def document_offsets(tokens: np.ndarray) -> np.ndarray:
     """Where documents begin in a stream of tokens, and the last target's position: [documents + 1] int64.
 
     A document's inputs run from its BOS to just before the next, whose BOS is its last target.
@@ -5170,7 +5189,7 @@ class Evaluator:
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
         self.audit.count_bytes("val", self.bytes)
         self.audit.refuse()
-        self.documents = document_bounds(self.tokens)
+        self.documents = document_offsets(self.tokens)
         self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
         assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
         self.rows = pack_rows(self.windows, config.eval_context)
@@ -5206,7 +5225,7 @@ class Evaluator:
     ) -> None:
         """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(rows, self.windows if windows is None else windows)
-        nll, _ = forward(*batch, looped=self.config.loops, tempered=True)
+        nll, _ = forward(*batch, looped=self.config.loops, apply_temperature=True)
         if ledger:
             ledger.score(scored, nll)
 
@@ -5217,7 +5236,7 @@ class Evaluator:
     def project(self, forward: Callable) -> None:
         """Logs what an evaluation will take, measured on one of its batches."""
         batches = self.batches(self.rows)
-        seconds = self.run.seconds_again(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
+        seconds = self.run.time_second_call(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
         Pace(self.run, self.config, "sliding", len(batches)).project(
             seconds,
             f"{len(self.windows)} windows of up to {self.config.eval_context} tokens every {self.config.eval_step}, "
@@ -5239,7 +5258,7 @@ class Evaluator:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class GlobalSteps:
+class FullModelSGD:
     """SGD of all weights on text that has been scored; ranks share a step's rows and add up their gradients."""
 
     def __init__(self, evaluator: Evaluator, model: GPT, ledger: Ledger, momentum: float, frozen_blocks: int = 0):
@@ -5270,7 +5289,7 @@ class GlobalSteps:
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
-        self.run.add_up(*(p.grad for p in parameters))
+        self.run.all_reduce(*(p.grad for p in parameters))
         self.rest_frozen_blocks()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -5278,8 +5297,8 @@ class GlobalSteps:
 
     def seconds_per_token(self) -> float:
         """Of a forward and backward pass on a row without text."""
-        batch = without_text(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
-        seconds = self.run.seconds_again(
+        batch = as_padding(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
+        seconds = self.run.time_second_call(
             lambda: torch.autograd.grad(
                 self.forward(*batch, looped=self.config.loops)[0].sum(),
                 list(self.model.parameters()),
@@ -5346,7 +5365,9 @@ class PhasedTTT:
         """Scores every document's targets, each before anything learns from it."""
         config = self.config
         self.model.requires_grad_(False)
-        self.adapters = Adapters(config, len(self.model.plans[config.loops]), self.run.device) if self.learn else None
+        self.adapters = (
+            Adapters(config, len(self.model.schedules[config.loops]), self.run.device) if self.learn else None
+        )
         for begin, end in self.phases():
             for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
@@ -5369,8 +5390,8 @@ class PhasedTTT:
         full = max(0, min(most - 2, self.config.ttt_context // self.config.ttt_chunk_size))
         for chunk in (0, full):  # the order in which windows come: another one would compile other graphs
             batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
-            learning, batch = self.learn and most > chunk + 1, without_text(batch)
-            seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, learning))
+            learning, batch = self.learn and most > chunk + 1, as_padding(batch)
+            seconds = self.run.time_second_call(lambda: self.rehearse(batch, scored, learning))
         global_tokens = (
             sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.config.global_ttt_epochs
         )
@@ -5431,8 +5452,8 @@ class PhasedTTT:
                 *batch,
                 looped=self.config.loops,
                 adapters=adapters.pairs(leaves) if adapters else None,
-                last=scored.shape[1],
-                tempered=True,
+                last_tokens=scored.shape[1],
+                apply_temperature=True,
             )  # adapters learn from what counts
         return nll, leaves
 
@@ -5466,7 +5487,7 @@ class PhasedTTT:
             :-1
         ]
         self.model.requires_grad_(True)
-        steps = GlobalSteps(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
+        steps = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
         total = config.global_ttt_epochs * len(chunks)
         for step in range(total):
             steps.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
@@ -5489,7 +5510,7 @@ class ChunkTTT:
         windows = evaluation_windows(self.evaluator.documents, config.eval_context, config.eval_step, self.size)
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
-        steps = GlobalSteps(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+        steps = FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
         self.project(forward, len(windows), steps)
         for chunk in range(self.count):
             mine = windows[edges[chunk] : edges[chunk + 1]]
@@ -5504,11 +5525,11 @@ class ChunkTTT:
             self.pace.advance(1)
         return Score(self.ledger.close(), end, self.evaluator.bytes)
 
-    def project(self, forward: Callable, windows: int, steps: GlobalSteps) -> None:
+    def project(self, forward: Callable, windows: int, steps: FullModelSGD) -> None:
         """Logs what the evaluation will take, from one batch of windows and one row of learning."""
         config, evaluator = self.config, self.evaluator
         batches = len(evaluator.batches(evaluator.rows))  # a chunk's border parts some batches in two
-        seconds = evaluator.run.seconds_again(lambda: evaluator.rehearse(forward)) * batches
+        seconds = evaluator.run.time_second_call(lambda: evaluator.rehearse(forward)) * batches
         if self.learn:
             seconds += steps.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
         self.pace.project(
@@ -5583,7 +5604,7 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
     with Stage(run, "train"):
         loader.waited = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
-        waited = log_waiting(run, end, loader.waited)
+        waited = log_data_stall(run, end, loader.waited)
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
@@ -5607,13 +5628,13 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
                 data = pack_within(stored, residuals, room, config, run.log)
     with Stage(run, "pack"):
         if run.main:
-            write_aside(run.folder / CONTAINER_FILE, data)
+            write_atomic(run.folder / CONTAINER_FILE, data)
             sections = size_table(data, unpack(data)[1], weights, hessians)
             for line in format_table(sections):
                 run.log(line)
         run.barrier()
     tokens = end.step * config.train_batch_tokens
-    size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
+    size = run.broadcast_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
     return dict(
         **sizes(size, config, run),
         val_bpb_pre_quant=score.bpb,
@@ -5645,7 +5666,7 @@ def shipped_code() -> tuple[int, str]:
 
 def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
     """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
-    code, form = run.agree_object(shipped_code() if run.main else None)
+    code, form = run.broadcast_object(shipped_code() if run.main else None)
     return dict(
         code_bytes=code,
         code_form=form,
@@ -5666,7 +5687,7 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
         path = run.folder / CONTAINER_FILE
-        data = run.agree_object(path.read_bytes() if run.main else None)
+        data = run.broadcast_object(path.read_bytes() if run.main else None)
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
@@ -5756,7 +5777,7 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
         seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
     )
     if run.main:
-        write_aside(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+        write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
     print_summary(run, summary)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:

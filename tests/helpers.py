@@ -281,7 +281,7 @@ def build_model(c, seed=0, spread=0.3):
 
 def documents_from(starts):
     """A batch's documents from their starts [R, T]."""
-    return tg.Documents(starts, torch.from_numpy(tg.document_bounds_of(starts.numpy())))
+    return tg.Documents(starts, torch.from_numpy(tg.cu_seqlens_of(starts.numpy())))
 
 
 def random_batch(c, rows, length, seed=0, document_length=11):

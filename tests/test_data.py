@@ -225,7 +225,7 @@ def test_the_next_batches_are_made_without_being_asked_for():
         done.release()
         return -key
 
-    ahead = tg.ReadAhead(make, lambda key: key + 1, 2)
+    ahead = tg.Prefetcher(make, lambda key: key + 1, 2)
     assert ahead(5) == -5
     for _ in range(3):
         assert done.acquire(timeout=60)
@@ -244,7 +244,7 @@ def test_an_error_on_the_thread_is_raised_where_its_batch_is_asked_for():
             raise OSError(5, f"Input/output error at {key}")
         return key
 
-    ahead = tg.ReadAhead(make, lambda key: key + 1, 2)
+    ahead = tg.Prefetcher(make, lambda key: key + 1, 2)
     assert [ahead(key) for key in (0, 1, 2)] == [0, 1, 2]  # the thread has met 3, and nobody has asked for it
     for _ in range(2):
         with pytest.raises(OSError, match="error at 3"):

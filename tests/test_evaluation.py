@@ -32,9 +32,9 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 
 def test_where_documents_begin_and_end():
-    assert tg.document_bounds(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]  # the last BOS is a target
-    assert tg.document_bounds(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]  # documents of one token
-    assert tg.document_bounds(np.array([1, 1])).tolist() == [0, 1]
+    assert tg.document_offsets(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]  # the last BOS is a target
+    assert tg.document_offsets(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]  # documents of one token
+    assert tg.document_offsets(np.array([1, 1])).tolist() == [0, 1]
 
 
 def test_windows_by_hand():
@@ -387,7 +387,7 @@ def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp
     )
     evaluator.run = single_run(0, ranks)
     computed = []
-    monkeypatch.setattr(tg.Run, "seconds_again", lambda run, compute: compute() or 0.5)
+    monkeypatch.setattr(tg.Run, "time_second_call", lambda run, compute: compute() or 0.5)
     monkeypatch.setattr(tg.Evaluator, "score_rows", lambda evaluator, forward, rows: computed.append(rows))
     evaluator.project(None)
     lines = capsys.readouterr().out.splitlines()

@@ -343,7 +343,7 @@ def test_packed_attention_equals_torchs(starts):
     documents = documents_from(documents_of(starts, 3, 50))
     mask = tg.visible(documents.starts)
     compare(
-        lambda q, k, v: tg.attention_packed(q, k, v, documents.bounds, document_by_document),
+        lambda q, k, v: tg.attention_packed(q, k, v, documents.cu_seqlens, document_by_document),
         lambda q, k, v: tg.attention_sdpa(q, k, v, mask),
         [normal(3, 50, 4, 8), normal(3, 50, 2, 8), normal(3, 50, 2, 8)],
     )
@@ -351,11 +351,11 @@ def test_packed_attention_equals_torchs(starts):
 
 def test_bounds_have_one_shape_for_all_batches_of_a_size():
     shapes = {
-        tg.document_bounds_of(documents_of([starts], 8, 256).numpy()).shape
+        tg.cu_seqlens_of(documents_of([starts], 8, 256).numpy()).shape
         for starts in ([0], [0, 5], [0, 100, 200], list(range(0, 256, 128)))
     }
     assert shapes == {(33,)}
-    many = tg.document_bounds_of(documents_of([list(range(256))], 8, 256).numpy())
+    many = tg.cu_seqlens_of(documents_of([list(range(256))], 8, 256).numpy())
     assert many.tolist() == list(range(2049))
 
 

@@ -2893,8 +2893,8 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
-        self.bigram = Table(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
-        self.values = Table(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
+        self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
+        self.values = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
         skips = max(sum(v.skip is not None for v in plan) for plan in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None
@@ -2902,7 +2902,7 @@ class GPT(nn.Module):
         length = max(config.train_seq_len, config.longest_context)
         for name, table in zip(("cos", "sin"), rotary_tables(config, length)):
             self.register_buffer(name, table, persistent=False)
-        self.to(config.master_dtype)
+        self.to(torch.promote_types(config.dtype, torch.float32))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -3166,7 +3166,7 @@ def parameter_groups(model: GPT, config: Config) -> list[Group]:
     # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
     tables.extend(
         (name, [part.table], tables[0][2])
-        for name, part in (("bigram", model.bigram), ("values", model.value_embeds))
+        for name, part in (("bigram", model.bigram), ("values", model.values))
         if part is not None
     )
     taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}

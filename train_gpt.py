@@ -2933,11 +2933,11 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             block.requires_grad_(layer < learning)
 
-    def layer_weights(self, dtype: torch.dtype, rounded: bool) -> list[Weights]:
+    def layer_weights(self, dtype: torch.dtype, fake_quant: bool) -> list[Weights]:
         """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
         config, n = self.config, self.config.num_layers
         banks = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
-        if rounded:
+        if fake_quant:
             grids = (config.attn_grid, config.attn_grid, config.mlp_grid, config.mlp_grid)
             banks = tuple(fake_quantize(bank, *grid) for bank, grid in zip(banks, grids))
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
@@ -2991,22 +2991,22 @@ class GPT(nn.Module):
         looped: bool,
         adapters: list[dict] | None = None,
         noise: Tensor | None = None,
-        last: int = 0,
-        rounded: bool = False,
-        tempered: bool = False,
+        last_tokens: int = 0,
+        fake_quant: bool = False,
+        apply_temperature: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
 
         `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
-        one for the head (key head); absent ones leave no trace in the graph. `last` forms logits of the rows' last
-        so many tokens alone, [R, last]. `rounded` rounds the banks (late QAT); `tempered` divides the softcapped
+        one for the head (key head); absent ones leave no trace in the graph. `last_tokens` forms logits of the rows' last
+        so many tokens alone, [R, last]. `fake_quant` rounds the banks (late QAT); `apply_temperature` divides the softcapped
         logits by TEMPERATURE, as evaluations do.
         """
         plan = self.schedules[looped]
         adapters = adapters or [{}] * (len(plan) + 1)
         length = ids.size(1)
         x0 = x = lane = self.embed(ids, documents, noise)
-        weights = self.layer_weights(x.dtype, rounded)
+        weights = self.layer_weights(x.dtype, fake_quant)
         cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
         shared = Shared(
             self.attention(documents, x.dtype), cos, sin, None if self.values is None else self.values(ids, x.dtype)
@@ -3019,8 +3019,8 @@ class GPT(nn.Module):
             if v.save:
                 saved.append(x)
         x = (x + lane) / 2 if plan[-1].lanes else x
-        if last:
-            x, targets = x[:, -last:], targets[:, -last:]
+        if last_tokens:
+            x, targets = x[:, -last_tokens:], targets[:, -last_tokens:]
         hidden = rms_norm(x)
         head = self.embedding if self.head is None else self.head
         logits = self.logits(hidden, head.to(x.dtype))
@@ -3028,7 +3028,7 @@ class GPT(nn.Module):
         if "head" in adapters[-1]:  # next to a bfloat16 logit a small contribution would round away
             logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
         config, cap = self.config, self.config.logit_softcap
-        if tempered and config.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
+        if apply_temperature and config.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
             logits, cap = logits.to(wide) / config.temperature, cap / config.temperature
         return softcapped_cross_entropy(
             logits, targets, cap, config.softcap_type, config.fused_ce_enabled, config.triton_kernels != "0"
@@ -3389,7 +3389,7 @@ class StepVariant(NamedTuple):
 
     looped: bool
     learning: int  # first layers that learn
-    rounded: bool  # late QAT
+    fake_quant: bool  # late QAT
 
 
 def trainable_layers_at(p: Progress, config: Config) -> int:
@@ -3416,8 +3416,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     uses = []
     for begin, end in zip(cuts, (*cuts[1:], 1.0)):
         middle = Progress((begin + end) / 2 * config.iterations, 0.0)
-        for rounded in (False, True) if falls and end > 1 - config.late_qat_threshold else (False,):
-            uses.append(StepVariant(loops_on(middle, config), trainable_layers_at(middle, config), rounded))
+        for fake_quant in (False, True) if falls and end > 1 - config.late_qat_threshold else (False,):
+            uses.append(StepVariant(loops_on(middle, config), trainable_layers_at(middle, config), fake_quant))
     return uses
 
 
@@ -3478,7 +3478,7 @@ class Trainer:
         """The model's weights, outside of autograd."""
         return [p.detach() for p in self.model.parameters()]
 
-    def step(self, p: Progress, looped: bool, learning: int | None = None, rounded: bool = False) -> Tensor:
+    def step(self, p: Progress, looped: bool, learning: int | None = None, fake_quant: bool = False) -> Tensor:
         """One update of the first `learning` layers (None: all) and of all that is no layer's, by a `StepVariant`.
 
         Returns this rank's sum of NLL over its targets, as a tensor (reading it would wait).
@@ -3488,7 +3488,7 @@ class Trainer:
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
             noise = self.loader.noise(p.step, micro, (config.train_seq_len, config.model_dim))
-            nll, lse = self.forward(*batch, looped=looped, noise=noise, fake_quant=rounded)
+            nll, lse = self.forward(*batch, looped=looped, noise=noise, fake_quant=fake_quant)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
@@ -3565,7 +3565,7 @@ def log_variant_change(run: Run, config: Config, p: Progress, before: StepVarian
         run.log(f"step:{p.step} looping on: layers {execution_order(config, True)}")
     if use.learning != before.learning:
         run.log(f"step:{p.step} layers that learn: the first {use.learning} of {config.num_layers}")
-    if use.rounded and not before.rounded:
+    if use.fake_quant and not before.fake_quant:
         run.log(
             f"step:{p.step} late QAT on: matrices are rounded to {config.attn_grid[0]} and {config.mlp_grid[0]} bits"
         )

@@ -2105,6 +2105,9 @@ def clip_range(weights: Tensor, sigmas: float) -> Tensor:
     return sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
 
 
+Grids = tuple[tuple[int, float], tuple[int, float]] | None  # (bits, clip sigmas) of attention and of the MLP
+
+
 def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
     """Weights [..., r, c] rounded to each row's grid, with the gradient of the identity (arXiv 1308.3432)."""
     limit, exact = 2 ** (bits - 1) - 1, weights.detach()
@@ -2122,19 +2125,19 @@ def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
 
 
-def follows(starts: Tensor) -> Tensor:
+def continues_document(starts: Tensor) -> Tensor:
     """[R, T] document starts -> [R, T] bool: the token before is of the same document."""
     return starts != torch.arange(starts.size(1), device=starts.device)
 
 
-def visible(starts: Tensor) -> Tensor:
+def document_mask(starts: Tensor) -> Tensor:
     """[R, T] document starts -> [R, T, T] bool: key j is at or before query i and in its document."""
     positions = torch.arange(starts.size(1), device=starts.device)
     return (positions <= positions[:, None]) & (positions >= starts[:, :, None])
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention inside documents. q [R, T, H, h], k and v [R, T, K, h], mask of `visible` -> [R, T, H, h].
+    """Causal attention inside documents. q [R, T, H, h], k and v [R, T, K, h], mask of `document_mask` -> [R, T, H, h].
 
     Keys and values are repeated for their groups of heads: with a mask, CUDA's lean kernels take no grouped ones.
     """
@@ -2185,14 +2188,14 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with an additive mask: `additive` of `visible`, [R, T, T]."""
+    """`attention_sdpa` through BlockedAttention, with an additive mask: `additive_mask` of `document_mask`, [R, T, T]."""
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
     y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
     return y.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [R, T, H, h]
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as what is added to scores: 0 where it is true, minus infinity where it is not."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
@@ -2233,10 +2236,10 @@ def flash_attention(backend: str) -> Callable:
 def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]:
     """What turns a batch's documents into the attention (q, k, v) -> y of all its layers. Errors: ImportError."""
     if name == "sdpa":
-        return lambda documents, dtype: functools.partial(attention_sdpa, mask=visible(documents.starts))
+        return lambda documents, dtype: functools.partial(attention_sdpa, mask=document_mask(documents.starts))
     if name == "blocked":
         return lambda documents, dtype: functools.partial(
-            attention_blocked, bias=additive(visible(documents.starts), dtype)
+            attention_blocked, bias=additive_mask(document_mask(documents.starts), dtype)
         )
     kernel = flash_attention(name)
     return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.cu_seqlens, kernel=kernel)
@@ -2598,7 +2601,7 @@ def mlp_up_backward_kernel(
     store_activation_gradient(right, leaky, grad_up, square, row, column + half, M, N, SLOPE, BLOCK_M, half)
 
 
-def mlp_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
+def mlp_launch_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
     """Number of tiles."""
     return (-(-rows // tiles["BLOCK_M"]) * -(-hidden // tiles["BLOCK_N"]),)
 
@@ -2609,7 +2612,7 @@ def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tens
     square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
     if rows:
-        mlp_up_kernel[mlp_grid(rows, hidden, tiles)](
+        mlp_up_kernel[mlp_launch_grid(rows, hidden, tiles)](
             x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden, K=width, SLOPE=slope, **tiles
         )
     return square, leaky
@@ -2639,7 +2642,7 @@ class MLPTriton(torch.autograd.Function):
         grad_up = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
         square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
         if rows:
-            mlp_up_backward_kernel[mlp_grid(rows, hidden, tiles)](
+            mlp_up_backward_kernel[mlp_launch_grid(rows, hidden, tiles)](
                 grad,
                 down.contiguous(),
                 leaky,
@@ -2683,33 +2686,30 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
 
 
 class LayerCall(NamedTuple):
-    """One step of the forward pass: which layer runs, which saved output it blends in first, and what it does after."""
+    """One call of a layer in the forward pass. Loops call a layer several times."""
 
     layer: int
-    skip: int | None  # place in the second half (row of the skip weights) whose saved output is popped
-    save: bool  # push the output for the second half
-    lanes: bool  # run on the two-lane residual stream
+    skip: int | None  # row of the skip weights with which a saved output is blended in first; None: no skip
+    save: bool  # save the output for the second half
+    parallel: bool  # attention and MLP have residual streams of their own
 
 
-def layer_schedule(config: Config, looped: bool) -> tuple[LayerCall, ...]:
-    """The U-Net over the execution order: the first half pushes, the second pops, last in first out."""
+def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
+    """The U-Net over the execution order: the first half saves outputs, the second half takes them, last in first out."""
     order = execution_order(config, looped)
     half = len(order) // 2
-    return tuple(
-        LayerCall(
-            layer,
-            place - half if half <= place < 2 * half else None,
-            place < half,
-            config.lanes and layer >= config.parallel_start_layer,
-        )
-        for place, layer in enumerate(order)
-    )
+    calls = []
+    for place, layer in enumerate(order):
+        skip = place - half if half <= place < 2 * half else None
+        parallel = config.lanes and layer >= config.parallel_start_layer
+        calls.append(LayerCall(layer, skip, save=place < half, parallel=parallel))
+    return tuple(calls)
 
 
 class Projection(nn.Module):
-    """A seat for a matrix that lives in a bank: casts nothing, owns nothing; inputs are tapped by forward pre-hooks.
+    """A matrix product with a matrix that lives in a bank. As a module it takes forward pre-hooks, for Hessians.
 
-    x [R, T, in], weight [out, in], adapter (A [R, r, in], B [R, out, r]) or None -> [R, T, out].
+    x [B, T, in], weight [out, in], adapter (A [B, r, in], B [B, out, r]) or None -> [B, T, out].
     """
 
     def forward(self, x: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -2717,8 +2717,8 @@ class Projection(nn.Module):
         return y if adapter is None else y + low_rank(x, adapter)
 
 
-class Weights(NamedTuple):
-    """One layer's matrices in the compute type, taken from the banks."""
+class LayerWeights(NamedTuple):
+    """One layer's weights: matrices of the banks in the compute type, and the block's own vectors and gates."""
 
     q: Tensor
     out: Tensor
@@ -2726,119 +2726,133 @@ class Weights(NamedTuple):
     v: Tensor
     up: Tensor
     down: Tensor
+    input_mix: Tensor  # [2, d], m0 and m1
+    attention_scale: Tensor  # [d]
+    mlp_scale: Tensor  # [d]
+    query_gain: Tensor  # [H]
+    head_gate: Tensor | None  # [H, window]
+    value_scale: Tensor | None  # [1]
+    stream_mix: Tensor | None  # [2, 3], r, p and q of both residual streams
+
+    def detached(self) -> LayerWeights:
+        """The same weights as constants."""
+        return LayerWeights(*(None if w is None else w.detach() for w in self))
 
 
-class Shared(NamedTuple):
-    """What every layer of one forward pass uses."""
+class AttentionContext(NamedTuple):
+    """What the attention of every layer uses in one forward pass."""
 
-    attention: Callable  # (q [R, T, H, h], k, v [R, T, K, h]) -> y [R, T, H, h]
+    attention: Callable  # (q [B, T, H, h], k, v [B, T, K, h]) -> y [B, T, H, h]
     cos: Tensor  # [T, 1, rotary/2]
     sin: Tensor
-    values: Tensor | None  # [R, T, K*h] value embeddings, before each layer's own scale
+    value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
 
 
 class Block(nn.Module):
-    """A layer: its vectors, gates and seats. `attend` and `feed` serve one lane and two."""
+    """A layer: its vectors, gates and projections. `attend` and `mlp` serve one residual stream and two."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
-        self.input_mix = nn.Parameter(
-            torch.stack([torch.ones(config.model_dim), torch.zeros(config.model_dim)])
-        )  # m0, m1
-        self.attention_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.query_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-        if config.sparse_attn_gate_enabled or config.attn_out_gate_enabled or config.gated_attn_enabled:
-            width = config.model_dim if config.gated_attn_enabled else config.gate_window
-            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, width))
-        else:
-            self.register_parameter("head_gate", None)
-        self.value_scale = nn.Parameter(torch.ones(1)) if layer in config.value_layers else None
-        # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
-        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1)) if config.lanes else None
-        self.q, self.k, self.v, self.out, self.up, self.down = (Projection() for _ in range(6))
-        self.fused = config.triton_kernels != "0"  # taps on the seats of up and down turn it off for their time
+        self.config = config
+        d = config.model_dim
+        self.input_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
+        self.attention_scale = nn.Parameter(torch.ones(d))
+        self.mlp_scale = nn.Parameter(torch.ones(d))
+        self.query_gain = nn.Parameter(torch.ones(config.num_heads))
+        self.head_gate = self.value_scale = self.stream_mix = None
+        if config.gated_attn_enabled:
+            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, d))
+        elif config.sparse_attn_gate_enabled or config.attn_out_gate_enabled:
+            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_window))
+        if layer in config.value_layers:
+            self.value_scale = nn.Parameter(torch.ones(1))
+        if config.lanes:  # in every layer, so that the parallel start can move without a new shape
+            self.stream_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1))
+        self.q, self.k = Projection(), Projection()
+        self.v, self.out = Projection(), Projection()
+        self.up, self.down = Projection(), Projection()
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
 
-    def attend(self, x: Tensor, w: Weights, shared: Shared, adapters: dict) -> Tensor:
-        """Attention of the mixed input x [R, T, d] -> [R, T, d], before the output scale."""
-        config, (rows, length, _) = self.config, x.shape
+    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: dict) -> Tensor:
+        """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
+        config = self.config
+        sequences, length, _ = x.shape
         n = self.norm(x)
-        q = self.q(n, w.q, adapters.get("q")).view(rows, length, config.num_heads, config.head_dim)
-        k = self.k(n, w.k, adapters.get("k")).view(rows, length, config.num_kv_heads, config.head_dim)
+        q = self.q(n, w.q, adapters.get("q")).view(sequences, length, config.num_heads, config.head_dim)
+        k = self.k(n, w.k, adapters.get("k")).view(sequences, length, config.num_kv_heads, config.head_dim)
         v = self.v(n, w.v, adapters.get("v"))
-        if self.value_scale is not None:
-            v = v + self.value_scale.to(x.dtype) * shared.values
-        v = v.view(rows, length, config.num_kv_heads, config.head_dim)
-        q = rotate(rms_norm(q), shared.cos, shared.sin) * self.query_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), shared.cos, shared.sin)
-        y = shared.attention(q, k, v)
+        if w.value_scale is not None:
+            v = v + w.value_scale.to(x.dtype) * context.value_embeds
+        v = v.view(sequences, length, config.num_kv_heads, config.head_dim)
+        q = rotate(rms_norm(q), context.cos, context.sin) * w.query_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), context.cos, context.sin)
+        y = context.attention(q, k, v)
         if self.subtract_own_value:
-            y = subtract_own_value_component(y, v)
-        if self.head_gate is not None:
-            y = y * self.gate(n)[..., None]
-        y = self.out(y.reshape(rows, length, config.model_dim), w.out)
+            y = subtract_own_value(y, v)
+        if w.head_gate is not None:
+            y = y * self.gate(n, w.head_gate)[..., None]
+        y = self.out(y.reshape(sequences, length, config.model_dim), w.out)
         return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
 
     def norm(self, x: Tensor) -> Tensor:
+        """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
         return rms_norm(x) * self.norm_scale if self.config.ln_scale else rms_norm(x)
 
-    def gate(self, n: Tensor) -> Tensor:
-        """Head gates [R, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
-        config = self.config
-        g = F.linear(n[..., : self.head_gate.size(1)], self.head_gate.to(n.dtype))
-        if config.sparse_attn_gate_enabled:
-            return torch.sigmoid(config.sparse_attn_gate_scale * g)
-        return 2 * torch.sigmoid(g) if config.attn_out_gate_enabled else torch.sigmoid(g)
+    def gate(self, n: Tensor, weight: Tensor) -> Tensor:
+        """Head gates [B, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
+        g = F.linear(n[..., : weight.size(1)], weight.to(n.dtype))
+        if self.config.sparse_attn_gate_enabled:
+            return torch.sigmoid(self.config.sparse_attn_gate_scale * g)
+        return 2 * torch.sigmoid(g) if self.config.attn_out_gate_enabled else torch.sigmoid(g)
 
-    def feed(self, x: Tensor, w: Weights, adapters: dict) -> Tensor:
-        """MLP of x [R, T, d] -> [R, T, d], before the output scale."""
+    def mlp(self, x: Tensor, w: LayerWeights, adapters: dict, fused: bool) -> Tensor:
+        """MLP of x [B, T, d] -> [B, T, d], before the output scale. `fused` allows the Triton kernels."""
         n = self.norm(x)
-        if self.fused and triton_supports(n):
+        if fused and triton_supports(n):
             y = mlp_triton(n, w.up, w.down, self.config.leaky_relu_slope)
         else:
             y = self.down(leaky_relu_squared(self.up(n, w.up), self.config.leaky_relu_slope), w.down)
         return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
 
 
-def subtract_own_value_component(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: takes from y [R, T, H, h] its component along the value of its own position and kv head, v [R, T, K, h]."""
-    rows, length, heads, width = y.shape
-    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [R, T, K, 1, h]
-    grouped = y.view(rows, length, v.size(2), heads // v.size(2), width)  # [R, T, K, H/K, h]
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(rows, length, heads, width)
+def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h]."""
+    sequences, length, heads, width = y.shape
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, h]
+    grouped = y.view(sequences, length, v.size(2), heads // v.size(2), width)  # [B, T, K, H/K, h]
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(y.shape)
 
 
 class SmearGate(nn.Module):
-    """Mixes in the previous token, and nothing where a document begins.
+    """Mixes in the previous token, but nothing where a document begins.
 
-    window, of the embeddings: x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}. channel, of the normed embeddings:
-    x_t += g * (x_{t-1} - x_t), g = sigmoid(weight), one for each channel (PR #549 of openai/parameter-golf, which let
-    it look across borders).
+    window, on the embeddings: x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}. channel, on the normed embeddings:
+    x_t += g * (x_{t-1} - x_t), g = sigmoid(weight), one for each channel (PR #549 of openai/parameter-golf, which
+    mixes across document borders).
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.channel = config.smear_gate_type == "channel"
         self.weight = nn.Parameter(torch.zeros(config.model_dim if self.channel else config.gate_window))
         self.scale = None if self.channel else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        inside, before = follows(documents.starts)[..., None], F.pad(x, (0, 0, 1, -1))  # [R, T, 1], [R, T, d]
-        if self.channel:
-            return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, before - x)
+        inside = continues_document(documents.starts)[..., None]  # [B, T, 1]
+        previous = F.pad(x, (0, 0, 1, -1))  # [B, T, d]
+        if self.scale is None:
+            return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, previous - x)
         gate = torch.sigmoid(F.linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
-        return x + self.scale.to(x.dtype) * gate * before * inside
+        return x + self.scale.to(x.dtype) * gate * previous * inside
 
 
 class FactorizedEmbedding(nn.Module):
-    """A small embedding table [rows, width], a projection [out, width] and a scale: indices [R, T] -> [R, T, out]."""
+    """An embedding table [buckets, width], a projection [out, width] and a scale: indices [B, T] -> [B, T, out]."""
 
-    def __init__(self, rows: int, width: int, out: int, scale: float):
+    def __init__(self, buckets: int, width: int, out: int, scale: float):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(rows, width))
+        self.table = nn.Parameter(torch.zeros(buckets, width))
         self.projection = nn.Parameter(torch.zeros(out, width))
         self.scale = nn.Parameter(torch.full((1,), scale))
 
@@ -2847,24 +2861,24 @@ class FactorizedEmbedding(nn.Module):
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
-    """The bucket [R, T] int32 of each token and the one before it; a document's first token has the last one's.
+    """The bucket [B, T] int32 of each token and the one before it. First tokens of documents share the last bucket.
 
     The hash is PR #549's, in int32: products of ids from 59,138 on wrap.
     """
     t = ids.int()
     hashed = torch.bitwise_xor(36313 * t, 27191 * F.pad(t, (1, -1))) % (buckets - 1)
-    return torch.where(follows(starts), hashed, buckets - 1)
+    return torch.where(continues_document(starts), hashed, buckets - 1)
 
 
-def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, [length, rotary/2] each, float64.
 
-    YaRN (arXiv 2309.00071): wavelengths are stretched by the ratio of the contexts, the long ones wholly, the short
-    ones not at all, with a ramp between. It acts only where that ratio is above 1.
+    YaRN (arXiv 2309.00071) stretches long wavelengths by YARN_MAX_LEN / TRAIN_SEQ_LEN and leaves short ones alone, with
+    a ramp between. It acts only where that ratio is above 1.
     """
     share = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / config.rotary_dims
     frequencies = config.rope_base**-share
-    stretch = max(config.yarn_max_len, config.longest_context) / config.train_seq_len
+    stretch = config.yarn_max_len / config.train_seq_len
     if config.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -2872,19 +2886,19 @@ def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
 
 
 class GPT(nn.Module):
-    """The language model; `reset` gives it its initial weights. Matrices live in four banks of equal shapes, for Muon.
+    """The language model. What it computes follows from its ModelConfig, its weights and a call's arguments alone.
 
-    In a visit plan's sequential part `lane` merely follows `x`, so it is right where the two-lane part begins.
+    Matrices live in four banks of equal shapes, for Muon. `reset` gives the initial weights.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig, runtime: Runtime):
         super().__init__()
-        self.config = config
-        self.attention = attention_backend(choose_attention(config)[0])
+        if type(config) is not ModelConfig:  # a Config would let settings in that its artifact does not carry
+            raise TypeError(f"a model takes a ModelConfig, not a {type(config).__name__}")
+        self.config, self.runtime = config, runtime
+        self.attention = attention_backend(runtime.attention)
         self.schedules = {looped: layer_schedule(config, looped) for looped in (False, True)}
         layers, d = config.num_layers, config.model_dim
-        # Layers that learn. torch.compile guards on a number; before 2.13 not on a parameter's requires_grad.
-        self.learning = layers
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, d))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))  # q of all layers, then out
@@ -2893,94 +2907,161 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
-        self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
-        self.values = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
-        skips = max(sum(v.skip is not None for v in plan) for plan in self.schedules.values())
+        self.bigram = self.value_embeds = self.skip_gates = None
+        if config.bigram_vocab_size:
+            self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05)
+        if config.ve_dim:
+            self.value_embeds = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1)
+        skips = max(sum(call.skip is not None for call in calls) for calls in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
-        self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None
+        if config.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, d))
         self.logits = Projection()
-        length = max(config.train_seq_len, config.longest_context)
-        for name, table in zip(("cos", "sin"), rotary_tables(config, length)):
-            self.register_buffer(name, table, persistent=False)
-        self.to(torch.promote_types(config.dtype, torch.float32))
+        cos, sin = rotary_tables(config, runtime.context)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.to(runtime.master_dtype)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Initial weights, from SEED alone: orthogonal inputs of the layers, zero outputs, a small embedding."""
-        config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
-        self.embedding.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
+    def reset(self, *, seed: int, embedding_std: float, query_gain: float) -> None:
+        """Initial weights from the seed: orthogonal inputs of the layers, zero outputs, a small embedding."""
+        layers, generator = self.config.num_layers, torch.Generator().manual_seed(seed)
+        self.embedding.normal_(std=1.0 if self.head is not None else embedding_std, generator=generator)
         if self.head is not None:
             self.head.zero_()
-        for bank, zero_from in (
-            (self.qo_bank, config.num_layers),
-            (self.kv_bank, 2 * config.num_layers),
-            (self.up_bank, config.num_layers),
-            (self.down_bank, 0),
-        ):
+        orthogonal = ((self.qo_bank, layers), (self.kv_bank, 2 * layers), (self.up_bank, layers), (self.down_bank, 0))
+        for bank, zero_from in orthogonal:
             bank.zero_()
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
-        if self.bigram is not None:  # of table and projection one must not be zero, or neither would ever learn
+        for block in self.blocks:
+            block.query_gain.fill_(query_gain)
+        if self.bigram is not None:  # either the table or the projection must not be zero, or neither would ever train
             self.bigram.table.zero_()
             nn.init.orthogonal_(self.bigram.projection, generator=generator)
-        if self.values is not None:
-            self.values.table.normal_(std=0.01, generator=generator)
-            self.values.projection.zero_()
+        if self.value_embeds is not None:
+            self.value_embeds.table.normal_(std=0.01, generator=generator)
+            self.value_embeds.projection.zero_()
 
-    def rest(self, learning: int) -> None:
-        """Lets the first layers learn alone: no gradient of the others' weights is computed until the next call."""
-        self.learning = learning
-        for layer, block in enumerate(self.blocks):
-            block.requires_grad_(layer < learning)
+    def layer_weights(self, dtype: torch.dtype, trainable_layers: int | None, fake_quant: Grids) -> list[LayerWeights]:
+        """The weights of every layer; those from `trainable_layers` on are constants.
 
-    def layer_weights(self, dtype: torch.dtype, fake_quant: bool) -> list[Weights]:
-        """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
-        config, n = self.config, self.config.num_layers
-        banks = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
-        if fake_quant:
-            grids = (config.attn_grid, config.attn_grid, config.mlp_grid, config.mlp_grid)
-            banks = tuple(fake_quantize(bank, *grid) for bank, grid in zip(banks, grids))
+        Each bank is cast once, and the backward pass of its unbind is one stack instead of a scatter for each layer.
+        """
+        layers = self.config.num_layers
+        banks = [self.qo_bank, self.kv_bank, self.up_bank, self.down_bank]
+        if fake_quant is not None:
+            attention, mlp = fake_quant
+            grids = (attention, attention, mlp, mlp)
+            banks = [fake_quantize(bank, *grid) for bank, grid in zip(banks, grids, strict=True)]
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
-        weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
-        return [
-            w if layer < self.learning else Weights(*(matrix.detach() for matrix in w))
-            for layer, w in enumerate(weights)
-        ]
+        weights = []
+        for i, block in enumerate(self.blocks):
+            matrices = (qo[i], qo[layers + i], kv[i], kv[layers + i], up[i], down[i])
+            own = LayerWeights(*matrices, *(getattr(block, name) for name in LayerWeights._fields[6:]))
+            frozen = trainable_layers is not None and i >= trainable_layers
+            weights.append(own.detached() if frozen else own)
+        return weights
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
-        """U-Net skip: added, or blended through a gate."""
+        """A U-Net skip: added, or blended through a gate."""
         skip = self.skip_weights[place].to(x.dtype) * saved
         if self.skip_gates is None:
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
     def embed(self, ids: Tensor, documents: Documents, noise: Tensor | None) -> Tensor:
-        """Embeddings of tokens and pairs in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
-        config, x = self.config, F.embedding(ids, self.embedding).to(self.config.dtype)
+        """Normed embeddings of tokens and bigrams in the compute type, with noise and smear gate: x0 [B, T, d]."""
+        x = F.embedding(ids, self.embedding).to(self.runtime.dtype)
         if self.bigram is not None:
-            x = x + self.bigram(bigram_buckets(ids, documents.starts, config.bigram_vocab_size), x.dtype)
+            x = x + self.bigram(bigram_buckets(ids, documents.starts, self.config.bigram_vocab_size), x.dtype)
         if noise is not None:
             x = x + noise.to(x.dtype)
         if self.smear is None:
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
-    def visit(
-        self, v: LayerCall, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared, adapters: dict
+    def run_layer(
+        self,
+        call: LayerCall,
+        x: Tensor,
+        x_mlp: Tensor,
+        x0: Tensor,
+        w: LayerWeights,
+        context: AttentionContext,
+        adapters: dict,
+        fused_mlp: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Runs one layer on one lane (x; lane passes) or on two."""
-        block = self.blocks[v.layer]
-        m0, m1 = block.input_mix.to(x.dtype).unbind()
-        a, b = block.attention_scale.to(x.dtype), block.mlp_scale.to(x.dtype)
-        u = torch.addcmul(m0 * x, m1, x0)
-        attended = block.attend(u, w, shared, adapters)
-        if not v.lanes:
-            x = torch.addcmul(u, a, attended)
-            x = torch.addcmul(x, b, block.feed(x, w, adapters))
+        """One layer on one residual stream, which both outputs then are, or on two parallel ones.
+
+        Attention reads and the U-Net's skips join x; the MLP reads x_mlp.
+        """
+        block = self.blocks[call.layer]
+        m0, m1 = w.input_mix.to(x.dtype).unbind()
+        attention_scale, mlp_scale = w.attention_scale.to(x.dtype), w.mlp_scale.to(x.dtype)
+        x_mixed = torch.addcmul(m0 * x, m1, x0)
+        attention_out = block.attend(x_mixed, w, context, adapters)
+        if not call.parallel:
+            x = torch.addcmul(x_mixed, attention_scale, attention_out)
+            x = torch.addcmul(x, mlp_scale, block.mlp(x, w, adapters, fused_mlp))
             return x, x
-        attended, fed = a * attended, b * block.feed(lane, w, adapters)
-        (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in block.lane_mix.to(x.dtype).unbind())
-        return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
+        attention_out = attention_scale * attention_out
+        mlp_out = mlp_scale * block.mlp(x_mlp, w, adapters, fused_mlp)
+        (r0, p0, q0), (r1, p1, q1) = (stream.unbind() for stream in w.stream_mix.to(x.dtype).unbind())
+        return r0 * x + p0 * attention_out + q0 * mlp_out, r1 * x_mlp + p1 * attention_out + q1 * mlp_out
+
+    def trunk(
+        self,
+        ids: Tensor,
+        documents: Documents,
+        *,
+        looped: bool,
+        adapters: list[dict] | None = None,
+        noise: Tensor | None = None,
+        last_tokens: int = 0,
+        trainable_layers: int | None = None,
+        fake_quant: Grids = None,
+        fused_mlp: bool = True,
+    ) -> Tensor:
+        """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`."""
+        calls = self.schedules[looped]
+        x = x0 = x_mlp = self.embed(ids, documents, noise)
+        weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
+        context = AttentionContext(
+            self.attention(documents, x.dtype),
+            self.cos[: ids.size(1), None].to(x.dtype),
+            self.sin[: ids.size(1), None].to(x.dtype),
+            None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
+        )
+        fused_mlp = fused_mlp and self.runtime.triton
+        saved: list[Tensor] = []
+        for place, call in enumerate(calls):
+            if call.skip is not None:
+                x = self.blend_skip(x, saved.pop(), call.skip)
+            own = adapters[place] if adapters else {}
+            x, x_mlp = self.run_layer(call, x, x_mlp, x0, weights[call.layer], context, own, fused_mlp)
+            if call.save:
+                saved.append(x)
+        x = (x + x_mlp) / 2 if calls[-1].parallel else x
+        return rms_norm(x[:, -last_tokens:] if last_tokens else x)
+
+    def head_logits(self, hidden: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Hidden states [B, T, d] -> logits [B, T, V] before the softcap, with a LoRA of each sequence if given."""
+        head = self.embedding if self.head is None else self.head
+        logits = self.logits(hidden, head.to(hidden.dtype))
+        if adapter is None:
+            return logits
+        wide = torch.promote_types(logits.dtype, torch.float32)  # a small addend would round away in bfloat16
+        return logits.to(wide) + low_rank(hidden, adapter).to(wide)
+
+    def token_losses(self, logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and log-sum-exp of each target, [B, T] each, from logits [B, T, V]."""
+        config, cap = self.config, self.config.logit_softcap
+        if temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logits, cap = logits.to(wide) / temperature, cap / temperature
+        fused, triton_allowed = self.runtime.fused_cross_entropy, self.runtime.triton
+        return softcapped_cross_entropy(logits, targets, cap, config.softcap_type, fused, triton_allowed)
 
     def forward(
         self,
@@ -2992,53 +3073,60 @@ class GPT(nn.Module):
         adapters: list[dict] | None = None,
         noise: Tensor | None = None,
         last_tokens: int = 0,
-        fake_quant: bool = False,
-        apply_temperature: bool = False,
+        trainable_layers: int | None = None,
+        fake_quant: Grids = None,
+        fused_mlp: bool = True,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
+        """Per-token negative log-likelihood and log-sum-exp, [B, T] each, in nats. Callers reduce.
 
-        `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
-        one for the head (key head); absent ones leave no trace in the graph. `last_tokens` forms logits of the rows' last
-        so many tokens alone, [R, last]. `fake_quant` rounds the banks (late QAT); `apply_temperature` divides the softcapped
-        logits by TEMPERATURE, as evaluations do.
+        looped: repeat the looped layers. adapters: a dict of low-rank pairs for each layer call (keys q, k, v,
+        attention, mlp) and one for the head (key head); without any, none is in the graph. noise: added to the
+        embeddings [B, T, d]. last_tokens: only the losses of each sequence's last tokens, [B, last_tokens].
+        trainable_layers: layers from this one on are constants; None: none. fake_quant: late QAT, the grids of the
+        attention and MLP banks. fused_mlp: allow the Triton MLP, which hooks on projections do not see. temperature:
+        divides the softcapped logits.
         """
-        plan = self.schedules[looped]
-        adapters = adapters or [{}] * (len(plan) + 1)
-        length = ids.size(1)
-        x0 = x = lane = self.embed(ids, documents, noise)
-        weights = self.layer_weights(x.dtype, fake_quant)
-        cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
-        shared = Shared(
-            self.attention(documents, x.dtype), cos, sin, None if self.values is None else self.values(ids, x.dtype)
+        hidden = self.trunk(
+            ids,
+            documents,
+            looped=looped,
+            adapters=adapters,
+            noise=noise,
+            last_tokens=last_tokens,
+            trainable_layers=trainable_layers,
+            fake_quant=fake_quant,
+            fused_mlp=fused_mlp,
         )
-        saved: list[Tensor] = []
-        for place, v in enumerate(plan):
-            if v.skip is not None:
-                x = self.blend_skip(x, saved.pop(), v.skip)
-            x, lane = self.visit(v, x, lane, x0, weights[v.layer], shared, adapters[place])
-            if v.save:
-                saved.append(x)
-        x = (x + lane) / 2 if plan[-1].lanes else x
-        if last_tokens:
-            x, targets = x[:, -last_tokens:], targets[:, -last_tokens:]
-        hidden = rms_norm(x)
-        head = self.embedding if self.head is None else self.head
-        logits = self.logits(hidden, head.to(x.dtype))
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        if "head" in adapters[-1]:  # next to a bfloat16 logit a small contribution would round away
-            logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
-        config, cap = self.config, self.config.logit_softcap
-        if apply_temperature and config.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
-            logits, cap = logits.to(wide) / config.temperature, cap / config.temperature
-        return softcapped_cross_entropy(
-            logits, targets, cap, config.softcap_type, config.fused_ce_enabled, config.triton_kernels != "0"
-        )
+        logits = self.head_logits(hidden, adapters[-1].get("head") if adapters else None)
+        return self.token_losses(logits, targets[:, -last_tokens:] if last_tokens else targets, temperature)
+
+
+def new_model(config: Config) -> GPT:
+    """A model with its initial weights, on the CPU."""
+    model = GPT(config.model, runtime_of(config))
+    model.reset(seed=config.seed, embedding_std=config.tied_embed_init_std, query_gain=config.qk_gain_init)
+    return model
+
+
+def meta_model(config: Config) -> GPT:
+    """A model without memory: names and shapes alone."""
+    with torch.device("meta"):
+        return GPT(config.model, runtime_of(config))
+
+
+def constant_view(model: GPT) -> GPT:
+    """The same weights as constants: gradients reach adapters alone. It shares the memory, so updates show in it."""
+    with torch.device("meta"):
+        view = GPT(model.config, model.runtime)
+    view.load_state_dict(model.state_dict(), assign=True)
+    view.cos, view.sin = model.cos, model.sin
+    return view.requires_grad_(False)
 
 
 def parameter_count(config: Config) -> int:
-    """Learned numbers of the model, without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
+    """Trained numbers of the model."""
+    return sum(p.numel() for p in meta_model(config).parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3047,76 +3135,77 @@ def parameter_count(config: Config) -> int:
 
 
 class Adapters:
-    """LoRA of a batch of documents: a set of pairs for every visit of a layer, and one pair for the head.
+    """LoRA (arXiv 2106.09685) of a batch of documents: pairs for every layer call, and one pair for the head.
 
-    A [R, visits, r, in] starts uniform within 1/sqrt(in), B [R, visits, out, r] at zero. Both are plain tensors; the
-    optimizer is AdamW with a first beta of 0. B is kept multiplied with the adapters' scale s: AdamW's step does not
-    depend on the size of gradients, so steps s times as large, with an epsilon of 1/s, are the same.
+    A [B, calls, r, in] starts uniform within 1/sqrt(in), B [B, calls, out, r] at zero. Both are plain tensors; the
+    optimizer is AdamW with a first beta of 0. B is stored multiplied by the LoRA scale s = TTT_LORA_ALPHA / rank. An
+    AdamW step does not depend on the size of the gradients, so a learning rate times s and an epsilon over s give the
+    same product.
     """
 
-    def __init__(self, config: Config, visits: int, device: torch.device):
-        d, rank, rows = config.model_dim, config.ttt_lora_rank, config.ttt_batch_size
-        wanted = dict(
+    def __init__(self, config: Config, calls: int, device: torch.device):
+        d, rank = config.model_dim, config.ttt_lora_rank
+        choices = dict(
             q=(config.ttt_q_lora, d),
             k=(config.ttt_k_lora, config.kv_dim),
             v=(config.ttt_v_lora, config.kv_dim),
             attention=(config.ttt_o_lora, d),
             mlp=(config.ttt_mlp_lora, d),
         )
-        widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, config.vocab_size)}
-        self.config, self.visits, self.scale, self.device = config, visits, config.ttt_lora_alpha / rank, device
-        self.shapes = {key: (rows, n, rank, d) for key, (n, _) in widths.items()}
-        self.kept: dict[int, dict[str, Tensor]] = {}  # each stream's A
-        self.b = {key: torch.empty(rows, n, width, rank, device=device) for key, (n, width) in widths.items()}
+        widths = {key: (calls, width) for key, (enabled, width) in choices.items() if enabled}
+        widths["head"] = (1, config.vocab_size)
+        documents = config.ttt_batch_size
+        self.config, self.device = config, device
+        self.calls, self.scale = calls, config.ttt_lora_alpha / rank
+        self.shapes = {key: (documents, n, rank, d) for key, (n, _) in widths.items()}
+        self.stream_a: dict[int, dict[str, Tensor]] = {}  # each stream's A
+        self.b = {key: torch.empty(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
 
     def start(self, stream: int, seed: int) -> None:
-        """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
-        if stream not in self.kept or not self.config.ttt_warm_start_a:
+        """Prepares for the next documents of a stream: B zero; A drawn, or with warm start as the last ones left it."""
+        if stream not in self.stream_a or not self.config.ttt_warm_start_a:
             generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
-            self.kept[stream] = {
+            self.stream_a[stream] = {
                 key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
                 for key, shape in self.shapes.items()
             }
-        self.a = self.kept[stream]
+        self.a = self.stream_a[stream]
         for b in self.b.values():
             b.zero_()
         self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
-        self.taken = [torch.zeros((), device=self.device) for _ in self.parameters()]
+        self.state_steps = [torch.zeros((), device=self.device) for _ in self.parameters()]
 
     def arrange(self, order: np.ndarray) -> None:
-        """Puts A's first rows in this order: which A a document gets must not depend on others' lengths."""
+        """Puts the first documents' A in this order: which A a document gets must not depend on other lengths."""
         if (order != np.arange(len(order))).any():
             for a in self.a.values():
                 a[: len(order)] = a[torch.from_numpy(order).to(a.device)]
 
-    def parameters(self, rows: int | None = None) -> list[Tensor]:
-        """A and B of the first rows, one after the other."""
-        return [p[:rows] for key in self.a for p in (self.a[key], self.b[key])]
+    def parameters(self, documents: int | None = None) -> list[Tensor]:
+        """A and B of the first documents, in turn for each key."""
+        return [p[:documents] for key in self.a for p in (self.a[key], self.b[key])]
 
     def pairs(self, parameters: list[Tensor]) -> list[dict[str, tuple[Tensor, Tensor]]]:
-        """What the model's forward takes, of (leaf) tensors in the order of `parameters`."""
-        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.visits)]
-        for key, a, b in zip(self.a, parameters[::2], parameters[1::2]):
-            pairs = list(zip(a.unbind(1), b.unbind(1)))
-            if key == "head":
-                sets.append({"head": pairs[0]})
-                continue
-            for visit, pair in zip(sets, pairs):
-                visit[key] = pair
+        """The `adapters` argument of the model's forward, from (leaf) tensors in the order of `parameters`."""
+        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.calls + 1)]  # the last is the head's
+        for key, a, b in zip(self.a, parameters[::2], parameters[1::2], strict=True):
+            targets = sets[-1:] if key == "head" else sets[:-1]
+            for target, pair in zip(targets, zip(a.unbind(1), b.unbind(1), strict=True), strict=True):
+                target[key] = pair
         return sets
 
     @torch.no_grad()
-    def step(self, rows: int, gradients: list[Tensor]) -> None:
-        """AdamW of the first rows: betas (0, TTT_BETA2), eps 1e-10, decoupled decay."""
-        config, parameters = self.config, self.parameters(rows)
+    def step(self, documents: int, gradients: list[Tensor]) -> None:
+        """AdamW of the first documents' adapters: betas (0, TTT_BETA2), eps 1e-10, decoupled weight decay."""
+        config, parameters = self.config, self.parameters(documents)
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            state = {name: [s[:rows] for s in tensors[side]] for name, tensors in self.state.items()}
+            state = {name: [s[:documents] for s in tensors[side]] for name, tensors in self.state.items()}
             adamw(
                 parameters[side],
                 gradients[side],
                 **state,
                 max_exp_avg_sqs=[],
-                state_steps=self.taken[side],
+                state_steps=self.state_steps[side],
                 fused=True,
                 amsgrad=False,
                 beta1=0.0,
@@ -3148,7 +3237,7 @@ NEWTON_SCHULZ = {
 
 
 class Group(NamedTuple):
-    """Parameters that share an optimizer, a rate and a decay."""
+    """Parameters that share an optimizer, a learning rate and a weight decay."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -3158,26 +3247,25 @@ class Group(NamedTuple):
 
 
 def parameter_groups(model: GPT, config: Config) -> list[Group]:
-    """The table of groups. Every parameter is in exactly one: asserted."""
-    banks = [getattr(model, name) for name in BANKS]
-    tables = [("embedding", [model.embedding], config.tied_embed_lr if config.tie_embeddings else config.embed_lr)]
-    if model.head is not None:
-        tables.append(("head", [model.head], config.head_lr))
-    # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
-    tables.extend(
-        (name, [part.table], tables[0][2])
-        for name, part in (("bigram", model.bigram), ("values", model.values))
-        if part is not None
-    )
-    taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    """The table of groups. Errors: RuntimeError unless every parameter is in exactly one."""
+    embedding_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
     groups = [
-        Group("banks", banks, True, config.matrix_lr, config.muon_wd),
-        *(Group(name, ps, False, lr, config.embed_wd) for name, ps, lr in tables),
-        Group("scalars", rest, False, config.scalar_lr, config.adam_wd),
+        Group("banks", [getattr(model, name) for name in BANKS], True, config.matrix_lr, config.muon_wd),
+        Group("embedding", [model.embedding], False, embedding_lr, config.embed_wd),
     ]
+    if model.head is not None:
+        groups.append(Group("head", [model.head], False, config.head_lr, config.embed_wd))
+    # Bigram and value tables are embeddings. Their small projections stay with the vectors, as in PR #549.
+    for name in ("bigram", "value_embeds"):
+        part = getattr(model, name)
+        if part is not None:
+            groups.append(Group(name, [part.table], False, embedding_lr, config.embed_wd))
+    grouped = {id(p) for g in groups for p in g.parameters}
+    rest = [p for p in model.parameters() if id(p) not in grouped]
+    groups.append(Group("scalars", rest, False, config.scalar_lr, config.adam_wd))
     covered = [id(p) for g in groups for p in g.parameters]
-    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is in no group, or in two"
+    if sorted(covered) != sorted(id(p) for p in model.parameters()):
+        raise RuntimeError("a parameter is in no optimizer group, or in two")
     return groups
 
 
@@ -3197,35 +3285,44 @@ def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dt
     return x.mT if tall else x
 
 
+class PendingUpdate(NamedTuple):
+    """A bank's update that is being gathered from the ranks."""
+
+    bank: nn.Parameter
+    matrices: Tensor | None  # those that train; None: all
+    update: Tensor
+    handle: Any  # of the all-gather; None on one rank
+
+
 class Muon:
-    """Momentum and orthogonalization of the banks, each rank on its share of a bank's first axis.
+    """Momentum and orthogonalization of the banks, each rank on its shard of a bank's first axis.
 
     A bank of n matrices is padded to a multiple of the ranks; gradients are reduce-scattered, updates all-gathered.
-    While only some layers learn, the other matrices and their momentum rest, and cost nothing.
+    While only some layers train, the other matrices and their momentum are left alone, and cost nothing.
     """
 
     def __init__(self, group: Group, config: Config, run: Run):
-        self.banks, self.lr, self.weight_decay = group.parameters, group.lr, group.weight_decay
-        self.config, self.run = config, run
-        self.share = [-(-bank.size(0) // run.world) for bank in self.banks]
+        self.banks, self.config, self.run = group.parameters, config, run
+        self.lr, self.weight_decay = group.lr, group.weight_decay
+        self.shard_sizes = [-(-bank.size(0) // run.world) for bank in self.banks]
         self.momentum = [
-            torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
-            for n, bank in zip(self.share, self.banks)
+            torch.zeros(size, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
+            for size, bank in zip(self.shard_sizes, self.banks, strict=True)
         ]
 
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
-        """Begins the sum of every bank's gradient over the ranks; returns this rank's share and a handle for each."""
+        """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each."""
         if self.run.world == 1:
             return [(bank.grad, None) for bank in self.banks]
         pending = []
-        for share, bank in zip(self.share, self.banks):
-            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, share * self.run.world - bank.size(0)))
-            part = torch.empty(share, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
-            pending.append((part, dist.reduce_scatter_tensor(part, grad, async_op=True)))
+        for size, bank in zip(self.shard_sizes, self.banks, strict=True):
+            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
+            shard = torch.empty(size, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
+            pending.append((shard, dist.reduce_scatter_tensor(shard, grad, async_op=True)))
         return pending
 
     def direction(self, grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
-        """Nesterov momentum, then orthogonalization, with the shape's step scale: [B, r, c] in the masters' type."""
+        """Nesterov momentum, then orthogonalization, scaled by shape: [B, r, c] in the type of the master weights."""
         config = self.config
         momentum.lerp_(grad, 1 - beta)
         update = grad.lerp(momentum, beta)
@@ -3235,44 +3332,52 @@ class Muon:
         update = orthogonalize(update, config.muon_backend_steps, config.muon_coefficients, config.dtype)
         return update * max(1.0, rows / columns) ** 0.5
 
-    def learning_rows(self, bank: Tensor, share: int, learning: int) -> tuple[Tensor, Tensor]:
-        """Which matrices of a bank, and which of this rank's share of it, belong to the first `learning` layers."""
-        rows, first = [i for i in range(bank.size(0)) if i % self.config.num_layers < learning], self.run.rank * share
-        mine = [i - first for i in rows if first <= i < first + share]
-        return torch.tensor(rows, device=bank.device), torch.tensor(mine, dtype=torch.long, device=bank.device)
+    def trainable_matrices(self, bank: Tensor, shard_size: int, trainable_layers: int) -> tuple[Tensor, Tensor]:
+        """Indices of the first layers' matrices in a bank, and of those among them in this rank's shard."""
+        matrices = [i for i in range(bank.size(0)) if i % self.config.num_layers < trainable_layers]
+        first = self.run.rank * shard_size
+        local = [i - first for i in matrices if first <= i < first + shard_size]
+        return torch.tensor(matrices, device=bank.device), torch.tensor(local, dtype=torch.long, device=bank.device)
+
+    def partial_direction(self, grad: Tensor, momentum: Tensor, beta: float, local: Tensor) -> Tensor:
+        """`direction` of some matrices of a shard alone; the update of the others is zero."""
+        part_momentum = momentum[local]
+        part = self.direction(grad[local], part_momentum, beta)
+        momentum.index_copy_(0, local, part_momentum)
+        return part.new_zeros(grad.shape).index_copy_(0, local, part)
 
     @torch.no_grad()
-    def step(self, grads: list[Tensor], beta: float, multiplier: float, learning: int) -> None:
-        """Updates the banks, or their first `learning` layers alone.
+    def step(self, grads: list[Tensor], beta: float, multiplier: float, trainable_layers: int) -> None:
+        """Updates the banks' matrices of the first layers.
 
-        The gathering of one bank overlaps the orthogonalization of the next.
+        Gathering one bank overlaps with orthogonalizing the next.
         """
-        lr, pending = self.lr * multiplier, []
-        for grad, momentum, bank, share in zip(grads, self.momentum, self.banks, self.share):
-            rows = None
-            if learning == self.config.num_layers:
+        pending = []
+        for grad, momentum, bank, size in zip(grads, self.momentum, self.banks, self.shard_sizes, strict=True):
+            matrices = handle = None
+            if trainable_layers == self.config.num_layers:
                 update = self.direction(grad, momentum, beta)
             else:
-                rows, mine = self.learning_rows(bank, share, learning)
-                kept = momentum[mine]
-                part = self.direction(grad[mine], kept, beta)
-                momentum.index_copy_(0, mine, kept)
-                update = part.new_zeros(grad.shape).index_copy_(0, mine, part)
-            handle = None
+                matrices, local = self.trainable_matrices(bank, size, trainable_layers)
+                update = self.partial_direction(grad, momentum, beta, local)
             if self.run.world > 1:
-                whole = torch.empty(
-                    update.size(0) * self.run.world, *update.shape[1:], dtype=update.dtype, device=update.device
-                )
-                handle = dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
-                update = whole
-            pending.append((bank, rows, update, handle))
-        for bank, rows, update, handle in pending:
-            if handle is not None:
-                handle.wait()
-            if rows is None:
-                bank.mul_(1 - lr * self.weight_decay).sub_(update[: bank.size(0)], alpha=lr)
-            else:
-                bank.index_copy_(0, rows, (bank[rows] * (1 - lr * self.weight_decay)).sub_(update[rows], alpha=lr))
+                shard, shape = update.contiguous(), (update.size(0) * self.run.world, *update.shape[1:])
+                update = torch.empty(shape, dtype=shard.dtype, device=shard.device)
+                handle = dist.all_gather_into_tensor(update, shard, async_op=True)
+            pending.append(PendingUpdate(bank, matrices, update, handle))
+        for waiting in pending:
+            self.apply(waiting, self.lr * multiplier)
+
+    def apply(self, pending: PendingUpdate, lr: float) -> None:
+        """Weight decay and the gathered update of one bank."""
+        bank, matrices, update, handle = pending
+        if handle is not None:
+            handle.wait()
+        keep = 1 - lr * self.weight_decay
+        if matrices is None:
+            bank.mul_(keep).sub_(update[: bank.size(0)], alpha=lr)
+        else:
+            bank.index_copy_(0, matrices, (bank[matrices] * keep).sub_(update[matrices], alpha=lr))
 
 
 class Optimizers:
@@ -3286,6 +3391,7 @@ class Optimizers:
         self.adam = self.new_adam()
 
     def new_adam(self) -> torch.optim.AdamW:
+        """AdamW over its groups, without state."""
         config = self.config
         rows = [dict(params=g.parameters, lr=g.lr, weight_decay=g.weight_decay) for g in self.adam_groups]
         return torch.optim.AdamW(
@@ -3293,59 +3399,61 @@ class Optimizers:
         )
 
     def reset(self) -> None:
-        """Forgets everything: as after construction."""
+        """Clears all state, as after construction."""
         for momentum in self.muon.momentum:
             momentum.zero_()
         self.adam = self.new_adam()
 
     @torch.no_grad()
-    def step(self, beta: float, multiplier: float) -> float:
+    def step(self, beta: float, multiplier: float, trainable_layers: int) -> float:
         """One update with the sum of all ranks' gradients; returns its norm before clipping.
 
-        What rests (`GPT.rest`) keeps its values, its momentum and its averages, and does not decay.
+        Layers from `trainable_layers` on keep their weights, momentum and averages, and do not decay.
         """
         pending = self.muon.start_reduce()
-        rest = [p for g in self.adam_groups for p in g.parameters if p.requires_grad]
-        for p in rest:
-            if p.grad is None:  # a parameter that this execution order does not reach
+        frozen = {id(p) for block in self.model.blocks[trainable_layers:] for p in block.parameters()}
+        trained = [p for g in self.adam_groups for p in g.parameters if id(p) not in frozen]
+        for p in trained:
+            if p.grad is None:  # this execution order does not reach it
                 p.grad = torch.zeros_like(p)
-        self.sum_small([p.grad for p in rest])
+        small = [p.grad for p in trained]
+        self.reduce_small(small)
         for _, handle in pending:
             if handle is not None:
                 handle.wait()
-        shares = [share for share, _ in pending]
-        norm = self.clip(shares, [p.grad for p in rest])
-        for row, group in zip(self.adam.param_groups, self.adam_groups):
+        shards = [shard for shard, _ in pending]
+        norm = self.clip(shards, small)
+        for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
             row["lr"] = group.lr * multiplier
-        self.muon.step(shares, beta, multiplier, self.model.learning)
+        self.muon.step(shards, beta, multiplier, trainable_layers)
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
         return norm
 
-    def sum_small(self, grads: list[Tensor]) -> None:
+    def reduce_small(self, grads: list[Tensor]) -> None:
         """All-reduces many small gradients as one."""
         if self.run.world == 1:
             return
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
-    def clip(self, shares: list[Tensor], rest: list[Tensor]) -> float:
-        """Norm of the averaged gradient over all parameters; scales it down to GRAD_CLIP_NORM."""
+    def clip(self, shards: list[Tensor], small: list[Tensor]) -> float:
+        """Norm of the averaged gradient over all parameters; scales the gradient down to GRAD_CLIP_NORM."""
         if not self.config.grad_clip_norm:
             return math.nan
-        squares = sum(s.square().sum() for s in shares)
+        squares = sum(s.square().sum() for s in shards)
         self.run.all_reduce(squares)
-        norm = (squares + sum(g.square().sum() for g in rest)).sqrt()
+        norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for tensor in (*shares, *rest):
+        for tensor in (*shards, *small):
             tensor.mul_(scale.to(tensor.dtype))
         return norm.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of how far the training is
+# Schedules: pure functions of the progress of training
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -3357,72 +3465,78 @@ class Progress(NamedTuple):
 
 
 def fraction_done(p: Progress, config: Config) -> float:
-    """Share of the training that is over, in 0..1: of the time limit, or of the steps, whichever is further."""
+    """Fraction of the training that is over: of the time limit or of the steps, whichever is further."""
     return min(1.0, max(p.step / config.iterations, p.seconds / config.train_seconds))
 
 
 def lr_multiplier(p: Progress, config: Config) -> float:
-    """1, then linear to 0 over the warmdown, not below MIN_LR."""
-    left = 1.0 - fraction_done(p, config)
+    """Learning-rate multiplier: 1, then linear to 0 over the warmdown, but not below MIN_LR."""
     warmdown = config.warmdown_frac
     if not warmdown and config.warmdown_iters:
-        # In steps: the share of the run that they take at the pace so far.
+        # Given in steps: the fraction of the run that they take at the average speed so far.
         seconds = config.warmdown_iters * p.seconds / max(p.step, 1)
         warmdown = min(1.0, max(config.warmdown_iters / config.iterations, seconds / config.train_seconds))
-    return max(config.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
+    if not warmdown:
+        return 1.0
+    return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
 
 
 def muon_beta(p: Progress, config: Config) -> float:
     """Muon's momentum, linear over its warmup."""
-    share = min(1.0, p.step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    warmup = config.muon_momentum_warmup_steps
+    fraction = min(1.0, p.step / warmup) if warmup else 1.0
     start = min(config.muon_momentum_warmup_start, config.muon_momentum)
-    return start + share * (config.muon_momentum - start)
+    return start + fraction * (config.muon_momentum - start)
 
 
-def loops_on(p: Progress, config: Config) -> bool:
-    """Whether the depth recurrence runs already."""
+def loops_enabled_at(p: Progress, config: Config) -> bool:
+    """Whether the looped layers repeat by now."""
     return config.loops and fraction_done(p, config) >= config.enable_looping_at
 
 
 class StepVariant(NamedTuple):
-    """What a training step computes; each is a graph of its own."""
+    """What a training step computes. Each variant is a graph of its own."""
 
     looped: bool
-    learning: int  # first layers that learn
+    trainable_layers: int  # the first so many layers train
     fake_quant: bool  # late QAT
 
 
 def trainable_layers_at(p: Progress, config: Config) -> int:
-    """Progressive depth (PR #1325): n fractions make n + 1 stages, in each of which as many layers more learn."""
-    stage = sum(fraction_done(p, config) >= cut for cut in config.depth_cuts)
+    """Progressive depth (PR #1325): n fractions make n + 1 stages of equal depth increments."""
+    stage = sum(fraction_done(p, config) >= start for start in config.depth_cuts)
     return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
 
 def step_variant_at(p: Progress, config: Config) -> StepVariant:
-    """What the next step computes."""
-    return StepVariant(
-        loops_on(p, config), trainable_layers_at(p, config), lr_multiplier(p, config) < config.late_qat_threshold
-    )
+    """The variant of the next step."""
+    fake_quant = lr_multiplier(p, config) < config.late_qat_threshold
+    return StepVariant(loops_enabled_at(p, config), trainable_layers_at(p, config), fake_quant)
 
 
 def all_step_variants(config: Config) -> list[StepVariant]:
-    """Every use that a training can come to, in order, for the warmup to compile.
+    """Every variant that a training may run, in order, for the warmup to compile.
 
-    A warmdown is no longer than the training, so the rate falls below a threshold in the last such share of it at the
-    earliest. When exactly may depend on the pace: from there on both uses are counted.
+    A warmdown is at most as long as the training, so the multiplier falls below a threshold t in the last fraction t
+    of it at the earliest. When exactly may depend on the speed: from there on both variants are listed.
     """
-    cuts = sorted({0.0, *config.depth_cuts, *((config.enable_looping_at,) if config.loops else ())} - {1.0})
-    falls = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
-    uses = []
-    for begin, end in zip(cuts, (*cuts[1:], 1.0)):
+    starts = {0.0, *config.depth_cuts}
+    if config.loops:
+        starts.add(config.enable_looping_at)
+    starts = sorted(starts - {1.0})
+    decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
+    variants = []
+    for begin, end in itertools.pairwise((*starts, 1.0)):
         middle = Progress((begin + end) / 2 * config.iterations, 0.0)
-        for fake_quant in (False, True) if falls and end > 1 - config.late_qat_threshold else (False,):
-            uses.append(StepVariant(loops_on(middle, config), trainable_layers_at(middle, config), fake_quant))
-    return uses
+        quantizes = decays and end > 1 - config.late_qat_threshold
+        for fake_quant in (False, True) if quantizes else (False,):
+            looped, layers = loops_enabled_at(middle, config), trainable_layers_at(middle, config)
+            variants.append(StepVariant(looped, layers, fake_quant))
+    return variants
 
 
 def ema_weight(step: int, config: Config) -> float:
-    """Share of the new weights in the average; larger at first, so that a short run does not average its start in.
+    """Weight of the new values in the EMA; larger at first, so that the initial weights do not stay in a short run.
 
     The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
     """
@@ -3435,10 +3549,10 @@ def ema_weight(step: int, config: Config) -> float:
 
 
 def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
-    """The model's forward, compiled as one graph for each use where COMPILE says so."""
-    if model.config.compile != "1":
+    """The model's forward, with COMPILE=1 compiled: one graph for each variant of its arguments."""
+    if not model.runtime.compile:
         return model
-    torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together come near the usual 8
+    torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together exceed the default of 8
     return torch.compile(model, dynamic=dynamic, fullgraph=True)
 
 
@@ -3448,97 +3562,99 @@ def graphs_compiled() -> int:
 
 
 def focal_weights(nll: Tensor, gamma: float) -> Tensor:
-    """Weights [R, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
+    """Weights [B, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
 
-    Each row's are 1 on average: over a micro-batch, the update would depend on how many ranks share the batch.
+    Each sequence's weights average 1. An average over the micro-batch would make the update depend on the ranks.
     """
     weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
     return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
-    """Writes the values into the tensors."""
-    for tensor, value in zip(tensors, values):
+    """Copies the values into the tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 
 
 class Trainer:
-    """Weights, optimizers, averages and the position in the data: all that a training step changes."""
+    """Weights, optimizers, averages and the data: all that a training step reads and changes."""
 
-    def __init__(self, model: GPT, loader: TrainLoader):
-        config, run = loader.config, loader.run
-        self.model, self.loader, self.layout, self.config, self.run = model, loader, loader.layout, config, run
+    def __init__(self, model: GPT, loader: TrainLoader, config: Config, run: Run):
+        self.model, self.loader = model, loader
+        self.config, self.run = config, run
+        self.layout = batch_layout(config, run.world)
         self.optimizers = Optimizers(model, config, run)
         self.forward = compiled_forward(model)
-        ema, swa = config.averages
-        self.ema = [p.clone() for p in self.parameters()] if ema else None
-        self.swa, self.swa_count = [torch.zeros_like(p) for p in self.parameters()] if swa else None, 0
+        keep_ema, keep_swa = config.averages
+        self.ema = [p.clone() for p in self.parameters()] if keep_ema else None
+        self.swa = [torch.zeros_like(p) for p in self.parameters()] if keep_swa else None
+        self.swa_count = 0
 
     def parameters(self) -> list[Tensor]:
         """The model's weights, outside of autograd."""
         return [p.detach() for p in self.model.parameters()]
 
-    def step(self, p: Progress, looped: bool, learning: int | None = None, fake_quant: bool = False) -> Tensor:
-        """One update of the first `learning` layers (None: all) and of all that is no layer's, by a `StepVariant`.
+    def step(self, p: Progress, looped: bool, trainable_layers: int | None = None, fake_quant: bool = False) -> Tensor:
+        """One update of the first layers (None: all) and of every weight outside of layers, as a StepVariant says.
 
-        Returns this rank's sum of NLL over its targets, as a tensor (reading it would wait).
+        Returns the sum of NLL over this rank's targets, as a tensor: reading it would wait for the device.
         """
-        config, nats = self.config, torch.zeros((), dtype=torch.float64, device=self.run.device)
-        self.model.rest(config.num_layers if learning is None else learning)
+        config = self.config
+        layers = config.num_layers if trainable_layers is None else trainable_layers
+        grids = (config.attn_grid, config.mlp_grid) if fake_quant else None
+        nats = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
             noise = self.loader.noise(p.step, micro, (config.train_seq_len, config.model_dim))
-            nll, lse = self.forward(*batch, looped=looped, noise=noise, fake_quant=fake_quant)
+            nll, lse = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, fake_quant=grids)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
             (loss / config.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=torch.float64)
-        self.optimizers.step(muon_beta(p, config), lr_multiplier(p, config))
-        self.model.rest(config.num_layers)
-        self.add_to_averages(p)
+        self.optimizers.step(muon_beta(p, config), lr_multiplier(p, config), layers)
+        self.update_averages(p)
         return nats
 
-    def add_to_averages(self, p: Progress) -> None:
-        """Takes the weights after a step into the averages: every step's into the EMA, late ones into the SWA."""
+    def update_averages(self, p: Progress) -> None:
+        """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""
         config = self.config
         if self.ema is not None:
             torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))
-        if (
-            self.swa is not None
-            and (p.step + 1) % config.swa_every == 0
-            and lr_multiplier(p, config) < config.swa_start
-        ):
+        late = lr_multiplier(p, config) < config.swa_start
+        if self.swa is not None and late and (p.step + 1) % config.swa_every == 0:
             self.swa_count += 1
             torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
-        """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
-        kept = [p.clone() for p in self.parameters()]
+        """Runs every graph that the training and its validations need, then restores all state, bit for bit."""
+        initial = [p.clone() for p in self.parameters()]
         for step in range(self.config.warmup_steps):
-            for use in all_step_variants(self.config):
-                self.step(Progress(step, 0.0), *use)
+            for variant in all_step_variants(self.config):
+                self.step(Progress(step, 0.0), *variant)
         if self.config.warmup_steps:
             evaluate_once(self.forward)
         for tensors in (self.parameters(), self.ema or []):
-            copy_all(tensors, kept)
+            if tensors:
+                copy_all(tensors, initial)
         self.swa_count = 0
         self.optimizers.reset()
 
     def use_average(self) -> None:
-        """Puts the averaged weights into the model: the EMA, the SWA, or their mean where both are kept."""
+        """Puts the averaged weights into the model: the EMA, the SWA, or the mean of both where both are kept."""
         averages = [] if self.ema is None else [self.ema]
         if self.swa is not None:
-            self.run.log(f"swa:{self.swa_count} late weights averaged")
+            self.run.log(f"swa: {self.swa_count} late weights averaged")
             averages += [self.swa] if self.swa_count else []
         if averages:
-            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages)])
+            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages, strict=True)])
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
     """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
     config, run = trainer.config, trainer.run
-    progress, use, since = Progress(0, 0.0), StepVariant(False, config.num_layers, False), time.perf_counter()
+    progress, since = Progress(0, 0.0), time.perf_counter()
+    variant = StepVariant(looped=False, trainable_layers=config.num_layers, fake_quant=False)
     while True:
         last = fraction_done(progress, config) >= 1.0
         if config.val_loss_every and (last or progress.step % config.val_loss_every == 0):
@@ -3547,63 +3663,57 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
             since = time.perf_counter()
         if last:
             return progress
-        before, use = use, step_variant_at(progress, config)
-        log_variant_change(run, config, progress, before, use)
-        nats = trainer.step(progress, *use)
+        previous, variant = variant, step_variant_at(progress, config)
+        log_variant_change(run, config, progress, previous, variant)
+        nats = trainer.step(progress, *variant)
         now = time.perf_counter()
         progress = Progress(progress.step + 1, run.broadcast(progress.seconds + now - since))
         since = now
-        if config.train_log_every and (
-            progress.step % config.train_log_every == 0 or progress.step <= 3 or fraction_done(progress, config) >= 1.0
-        ):
+        early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
+        if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(run, config, progress, nats)
 
 
-def log_variant_change(run: Run, config: Config, p: Progress, before: StepVariant, use: StepVariant) -> None:
-    """A line for each change of what steps compute."""
-    if use.looped and not before.looped:
-        run.log(f"step:{p.step} looping on: layers {execution_order(config, True)}")
-    if use.learning != before.learning:
-        run.log(f"step:{p.step} layers that learn: the first {use.learning} of {config.num_layers}")
-    if use.fake_quant and not before.fake_quant:
-        run.log(
-            f"step:{p.step} late QAT on: matrices are rounded to {config.attn_grid[0]} and {config.mlp_grid[0]} bits"
-        )
+def log_variant_change(run: Run, config: Config, p: Progress, before: StepVariant, after: StepVariant) -> None:
+    """A line for each change in what steps compute."""
+    if after.looped and not before.looped:
+        run.log(f"step:{p.step} loops enabled: layer order {execution_order(config, True)}")
+    if after.trainable_layers != before.trainable_layers:
+        run.log(f"step:{p.step} training layers 0-{after.trainable_layers - 1} of {config.num_layers}")
+    if after.fake_quant and not before.fake_quant:
+        attention, mlp = config.attn_grid[0], config.mlp_grid[0]
+        run.log(f"step:{p.step} late QAT enabled: attention rounded to {attention} bits, MLP to {mlp} bits")
 
 
 def diverged(config: Config, what: str) -> ConfigError:
-    """The error of a training that has run away."""
-    return ConfigError(
-        "MATRIX_LR", config.matrix_lr, f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
-    )
+    """The error of a training that has diverged."""
+    advice = f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
+    return ConfigError("MATRIX_LR", config.matrix_lr, advice)
 
 
 def log_step(run: Run, config: Config, p: Progress, nats: Tensor) -> None:
-    """The line of a training step, in the words that the field's scripts parse, and its metrics."""
+    """The line of a training step, in the form that the community's scripts parse, and its metrics."""
     run.all_reduce(nats)
-    loss, share = nats.item() / config.train_batch_tokens, fraction_done(p, config)
+    loss, fraction = nats.item() / config.train_batch_tokens, fraction_done(p, config)
     if not math.isfinite(loss):
         raise diverged(config, f"the training loss is {loss} at step {p.step}")
-    ms, eta = 1000 * p.seconds, p.seconds / share * (1 - share) if share else 0.0
-    rate = p.step * config.train_batch_tokens / p.seconds
+    ms, tokens = 1000 * p.seconds, p.step * config.train_batch_tokens
+    eta = p.seconds / fraction * (1 - fraction) if fraction else 0.0
+    lr_scale = lr_multiplier(p, config)
     run.log(
         f"step:{p.step}/{config.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
-        f"lr_scale:{lr_multiplier(p, config):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s"
+        f"lr_scale:{lr_scale:.3f} tokens/s:{tokens / p.seconds:.0f} eta:{eta:.0f}s"
     )
+    momentum = muon_beta(p, config)
     run.metric(
-        step=p.step,
-        train_loss=loss,
-        train_seconds=p.seconds,
-        lr_scale=lr_multiplier(p, config),
-        momentum=muon_beta(p, config),
-        tokens=p.step * config.train_batch_tokens,
+        step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_scale, momentum=momentum, tokens=tokens
     )
 
 
 def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
-    """The share of the training in which steps waited for their batches, on the rank that waited longest."""
+    """The fraction of the training in which steps waited for their batches, on the rank that waited longest."""
     share = max(run.gather(seconds)) / p.seconds
-    run.log(f"data: steps waited for batches {share:.3%} of the time")
+    run.log(f"data stall: {share:.2%} of step time")
     run.metric(data_wait_share=share)
     return share
 
@@ -3615,6 +3725,7 @@ def log_score(run: Run, stage: str, score: Score) -> None:
 
 
 def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
+    """The line of a validation during the training, in the form that the community's scripts parse."""
     ms = 1000 * p.seconds
     if not math.isfinite(score.nats):
         raise diverged(config, f"the validation loss is {score.loss} at step {p.step}")
@@ -3691,18 +3802,11 @@ class HessianHooks:
         self.handles = [
             seat.register_forward_pre_hook(functools.partial(self.tap, name)) for name, seat in self.seats.items()
         ]
-        self.set_fused(False)
         return self
 
     def __exit__(self, *_) -> None:
         for handle in self.handles:
             handle.remove()
-        self.set_fused(self.model.config.triton_kernels != "0")
-
-    def set_fused(self, fused: bool) -> None:
-        """The fused MLP passes its seats by, so they are served only without it."""
-        for block in self.model.blocks:
-            block.fused = fused
 
     def tap(self, name: str, _module: nn.Module, inputs: tuple) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
@@ -3718,7 +3822,7 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     with HessianHooks(model) as taps:
         for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):
-                model(*trainer.loader.batch(step, micro), looped=config.loops)
+                model(*trainer.loader.batch(step, micro), looped=config.loops, fused_mlp=False)
     run.all_reduce(*taps.sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
     mean = {name: total / tokens for name, total in taps.sums.items()}
@@ -5007,6 +5111,8 @@ def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) 
         raise ArtifactError(f"holds a model that cannot be: {error}") from None
     config = dataclasses.replace(config, **values)
     check_config(dataclasses.replace(config, mode="eval"))
+    if config.yarn:  # a longer context than the training's needs longer wavelengths
+        config = dataclasses.replace(config, yarn_max_len=max(config.yarn_max_len, config.longest_context))
     return config
 
 
@@ -5017,8 +5123,7 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     """
     header, _ = read_header(data)
     config = artifact_config(header["model"], config, explicit)
-    with torch.device("meta"):
-        model = GPT(config)
+    model = meta_model(config)
     expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
     if [[name, shape] for name, _, shape, *_ in header["tensors"]] != expected:
         raise ArtifactError("its tensors are not those of its model")
@@ -5028,8 +5133,9 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     weights = dequantize(stored)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, table in zip(("cos", "sin"), rotary_tables(config, model.cos.size(0))):
-            getattr(model, name).copy_(table)
+        cos, sin = rotary_tables(model.config, model.cos.size(0))
+        model.cos.copy_(cos)
+        model.sin.copy_(sin)
         for name, p in model.named_parameters():
             p.copy_(weights[name])
     return model, config
@@ -5225,7 +5331,7 @@ class Evaluator:
     ) -> None:
         """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(rows, self.windows if windows is None else windows)
-        nll, _ = forward(*batch, looped=self.config.loops, apply_temperature=True)
+        nll, _ = forward(*batch, looped=self.config.loops, temperature=self.config.temperature)
         if ledger:
             ledger.score(scored, nll)
 
@@ -5352,7 +5458,7 @@ class PhasedTTT:
         self.chunks = np.minimum(self.chunks, config.ttt_context)  # a window must hold its chunk
         self.counts = -(-self.lengths // self.chunks)
         self.ledger = Ledger(evaluator)
-        self.forward = compiled_forward(model, dynamic=True)
+        self.forward = compiled_forward(constant_view(model), dynamic=True)
         work = sum(self.cost(batch).sum() for begin, end in self.phases() for _, _, batch in self.batches(begin, end))
         self.pace = Pace(self.run, config, "ttt" if learn else "ttt_baseline", float(work))
 
@@ -5364,7 +5470,6 @@ class PhasedTTT:
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything learns from it."""
         config = self.config
-        self.model.requires_grad_(False)
         self.adapters = (
             Adapters(config, len(self.model.schedules[config.loops]), self.run.device) if self.learn else None
         )
@@ -5453,7 +5558,7 @@ class PhasedTTT:
                 looped=self.config.loops,
                 adapters=adapters.pairs(leaves) if adapters else None,
                 last_tokens=scored.shape[1],
-                apply_temperature=True,
+                temperature=self.config.temperature,
             )  # adapters learn from what counts
         return nll, leaves
 
@@ -5486,12 +5591,10 @@ class PhasedTTT:
         chunks = np.split(stream, range(config.global_ttt_chunk_tokens, len(stream), config.global_ttt_chunk_tokens))[
             :-1
         ]
-        self.model.requires_grad_(True)
         steps = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
         total = config.global_ttt_epochs * len(chunks)
         for step in range(total):
             steps.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
-        self.model.requires_grad_(False)
         self.run.log(f"ttt:{total} steps of all weights on {len(documents)} scored documents, {len(stream)} tokens")
 
 
@@ -5591,9 +5694,8 @@ def hardware(run: Run) -> str:
 def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
     """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
     with Stage(run, "setup"):
-        model, earlier = GPT(config), graphs_compiled()
-        model.reset()
-        trainer = Trainer(model.to(run.device), loader)
+        model, earlier = new_model(config), graphs_compiled()
+        trainer = Trainer(model.to(run.device), loader, config, run)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.rehearse)
         warm = graphs_compiled()

@@ -13,7 +13,7 @@ Sections, in the order in which data meets them; each calls only those above it:
     Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training -> GPTQ
     -> Artifact -> Evaluation -> TTT -> main
 
-Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
+Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads, h head width,
 V vocabulary, L layers.
 """
 
@@ -1387,7 +1387,7 @@ class TrainLoader:
         # A thread that pins memory does it for its own current device, which would be the first.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
         self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
-        self.waited = 0.0  # seconds in which `batch` kept a step waiting
+        self.data_stall = 0.0  # seconds in which `batch` kept a step waiting
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """All rows in the order of an epoch."""
@@ -1413,7 +1413,1654 @@ class TrainLoader:
         """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
         begin = time.perf_counter()
         batch = self.ahead((step, micro))
-        self.waited += time.perf_counter() - begin
+        self.data_stall += time.perf_counter() - begin
+        return send(batch, self.run.device)
+
+    def read(self, place: tuple[int, int]) -> Batch:
+        """The same in this machine's memory, ready to be sent."""
+        length = self.config.train_seq_len
+        starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [R, T + 1]
+        ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
+        return host_batch(ids, targets, document_starts(ids), self.run.device)
+
+    def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
+        """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
+        if not self.config.neftune_alpha:
+            return None
+        generator, rows = torch.Generator(self.run.device), []
+        for place in self.row_numbers(step, micro):
+            own = np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0]
+            generator.manual_seed(int(own) >> 1)
+            rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
+        return torch.stack(rows) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+
+
+def as_padding(batch: Batch) -> Batch:
+    """A batch of the same shape with padding (token 0) for text: to measure what learning costs, without learning."""
+    return Batch(torch.zeros_like(batch.ids), torch.zeros_like(batch.targets), batch.documents)
+
+
+def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
+    """[R, T] starts -> [n + 1] int32 bounds of the flattened rows.
+
+    n is a power of two, enough for documents of 64 tokens on average: one shape for all batches of a size, so that
+    nothing is compiled again, but for a batch of many tiny documents.
+    """
+    flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
+    room = max(starts.size // 64, len(flat), 2)
+    bounds = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
+    bounds[: len(flat)] = flat
+    return bounds
+
+
+def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch in this machine's memory, pinned where the device is a GPU."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, cu_seqlens_of(starts))]
+    if device.type == "cuda":
+        tensors = [t.pin_memory() for t in tensors]
+    return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
+
+
+def send(batch: Batch, device: torch.device) -> Batch:
+    """A Batch on the device; the copy to a GPU does not block."""
+    ids, targets, starts, bounds = (t.to(device, non_blocking=True) for t in (*batch[:2], *batch.documents))
+    return Batch(ids, targets, Documents(starts, bounds))
+
+
+def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
+    """Arrays [R, T] -> a Batch on the device."""
+    return send(host_batch(ids, targets, starts, device), device)
+
+
+class Manifest:
+    """What manifest.json of data/prepare.py promises about the shards beside it; nothing where there is none.
+
+    Errors: ConfigError for a file that is not such a manifest.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.splits, self.files, self.tokenizer, self.reference = folder / "manifest.json", {}, {}, "", {}
+        if not self.path.is_file():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            for split, row in content["splits"].items():
+                self.splits[split] = self.promises(row)
+                self.files[split] = {
+                    file["file"]: self.promises(file) for file in (*row.get("shards", ()), *row.get("sidecars", ()))
+                }
+            _ = [self.splits["val"][key] for key in ("tokens", "bytes")]  # every manifest promises these
+            self.tokenizer = content.get("tokenizer", {}).get("sha256", "")
+            self.reference = content.get("reference_compressors", {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(str(self.path), "", f"is not a manifest of data/prepare.py ({error!r})") from None
+
+    @staticmethod
+    def promises(row: dict[str, Any]) -> dict[str, Any]:
+        """What a row promises that the audit can hold it to."""
+        return {
+            key: kind(row[key])
+            for key, kind in dict(tokens=int, documents=int, bytes=int, sha256=str).items()
+            if key in row
+        }
+
+    def promised_digest(self, split: str, name: str) -> str:
+        """SHA-256 of a file of this split, or an empty text where none is promised."""
+        return self.files.get(split, {}).get(name, {}).get("sha256", "")
+
+
+def document_keys(stream: TokenStream, bounds: np.ndarray) -> np.ndarray:
+    """Bounds [n + 1] of documents -> [n] uint64 that are equal where documents are, from lengths and eight tokens."""
+    lengths = np.diff(bounds)
+    places = bounds[:-1, None] + (lengths[:, None] - 1) * np.arange(1, 9) // 8  # spread out: web pages begin alike
+    keys = lengths.astype(np.uint64)
+    for tokens in stream.take(places).T:
+        keys = keys * HASH_FACTOR + tokens
+    return keys
+
+
+class DocumentIndex:
+    """The documents of a validation stream, by which equal ones are found in training: equal tokens, equal text."""
+
+    def __init__(self, stream: TokenStream):
+        begins = np.flatnonzero(stream.read(0, len(stream)) == BOS_ID)
+        self.bounds = np.append(begins, len(stream))
+        self.numbers: dict[bytes, list[int]] = {}  # documents by their tokens' hash
+        keys, texts = document_keys(stream, self.bounds), np.flatnonzero(np.diff(self.bounds) > 1)
+        for number in texts.tolist():  # a document without text shares nothing
+            self.numbers.setdefault(self.digest(stream, self.bounds, number), []).append(number)
+        self.keys = np.unique(keys[texts])
+
+    @staticmethod
+    def digest(stream: TokenStream, bounds: np.ndarray, number: int) -> bytes:
+        return hashlib.sha256(stream.read(int(bounds[number]), int(bounds[number + 1]))).digest()
+
+    def copies(self, stream: TokenStream, bounds: np.ndarray) -> list[list[int]]:
+        """For each of the stream's documents between bounds [n + 1] that is here too: the numbers that it has here."""
+        if not len(self.keys) or len(bounds) < 2:
+            return []
+        keys = document_keys(stream, bounds)
+        near = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)]
+        found = (self.numbers.get(self.digest(stream, bounds, n)) for n in np.flatnonzero(near == keys).tolist())
+        return [numbers for numbers in found if numbers]
+
+
+def ranges(begins: np.ndarray, counts: np.ndarray, step: int = 1) -> np.ndarray:
+    """begins[0], begins[0] + step, ... counts[0] times, then begins[1] and so on, in one array."""
+    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(begins, counts) + step * places
+
+
+class WindowIndex:
+    """All runs of WINDOW tokens inside the documents of a validation stream, marked where training holds them too.
+
+    Such a run holds a whole one of the blocks of ANCHOR tokens into which its document is parted, so these alone are
+    indexed and looked up, by rolling hashes and a table of bits; where one is found, the runs around it are compared.
+    """
+
+    def __init__(self, stream: TokenStream):
+        edge = np.full(WINDOW, BOS_ID, np.uint16)  # so that no run reaches over the stream's ends
+        self.tokens = np.concatenate((edge, stream.read(0, len(stream)), edge))
+        self.factors = np.random.default_rng(0).integers(0, 2**64, 1 << 16, dtype=np.uint64)  # of each token
+        self.begins = np.flatnonzero(self.tokens == BOS_ID)
+        lengths = np.diff(self.begins) - 1
+        self.windows = int(np.maximum(lengths - WINDOW + 1, 0).sum())
+        places = ranges(self.begins[:-1] + 1, lengths // ANCHOR, ANCHOR)
+        hashes = [
+            self.hashes(self.tokens[start : start + AUDIT_BLOCK + ANCHOR - 1], ANCHOR)[
+                places[slice(*np.searchsorted(places, (start, start + AUDIT_BLOCK)))] - start
+            ]
+            for start in range(0, len(self.tokens) - ANCHOR, AUDIT_BLOCK)
+        ]
+        anchors = np.concatenate(hashes)
+        order = np.argsort(anchors, kind="stable")
+        self.anchors, self.places = anchors[order], places[order]
+        bits = max(10, (128 * len(anchors)).bit_length())
+        self.shift, self.table = np.uint64(64 - bits), np.zeros(1 << bits - 3, np.uint8)
+        index = self.anchors >> self.shift
+        np.bitwise_or.at(self.table, index >> np.uint64(3), np.uint8(1) << (index & np.uint64(7)).astype(np.uint8))
+        self.found = np.zeros(len(self.tokens), bool)  # runs of validation, by their first token
+
+    def hashes(self, tokens: np.ndarray, length: int) -> np.ndarray:
+        """[n] tokens -> [n - length + 1] uint64: polynomial hashes, modulo 2^64, of all runs of `length` tokens."""
+        if length == 1:
+            return self.factors[tokens]
+        half = self.hashes(tokens, length // 2)
+        both = half[: -(length // 2)] * HASH_FACTOR ** np.uint64(length // 2)
+        both += half[length // 2 :]
+        return both if length % 2 == 0 else both[:-1] * HASH_FACTOR + self.factors[tokens[length - 1 :]]
+
+    def search(self, stream: TokenStream, start: int, stop: int) -> None:
+        """Marks the runs whose anchors occur in the stream's tokens from start on, but before stop."""
+        for begin in range(start, stop, AUDIT_BLOCK):
+            end = min(begin + AUDIT_BLOCK, stop)
+            first, last = begin - ANCHOR, end + WINDOW
+            block = np.pad(
+                stream.read(max(first, 0), min(last, len(stream))),
+                (max(-first, 0), max(last - len(stream), 0)),
+                constant_values=BOS_ID,
+            )
+            hashes = self.hashes(block[ANCHOR:], ANCHOR)[: end - begin]
+            index = hashes >> self.shift
+            bits = self.table[index >> np.uint64(3)] >> (index & np.uint64(7)).astype(np.uint8) & 1
+            near = np.flatnonzero(bits)
+            self.compare(block, near + ANCHOR, hashes[near])
+
+    def compare(self, block: np.ndarray, places: np.ndarray, hashes: np.ndarray) -> None:
+        """Marks the runs of validation that are equal to one of the block's around these places, with these hashes."""
+        left, right = (np.searchsorted(self.anchors, hashes, side) for side in ("left", "right"))
+        hit = left < right
+        if not hit.any():
+            return
+        back = np.arange(WINDOW - ANCHOR + 1)
+        theirs = np.unique(places[hit, None] - back)
+        values, first = np.unique(self.hashes(block, WINDOW)[theirs], return_index=True)
+        theirs = theirs[first]
+        groups, which = np.unique(left[hit], return_index=True)
+        anchors = self.places[ranges(groups, (right - left)[hit][which])]
+        powers, width = HASH_FACTOR ** np.arange(WINDOW - 1, -1, -1, dtype=np.uint64), np.arange(WINDOW)
+        for some in np.array_split(anchors, -(-len(anchors) // 1024)):  # bounds the memory
+            ours = np.unique(some[:, None] - back)
+            ours = ours[~self.found[ours]]
+            text = self.tokens[ours[:, None] + width]  # [n, WINDOW]
+            value = (self.factors[text] * powers).sum(1)
+            match = theirs[np.minimum(np.searchsorted(values, value), len(values) - 1)]
+            same = (block[match[:, None] + width] == text).all(1) & (text != BOS_ID).all(1)
+            self.found[ours[same]] = True
+
+    def share(self, run: Run) -> dict[str, int]:
+        """Joins what all ranks have found. Returns the summary's row."""
+        for bits in run.gather(np.packbits(self.found)):
+            self.found |= np.unpackbits(bits, count=len(self.found)).astype(bool)
+        documents = np.unique(np.searchsorted(self.begins, np.flatnonzero(self.found)))
+        return dict(length=WINDOW, of=self.windows, shared=int(self.found.sum()), documents=len(documents))
+
+
+class ShardScan(NamedTuple):
+    """What one pass over a shard finds."""
+
+    documents: int  # that begin in it
+    highest: int  # id of a token, -1 where there is none
+    sha256: str  # of the file, where one is promised
+    copies: list[list[int]]  # numbers of validation documents, for each of this shard's that is equal to one
+
+
+def scan_shard(
+    stream: TokenStream,
+    number: int,
+    hashed: bool,
+    index: DocumentIndex | None = None,
+    windows: WindowIndex | None = None,
+) -> ShardScan:
+    """Reads a shard once, in blocks. A document that reaches into the next shards is this shard's."""
+    shard, start, highest, begins = stream.shards[number], int(stream.starts[number]), -1, []
+    with open(stream.paths[number], "rb") as file:
+        digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
+    for offset in range(0, len(shard), AUDIT_BLOCK):
+        block = np.asarray(shard[offset : offset + AUDIT_BLOCK])
+        highest = max(highest, int(block.max()))
+        begins.append(start + offset + np.flatnonzero(block == BOS_ID))
+        if hashed:
+            digest.update(block)
+    bounds = np.concatenate((*begins, [stream.next_document(start + len(shard))])).astype(np.int64)
+    if windows:
+        windows.search(stream, start, start + len(shard))
+    return ShardScan(
+        len(bounds) - 1, highest, digest.hexdigest() if hashed else "", index.copies(stream, bounds) if index else []
+    )
+
+
+class Audit:
+    """Holds shards against the vocabulary, their manifest and each other, before anything learns from them.
+
+    `findings` are what a run must not begin with; `rows` is the summary's part. Nothing is remembered from one run to
+    the next: a pass costs a second or two for each billion tokens and core, and what is remembered can be outdated.
+    """
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run, self.manifest = config, run, Manifest(Path(config.data_path))
+        self.findings: list[tuple[str, object, str]] = []  # a ConfigError's arguments
+        self.rows: dict[str, Any] = dict(manifest=bool(self.manifest.splits))
+
+    def find(self, name: Path, problem: str) -> None:
+        self.findings.append((str(name), "", problem))
+
+    def refuse(self) -> None:
+        """Raises the first finding of any rank as a ConfigError that says how many more there are."""
+        findings = list(dict.fromkeys(itertools.chain(*self.run.gather(self.findings))))
+        if findings:
+            name, value, problem = findings[0]
+            more = (
+                f" ({len(findings) - 1} more: make audit-data DATA={self.config.data_path})"
+                if len(findings) > 1
+                else ""
+            )
+            raise ConfigError(name, value, problem + more)
+
+    def validation(self, stream: TokenStream) -> None:
+        """Checks the validation shards, their sidecars and the tokenizer; on every rank, as each reads them all."""
+        self.check(
+            "val", stream, {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
+        )
+        files = [(path, self.manifest.promised_digest("val", path.name)) for path in map(sidecar_path, stream.paths)]
+        for path, promised in (*files, (self.config.tokenizer_file, self.manifest.tokenizer)):
+            if promised and path.is_file():
+                with open(path, "rb") as file:
+                    self.check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), promised)
+
+    def training(self, stream: TokenStream, validation: TokenStream) -> None:
+        """Checks the training shards and looks validation's documents up in them.
+
+        The ranks of a machine share its shards out, so that every machine's files are read; threads share a rank's.
+        """
+        config, run = self.config, self.run
+        index, windows = DocumentIndex(validation), WindowIndex(validation) if config.audit == "windows" else None
+        threads = config.cpu_threads or max(1, available_cores() // run.local_world)
+        mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
+        with ThreadPoolExecutor(threads) as pool:
+            scans = dict(
+                zip(
+                    mine,
+                    pool.map(
+                        lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n]), index, windows), mine
+                    ),
+                )
+            )
+        found: dict[int, ShardScan] = {}
+        for other in run.gather(scans):
+            for number, scan in other.items():
+                if found.setdefault(number, scan) != scan:
+                    self.find(stream.paths[number], "is not the same on all machines")
+        self.check("train", stream, found)
+        copies = [numbers for scan in found.values() for numbers in scan.copies]
+        shared = len({number for numbers in copies for number in numbers})
+        self.rows |= dict(
+            shared_documents=shared, shared_copies=len(copies), allowed_shared_documents=config.allow_shared_documents
+        )
+        if windows:
+            self.rows |= dict(shared_windows=windows.share(run))
+        if shared > config.allow_shared_documents:
+            self.findings.append(
+                (
+                    "ALLOW_SHARED_DOCUMENTS",
+                    config.allow_shared_documents,
+                    f"{shared} of {len(index.bounds) - 1} validation "
+                    f"documents in DATA_PATH={config.data_path} are in its training shards too, which must not hold them; where "
+                    "that is known of a published data set, this knob allows so many",
+                )
+            )
+
+    def hashed(self, split: str, path: Path) -> bool:
+        return bool(self.manifest.promised_digest(split, path.name))
+
+    def check(self, split: str, stream: TokenStream, scans: dict[int, ShardScan]) -> None:
+        """Holds what was found in the shards of a split against the vocabulary and the manifest."""
+        for number, path in enumerate(stream.paths):
+            scan, promised = scans[number], self.manifest.files.get(split, {}).get(path.name)
+            if scan.highest >= stream.vocab_size:
+                self.find(path, f"holds token id {scan.highest}, and VOCAB_SIZE={stream.vocab_size} needs ids below it")
+            if promised is None and self.manifest.files.get(split):
+                self.find(path, f"is not named in {self.manifest.path}")
+            if promised:
+                self.check_digest(path, scan.sha256, promised.get("sha256", ""))
+                self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path)
+        for name in self.manifest.files.get(split, {}):
+            if not (self.manifest.path.parent / name).is_file():
+                self.find(self.manifest.path, f"names {name}, which is not there")
+        # Published shards are cut at a number of tokens, so only a stream's first one must begin a document; and where
+        # training begins at a later shard, it may do so inside one.
+        if stream.read(0, 1)[0] != BOS_ID and (split == "val" or stream.paths[0].stem.endswith("_000000")):
+            self.find(stream.paths[0], f"does not begin with BOS, {BOS_ID}: every document must")
+        self.rows[split] = dict(
+            shards=len(stream.shards),
+            tokens=len(stream),
+            documents=sum(scan.documents for scan in scans.values()),
+            hashed=sum(bool(scan.sha256) for scan in scans.values()),
+        )
+        self.check_counts(split, self.rows[split])
+
+    def check_digest(self, path: Path, found: str, promised: str) -> None:
+        if found != promised:
+            self.find(path, f"was changed: its SHA-256 is {found}, and {self.manifest.path} promises {promised}")
+
+    def check_counts(self, split: str, found: dict[str, int], shard: Path | None = None) -> None:
+        """Holds tokens, documents or bytes of a split, or of one shard, against the manifest's."""
+        promised = self.manifest.files[split][shard.name] if shard else self.manifest.splits.get(split, {})
+        for key in ("tokens", "documents", "bytes"):
+            if key in found and key in promised and found[key] != promised[key]:
+                holder = shard.name if shard else f"the {split} shards"
+                self.find(self.manifest.path, f"promises {promised[key]} {key} in {holder}, which hold {found[key]}")
+
+    def count_bytes(self, split: str, count: int) -> None:
+        """Takes in the bytes of text that a split's tokens stand for."""
+        self.rows[split]["bytes"] = count
+        self.check_counts(split, dict(bytes=count))
+
+    def lines(self) -> Iterator[str]:
+        """The log's lines: what the shards hold, and what training shares with validation."""
+        for split in ("train", "val"):
+            row = self.rows.get(split)
+            if row is None:
+                continue
+            held = f"{row['hashed']} with the SHA-256 of the manifest" if self.rows["manifest"] else "no manifest"
+            counted = f", {row['bytes']} bytes" if "bytes" in row else ""
+            yield (
+                f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
+                f"tokens{counted}"
+            )
+        yield from self.overlap_lines()
+
+    def overlap_lines(self) -> Iterator[str]:
+        """What training shares with validation, where both were read."""
+        shared, windows = (self.rows.get(f"shared_{what}") for what in ("documents", "windows"))
+        if shared is not None:
+            yield f"{'warning: ' if shared else ''}audit: {shared} validation documents are in the training shards too"
+        if windows:
+            yield (
+                f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
+                f"in the training shards too, in {windows['documents']} documents"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Score: bytes of tokens, and the only BPB formula
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over scored targets: nats of negative log-likelihood, targets, bytes of text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+
+
+class Vocabulary:
+    """How many bytes of text each token stands for, from the SentencePiece model."""
+
+    def __init__(self, config: Config):
+        import sentencepiece  # only scoring needs it
+
+        path = config.tokenizer_file
+        if not path.is_file():
+            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if config.tokenizer_sha256 not in ("", self.digest):
+            raise ConfigError(
+                "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
+            )
+        size = self.model.vocab_size()
+        if size != config.vocab_size:
+            raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {size} tokens")
+        if self.model.bos_id() != BOS_ID:
+            raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
+        m, ids = self.model, range(size)
+        self.special = np.array([m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i) for i in ids])
+        pieces = [m.IdToPiece(i) for i in ids]
+        self.marked = np.array([p.startswith("\u2581") for p in pieces]) & ~self.special
+        self.width = np.array(
+            [
+                0 if self.special[i] else 1 if m.IsByte(i) else len(p.removeprefix("\u2581").encode())
+                for i, p in enumerate(pieces)
+            ],
+            dtype=np.uint16,
+        )
+
+    def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
+        return self.width[targets] + (self.marked[targets] & ~self.special[previous])
+
+
+def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
+    """Bytes of the original text that each token of the stream stands for, or None where the text was not transformed.
+
+    Errors: ConfigError for a sidecar that is missing, of another length, or there although CASEOPS_ENABLED=0: by the
+    tokenizer's table, case operators would count as text.
+    """
+    there = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
+    if config.caseops_enabled == "0" and there:
+        raise ConfigError(
+            "CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 count by it"
+        )
+    if config.caseops_enabled == "0" or not there and config.caseops_enabled == "auto":
+        return None
+    counts = []
+    for shard, path, tokens in zip(stream.paths, map(sidecar_path, stream.paths), stream.shards):
+        if not path.is_file():
+            raise ConfigError(
+                "CASEOPS_ENABLED",
+                config.caseops_enabled,
+                f"{path} is missing; `data/prepare.py --caseops` makes shards with their byte counts",
+            )
+        counts.append(open_shard(path))
+        if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
+            raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
+    return np.concatenate(counts)
+
+
+def count_bytes(tokens: np.ndarray, sidecar: np.ndarray | None, vocabulary: Vocabulary) -> int:
+    """Bytes of text that a stream's targets stand for: by its sidecar, or where it has none, by the vocabulary."""
+    counts = vocabulary.target_bytes(tokens[:-1], tokens[1:]) if sidecar is None else sidecar[1:]
+    return int(counts.sum(dtype=np.int64))
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Model
+    tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
+    qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
+    enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
+    neftune_alpha: float = knob(
+        0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss", low=0
+    )
+    z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
+    focal_enabled: bool = knob(
+        False,
+        "weigh a token's training loss by (1 - probability of the target)^FOCAL_GAMMA, each row's weights 1 on average",
+        "weights",
+    )
+    focal_gamma: float = knob(1.0, "the power in it", "weights", low=0, high=100)
+
+    # Optimizers
+    matrix_lr: float = knob(0.04, "learning rate of the matrix banks (Muon)", "weights", low=0)
+    scalar_lr: float = knob(0.04, "learning rate of vectors, scalars and gates (AdamW)", "weights", low=0)
+    tied_embed_lr: float = knob(0.05, "learning rate of a tied embedding", "weights", low=0)
+    embed_lr: float = knob(0.6, "learning rate of an untied embedding", "weights", low=0)
+    head_lr: float = knob(0.008, "learning rate of an untied head", "weights", low=0)
+    muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", "weights", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = knob(
+        0.85, "momentum at step 0, or MUON_MOMENTUM where that is less", "weights", low=0, high=0.9999
+    )
+    muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
+    muon_coefficients: str = knob(
+        "classic", "Newton-Schulz polynomial", "weights", choices=("classic", "polar_express")
+    )
+    muon_row_normalize: bool = knob(False, "rows of the update to unit norm before Newton-Schulz", "weights")
+    muon_wd: float = knob(0.0, "decoupled weight decay of the banks", "weights", low=0)
+    beta1: float = knob(0.9, "AdamW's first beta", "weights", low=0, high=0.99999)
+    beta2: float = knob(0.95, "AdamW's second beta", "weights", low=0, high=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", "weights", low=1e-30)
+    adam_wd: float = knob(0.0, "weight decay of vectors, scalars and gates", "weights", low=0)
+    embed_wd: float = knob(0.0, "weight decay of the embedding and the head", "weights", low=0)
+    grad_clip_norm: float = knob(0.0, "largest norm of the averaged gradient; 0: no clipping", "weights", low=0)
+
+    # Schedules
+    warmdown_frac: float = knob(
+        0.0, "last fraction of the training over which the rate falls to 0", "learning rate", low=0, high=1
+    )
+    warmdown_iters: int = knob(
+        1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0", "learning rate", low=0
+    )
+    min_lr: float = knob(0.0, "floor of the learning-rate multiplier", "learning rate", low=0, high=1)
+    progressive_depth_schedule: str = knob(
+        "",
+        "fractions of the training, with commas between, at which more layers "
+        "begin to learn, from below; empty or 0: all learn at once",
+        "weights",
+    )
+    ema_decay: float = knob(
+        0.0, "decay of the moving average of the weights (EMA); 0: none", "weights", low=0, high=0.999999
+    )
+    swa_enabled: bool = knob(False, "a plain average of late weights (SWA)", "weights")
+    swa_every: int = knob(50, "steps between the weights that it takes", "weights", low=1)
+    swa_start: float = knob(0.2, "multiplier of the learning rate below which it takes them", "weights", low=0, high=1)
+    weight_average: str = knob(
+        "both",
+        "the weights that are kept: one average, or the mean of those that are on; without any, the last weights",
+        "weights",
+        choices=("both", "ema", "swa"),
+    )
+    late_qat_threshold: float = knob(
+        0.0,
+        "multiplier of the learning rate below which the training rounds the "
+        "matrices as their class is quantized; 0: never",
+        "weights",
+        low=0,
+        high=1,
+    )
+
+    # Quantization and the artifact
+    matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
+    attn_bits: int = knob(0, "bits of attention's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
+    mlp_bits: int = knob(0, "bits of the MLP's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
+    embed_bits: int = knob(8, "bits of the embedding and the head", "bytes", low=2, high=8)
+    attn_clip_sigmas: float = knob(
+        13.0, "range of a row of attention's matrices, in standard deviations", "bytes", low=0.1
+    )
+    mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
+    embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
+    matrix_clip_sigmas: float = knob(
+        12.85, "the same for other large matrices: the tables of pairs and of values", "bytes", low=0.1
+    )
+    quantizer: str = knob(
+        "uniform",
+        "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers; "
+        "gptq_lite: each row to nearest, with the best of five clip quantiles",
+        "bytes",
+        choices=("uniform", "trellis", "gptq_lite"),
+    )
+    trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
+    trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
+    column_steps: float = knob(
+        0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0, high=1
+    )
+    target_bytes: int = knob(
+        0,
+        "bytes of code and model that the steps are fitted to, at most; 0: steps by *_CLIP_SIGMAS alone",
+        "bytes",
+        low=0,
+    )
+    scale_grid: int = knob(16, "row scales to an octave; 0: any fp16 scale", "bytes", low=0, high=1024)
+    awq_groups: int = knob(
+        0, "groups of 64 input columns that keep 8 bits: those with most activation x weight", "bytes", low=0
+    )
+    gated_attn_quant_gate: bool = knob(False, "head gates in int8 per row instead of fp16", "bytes")
+    lqer_enabled: bool = knob(False, "low-rank corrections of the quantization error (LQER)", "bytes")
+    lqer_rank: int = knob(4, "rank of a correction", "bytes", low=1, high=256)
+    lqer_top_k: int = knob(3, "corrections at most", "bytes", low=1)
+    lqer_select: str = knob(
+        "gain",
+        "which matrices: norm, the largest errors; gain, those where a correction saves "
+        "more than its bytes would elsewhere",
+        "bytes",
+        choices=("norm", "gain"),
+    )
+    lqer_asym_enabled: str = knob(
+        "auto",
+        "1: factors in -2..1 and -8..7; 0: in LQER_FACTOR_BITS per row; auto: what saves more",
+        "bytes",
+        choices=("auto", "0", "1"),
+    )
+    lqer_asym_group: int = knob(64, "right factor's elements to a scale, at most", "bytes", low=1)
+    lqer_factor_bits: int = knob(4, "bits of the symmetric factors", "bytes", low=2, high=8)
+    rvq_enabled: bool = knob(
+        False, "a second rounding of the matrices where it saves most, while bytes are left", "bytes"
+    )
+    rvq_bits: int = knob(4, "bits of the second rounding", "bytes", low=2, high=8)
+    gptq_calibration_batches: int = knob(
+        16, "training batches from which Hessians are summed", "quantized weights", low=1
+    )
+    gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
+    compressor: str = knob(
+        "zstd",
+        "entropy coder of the artifact; pergroup: a range coder for the banks' integers",
+        "bytes",
+        choices=("zstd", "brotli", "lzma", "pergroup"),
+    )
+    artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
+
+    # Evaluation
+    eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0, high=1 << 20)
+    eval_stride: int = knob(
+        0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)", "val_bpb", low=0
+    )
+
+    temperature: float = knob(
+        1.0, "what softcapped logits are divided by in every evaluation, not in training", "val_bpb", low=0.01, high=100
+    )
+
+    # Test-time training: every target is scored before anything learns from it
+    ttt_mode: str = knob(
+        "none",
+        "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
+        "after each chunk of the stream",
+        "val_bpb",
+        choices=("none", "phased", "chunk"),
+    )
+    ttt_order: str = knob(
+        "length", "documents longest first, or in the order of the stream", "val_bpb", choices=("length", "stream")
+    )
+    ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
+    ttt_streams: int = knob(
+        8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb", low=1, high=4096
+    )
+    ttt_chunk_size: int = knob(
+        48, "targets of a document that are scored before it learns from them, at most the context", "val_bpb", low=1
+    )
+    ttt_short_doc_chunks: bool = knob(
+        False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000", "val_bpb"
+    )
+    ttt_eval_seq_len: int = knob(
+        0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb", low=0, high=1 << 20
+    )
+    ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
+    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=1e-3)
+    ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
+    ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
+    ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
+    ttt_grad_steps: int = knob(1, "steps on each chunk", "val_bpb", low=1, high=100)
+    ttt_warm_start_a: bool = knob(True, "a document begins with the A that the one before it left", "val_bpb")
+    ttt_q_lora: bool = knob(True, "adapters of the queries", "val_bpb")
+    ttt_k_lora: bool = knob(True, "adapters of the keys", "val_bpb")
+    ttt_v_lora: bool = knob(True, "adapters of the values", "val_bpb")
+    ttt_o_lora: bool = knob(True, "adapters from attention's input to its output", "val_bpb")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP", "val_bpb")
+    phased_ttt_prefix_docs: int = knob(
+        3000, "first documents of the order that all weights learn from", "val_bpb", low=0
+    )
+    phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
+    global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
+    global_ttt_momentum: float = knob(0.9, "its momentum", "val_bpb", low=0, high=0.9999)
+    global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
+    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of TTT_MODE=chunk", "val_bpb", low=1)
+    ttt_epochs: int = knob(3, "steps of all weights on each chunk", "val_bpb", low=1, high=100)
+    ttt_lr: float = knob(0.002, "their learning rate, falling to 0 over the chunks as a cosine", "val_bpb", low=0)
+    ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
+    ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
+    ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
+    eval_budget_seconds: float = knob(
+        600.0, "seconds that an evaluation may take; a projection beyond them is a warning; 0: none", "log", low=0
+    )
+
+    @property
+    def model(self) -> ModelConfig:
+        """The settings that the artifact carries."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and matrix products."""
+        return getattr(torch, self.compute_dtype)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training at most, calibration's reserve taken off; infinite without a limit."""
+        return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
+
+    @property
+    def eval_context(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def ttt_context(self) -> int:
+        return self.ttt_eval_seq_len or self.eval_context
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest row that a model meets after training."""
+        return max(self.eval_context, self.ttt_context if self.ttt_mode == "phased" else 0)
+
+    @property
+    def eval_step(self) -> int:
+        return self.eval_stride or self.eval_context
+
+    @property
+    def eval_rows(self) -> int:
+        return max(1, self.val_batch_size // self.eval_context)
+
+    @property
+    def attn_grid(self) -> tuple[int, float]:
+        """Bits and clip sigmas of attention's matrices; 0 sigmas: the whole range of a row, as GPTQ-lite begins."""
+        return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
+
+    @property
+    def mlp_grid(self) -> tuple[int, float]:
+        """The same for the MLP's matrices."""
+        return self.mlp_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.mlp_clip_sigmas
+
+    @property
+    def averages(self) -> tuple[bool, bool]:
+        """Whether the EMA and the SWA are kept: those that are on and that WEIGHT_AVERAGE does not leave out."""
+        return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
+
+    @property
+    def depth_cuts(self) -> tuple[float, ...]:
+        """Fractions of the training at which more layers begin to learn. Errors: ConfigError."""
+        if self.progressive_depth_schedule in ("", "0"):
+            return ()
+        try:
+            cuts = tuple(map(float, self.progressive_depth_schedule.split(",")))
+        except ValueError:
+            cuts = (math.nan,)
+        if not all(low < high for low, high in zip((0.0, *cuts), (*cuts, 1.0))):
+            raise ConfigError(
+                "PROGRESSIVE_DEPTH_SCHEDULE",
+                self.progressive_depth_schedule,
+                "must be 0, or fractions between 0 and 1 in rising order with commas between, such as 0.08,0.25",
+            )
+        return cuts
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
+
+# Recipes are rows of this table; a row not named keeps the default above.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two CPU cores; the sizes were chosen by measuring bits per byte after two minutes of training.
+    "demo": dict(
+        data_path="data/builtin_sp4096",
+        vocab_size=4096,
+        seed=42,
+        num_layers=4,
+        model_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_mult=3.0,
+        train_seq_len=256,
+        train_batch_tokens=2048,
+        micro_batch_tokens=4096,
+        iterations=100000,
+        max_wallclock_seconds=110.0,
+        warmup_steps=1,
+        train_log_every=100,
+        val_loss_every=0,
+        val_batch_size=4096,
+        warmdown_frac=0.6,
+        matrix_lr=0.02,
+        smear_gate_enabled=True,
+        smear_gate_type="channel",
+        xsa_last_n=4,
+        skip_gates_enabled=True,
+        attn_out_gate_enabled=True,
+        bigram_vocab_size=4096,
+        bigram_dim=64,
+        scalar_lr=0.04,
+        tied_embed_lr=0.01,
+        muon_momentum_warmup_steps=100,
+        muon_wd=0.05,
+        embed_wd=0.05,
+        adam_wd=0.02,
+        ema_decay=0.99,
+        gptq_calibration_batches=8,
+        quantizer="trellis",
+        column_steps=0.75,
+        compressor="pergroup",
+        target_bytes=2_000_000,
+        eval_stride=128,
+    ),
+    # The challenge's own baseline: 9 layers of 512, ReLU^2, no extras.
+    "baseline": dict(leaky_relu_slope=0.0),
+    # PR #2163 of openai/parameter-golf.
+    "record": dict(
+        vocab_size=8192,
+        seed=42,
+        num_layers=11,
+        mlp_mult=4.0,
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        rope_dims=16,
+        qk_gain_init=5.0,
+        ln_scale=True,
+        xsa_last_n=11,
+        skip_gates_enabled=True,
+        sparse_attn_gate_enabled=True,
+        smear_gate_enabled=True,
+        num_loops=2,
+        parallel_start_layer=8,
+        neftune_alpha=5.0,
+        z_loss_weight=1e-4,
+        muon_momentum=0.97,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_coefficients="polar_express",
+        muon_row_normalize=True,
+        muon_wd=0.095,
+        matrix_lr=0.026,
+        tied_embed_lr=0.03,
+        embed_wd=0.085,
+        scalar_lr=0.02,
+        adam_wd=0.02,
+        beta2=0.99,
+        grad_clip_norm=0.3,
+        warmdown_frac=0.85,
+        min_lr=0.1,
+        ema_decay=0.9965,
+        embed_bits=7,
+        compressor="pergroup",
+        quantizer="trellis",
+        trellis_states=16,
+        column_steps=0.75,
+        target_bytes=16_000_000,
+        gptq_reserve_seconds=12.0,  # calibration counts as training; a guess until it is measured on 8 GPUs
+        gated_attn_quant_gate=True,
+        lqer_enabled=True,
+        ttt_mode="phased",
+    ),
+    # PR #1325 on the stack of PR #549.
+    "poly5": dict(
+        num_layers=11,
+        mlp_mult=3.0,
+        train_seq_len=2048,
+        train_batch_tokens=786432,
+        iterations=9000,
+        xsa_last_n=4,
+        rope_dims=16,
+        ln_scale=True,
+        smear_gate_enabled=True,
+        smear_gate_type="channel",
+        bigram_vocab_size=1536,
+        bigram_dim=128,
+        ve_dim=128,
+        ve_layers="9,10",
+        softcap_type="poly",
+        focal_enabled=True,
+        focal_gamma=1.0,
+        z_loss_weight=1e-4,
+        progressive_depth_schedule="0.08,0.25",
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+        muon_wd=0.04,
+        matrix_lr=0.025,
+        scalar_lr=0.025,
+        tied_embed_lr=0.035,
+        embed_wd=0.04,
+        adam_wd=0.04,
+        grad_clip_norm=0.3,
+        warmdown_iters=3500,
+        ema_decay=0.997,
+        swa_enabled=True,
+        swa_every=50,
+        weight_average="both",
+        late_qat_threshold=0.15,
+        quantizer="gptq_lite",
+        rvq_enabled=True,
+        eval_stride=16,
+        ttt_mode="chunk",
+    ),
+}
+# Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
+FAMILIES = (
+    "TTT_",
+    "MUON_",
+    "LQER_",
+    "GPTQ_",
+    "EVAL_",
+    "TRAIN_",
+    "VAL_",
+    "ROPE_",
+    "EMA_",
+    "SWA_",
+    "QAT_",
+    "PHASED_",
+    "GLOBAL_TTT_",
+    "MATRIX_",
+    "EMBED_",
+    "WARMDOWN_",
+    "LOOP_",
+    "XSA_",
+    "SMEAR_",
+    "SPARSE_ATTN_",
+    "GATED_ATTN_",
+    "BIGRAM_",
+    "VE_",
+    "FOCAL_",
+    "LATE_QAT",
+)
+
+
+def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
+    """The text of one variable as its type; refuses what the table does not allow."""
+    kinds = {"int": "an integer", "float": "a finite number", "bool": "0 or 1"}
+    try:
+        if kind == "bool":
+            value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        else:
+            value = {"int": int, "float": float, "str": str}[kind](text)
+        if kind == "float" and not math.isfinite(value):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ConfigError(name, text, f"must be {kinds[kind]}") from None
+    check_allowed(name, value, row)
+    return value
+
+
+def check_allowed(name: str, value: Any, row: dict) -> None:
+    """Refuses a value of the right type that the table does not allow. Errors: ConfigError."""
+    low, high = row["low"], row["high"]
+    if row["choices"] and value not in row["choices"]:
+        raise ConfigError(name, value, "must be one of " + ", ".join(row["choices"]))
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ConfigError(
+            name,
+            value,
+            "must be "
+            + (
+                f"from {low} to {high}"
+                if low is not None and high is not None
+                else f"at least {low}"
+                if high is None
+                else f"at most {high}"
+            ),
+        )
+
+
+def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
+    """Preset, then overrides, then checks. Returns the config, the knobs set explicitly, and remarks for the log.
+
+    Errors: ConfigError for a value that is not allowed.
+    """
+    remarks = []
+    preset = environment.get("PRESET", "")
+    if not preset:
+        preset = "baseline" if cuda else "demo"
+        remarks.append(f"PRESET is not set and there is {'a' if cuda else 'no'} CUDA device: PRESET={preset}")
+    if preset not in PRESETS:
+        raise ConfigError("PRESET", preset, "must be one of " + ", ".join(PRESETS))
+    values, explicit = dict(PRESETS[preset], preset=preset), set()
+    for f in dataclasses.fields(Config):
+        name = f.name.upper()
+        if f.name != "preset" and environment.get(name, "") != "":
+            values[f.name] = parse_value(name, f.type, environment[name], f.metadata)
+            explicit.add(f.name)
+    if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
+        values["warmdown_frac"] = 0.0  # older commands set steps and know no fraction
+    if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
+        values["warmdown_iters"] = 0  # so that a fraction of 0 means none
+    config = resolved(Config(**values), cuda)
+    if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
+        raise ConfigError(
+            "MUON_MOMENTUM_WARMUP_START",
+            config.muon_momentum_warmup_start,
+            f"must be at most MUON_MOMENTUM={config.muon_momentum:g}",
+        )
+    if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
+        check_config(config)
+    return config, explicit, remarks + unknown_variables(environment)
+
+
+def resolved(config: Config, cuda: bool) -> Config:
+    """Puts what `auto` means on this machine in its place. Errors: ConfigError for what this machine cannot do."""
+    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    if device == "cuda" and not cuda:
+        raise ConfigError("DEVICE", config.device, "no CUDA device is visible; cpu or auto are possible")
+    native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
+    automatic = {
+        "compute_dtype": "bfloat16" if native else "float32",
+        "compile": "01"[device == "cuda"],
+        "triton_kernels": "01"[device == "cuda" and triton is not None],
+    }
+    if config.compile == "1" and device == "cpu" and not cpu_compiler():
+        raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
+    if config.triton_kernels == "1" and (device == "cpu" or triton is None):
+        raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
+    values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
+    if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
+        values["yarn_max_len"] = max(config.yarn_max_len, config.longest_context)
+    return dataclasses.replace(config, device=device, **values)
+
+
+def cpu_compiler() -> bool:
+    """Whether torch.compile can build its C++ code here: it needs a compiler and Python.h."""
+    import sysconfig  # it looks at the environment when it is loaded
+
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return headers and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def cpu_info(*fields: str) -> str:
+    """The first of these fields in Linux's description of the processor, or an empty text."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in fields), "")
+
+
+def unknown_variables(environment: dict[str, str]) -> list[str]:
+    """One warning for each variable that looks like a knob and is none."""
+    names = [f.name.upper() for f in dataclasses.fields(Config)]
+    warnings = []
+    for name in sorted(set(environment) - set(names)):
+        near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85) if len(name) > 3 else []
+        if near or name.upper().startswith(FAMILIES):
+            hint = f"did you mean {near[0]}?" if near else "no knob of this script has that name; see --help"
+            warnings.append(f"warning: {name}={environment[name]} has no effect: {hint}")
+    return warnings
+
+
+def check_config(config: Config) -> None:
+    """Checks across fields. Errors: ConfigError."""
+
+    def require(holds: bool, name: str, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(name.upper(), getattr(config, name), allowed)
+
+    require(config.model_dim % config.num_heads == 0, "num_heads", f"must divide MODEL_DIM={config.model_dim}")
+    require(
+        config.head_dim % 2 == 0,
+        "num_heads",
+        f"MODEL_DIM/NUM_HEADS={config.head_dim} must be even for rotary embedding",
+    )
+    require(config.num_heads % config.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={config.num_heads}")
+    require(
+        config.rotary_dims % 2 == 0 and config.rotary_dims <= config.head_dim,
+        "rope_dims",
+        f"must be even and at most the head width {config.head_dim}",
+    )
+    require(config.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={config.model_dim}")
+    require(config.xsa_last_n <= config.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}")
+    require(config.gate_window <= config.model_dim, "gate_window", f"must be at most MODEL_DIM={config.model_dim}")
+    gates = [
+        g for g in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(config, g)
+    ]
+    if len(gates) > 1:
+        require(False, gates[1], f"only one head gate can be on, and {gates[0].upper()} is")
+    if config.loops:
+        require(config.loop_end < config.num_layers, "loop_end", f"must be below NUM_LAYERS={config.num_layers}")
+        require(config.loop_start <= config.loop_end, "loop_start", f"must be at most LOOP_END={config.loop_end}")
+    if config.lanes:
+        orders = [execution_order(config, looped) for looped in (False, True)]
+        first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
+        allowed = (
+            f"must be -1, or from {first} to {config.num_layers - 1}: lanes start in the second half, after the loop"
+        )
+        start = max(first, config.loop_end + 1 if config.loops else 0)
+        require(
+            start <= config.parallel_start_layer < config.num_layers,
+            "parallel_start_layer",
+            allowed.replace(f"from {first}", f"from {start}"),
+        )
+    require(
+        config.mode == "eval" or config.train_batch_tokens % config.train_seq_len == 0,
+        "train_batch_tokens",
+        f"must be a multiple of TRAIN_SEQ_LEN={config.train_seq_len}",
+    )
+    require(
+        config.eval_stride <= config.eval_context, "eval_stride", f"must be at most the context, {config.eval_context}"
+    )
+    require(
+        not (config.rvq_enabled and config.target_bytes),
+        "rvq_enabled",
+        "must be 0 with TARGET_BYTES: the steps take all of them, and leave none for a second rounding",
+    )
+    require(config.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
+    require(
+        config.bigram_vocab_size != 1,
+        "bigram_vocab_size",
+        "must be 0 or at least 2: a document's first token has a bucket of its own",
+    )
+    if config.ve_dim:
+        found = {layer for layer in config.value_layers if layer < config.num_layers}
+        require(
+            len(found) == config.ve_layers.count(",") + 1,
+            "ve_layers",
+            f"must be different layers below NUM_LAYERS={config.num_layers} with commas between, such as 0,1",
+        )
+    require(
+        len(config.depth_cuts) < config.num_layers,
+        "progressive_depth_schedule",
+        f"must be fewer numbers than NUM_LAYERS={config.num_layers}",
+    )
+    require(config.weight_average != "ema" or config.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
+    require(config.weight_average != "swa" or config.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
+    for name in ("column_steps", "awq_groups", "target_bytes"):
+        require(
+            config.quantizer != "gptq_lite" or not getattr(config, name),
+            name,
+            "must be 0 with QUANTIZER=gptq_lite, which knows one grid per row",
+        )
+    for name in ("attn_bits", "mlp_bits"):
+        require(getattr(config, name) != 1, name, "must be 0 or from 2 to 8")
+    require(
+        config.gptq_reserve_seconds < config.max_wallclock_seconds or config.max_wallclock_seconds == 0,
+        "gptq_reserve_seconds",
+        f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
+    )
+
+
+def execution_order(config: Config, looped: bool) -> list[int]:
+    """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped."""
+    if not (looped and config.loops):
+        return list(range(config.num_layers))
+    loop = list(range(config.loop_start, config.loop_end + 1))
+    return [*range(config.loop_start), *loop * (config.num_loops + 1), *range(config.loop_end + 1, config.num_layers)]
+
+
+class BatchLayout(NamedTuple):
+    """How a step's rows are shared out: rows = world * micro_steps * micro_rows."""
+
+    rows: int
+    world: int
+    micro_steps: int
+    micro_rows: int
+
+
+def batch_layout(config: Config, world: int) -> BatchLayout:
+    """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's rows. Errors: ConfigError."""
+    rows = config.train_batch_tokens // config.train_seq_len
+    if rows % world:
+        raise ConfigError(
+            "TRAIN_BATCH_TOKENS",
+            config.train_batch_tokens,
+            f"is {rows} rows of TRAIN_SEQ_LEN={config.train_seq_len}, which {world} ranks do not divide; "
+            f"a multiple of {world * config.train_seq_len} is needed",
+        )
+    local = rows // world
+    micro_rows = max(
+        n
+        for n in range(1, local + 1)
+        if local % n == 0 and (n == 1 or n * config.train_seq_len <= config.micro_batch_tokens)
+    )
+    return BatchLayout(rows, world, local // micro_rows, micro_rows)
+
+
+def help_text() -> str:
+    """The table of knobs, generated from Config and PRESETS."""
+    lines = [
+        "usage: [KNOB=value ...] python train_gpt.py [--mode all|train|eval] [--dry-run] [--help]",
+        "       [KNOB=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py",
+        "",
+        "Every knob is an environment variable: its type and default, then each preset that differs.",
+    ]
+    for f in dataclasses.fields(Config):
+        default = f.default if f.default != "" else '""'
+        rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
+        allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
+        lines += [
+            "",
+            f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
+            f"    {allowed}{f.metadata['meaning']}",
+            f"    seen in: {f.metadata['alive']}",
+        ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Run: rank, world, device, clock, log
+# ---------------------------------------------------------------------------------------------------------------
+
+CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, cut by a container's CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+@dataclass
+class Run:
+    """Who this process is among the ranks, where it computes, and where it writes. Only rank 0 writes."""
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+    folder: Path | None = None
+    prefix: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    control: Any = None  # a gloo group for host-side agreement, so that a GPU's queue is never waited for
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def log(self, text: str) -> None:
+        """One line on stdout and in log.txt, from rank 0."""
+        if self.main:
+            print(text, flush=True)
+            self.append("log.txt", text)
+
+    def metric(self, **values: Any) -> None:
+        """One line of metrics.jsonl, from rank 0."""
+        if self.main:
+            self.append("metrics.jsonl", json.dumps(values))
+
+    def append(self, name: str, line: str) -> None:
+        """Adds a line to a file of the run's folder; MODE=eval has files of its own beside the training's."""
+        if self.folder:
+            with open(self.folder / (self.prefix + name), "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def broadcast(self, value: float) -> float:
+        """Rank 0's number on every rank."""
+        if self.world == 1:
+            return value
+        number = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(number, 0, group=self.control)
+        return number.item()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's object (text, bytes, numbers) on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's object, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """Sums tensors over all ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU's allocator, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def time_second_call(self, compute: Callable[[], Any]) -> float:
+        """Seconds that a computation takes the second time: the first time it may compile."""
+        for _ in range(2):
+            self.synchronize()
+            begin = time.perf_counter()
+            compute()
+            self.synchronize()
+        return time.perf_counter() - begin
+
+
+class Stage:
+    """Context that adds the seconds of a stage to the run's ledger."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.name = run, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.run.synchronize()
+        self.run.seconds[self.name] = self.run.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
+    """One of torchrun's numbers. Errors: ConfigError."""
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(name, text, "must be a number, as torchrun sets it")
+    return int(text)
+
+
+def start_run(config: Config, environment: dict[str, str]) -> Run:
+    """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
+    rank, world, local, local_world = (
+        rank_variable(environment, name, default)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    cuda = config.device == "cuda"
+    if cuda and torch.cuda.device_count() < local_world:
+        raise ConfigError(
+            "DEVICE",
+            config.device,
+            f"{local_world} ranks here need as many CUDA devices, and {torch.cuda.device_count()} are visible",
+        )
+    if config.mode != "eval":
+        batch_layout(config, world)  # refuses a world that does not divide the batch before anything starts
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(config.cpu_threads or max(1, available_cores() // local_world))
+    run = Run(rank, world, local_world, device)
+    if world > 1:
+        if "MASTER_ADDR" not in environment:
+            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; torchrun sets what several ranks need")
+        # Newer versions have other names for the collectives used here, which older ones do not know.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None
+        )
+        run.control = dist.new_group(backend="gloo")
+    return run
+
+
+def open_folder(run: Run, config: Config) -> None:
+    """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
+    folder = Path(config.artifact_dir or Path("logs") / name)
+    problem = run.broadcast_object(folder_problem(folder, config) if run.main else None)
+    if problem:
+        raise ConfigError(*problem)
+    run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
+    if run.main:
+        write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
+    """Makes the folder; returns what is wrong with it, as ConfigError's arguments, or None."""
+    name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
+    if config.mode == "eval":
+        if not (config.artifact_dir or config.run_id):
+            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, to know which run's artifact to score"
+        if not (folder / CONTAINER_FILE).is_file():
+            return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
+    if "/" in config.run_id or config.run_id in (".", ".."):
+        return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = sorted(p.name for p in folder.iterdir())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return name, str(folder), f"must be a folder that can be written ({error.strerror})"
+    if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
+        return name, str(folder), "already holds a run, and nothing is written over; choose another name"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: shards -> documents -> batches, a pure function of (seed, step), whatever the number of ranks
+# ---------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+AUDIT_BLOCK = 1 << 16  # tokens that the audit looks at together: they stay in a core's cache
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: 2^64 over the golden ratio
+WINDOW, ANCHOR = 50, 25  # tokens of a shared window; of the blocks by which they are found, half of it
+
+
+class Documents(NamedTuple):
+    """Where documents lie in a batch of rows, in the two forms that attention takes."""
+
+    starts: Tensor  # [R, T] int32: for every token, the position in its row where its document begins
+    bounds: Tensor  # [n + 1] int32: begin of every document in the flattened rows, then R*T for the end and as padding
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, the token after each, and the documents that they belong to."""
+
+    ids: Tensor  # [R, T] int64
+    targets: Tensor  # [R, T] int64
+    documents: Documents
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, [n] uint16, memory-mapped. Errors: ConfigError naming the file."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise ConfigError(str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, 1")
+    tokens = int(header[2])
+    if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
+        raise ConfigError(
+            str(path),
+            "",
+            f"is damaged: the header promises {tokens} tokens, which take "
+            f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}",
+        )
+    if not tokens:
+        return np.zeros(0, np.uint16)
+    # A plain array over the map: slices of a memmap cost ten times as much.
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
+
+
+def sidecar_path(shard: Path) -> Path:
+    """Where a shard's byte counts stand: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
+    head, _, number = shard.name.rpartition("_")
+    return shard.with_name(f"{head}_bytes_{number}")
+
+
+def shard_paths(config: Config, split: str) -> list[Path]:
+    """The shards of a split, in order. Errors: ConfigError where there are none."""
+    pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
+    paths = sorted(Path(config.data_path).glob(pattern))
+    if not paths:
+        raise ConfigError(
+            "DATA_PATH",
+            config.data_path,
+            f"holds no {pattern}; `python data/prepare.py builtin --out "
+            f"{config.data_path} --vocab-size {config.vocab_size}` makes such shards "
+            "from built-in text",
+        )
+    return paths
+
+
+class TokenStream:
+    """All shards of a split as one sequence of tokens."""
+
+    def __init__(self, config: Config, split: str):
+        self.paths, self.vocab_size = shard_paths(config, split), config.vocab_size
+        self.shards = [open_shard(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        if len(self) < 2:
+            raise ConfigError(
+                "DATA_PATH", config.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed"
+            )
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1, [n] uint16."""
+        parts, shard = [], int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            offset = start - int(self.starts[shard])
+            part = self.shards[shard][offset : offset + stop - start]
+            parts.append(part)
+            start, shard = start + len(part), shard + 1
+        return np.concatenate(parts)
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Tokens at positions of the stream, uint16 of their shape."""
+        shards = np.searchsorted(self.starts, positions, side="right") - 1
+        tokens = np.empty(positions.shape, np.uint16)
+        for number in np.unique(shards):
+            here = shards == number
+            tokens[here] = self.shards[number][positions[here] - self.starts[number]]
+        return tokens
+
+    def next_document(self, position: int) -> int:
+        """Where the first document at or after a position begins; the stream's length where none does."""
+        while position < len(self):
+            block = self.read(position, min(position + AUDIT_BLOCK, len(self)))
+            found = np.flatnonzero(block == BOS_ID)
+            if len(found):
+                return position + int(found[0])
+            position += len(block)
+        return position
+
+
+def document_starts(ids: np.ndarray) -> np.ndarray:
+    """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
+    begins = ids == BOS_ID
+    begins[:, 0] = True
+    places = np.flatnonzero(begins)
+    starts = np.repeat((places % ids.shape[1]).astype(np.int32), np.diff(places, append=ids.size))
+    return starts.reshape(ids.shape)
+
+
+class Prefetcher:
+    """Makes on a thread of its own what will probably be asked for next, while the caller works.
+
+    `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
+    asked for: one that was not guessed is made then. What goes wrong on the thread is raised where its key is asked
+    for. With a depth of 0 there is no thread. The thread begins with `initializer`, which it keeps, and ends with this
+    object.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Any], Any],
+        following: Callable[[Any], Any],
+        depth: int,
+        initializer: Callable[[], None] | None = None,
+    ):
+        self.make, self.following, self.depth = make, following, depth
+        self.pool = ThreadPoolExecutor(1, "read-ahead", initializer) if depth else None
+        self.pending: dict[Any, Future] = {}
+
+    def __call__(self, key: Any) -> Any:
+        if self.pool is None:
+            return self.make(key)
+        future, wanted, later = self.pending.pop(key, None), [], key
+        for _ in range(self.depth):
+            wanted.append(later := self.following(later))
+        for stale in self.pending.keys() - set(wanted):
+            self.pending.pop(stale).cancel()
+        future = future or self.pool.submit(self.make, key)
+        for later in wanted:
+            if later not in self.pending:
+                self.pending[later] = self.pool.submit(self.make, later)
+        return future.result()
+
+    def close(self) -> None:
+        """Ends the thread; from then on everything is made when it is asked for."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+        self.pool, self.pending = None, {}
+
+
+class TrainLoader:
+    """Batches of training rows. Row r holds tokens rT..rT+T of the stream; each epoch visits all rows in a new order.
+
+    A batch depends on the seed, the step and the layout's total alone, so warmup needs no rewinding, a resumed run
+    continues exactly, and ranks only share the rows out.
+    """
+
+    def __init__(self, config: Config, run: Run):
+        self.stream, self.config, self.run, self.layout = (
+            TokenStream(config, "train"),
+            config,
+            run,
+            batch_layout(config, run.world),
+        )
+        self.rows = (len(self.stream) - 1) // config.train_seq_len
+        if self.rows < 1:
+            raise ConfigError(
+                "TRAIN_SEQ_LEN",
+                config.train_seq_len,
+                f"the training shards in DATA_PATH={config.data_path} hold only {len(self.stream)} tokens",
+            )
+        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
+        # A thread that pins memory does it for its own current device, which would be the first.
+        device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
+        self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
+        self.data_stall = 0.0  # seconds in which `batch` kept a step waiting
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """All rows in the order of an epoch."""
+        return np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
+
+    def row_index(self, position: int) -> int:
+        """The row that stands at a position of the endless sequence of epochs."""
+        epoch, place = divmod(position, self.rows)
+        return int(self.order(epoch)[place])
+
+    def row_numbers(self, step: int, micro: int) -> range:
+        """Places in the global sequence of rows that this rank computes in a micro-step."""
+        _, world, _, micro_rows = self.layout
+        first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
+        return range(first, first + micro_rows)
+
+    def following(self, place: tuple[int, int]) -> tuple[int, int]:
+        """The (step, micro-step) after this one."""
+        step, micro = place
+        return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
+        begin = time.perf_counter()
+        batch = self.ahead((step, micro))
+        self.data_stall += time.perf_counter() - begin
         return send(batch, self.run.device)
 
     def read(self, place: tuple[int, int]) -> Batch:
@@ -2188,7 +3835,7 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with an additive mask: `additive_mask` of `document_mask`, [R, T, T]."""
+    """`attention_sdpa` through BlockedAttention, with an additive mask [B, T, T]: `additive_mask` of `document_mask`."""
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
     y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
@@ -2695,7 +4342,7 @@ class LayerCall(NamedTuple):
 
 
 def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
-    """The U-Net over the execution order: the first half saves outputs, the second half takes them, last in first out."""
+    """The U-Net over the execution order: the first half saves outputs, the second takes them, last in first out."""
     order = execution_order(config, looped)
     half = len(order) // 2
     calls = []
@@ -5146,22 +6793,26 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class IllegalScore(Exception):
+    """A score that would break a rule of the challenge: a target scored twice, never, or after it was trained on."""
+
+
 def document_offsets(tokens: np.ndarray) -> np.ndarray:
     """Where documents begin in a stream of tokens, and the last target's position: [documents + 1] int64.
 
-    A document's inputs run from its BOS to just before the next, whose BOS is its last target.
+    A document's inputs run from its BOS to just before the next BOS, which is its last target.
     """
     return np.append(np.flatnonzero(tokens[:-1] == BOS_ID), len(tokens) - 1)
 
 
-def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int = 0) -> np.ndarray:
+def evaluation_windows(offsets: np.ndarray, context: int, stride: int, chunk: int = 0) -> np.ndarray:
     """Windows [n, 3] of (first input, inputs, first scored input): each target of each document is scored once.
 
     A document's first window scores all its targets; each next one adds `stride` targets with `context` inputs. With
     `chunk`, no window scores on both sides of a multiple of it in the stream.
     """
     windows = []
-    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
+    for begin, end in itertools.pairwise(offsets.tolist()):
         scored = begin
         while scored < end:
             stop = max(begin + context, scored + stride)
@@ -5174,112 +6825,119 @@ def evaluation_windows(bounds: np.ndarray, context: int, stride: int, chunk: int
     return np.array(windows, dtype=np.int64)
 
 
-def pack_rows(windows: np.ndarray, context: int) -> list[list[int]]:
-    """Puts windows into rows of `context` inputs, longest first, each where it leaves the least room (best fit)."""
-    rows: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(context + 1)]  # rows by the room they have left
-    filled = 0  # bit b says that some row has b places left
+def pack_sequences(windows: np.ndarray, context: int) -> list[list[int]]:
+    """Packs windows into sequences of `context` inputs: longest first, each where least room stays (best fit)."""
+    sequences: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(context + 1)]  # sequences by the room that is left in them
+    rooms = 0  # bit b is set where some sequence has room for b inputs
     for index in np.argsort(-windows[:, 1], kind="stable").tolist():
         length = int(windows[index, 1])
-        fitting = filled >> length
+        fitting = rooms >> length
         if fitting:
-            left = length + (fitting & -fitting).bit_length() - 1
-            row = room[left].pop()
-            filled &= ~(1 << left) if not room[left] else -1
+            room = length + (fitting & -fitting).bit_length() - 1
+            sequence = by_room[room].pop()
+            rooms &= -1 if by_room[room] else ~(1 << room)
         else:
-            left, row = context, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if left > length:
-            room[left - length].append(row)
-            filled |= 1 << (left - length)
-    return rows
+            room, sequence = context, len(sequences)
+            sequences.append([])
+        sequences[sequence].append(index)
+        if room > length:
+            by_room[room - length].append(sequence)
+            rooms |= 1 << (room - length)
+    return sequences
 
 
-EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # what the challenge's ten minutes of evaluation hold
+EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # they share the challenge's ten minutes of evaluation
 
 
-class Ledger:
-    """Every target's score, entered once and before anything learns from the target: both are asserted.
+class ScoreLedger:
+    """Every target's score, entered once and before anything trains on the target. Errors: IllegalScore otherwise.
 
-    A target is known by its input's position in the stream. Ranks enter what they score; `share` puts it together.
+    A target is known by its input's position in the stream. Ranks enter what they score; `share` merges it.
     """
 
     def __init__(self, evaluator: Evaluator):
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
         self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
-        self.mine = np.zeros(targets, np.uint8)  # times that this rank scored a target
-        self.all = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
+        self.own_counts = np.zeros(targets, np.uint8)  # times that this rank scored a target
+        self.all_counts = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
 
     def score(self, positions: np.ndarray, nll: Tensor) -> None:
         """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
         places = positions >= 0
         positions = positions[places]
-        np.add.at(self.mine, positions, 1)  # counts a target that stands here twice as well
-        assert (self.mine[positions] == 1).all(), "a target was scored twice"
+        np.add.at(self.own_counts, positions, 1)  # a target that is listed twice here counts twice
+        if (self.own_counts[positions] != 1).any():
+            raise IllegalScore("a target was scored twice")
         self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
 
-    def learn(self, positions: np.ndarray) -> None:
-        """Says that weights are about to learn from these targets."""
-        assert (self.mine[positions] | self.all[positions]).all(), "a target was learned before it was scored"
+    def train_on(self, positions: np.ndarray) -> None:
+        """Declares that weights are about to train on these targets."""
+        if not (self.own_counts[positions] | self.all_counts[positions]).all():
+            raise IllegalScore("a target would be trained on before it was scored")
 
     def share(self) -> None:
-        """Puts together which targets the ranks have scored."""
-        self.all = self.mine.copy()
+        """Merges over the ranks which targets have been scored."""
+        self.all_counts = self.own_counts.copy()
         if self.run.world > 1:
-            dist.all_reduce(torch.from_numpy(self.all), group=self.run.control)
+            dist.all_reduce(torch.from_numpy(self.all_counts), group=self.run.control)
 
     def close(self) -> float:
-        """Nats of all targets, summed over ranks; each must have been scored by one of them."""
+        """Nats of all targets, summed over ranks; exactly one rank must have scored each."""
         self.share()
-        assert (self.all == 1).all(), f"{(self.all != 1).sum()} targets were not scored exactly once"
+        wrong = int((self.all_counts != 1).sum())
+        if wrong:
+            raise IllegalScore(f"{wrong} targets were not scored exactly once")
         nats = torch.tensor(self.nll.sum(dtype=np.float64))
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
         return nats.item()
 
 
-class Pace:
-    """Progress of an evaluation: what it is projected to take, before it starts and every half minute.
+class ProgressMeter:
+    """Progress of an evaluation stage: its projected seconds, before it starts and every half minute.
 
-    One warning says when it will not end within its budget, to which all stages of an evaluation count.
+    One warning says that the evaluation will exceed its budget, to which all its stages count.
     """
 
-    def __init__(self, run: Run, config: Config, what: str, total: float):
-        self.run, self.config, self.what, self.total, self.done, self.warned = run, config, what, total, 0.0, False
-        self.begin = self.last = time.perf_counter()
+    def __init__(self, run: Run, config: Config, stage: str, total: float):
+        self.run, self.config, self.stage = run, config, stage
+        self.total, self.done = total, 0.0
+        self.warned = False
+        self.begin = self.last_line = time.perf_counter()
         self.first: tuple[float, float] | None = None  # work and time of the first advance, which may have compiled
 
-    def project(self, seconds: float, what: str) -> None:
-        """The line before the start: seconds, measured on a part that was computed and dropped."""
-        self.run.log(f"{self.what}: {what}, projected to take {seconds:.1f} s")
-        self.warn(seconds)
+    def project(self, seconds: float, work: str) -> None:
+        """The line before the start. `seconds` were measured on a part that was computed and dropped."""
+        self.run.log(f"{self.stage}: {work}, projected to take {seconds:.1f} s")
+        self.warn_if_over_budget(seconds)
 
-    def warn(self, seconds: float) -> None:
-        """The warning, once, where these seconds and those of the stages before are over the budget."""
+    def warn_if_over_budget(self, seconds: float) -> None:
+        """The warning, once, where these seconds and those of earlier stages exceed the budget."""
         budget = self.config.eval_budget_seconds
         projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds
         if budget and projected > budget and not self.warned:
             self.warned = True
             self.run.log(
-                f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
+                f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.stage} is projected to end after "
                 f"{projected:.0f} s of evaluation, unpacking included"
             )
 
     def advance(self, work: float) -> None:
-        """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
+        """Adds finished work, in the unit of `total`. Ranks advance alike, so rank 0 speaks for all."""
         self.done += work
         now = time.perf_counter()
         if self.first is None:
             self.first = self.done, now
             return
-        spent, rate = now - self.begin, (now - self.first[1]) / (self.done - self.first[0])
-        left = rate * (self.total - self.done)
-        if now - self.last > 30:
-            self.last = now
-            self.run.log(f"{self.what}:{self.done / self.total:.1%} elapsed:{spent:.0f}s eta:{left:.0f}s")
-        if spent > 1:
-            self.warn(spent + left)
+        elapsed = now - self.begin
+        rate = (now - self.first[1]) / (self.done - self.first[0])
+        remaining = rate * (self.total - self.done)
+        if now - self.last_line > 30:
+            self.last_line = now
+            self.run.log(f"{self.stage}:{self.done / self.total:.1%} elapsed:{elapsed:.0f}s eta:{remaining:.0f}s")
+        if elapsed > 1:
+            self.warn_if_over_budget(elapsed + remaining)
 
 
 class Evaluator:
@@ -5287,7 +6945,8 @@ class Evaluator:
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
-        self.stream, self.vocabulary, self.audit = TokenStream(config, "val"), Vocabulary(config), Audit(config, run)
+        self.stream, self.vocabulary = TokenStream(config, "val"), Vocabulary(config)
+        self.audit = Audit(config, run)
         self.audit.validation(self.stream)
         self.audit.refuse()  # ids beyond the vocabulary have no bytes
         self.tokens = self.stream.read(0, len(self.stream))
@@ -5297,65 +6956,67 @@ class Evaluator:
         self.audit.refuse()
         self.documents = document_offsets(self.tokens)
         self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
-        assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
-        self.rows = pack_rows(self.windows, config.eval_context)
-        self.batch_rows = min(config.eval_rows, len(self.rows))
-        self.remarks = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
+        if int((self.windows[:, 1] - self.windows[:, 2]).sum()) != len(self.tokens) - 1:
+            raise IllegalScore("the windows of the evaluation do not cover every target once")
+        self.sequences = pack_sequences(self.windows, config.eval_context)
+        self.batch_size = min(config.eval_rows, len(self.sequences))
+        self.notes = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
         if not self.audit.rows["manifest"]:
-            self.remarks.append(f"{self.audit.manifest.path} is not there: nothing says what the shards should hold")
+            self.notes.append(f"{self.audit.manifest.path} does not exist: nothing says what the shards should hold")
 
-    def batches(self, rows: list[list[int]]) -> list[list[list[int]]]:
-        """Rows (lists of windows) in groups of the batch size."""
-        return [rows[i : i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
+    def batches(self, sequences: list[list[int]]) -> list[list[list[int]]]:
+        """Sequences (lists of windows) in groups of the batch size."""
+        return [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
 
-    def batch(self, rows: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """A batch of rows, and for each place the input's position in the stream, or -1 where nothing is scored."""
-        length = self.config.eval_context
-        position = np.zeros((self.batch_rows, length), np.int64)
-        starts = np.zeros((self.batch_rows, length), np.int32)
-        scored = np.full((self.batch_rows, length), -1, np.int64)
-        for r, row in enumerate(rows):
+    def batch(self, sequences: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """A batch of sequences, and for each place the input's position in the stream, or -1 for no score."""
+        shape = (self.batch_size, self.config.eval_context)
+        position = np.zeros(shape, np.int64)
+        starts = np.zeros(shape, np.int32)
+        scored = np.full(shape, -1, np.int64)
+        for b, sequence in enumerate(sequences):
             place = 0
-            for start, size, first in windows[row].tolist():
-                position[r, place : place + size] = np.arange(start, start + size)
-                starts[r, place : place + size] = place
-                scored[r, place + first : place + size] = np.arange(start + first, start + size)
+            for start, size, first in windows[sequence].tolist():
+                position[b, place : place + size] = np.arange(start, start + size)
+                starts[b, place : place + size] = place
+                scored[b, place + first : place + size] = np.arange(start + first, start + size)
                 place += size
-            starts[r, place:] = place  # padding is a document of its own
+            starts[b, place:] = place  # padding is a document of its own
         ids, targets = (self.tokens[p].astype(np.int64) for p in (position, position + 1))
         return to_device(ids, targets, starts, self.run.device), scored
 
     @torch.no_grad()
-    def score_rows(
-        self, forward: Callable, rows: list[list[int]], ledger: Ledger | None = None, windows: np.ndarray | None = None
+    def score_sequences(
+        self,
+        forward: Callable,
+        sequences: list[list[int]],
+        ledger: ScoreLedger | None = None,
+        windows: np.ndarray | None = None,
     ) -> None:
-        """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
-        batch, scored = self.batch(rows, self.windows if windows is None else windows)
+        """Scores a batch of sequences of these windows (the evaluator's own), and enters the targets in the ledger."""
+        batch, scored = self.batch(sequences, self.windows if windows is None else windows)
         nll, _ = forward(*batch, looped=self.config.loops, temperature=self.config.temperature)
         if ledger:
             ledger.score(scored, nll)
 
-    def rehearse(self, forward: Callable) -> None:
-        """Computes one batch, so that what an evaluation needs is compiled."""
-        self.score_rows(forward, self.rows[: self.batch_rows])
+    def warm_up(self, forward: Callable) -> None:
+        """Computes one batch and drops it, so that what an evaluation needs is compiled."""
+        self.score_sequences(forward, self.sequences[: self.batch_size])
 
     def project(self, forward: Callable) -> None:
-        """Logs what an evaluation will take, measured on one of its batches."""
-        batches = self.batches(self.rows)
-        seconds = self.run.time_second_call(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
-        Pace(self.run, self.config, "sliding", len(batches)).project(
-            seconds,
-            f"{len(self.windows)} windows of up to {self.config.eval_context} tokens every {self.config.eval_step}, "
-            f"{len(batches)} batches",
-        )
+        """Logs the seconds that an evaluation will take, measured on one of its batches."""
+        batches, config = len(self.batches(self.sequences)), self.config
+        seconds = self.run.time_second_call(lambda: self.warm_up(forward)) * -(-batches // self.run.world)
+        work = f"{len(self.windows)} windows of up to {config.eval_context} tokens, stride {config.eval_step}"
+        ProgressMeter(self.run, config, "sliding", batches).project(seconds, f"{work}, {batches} batches")
 
     def __call__(self, forward: Callable) -> Score:
-        """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
-        ledger, batches = Ledger(self), self.batches(self.rows)
-        pace = Pace(self.run, self.config, "sliding", len(batches))
+        """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore."""
+        ledger, batches = ScoreLedger(self), self.batches(self.sequences)
+        meter = ProgressMeter(self.run, self.config, "sliding", len(batches))
         for number in range(self.run.rank, len(batches), self.run.world):
-            self.score_rows(forward, batches[number], ledger)
-            pace.advance(min(self.run.world, len(batches) - number))
+            self.score_sequences(forward, batches[number], ledger)
+            meter.advance(min(self.run.world, len(batches) - number))
         return Score(ledger.close(), len(self.tokens) - 1, self.bytes)
 
 
@@ -5365,22 +7026,22 @@ class Evaluator:
 
 
 class FullModelSGD:
-    """SGD of all weights on text that has been scored; ranks share a step's rows and add up their gradients."""
+    """SGD of all weights on scored text. Ranks share a step's sequences and sum their gradients."""
 
-    def __init__(self, evaluator: Evaluator, model: GPT, ledger: Ledger, momentum: float, frozen_blocks: int = 0):
+    def __init__(self, evaluator: Evaluator, model: GPT, ledger: ScoreLedger, momentum: float, frozen_blocks: int = 0):
         self.config, self.run, self.tokens = evaluator.config, evaluator.run, evaluator.tokens
-        self.model, self.ledger, self.frozen = model, ledger, frozen_blocks
+        self.model, self.ledger, self.frozen_blocks = model, ledger, frozen_blocks
         self.forward = compiled_forward(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
 
     def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
-        """This rank's rows of a step on the targets of the inputs at `positions` [n], and which places are of it."""
+        """This rank's sequences of a step on the targets of the inputs at `positions` [n], and a mask of its places."""
         length = self.config.train_seq_len
-        rows = np.full(-(-len(positions) // length) * length, -1)
-        rows[: len(positions)] = positions
-        rows = rows.reshape(-1, length)[self.run.rank :: self.run.world]
-        most = max(1, self.config.micro_batch_tokens // length)
-        for places in (rows[i : i + most] for i in range(0, len(rows), most)):
+        padded = np.full(-(-len(positions) // length) * length, -1)
+        padded[: len(positions)] = positions
+        own = padded.reshape(-1, length)[self.run.rank :: self.run.world]
+        micro_batch = max(1, self.config.micro_batch_tokens // length)
+        for places in (own[i : i + micro_batch] for i in range(0, len(own), micro_batch)):
             inside = np.maximum(places, 0)
             ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
             targets = self.tokens[inside + 1].astype(np.int64)
@@ -5388,7 +7049,7 @@ class FullModelSGD:
 
     def step(self, positions: np.ndarray, lr: float) -> None:
         """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
-        self.ledger.learn(positions)
+        self.ledger.train_on(positions)
         parameters = list(self.model.parameters())
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -5396,127 +7057,121 @@ class FullModelSGD:
             nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
         self.run.all_reduce(*(p.grad for p in parameters))
-        self.rest_frozen_blocks()
+        self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
 
     def seconds_per_token(self) -> float:
-        """Of a forward and backward pass on a row without text."""
+        """Seconds of a forward and backward pass for each token, measured on a sequence of padding."""
         batch = as_padding(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
-        seconds = self.run.time_second_call(
-            lambda: torch.autograd.grad(
-                self.forward(*batch, looped=self.config.loops)[0].sum(),
-                list(self.model.parameters()),
-                allow_unused=True,
-            )
-        )
-        return seconds / batch.ids.numel()
+        parameters = list(self.model.parameters())
 
-    def rest_frozen_blocks(self) -> None:
-        """Zeroes the gradients of the first blocks: their vectors, and their matrices in the banks."""
-        if self.frozen:
-            for block in self.model.blocks[: self.frozen]:
+        def forward_and_backward() -> None:
+            nll, _ = self.forward(*batch, looped=self.config.loops)
+            torch.autograd.grad(nll.sum(), parameters, allow_unused=True)
+
+        return self.run.time_second_call(forward_and_backward) / batch.ids.numel()
+
+    def zero_frozen_gradients(self) -> None:
+        """Zeroes the gradients of the frozen first blocks: their vectors, and their matrices in the banks."""
+        if self.frozen_blocks:
+            for block in self.model.blocks[: self.frozen_blocks]:
                 for p in block.parameters():
                     p.grad.zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
-                bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen].zero_()
+                bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen_blocks].zero_()
 
 
 def cosine(step: int, steps: int) -> float:
-    """From 1 at step 0 toward 0 at `steps`."""
+    """A cosine decay: 1 at step 0, toward 0 at `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 class PhasedTTT:
-    """Documents in batches, each document with its own LoRA; all weights learn between phases.
+    """Documents in batches, each document with its own LoRA; all weights train between phases.
 
     The schedule is fixed before the start: documents in order, their phases, the batches of a phase, and for each batch
-    one of TTT_STREAMS streams. Within a stream A is handed on from batch to batch; ranks share out the streams, so that
-    no number of ranks changes what a batch starts from.
+    one of TTT_STREAMS streams. Within a stream each batch hands A on to the next. Ranks share the streams, so the
+    number of ranks does not change what a batch starts from.
     """
 
-    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
-        config, self.run, self.evaluator, self.model, self.learn = (
-            evaluator.config,
-            evaluator.run,
-            evaluator,
-            model,
-            learn,
-        )
-        self.config, self.tokens, self.bounds = config, evaluator.tokens, evaluator.documents
-        self.lengths = np.diff(self.bounds)
-        by_length = np.argsort(-self.lengths, kind="stable")
-        self.order = by_length if config.ttt_order == "length" else np.arange(len(self.lengths))
-        prefix = min(config.phased_ttt_prefix_docs, len(self.order))
-        cuts = [prefix * (phase + 1) // config.phased_ttt_num_phases for phase in range(config.phased_ttt_num_phases)]
-        # Documents scored before each learning of all weights; after the last document nothing would gain from it.
-        self.cuts = [cut for cut in dict.fromkeys(cuts) if 0 < cut < len(self.order)]
-        self.chunks = np.full(len(self.lengths), config.ttt_chunk_size)
+    def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
+        config = self.config = evaluator.config
+        self.run, self.evaluator, self.model = evaluator.run, evaluator, model
+        self.tokens, self.offsets = evaluator.tokens, evaluator.documents
+        self.lengths = np.diff(self.offsets)
+        self.order = np.arange(len(self.lengths))
+        if config.ttt_order == "length":
+            self.order = np.argsort(-self.lengths, kind="stable")
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
+        ends = [prefix * (phase + 1) // phases for phase in range(phases)]
+        # Documents scored before each training of all weights. After the last document nothing would gain from one.
+        self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
+        self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
         if config.ttt_short_doc_chunks:
-            self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
-        self.chunks = np.minimum(self.chunks, config.ttt_context)  # a window must hold its chunk
-        self.counts = -(-self.lengths // self.chunks)
-        self.ledger = Ledger(evaluator)
+            self.chunk_sizes[self.lengths <= 2000] = 24
+            self.chunk_sizes[self.lengths <= 256] = 8
+        self.chunk_sizes = np.minimum(self.chunk_sizes, config.ttt_context)  # a window must hold its chunk
+        self.chunk_counts = -(-self.lengths // self.chunk_sizes)
+        self.ledger = ScoreLedger(evaluator)
         self.forward = compiled_forward(constant_view(model), dynamic=True)
-        work = sum(self.cost(batch).sum() for begin, end in self.phases() for _, _, batch in self.batches(begin, end))
-        self.pace = Pace(self.run, config, "ttt" if learn else "ttt_baseline", float(work))
+        calls = len(model.schedules[config.loops])
+        self.adapters = Adapters(config, calls, self.run.device) if adapt else None
+        batches = [batch for begin, end in self.phases() for _, _, batch in self.batches(begin, end)]
+        work = float(sum(self.cost(batch).sum() for batch in batches))
+        self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", work)
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens that pass through the model for each document, about: its chunks, each with its context."""
+        """Estimated tokens that pass through the model for each document: its chunks, each with its context."""
         context = np.minimum(self.lengths[documents], self.config.ttt_context)
-        return self.counts[documents] * context - context**2 / (2 * self.chunks[documents])
+        return self.chunk_counts[documents] * context - context**2 / (2 * self.chunk_sizes[documents])
 
     def __call__(self) -> Score:
-        """Scores every document's targets, each before anything learns from it."""
-        config = self.config
-        self.adapters = (
-            Adapters(config, len(self.model.schedules[config.loops]), self.run.device) if self.learn else None
-        )
+        """Scores every document's targets, each before anything trains on it."""
         for begin, end in self.phases():
             for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
-                    self.adapters.start(stream, config.seed + first)
-                if not self.pace.done:
+                    self.adapters.start(stream, self.config.seed + first)
+                if not self.meter.done:
                     self.project(batch)
-                self.adapt(batch)
-                self.pace.advance(float(self.cost(batch).sum()))
-            if end in self.cuts and self.learn:
+                self.score_and_adapt(batch)
+                self.meter.advance(float(self.cost(batch).sum()))
+            if end in self.phase_ends and self.adapters:
                 self.ledger.share()
-                self.learn_globally(self.order[:end])
+                self.train_full_model(self.order[:end])
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
 
     def project(self, documents: np.ndarray) -> None:
-        """Logs what the evaluation will take, measured on the shape of a batch's first window with a full context.
+        """Logs the seconds that the evaluation will take, measured on a batch's first window with a full context.
 
-        Learning of all weights is counted as if a token cost in it what it costs an adapter's step.
+        Training all weights is counted as if a token cost as much in it as in an adapter's step.
         """
-        most = int(self.counts[documents].max())
-        full = max(0, min(most - 2, self.config.ttt_context // self.config.ttt_chunk_size))
-        for chunk in (0, full):  # the order in which windows come: another one would compile other graphs
-            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
-            learning, batch = self.learn and most > chunk + 1, as_padding(batch)
-            seconds = self.run.time_second_call(lambda: self.rehearse(batch, scored, learning))
-        global_tokens = (
-            sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.config.global_ttt_epochs
-        )
-        tokens = self.pace.total
-        if self.learn:
-            tokens = tokens * self.config.ttt_grad_steps + global_tokens / self.run.world
-        self.pace.project(
-            seconds / batch.ids.numel() * tokens,
-            f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases",
-        )
+        config, most = self.config, int(self.chunk_counts[documents].max())
+        full = max(0, min(most - 2, config.ttt_context // config.ttt_chunk_size))
+        seconds_per_token = 0.0
+        for chunk in (0, full):  # in the order of the real windows: another order would compile other graphs
+            batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
+            adapts = self.adapters is not None and most > chunk + 1
+            compute = functools.partial(self.warm_up, as_padding(batch), scored, adapts)
+            seconds_per_token = self.run.time_second_call(compute) / batch.ids.numel()
+        tokens = self.meter.total
+        if self.adapters:
+            trained = sum(int(self.lengths[self.order[:end]].sum()) for end in self.phase_ends)
+            tokens = tokens * config.ttt_grad_steps + trained * config.global_ttt_epochs / self.run.world
+        chunks, phases = int(self.chunk_counts.sum()), len(self.phase_ends)
+        work = f"{len(self.lengths)} documents in {chunks} chunks, {phases} phases"
+        self.meter.project(seconds_per_token * tokens, work)
 
-    def rehearse(self, batch: Batch, scored: np.ndarray, learning: bool) -> None:
-        """Computes a window and, where it would learn, its gradients, and drops them."""
-        nll, leaves = self.score(batch, scored, learning)
-        if learning:
+    def warm_up(self, batch: Batch, scored: np.ndarray, adapts: bool) -> None:
+        """Computes a window and, where it adapts, its gradients, and drops them."""
+        nll, leaves = self.score(batch, scored, adapts)
+        if adapts:
             torch.autograd.grad(nll.sum(), leaves)
 
     def phases(self) -> list[tuple[int, int]]:
         """Places in the order at which each phase begins and ends."""
-        return list(itertools.pairwise((0, *self.cuts, len(self.order))))
+        return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
 
     def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
@@ -5526,139 +7181,141 @@ class PhasedTTT:
             if stream % self.run.world == self.run.rank:
                 yield first, stream, self.order[first : min(first + config.ttt_batch_size, end)]
 
-    def adapt(self, documents: np.ndarray) -> None:
-        """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
-        order = np.argsort(-self.counts[documents], kind="stable")
+    def score_and_adapt(self, documents: np.ndarray) -> None:
+        """Scores a batch chunk by chunk. Documents with most chunks come first, so that the remaining are a prefix."""
+        order = np.argsort(-self.chunk_counts[documents], kind="stable")
         documents = documents[order]
         if self.adapters:
             self.adapters.arrange(order)
-        for chunk in range(int(self.counts[documents[0]])):
-            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
-            learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
-            nll, leaves = self.score(batch, scored, learning > 0)
+        for chunk in range(int(self.chunk_counts[documents[0]])):
+            batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
+            adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
+            nll, leaves = self.score(batch, scored, adapting > 0)
             self.ledger.score(scored, nll)
-            for step in range(self.config.ttt_grad_steps if learning else 0):
+            for step in range(self.config.ttt_grad_steps if adapting else 0):
                 if step:
                     nll, leaves = self.score(batch, scored, True)
-                counted = scored[:learning] >= 0
-                self.ledger.learn(scored[:learning][counted])
-                inside = torch.from_numpy(counted).to(nll.device)
-                loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
-                self.adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+                self.adapt(nll, leaves, scored[:adapting])
         if self.adapters:
             self.adapters.arrange(np.argsort(order))
 
-    def score(self, batch: Batch, scored: np.ndarray, learning: bool) -> tuple[Tensor, list[Tensor]]:
-        """NLL [R, last] of a window's last places, and the adapters' tensors that it depends on."""
-        adapters, rows = self.adapters, len(scored)
-        leaves = [p.detach().requires_grad_(learning) for p in adapters.parameters(rows)] if adapters else []
-        with torch.set_grad_enabled(learning):
+    def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
+        """One adapter step of the first documents on their chunk's mean loss."""
+        adapting, counted = len(scored), scored >= 0
+        self.ledger.train_on(scored[counted])
+        mask = torch.from_numpy(counted).to(nll.device)
+        loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
+        self.adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
+
+    def score(self, batch: Batch, scored: np.ndarray, adapts: bool) -> tuple[Tensor, list[Tensor]]:
+        """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on."""
+        adapters, leaves = self.adapters, []
+        if adapters:
+            leaves = [p.detach().requires_grad_(adapts) for p in adapters.parameters(len(scored))]
+        with torch.set_grad_enabled(adapts):
             nll, _ = self.forward(
                 *batch,
                 looped=self.config.loops,
                 adapters=adapters.pairs(leaves) if adapters else None,
                 last_tokens=scored.shape[1],
-                temperature=self.config.temperature,
-            )  # adapters learn from what counts
+                temperature=self.config.temperature,  # adapters train on what counts
+            )
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document with its context, ending at the right edge; left of it is padding.
 
-        Returns the batch [R, T] and the positions [R, last] of the inputs whose targets are scored, -1 elsewhere.
+        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere.
         """
-        first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
-        stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
-        begin = np.maximum(0, first + self.chunks[documents] - self.config.ttt_context)
-        # torch.compile makes a graph of its own where a size is 1 or two sizes are equal: here neither happens.
+        sizes, lengths = self.chunk_sizes[documents], self.lengths[documents]
+        first = np.minimum(chunk * sizes, lengths)
+        stop = np.minimum(first + sizes, lengths)
+        begin = np.maximum(0, first + sizes - self.config.ttt_context)
+        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens.
         if len(documents) == 1 < self.config.ttt_batch_size:
             documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
-            first[1] = stop[1]  # the second row is padding: nothing of it is scored
-        last = max(2, int(self.chunks[documents].max()))
+            first[1] = stop[1]  # the second sequence is padding: nothing of it is scored
+        last = max(2, int(sizes.max()))
         length = min(max(int((stop - begin).max()), last + 1), max(self.config.ttt_context, last))
-        offset = stop[:, None] - length + np.arange(length)  # [R, T] places in their documents
+        offset = stop[:, None] - length + np.arange(length)  # [B, T] places in their documents
         padding = offset < begin[:, None]
-        positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
+        positions = self.offsets[documents][:, None] + np.maximum(offset, 0)
         ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
         starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
         scored = np.where(offset >= first[:, None], positions, -1)[:, length - last :]
         return to_device(ids, targets, starts, self.run.device), scored
 
-    def learn_globally(self, documents: np.ndarray) -> None:
-        """All weights learn from the documents scored so far, each once an epoch, in chunks; the last is left out."""
+    def train_full_model(self, documents: np.ndarray) -> None:
+        """All weights train on the documents scored so far, each once an epoch, in chunks, without the last chunk."""
         config = self.config
-        stream = np.concatenate([np.arange(self.bounds[d], self.bounds[d + 1]) for d in documents])
-        chunks = np.split(stream, range(config.global_ttt_chunk_tokens, len(stream), config.global_ttt_chunk_tokens))[
-            :-1
-        ]
-        steps = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
+        stream = np.concatenate([np.arange(self.offsets[d], self.offsets[d + 1]) for d in documents])
+        size = config.global_ttt_chunk_tokens
+        chunks = np.split(stream, range(size, len(stream), size))[:-1]
+        sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
         total = config.global_ttt_epochs * len(chunks)
         for step in range(total):
-            steps.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
-        self.run.log(f"ttt:{total} steps of all weights on {len(documents)} scored documents, {len(stream)} tokens")
+            sgd.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
+        self.run.log(f"ttt: {total} full-model SGD steps on {len(documents)} scored documents, {len(stream)} tokens")
 
 
 class ChunkTTT:
-    """The stream in chunks: sliding windows score a chunk, then all weights learn from it; never from the last."""
+    """The stream in chunks: sliding windows score a chunk, then all weights train on it; never on the last."""
 
-    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
+    def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         config = self.config = evaluator.config
-        self.evaluator, self.model, self.learn, self.ledger = evaluator, model, learn, Ledger(evaluator)
-        self.size, self.count = config.ttt_chunk_tokens, -(-(len(evaluator.tokens) - 1) // config.ttt_chunk_tokens)
-        self.pace = Pace(evaluator.run, config, "ttt" if learn else "ttt_baseline", self.count)
+        self.evaluator, self.model, self.adapt = evaluator, model, adapt
+        self.ledger = ScoreLedger(evaluator)
+        self.size = config.ttt_chunk_tokens
+        self.count = -(-(len(evaluator.tokens) - 1) // self.size)
+        self.meter = ProgressMeter(evaluator.run, config, "ttt" if adapt else "ttt_baseline", self.count)
 
     def __call__(self) -> Score:
-        """Scores the stream's targets, each before anything learns from it."""
+        """Scores the stream's targets, each before anything trains on it."""
         config, run, end = self.config, self.evaluator.run, len(self.evaluator.tokens) - 1
         windows = evaluation_windows(self.evaluator.documents, config.eval_context, config.eval_step, self.size)
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
-        steps = FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
-        self.project(forward, len(windows), steps)
+        sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+        self.project(forward, len(windows), sgd)
         for chunk in range(self.count):
-            mine = windows[edges[chunk] : edges[chunk + 1]]
-            batches = self.evaluator.batches(pack_rows(mine, config.eval_context))
-            for rows in batches[run.rank :: run.world]:
-                self.evaluator.score_rows(forward, rows, self.ledger, mine)
+            own = windows[edges[chunk] : edges[chunk + 1]]
+            batches = self.evaluator.batches(pack_sequences(own, config.eval_context))
+            for sequences in batches[run.rank :: run.world]:
+                self.evaluator.score_sequences(forward, sequences, self.ledger, own)
             positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
-            if self.learn and chunk < self.count - 1:
+            if self.adapt and chunk < self.count - 1:
                 self.ledger.share()
                 for _ in range(config.ttt_epochs):
-                    steps.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
-            self.pace.advance(1)
+                    sgd.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
+            self.meter.advance(1)
         return Score(self.ledger.close(), end, self.evaluator.bytes)
 
-    def project(self, forward: Callable, windows: int, steps: FullModelSGD) -> None:
-        """Logs what the evaluation will take, from one batch of windows and one row of learning."""
+    def project(self, forward: Callable, windows: int, sgd: FullModelSGD) -> None:
+        """Logs the seconds that the evaluation will take, from one batch of windows and one training sequence."""
         config, evaluator = self.config, self.evaluator
-        batches = len(evaluator.batches(evaluator.rows))  # a chunk's border parts some batches in two
-        seconds = evaluator.run.time_second_call(lambda: evaluator.rehearse(forward)) * batches
-        if self.learn:
-            seconds += steps.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
-        self.pace.project(
-            seconds / evaluator.run.world,
-            f"{windows} windows in {self.count} chunks, {config.ttt_epochs} passes over each",
-        )
+        batches = len(evaluator.batches(evaluator.sequences))  # a chunk's border splits some batches in two
+        seconds = evaluator.run.time_second_call(lambda: evaluator.warm_up(forward)) * batches
+        if self.adapt:
+            seconds += sgd.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
+        work = f"{windows} windows in {self.count} chunks, {config.ttt_epochs} epochs on each"
+        self.meter.project(seconds / evaluator.run.world, work)
 
 
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
-    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without learning. The summary's rows."""
-    run, method = evaluator.run, dict(phased=PhasedTTT, chunk=ChunkTTT)[evaluator.config.ttt_mode]
+    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
+    config, run = evaluator.config, evaluator.run
+    method = dict(phased=PhasedTTT, chunk=ChunkTTT)[config.ttt_mode]
     rows: dict[str, Any] = {}
-    if evaluator.config.ttt_baseline:
-        score = method(evaluator, model, learn=False)()
+    if config.ttt_baseline:
+        score = method(evaluator, model, adapt=False)()
         log_score(run, "ttt_baseline", score)
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
     if not math.isfinite(score.nats):
-        config, name = evaluator.config, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.config.ttt_mode]
-        raise ConfigError(
-            name.upper(),
-            getattr(config, name),
-            f"the loss of test-time training is {score.loss}; lower this "
-            f"rate" + (f" or GLOBAL_TTT_LR={config.global_ttt_lr:g}" if config.ttt_mode == "phased" else ""),
-        )
+        name, other = ("ttt_lr", "") if config.ttt_mode == "chunk" else ("ttt_lora_lr", " or GLOBAL_TTT_LR")
+        advice = f"the loss of test-time training is {score.loss}; lower this rate{other}"
+        raise ConfigError(name.upper(), getattr(config, name), advice)
     log_score(run, "ttt", score)
     return rows | dict(
         val_bpb_ttt=score.bpb,
@@ -5697,16 +7354,16 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         model, earlier = new_model(config), graphs_compiled()
         trainer = Trainer(model.to(run.device), loader, config, run)
     with Stage(run, "warmup"):
-        trainer.warm_up(evaluator.rehearse)
+        trainer.warm_up(evaluator.warm_up)
         warm = graphs_compiled()
         run.log(
             f"warmup:{config.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back"
         )
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
-        loader.waited = 0.0
+        loader.data_stall = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
-        waited = log_data_stall(run, end, loader.waited)
+        waited = log_data_stall(run, end, loader.data_stall)
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
@@ -5780,7 +7437,7 @@ def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
 
 def log_data(run: Run, evaluator: Evaluator) -> None:
     """What is known of the data before anything is computed from them."""
-    for line in (*evaluator.remarks, *evaluator.audit.lines()):
+    for line in (*evaluator.notes, *evaluator.audit.lines()):
         run.log(line)
     run.metric(audit=evaluator.audit.rows)
 

@@ -262,9 +262,9 @@ class Timed:
 
     def __init__(self, preset: str, changes: dict, options: argparse.Namespace):
         self.c = t.config_from_env(settings(preset, changes, options), False)[0]
-        model = t.GPT(self.c)
-        model.reset()
-        self.trainer = t.Trainer(model, t.TrainLoader(self.c, t.start_run(self.c, {})))
+        model = t.new_model(self.c)
+        run = t.start_run(self.c, {})
+        self.trainer = t.Trainer(model, t.TrainLoader(self.c, run), self.c, run)
 
     def seconds(self) -> float:
         """Of a step, on average."""

@@ -82,8 +82,7 @@ def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Calla
 def training_step(attention: str) -> Callable:
     """Forward and backward of the demo's model on random tokens."""
     c = dataclasses.replace(t.resolved(t.Config(**t.PRESETS["demo"]), False), attention=attention)
-    model = t.GPT(c)
-    model.reset()
+    model = t.new_model(c)
     rows = c.micro_batch_tokens // c.train_seq_len
     ids = torch.randint(4, c.vocab_size, (rows, c.train_seq_len))
 

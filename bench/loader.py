@@ -44,9 +44,8 @@ def config(preset: str, folder: Path, **knobs: str) -> t.Config:
 def demo(folder: Path, steps: int, turns: int) -> list[str]:
     """Training steps of the demo, in turns of `steps` with and without reading ahead."""
     c = config("demo", folder)
-    run, model = t.start_run(c, {}), t.GPT(c)
-    model.reset()
-    trainer = t.Trainer(model, t.TrainLoader(c, run))
+    run, model = t.start_run(c, {}), t.new_model(c)
+    trainer = t.Trainer(model, t.TrainLoader(c, run), c, run)
     loaders = {depth: t.TrainLoader(dataclasses.replace(c, read_ahead=depth), run) for depth in DEPTHS}
     trainer.warm_up()
     spent, step = dict.fromkeys(DEPTHS, 0.0), 0
@@ -61,7 +60,7 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
         loader.ahead.close()
         lines.append(
             f"demo      read ahead {depth}   {turns * steps} steps of {c.train_batch_tokens} tokens, "
-            f"{1000 * spent[depth] / (turns * steps):.1f} ms each, waited {loader.waited / spent[depth]:.3%} "
+            f"{1000 * spent[depth] / (turns * steps):.1f} ms each, waited {loader.data_stall / spent[depth]:.3%} "
             "of the time"
         )
     return lines
@@ -70,14 +69,14 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
 def consume(loader: t.TrainLoader, seconds: float, rate: float) -> tuple[float, float]:
     """Asks for batches for some seconds, at most at this rate. Returns (tokens/s, share of the time spent waiting)."""
     tokens = loader.layout.micro_rows * loader.config.train_seq_len
-    place, taken, loader.waited, begin = (0, 0), 0, 0.0, time.perf_counter()
+    place, taken, loader.data_stall, begin = (0, 0), 0, 0.0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         loader.batch(*place)
         place, taken = loader.following(place), taken + tokens
         time.sleep(max(0.0, tokens / rate - (time.perf_counter() - start)))
     spent = time.perf_counter() - begin
-    return taken / spent, loader.waited / spent
+    return taken / spent, loader.data_stall / spent
 
 
 def consumer(folder: Path, seconds: float) -> list[str]:

@@ -59,9 +59,8 @@ def trained(options: argparse.Namespace, folder: str):
     c = config(options)
     run = t.start_run(c, dict(ARTIFACT_DIR=folder))
     loader, evaluator = t.TrainLoader(c, run), t.Evaluator(c, run)
-    model = t.GPT(c)
-    model.reset()
-    trainer = t.Trainer(model.to(run.device), loader)
+    model = t.new_model(c)
+    trainer = t.Trainer(model.to(run.device), loader, c, run)
     end = t.train(trainer, lambda: evaluator(trainer.forward))
     trainer.use_average()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

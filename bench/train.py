@@ -92,7 +92,7 @@ def matmul_parameters(model: t.GPT, looped: bool) -> int:
     gates = [model.blocks[v.layer].head_gate for v in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
-    once += sum(part.projection.numel() for part in (model.bigram, model.values) if part is not None)
+    once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)
     return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
 
 
@@ -130,9 +130,8 @@ class Bench:
     """The trainer, in its two execution orders, with and without an update."""
 
     def __init__(self, c: t.Config, run: t.Run):
-        model = t.GPT(c)
-        model.reset()
-        self.run, self.trainer = run, t.Trainer(model.to(run.device), t.TrainLoader(c, run))
+        model = t.new_model(c)
+        self.run, self.trainer = run, t.Trainer(model.to(run.device), t.TrainLoader(c, run), c, run)
         self.parts = {
             "forward+backward": (NoUpdate(model), None),
             "whole step": (self.trainer.optimizers, self.trainer.ema),

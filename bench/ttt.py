@@ -90,8 +90,7 @@ def write_stream(folder: Path, c: t.Config, documents: int, mean_length: float) 
 
 def initial_model(c: t.Config, device: torch.device) -> t.GPT:
     """A model before its training."""
-    model = t.GPT(c)
-    model.reset()
+    model = t.new_model(c)
     return model.to(device)
 
 
@@ -120,7 +119,7 @@ def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator,
     return {
         "sliding, no overlap": (change(c, eval_stride=0), sliding),
         f"sliding, stride {stride}": (change(c, eval_stride=stride), sliding),
-        "phased, learning off": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model, learn=False)()),
+        "phased, learning off": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model, adapt=False)()),
         "phased": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model)()),
         "chunk": (chunk, lambda evaluator, model: t.ChunkTTT(evaluator, model)()),
     }

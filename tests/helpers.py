@@ -264,8 +264,7 @@ def knob_names():
 
 def build_model(c, seed=0, spread=0.3):
     """A model whose every weight is random: also the vectors, gates and outputs that begin at zero or one."""
-    model = tg.GPT(c)
-    model.reset()
+    model = tg.new_model(c)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

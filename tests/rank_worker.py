@@ -13,7 +13,7 @@ from helpers import build_model, config, tg
 def train(c, run, steps):
     """Some training steps from random weights: the weights and their average afterwards, as arrays."""
     model = build_model(c, seed=1)
-    trainer = tg.Trainer(model, tg.TrainLoader(c, run))
+    trainer = tg.Trainer(model, tg.TrainLoader(c, run), c, run)
     losses = []
     for step in range(steps):
         losses.append(trainer.step(tg.Progress(step, 0.0), looped=c.loops and step >= steps // 2))
@@ -29,7 +29,7 @@ def train(c, run, steps):
 def depth(c, run, learning):
     """A step of all layers, then two of the first ones: the weights, and how much of what rests was disturbed."""
     model = build_model(c, seed=1)
-    trainer = tg.Trainer(model, tg.TrainLoader(c, run))
+    trainer = tg.Trainer(model, tg.TrainLoader(c, run), c, run)
     trainer.step(tg.Progress(0, 0.0), looped=c.loops)
     muon, adam = trainer.optimizers.muon, trainer.optimizers.adam
 
@@ -44,7 +44,7 @@ def depth(c, run, learning):
                 rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
                 parts[rests] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
         momenta = {True: [], False: []}
-        for bank, share, momentum in zip(muon.banks, muon.share, muon.momentum):
+        for bank, share, momentum in zip(muon.banks, muon.shard_sizes, muon.momentum):
             for i, matrix in enumerate(momentum, run.rank * share):
                 momenta[i % c.num_layers >= learning or i >= len(bank)].append(matrix.flatten())
         empty = [next(model.parameters()).detach().flatten()[:0]]
@@ -70,7 +70,7 @@ def score(c, run):
 
 def hessians(c, run):
     """Calibration from random weights."""
-    found = tg.collect_hessians(tg.Trainer(build_model(c, seed=1), tg.TrainLoader(c, run)), 5)
+    found = tg.collect_hessians(tg.Trainer(build_model(c, seed=1), tg.TrainLoader(c, run), c, run), 5)
     return {name: h.numpy() for name, h in found.items()}
 
 

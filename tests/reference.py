@@ -16,7 +16,7 @@ def turn(x, position, c):
     out = list(x)
     for i in range(dims // 2):
         frequency = c.rope_base ** (-2 * i / dims)
-        longest = c.yarn_max_len or c.eval_seq_len or c.train_seq_len
+        longest = c.yarn_max_len
         if (c.rope_yarn or c.rope_type == "yarn") and longest > c.train_seq_len:
             ramp = min(1.0, max(0.0, (2 * i / dims - 0.25) / 0.75))
             frequency /= 1 + ramp * (longest / c.train_seq_len - 1)
@@ -52,14 +52,13 @@ def int32(number):
 class Reference:
     """The forward pass of one row. Weights are read from a GPT's parameters by name."""
 
-    def __init__(self, model, fake_quant=False, temperature=1.0):
+    def __init__(self, model, fake_quant=None, temperature=1.0):
+        """`fake_quant`: (bits, clip sigmas) of the attention banks and of the MLP banks, or None."""
         self.c, self.p, self.temperature = model.config, dict(model.named_parameters()), temperature
-        c, lite = model.config, model.config.quantizer == "gptq_lite"
-        attention, mlp = (c.attn_clip_sigmas, c.attn_bits), (c.mlp_clip_sigmas, c.mlp_bits)
-        classes = dict(qo_bank=attention, kv_bank=attention, up_bank=mlp, down_bank=mlp)
-        for name, (sigmas, bits) in classes.items() if rounded else ():
-            matrices = [rounded_rows(m, bits or c.matrix_bits, 0 if lite else sigmas) for m in self.p[name]]
-            self.p[name] = torch.stack(matrices).requires_grad_()
+        if fake_quant:
+            attention, mlp = fake_quant
+            for name, grid in dict(qo_bank=attention, kv_bank=attention, up_bank=mlp, down_bank=mlp).items():
+                self.p[name] = torch.stack([rounded_rows(m, *grid) for m in self.p[name]]).requires_grad_()
 
     def of(self, layer, name):
         return self.p[f"blocks.{layer}.{name}"]
@@ -157,7 +156,7 @@ class Reference:
             return [[y + b * z for y, z in zip(x, self.mlp(x, number))]]
         fed = [b * y for y in self.mlp(lanes[1], number)]
         mixed = []
-        for lane, (r, p, q) in zip(lanes, self.of(number, "lane_mix")):
+        for lane, (r, p, q) in zip(lanes, self.of(number, "stream_mix")):
             mixed.append([r * x + p * y + q * z for x, y, z in zip(lane, attended, fed)])
         return mixed
 

@@ -396,7 +396,7 @@ def test_a_loaded_model_is_the_dequantized_one(base):
     c, stored = stored_model(base)
     other = config({"PRESET": "record"}, DEVICE="cpu", COMPUTE_DTYPE="bfloat16")
     loaded, found = tg.load_artifact(tg.pack(stored, c), other, set(), torch.device("cpu"))
-    by_hand = tg.GPT(c)
+    by_hand = tg.new_model(c)
     weights = tg.dequantize(stored)
     for name, p in by_hand.named_parameters():
         p.copy_(weights[name])

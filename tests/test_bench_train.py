@@ -70,7 +70,7 @@ def test_every_row_follows_from_its_times(finished):
         assert x["repeats"] == 3 and 0 < x["ms_lowest"] <= x["ms_per_step"] <= x["ms_highest"]
         assert x["tokens_per_second"] == pytest.approx(512 / x["ms_per_step"] * 1000)
         assert x["mfu"] is None and x["peak_memory_bytes"] is None  # no chip whose peak is known; one process, one peak
-        model = tg.GPT(config(SHAPE))
+        model = tg.new_model(config(SHAPE))
         assert x["flops_per_token"] == bench.flops_per_token(model, x["order"] == "looped", r["mean_context"])
 
 
@@ -126,7 +126,7 @@ def test_resting_layers_cost_no_gradient_of_their_weights():
 def test_the_context_is_what_attention_may_see(data):
     c = config(SHAPE, DATA_PATH=data)
     loader = tg.TrainLoader(c, single_run())
-    masks = [tg.visible(loader.batch(step, micro).documents.starts) for step in (2, 3) for micro in (0, 1)]
+    masks = [tg.document_mask(loader.batch(step, micro).documents.starts) for step in (2, 3) for micro in (0, 1)]
     expected = torch.stack(masks).sum(-1).double().mean().item()
     assert bench.mean_context(loader, range(2, 4)) == pytest.approx(expected, rel=1e-12)
 
@@ -156,9 +156,8 @@ def test_the_whole_step_is_the_trainers(data):
     c = config(SHAPE, DATA_PATH=data)
     measured = bench.Bench(c, single_run())
     measured.samples(0, 2)
-    model = tg.GPT(c)
-    model.reset()
-    trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()))
+    model = tg.new_model(c)
+    trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()), c, single_run())
     for step in range(2):
         for looped in (False, True):
             trainer.step(tg.Progress(step, 0.0), looped)
@@ -172,7 +171,7 @@ def test_the_whole_step_is_the_trainers(data):
 )
 def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
-    model = tg.GPT(config(TINY))
+    model = tg.new_model(config(TINY))
     fake = SimpleNamespace(run=None, trainer=SimpleNamespace(c=model.config, model=model))
     row = bench.row(fake, (False, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768

@@ -571,7 +571,7 @@ def test_dry_run_of_every_preset_needs_no_data(preset, tmp_path, capfd, monkeypa
     assert tg.main(["--dry-run"], {"PRESET": preset}) == 0
     out = capfd.readouterr().out
     plan = json.loads(out)
-    model = tg.GPT(config({"PRESET": preset}, VOCAB_SIZE=384))  # a smaller table, counted out of the promise
+    model = tg.new_model(config({"PRESET": preset}, VOCAB_SIZE=384))  # a smaller table, counted out of the promise
     counted = sum(p.numel() for p in model.parameters()) + (plan["config"]["vocab_size"] - 384) * (
         model.config.model_dim + model.config.ve_dim
     )

@@ -94,7 +94,7 @@ def test_windows_without_overlap_count_like_a_division():
 def test_rows_hold_every_window_once_and_are_never_overfull(context, data):
     sizes = data.draw(st.lists(st.integers(1, context), min_size=1, max_size=60))
     windows = np.array([(0, size, 0) for size in sizes])
-    rows = tg.pack_rows(windows, context)
+    rows = tg.pack_sequences(windows, context)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     filled = sorted(sum(sizes[i] for i in row) for row in rows)
     assert filled[-1] <= context
@@ -104,7 +104,7 @@ def test_rows_hold_every_window_once_and_are_never_overfull(context, data):
 def test_packing_wastes_little():
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 257, 5000)
-    rows = tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 256)
+    rows = tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 256)
     assert len(rows) * 256 < sizes.sum() * 1.02
 
 
@@ -113,7 +113,7 @@ def test_packing_is_fast_for_many_windows():
 
     sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
     start = time.perf_counter()
-    tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 2048)
+    tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 2048)
     assert time.perf_counter() - start < 20
 
 
@@ -195,7 +195,7 @@ def test_the_score_of_the_validation_shards(data, validation_texts):
     assert score.bytes == sum(len(t.encode()) for t in validation_texts)
     tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
     assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
-    assert evaluator.audit.manifest.reference == {"xz -9": 2.5} and evaluator.remarks == []
+    assert evaluator.audit.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
     assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
     assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
 
@@ -216,7 +216,7 @@ def test_ranks_share_the_batches_and_add_up(data, monkeypatch):
     c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
     model, evaluator, ledgers = build_model(c, spread=0.1), tg.Evaluator(c, single_run()), []
     whole = evaluator(model)
-    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
+    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
     for world in (2, 3, 40):
         ledgers.clear()
         for rank in range(world):
@@ -291,7 +291,7 @@ def manifest(folder, content):
 def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
-    assert any("manifest.json is not there" in remark for remark in evaluator.remarks)
+    assert any("manifest.json is not there" in remark for remark in evaluator.notes)
     assert evaluator.audit.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
     with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
@@ -346,7 +346,7 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
     for setting in ("1", "auto"):
         evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
         assert evaluator.bytes == 2 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
-        assert any("sidecar" in remark for remark in evaluator.remarks)
+        assert any("sidecar" in remark for remark in evaluator.notes)
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_tables_are_stored_by_their_size():
 
 def make_trainer(base, data, **knobs):
     c = config(base, DATA_PATH=data, COMPUTE_DTYPE="float64", **knobs)
-    return tg.Trainer(build_model(c, seed=3), tg.TrainLoader(c, single_run()))
+    return tg.Trainer(build_model(c, seed=3), tg.TrainLoader(c, single_run()), c, single_run())
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
@@ -352,9 +352,8 @@ def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
         TRAIN_LOG_EVERY=0,
         COMPUTE_DTYPE="float32",
     )
-    model = tg.GPT(c)
-    model.reset()
-    trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()))
+    model = tg.new_model(c)
+    trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()), c, single_run())
     tg.train(trainer, None)
     evaluator, weights = tg.Evaluator(c, single_run()), {n: p.detach().clone() for n, p in model.named_parameters()}
     hessians = tg.collect_hessians(trainer, 40)

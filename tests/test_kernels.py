@@ -263,7 +263,7 @@ def test_blocked_attention_rounds_like_torchs():
 
 
 def test_who_sees_whom():
-    seen = tg.visible(torch.tensor([[0, 0, 2, 2]]))[0].tolist()
+    seen = tg.document_mask(torch.tensor([[0, 0, 2, 2]]))[0].tolist()
     assert seen == [
         [True, False, False, False],
         [True, True, False, False],
@@ -333,7 +333,7 @@ def document_by_document(q, k, v, bounds, longest):
             assert end - begin <= longest
             one = torch.zeros(1, end - begin, dtype=torch.int32)
             q1, k1, v1 = (x[None, begin:end] for x in (q, k, v))
-            parts.append(tg.attention_sdpa(q1, k1, v1, tg.visible(one))[0])
+            parts.append(tg.attention_sdpa(q1, k1, v1, tg.document_mask(one))[0])
     return torch.cat(parts)
 
 
@@ -341,7 +341,7 @@ def document_by_document(q, k, v, bounds, longest):
 def test_packed_attention_equals_torchs(starts):
     """The bounds of the flattened rows say what the mask says: padding, documents of one token, rows that continue."""
     documents = documents_from(documents_of(starts, 3, 50))
-    mask = tg.visible(documents.starts)
+    mask = tg.document_mask(documents.starts)
     compare(
         lambda q, k, v: tg.attention_packed(q, k, v, documents.cu_seqlens, document_by_document),
         lambda q, k, v: tg.attention_sdpa(q, k, v, mask),

@@ -210,7 +210,7 @@ CHANGES = {
 }
 
 
-class LatePace(tg.Pace):
+class LatePace(tg.ProgressMeter):
     """A Pace that has begun 5 seconds ago, so that an evaluation of milliseconds can miss a budget."""
 
     def __init__(self, *arguments):
@@ -226,7 +226,7 @@ def outcome(values, folder, capfd):
         threads = [1]  # two busy threads in each of the tests' processes would slow both down tenfold
         patch.setattr(torch, "set_num_threads", threads.append)
         patch.setattr(torch, "get_num_threads", lambda: threads[-1])
-        patch.setattr(tg, "Pace", LatePace)
+        patch.setattr(tg, "ProgressMeter", LatePace)
         capfd.readouterr()
         code = tg.main([], strings({"RUN_ID": "same", **values}))
         out, errors = capfd.readouterr()

@@ -112,7 +112,7 @@ class Recorder:
 
     def __init__(self, trace, patch):
         self.trace, self.place = trace, {int(t): i for i, t in enumerate(trace.tokens) if t != tg.BOS_ID}
-        loss, enter = tg.softcapped_cross_entropy, tg.Ledger.score
+        loss, enter = tg.softcapped_cross_entropy, tg.ScoreLedger.score
 
         def watched_loss(logits, targets, *rest):
             self.logits, self.loss = logits.detach(), (loss, rest)
@@ -124,7 +124,7 @@ class Recorder:
             enter(ledger, positions, nll)
 
         patch.setattr(tg, "softcapped_cross_entropy", watched_loss)
-        patch.setattr(tg.Ledger, "score", watched_enter)
+        patch.setattr(tg.ScoreLedger, "score", watched_enter)
 
     def forward(self, module, arguments, keywords, output):
         """A hook of the model: remembers the pass, and sees what a backward pass takes from it."""
@@ -429,7 +429,7 @@ def mask_is_off_by_one(patch):
         positions = torch.arange(starts.size(1))
         return (positions <= positions[:, None] + 1) & (starts[:, None, :] == starts[:, :, None])
 
-    patch.setattr(tg, "visible", plant)
+    patch.setattr(tg, "document_mask", plant)
 
 
 def smear_crosses_documents(patch):
@@ -450,7 +450,7 @@ def pairs_cross_documents(patch):
 
 def attention_crosses_documents(patch):
     """Rows are one document each."""
-    patch.setattr(tg, "visible", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None])
+    patch.setattr(tg, "document_mask", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None])
 
 
 def target_in_the_logits(patch):
@@ -494,9 +494,9 @@ def blind_ledger(patch):
         ledger.mine[positions[places]] = 1
         ledger.nll[positions[places]] = nll.detach()[torch.from_numpy(places)].numpy()
 
-    patch.setattr(tg.Ledger, "score", score)
-    patch.setattr(tg.Ledger, "learn", lambda ledger, positions: None)
-    patch.setattr(tg.Ledger, "close", lambda ledger: float(ledger.nll.sum(dtype=np.float64)))
+    patch.setattr(tg.ScoreLedger, "score", score)
+    patch.setattr(tg.ScoreLedger, "learn", lambda ledger, positions: None)
+    patch.setattr(tg.ScoreLedger, "close", lambda ledger: float(ledger.nll.sum(dtype=np.float64)))
 
 
 def adapt_by(patch, order):

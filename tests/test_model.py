@@ -67,7 +67,7 @@ def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     assert torch.allclose(nll, expected_nll, rtol=1e-9, atol=1e-9)
     assert torch.allclose(lse, expected_lse, rtol=1e-9, atol=1e-9)
     found, expected = gradients(model, nll, lse), gradients(model, expected_nll, expected_lse)
-    one_lane = {f"blocks.{i}.lane_mix" for i in range(c.num_layers) if i < c.parallel_start_layer}
+    one_lane = {f"blocks.{i}.stream_mix" for i in range(c.num_layers) if i < c.parallel_start_layer}
     unreached = []
     for parameter, gradient in expected.items():
         scale = gradient.abs().sum() / max(1, gradient.numel())
@@ -351,7 +351,7 @@ def test_adapters_are_low_rank_additions_to_the_matrices():
         for bank, row, (a, b) in ((model.qo_bank, 0, pairs[0]["q"]), (model.kv_bank, 1, pairs[0]["v"])):
             bank[row] += b[0] @ a[0]
         a, b = pairs[1]["head"]
-        untied = tg.GPT(config(TINY, VOCAB_SIZE=48, NUM_LAYERS=1, COMPUTE_DTYPE="float64", TIE_EMBEDDINGS=0))
+        untied = tg.new_model(config(TINY, VOCAB_SIZE=48, NUM_LAYERS=1, COMPUTE_DTYPE="float64", TIE_EMBEDDINGS=0))
         untied.load_state_dict({**model.state_dict(), "head": model.embedding + b[0] @ a[0]})
         assert torch.allclose(untied(*batch, looped=False)[0], both, rtol=1e-10)
 
@@ -403,7 +403,7 @@ def test_xsa_leaves_nothing_along_the_own_value():
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(2, 5, 6, 4, dtype=torch.float64, generator=generator)
     v = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator)
-    out, own = tg.subtract_own_value_component(y, v), v.repeat_interleave(2, dim=2)
+    out, own = tg.subtract_own_value(y, v), v.repeat_interleave(2, dim=2)
     assert out.shape == y.shape
     assert (out * own).sum(-1).abs().max() < 1e-12
     removed = y - out  # parallel to the value, nothing else is taken
@@ -412,7 +412,7 @@ def test_xsa_leaves_nothing_along_the_own_value():
 
 
 def test_yarn_acts_where_and_only_where_the_evaluated_context_is_longer():
-    plain = tg.GPT(config(TINY))
+    plain = tg.new_model(config(TINY))
     for knobs, acts in (
         (dict(), False),
         (dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=16), False),
@@ -421,7 +421,7 @@ def test_yarn_acts_where_and_only_where_the_evaluated_context_is_longer():
         (dict(YARN_MAX_LEN=20), False),
     ):
         for switch in (dict(ROPE_YARN=1), dict(ROPE_TYPE="yarn"), dict()):
-            model = tg.GPT(config(TINY, **knobs, **switch))
+            model = tg.new_model(config(TINY, **knobs, **switch))
             changed = not torch.equal(model.cos[:32], plain.cos)
             assert changed is (acts and bool(switch)), (knobs, switch)
 
@@ -441,8 +441,7 @@ def test_smear_gate_does_nothing_where_a_document_begins():
 
 def test_initial_weights_are_those_of_the_specification():
     c = config(RECORD_LIKE, VOCAB_SIZE=4000, SEED=3)
-    model = tg.GPT(c)
-    model.reset()
+    model = tg.new_model(c)
     layers, p = c.num_layers, dict(model.named_parameters())
     for matrix in (*p["qo_bank"][:layers], *p["kv_bank"], *p["up_bank"]):
         small = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
@@ -452,7 +451,7 @@ def test_initial_weights_are_those_of_the_specification():
     assert (p["skip_weights"] == 1).all() and not p["skip_gates"].any()
     assert not p["smear.weight"].any() and not p["smear.scale"].any()
     for i in range(layers):
-        assert torch.equal(p[f"blocks.{i}.lane_mix"], torch.tensor([1.1, 1, 1]).expand(2, 3))
+        assert torch.equal(p[f"blocks.{i}.stream_mix"], torch.tensor([1.1, 1, 1]).expand(2, 3))
         assert torch.equal(p[f"blocks.{i}.input_mix"], torch.tensor([[1.0], [0.0]]).expand(2, 32))
         assert (p[f"blocks.{i}.attention_scale"] == 1).all() and (p[f"blocks.{i}.mlp_scale"] == 1).all()
         assert (p[f"blocks.{i}.query_gain"] == 5).all() and not p[f"blocks.{i}.head_gate"].any()
@@ -473,8 +472,7 @@ def test_the_channel_smear_gate_does_nothing_where_a_document_begins():
 def test_initial_weights_of_pairs_and_values():
     """Nothing is added at first, and both begin to learn at once: a product of two zeros never would."""
     c = config(POLY_LIKE, VOCAB_SIZE=500, COMPUTE_DTYPE="float32")
-    model = tg.GPT(c)
-    model.reset()
+    model = tg.new_model(c)
     p = dict(model.named_parameters())
     projection = p["bigram.projection"]
     assert not p["bigram.table"].any() and torch.allclose(projection.T @ projection, torch.eye(12), atol=1e-5)
@@ -499,8 +497,7 @@ def test_poly5_has_the_size_of_a_sum_by_hand():
 def test_initial_weights_depend_on_the_seed_alone():
     def weights(seed):
         torch.manual_seed(torch.randint(10**6, ()).item())  # the global stream must play no part
-        model = tg.GPT(config(RECORD_LIKE, SEED=seed))
-        model.reset()
+        model = tg.new_model(config(RECORD_LIKE, SEED=seed))
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
@@ -509,7 +506,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 def test_parameters_are_counted_without_allocation():
     for base in (TINY, RECORD_LIKE, ODD, POLY_LIKE):
         c = config(base)
-        assert tg.parameter_count(c) == sum(p.numel() for p in tg.GPT(c).parameters())
+        assert tg.parameter_count(c) == sum(p.numel() for p in tg.new_model(c).parameters())
 
 
 def test_every_stage_of_poly5_is_one_graph_with_the_eager_result():

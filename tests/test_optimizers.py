@@ -34,7 +34,7 @@ def test_every_parameter_is_in_one_group(base):
         ADAM_WD=0.02,
         EMBED_WD=0.03,
     )
-    model = tg.GPT(c)
+    model = tg.new_model(c)
     groups = tg.parameter_groups(model, c)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {g.name: sorted(names[id(p)] for p in g.parameters) for g in groups}
@@ -55,7 +55,7 @@ def test_a_parameter_in_two_groups_is_noticed(monkeypatch):
     c = config()
     monkeypatch.setattr(tg, "BANKS", (*tg.BANKS, "embedding"))
     with pytest.raises(AssertionError, match="in no group, or in two"):
-        tg.parameter_groups(tg.GPT(c), c)
+        tg.parameter_groups(tg.new_model(c), c)
 
 
 # ----------------------------------------------------------------------------------------------- plain float64 versions

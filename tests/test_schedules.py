@@ -109,10 +109,10 @@ def test_momentum_warms_up_linearly():
 def test_the_loop_switches_on_once():
     looped = dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=1, ENABLE_LOOPING_AT=0.35)
     c = by_steps(**looped)
-    assert [tg.loops_on(at(step), c) for step in (0, 349, 350, 1000)] == [False, False, True, True]
-    assert tg.loops_on(at(0), by_steps(**{**looped, "ENABLE_LOOPING_AT": 0}))
-    assert not tg.loops_on(at(1000), by_steps())  # a model without a loop
-    assert tg.loops_on(at(1, 210.1), by_time(**looped)) and not tg.loops_on(at(1, 209), by_time(**looped))
+    assert [tg.loops_enabled_at(at(step), c) for step in (0, 349, 350, 1000)] == [False, False, True, True]
+    assert tg.loops_enabled_at(at(0), by_steps(**{**looped, "ENABLE_LOOPING_AT": 0}))
+    assert not tg.loops_enabled_at(at(1000), by_steps())  # a model without a loop
+    assert tg.loops_enabled_at(at(1, 210.1), by_time(**looped)) and not tg.loops_enabled_at(at(1, 209), by_time(**looped))
 
 
 def test_depth_grows_in_stages():

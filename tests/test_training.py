@@ -13,10 +13,9 @@ from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_ru
 def make_trainer(base, data, random_weights=False, **knobs):
     c = config(base, DATA_PATH=data, **knobs)
     if random_weights:
-        return tg.Trainer(build_model(c), tg.TrainLoader(c, single_run()))
-    model = tg.GPT(c)
-    model.reset()
-    return tg.Trainer(model, tg.TrainLoader(c, single_run()))
+        return tg.Trainer(build_model(c), tg.TrainLoader(c, single_run()), c, single_run())
+    model = tg.new_model(c)
+    return tg.Trainer(model, tg.TrainLoader(c, single_run()), c, single_run())
 
 
 def state(trainer):
@@ -212,7 +211,7 @@ def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
 
 def test_the_average_is_the_moving_average_of_the_weights(data):
     c = config(TINY, DATA_PATH=data, EMA_DECAY=0.8)
-    trainer = tg.Trainer(build_model(c), tg.TrainLoader(c, single_run()))
+    trainer = tg.Trainer(build_model(c), tg.TrainLoader(c, single_run()), c, single_run())
     expected = [p.detach().double() for p in trainer.model.parameters()]
     for step in range(5):
         trainer.step(tg.Progress(step, 0.0), False)
@@ -381,7 +380,7 @@ def test_master_weights_keep_steps_that_bfloat16_would_lose(data):
     assert c.compute_dtype == "bfloat16"
     model = build_model(c)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tg.Trainer(model, tg.TrainLoader(c, single_run())).step(tg.Progress(0, 0.0), False)
+    tg.Trainer(model, tg.TrainLoader(c, single_run()), c, single_run()).step(tg.Progress(0, 0.0), False)
     moved = (model.embedding != before["embedding"]).float().mean()
     assert all(p.dtype == torch.float32 for p in model.parameters()) and moved > 0.9
     assert (model.qo_bank != before["qo_bank"]).float().mean() > 0.9

@@ -253,7 +253,7 @@ def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, m
     np.testing.assert_allclose(found, expected, rtol=2e-5)  # adapters are kept in float32
     for p, q in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-7, atol=1e-9)
-    still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), learn=False)
+    still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
     assert np.abs(found - still).max() > 0.05  # far more than the tolerance
 
 
@@ -363,7 +363,7 @@ def test_chunks_by_document_length(data, tmp_path):
 def test_a_chunk_is_at_most_the_context(data, tmp_path):
     """Else a chunk's first targets would be in no window."""
     evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_CHUNK_SIZE=99, TTT_EVAL_SEQ_LEN=20))
-    whole = scores(tg.PhasedTTT, evaluator, model, learn=False).sum()
+    whole = scores(tg.PhasedTTT, evaluator, model, adapt=False).sum()
     assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 20, 20), rel=1e-10)
     assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
 
@@ -395,7 +395,7 @@ def test_phases_and_order(data, tmp_path):
 def test_rates_of_zero_are_exactly_the_baseline(base, knobs, data, tmp_path):
     evaluator, model = prepared(tmp_path, data, base, **knobs)
     method = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[knobs["TTT_MODE"]]
-    before = scores(method, evaluator, model, learn=False)
+    before = scores(method, evaluator, model, adapt=False)
     assert np.array_equal(scores(method, evaluator, model), before)
     kept = build_model(evaluator.config, seed=1, spread=0.2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept.parameters()))
@@ -405,10 +405,10 @@ def test_the_baseline_is_that_of_isolated_windows(data, tmp_path):
     """Without learning, chunks of as many targets as a sliding window's stride see the context that it does."""
     for base in (TINY, RECORD):
         evaluator, model = prepared(tmp_path, data, base, **dict(PHASED, TTT_CHUNK_SIZE=24))
-        whole = scores(tg.PhasedTTT, evaluator, model, learn=False).sum()
+        whole = scores(tg.PhasedTTT, evaluator, model, adapt=False).sum()
         assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 24, 24), rel=1e-10)
         evaluator, model = prepared(tmp_path, data, base, **dict(CHUNK, TTT_CHUNK_TOKENS=10**6))
-        whole = scores(tg.ChunkTTT, evaluator, model, learn=False).sum()
+        whole = scores(tg.ChunkTTT, evaluator, model, adapt=False).sum()
         assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 24, 6), rel=1e-10)
 
 
@@ -480,7 +480,7 @@ def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data,
     """Two steps on targets of several documents; the size of micro-batches does not matter."""
     for micro in (32, 10**6):
         evaluator, model = prepared(tmp_path, data, base, LOGIT_SOFTCAP=cap, MICRO_BATCH_TOKENS=micro, QK_GAIN_INIT=2)
-        plain, ledger = build_model(evaluator.config, seed=1, spread=0.2), tg.Ledger(evaluator)
+        plain, ledger = build_model(evaluator.config, seed=1, spread=0.2), tg.ScoreLedger(evaluator)
         ledger.mine[:] = 1
         steps = tg.FullModelSGD(evaluator, model, ledger, 0.9)
         velocity, tokens = [torch.zeros_like(p) for p in plain.parameters()], evaluator.tokens.tolist()
@@ -538,7 +538,7 @@ def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch
     assert [lr for _, lr in seen] == pytest.approx(
         [0.05 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4) for _ in range(2)]
     )
-    before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), learn=False)
+    before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
     assert np.array_equal(found[:50], before[:50]) and (found[50:] != before[50:]).mean() > 0.9
 
 
@@ -551,7 +551,7 @@ def test_frozen_blocks_rest(data, tmp_path):
         if name in tg.BANKS:
             same = (p == kept[name]).flatten(1).all(1).tolist()
             assert same == [i % layers < 2 for i in range(len(p))], name
-        elif name.startswith("blocks.") and name != "blocks.2.lane_mix":  # layer 2 runs on one lane
+        elif name.startswith("blocks.") and name != "blocks.2.stream_mix":  # layer 2 runs on one lane
             assert torch.equal(p, kept[name]) == (int(name.split(".")[1]) < 2), name
     assert not torch.equal(model.embedding, kept["embedding"])
 
@@ -569,7 +569,7 @@ def test_learning_gains_where_documents_repeat_themselves(data, tmp_path):
         (tg.ChunkTTT, CHUNK, 0.97),
     ):
         evaluator, model = prepared(tmp_path, data, TINY, [*tokens, tg.BOS_ID], **knobs)
-        before = scores(method, evaluator, model, learn=False).sum()
+        before = scores(method, evaluator, model, adapt=False).sum()
         assert scores(method, evaluator, model).sum() < share * before
 
 
@@ -580,7 +580,7 @@ def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
         knobs = dict(PHASED, ROPE_YARN=yarn, TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=64)
         evaluator, model = prepared(tmp_path, data, TINY, stream((200, 64, 30)), **knobs)
         assert evaluator.config.ttt_context == 64 > evaluator.config.train_seq_len == evaluator.config.eval_context
-        found[yarn] = scores(tg.PhasedTTT, evaluator, model, learn=False)
+        found[yarn] = scores(tg.PhasedTTT, evaluator, model, adapt=False)
         assert found[yarn].sum() == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 64, 64), rel=1e-10)
         assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
     assert np.abs(found[0] - found[1]).max() > 1e-3
@@ -594,16 +594,16 @@ def ledger_of(targets, compute_dtype="float32"):
     evaluator = SimpleNamespace(
         run=single_run(), tokens=np.zeros(targets + 1), c=SimpleNamespace(compute_dtype=compute_dtype)
     )
-    return tg.Ledger(evaluator)
+    return tg.ScoreLedger(evaluator)
 
 
 def test_the_ledger_takes_each_target_once_and_before_it_is_learned():
     ledger = ledger_of(6)
     ledger.score(np.array([[0, 1, -1], [4, -1, -1]]), torch.arange(6.0).view(2, 3))
-    ledger.learn(np.array([0, 1, 4]))
+    ledger.train_on(np.array([0, 1, 4]))
     for positions in ([2], [0, 5], [3]):
         with pytest.raises(AssertionError, match="learned before it was scored"):
-            ledger.learn(np.array(positions))
+            ledger.train_on(np.array(positions))
     with pytest.raises(AssertionError, match="scored twice"):
         ledger.score(np.array([3, 4]), torch.zeros(2))
     with pytest.raises(AssertionError, match="not scored exactly once"):
@@ -640,7 +640,7 @@ def test_the_budget_warns_early_and_once(budget, warned_at, monkeypatch, capsys)
     """
     clock, run = Clock(monkeypatch), single_run()
     run.seconds = dict(train=700.0, unpack=10.0, evaluate=25.0)
-    pace = tg.Pace(run, config(EVAL_BUDGET_SECONDS=budget), "ttt", 100.0)
+    pace = tg.ProgressMeter(run, config(EVAL_BUDGET_SECONDS=budget), "ttt", 100.0)
     lines = []
     for piece in range(100):
         clock.now += 5 if piece else 10
@@ -669,7 +669,7 @@ def test_the_projection_does_not_depend_on_the_ranks(data, tmp_path, monkeypatch
         clock.now += 10  # 8 batches for this rank: 80 seconds
 
     monkeypatch.setattr(tg.PhasedTTT, "adapt", adapt)
-    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: 0.0)
+    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: 0.0)
     tg.PhasedTTT(evaluator, model)()
     assert "warning" not in capsys.readouterr().out
 

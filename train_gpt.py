@@ -1929,7 +1929,7 @@ def count_bytes(tokens: np.ndarray, sidecar: np.ndarray | None, vocabulary: Voca
 
 
 def eager_on_cpu(x: Tensor) -> bool:
-    """Whether the hand-differentiated versions below pay: a compiler fuses the plain ones better."""
+    """Whether to use the hand-differentiated CPU versions. A compiler fuses the plain ones better."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -1939,7 +1939,7 @@ def rms_norm_plain(x: Tensor) -> Tensor:
 
 
 class RMSNormCPU(torch.autograd.Function):
-    """`rms_norm_plain` in two passes over x and three over the gradient, in the input's type throughout."""
+    """`rms_norm_plain` in two passes over x and three over the gradient, all in the type of the input."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -1962,7 +1962,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) of x's last dimension; the rest passes.
+    """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) head dimensions; the others stay as they are.
 
     x [B, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
     """
@@ -1972,7 +1972,7 @@ def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotateCPU(torch.autograd.Function):
-    """`rotate_plain`, whose gradient is the rotation back: autograd would pad and add a gradient for each slice."""
+    """`rotate_plain` with the inverse rotation as its gradient. Autograd would pad and add a gradient for each slice."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1995,7 +1995,7 @@ def leaky_relu_squared_plain(x: Tensor, slope: float) -> Tensor:
 
 
 class LeakyReLUSquaredCPU(torch.autograd.Function):
-    """`leaky_relu_squared_plain` that keeps only the leaky ReLU, whose sign is x's."""
+    """`leaky_relu_squared_plain` that saves only the leaky ReLU, which has the sign of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
@@ -2022,7 +2022,7 @@ def mlp_plain(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
 def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
     """Logits squashed into [-cap, cap], in float32 at least: cap*tanh(logits/cap), or tanh's series, clamped (poly).
 
-    The series ends at x^5 and reaches 1 at |x| = 1.69; from there on the clamp holds the value, and its gradient is 0.
+    The series ends at x^5 and reaches 1 at |x| = 1.69. Beyond that the value is clamped and the gradient is 0.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap
     if kind == "tanh":
@@ -2047,16 +2047,16 @@ def softcapped_cross_entropy_plain(
 
 
 class SoftcappedCrossEntropyCPU(torch.autograd.Function):
-    """`softcapped_cross_entropy_plain` in blocks of rows that stay in a core's cache; keeps the logits alone.
+    """`softcapped_cross_entropy_plain` in blocks of rows that fit in a core's cache. It saves only the logits.
 
-    Nothing as wide as the vocabulary is stored in float32: the gradient is worked out from the logits again, which
-    costs less than the memory that it saves.
+    Nothing as wide as the vocabulary is stored in float32. The gradient is recomputed from the logits, which costs
+    less than the memory traffic that it saves.
     """
 
     @staticmethod
     def blocks(logits: Tensor, cap: float) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of the rows of logits [N, V], and tanh(logits/cap) of each in one buffer that is used again."""
-        rows = max(1, (1 << 20) // logits.size(1))  # fewer blocks: less waiting of threads for each other
+        """Blocks of the rows of logits [N, V], and tanh(logits/cap) of each in one buffer that is reused."""
+        rows = max(1, (1 << 20) // logits.size(1))  # larger blocks: threads wait less for each other
         buffer = torch.empty(rows, logits.size(1), dtype=torch.promote_types(logits.dtype, torch.float32))
         for start in range(0, logits.size(0), rows):
             block = slice(start, min(start + rows, logits.size(0)))
@@ -2101,7 +2101,7 @@ def softcapped_cross_entropy(
 
 
 def clip_range(weights: Tensor, sigmas: float) -> Tensor:
-    """The magnitude at which a row's grid ends [..., r]: `sigmas` standard deviations, or with 0 the row's largest."""
+    """Clip range of each row [..., r]: `sigmas` standard deviations, or with 0 the largest magnitude."""
     return sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
 
 
@@ -2109,15 +2109,15 @@ Grids = tuple[tuple[int, float], tuple[int, float]] | None  # (bits, clip sigmas
 
 
 def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
-    """Weights [..., r, c] rounded to each row's grid, with the gradient of the identity (arXiv 1308.3432)."""
+    """Weights [..., r, c] rounded to each row's grid, with a straight-through gradient (arXiv 1308.3432)."""
     limit, exact = 2 ** (bits - 1) - 1, weights.detach()
     step = clip_range(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
-    # What is added is exactly 0, so the values are the grid's, and its gradient is the gradient of the sum.
+    # The difference is exactly 0, so the values lie on the grid; its gradient is the gradient of the sum.
     return (exact / step).round().clamp(-limit, limit) * step + (weights - exact)
 
 
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
-    """Each row's own low-rank map (LoRA, arXiv 2106.09685).
+    """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
 
     x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out].
     """
@@ -2126,7 +2126,7 @@ def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def continues_document(starts: Tensor) -> Tensor:
-    """[B, T] document starts -> [B, T] bool: the token before is of the same document."""
+    """[B, T] document starts -> [B, T] bool: the previous token belongs to the same document."""
     return starts != torch.arange(starts.size(1), device=starts.device)
 
 
@@ -2139,20 +2139,20 @@ def document_mask(starts: Tensor) -> Tensor:
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Causal attention inside documents. q [B, T, H, h], k and v [B, T, K, h], mask of `document_mask` -> [B, T, H, h].
 
-    Keys and values are repeated for their groups of heads: with a mask, CUDA's lean kernels take no grouped ones.
+    Keys and values are repeated for their query heads: with a mask, CUDA's memory-efficient kernels take no GQA.
     """
     groups = q.size(2) // k.size(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries at once: measured best of 64 to 512 for rows of 256 to 1,024 tokens
+QUERY_BLOCK = 128  # queries at once: the fastest of 64 to 512 for sequences of 256 to 1,024 tokens
 
 
 class BlockedAttention(torch.autograd.Function):
     """`attention_sdpa` for CPUs, from matrix products: 3 times as fast there as SDPA in bfloat16.
 
-    Queries go in blocks of QUERY_BLOCK against all keys up to the block's end, which skips almost half of the work.
+    Blocks of QUERY_BLOCK queries attend to the keys up to the block's end, which skips almost half of the work.
     q [B, K, G, T, h] (G query heads share a kv head), k and v [B, K, T, h], bias [B, 1, 1, T, T] -> [B, K, G, T, h].
     """
 
@@ -2196,12 +2196,12 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what is added to scores: 0 where it is true, minus infinity where it is not."""
+    """A bool mask as an addend of scores: 0 where it is true, minus infinity elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, kernel: Callable) -> Tensor:
-    """`attention_sdpa` through a kernel for sequences of many lengths: no mask, and no work between documents."""
+    """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents."""
     longest = q.size(1)
     return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, longest).view(q.shape)
 
@@ -2211,7 +2211,9 @@ def flash_attention(backend: str) -> Callable:
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 
-        known = inspect.signature(varlen_attn).parameters  # its words for "causal" and "grouped" changed over versions
+        known = inspect.signature(
+            varlen_attn
+        ).parameters  # the arguments for causal and grouped attention differ between versions
         causal = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
         grouped = dict(enable_gqa=True) if "enable_gqa" in known else None
 
@@ -2234,7 +2236,7 @@ def flash_attention(backend: str) -> Callable:
 
 
 def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]:
-    """What turns a batch's documents into the attention (q, k, v) -> y of all its layers. Errors: ImportError."""
+    """A function from a batch's documents to the attention (q, k, v) -> y of its layers. Errors: ImportError."""
     if name == "sdpa":
         return lambda documents, dtype: functools.partial(attention_sdpa, mask=document_mask(documents.starts))
     if name == "blocked":
@@ -2246,9 +2248,9 @@ def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
-    """The backend to use and why: FlashAttention 3, 2, torch's own varlen attention, SDPA, whichever is first here.
+    """The attention backend and why: the first of FlashAttention 3, 2, torch's varlen attention and SDPA that runs here.
 
-    Errors: ConfigError where the one that is asked for cannot run.
+    Errors: ConfigError where the requested one cannot run.
     """
     wanted, reasons = config.attention, []
     for name in ("fa3", "fa2", "varlen"):
@@ -2298,17 +2300,17 @@ def runtime_of(config: Config) -> Runtime:
     )
 
 
-# Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes that belong to the weights
-# (vocabulary, widths) are compile-time constants; the number of tokens is not, so a new batch size compiles nothing.
+# Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes of the weights (vocabulary,
+# widths) are compile-time constants. The number of tokens is not, so a new batch size compiles nothing.
 
 
 def triton_jit(function):
-    """`triton.jit` where Triton is installed; the functions below are defined, and never called, where it is not."""
+    """`triton.jit` where Triton is installed. Without it the kernels are defined but never called."""
     return function if triton is None else triton.jit(function)
 
 
 def triton_supports(x: Tensor) -> bool:
-    """Whether the Triton versions below can run on x."""
+    """Whether the Triton kernels can run on x."""
     return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -2353,7 +2355,7 @@ def cross_entropy_forward_kernel(
         total = total * tl.exp(before - highest) + tl.sum(tl.exp(z - highest), axis=0)
     result = highest + tl.log(total)
     target = tl.load(targets + row)
-    # A target outside the vocabulary makes a NaN, where an index out of bounds would read a stranger's memory.
+    # A target outside the vocabulary gives NaN instead of an out-of-bounds read.
     x = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     t, _ = softcap_with_slope(x * (1.0 / CAP), KIND)
     tl.store(nll + row, result - CAP * t)
@@ -2385,7 +2387,7 @@ def cross_entropy_backward_kernel(
         x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
         t, slope = softcap_with_slope(x * (1.0 / CAP), KIND)
         p = tl.exp(CAP * t - row_lse)
-        # Not (to_nll + to_lse) * p - to_nll: where p is near 1, that would lose a small to_lse.
+        # Not (to_nll + to_lse) * p - to_nll: where p is near 1, a small to_lse would be lost.
         to_z = to_nll * (p - tl.where(columns == target, 1.0, 0.0)) + to_lse * p
         tl.store(grad + columns, (to_z * slope).to(grad.dtype.element_ty), mask=columns < V)
 
@@ -2397,7 +2399,7 @@ def cross_entropy_tiles(vocabulary: int) -> dict[str, int]:
 
 
 class SoftcappedCrossEntropyTriton(torch.autograd.Function):
-    """`softcapped_cross_entropy_plain` that keeps the logits as they are and one number per row."""
+    """`softcapped_cross_entropy_plain` that saves the logits and one number per row."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, cap: float, kind: str) -> tuple[Tensor, Tensor]:
@@ -2450,17 +2452,17 @@ def softcapped_cross_entropy_triton(
 ) -> tuple[Tensor, Tensor]:
     """`softcapped_cross_entropy_plain` of float32, bfloat16 or float16 logits; results are float32.
 
-    One pass over the logits and one over their gradient, which has their type. Unlike the public kernels that this
-    replaces, lse is that of the logits themselves, not shifted by the cap, and its gradient is not dropped.
+    One pass over the logits, and one over their gradient, which has the same type. Unlike in the public kernels that
+    this replaces, lse is that of the softcapped logits, not shifted by the cap, and its gradient is not dropped.
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
     return SoftcappedCrossEntropyTriton.apply(logits, targets, float(cap), kind)
 
 
-# Tiles of the two products below: BLOCK_M x BLOCK_N of the result by BLOCK_K at a time. In 16 bits, 96 KiB of shared
-# memory: two programs on each multiprocessor of an H100, so that one multiplies while the other stores. In float32
-# the products are exact (no TF32), on the ordinary cores, for checks rather than for speed.
+# Tiles of the MLP's products: BLOCK_M x BLOCK_N of the result, BLOCK_K at a time. In 16 bits they take 96 KiB of shared
+# memory: two programs fit on a multiprocessor of an H100, so that one multiplies while the other stores. In float32
+# the products are exact (no TF32), on the ordinary cores: for checks rather than for speed.
 SIXTEEN_BIT_TILES = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
 MLP_TILES = {
     torch.bfloat16: SIXTEEN_BIT_TILES,
@@ -2471,7 +2473,7 @@ MLP_TILES = {
 
 @triton_jit
 def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile. GROUP rows of tiles go column by column, so that L2 serves them."""
+    """First row and column of this program's tile. GROUP rows of tiles go column by column, to reuse the L2 cache."""
     program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     first = program // (GROUP * across) * GROUP
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
@@ -2496,7 +2498,7 @@ def tile_product(
 ):
     """The tile of a [M, K] @ b [K, N] that begins at (row, column), in float32; a is contiguous, b has these steps.
 
-    Rows and columns past the end are read from elsewhere instead of being masked: what they give is never stored.
+    Rows and columns past the end are read from elsewhere instead of being masked: their results are never stored.
     """
     down, across, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     a += row.to(tl.int64) * K
@@ -2517,7 +2519,7 @@ def tile_product(
 
 @triton_jit
 def tile_places(row, column, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile of a contiguous [M, N] lies: offset of its first element (64 bits), offsets from there, mask."""
+    """A tile of a contiguous [M, N]: offset of its first element (64 bits), offsets from there, mask."""
     down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask = (down[:, None] < M - row) & (across[None, :] < N - column)
     return row.to(tl.int64) * N + column, down[:, None] * N + across[None, :], mask
@@ -2543,7 +2545,7 @@ def mlp_up_kernel(
     total = tile_product(x, up, row, column, M, N, K, 1, K, BLOCK_M, BLOCK_N, BLOCK_K)
     first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
     y = tl.where(total > 0, total, total * SLOPE).to(square.dtype.element_ty)
-    wide = y.to(tl.float32)  # rounded first: the backward pass squares what was stored, and must get the same
+    wide = y.to(tl.float32)  # rounded first: the backward pass squares the stored values and must get the same
     tl.store(square + first + places, (wide * wide).to(square.dtype.element_ty), mask=mask)
     if leaky is not None:
         tl.store(leaky + first + places, y, mask=mask)
@@ -2619,9 +2621,9 @@ def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tens
 
 
 class MLPTriton(torch.autograd.Function):
-    """`mlp_plain` that keeps x and the leaky ReLU alone: its sign is that of x up^T, its square is cheap.
+    """`mlp_plain` that saves only x and the leaky ReLU: it has the sign of x up^T, and its square is cheap.
 
-    x [M, d], up [hidden, d], down [out, hidden] -> [M, out]. The products that need no epilogue are torch's.
+    x [M, d], up [hidden, d], down [out, hidden] -> [M, out]. Products without an epilogue are torch's.
     """
 
     @staticmethod
@@ -2638,7 +2640,7 @@ class MLPTriton(torch.autograd.Function):
         for_x, for_up, for_down, _ = ctx.needs_input_grad
         (rows, hidden), tiles = leaky.shape, MLP_TILES[x.dtype]
         grad = grad.contiguous()
-        # Not empty_like: torch.compile would merge two of those into one buffer, and copy it to get two again.
+        # Not empty_like: torch.compile would merge two of them into one buffer, and then copy it.
         grad_up = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
         square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
         if rows:

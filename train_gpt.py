@@ -1967,7 +1967,8 @@ def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [B, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
     """
     half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    x1, x2 = x[..., :half], x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
@@ -2158,32 +2159,34 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        y, scale, kept = torch.empty_like(q), q.size(-1) ** -0.5, []
+        y, scale = torch.empty_like(q), q.size(-1) ** -0.5
+        probabilities = []
         for start in range(0, q.size(3), QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, q.size(3)))
-            rows = (q[..., block, :] * scale).flatten(2, 3)  # [B, K, G*n, h]
-            scores = (rows @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
+            queries = (q[..., block, :] * scale).flatten(2, 3)  # [B, K, G*n, h]
+            scores = (queries @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
             p = torch.softmax(scores.add_(bias[..., block, : block.stop]), dim=-1)
             y[..., block, :] = (p.flatten(2, 3) @ v[..., : block.stop, :]).unflatten(2, (q.size(2), -1))
-            kept.append(p)
-        ctx.save_for_backward(q, k, v, y, *kept)
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, y, *probabilities)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, *kept = ctx.saved_tensors
-        dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), q.size(-1) ** -0.5
+        q, k, v, y, *probabilities = ctx.saved_tensors
+        dq, scale = torch.empty_like(q), q.size(-1) ** -0.5
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)  # [B, K, G, T, 1]
         start = 0
-        for p in kept:
+        for p in probabilities:
             block = slice(start, start + p.size(3))
             start = block.stop
-            dy, keys, rows = grad[..., block, :].flatten(2, 3), k[..., :start, :], q[..., block, :].flatten(2, 3)
+            dy, queries = grad[..., block, :].flatten(2, 3), q[..., block, :].flatten(2, 3)
             dv[..., :start, :] += p.flatten(2, 3).mT @ dy
             ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
             ds = ds.sub_(inner[..., block, :]).mul_(p).flatten(2, 3)
-            dq[..., block, :] = (ds @ keys).unflatten(2, (q.size(2), -1))
-            dk[..., :start, :] += ds.mT @ rows
+            dq[..., block, :] = (ds @ k[..., :start, :]).unflatten(2, (q.size(2), -1))
+            dk[..., :start, :] += ds.mT @ queries
         return dq.mul_(scale), dk.mul_(scale), dv, None
 
 
@@ -2421,7 +2424,8 @@ class SoftcappedCrossEntropyTriton(torch.autograd.Function):
                 **cross_entropy_tiles(vocabulary),
             )
         ctx.save_for_backward(rows, wanted, lse)
-        ctx.cap, ctx.kind, ctx.shape = cap, kind, logits.shape
+        ctx.cap, ctx.kind = cap, kind
+        ctx.shape = logits.shape
         return nll.view(targets.shape), lse.view(targets.shape)
 
     @staticmethod
@@ -2500,7 +2504,8 @@ def tile_product(
 
     Rows and columns past the end are read from elsewhere instead of being masked: their results are never stored.
     """
-    down, across, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
     a += row.to(tl.int64) * K
     a += tl.where(down < M - row, down, 0)[:, None] * K + inner[None, :]
     b += inner[:, None] * STEP_K + ((column + across) % N)[None, :] * STEP_N
@@ -2610,7 +2615,8 @@ def mlp_launch_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]
 
 def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tensor, Tensor | None]:
     """x [M, d], up [hidden, d] -> leaky_relu(x up^T)^2 [M, hidden] and, if `keep`, the same without the square."""
-    (rows, width), hidden, tiles = x.shape, up.size(0), MLP_TILES[x.dtype]
+    rows, width = x.shape
+    hidden, tiles = up.size(0), MLP_TILES[x.dtype]
     square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
     if rows:
@@ -3304,7 +3310,8 @@ class Muon:
     """
 
     def __init__(self, group: Group, config: Config, run: Run):
-        self.banks, self.config, self.run = group.parameters, config, run
+        self.config, self.run = config, run
+        self.banks = group.parameters
         self.lr, self.weight_decay = group.lr, group.weight_decay
         self.shard_sizes = [-(-bank.size(0) // run.world) for bank in self.banks]
         self.momentum = [
@@ -3387,7 +3394,8 @@ class Optimizers:
 
     def __init__(self, model: GPT, config: Config, run: Run):
         groups = parameter_groups(model, config)
-        self.config, self.run, self.model = config, run, model
+        self.config, self.run = config, run
+        self.model = model
         self.muon = Muon(next(g for g in groups if g.muon), config, run)
         self.adam_groups = [g for g in groups if not g.muon]
         self.adam = self.new_adam()
@@ -5256,7 +5264,8 @@ class ProgressMeter:
     """
 
     def __init__(self, run: Run, config: Config, stage: str, total: float):
-        self.run, self.config, self.stage = run, config, stage
+        self.run, self.config = run, config
+        self.stage = stage
         self.total, self.done = total, 0.0
         self.warned = False
         self.begin = self.last_line = time.perf_counter()
@@ -5384,8 +5393,9 @@ class FullModelSGD:
     """SGD of all weights on scored text. Ranks share a step's sequences and sum their gradients."""
 
     def __init__(self, evaluator: Evaluator, model: GPT, ledger: ScoreLedger, momentum: float, frozen_blocks: int = 0):
-        self.config, self.run, self.tokens = evaluator.config, evaluator.run, evaluator.tokens
-        self.model, self.ledger, self.frozen_blocks = model, ledger, frozen_blocks
+        self.config, self.run = evaluator.config, evaluator.run
+        self.tokens, self.ledger = evaluator.tokens, ledger
+        self.model, self.frozen_blocks = model, frozen_blocks
         self.forward = compiled_forward(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
 
@@ -5453,7 +5463,8 @@ class PhasedTTT:
 
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         config = self.config = evaluator.config
-        self.run, self.evaluator, self.model = evaluator.run, evaluator, model
+        self.run, self.evaluator = evaluator.run, evaluator
+        self.model = model
         self.tokens, self.offsets = evaluator.tokens, evaluator.documents
         self.lengths = np.diff(self.offsets)
         self.order = np.arange(len(self.lengths))
@@ -5618,15 +5629,16 @@ class ChunkTTT:
 
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         config = self.config = evaluator.config
-        self.evaluator, self.model, self.adapt = evaluator, model, adapt
-        self.ledger = ScoreLedger(evaluator)
+        self.evaluator, self.ledger = evaluator, ScoreLedger(evaluator)
+        self.model, self.adapt = model, adapt
         self.size = config.ttt_chunk_tokens
         self.count = -(-(len(evaluator.tokens) - 1) // self.size)
         self.meter = ProgressMeter(evaluator.run, config, "ttt" if adapt else "ttt_baseline", self.count)
 
     def __call__(self) -> Score:
         """Scores the stream's targets, each before anything trains on it."""
-        config, run, end = self.config, self.evaluator.run, len(self.evaluator.tokens) - 1
+        config, run = self.config, self.evaluator.run
+        end = len(self.evaluator.tokens) - 1
         windows = evaluation_windows(self.evaluator.documents, config.eval_context, config.eval_step, self.size)
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
@@ -5946,22 +5958,24 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
 
 def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[set[str], dict[str, str]]:
     """(options, environment with --mode put into it). Errors: ConfigError."""
-    options, environment, queue = set(), dict(environment), list(arguments)
-    while queue:
-        word = queue.pop(0)
-        if word == "--mode" or word.startswith("--mode="):
-            value = word[len("--mode=") :] if "=" in word else (queue.pop(0) if queue else "")
+    options, environment = set(), dict(environment)
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--mode":
+            if not equals and waiting:
+                value = waiting.pop(0)
             if not value:
                 raise ConfigError("argument", word, "needs a mode: train, eval or all")
             environment["MODE"] = value
         elif word in ("--help", "-h", "--dry-run"):
             options.add("--help" if word == "-h" else word)
         else:
-            raise ConfigError(
-                "argument",
-                word,
-                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable",
+            allowed = (
+                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable"
             )
+            raise ConfigError("argument", word, allowed)
     return options, environment
 
 

@@ -51,7 +51,7 @@ def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable:
 def one_document(rows: int, length: int) -> t.Documents:
     """A document for each row."""
     starts = torch.zeros(rows, length, dtype=torch.int32)
-    return t.Documents(starts, torch.from_numpy(t.document_bounds_of(starts.numpy())))
+    return t.Documents(starts, torch.from_numpy(t.cu_seqlens_of(starts.numpy())))
 
 
 def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:

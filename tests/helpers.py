@@ -281,7 +281,7 @@ def build_model(c, seed=0, spread=0.3):
 
 def documents_from(starts):
     """A batch's documents from their starts [R, T]."""
-    return tg.Documents(starts, torch.from_numpy(tg.document_bounds_of(starts.numpy())))
+    return tg.Documents(starts, torch.from_numpy(tg.cu_seqlens_of(starts.numpy())))
 
 
 def random_batch(c, rows, length, seed=0, document_length=11):
@@ -334,10 +334,10 @@ def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
     return model.getvalue()
 
 
-def write_shard(path, tokens, magic=20240520, promised=None):
+def write_shard(path, tokens, magic=20240520, claimed=None):
     """A shard file: 256 little-endian int32, then the tokens as uint16."""
     header = np.zeros(256, "<i4")
-    header[:3] = magic, 1, len(tokens) if promised is None else promised
+    header[:3] = magic, 1, len(tokens) if claimed is None else claimed
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 

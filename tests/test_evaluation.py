@@ -1,4 +1,4 @@
-"""Every target is scored once, inside its document, with the promised context; the score is that of a plain loop."""
+"""Every target is scored once, inside its document, with the right context; the score is that of a plain loop."""
 
 import math
 from itertools import pairwise
@@ -32,9 +32,9 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 
 def test_where_documents_begin_and_end():
-    assert tg.document_bounds(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]  # the last BOS is a target
-    assert tg.document_bounds(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]  # documents of one token
-    assert tg.document_bounds(np.array([1, 1])).tolist() == [0, 1]
+    assert tg.document_offsets(np.array([1, 5, 6, 1, 7, 1])).tolist() == [0, 3, 5]  # the last BOS is a target
+    assert tg.document_offsets(np.array([1, 1, 1, 5])).tolist() == [0, 1, 2, 3]  # documents of one token
+    assert tg.document_offsets(np.array([1, 1])).tolist() == [0, 1]
 
 
 def test_windows_by_hand():
@@ -195,7 +195,7 @@ def test_the_score_of_the_validation_shards(data, validation_texts):
     assert score.bytes == sum(len(t.encode()) for t in validation_texts)
     tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
     assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
-    assert evaluator.audit.manifest.reference == {"xz -9": 2.5} and evaluator.remarks == []
+    assert evaluator.data_check.manifest.reference == {"xz -9": 2.5} and evaluator.remarks == []
     assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
     assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
 
@@ -292,7 +292,7 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
     assert any("manifest.json is not there" in remark for remark in evaluator.remarks)
-    assert evaluator.audit.manifest.reference == {}
+    assert evaluator.data_check.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
     with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
         tg.Evaluator(evaluator.config, single_run())

@@ -1669,7 +1669,9 @@ class Manifest:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(str(path), "", f"cannot be read as JSON: {' '.join(str(error).split())}") from None
+            raise ConfigError(
+                str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
+            ) from None
 
     @classmethod
     def parse(cls, path: Path, content: Any) -> Manifest:
@@ -1902,21 +1904,16 @@ class DataCheck:
         self.rows[split]["bytes"] = count
         self.check_counts(split, dict(bytes=count))
 
-    def refuse_rewritten(self) -> None:
+    def refuse_rewritten(self, work: str) -> None:
         """Raises a ConfigError that names a shard or sidecar which was rewritten since it was opened.
 
-        Every rank calls it at the end of a training.
+        Every rank calls it at the end of the work that must have read one and the same file all the time.
         """
         mine = [str(path) for path, stamp in self.stamps.items() if FileStamp.of(path) != stamp]
         rewritten = sorted(set(itertools.chain(*self.run.gather(mine))))
         if rewritten:
-            more = f", and so were {len(rewritten) - 1} more" if len(rewritten) > 1 else ""
-            raise ConfigError(
-                rewritten[0],
-                "",
-                f"was rewritten during the training{more}: nothing shows what the model has learned from, so it is "
-                "not kept",
-            )
+            more = f" (and {len(rewritten) - 1} more)" if len(rewritten) > 1 else ""
+            raise ConfigError(rewritten[0], "", f"was rewritten during {work}{more}: run it again on files that stay")
 
     def lines(self) -> Iterator[str]:
         """The log's lines: what the shards hold, and what training shares with validation."""
@@ -5694,7 +5691,7 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         loader.data_stall = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
         data_stall = log_data_stall(run, end, loader.data_stall)
-        evaluator.data_check.refuse_rewritten()
+        evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)

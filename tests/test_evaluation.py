@@ -46,7 +46,7 @@ def test_windows_by_hand():
 
 @examples(max_examples=300)
 @given(LENGTHS, st.integers(1, 20), st.data())
-def test_windows_score_each_target_once_with_the_promised_context(lengths, context, data):
+def test_windows_score_each_target_once_with_the_right_context(lengths, context, data):
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     windows = tg.evaluation_windows(bounds, context, stride)
@@ -67,7 +67,7 @@ def test_windows_score_each_target_once_with_the_promised_context(lengths, conte
 @examples(max_examples=200)
 @given(LENGTHS, st.integers(1, 20), st.integers(1, 70), st.data())
 def test_windows_in_chunks_of_the_stream_score_each_target_once_in_its_chunk(lengths, context, chunk, data):
-    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none is longer than promised."""
+    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none exceeds the context."""
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     counts, document = np.zeros(bounds[-1], int), np.repeat(np.arange(len(lengths)), lengths)
@@ -258,7 +258,7 @@ def test_batches_hold_documents_and_their_targets(data):
 
 
 def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
-    """The context reaches the model: its NLL of a late target depends on a token at the promised distance."""
+    """The context reaches the model: its NLL of a late target depends on a token at the context's distance."""
     c = config(COMPUTE_DTYPE="float64", EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
     model = build_model(c)
     tokens = [1, *np.random.default_rng(1).integers(4, 384, 99).tolist()]
@@ -294,7 +294,7 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     assert any("manifest.json is not there" in remark for remark in evaluator.remarks)
     assert evaluator.data_check.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
-    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
+    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: says 1 .* hold ({right[0]}|{right[1]})$"):
         tg.Evaluator(evaluator.config, single_run())
     manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
     assert tg.Evaluator(evaluator.config, single_run()).remarks == []
@@ -319,7 +319,7 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
 def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     manifest(tmp_path / "data", content)
-    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
+    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a valid manifest"):
         tg.Evaluator(evaluator.config, single_run())
 
 

@@ -13,7 +13,7 @@ Sections, in the order in which data meets them; each calls only those above it:
     Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training -> GPTQ
     -> Artifact -> Evaluation -> TTT -> main
 
-Shapes in comments: R rows, T tokens in a row, d model width, H query heads, K key/value heads, h head width,
+Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads, h head width,
 V vocabulary, L layers.
 """
 
@@ -79,21 +79,120 @@ class ConfigError(Exception):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
 
 
-def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None, model=False):
-    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed.
-
-    `model` marks what a forward pass needs to know: those values travel in the artifact.
-    """
-    return field(
-        default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices, model=model)
-    )
-
-
-model_knob = functools.partial(knob, model=True)
+def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None):
+    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed."""
+    return field(default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices))
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
+    """What a forward pass depends on: the only settings that a model sees, and those that its artifact carries."""
+
+    tokenizer_sha256: str = knob(
+        "",
+        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
+        "exit code",
+    )
+    vocab_size: int = knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536)
+    train_seq_len: int = knob(
+        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
+    )
+    num_layers: int = knob(9, "transformer layers", "parameters", low=1, high=256)
+    model_dim: int = knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
+    num_heads: int = knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
+    num_kv_heads: int = knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
+    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
+    leaky_relu_slope: float = knob(
+        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
+    )
+    tie_embeddings: bool = knob(True, "the head is the embedding transposed", "parameters")
+    rope_base: float = knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
+    rope_dims: int = knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
+    rope_type: str = knob(
+        "rope",
+        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
+        "loss",
+        choices=("rope", "yarn"),
+    )
+    rope_yarn: bool = knob(False, "the same as ROPE_TYPE=yarn", "loss")
+    yarn_max_len: int = knob(
+        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
+    )
+    logit_softcap: float = knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
+    softcap_type: str = knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
+    ln_scale: bool = knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
+    xsa_last_n: int = knob(
+        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
+    )
+    skip_gates_enabled: bool = knob(
+        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
+    )
+    sparse_attn_gate_enabled: bool = knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
+    sparse_attn_gate_scale: float = knob(0.5, "the scale in the sparse head gate", "loss", low=0)
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
+    attn_out_gate_enabled: bool = knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
+    smear_gate_enabled: bool = knob(False, "mix the previous token's embedding in, gated", "parameters")
+    smear_gate_type: str = knob(
+        "window",
+        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
+        "parameters",
+        choices=("window", "channel"),
+    )
+    bigram_vocab_size: int = knob(
+        0,
+        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
+        "parameters",
+        low=0,
+        high=1 << 20,
+    )
+    bigram_dim: int = knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
+    ve_dim: int = knob(
+        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
+    )
+    ve_layers: str = knob("9,10", "layers whose values they are added to, with commas between", "parameters")
+    gate_window: int = knob(12, "input channels that the small gates read", "parameters", low=1)
+    num_loops: int = knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16)
+    loop_start: int = knob(3, "first layer of the loop", "execution order", low=0)
+    loop_end: int = knob(5, "last layer of the loop", "execution order", low=0)
+    parallel_start_layer: int = knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def yarn(self) -> bool:
+        return self.rope_yarn or self.rope_type == "yarn"
+
+    @property
+    def loops(self) -> bool:
+        return self.num_loops > 0
+
+    @property
+    def lanes(self) -> bool:
+        return self.parallel_start_layer >= 0
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with value embeddings: the numbers in VE_LAYERS."""
+        words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
+        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
     """Every setting of a run. A field is the environment variable of the same name in capitals."""
 
     # What to run, and where
@@ -144,19 +243,11 @@ class Config:
     # Data
     data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
     tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
-    tokenizer_sha256: str = model_knob(
-        "",
-        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
-        "exit code",
-    )
     caseops_enabled: str = knob(
         "auto",
         "1: the shards' text went through CaseOps, so the byte sidecar counts its bytes; auto: where there is one",
         "byte counts",
         choices=("auto", "0", "1"),
-    )
-    vocab_size: int = model_knob(
-        1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536
     )
     allow_shared_documents: int = knob(
         0,
@@ -181,80 +272,15 @@ class Config:
     gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
     warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
     train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
-    train_seq_len: int = model_knob(
-        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
-    )
     micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
     train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
     val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
     val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "evaluation layout", low=1)
 
     # Model
-    num_layers: int = model_knob(9, "transformer layers", "parameters", low=1, high=256)
-    model_dim: int = model_knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
-    num_heads: int = model_knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
-    num_kv_heads: int = model_knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
-    mlp_mult: float = model_knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
-    leaky_relu_slope: float = model_knob(
-        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
-    )
-    tie_embeddings: bool = model_knob(True, "the head is the embedding transposed", "parameters")
     tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
-    rope_base: float = model_knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
-    rope_dims: int = model_knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
-    rope_type: str = model_knob(
-        "rope",
-        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
-        "loss",
-        choices=("rope", "yarn"),
-    )
-    rope_yarn: bool = model_knob(False, "the same as ROPE_TYPE=yarn", "loss")
-    yarn_max_len: int = model_knob(
-        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
-    )
     qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
-    logit_softcap: float = model_knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
-    softcap_type: str = model_knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
-    ln_scale: bool = model_knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
-    xsa_last_n: int = model_knob(
-        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
-    )
-    skip_gates_enabled: bool = model_knob(
-        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
-    )
-    sparse_attn_gate_enabled: bool = model_knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
-    sparse_attn_gate_scale: float = model_knob(0.5, "the scale in the sparse head gate", "loss", low=0)
-    gated_attn_enabled: bool = model_knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
-    attn_out_gate_enabled: bool = model_knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
-    smear_gate_enabled: bool = model_knob(False, "mix the previous token's embedding in, gated", "parameters")
-    smear_gate_type: str = model_knob(
-        "window",
-        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
-        "parameters",
-        choices=("window", "channel"),
-    )
-    bigram_vocab_size: int = model_knob(
-        0,
-        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
-        "parameters",
-        low=0,
-        high=1 << 20,
-    )
-    bigram_dim: int = model_knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
-    ve_dim: int = model_knob(
-        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
-    )
-    ve_layers: str = model_knob("9,10", "layers whose values they are added to, with commas between", "parameters")
-    gate_window: int = model_knob(12, "input channels that the small gates read", "parameters", low=1)
-    num_loops: int = model_knob(
-        0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16
-    )
-    loop_start: int = model_knob(3, "first layer of the loop", "execution order", low=0)
-    loop_end: int = model_knob(5, "last layer of the loop", "execution order", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
-    parallel_start_layer: int = model_knob(
-        -1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1
-    )
     neftune_alpha: float = knob(
         0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss", low=0
     )
@@ -460,39 +486,19 @@ class Config:
     )
 
     @property
+    def model(self) -> ModelConfig:
+        """The settings that the artifact carries."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations and matrix products."""
         return getattr(torch, self.compute_dtype)
 
     @property
-    def master_dtype(self) -> torch.dtype:
-        """Of the weights that are trained: float32, or float64 where everything is."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def hidden_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def rotary_dims(self) -> int:
-        return self.rope_dims or self.head_dim
-
-    @property
     def train_seconds(self) -> float:
         """Seconds of training at most, calibration's reserve taken off; infinite without a limit."""
         return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
-
-    @property
-    def yarn(self) -> bool:
-        return self.rope_yarn or self.rope_type == "yarn"
 
     @property
     def eval_context(self) -> int:
@@ -516,14 +522,6 @@ class Config:
         return max(1, self.val_batch_size // self.eval_context)
 
     @property
-    def loops(self) -> bool:
-        return self.num_loops > 0
-
-    @property
-    def lanes(self) -> bool:
-        return self.parallel_start_layer >= 0
-
-    @property
     def attn_grid(self) -> tuple[int, float]:
         """Bits and clip sigmas of attention's matrices; 0 sigmas: the whole range of a row, as GPTQ-lite begins."""
         return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
@@ -537,12 +535,6 @@ class Config:
     def averages(self) -> tuple[bool, bool]:
         """Whether the EMA and the SWA are kept: those that are on and that WEIGHT_AVERAGE does not leave out."""
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
-
-    @property
-    def value_layers(self) -> tuple[int, ...]:
-        """Layers with value embeddings: the numbers in VE_LAYERS."""
-        words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
-        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
 
     @property
     def depth_cuts(self) -> tuple[float, ...]:
@@ -564,10 +556,6 @@ class Config:
     @property
     def tokenizer_file(self) -> Path:
         return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
-
-    def model_values(self) -> dict[str, Any]:
-        """What the artifact must say for a forward pass to be the same."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["model"]}
 
 
 # Recipes are rows of this table; a row not named keeps the default above.
@@ -802,7 +790,7 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         )
     if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
         check_config(config)
-    return config, explicit, remarks + misspelt(environment)
+    return config, explicit, remarks + unknown_variables(environment)
 
 
 def resolved(config: Config, cuda: bool) -> Config:
@@ -843,7 +831,7 @@ def cpu_info(*fields: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in fields), "")
 
 
-def misspelt(environment: dict[str, str]) -> list[str]:
+def unknown_variables(environment: dict[str, str]) -> list[str]:
     """One warning for each variable that looks like a knob and is none."""
     names = [f.name.upper() for f in dataclasses.fields(Config)]
     warnings = []
@@ -1009,7 +997,7 @@ def help_text() -> str:
 CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
 
 
-def write_aside(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
     data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
@@ -1069,7 +1057,7 @@ class Run:
             with open(self.folder / (self.prefix + name), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def agree(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """Rank 0's number on every rank."""
         if self.world == 1:
             return value
@@ -1077,7 +1065,7 @@ class Run:
         dist.broadcast(number, 0, group=self.control)
         return number.item()
 
-    def agree_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's object (text, bytes, numbers) on every rank."""
         if self.world == 1:
             return value
@@ -1092,7 +1080,7 @@ class Run:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def add_up(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Sums tensors over all ranks, in place."""
         if self.world > 1:
             for tensor in tensors:
@@ -1113,7 +1101,7 @@ class Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
-    def seconds_again(self, compute: Callable[[], Any]) -> float:
+    def time_second_call(self, compute: Callable[[], Any]) -> float:
         """Seconds that a computation takes the second time: the first time it may compile."""
         for _ in range(2):
             self.synchronize()
@@ -1182,14 +1170,14 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
 def open_folder(run: Run, config: Config) -> None:
     """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = run.agree_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
+    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
     folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.agree_object(folder_problem(folder, config) if run.main else None)
+    problem = run.broadcast_object(folder_problem(folder, config) if run.main else None)
     if problem:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
     if run.main:
-        write_aside(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
@@ -1226,15 +1214,15 @@ WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compare
 class Documents(NamedTuple):
     """Where the documents of a batch begin, in the two forms that attention backends take."""
 
-    starts: Tensor  # [R, T] int32: for every token, the position in its row where its document begins
-    cu_seqlens: Tensor  # [n + 1] int32: where each document begins in the flattened rows, then R*T up to the end
+    starts: Tensor  # [B, T] int32: for every token, the position in its sequence where its document begins
+    cu_seqlens: Tensor  # [n + 1] int32: where each document begins in the flattened batch, then B*T up to the end
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, the token after each, and the documents that they belong to."""
+    """Sequences of tokens, the token after each, and the documents that they belong to."""
 
-    ids: Tensor  # [R, T] int64
-    targets: Tensor  # [R, T] int64
+    ids: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
     documents: Documents
 
 
@@ -1352,7 +1340,7 @@ class TokenStream:
 
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
-    """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
+    """[B, T] tokens -> [B, T] int32: where in its sequence each token's document begins (0 for one that is cut)."""
     begins = ids == BOS_ID
     begins[:, 0] = True
     places = np.flatnonzero(begins)
@@ -1360,7 +1348,7 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
     return starts.reshape(ids.shape)
 
 
-class ReadAhead:
+class Prefetcher:
     """Prepares on a thread of its own what will probably be asked for next, while the caller works.
 
     `make(key)` must be a pure function of the key, and `following(key)` guesses the key that is asked for next. Any
@@ -1404,18 +1392,18 @@ class ReadAhead:
 
 
 class TrainLoader:
-    """Batches of training rows. Row r holds tokens rT..rT+T of the stream; each epoch visits all rows in a new order.
+    """Batches of training sequences. Sequence s holds tokens sT..sT+T of the stream; each epoch has a new order.
 
-    A batch depends on nothing but the seed, the step and the number of rows in a step. So warmup has nothing to
-    rewind, a resumed run goes on exactly where it was, and the number of ranks changes only who reads which rows.
+    A batch depends on nothing but the seed, the step and the number of sequences in a step. So warmup has nothing to
+    rewind, a resumed run goes on exactly where it was, and the number of ranks changes only who reads what.
     """
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
         self.stream = TokenStream(config, "train")
         self.layout = batch_layout(config, run.world)
-        self.rows = (len(self.stream) - 1) // config.train_seq_len
-        if self.rows < 1:
+        self.sequences = (len(self.stream) - 1) // config.train_seq_len
+        if self.sequences < 1:
             raise ConfigError(
                 "TRAIN_SEQ_LEN",
                 config.train_seq_len,
@@ -1424,20 +1412,20 @@ class TrainLoader:
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, as a batch may span two epochs
         # A thread pins memory for its own current device, which is the first one unless it is set.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
-        self.ahead = ReadAhead(self.read, self.following, config.read_ahead, device)
+        self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
         self.data_stall = 0.0  # seconds for which steps waited in `batch`
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """All rows in the order of an epoch."""
-        return np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
+        """All sequences in the order of an epoch."""
+        return np.random.default_rng([self.config.seed, epoch]).permutation(self.sequences)
 
-    def row_index(self, position: int) -> int:
-        """The row at a position of the endless sequence of epochs."""
-        epoch, place = divmod(position, self.rows)
+    def sequence_index(self, position: int) -> int:
+        """The sequence at a position in the endless order of epochs."""
+        epoch, place = divmod(position, self.sequences)
         return int(self.order(epoch)[place])
 
-    def row_numbers(self, step: int, micro: int) -> range:
-        """Positions in the sequence of epochs that this rank computes in a micro-step."""
+    def sequence_numbers(self, step: int, micro: int) -> range:
+        """Positions in the order of epochs that this rank computes in a micro-step."""
         _, world, _, micro_rows = self.layout
         first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
         return range(first, first + micro_rows)
@@ -1448,42 +1436,42 @@ class TrainLoader:
         return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
+        """This rank's sequences of one micro-step, on its device; the next ones are read ahead."""
         begin = time.perf_counter()
         batch = self.ahead((step, micro))
         self.data_stall += time.perf_counter() - begin
         return send(batch, self.run.device)
 
     def read(self, place: tuple[int, int]) -> Batch:
-        """The rows of a (step, micro-step) in host memory, ready to be sent."""
+        """The sequences of a (step, micro-step) in host memory, ready to be sent."""
         length = self.config.train_seq_len
-        starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [R, T + 1]
+        starts = [self.sequence_index(p) * length for p in self.sequence_numbers(*place)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return host_batch(ids, targets, document_starts(ids), self.run.device)
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
-        """NEFTune's noise for the rows of a micro-step (arXiv 2310.05914), [R, T, d], or None without NEFTUNE_ALPHA.
+        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), [B, T, d], or None if NEFTUNE_ALPHA=0.
 
-        The noise of a row depends on the seed and the row's position alone, so it is the same on any number of ranks.
+        A sequence's noise depends on the seed and its position alone, so it is the same on any number of ranks.
         """
         if not self.config.neftune_alpha:
             return None
-        generator, rows = torch.Generator(self.run.device), []
-        for place in self.row_numbers(step, micro):
+        generator, noises = torch.Generator(self.run.device), []
+        for place in self.sequence_numbers(step, micro):
             own = np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0]
             generator.manual_seed(int(own) >> 1)
-            rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
-        return torch.stack(rows) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+            noises.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
+        return torch.stack(noises) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
-def without_text(batch: Batch) -> Batch:
+def as_padding(batch: Batch) -> Batch:
     """A batch of the same shape with padding (token 0) for text: to measure what learning costs, without learning."""
     return Batch(torch.zeros_like(batch.ids), torch.zeros_like(batch.targets), batch.documents)
 
 
 def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
-    """[R, T] starts -> [n + 1] int32 cumulative sequence lengths of the documents in the flattened rows.
+    """[B, T] starts -> [n + 1] int32 cumulative sequence lengths of the documents in the flattened batch.
 
     n is a power of two with room for documents of 64 tokens on average, and the rest is padding. So all batches of a
     size have one shape and nothing is compiled again, unless a batch holds many tiny documents.
@@ -1496,7 +1484,7 @@ def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
 
 
 def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch in host memory, pinned where the device is a GPU."""
+    """Arrays [B, T] -> a Batch in host memory, pinned where the device is a GPU."""
     arrays = (ids, targets, starts, cu_seqlens_of(starts))
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.type == "cuda":
@@ -1511,7 +1499,7 @@ def send(batch: Batch, device: torch.device) -> Batch:
 
 
 def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch on the device."""
+    """Arrays [B, T] -> a Batch on the device."""
     return send(host_batch(ids, targets, starts, device), device)
 
 
@@ -2082,7 +2070,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) of x's last dimension; the rest passes.
 
-    x [R, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
+    x [B, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
     """
     half = cos.size(-1)
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -2211,22 +2199,25 @@ def softcapped_cross_entropy(
     logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh", fused: bool = True, on_triton: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`softcapped_cross_entropy_plain`, or where `fused`, the fastest version of it; `on_triton` allows Triton's."""
-    if fused and on_triton and triton_takes(logits):
+    if fused and on_triton and triton_supports(logits):
         return softcapped_cross_entropy_triton(logits, targets, cap, kind)
     if fused and kind == "tanh" and eager_on_cpu(logits):
         return SoftcappedCrossEntropyCPU.apply(logits, targets, cap)
     return softcapped_cross_entropy_plain(logits, targets, cap, kind)
 
 
-def row_reach(weights: Tensor, sigmas: float) -> Tensor:
+def clip_range(weights: Tensor, sigmas: float) -> Tensor:
     """The magnitude at which a row's grid ends [..., r]: `sigmas` standard deviations, or with 0 the row's largest."""
     return sigmas * weights.std(dim=-1, correction=0) if sigmas else weights.abs().amax(dim=-1)
 
 
-def straight_through(weights: Tensor, bits: int, sigmas: float) -> Tensor:
+Grids = tuple[tuple[int, float], tuple[int, float]] | None  # (bits, clip sigmas) of attention and of the MLP
+
+
+def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
     """Weights [..., r, c] rounded to each row's grid, with the gradient of the identity (arXiv 1308.3432)."""
     limit, exact = 2 ** (bits - 1) - 1, weights.detach()
-    step = row_reach(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
+    step = clip_range(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
     # What is added is exactly 0, so the values are the grid's, and its gradient is the gradient of the sum.
     return (exact / step).round().clamp(-limit, limit) * step + (weights - exact)
 
@@ -2234,25 +2225,25 @@ def straight_through(weights: Tensor, bits: int, sigmas: float) -> Tensor:
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """Each row's own low-rank map (LoRA, arXiv 2106.09685).
 
-    x [R, T, in], A [R, r, in], B [R, out, r] -> [R, T, out].
+    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out].
     """
     a, b = adapter
     return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
 
 
-def follows(starts: Tensor) -> Tensor:
-    """[R, T] document starts -> [R, T] bool: the token before is of the same document."""
+def continues_document(starts: Tensor) -> Tensor:
+    """[B, T] document starts -> [B, T] bool: the token before is of the same document."""
     return starts != torch.arange(starts.size(1), device=starts.device)
 
 
-def visible(starts: Tensor) -> Tensor:
-    """[R, T] document starts -> [R, T, T] bool: key j is at or before query i and in its document."""
+def document_mask(starts: Tensor) -> Tensor:
+    """[B, T] document starts -> [B, T, T] bool: key j is at or before query i and in its document."""
     positions = torch.arange(starts.size(1), device=starts.device)
     return (positions <= positions[:, None]) & (positions >= starts[:, :, None])
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention inside documents. q [R, T, H, h], k and v [R, T, K, h], mask of `visible` -> [R, T, H, h].
+    """Causal attention inside documents. q [B, T, H, h], k and v [B, T, K, h], mask of `document_mask` -> [B, T, H, h].
 
     Keys and values are repeated for their groups of heads: with a mask, CUDA's lean kernels take no grouped ones.
     """
@@ -2268,7 +2259,7 @@ class BlockedAttention(torch.autograd.Function):
     """`attention_sdpa` for CPUs, from matrix products: 3 times as fast there as SDPA in bfloat16.
 
     Queries go in blocks of QUERY_BLOCK against all keys up to the block's end, which skips almost half of the work.
-    q [R, K, G, T, h] (G query heads share a kv head), k and v [R, K, T, h], bias [R, 1, 1, T, T] -> [R, K, G, T, h].
+    q [B, K, G, T, h] (G query heads share a kv head), k and v [B, K, T, h], bias [B, 1, 1, T, T] -> [B, K, G, T, h].
     """
 
     @staticmethod
@@ -2276,8 +2267,8 @@ class BlockedAttention(torch.autograd.Function):
         y, scale, kept = torch.empty_like(q), q.size(-1) ** -0.5, []
         for start in range(0, q.size(3), QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, q.size(3)))
-            rows = (q[..., block, :] * scale).flatten(2, 3)  # [R, K, G*n, h]
-            scores = (rows @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [R, K, G, n, keys]
+            rows = (q[..., block, :] * scale).flatten(2, 3)  # [B, K, G*n, h]
+            scores = (rows @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
             p = torch.softmax(scores.add_(bias[..., block, : block.stop]), dim=-1)
             y[..., block, :] = (p.flatten(2, 3) @ v[..., : block.stop, :]).unflatten(2, (q.size(2), -1))
             kept.append(p)
@@ -2288,14 +2279,14 @@ class BlockedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, *kept = ctx.saved_tensors
         dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), q.size(-1) ** -0.5
-        inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)  # [R, K, G, T, 1]
+        inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)  # [B, K, G, T, 1]
         start = 0
         for p in kept:
             block = slice(start, start + p.size(3))
             start = block.stop
             dy, keys, rows = grad[..., block, :].flatten(2, 3), k[..., :start, :], q[..., block, :].flatten(2, 3)
             dv[..., :start, :] += p.flatten(2, 3).mT @ dy
-            ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))  # [R, K, G, n, keys]
+            ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
             ds = ds.sub_(inner[..., block, :]).mul_(p).flatten(2, 3)
             dq[..., block, :] = (ds @ keys).unflatten(2, (q.size(2), -1))
             dk[..., :start, :] += ds.mT @ rows
@@ -2303,14 +2294,14 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with an additive mask: `additive` of `visible`, [R, T, T]."""
+    """`attention_sdpa` through BlockedAttention, with an additive mask [B, T, T]: `additive_mask` of `document_mask`."""
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
     y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
-    return y.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [R, T, H, h]
+    return y.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, T, H, h]
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as what is added to scores: 0 where it is true, minus infinity where it is not."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
@@ -2351,10 +2342,10 @@ def flash_attention(backend: str) -> Callable:
 def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]:
     """What turns a batch's documents into the attention (q, k, v) -> y of all its layers. Errors: ImportError."""
     if name == "sdpa":
-        return lambda documents, dtype: functools.partial(attention_sdpa, mask=visible(documents.starts))
+        return lambda documents, dtype: functools.partial(attention_sdpa, mask=document_mask(documents.starts))
     if name == "blocked":
         return lambda documents, dtype: functools.partial(
-            attention_blocked, bias=additive(visible(documents.starts), dtype)
+            attention_blocked, bias=additive_mask(document_mask(documents.starts), dtype)
         )
     kernel = flash_attention(name)
     return lambda documents, dtype: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
@@ -2384,6 +2375,35 @@ def choose_attention(config: Config) -> tuple[str, str]:
     return ("blocked", "fastest on CPUs") if config.device == "cpu" else ("sdpa", "; ".join(reasons))
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """How a forward pass is computed on this machine: it changes speed and rounding, never the function."""
+
+    dtype: torch.dtype  # of activations and matrix products
+    attention: str  # a backend of `attention_backend`
+    triton: bool  # Triton kernels, where they support the tensors
+    fused_cross_entropy: bool
+    compile: bool
+    context: int  # tokens of the longest sequence
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of the weights that are trained: float32, or float64 where everything is."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+def runtime_of(config: Config) -> Runtime:
+    """How this run computes a forward pass. Errors: ConfigError for an attention backend that cannot run here."""
+    return Runtime(
+        dtype=config.dtype,
+        attention=choose_attention(config)[0],
+        triton=config.triton_kernels != "0",
+        fused_cross_entropy=config.fused_ce_enabled,
+        compile=config.compile == "1",
+        context=max(config.train_seq_len, config.longest_context),
+    )
+
+
 # Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes that belong to the weights
 # (vocabulary, widths) are compile-time constants; the number of tokens is not, so a new batch size compiles nothing.
 
@@ -2393,7 +2413,7 @@ def triton_jit(function):
     return function if triton is None else triton.jit(function)
 
 
-def triton_takes(x: Tensor) -> bool:
+def triton_supports(x: Tensor) -> bool:
     """Whether the Triton versions below can run on x."""
     return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
@@ -2687,7 +2707,7 @@ def mlp_up_backward_kernel(
     store_activation_gradient(right, leaky, grad_up, square, row, column + half, M, N, SLOPE, BLOCK_M, half)
 
 
-def mlp_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
+def mlp_launch_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
     """Number of tiles."""
     return (-(-rows // tiles["BLOCK_M"]) * -(-hidden // tiles["BLOCK_N"]),)
 
@@ -2698,7 +2718,7 @@ def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tens
     square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
     if rows:
-        mlp_up_kernel[mlp_grid(rows, hidden, tiles)](
+        mlp_up_kernel[mlp_launch_grid(rows, hidden, tiles)](
             x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden, K=width, SLOPE=slope, **tiles
         )
     return square, leaky
@@ -2728,7 +2748,7 @@ class MLPTriton(torch.autograd.Function):
         grad_up = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
         square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
         if rows:
-            mlp_up_backward_kernel[mlp_grid(rows, hidden, tiles)](
+            mlp_up_backward_kernel[mlp_launch_grid(rows, hidden, tiles)](
                 grad,
                 down.contiguous(),
                 leaky,
@@ -2771,34 +2791,31 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Visit(NamedTuple):
-    """One step of the forward pass: which layer runs, which saved output it blends in first, and what it does after."""
+class LayerCall(NamedTuple):
+    """One call of a layer in the forward pass. Loops call a layer several times."""
 
     layer: int
-    skip: int | None  # place in the second half (row of the skip weights) whose saved output is popped
-    save: bool  # push the output for the second half
-    lanes: bool  # run on the two-lane residual stream
+    skip: int | None  # row of the skip weights with which a saved output is blended in first; None: no skip
+    save: bool  # save the output for the second half
+    parallel: bool  # attention and MLP have residual streams of their own
 
 
-def visit_plan(config: Config, looped: bool) -> tuple[Visit, ...]:
-    """The U-Net over the execution order: the first half pushes, the second pops, last in first out."""
+def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
+    """The U-Net over the execution order: the first half saves outputs, the second takes them, last in first out."""
     order = execution_order(config, looped)
     half = len(order) // 2
-    return tuple(
-        Visit(
-            layer,
-            place - half if half <= place < 2 * half else None,
-            place < half,
-            config.lanes and layer >= config.parallel_start_layer,
-        )
-        for place, layer in enumerate(order)
-    )
+    calls = []
+    for place, layer in enumerate(order):
+        skip = place - half if half <= place < 2 * half else None
+        parallel = config.lanes and layer >= config.parallel_start_layer
+        calls.append(LayerCall(layer, skip, save=place < half, parallel=parallel))
+    return tuple(calls)
 
 
 class Projection(nn.Module):
-    """A seat for a matrix that lives in a bank: casts nothing, owns nothing; inputs are tapped by forward pre-hooks.
+    """A matrix product with a matrix that lives in a bank. As a module it takes forward pre-hooks, for Hessians.
 
-    x [R, T, in], weight [out, in], adapter (A [R, r, in], B [R, out, r]) or None -> [R, T, out].
+    x [B, T, in], weight [out, in], adapter (A [B, r, in], B [B, out, r]) or None -> [B, T, out].
     """
 
     def forward(self, x: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -2806,8 +2823,8 @@ class Projection(nn.Module):
         return y if adapter is None else y + low_rank(x, adapter)
 
 
-class Weights(NamedTuple):
-    """One layer's matrices in the compute type, taken from the banks."""
+class LayerWeights(NamedTuple):
+    """One layer's weights: matrices of the banks in the compute type, and the block's own vectors and gates."""
 
     q: Tensor
     out: Tensor
@@ -2815,119 +2832,133 @@ class Weights(NamedTuple):
     v: Tensor
     up: Tensor
     down: Tensor
+    input_mix: Tensor  # [2, d], m0 and m1
+    attention_scale: Tensor  # [d]
+    mlp_scale: Tensor  # [d]
+    query_gain: Tensor  # [H]
+    head_gate: Tensor | None  # [H, window]
+    value_scale: Tensor | None  # [1]
+    stream_mix: Tensor | None  # [2, 3], r, p and q of both residual streams
+
+    def detached(self) -> LayerWeights:
+        """The same weights as constants."""
+        return LayerWeights(*(None if w is None else w.detach() for w in self))
 
 
-class Shared(NamedTuple):
-    """What every layer of one forward pass uses."""
+class AttentionContext(NamedTuple):
+    """What the attention of every layer uses in one forward pass."""
 
-    attention: Callable  # (q [R, T, H, h], k, v [R, T, K, h]) -> y [R, T, H, h]
+    attention: Callable  # (q [B, T, H, h], k, v [B, T, K, h]) -> y [B, T, H, h]
     cos: Tensor  # [T, 1, rotary/2]
     sin: Tensor
-    values: Tensor | None  # [R, T, K*h] value embeddings, before each layer's own scale
+    value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
 
 
 class Block(nn.Module):
-    """A layer: its vectors, gates and seats. `attend` and `feed` serve one lane and two."""
+    """A layer: its vectors, gates and projections. `attend` and `mlp` serve one residual stream and two."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
-        self.input_mix = nn.Parameter(
-            torch.stack([torch.ones(config.model_dim), torch.zeros(config.model_dim)])
-        )  # m0, m1
-        self.attention_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.query_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-        if config.sparse_attn_gate_enabled or config.attn_out_gate_enabled or config.gated_attn_enabled:
-            width = config.model_dim if config.gated_attn_enabled else config.gate_window
-            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, width))
-        else:
-            self.register_parameter("head_gate", None)
-        self.value_scale = nn.Parameter(torch.ones(1)) if layer in config.value_layers else None
-        # r, p and q of both lanes; every layer has them, so that the parallel start can move without a new shape.
-        self.lane_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1)) if config.lanes else None
-        self.q, self.k, self.v, self.out, self.up, self.down = (Projection() for _ in range(6))
-        self.fused = config.triton_kernels != "0"  # taps on the seats of up and down turn it off for their time
+        self.config = config
+        d = config.model_dim
+        self.input_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
+        self.attention_scale = nn.Parameter(torch.ones(d))
+        self.mlp_scale = nn.Parameter(torch.ones(d))
+        self.query_gain = nn.Parameter(torch.ones(config.num_heads))
+        self.head_gate = self.value_scale = self.stream_mix = None
+        if config.gated_attn_enabled:
+            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, d))
+        elif config.sparse_attn_gate_enabled or config.attn_out_gate_enabled:
+            self.head_gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_window))
+        if layer in config.value_layers:
+            self.value_scale = nn.Parameter(torch.ones(1))
+        if config.lanes:  # in every layer, so that the parallel start can move without a new shape
+            self.stream_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1))
+        self.q, self.k = Projection(), Projection()
+        self.v, self.out = Projection(), Projection()
+        self.up, self.down = Projection(), Projection()
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
 
-    def attend(self, x: Tensor, w: Weights, shared: Shared, adapters: dict) -> Tensor:
-        """Attention of the mixed input x [R, T, d] -> [R, T, d], before the output scale."""
-        config, (rows, length, _) = self.config, x.shape
+    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: dict) -> Tensor:
+        """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
+        config = self.config
+        sequences, length, _ = x.shape
         n = self.norm(x)
-        q = self.q(n, w.q, adapters.get("q")).view(rows, length, config.num_heads, config.head_dim)
-        k = self.k(n, w.k, adapters.get("k")).view(rows, length, config.num_kv_heads, config.head_dim)
+        q = self.q(n, w.q, adapters.get("q")).view(sequences, length, config.num_heads, config.head_dim)
+        k = self.k(n, w.k, adapters.get("k")).view(sequences, length, config.num_kv_heads, config.head_dim)
         v = self.v(n, w.v, adapters.get("v"))
-        if self.value_scale is not None:
-            v = v + self.value_scale.to(x.dtype) * shared.values
-        v = v.view(rows, length, config.num_kv_heads, config.head_dim)
-        q = rotate(rms_norm(q), shared.cos, shared.sin) * self.query_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), shared.cos, shared.sin)
-        y = shared.attention(q, k, v)
+        if w.value_scale is not None:
+            v = v + w.value_scale.to(x.dtype) * context.value_embeds
+        v = v.view(sequences, length, config.num_kv_heads, config.head_dim)
+        q = rotate(rms_norm(q), context.cos, context.sin) * w.query_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), context.cos, context.sin)
+        y = context.attention(q, k, v)
         if self.subtract_own_value:
-            y = exclude_own_value(y, v)
-        if self.head_gate is not None:
-            y = y * self.gate(n)[..., None]
-        y = self.out(y.reshape(rows, length, config.model_dim), w.out)
+            y = subtract_own_value(y, v)
+        if w.head_gate is not None:
+            y = y * self.gate(n, w.head_gate)[..., None]
+        y = self.out(y.reshape(sequences, length, config.model_dim), w.out)
         return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
 
     def norm(self, x: Tensor) -> Tensor:
+        """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
         return rms_norm(x) * self.norm_scale if self.config.ln_scale else rms_norm(x)
 
-    def gate(self, n: Tensor) -> Tensor:
-        """Head gates [R, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
-        config = self.config
-        g = F.linear(n[..., : self.head_gate.size(1)], self.head_gate.to(n.dtype))
-        if config.sparse_attn_gate_enabled:
-            return torch.sigmoid(config.sparse_attn_gate_scale * g)
-        return 2 * torch.sigmoid(g) if config.attn_out_gate_enabled else torch.sigmoid(g)
+    def gate(self, n: Tensor, weight: Tensor) -> Tensor:
+        """Head gates [B, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
+        g = F.linear(n[..., : weight.size(1)], weight.to(n.dtype))
+        if self.config.sparse_attn_gate_enabled:
+            return torch.sigmoid(self.config.sparse_attn_gate_scale * g)
+        return 2 * torch.sigmoid(g) if self.config.attn_out_gate_enabled else torch.sigmoid(g)
 
-    def feed(self, x: Tensor, w: Weights, adapters: dict) -> Tensor:
-        """MLP of x [R, T, d] -> [R, T, d], before the output scale."""
+    def mlp(self, x: Tensor, w: LayerWeights, adapters: dict, fused: bool) -> Tensor:
+        """MLP of x [B, T, d] -> [B, T, d], before the output scale. `fused` allows the Triton kernels."""
         n = self.norm(x)
-        if self.fused and triton_takes(n):
+        if fused and triton_supports(n):
             y = mlp_triton(n, w.up, w.down, self.config.leaky_relu_slope)
         else:
             y = self.down(leaky_relu_squared(self.up(n, w.up), self.config.leaky_relu_slope), w.down)
         return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
 
 
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: takes from y [R, T, H, h] its component along the value of its own position and kv head, v [R, T, K, h]."""
-    rows, length, heads, width = y.shape
-    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [R, T, K, 1, h]
-    grouped = y.view(rows, length, v.size(2), heads // v.size(2), width)  # [R, T, K, H/K, h]
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(rows, length, heads, width)
+def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h]."""
+    sequences, length, heads, width = y.shape
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, h]
+    grouped = y.view(sequences, length, v.size(2), heads // v.size(2), width)  # [B, T, K, H/K, h]
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(y.shape)
 
 
 class SmearGate(nn.Module):
-    """Mixes in the previous token, and nothing where a document begins.
+    """Mixes in the previous token, but nothing where a document begins.
 
-    window, of the embeddings: x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}. channel, of the normed embeddings:
-    x_t += g * (x_{t-1} - x_t), g = sigmoid(weight), one for each channel (PR #549 of openai/parameter-golf, which let
-    it look across borders).
+    window, on the embeddings: x_t += lambda * sigmoid(w x_t[:window]) * x_{t-1}. channel, on the normed embeddings:
+    x_t += g * (x_{t-1} - x_t), g = sigmoid(weight), one for each channel (PR #549 of openai/parameter-golf, which
+    mixes across document borders).
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.channel = config.smear_gate_type == "channel"
         self.weight = nn.Parameter(torch.zeros(config.model_dim if self.channel else config.gate_window))
         self.scale = None if self.channel else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        inside, before = follows(documents.starts)[..., None], F.pad(x, (0, 0, 1, -1))  # [R, T, 1], [R, T, d]
-        if self.channel:
-            return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, before - x)
+        inside = continues_document(documents.starts)[..., None]  # [B, T, 1]
+        previous = F.pad(x, (0, 0, 1, -1))  # [B, T, d]
+        if self.scale is None:
+            return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, previous - x)
         gate = torch.sigmoid(F.linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
-        return x + self.scale.to(x.dtype) * gate * before * inside
+        return x + self.scale.to(x.dtype) * gate * previous * inside
 
 
-class Table(nn.Module):
-    """A small embedding table [rows, width], a projection [out, width] and a scale: indices [R, T] -> [R, T, out]."""
+class FactorizedEmbedding(nn.Module):
+    """An embedding table [buckets, width], a projection [out, width] and a scale: indices [B, T] -> [B, T, out]."""
 
-    def __init__(self, rows: int, width: int, out: int, scale: float):
+    def __init__(self, buckets: int, width: int, out: int, scale: float):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(rows, width))
+        self.table = nn.Parameter(torch.zeros(buckets, width))
         self.projection = nn.Parameter(torch.zeros(out, width))
         self.scale = nn.Parameter(torch.full((1,), scale))
 
@@ -2936,24 +2967,24 @@ class Table(nn.Module):
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
-    """The bucket [R, T] int32 of each token and the one before it; a document's first token has the last one's.
+    """The bucket [B, T] int32 of each token and the one before it. First tokens of documents share the last bucket.
 
     The hash is PR #549's, in int32: products of ids from 59,138 on wrap.
     """
     t = ids.int()
     hashed = torch.bitwise_xor(36313 * t, 27191 * F.pad(t, (1, -1))) % (buckets - 1)
-    return torch.where(follows(starts), hashed, buckets - 1)
+    return torch.where(continues_document(starts), hashed, buckets - 1)
 
 
-def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, [length, rotary/2] each, float64.
 
-    YaRN (arXiv 2309.00071): wavelengths are stretched by the ratio of the contexts, the long ones wholly, the short
-    ones not at all, with a ramp between. It acts only where that ratio is above 1.
+    YaRN (arXiv 2309.00071) stretches long wavelengths by YARN_MAX_LEN / TRAIN_SEQ_LEN and leaves short ones alone, with
+    a ramp between. It acts only where that ratio is above 1.
     """
     share = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / config.rotary_dims
     frequencies = config.rope_base**-share
-    stretch = max(config.yarn_max_len, config.longest_context) / config.train_seq_len
+    stretch = config.yarn_max_len / config.train_seq_len
     if config.yarn and stretch > 1:
         frequencies /= 1 + ((share - 0.25) / 0.75).clamp(0, 1) * (stretch - 1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -2961,19 +2992,19 @@ def rotary_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
 
 
 class GPT(nn.Module):
-    """The language model; `reset` gives it its initial weights. Matrices live in four banks of equal shapes, for Muon.
+    """The language model. What it computes follows from its ModelConfig, its weights and a call's arguments alone.
 
-    In a visit plan's sequential part `lane` merely follows `x`, so it is right where the two-lane part begins.
+    Matrices live in four banks of equal shapes, for Muon. `reset` gives the initial weights.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig, runtime: Runtime):
         super().__init__()
-        self.config = config
-        self.attention = attention_backend(choose_attention(config)[0])
-        self.plans = {looped: visit_plan(config, looped) for looped in (False, True)}
+        if type(config) is not ModelConfig:  # a Config would let settings in that its artifact does not carry
+            raise TypeError(f"a model takes a ModelConfig, not a {type(config).__name__}")
+        self.config, self.runtime = config, runtime
+        self.attention = attention_backend(runtime.attention)
+        self.schedules = {looped: layer_schedule(config, looped) for looped in (False, True)}
         layers, d = config.num_layers, config.model_dim
-        # Layers that learn. torch.compile guards on a number; before 2.13 not on a parameter's requires_grad.
-        self.learning = layers
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, d))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, d, d))  # q of all layers, then out
@@ -2982,94 +3013,161 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
-        self.bigram = Table(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
-        self.values = Table(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
-        skips = max(sum(v.skip is not None for v in plan) for plan in self.plans.values())
+        self.bigram = self.value_embeds = self.skip_gates = None
+        if config.bigram_vocab_size:
+            self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05)
+        if config.ve_dim:
+            self.value_embeds = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1)
+        skips = max(sum(call.skip is not None for call in calls) for calls in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
-        self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None
+        if config.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, d))
         self.logits = Projection()
-        length = max(config.train_seq_len, config.longest_context)
-        for name, table in zip(("cos", "sin"), rotary_tables(config, length)):
-            self.register_buffer(name, table, persistent=False)
-        self.to(config.master_dtype)
+        cos, sin = rotary_tables(config, runtime.context)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.to(runtime.master_dtype)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Initial weights, from SEED alone: orthogonal inputs of the layers, zero outputs, a small embedding."""
-        config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
-        self.embedding.normal_(std=config.tied_embed_init_std if config.tie_embeddings else 1.0, generator=generator)
+    def reset(self, *, seed: int, embedding_std: float, query_gain: float) -> None:
+        """Initial weights from the seed: orthogonal inputs of the layers, zero outputs, a small embedding."""
+        layers, generator = self.config.num_layers, torch.Generator().manual_seed(seed)
+        self.embedding.normal_(std=1.0 if self.head is not None else embedding_std, generator=generator)
         if self.head is not None:
             self.head.zero_()
-        for bank, zero_from in (
-            (self.qo_bank, config.num_layers),
-            (self.kv_bank, 2 * config.num_layers),
-            (self.up_bank, config.num_layers),
-            (self.down_bank, 0),
-        ):
+        orthogonal = ((self.qo_bank, layers), (self.kv_bank, 2 * layers), (self.up_bank, layers), (self.down_bank, 0))
+        for bank, zero_from in orthogonal:
             bank.zero_()
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
-        if self.bigram is not None:  # of table and projection one must not be zero, or neither would ever learn
+        for block in self.blocks:
+            block.query_gain.fill_(query_gain)
+        if self.bigram is not None:  # either the table or the projection must not be zero, or neither would ever train
             self.bigram.table.zero_()
             nn.init.orthogonal_(self.bigram.projection, generator=generator)
-        if self.values is not None:
-            self.values.table.normal_(std=0.01, generator=generator)
-            self.values.projection.zero_()
+        if self.value_embeds is not None:
+            self.value_embeds.table.normal_(std=0.01, generator=generator)
+            self.value_embeds.projection.zero_()
 
-    def rest(self, learning: int) -> None:
-        """Lets the first layers learn alone: no gradient of the others' weights is computed until the next call."""
-        self.learning = learning
-        for layer, block in enumerate(self.blocks):
-            block.requires_grad_(layer < learning)
+    def layer_weights(self, dtype: torch.dtype, trainable_layers: int | None, fake_quant: Grids) -> list[LayerWeights]:
+        """The weights of every layer; those from `trainable_layers` on are constants.
 
-    def layer_weights(self, dtype: torch.dtype, rounded: bool) -> list[Weights]:
-        """Casts each bank once and hands out the layers' matrices; unbind's backward is one stack, not L scatters."""
-        config, n = self.config, self.config.num_layers
-        banks = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
-        if rounded:
-            grids = (config.attn_grid, config.attn_grid, config.mlp_grid, config.mlp_grid)
-            banks = tuple(straight_through(bank, *grid) for bank, grid in zip(banks, grids))
+        Each bank is cast once, and the backward pass of its unbind is one stack instead of a scatter for each layer.
+        """
+        layers = self.config.num_layers
+        banks = [self.qo_bank, self.kv_bank, self.up_bank, self.down_bank]
+        if fake_quant is not None:
+            attention, mlp = fake_quant
+            grids = (attention, attention, mlp, mlp)
+            banks = [fake_quantize(bank, *grid) for bank, grid in zip(banks, grids, strict=True)]
         qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
-        weights = [Weights(qo[i], qo[n + i], kv[i], kv[n + i], up[i], down[i]) for i in range(n)]
-        return [
-            w if layer < self.learning else Weights(*(matrix.detach() for matrix in w))
-            for layer, w in enumerate(weights)
-        ]
+        weights = []
+        for i, block in enumerate(self.blocks):
+            matrices = (qo[i], qo[layers + i], kv[i], kv[layers + i], up[i], down[i])
+            own = LayerWeights(*matrices, *(getattr(block, name) for name in LayerWeights._fields[6:]))
+            frozen = trainable_layers is not None and i >= trainable_layers
+            weights.append(own.detached() if frozen else own)
+        return weights
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
-        """U-Net skip: added, or blended through a gate."""
+        """A U-Net skip: added, or blended through a gate."""
         skip = self.skip_weights[place].to(x.dtype) * saved
         if self.skip_gates is None:
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
     def embed(self, ids: Tensor, documents: Documents, noise: Tensor | None) -> Tensor:
-        """Embeddings of tokens and pairs in the compute type, with noise and smear, normalized: x0 [R, T, d]."""
-        config, x = self.config, F.embedding(ids, self.embedding).to(self.config.dtype)
+        """Normed embeddings of tokens and bigrams in the compute type, with noise and smear gate: x0 [B, T, d]."""
+        x = F.embedding(ids, self.embedding).to(self.runtime.dtype)
         if self.bigram is not None:
-            x = x + self.bigram(bigram_buckets(ids, documents.starts, config.bigram_vocab_size), x.dtype)
+            x = x + self.bigram(bigram_buckets(ids, documents.starts, self.config.bigram_vocab_size), x.dtype)
         if noise is not None:
             x = x + noise.to(x.dtype)
         if self.smear is None:
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
-    def visit(
-        self, v: Visit, x: Tensor, lane: Tensor, x0: Tensor, w: Weights, shared: Shared, adapters: dict
+    def run_layer(
+        self,
+        call: LayerCall,
+        x: Tensor,
+        x_mlp: Tensor,
+        x0: Tensor,
+        w: LayerWeights,
+        context: AttentionContext,
+        adapters: dict,
+        fused_mlp: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Runs one layer on one lane (x; lane passes) or on two."""
-        block = self.blocks[v.layer]
-        m0, m1 = block.input_mix.to(x.dtype).unbind()
-        a, b = block.attention_scale.to(x.dtype), block.mlp_scale.to(x.dtype)
-        u = torch.addcmul(m0 * x, m1, x0)
-        attended = block.attend(u, w, shared, adapters)
-        if not v.lanes:
-            x = torch.addcmul(u, a, attended)
-            x = torch.addcmul(x, b, block.feed(x, w, adapters))
+        """One layer on one residual stream, which both outputs then are, or on two parallel ones.
+
+        Attention reads and the U-Net's skips join x; the MLP reads x_mlp.
+        """
+        block = self.blocks[call.layer]
+        m0, m1 = w.input_mix.to(x.dtype).unbind()
+        attention_scale, mlp_scale = w.attention_scale.to(x.dtype), w.mlp_scale.to(x.dtype)
+        x_mixed = torch.addcmul(m0 * x, m1, x0)
+        attention_out = block.attend(x_mixed, w, context, adapters)
+        if not call.parallel:
+            x = torch.addcmul(x_mixed, attention_scale, attention_out)
+            x = torch.addcmul(x, mlp_scale, block.mlp(x, w, adapters, fused_mlp))
             return x, x
-        attended, fed = a * attended, b * block.feed(lane, w, adapters)
-        (r0, p0, q0), (r1, p1, q1) = (row.unbind() for row in block.lane_mix.to(x.dtype).unbind())
-        return r0 * x + p0 * attended + q0 * fed, r1 * lane + p1 * attended + q1 * fed
+        attention_out = attention_scale * attention_out
+        mlp_out = mlp_scale * block.mlp(x_mlp, w, adapters, fused_mlp)
+        (r0, p0, q0), (r1, p1, q1) = (stream.unbind() for stream in w.stream_mix.to(x.dtype).unbind())
+        return r0 * x + p0 * attention_out + q0 * mlp_out, r1 * x_mlp + p1 * attention_out + q1 * mlp_out
+
+    def trunk(
+        self,
+        ids: Tensor,
+        documents: Documents,
+        *,
+        looped: bool,
+        adapters: list[dict] | None = None,
+        noise: Tensor | None = None,
+        last_tokens: int = 0,
+        trainable_layers: int | None = None,
+        fake_quant: Grids = None,
+        fused_mlp: bool = True,
+    ) -> Tensor:
+        """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`."""
+        calls = self.schedules[looped]
+        x = x0 = x_mlp = self.embed(ids, documents, noise)
+        weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
+        context = AttentionContext(
+            self.attention(documents, x.dtype),
+            self.cos[: ids.size(1), None].to(x.dtype),
+            self.sin[: ids.size(1), None].to(x.dtype),
+            None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
+        )
+        fused_mlp = fused_mlp and self.runtime.triton
+        saved: list[Tensor] = []
+        for place, call in enumerate(calls):
+            if call.skip is not None:
+                x = self.blend_skip(x, saved.pop(), call.skip)
+            own = adapters[place] if adapters else {}
+            x, x_mlp = self.run_layer(call, x, x_mlp, x0, weights[call.layer], context, own, fused_mlp)
+            if call.save:
+                saved.append(x)
+        x = (x + x_mlp) / 2 if calls[-1].parallel else x
+        return rms_norm(x[:, -last_tokens:] if last_tokens else x)
+
+    def head_logits(self, hidden: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Hidden states [B, T, d] -> logits [B, T, V] before the softcap, with a LoRA of each sequence if given."""
+        head = self.embedding if self.head is None else self.head
+        logits = self.logits(hidden, head.to(hidden.dtype))
+        if adapter is None:
+            return logits
+        wide = torch.promote_types(logits.dtype, torch.float32)  # a small addend would round away in bfloat16
+        return logits.to(wide) + low_rank(hidden, adapter).to(wide)
+
+    def token_losses(self, logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and log-sum-exp of each target, [B, T] each, from logits [B, T, V]."""
+        config, cap = self.config, self.config.logit_softcap
+        if temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logits, cap = logits.to(wide) / temperature, cap / temperature
+        fused, triton_allowed = self.runtime.fused_cross_entropy, self.runtime.triton
+        return softcapped_cross_entropy(logits, targets, cap, config.softcap_type, fused, triton_allowed)
 
     def forward(
         self,
@@ -3080,54 +3178,61 @@ class GPT(nn.Module):
         looped: bool,
         adapters: list[dict] | None = None,
         noise: Tensor | None = None,
-        last: int = 0,
-        rounded: bool = False,
-        tempered: bool = False,
+        last_tokens: int = 0,
+        trainable_layers: int | None = None,
+        fake_quant: Grids = None,
+        fused_mlp: bool = True,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Per-token negative log-likelihood and log-sum-exp, [R, T] each, in nats. Callers reduce.
+        """Per-token negative log-likelihood and log-sum-exp, [B, T] each, in nats. Callers reduce.
 
-        `adapters` is a list with a dict of low-rank pairs for each visit (keys q, k, v, attention, mlp) and a last
-        one for the head (key head); absent ones leave no trace in the graph. `last` forms logits of the rows' last
-        so many tokens alone, [R, last]. `rounded` rounds the banks (late QAT); `tempered` divides the softcapped
-        logits by TEMPERATURE, as evaluations do.
+        looped: repeat the looped layers. adapters: a dict of low-rank pairs for each layer call (keys q, k, v,
+        attention, mlp) and one for the head (key head); without any, none is in the graph. noise: added to the
+        embeddings [B, T, d]. last_tokens: only the losses of each sequence's last tokens, [B, last_tokens].
+        trainable_layers: layers from this one on are constants; None: none. fake_quant: late QAT, the grids of the
+        attention and MLP banks. fused_mlp: allow the Triton MLP, which hooks on projections do not see. temperature:
+        divides the softcapped logits.
         """
-        plan = self.plans[looped]
-        adapters = adapters or [{}] * (len(plan) + 1)
-        length = ids.size(1)
-        x0 = x = lane = self.embed(ids, documents, noise)
-        weights = self.layer_weights(x.dtype, rounded)
-        cos, sin = (table[:length, None].to(x.dtype) for table in (self.cos, self.sin))
-        shared = Shared(
-            self.attention(documents, x.dtype), cos, sin, None if self.values is None else self.values(ids, x.dtype)
+        hidden = self.trunk(
+            ids,
+            documents,
+            looped=looped,
+            adapters=adapters,
+            noise=noise,
+            last_tokens=last_tokens,
+            trainable_layers=trainable_layers,
+            fake_quant=fake_quant,
+            fused_mlp=fused_mlp,
         )
-        saved: list[Tensor] = []
-        for place, v in enumerate(plan):
-            if v.skip is not None:
-                x = self.blend_skip(x, saved.pop(), v.skip)
-            x, lane = self.visit(v, x, lane, x0, weights[v.layer], shared, adapters[place])
-            if v.save:
-                saved.append(x)
-        x = (x + lane) / 2 if plan[-1].lanes else x
-        if last:
-            x, targets = x[:, -last:], targets[:, -last:]
-        hidden = rms_norm(x)
-        head = self.embedding if self.head is None else self.head
-        logits = self.logits(hidden, head.to(x.dtype))
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        if "head" in adapters[-1]:  # next to a bfloat16 logit a small contribution would round away
-            logits = logits.to(wide) + low_rank(hidden, adapters[-1]["head"]).to(wide)
-        config, cap = self.config, self.config.logit_softcap
-        if tempered and config.temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
-            logits, cap = logits.to(wide) / config.temperature, cap / config.temperature
-        return softcapped_cross_entropy(
-            logits, targets, cap, config.softcap_type, config.fused_ce_enabled, config.triton_kernels != "0"
-        )
+        logits = self.head_logits(hidden, adapters[-1].get("head") if adapters else None)
+        return self.token_losses(logits, targets[:, -last_tokens:] if last_tokens else targets, temperature)
+
+
+def new_model(config: Config) -> GPT:
+    """A model with its initial weights, on the CPU."""
+    model = GPT(config.model, runtime_of(config))
+    model.reset(seed=config.seed, embedding_std=config.tied_embed_init_std, query_gain=config.qk_gain_init)
+    return model
+
+
+def meta_model(config: Config) -> GPT:
+    """A model without memory: names and shapes alone."""
+    with torch.device("meta"):
+        return GPT(config.model, runtime_of(config))
+
+
+def constant_view(model: GPT) -> GPT:
+    """The same weights as constants: gradients reach adapters alone. It shares the memory, so updates show in it."""
+    with torch.device("meta"):
+        view = GPT(model.config, model.runtime)
+    view.load_state_dict(model.state_dict(), assign=True)
+    view.cos, view.sin = model.cos, model.sin
+    return view.requires_grad_(False)
 
 
 def parameter_count(config: Config) -> int:
-    """Learned numbers of the model, without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
+    """Trained numbers of the model."""
+    return sum(p.numel() for p in meta_model(config).parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3136,76 +3241,77 @@ def parameter_count(config: Config) -> int:
 
 
 class Adapters:
-    """LoRA of a batch of documents: a set of pairs for every visit of a layer, and one pair for the head.
+    """LoRA (arXiv 2106.09685) of a batch of documents: pairs for every layer call, and one pair for the head.
 
-    A [R, visits, r, in] starts uniform within 1/sqrt(in), B [R, visits, out, r] at zero. Both are plain tensors; the
-    optimizer is AdamW with a first beta of 0. B is kept multiplied with the adapters' scale s: AdamW's step does not
-    depend on the size of gradients, so steps s times as large, with an epsilon of 1/s, are the same.
+    A [B, calls, r, in] starts uniform within 1/sqrt(in), B [B, calls, out, r] at zero. Both are plain tensors; the
+    optimizer is AdamW with a first beta of 0. B is stored multiplied by the LoRA scale s = TTT_LORA_ALPHA / rank. An
+    AdamW step does not depend on the size of the gradients, so a learning rate times s and an epsilon over s give the
+    same product.
     """
 
-    def __init__(self, config: Config, visits: int, device: torch.device):
-        d, rank, rows = config.model_dim, config.ttt_lora_rank, config.ttt_batch_size
-        wanted = dict(
+    def __init__(self, config: Config, calls: int, device: torch.device):
+        d, rank = config.model_dim, config.ttt_lora_rank
+        choices = dict(
             q=(config.ttt_q_lora, d),
             k=(config.ttt_k_lora, config.kv_dim),
             v=(config.ttt_v_lora, config.kv_dim),
             attention=(config.ttt_o_lora, d),
             mlp=(config.ttt_mlp_lora, d),
         )
-        widths = {key: (visits, width) for key, (on, width) in wanted.items() if on} | {"head": (1, config.vocab_size)}
-        self.config, self.visits, self.scale, self.device = config, visits, config.ttt_lora_alpha / rank, device
-        self.shapes = {key: (rows, n, rank, d) for key, (n, _) in widths.items()}
-        self.kept: dict[int, dict[str, Tensor]] = {}  # each stream's A
-        self.b = {key: torch.empty(rows, n, width, rank, device=device) for key, (n, width) in widths.items()}
+        widths = {key: (calls, width) for key, (enabled, width) in choices.items() if enabled}
+        widths["head"] = (1, config.vocab_size)
+        documents = config.ttt_batch_size
+        self.config, self.device = config, device
+        self.calls, self.scale = calls, config.ttt_lora_alpha / rank
+        self.shapes = {key: (documents, n, rank, d) for key, (n, _) in widths.items()}
+        self.stream_a: dict[int, dict[str, Tensor]] = {}  # each stream's A
+        self.b = {key: torch.empty(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
 
     def start(self, stream: int, seed: int) -> None:
-        """Makes ready for the next documents of a stream: B zero, A drawn, or as the last ones left it (warm start)."""
-        if stream not in self.kept or not self.config.ttt_warm_start_a:
+        """Prepares for the next documents of a stream: B zero; A drawn, or with warm start as the last ones left it."""
+        if stream not in self.stream_a or not self.config.ttt_warm_start_a:
             generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
-            self.kept[stream] = {
+            self.stream_a[stream] = {
                 key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
                 for key, shape in self.shapes.items()
             }
-        self.a = self.kept[stream]
+        self.a = self.stream_a[stream]
         for b in self.b.values():
             b.zero_()
         self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
-        self.taken = [torch.zeros((), device=self.device) for _ in self.parameters()]
+        self.state_steps = [torch.zeros((), device=self.device) for _ in self.parameters()]
 
     def arrange(self, order: np.ndarray) -> None:
-        """Puts A's first rows in this order: which A a document gets must not depend on others' lengths."""
+        """Puts the first documents' A in this order: which A a document gets must not depend on other lengths."""
         if (order != np.arange(len(order))).any():
             for a in self.a.values():
                 a[: len(order)] = a[torch.from_numpy(order).to(a.device)]
 
-    def parameters(self, rows: int | None = None) -> list[Tensor]:
-        """A and B of the first rows, one after the other."""
-        return [p[:rows] for key in self.a for p in (self.a[key], self.b[key])]
+    def parameters(self, documents: int | None = None) -> list[Tensor]:
+        """A and B of the first documents, in turn for each key."""
+        return [p[:documents] for key in self.a for p in (self.a[key], self.b[key])]
 
     def pairs(self, parameters: list[Tensor]) -> list[dict[str, tuple[Tensor, Tensor]]]:
-        """What the model's forward takes, of (leaf) tensors in the order of `parameters`."""
-        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.visits)]
-        for key, a, b in zip(self.a, parameters[::2], parameters[1::2]):
-            pairs = list(zip(a.unbind(1), b.unbind(1)))
-            if key == "head":
-                sets.append({"head": pairs[0]})
-                continue
-            for visit, pair in zip(sets, pairs):
-                visit[key] = pair
+        """The `adapters` argument of the model's forward, from (leaf) tensors in the order of `parameters`."""
+        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.calls + 1)]  # the last is the head's
+        for key, a, b in zip(self.a, parameters[::2], parameters[1::2], strict=True):
+            targets = sets[-1:] if key == "head" else sets[:-1]
+            for target, pair in zip(targets, zip(a.unbind(1), b.unbind(1), strict=True), strict=True):
+                target[key] = pair
         return sets
 
     @torch.no_grad()
-    def step(self, rows: int, gradients: list[Tensor]) -> None:
-        """AdamW of the first rows: betas (0, TTT_BETA2), eps 1e-10, decoupled decay."""
-        config, parameters = self.config, self.parameters(rows)
+    def step(self, documents: int, gradients: list[Tensor]) -> None:
+        """AdamW of the first documents' adapters: betas (0, TTT_BETA2), eps 1e-10, decoupled weight decay."""
+        config, parameters = self.config, self.parameters(documents)
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            state = {name: [s[:rows] for s in tensors[side]] for name, tensors in self.state.items()}
+            state = {name: [s[:documents] for s in tensors[side]] for name, tensors in self.state.items()}
             adamw(
                 parameters[side],
                 gradients[side],
                 **state,
                 max_exp_avg_sqs=[],
-                state_steps=self.taken[side],
+                state_steps=self.state_steps[side],
                 fused=True,
                 amsgrad=False,
                 beta1=0.0,
@@ -3237,7 +3343,7 @@ NEWTON_SCHULZ = {
 
 
 class Group(NamedTuple):
-    """Parameters that share an optimizer, a rate and a decay."""
+    """Parameters that share an optimizer, a learning rate and a weight decay."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -3247,26 +3353,25 @@ class Group(NamedTuple):
 
 
 def parameter_groups(model: GPT, config: Config) -> list[Group]:
-    """The table of groups. Every parameter is in exactly one: asserted."""
-    banks = [getattr(model, name) for name in BANKS]
-    tables = [("embedding", [model.embedding], config.tied_embed_lr if config.tie_embeddings else config.embed_lr)]
-    if model.head is not None:
-        tables.append(("head", [model.head], config.head_lr))
-    # Tables of pairs and values are embeddings; their small projections stay with the vectors, as in PR #549.
-    tables.extend(
-        (name, [part.table], tables[0][2])
-        for name, part in (("bigram", model.bigram), ("values", model.values))
-        if part is not None
-    )
-    taken = {id(p) for p in banks} | {id(p) for _, ps, _ in tables for p in ps}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    """The table of groups. Errors: RuntimeError unless every parameter is in exactly one."""
+    embedding_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
     groups = [
-        Group("banks", banks, True, config.matrix_lr, config.muon_wd),
-        *(Group(name, ps, False, lr, config.embed_wd) for name, ps, lr in tables),
-        Group("scalars", rest, False, config.scalar_lr, config.adam_wd),
+        Group("banks", [getattr(model, name) for name in BANKS], True, config.matrix_lr, config.muon_wd),
+        Group("embedding", [model.embedding], False, embedding_lr, config.embed_wd),
     ]
+    if model.head is not None:
+        groups.append(Group("head", [model.head], False, config.head_lr, config.embed_wd))
+    # Bigram and value tables are embeddings. Their small projections stay with the vectors, as in PR #549.
+    for name in ("bigram", "value_embeds"):
+        part = getattr(model, name)
+        if part is not None:
+            groups.append(Group(name, [part.table], False, embedding_lr, config.embed_wd))
+    grouped = {id(p) for g in groups for p in g.parameters}
+    rest = [p for p in model.parameters() if id(p) not in grouped]
+    groups.append(Group("scalars", rest, False, config.scalar_lr, config.adam_wd))
     covered = [id(p) for g in groups for p in g.parameters]
-    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is in no group, or in two"
+    if sorted(covered) != sorted(id(p) for p in model.parameters()):
+        raise RuntimeError("a parameter is in no optimizer group, or in two")
     return groups
 
 
@@ -3286,35 +3391,44 @@ def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dt
     return x.mT if tall else x
 
 
+class PendingUpdate(NamedTuple):
+    """A bank's update that is being gathered from the ranks."""
+
+    bank: nn.Parameter
+    matrices: Tensor | None  # those that train; None: all
+    update: Tensor
+    handle: Any  # of the all-gather; None on one rank
+
+
 class Muon:
-    """Momentum and orthogonalization of the banks, each rank on its share of a bank's first axis.
+    """Momentum and orthogonalization of the banks, each rank on its shard of a bank's first axis.
 
     A bank of n matrices is padded to a multiple of the ranks; gradients are reduce-scattered, updates all-gathered.
-    While only some layers learn, the other matrices and their momentum rest, and cost nothing.
+    While only some layers train, the other matrices and their momentum are left alone, and cost nothing.
     """
 
     def __init__(self, group: Group, config: Config, run: Run):
-        self.banks, self.lr, self.weight_decay = group.parameters, group.lr, group.weight_decay
-        self.config, self.run = config, run
-        self.share = [-(-bank.size(0) // run.world) for bank in self.banks]
+        self.banks, self.config, self.run = group.parameters, config, run
+        self.lr, self.weight_decay = group.lr, group.weight_decay
+        self.shard_sizes = [-(-bank.size(0) // run.world) for bank in self.banks]
         self.momentum = [
-            torch.zeros(n, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
-            for n, bank in zip(self.share, self.banks)
+            torch.zeros(size, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
+            for size, bank in zip(self.shard_sizes, self.banks, strict=True)
         ]
 
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
-        """Begins the sum of every bank's gradient over the ranks; returns this rank's share and a handle for each."""
+        """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each."""
         if self.run.world == 1:
             return [(bank.grad, None) for bank in self.banks]
         pending = []
-        for share, bank in zip(self.share, self.banks):
-            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, share * self.run.world - bank.size(0)))
-            part = torch.empty(share, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
-            pending.append((part, dist.reduce_scatter_tensor(part, grad, async_op=True)))
+        for size, bank in zip(self.shard_sizes, self.banks, strict=True):
+            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
+            shard = torch.empty(size, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
+            pending.append((shard, dist.reduce_scatter_tensor(shard, grad, async_op=True)))
         return pending
 
     def direction(self, grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
-        """Nesterov momentum, then orthogonalization, with the shape's step scale: [B, r, c] in the masters' type."""
+        """Nesterov momentum, then orthogonalization, scaled by shape: [B, r, c] in the type of the master weights."""
         config = self.config
         momentum.lerp_(grad, 1 - beta)
         update = grad.lerp(momentum, beta)
@@ -3324,44 +3438,52 @@ class Muon:
         update = orthogonalize(update, config.muon_backend_steps, config.muon_coefficients, config.dtype)
         return update * max(1.0, rows / columns) ** 0.5
 
-    def learning_rows(self, bank: Tensor, share: int, learning: int) -> tuple[Tensor, Tensor]:
-        """Which matrices of a bank, and which of this rank's share of it, belong to the first `learning` layers."""
-        rows, first = [i for i in range(bank.size(0)) if i % self.config.num_layers < learning], self.run.rank * share
-        mine = [i - first for i in rows if first <= i < first + share]
-        return torch.tensor(rows, device=bank.device), torch.tensor(mine, dtype=torch.long, device=bank.device)
+    def trainable_matrices(self, bank: Tensor, shard_size: int, trainable_layers: int) -> tuple[Tensor, Tensor]:
+        """Indices of the first layers' matrices in a bank, and of those among them in this rank's shard."""
+        matrices = [i for i in range(bank.size(0)) if i % self.config.num_layers < trainable_layers]
+        first = self.run.rank * shard_size
+        local = [i - first for i in matrices if first <= i < first + shard_size]
+        return torch.tensor(matrices, device=bank.device), torch.tensor(local, dtype=torch.long, device=bank.device)
+
+    def partial_direction(self, grad: Tensor, momentum: Tensor, beta: float, local: Tensor) -> Tensor:
+        """`direction` of some matrices of a shard alone; the update of the others is zero."""
+        part_momentum = momentum[local]
+        part = self.direction(grad[local], part_momentum, beta)
+        momentum.index_copy_(0, local, part_momentum)
+        return part.new_zeros(grad.shape).index_copy_(0, local, part)
 
     @torch.no_grad()
-    def step(self, grads: list[Tensor], beta: float, multiplier: float, learning: int) -> None:
-        """Updates the banks, or their first `learning` layers alone.
+    def step(self, grads: list[Tensor], beta: float, multiplier: float, trainable_layers: int) -> None:
+        """Updates the banks' matrices of the first layers.
 
-        The gathering of one bank overlaps the orthogonalization of the next.
+        Gathering one bank overlaps with orthogonalizing the next.
         """
-        lr, pending = self.lr * multiplier, []
-        for grad, momentum, bank, share in zip(grads, self.momentum, self.banks, self.share):
-            rows = None
-            if learning == self.config.num_layers:
+        pending = []
+        for grad, momentum, bank, size in zip(grads, self.momentum, self.banks, self.shard_sizes, strict=True):
+            matrices = handle = None
+            if trainable_layers == self.config.num_layers:
                 update = self.direction(grad, momentum, beta)
             else:
-                rows, mine = self.learning_rows(bank, share, learning)
-                kept = momentum[mine]
-                part = self.direction(grad[mine], kept, beta)
-                momentum.index_copy_(0, mine, kept)
-                update = part.new_zeros(grad.shape).index_copy_(0, mine, part)
-            handle = None
+                matrices, local = self.trainable_matrices(bank, size, trainable_layers)
+                update = self.partial_direction(grad, momentum, beta, local)
             if self.run.world > 1:
-                whole = torch.empty(
-                    update.size(0) * self.run.world, *update.shape[1:], dtype=update.dtype, device=update.device
-                )
-                handle = dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
-                update = whole
-            pending.append((bank, rows, update, handle))
-        for bank, rows, update, handle in pending:
-            if handle is not None:
-                handle.wait()
-            if rows is None:
-                bank.mul_(1 - lr * self.weight_decay).sub_(update[: bank.size(0)], alpha=lr)
-            else:
-                bank.index_copy_(0, rows, (bank[rows] * (1 - lr * self.weight_decay)).sub_(update[rows], alpha=lr))
+                shard, shape = update.contiguous(), (update.size(0) * self.run.world, *update.shape[1:])
+                update = torch.empty(shape, dtype=shard.dtype, device=shard.device)
+                handle = dist.all_gather_into_tensor(update, shard, async_op=True)
+            pending.append(PendingUpdate(bank, matrices, update, handle))
+        for waiting in pending:
+            self.apply(waiting, self.lr * multiplier)
+
+    def apply(self, pending: PendingUpdate, lr: float) -> None:
+        """Weight decay and the gathered update of one bank."""
+        bank, matrices, update, handle = pending
+        if handle is not None:
+            handle.wait()
+        keep = 1 - lr * self.weight_decay
+        if matrices is None:
+            bank.mul_(keep).sub_(update[: bank.size(0)], alpha=lr)
+        else:
+            bank.index_copy_(0, matrices, (bank[matrices] * keep).sub_(update[matrices], alpha=lr))
 
 
 class Optimizers:
@@ -3375,6 +3497,7 @@ class Optimizers:
         self.adam = self.new_adam()
 
     def new_adam(self) -> torch.optim.AdamW:
+        """AdamW over its groups, without state."""
         config = self.config
         rows = [dict(params=g.parameters, lr=g.lr, weight_decay=g.weight_decay) for g in self.adam_groups]
         return torch.optim.AdamW(
@@ -3382,59 +3505,61 @@ class Optimizers:
         )
 
     def reset(self) -> None:
-        """Forgets everything: as after construction."""
+        """Clears all state, as after construction."""
         for momentum in self.muon.momentum:
             momentum.zero_()
         self.adam = self.new_adam()
 
     @torch.no_grad()
-    def step(self, beta: float, multiplier: float) -> float:
+    def step(self, beta: float, multiplier: float, trainable_layers: int) -> float:
         """One update with the sum of all ranks' gradients; returns its norm before clipping.
 
-        What rests (`GPT.rest`) keeps its values, its momentum and its averages, and does not decay.
+        Layers from `trainable_layers` on keep their weights, momentum and averages, and do not decay.
         """
         pending = self.muon.start_reduce()
-        rest = [p for g in self.adam_groups for p in g.parameters if p.requires_grad]
-        for p in rest:
-            if p.grad is None:  # a parameter that this execution order does not reach
+        frozen = {id(p) for block in self.model.blocks[trainable_layers:] for p in block.parameters()}
+        trained = [p for g in self.adam_groups for p in g.parameters if id(p) not in frozen]
+        for p in trained:
+            if p.grad is None:  # this execution order does not reach it
                 p.grad = torch.zeros_like(p)
-        self.sum_small([p.grad for p in rest])
+        small = [p.grad for p in trained]
+        self.reduce_small(small)
         for _, handle in pending:
             if handle is not None:
                 handle.wait()
-        shares = [share for share, _ in pending]
-        norm = self.clip(shares, [p.grad for p in rest])
-        for row, group in zip(self.adam.param_groups, self.adam_groups):
+        shards = [shard for shard, _ in pending]
+        norm = self.clip(shards, small)
+        for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
             row["lr"] = group.lr * multiplier
-        self.muon.step(shares, beta, multiplier, self.model.learning)
+        self.muon.step(shards, beta, multiplier, trainable_layers)
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
         return norm
 
-    def sum_small(self, grads: list[Tensor]) -> None:
+    def reduce_small(self, grads: list[Tensor]) -> None:
         """All-reduces many small gradients as one."""
         if self.run.world == 1:
             return
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
-    def clip(self, shares: list[Tensor], rest: list[Tensor]) -> float:
-        """Norm of the averaged gradient over all parameters; scales it down to GRAD_CLIP_NORM."""
+    def clip(self, shards: list[Tensor], small: list[Tensor]) -> float:
+        """Norm of the averaged gradient over all parameters; scales the gradient down to GRAD_CLIP_NORM."""
         if not self.config.grad_clip_norm:
             return math.nan
-        squares = sum(s.square().sum() for s in shares)
-        self.run.add_up(squares)
-        norm = (squares + sum(g.square().sum() for g in rest)).sqrt()
+        squares = sum(s.square().sum() for s in shards)
+        self.run.all_reduce(squares)
+        norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for tensor in (*shares, *rest):
+        for tensor in (*shards, *small):
             tensor.mul_(scale.to(tensor.dtype))
         return norm.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of how far the training is
+# Schedules: pure functions of the progress of training
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -3446,70 +3571,78 @@ class Progress(NamedTuple):
 
 
 def fraction_done(p: Progress, config: Config) -> float:
-    """Share of the training that is over, in 0..1: of the time limit, or of the steps, whichever is further."""
+    """Fraction of the training that is over: of the time limit or of the steps, whichever is further."""
     return min(1.0, max(p.step / config.iterations, p.seconds / config.train_seconds))
 
 
 def lr_multiplier(p: Progress, config: Config) -> float:
-    """1, then linear to 0 over the warmdown, not below MIN_LR."""
-    left = 1.0 - fraction_done(p, config)
+    """Learning-rate multiplier: 1, then linear to 0 over the warmdown, but not below MIN_LR."""
     warmdown = config.warmdown_frac
     if not warmdown and config.warmdown_iters:
-        # In steps: the share of the run that they take at the pace so far.
+        # Given in steps: the fraction of the run that they take at the average speed so far.
         seconds = config.warmdown_iters * p.seconds / max(p.step, 1)
         warmdown = min(1.0, max(config.warmdown_iters / config.iterations, seconds / config.train_seconds))
-    return max(config.min_lr, min(1.0, left / warmdown)) if warmdown else 1.0
+    if not warmdown:
+        return 1.0
+    return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
 
 
 def muon_beta(p: Progress, config: Config) -> float:
     """Muon's momentum, linear over its warmup."""
-    share = min(1.0, p.step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    warmup = config.muon_momentum_warmup_steps
+    fraction = min(1.0, p.step / warmup) if warmup else 1.0
     start = min(config.muon_momentum_warmup_start, config.muon_momentum)
-    return start + share * (config.muon_momentum - start)
+    return start + fraction * (config.muon_momentum - start)
 
 
-def loops_on(p: Progress, config: Config) -> bool:
-    """Whether the depth recurrence runs already."""
+def loops_enabled_at(p: Progress, config: Config) -> bool:
+    """Whether the looped layers repeat by now."""
     return config.loops and fraction_done(p, config) >= config.enable_looping_at
 
 
-class Use(NamedTuple):
-    """What a training step computes; each is a graph of its own."""
+class StepVariant(NamedTuple):
+    """What a training step computes. Each variant is a graph of its own."""
 
     looped: bool
-    learning: int  # first layers that learn
-    rounded: bool  # late QAT
+    trainable_layers: int  # the first so many layers train
+    fake_quant: bool  # late QAT
 
 
-def layers_learning(p: Progress, config: Config) -> int:
-    """Progressive depth (PR #1325): n fractions make n + 1 stages, in each of which as many layers more learn."""
-    stage = sum(fraction_done(p, config) >= cut for cut in config.depth_cuts)
+def trainable_layers_at(p: Progress, config: Config) -> int:
+    """Progressive depth (PR #1325): n fractions make n + 1 stages of equal depth increments."""
+    stage = sum(fraction_done(p, config) >= start for start in config.depth_cuts)
     return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
 
-def use_at(p: Progress, config: Config) -> Use:
-    """What the next step computes."""
-    return Use(loops_on(p, config), layers_learning(p, config), lr_multiplier(p, config) < config.late_qat_threshold)
+def step_variant_at(p: Progress, config: Config) -> StepVariant:
+    """The variant of the next step."""
+    fake_quant = lr_multiplier(p, config) < config.late_qat_threshold
+    return StepVariant(loops_enabled_at(p, config), trainable_layers_at(p, config), fake_quant)
 
 
-def all_uses(config: Config) -> list[Use]:
-    """Every use that a training can come to, in order, for the warmup to compile.
+def all_step_variants(config: Config) -> list[StepVariant]:
+    """Every variant that a training may run, in order, for the warmup to compile.
 
-    A warmdown is no longer than the training, so the rate falls below a threshold in the last such share of it at the
-    earliest. When exactly may depend on the pace: from there on both uses are counted.
+    A warmdown is at most as long as the training, so the multiplier falls below a threshold t in the last fraction t
+    of it at the earliest. When exactly may depend on the speed: from there on both variants are listed.
     """
-    cuts = sorted({0.0, *config.depth_cuts, *((config.enable_looping_at,) if config.loops else ())} - {1.0})
-    falls = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
-    uses = []
-    for begin, end in zip(cuts, (*cuts[1:], 1.0)):
+    starts = {0.0, *config.depth_cuts}
+    if config.loops:
+        starts.add(config.enable_looping_at)
+    starts = sorted(starts - {1.0})
+    decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
+    variants = []
+    for begin, end in itertools.pairwise((*starts, 1.0)):
         middle = Progress((begin + end) / 2 * config.iterations, 0.0)
-        for rounded in (False, True) if falls and end > 1 - config.late_qat_threshold else (False,):
-            uses.append(Use(loops_on(middle, config), layers_learning(middle, config), rounded))
-    return uses
+        quantizes = decays and end > 1 - config.late_qat_threshold
+        for fake_quant in (False, True) if quantizes else (False,):
+            looped, layers = loops_enabled_at(middle, config), trainable_layers_at(middle, config)
+            variants.append(StepVariant(looped, layers, fake_quant))
+    return variants
 
 
-def ema_share(step: int, config: Config) -> float:
-    """Share of the new weights in the average; larger at first, so that a short run does not average its start in.
+def ema_weight(step: int, config: Config) -> float:
+    """Weight of the new values in the EMA; larger at first, so that the initial weights do not stay in a short run.
 
     The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
     """
@@ -3522,10 +3655,10 @@ def ema_share(step: int, config: Config) -> float:
 
 
 def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
-    """The model's forward, compiled as one graph for each use where COMPILE says so."""
-    if model.config.compile != "1":
+    """The model's forward, with COMPILE=1 compiled: one graph for each variant of its arguments."""
+    if not model.runtime.compile:
         return model
-    torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together come near the usual 8
+    torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together exceed the default of 8
     return torch.compile(model, dynamic=dynamic, fullgraph=True)
 
 
@@ -3535,97 +3668,99 @@ def graphs_compiled() -> int:
 
 
 def focal_weights(nll: Tensor, gamma: float) -> Tensor:
-    """Weights [R, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
+    """Weights [B, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
 
-    Each row's are 1 on average: over a micro-batch, the update would depend on how many ranks share the batch.
+    Each sequence's weights average 1. An average over the micro-batch would make the update depend on the ranks.
     """
     weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
     return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
-    """Writes the values into the tensors."""
-    for tensor, value in zip(tensors, values):
+    """Copies the values into the tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 
 
 class Trainer:
-    """Weights, optimizers, averages and the position in the data: all that a training step changes."""
+    """Weights, optimizers, averages and the data: all that a training step reads and changes."""
 
-    def __init__(self, model: GPT, loader: TrainLoader):
-        config, run = loader.config, loader.run
-        self.model, self.loader, self.layout, self.config, self.run = model, loader, loader.layout, config, run
+    def __init__(self, model: GPT, loader: TrainLoader, config: Config, run: Run):
+        self.model, self.loader = model, loader
+        self.config, self.run = config, run
+        self.layout = batch_layout(config, run.world)
         self.optimizers = Optimizers(model, config, run)
         self.forward = compiled_forward(model)
-        ema, swa = config.averages
-        self.average = [p.clone() for p in self.parameters()] if ema else None
-        self.late, self.late_count = [torch.zeros_like(p) for p in self.parameters()] if swa else None, 0
+        keep_ema, keep_swa = config.averages
+        self.ema = [p.clone() for p in self.parameters()] if keep_ema else None
+        self.swa = [torch.zeros_like(p) for p in self.parameters()] if keep_swa else None
+        self.swa_count = 0
 
     def parameters(self) -> list[Tensor]:
         """The model's weights, outside of autograd."""
         return [p.detach() for p in self.model.parameters()]
 
-    def step(self, p: Progress, looped: bool, learning: int | None = None, rounded: bool = False) -> Tensor:
-        """One update of the first `learning` layers (None: all) and of all that is no layer's, by a `Use`.
+    def step(self, p: Progress, looped: bool, trainable_layers: int | None = None, fake_quant: bool = False) -> Tensor:
+        """One update of the first layers (None: all) and of every weight outside of layers, as a StepVariant says.
 
-        Returns this rank's sum of NLL over its targets, as a tensor (reading it would wait).
+        Returns the sum of NLL over this rank's targets, as a tensor: reading it would wait for the device.
         """
-        config, nats = self.config, torch.zeros((), dtype=torch.float64, device=self.run.device)
-        self.model.rest(config.num_layers if learning is None else learning)
+        config = self.config
+        layers = config.num_layers if trainable_layers is None else trainable_layers
+        grids = (config.attn_grid, config.mlp_grid) if fake_quant else None
+        nats = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
             noise = self.loader.noise(p.step, micro, (config.train_seq_len, config.model_dim))
-            nll, lse = self.forward(*batch, looped=looped, noise=noise, rounded=rounded)
+            nll, lse = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, fake_quant=grids)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
             (loss / config.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=torch.float64)
-        self.optimizers.step(muon_beta(p, config), lr_multiplier(p, config))
-        self.model.rest(config.num_layers)
-        self.add_to_averages(p)
+        self.optimizers.step(muon_beta(p, config), lr_multiplier(p, config), layers)
+        self.update_averages(p)
         return nats
 
-    def add_to_averages(self, p: Progress) -> None:
-        """Takes the weights after a step into the averages: every step's into the EMA, late ones into the SWA."""
+    def update_averages(self, p: Progress) -> None:
+        """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""
         config = self.config
-        if self.average is not None:
-            torch._foreach_lerp_(self.average, self.parameters(), ema_share(p.step, config))
-        if (
-            self.late is not None
-            and (p.step + 1) % config.swa_every == 0
-            and lr_multiplier(p, config) < config.swa_start
-        ):
-            self.late_count += 1
-            torch._foreach_lerp_(self.late, self.parameters(), 1 / self.late_count)
+        if self.ema is not None:
+            torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))
+        late = lr_multiplier(p, config) < config.swa_start
+        if self.swa is not None and late and (p.step + 1) % config.swa_every == 0:
+            self.swa_count += 1
+            torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
-        """Runs every graph that the training and its validations will need, then puts everything back, bit for bit."""
-        kept = [p.clone() for p in self.parameters()]
+        """Runs every graph that the training and its validations need, then restores all state, bit for bit."""
+        initial = [p.clone() for p in self.parameters()]
         for step in range(self.config.warmup_steps):
-            for use in all_uses(self.config):
-                self.step(Progress(step, 0.0), *use)
+            for variant in all_step_variants(self.config):
+                self.step(Progress(step, 0.0), *variant)
         if self.config.warmup_steps:
             evaluate_once(self.forward)
-        for tensors in (self.parameters(), self.average or []):
-            copy_all(tensors, kept)
-        self.late_count = 0
+        for tensors in (self.parameters(), self.ema or []):
+            if tensors:
+                copy_all(tensors, initial)
+        self.swa_count = 0
         self.optimizers.reset()
 
     def use_average(self) -> None:
-        """Puts the averaged weights into the model: the EMA, the SWA, or their mean where both are kept."""
-        averages = [] if self.average is None else [self.average]
-        if self.late is not None:
-            self.run.log(f"swa:{self.late_count} late weights averaged")
-            averages += [self.late] if self.late_count else []
+        """Puts the averaged weights into the model: the EMA, the SWA, or the mean of both where both are kept."""
+        averages = [] if self.ema is None else [self.ema]
+        if self.swa is not None:
+            self.run.log(f"swa: {self.swa_count} late weights averaged")
+            averages += [self.swa] if self.swa_count else []
         if averages:
-            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages)])
+            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages, strict=True)])
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
     """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
     config, run = trainer.config, trainer.run
-    progress, use, since = Progress(0, 0.0), Use(False, config.num_layers, False), time.perf_counter()
+    progress, since = Progress(0, 0.0), time.perf_counter()
+    variant = StepVariant(looped=False, trainable_layers=config.num_layers, fake_quant=False)
     while True:
         last = fraction_done(progress, config) >= 1.0
         if config.val_loss_every and (last or progress.step % config.val_loss_every == 0):
@@ -3634,61 +3769,55 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
             since = time.perf_counter()
         if last:
             return progress
-        before, use = use, use_at(progress, config)
-        log_use(run, config, progress, before, use)
-        nats = trainer.step(progress, *use)
+        previous, variant = variant, step_variant_at(progress, config)
+        log_variant_change(run, config, progress, previous, variant)
+        nats = trainer.step(progress, *variant)
         now = time.perf_counter()
-        progress = Progress(progress.step + 1, run.agree(progress.seconds + now - since))
+        progress = Progress(progress.step + 1, run.broadcast(progress.seconds + now - since))
         since = now
-        if config.train_log_every and (
-            progress.step % config.train_log_every == 0 or progress.step <= 3 or fraction_done(progress, config) >= 1.0
-        ):
+        early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
+        if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(run, config, progress, nats)
 
 
-def log_use(run: Run, config: Config, p: Progress, before: Use, use: Use) -> None:
-    """A line for each change of what steps compute."""
-    if use.looped and not before.looped:
-        run.log(f"step:{p.step} looping on: layers {execution_order(config, True)}")
-    if use.learning != before.learning:
-        run.log(f"step:{p.step} layers that learn: the first {use.learning} of {config.num_layers}")
-    if use.rounded and not before.rounded:
-        run.log(
-            f"step:{p.step} late QAT on: matrices are rounded to {config.attn_grid[0]} and {config.mlp_grid[0]} bits"
-        )
+def log_variant_change(run: Run, config: Config, p: Progress, before: StepVariant, after: StepVariant) -> None:
+    """A line for each change in what steps compute."""
+    if after.looped and not before.looped:
+        run.log(f"step:{p.step} loops enabled: layer order {execution_order(config, True)}")
+    if after.trainable_layers != before.trainable_layers:
+        run.log(f"step:{p.step} training layers 0-{after.trainable_layers - 1} of {config.num_layers}")
+    if after.fake_quant and not before.fake_quant:
+        attention, mlp = config.attn_grid[0], config.mlp_grid[0]
+        run.log(f"step:{p.step} late QAT enabled: attention rounded to {attention} bits, MLP to {mlp} bits")
 
 
 def diverged(config: Config, what: str) -> ConfigError:
-    """The error of a training that has run away."""
-    return ConfigError(
-        "MATRIX_LR", config.matrix_lr, f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
-    )
+    """The error of a training that has diverged."""
+    advice = f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
+    return ConfigError("MATRIX_LR", config.matrix_lr, advice)
 
 
 def log_step(run: Run, config: Config, p: Progress, nats: Tensor) -> None:
-    """The line of a training step, in the words that the field's scripts parse, and its metrics."""
-    run.add_up(nats)
-    loss, share = nats.item() / config.train_batch_tokens, fraction_done(p, config)
+    """The line of a training step, in the form that the community's scripts parse, and its metrics."""
+    run.all_reduce(nats)
+    loss, fraction = nats.item() / config.train_batch_tokens, fraction_done(p, config)
     if not math.isfinite(loss):
         raise diverged(config, f"the training loss is {loss} at step {p.step}")
-    ms, eta = 1000 * p.seconds, p.seconds / share * (1 - share) if share else 0.0
-    rate = p.step * config.train_batch_tokens / p.seconds
+    ms, tokens = 1000 * p.seconds, p.step * config.train_batch_tokens
+    eta = p.seconds / fraction * (1 - fraction) if fraction else 0.0
+    lr_scale = lr_multiplier(p, config)
     run.log(
         f"step:{p.step}/{config.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
-        f"lr_scale:{lr_multiplier(p, config):.3f} tokens/s:{rate:.0f} eta:{eta:.0f}s"
+        f"lr_scale:{lr_scale:.3f} tokens/s:{tokens / p.seconds:.0f} eta:{eta:.0f}s"
     )
+    momentum = muon_beta(p, config)
     run.metric(
-        step=p.step,
-        train_loss=loss,
-        train_seconds=p.seconds,
-        lr_scale=lr_multiplier(p, config),
-        momentum=muon_beta(p, config),
-        tokens=p.step * config.train_batch_tokens,
+        step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_scale, momentum=momentum, tokens=tokens
     )
 
 
 def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
-    """The share of the training in which steps waited for their batches, on the rank that waited longest."""
+    """The fraction of the training in which steps waited for their batches, on the rank that waited longest."""
     share = max(run.gather(seconds)) / p.seconds
     run.log(f"data stall: {share:.2%} of step time")
     run.metric(data_wait_share=share)
@@ -3702,6 +3831,7 @@ def log_score(run: Run, stage: str, score: Score) -> None:
 
 
 def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
+    """The line of a validation during the training, in the form that the community's scripts parse."""
     ms = 1000 * p.seconds
     if not math.isfinite(score.nats):
         raise diverged(config, f"the validation loss is {score.loss} at step {p.step}")
@@ -3758,7 +3888,7 @@ def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, fl
     return (8, 0.0) if name.endswith("head_gate") and config.gated_attn_quant_gate else (16, 0.0)
 
 
-class HessianTaps:
+class HessianHooks:
     """Context that adds up X^T X of the inputs of every projection while the model runs eagerly.
 
     q, k and v of a layer read the same input, so one tap serves the three.
@@ -3774,22 +3904,15 @@ class HessianTaps:
         }
         self.seats["logits"] = model.logits
 
-    def __enter__(self) -> HessianTaps:
+    def __enter__(self) -> HessianHooks:
         self.handles = [
             seat.register_forward_pre_hook(functools.partial(self.tap, name)) for name, seat in self.seats.items()
         ]
-        self.set_fused(False)
         return self
 
     def __exit__(self, *_) -> None:
         for handle in self.handles:
             handle.remove()
-        self.set_fused(self.model.config.triton_kernels != "0")
-
-    def set_fused(self, fused: bool) -> None:
-        """The fused MLP passes its seats by, so they are served only without it."""
-        for block in self.model.blocks:
-            block.fused = fused
 
     def tap(self, name: str, _module: nn.Module, inputs: tuple) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
@@ -3802,11 +3925,11 @@ class HessianTaps:
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
     config, run, model = trainer.config, trainer.run, trainer.model
-    with HessianTaps(model) as taps:
+    with HessianHooks(model) as taps:
         for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):
-                model(*trainer.loader.batch(step, micro), looped=config.loops)
-    run.add_up(*taps.sums.values())
+                model(*trainer.loader.batch(step, micro), looped=config.loops, fused_mlp=False)
+    run.all_reduce(*taps.sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
     mean = {name: total / tokens for name, total in taps.sums.items()}
     stack = {
@@ -4091,7 +4214,7 @@ def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, t
 
     With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
     """
-    return stored_steps(times * row_reach(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+    return stored_steps(times * clip_range(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
 
 
 def stored_steps(steps: Tensor, per_octave: int) -> Tensor:
@@ -4897,7 +5020,7 @@ def pack(stored: dict[str, Quantized], config: Config) -> bytes:
         packed = compress(codec, raw, banks.get(section))
         sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
         payload.append(packed)
-    header = dict(model=config.model_values(), sections=sections, tensors=tensors)
+    header = dict(model=dataclasses.asdict(config.model), sections=sections, tensors=tensors)
     packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
 
@@ -5080,7 +5203,7 @@ def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) 
 
     Errors: ArtifactError for values that no run can have; ConfigError where a knob was set to something else.
     """
-    rows = {f.name: f for f in dataclasses.fields(Config) if f.metadata["model"]}
+    rows = {f.name: f for f in dataclasses.fields(ModelConfig)}
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
     if set(values) != set(rows) or not all(type(v) in kinds[rows[name].type] for name, v in values.items()):
         raise ArtifactError("its model values are not those of this program")
@@ -5094,6 +5217,8 @@ def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) 
         raise ArtifactError(f"holds a model that cannot be: {error}") from None
     config = dataclasses.replace(config, **values)
     check_config(dataclasses.replace(config, mode="eval"))
+    if config.yarn:  # a longer context than the training's needs longer wavelengths
+        config = dataclasses.replace(config, yarn_max_len=max(config.yarn_max_len, config.longest_context))
     return config
 
 
@@ -5104,8 +5229,7 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     """
     header, _ = read_header(data)
     config = artifact_config(header["model"], config, explicit)
-    with torch.device("meta"):
-        model = GPT(config)
+    model = meta_model(config)
     expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
     if [[name, shape] for name, _, shape, *_ in header["tensors"]] != expected:
         raise ArtifactError("its tensors are not those of its model")
@@ -5115,8 +5239,9 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     weights = dequantize(stored)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, table in zip(("cos", "sin"), rotary_tables(config, model.cos.size(0))):
-            getattr(model, name).copy_(table)
+        cos, sin = rotary_tables(model.config, model.cos.size(0))
+        model.cos.copy_(cos)
+        model.sin.copy_(sin)
         for name, p in model.named_parameters():
             p.copy_(weights[name])
     return model, config
@@ -5127,10 +5252,14 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class IllegalScore(Exception):
+    """A score that would break a rule of the challenge: a target scored twice, never, or after it was trained on."""
+
+
 def document_offsets(tokens: np.ndarray) -> np.ndarray:
     """Where documents begin in a stream of tokens, and the last target's position: [documents + 1] int64.
 
-    A document's inputs run from its BOS to just before the next, whose BOS is its last target.
+    A document's inputs run from its BOS to just before the next BOS, which is its last target.
     """
     return np.append(np.flatnonzero(tokens[:-1] == BOS_ID), len(tokens) - 1)
 
@@ -5142,7 +5271,7 @@ def evaluation_windows(offsets: np.ndarray, context: int, stride: int, chunk: in
     `chunk`, no window scores on both sides of a multiple of it in the stream.
     """
     windows = []
-    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+    for begin, end in itertools.pairwise(offsets.tolist()):
         scored = begin
         while scored < end:
             stop = max(begin + context, scored + stride)
@@ -5155,112 +5284,119 @@ def evaluation_windows(offsets: np.ndarray, context: int, stride: int, chunk: in
     return np.array(windows, dtype=np.int64)
 
 
-def pack_rows(windows: np.ndarray, context: int) -> list[list[int]]:
-    """Puts windows into rows of `context` inputs, longest first, each where it leaves the least room (best fit)."""
-    rows: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(context + 1)]  # rows by the room they have left
-    filled = 0  # bit b says that some row has b places left
+def pack_sequences(windows: np.ndarray, context: int) -> list[list[int]]:
+    """Packs windows into sequences of `context` inputs: longest first, each where least room stays (best fit)."""
+    sequences: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(context + 1)]  # sequences by the room that is left in them
+    rooms = 0  # bit b is set where some sequence has room for b inputs
     for index in np.argsort(-windows[:, 1], kind="stable").tolist():
         length = int(windows[index, 1])
-        fitting = filled >> length
+        fitting = rooms >> length
         if fitting:
-            left = length + (fitting & -fitting).bit_length() - 1
-            row = room[left].pop()
-            filled &= ~(1 << left) if not room[left] else -1
+            room = length + (fitting & -fitting).bit_length() - 1
+            sequence = by_room[room].pop()
+            rooms &= -1 if by_room[room] else ~(1 << room)
         else:
-            left, row = context, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if left > length:
-            room[left - length].append(row)
-            filled |= 1 << (left - length)
-    return rows
+            room, sequence = context, len(sequences)
+            sequences.append([])
+        sequences[sequence].append(index)
+        if room > length:
+            by_room[room - length].append(sequence)
+            rooms |= 1 << (room - length)
+    return sequences
 
 
-EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # what the challenge's ten minutes of evaluation hold
+EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # they share the challenge's ten minutes of evaluation
 
 
-class Ledger:
-    """Every target's score, entered once and before anything learns from the target: both are asserted.
+class ScoreLedger:
+    """Every target's score, entered once and before anything trains on the target. Errors: IllegalScore otherwise.
 
-    A target is known by its input's position in the stream. Ranks enter what they score; `share` puts it together.
+    A target is known by its input's position in the stream. Ranks enter what they score; `share` merges it.
     """
 
     def __init__(self, evaluator: Evaluator):
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
         self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
-        self.mine = np.zeros(targets, np.uint8)  # times that this rank scored a target
-        self.all = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
+        self.own_counts = np.zeros(targets, np.uint8)  # times that this rank scored a target
+        self.all_counts = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
 
     def score(self, positions: np.ndarray, nll: Tensor) -> None:
         """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
         places = positions >= 0
         positions = positions[places]
-        np.add.at(self.mine, positions, 1)  # counts a target that stands here twice as well
-        assert (self.mine[positions] == 1).all(), "a target was scored twice"
+        np.add.at(self.own_counts, positions, 1)  # a target that is listed twice here counts twice
+        if (self.own_counts[positions] != 1).any():
+            raise IllegalScore("a target was scored twice")
         self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
 
-    def learn(self, positions: np.ndarray) -> None:
-        """Says that weights are about to learn from these targets."""
-        assert (self.mine[positions] | self.all[positions]).all(), "a target was learned before it was scored"
+    def train_on(self, positions: np.ndarray) -> None:
+        """Declares that weights are about to train on these targets."""
+        if not (self.own_counts[positions] | self.all_counts[positions]).all():
+            raise IllegalScore("a target would be trained on before it was scored")
 
     def share(self) -> None:
-        """Puts together which targets the ranks have scored."""
-        self.all = self.mine.copy()
+        """Merges over the ranks which targets have been scored."""
+        self.all_counts = self.own_counts.copy()
         if self.run.world > 1:
-            dist.all_reduce(torch.from_numpy(self.all), group=self.run.control)
+            dist.all_reduce(torch.from_numpy(self.all_counts), group=self.run.control)
 
     def close(self) -> float:
-        """Nats of all targets, summed over ranks; each must have been scored by one of them."""
+        """Nats of all targets, summed over ranks; exactly one rank must have scored each."""
         self.share()
-        assert (self.all == 1).all(), f"{(self.all != 1).sum()} targets were not scored exactly once"
+        wrong = int((self.all_counts != 1).sum())
+        if wrong:
+            raise IllegalScore(f"{wrong} targets were not scored exactly once")
         nats = torch.tensor(self.nll.sum(dtype=np.float64))
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
         return nats.item()
 
 
-class Pace:
-    """Progress of an evaluation: what it is projected to take, before it starts and every half minute.
+class ProgressMeter:
+    """Progress of an evaluation stage: its projected seconds, before it starts and every half minute.
 
-    One warning says when it will not end within its budget, to which all stages of an evaluation count.
+    One warning says that the evaluation will exceed its budget, to which all its stages count.
     """
 
-    def __init__(self, run: Run, config: Config, what: str, total: float):
-        self.run, self.config, self.what, self.total, self.done, self.warned = run, config, what, total, 0.0, False
-        self.begin = self.last = time.perf_counter()
+    def __init__(self, run: Run, config: Config, stage: str, total: float):
+        self.run, self.config, self.stage = run, config, stage
+        self.total, self.done = total, 0.0
+        self.warned = False
+        self.begin = self.last_line = time.perf_counter()
         self.first: tuple[float, float] | None = None  # work and time of the first advance, which may have compiled
 
-    def project(self, seconds: float, what: str) -> None:
-        """The line before the start: seconds, measured on a part that was computed and dropped."""
-        self.run.log(f"{self.what}: {what}, projected to take {seconds:.1f} s")
-        self.warn(seconds)
+    def project(self, seconds: float, work: str) -> None:
+        """The line before the start. `seconds` were measured on a part that was computed and dropped."""
+        self.run.log(f"{self.stage}: {work}, projected to take {seconds:.1f} s")
+        self.warn_if_over_budget(seconds)
 
-    def warn(self, seconds: float) -> None:
-        """The warning, once, where these seconds and those of the stages before are over the budget."""
+    def warn_if_over_budget(self, seconds: float) -> None:
+        """The warning, once, where these seconds and those of earlier stages exceed the budget."""
         budget = self.config.eval_budget_seconds
         projected = sum(self.run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES) + seconds
         if budget and projected > budget and not self.warned:
             self.warned = True
             self.run.log(
-                f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.what} is projected to end after "
+                f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.stage} is projected to end after "
                 f"{projected:.0f} s of evaluation, unpacking included"
             )
 
     def advance(self, work: float) -> None:
-        """Counts work that is done, in the unit of `total`; ranks advance alike, so rank 0 speaks for all."""
+        """Adds finished work, in the unit of `total`. Ranks advance alike, so rank 0 speaks for all."""
         self.done += work
         now = time.perf_counter()
         if self.first is None:
             self.first = self.done, now
             return
-        spent, rate = now - self.begin, (now - self.first[1]) / (self.done - self.first[0])
-        left = rate * (self.total - self.done)
-        if now - self.last > 30:
-            self.last = now
-            self.run.log(f"{self.what}:{self.done / self.total:.1%} elapsed:{spent:.0f}s eta:{left:.0f}s")
-        if spent > 1:
-            self.warn(spent + left)
+        elapsed = now - self.begin
+        rate = (now - self.first[1]) / (self.done - self.first[0])
+        remaining = rate * (self.total - self.done)
+        if now - self.last_line > 30:
+            self.last_line = now
+            self.run.log(f"{self.stage}:{self.done / self.total:.1%} elapsed:{elapsed:.0f}s eta:{remaining:.0f}s")
+        if elapsed > 1:
+            self.warn_if_over_budget(elapsed + remaining)
 
 
 class Evaluator:
@@ -5279,65 +5415,69 @@ class Evaluator:
         self.data_check.refuse()
         self.documents = document_offsets(self.tokens)
         self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
-        assert int((self.windows[:, 1] - self.windows[:, 2]).sum()) == len(self.tokens) - 1
-        self.rows = pack_rows(self.windows, config.eval_context)
-        self.batch_rows = min(config.eval_rows, len(self.rows))
-        self.remarks = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
+        if int((self.windows[:, 1] - self.windows[:, 2]).sum()) != len(self.tokens) - 1:
+            raise IllegalScore("the windows of the evaluation do not cover every target once")
+        self.sequences = pack_sequences(self.windows, config.eval_context)
+        self.batch_size = min(config.eval_rows, len(self.sequences))
+        self.notes = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
         if not self.data_check.rows["manifest"]:
-            self.remarks.append(f"{self.data_check.manifest.path} is not there, so the shards' counts are unchecked")
+            self.notes.append(
+                f"{self.data_check.manifest.path} does not exist, so nothing says what the shards should hold"
+            )
 
-    def batches(self, rows: list[list[int]]) -> list[list[list[int]]]:
-        """Rows (lists of windows) in groups of the batch size."""
-        return [rows[i : i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
+    def batches(self, sequences: list[list[int]]) -> list[list[list[int]]]:
+        """Sequences (lists of windows) in groups of the batch size."""
+        return [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
 
-    def batch(self, rows: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """A batch of rows, and for each place the input's position in the stream, or -1 where nothing is scored."""
-        length = self.config.eval_context
-        position = np.zeros((self.batch_rows, length), np.int64)
-        starts = np.zeros((self.batch_rows, length), np.int32)
-        scored = np.full((self.batch_rows, length), -1, np.int64)
-        for r, row in enumerate(rows):
+    def batch(self, sequences: list[list[int]], windows: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """A batch of sequences, and for each place the input's position in the stream, or -1 for no score."""
+        shape = (self.batch_size, self.config.eval_context)
+        position = np.zeros(shape, np.int64)
+        starts = np.zeros(shape, np.int32)
+        scored = np.full(shape, -1, np.int64)
+        for b, sequence in enumerate(sequences):
             place = 0
-            for start, size, first in windows[row].tolist():
-                position[r, place : place + size] = np.arange(start, start + size)
-                starts[r, place : place + size] = place
-                scored[r, place + first : place + size] = np.arange(start + first, start + size)
+            for start, size, first in windows[sequence].tolist():
+                position[b, place : place + size] = np.arange(start, start + size)
+                starts[b, place : place + size] = place
+                scored[b, place + first : place + size] = np.arange(start + first, start + size)
                 place += size
-            starts[r, place:] = place  # padding is a document of its own
+            starts[b, place:] = place  # padding is a document of its own
         ids, targets = (self.tokens[p].astype(np.int64) for p in (position, position + 1))
         return to_device(ids, targets, starts, self.run.device), scored
 
     @torch.no_grad()
-    def score_rows(
-        self, forward: Callable, rows: list[list[int]], ledger: Ledger | None = None, windows: np.ndarray | None = None
+    def score_sequences(
+        self,
+        forward: Callable,
+        sequences: list[list[int]],
+        ledger: ScoreLedger | None = None,
+        windows: np.ndarray | None = None,
     ) -> None:
-        """Scores a batch of rows of these windows (the evaluator's own), and enters the targets in the ledger."""
-        batch, scored = self.batch(rows, self.windows if windows is None else windows)
-        nll, _ = forward(*batch, looped=self.config.loops, tempered=True)
+        """Scores a batch of sequences of these windows (the evaluator's own), and enters the targets in the ledger."""
+        batch, scored = self.batch(sequences, self.windows if windows is None else windows)
+        nll, _ = forward(*batch, looped=self.config.loops, temperature=self.config.temperature)
         if ledger:
             ledger.score(scored, nll)
 
-    def rehearse(self, forward: Callable) -> None:
-        """Computes one batch, so that what an evaluation needs is compiled."""
-        self.score_rows(forward, self.rows[: self.batch_rows])
+    def warm_up(self, forward: Callable) -> None:
+        """Computes one batch and drops it, so that what an evaluation needs is compiled."""
+        self.score_sequences(forward, self.sequences[: self.batch_size])
 
     def project(self, forward: Callable) -> None:
-        """Logs what an evaluation will take, measured on one of its batches."""
-        batches = self.batches(self.rows)
-        seconds = self.run.seconds_again(lambda: self.rehearse(forward)) * -(-len(batches) // self.run.world)
-        Pace(self.run, self.config, "sliding", len(batches)).project(
-            seconds,
-            f"{len(self.windows)} windows of up to {self.config.eval_context} tokens every {self.config.eval_step}, "
-            f"{len(batches)} batches",
-        )
+        """Logs the seconds that an evaluation will take, measured on one of its batches."""
+        batches, config = len(self.batches(self.sequences)), self.config
+        seconds = self.run.time_second_call(lambda: self.warm_up(forward)) * -(-batches // self.run.world)
+        work = f"{len(self.windows)} windows of up to {config.eval_context} tokens, stride {config.eval_step}"
+        ProgressMeter(self.run, config, "sliding", batches).project(seconds, f"{work}, {batches} batches")
 
     def __call__(self, forward: Callable) -> Score:
-        """Scores the whole validation stream, each target once (asserted). Ranks share the batches."""
-        ledger, batches = Ledger(self), self.batches(self.rows)
-        pace = Pace(self.run, self.config, "sliding", len(batches))
+        """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore."""
+        ledger, batches = ScoreLedger(self), self.batches(self.sequences)
+        meter = ProgressMeter(self.run, self.config, "sliding", len(batches))
         for number in range(self.run.rank, len(batches), self.run.world):
-            self.score_rows(forward, batches[number], ledger)
-            pace.advance(min(self.run.world, len(batches) - number))
+            self.score_sequences(forward, batches[number], ledger)
+            meter.advance(min(self.run.world, len(batches) - number))
         return Score(ledger.close(), len(self.tokens) - 1, self.bytes)
 
 
@@ -5346,23 +5486,23 @@ class Evaluator:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class GlobalSteps:
-    """SGD of all weights on text that has been scored; ranks share a step's rows and add up their gradients."""
+class FullModelSGD:
+    """SGD of all weights on scored text. Ranks share a step's sequences and sum their gradients."""
 
-    def __init__(self, evaluator: Evaluator, model: GPT, ledger: Ledger, momentum: float, frozen_blocks: int = 0):
+    def __init__(self, evaluator: Evaluator, model: GPT, ledger: ScoreLedger, momentum: float, frozen_blocks: int = 0):
         self.config, self.run, self.tokens = evaluator.config, evaluator.run, evaluator.tokens
-        self.model, self.ledger, self.frozen = model, ledger, frozen_blocks
+        self.model, self.ledger, self.frozen_blocks = model, ledger, frozen_blocks
         self.forward = compiled_forward(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
 
     def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
-        """This rank's rows of a step on the targets of the inputs at `positions` [n], and which places are of it."""
+        """This rank's sequences of a step on the targets of the inputs at `positions` [n], and a mask of its places."""
         length = self.config.train_seq_len
-        rows = np.full(-(-len(positions) // length) * length, -1)
-        rows[: len(positions)] = positions
-        rows = rows.reshape(-1, length)[self.run.rank :: self.run.world]
-        most = max(1, self.config.micro_batch_tokens // length)
-        for places in (rows[i : i + most] for i in range(0, len(rows), most)):
+        padded = np.full(-(-len(positions) // length) * length, -1)
+        padded[: len(positions)] = positions
+        own = padded.reshape(-1, length)[self.run.rank :: self.run.world]
+        micro_batch = max(1, self.config.micro_batch_tokens // length)
+        for places in (own[i : i + micro_batch] for i in range(0, len(own), micro_batch)):
             inside = np.maximum(places, 0)
             ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
             targets = self.tokens[inside + 1].astype(np.int64)
@@ -5370,134 +5510,129 @@ class GlobalSteps:
 
     def step(self, positions: np.ndarray, lr: float) -> None:
         """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
-        self.ledger.learn(positions)
+        self.ledger.train_on(positions)
         parameters = list(self.model.parameters())
         for p in parameters:
             p.grad = torch.zeros_like(p)
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
-        self.run.add_up(*(p.grad for p in parameters))
-        self.rest_frozen_blocks()
+        self.run.all_reduce(*(p.grad for p in parameters))
+        self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
 
     def seconds_per_token(self) -> float:
-        """Of a forward and backward pass on a row without text."""
-        batch = without_text(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
-        seconds = self.run.seconds_again(
-            lambda: torch.autograd.grad(
-                self.forward(*batch, looped=self.config.loops)[0].sum(),
-                list(self.model.parameters()),
-                allow_unused=True,
-            )
-        )
-        return seconds / batch.ids.numel()
+        """Seconds of a forward and backward pass for each token, measured on a sequence of padding."""
+        batch = as_padding(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
+        parameters = list(self.model.parameters())
 
-    def rest_frozen_blocks(self) -> None:
-        """Zeroes the gradients of the first blocks: their vectors, and their matrices in the banks."""
-        if self.frozen:
-            for block in self.model.blocks[: self.frozen]:
+        def forward_and_backward() -> None:
+            nll, _ = self.forward(*batch, looped=self.config.loops)
+            torch.autograd.grad(nll.sum(), parameters, allow_unused=True)
+
+        return self.run.time_second_call(forward_and_backward) / batch.ids.numel()
+
+    def zero_frozen_gradients(self) -> None:
+        """Zeroes the gradients of the frozen first blocks: their vectors, and their matrices in the banks."""
+        if self.frozen_blocks:
+            for block in self.model.blocks[: self.frozen_blocks]:
                 for p in block.parameters():
                     p.grad.zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
-                bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen].zero_()
+                bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen_blocks].zero_()
 
 
 def cosine(step: int, steps: int) -> float:
-    """From 1 at step 0 toward 0 at `steps`."""
+    """A cosine decay: 1 at step 0, toward 0 at `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 class PhasedTTT:
-    """Documents in batches, each document with its own LoRA; all weights learn between phases.
+    """Documents in batches, each document with its own LoRA; all weights train between phases.
 
     The schedule is fixed before the start: documents in order, their phases, the batches of a phase, and for each batch
-    one of TTT_STREAMS streams. Within a stream A is handed on from batch to batch; ranks share out the streams, so that
-    no number of ranks changes what a batch starts from.
+    one of TTT_STREAMS streams. Within a stream each batch hands A on to the next. Ranks share the streams, so the
+    number of ranks does not change what a batch starts from.
     """
 
-    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
-        config, self.run, self.evaluator, self.model, self.learn = (
-            evaluator.config,
-            evaluator.run,
-            evaluator,
-            model,
-            learn,
-        )
-        self.config, self.tokens, self.bounds = config, evaluator.tokens, evaluator.documents
-        self.lengths = np.diff(self.bounds)
-        by_length = np.argsort(-self.lengths, kind="stable")
-        self.order = by_length if config.ttt_order == "length" else np.arange(len(self.lengths))
-        prefix = min(config.phased_ttt_prefix_docs, len(self.order))
-        cuts = [prefix * (phase + 1) // config.phased_ttt_num_phases for phase in range(config.phased_ttt_num_phases)]
-        # Documents scored before each learning of all weights; after the last document nothing would gain from it.
-        self.cuts = [cut for cut in dict.fromkeys(cuts) if 0 < cut < len(self.order)]
-        self.chunks = np.full(len(self.lengths), config.ttt_chunk_size)
+    def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
+        config = self.config = evaluator.config
+        self.run, self.evaluator, self.model = evaluator.run, evaluator, model
+        self.tokens, self.offsets = evaluator.tokens, evaluator.documents
+        self.lengths = np.diff(self.offsets)
+        self.order = np.arange(len(self.lengths))
+        if config.ttt_order == "length":
+            self.order = np.argsort(-self.lengths, kind="stable")
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
+        ends = [prefix * (phase + 1) // phases for phase in range(phases)]
+        # Documents scored before each training of all weights. After the last document nothing would gain from one.
+        self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
+        self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
         if config.ttt_short_doc_chunks:
-            self.chunks[self.lengths <= 2000], self.chunks[self.lengths <= 256] = 24, 8
-        self.chunks = np.minimum(self.chunks, config.ttt_context)  # a window must hold its chunk
-        self.counts = -(-self.lengths // self.chunks)
-        self.ledger = Ledger(evaluator)
-        self.forward = compiled_forward(model, dynamic=True)
-        work = sum(self.cost(batch).sum() for begin, end in self.phases() for _, _, batch in self.batches(begin, end))
-        self.pace = Pace(self.run, config, "ttt" if learn else "ttt_baseline", float(work))
+            self.chunk_sizes[self.lengths <= 2000] = 24
+            self.chunk_sizes[self.lengths <= 256] = 8
+        self.chunk_sizes = np.minimum(self.chunk_sizes, config.ttt_context)  # a window must hold its chunk
+        self.chunk_counts = -(-self.lengths // self.chunk_sizes)
+        self.ledger = ScoreLedger(evaluator)
+        self.forward = compiled_forward(constant_view(model), dynamic=True)
+        calls = len(model.schedules[config.loops])
+        self.adapters = Adapters(config, calls, self.run.device) if adapt else None
+        batches = [batch for begin, end in self.phases() for _, _, batch in self.batches(begin, end)]
+        work = float(sum(self.cost(batch).sum() for batch in batches))
+        self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", work)
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens that pass through the model for each document, about: its chunks, each with its context."""
+        """Estimated tokens that pass through the model for each document: its chunks, each with its context."""
         context = np.minimum(self.lengths[documents], self.config.ttt_context)
-        return self.counts[documents] * context - context**2 / (2 * self.chunks[documents])
+        return self.chunk_counts[documents] * context - context**2 / (2 * self.chunk_sizes[documents])
 
     def __call__(self) -> Score:
-        """Scores every document's targets, each before anything learns from it."""
-        config = self.config
-        self.model.requires_grad_(False)
-        self.adapters = Adapters(config, len(self.model.plans[config.loops]), self.run.device) if self.learn else None
+        """Scores every document's targets, each before anything trains on it."""
         for begin, end in self.phases():
             for first, stream, batch in self.batches(begin, end):
                 if self.adapters:
-                    self.adapters.start(stream, config.seed + first)
-                if not self.pace.done:
+                    self.adapters.start(stream, self.config.seed + first)
+                if not self.meter.done:
                     self.project(batch)
-                self.adapt(batch)
-                self.pace.advance(float(self.cost(batch).sum()))
-            if end in self.cuts and self.learn:
+                self.score_and_adapt(batch)
+                self.meter.advance(float(self.cost(batch).sum()))
+            if end in self.phase_ends and self.adapters:
                 self.ledger.share()
-                self.learn_globally(self.order[:end])
+                self.train_full_model(self.order[:end])
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
 
     def project(self, documents: np.ndarray) -> None:
-        """Logs what the evaluation will take, measured on the shape of a batch's first window with a full context.
+        """Logs the seconds that the evaluation will take, measured on a batch's first window with a full context.
 
-        Learning of all weights is counted as if a token cost in it what it costs an adapter's step.
+        Training all weights is counted as if a token cost as much in it as in an adapter's step.
         """
-        most = int(self.counts[documents].max())
-        full = max(0, min(most - 2, self.config.ttt_context // self.config.ttt_chunk_size))
-        for chunk in (0, full):  # the order in which windows come: another one would compile other graphs
-            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
-            learning, batch = self.learn and most > chunk + 1, without_text(batch)
-            seconds = self.run.seconds_again(lambda: self.rehearse(batch, scored, learning))
-        global_tokens = (
-            sum(int(self.lengths[self.order[:cut]].sum()) for cut in self.cuts) * self.config.global_ttt_epochs
-        )
-        tokens = self.pace.total
-        if self.learn:
-            tokens = tokens * self.config.ttt_grad_steps + global_tokens / self.run.world
-        self.pace.project(
-            seconds / batch.ids.numel() * tokens,
-            f"{len(self.lengths)} documents in {int(self.counts.sum())} chunks, {len(self.cuts)} phases",
-        )
+        config, most = self.config, int(self.chunk_counts[documents].max())
+        full = max(0, min(most - 2, config.ttt_context // config.ttt_chunk_size))
+        seconds_per_token = 0.0
+        for chunk in (0, full):  # in the order of the real windows: another order would compile other graphs
+            batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
+            adapts = self.adapters is not None and most > chunk + 1
+            compute = functools.partial(self.warm_up, as_padding(batch), scored, adapts)
+            seconds_per_token = self.run.time_second_call(compute) / batch.ids.numel()
+        tokens = self.meter.total
+        if self.adapters:
+            trained = sum(int(self.lengths[self.order[:end]].sum()) for end in self.phase_ends)
+            tokens = tokens * config.ttt_grad_steps + trained * config.global_ttt_epochs / self.run.world
+        chunks, phases = int(self.chunk_counts.sum()), len(self.phase_ends)
+        work = f"{len(self.lengths)} documents in {chunks} chunks, {phases} phases"
+        self.meter.project(seconds_per_token * tokens, work)
 
-    def rehearse(self, batch: Batch, scored: np.ndarray, learning: bool) -> None:
-        """Computes a window and, where it would learn, its gradients, and drops them."""
-        nll, leaves = self.score(batch, scored, learning)
-        if learning:
+    def warm_up(self, batch: Batch, scored: np.ndarray, adapts: bool) -> None:
+        """Computes a window and, where it adapts, its gradients, and drops them."""
+        nll, leaves = self.score(batch, scored, adapts)
+        if adapts:
             torch.autograd.grad(nll.sum(), leaves)
 
     def phases(self) -> list[tuple[int, int]]:
         """Places in the order at which each phase begins and ends."""
-        return list(itertools.pairwise((0, *self.cuts, len(self.order))))
+        return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
 
     def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
@@ -5507,141 +5642,141 @@ class PhasedTTT:
             if stream % self.run.world == self.run.rank:
                 yield first, stream, self.order[first : min(first + config.ttt_batch_size, end)]
 
-    def adapt(self, documents: np.ndarray) -> None:
-        """Scores a batch of documents chunk by chunk, those with most chunks first, so that the rest are a prefix."""
-        order = np.argsort(-self.counts[documents], kind="stable")
+    def score_and_adapt(self, documents: np.ndarray) -> None:
+        """Scores a batch chunk by chunk. Documents with most chunks come first, so that the remaining are a prefix."""
+        order = np.argsort(-self.chunk_counts[documents], kind="stable")
         documents = documents[order]
         if self.adapters:
             self.adapters.arrange(order)
-        for chunk in range(int(self.counts[documents[0]])):
-            batch, scored = self.window(documents[self.counts[documents] > chunk], chunk)
-            learning = int((self.counts[documents] > chunk + 1).sum()) if self.adapters else 0
-            nll, leaves = self.score(batch, scored, learning > 0)
+        for chunk in range(int(self.chunk_counts[documents[0]])):
+            batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
+            adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
+            nll, leaves = self.score(batch, scored, adapting > 0)
             self.ledger.score(scored, nll)
-            for step in range(self.config.ttt_grad_steps if learning else 0):
+            for step in range(self.config.ttt_grad_steps if adapting else 0):
                 if step:
                     nll, leaves = self.score(batch, scored, True)
-                counted = scored[:learning] >= 0
-                self.ledger.learn(scored[:learning][counted])
-                inside = torch.from_numpy(counted).to(nll.device)
-                loss = ((nll[:learning] * inside).sum(1) / inside.sum(1)).sum()
-                self.adapters.step(learning, [g[:learning] for g in torch.autograd.grad(loss, leaves)])
+                self.adapt(nll, leaves, scored[:adapting])
         if self.adapters:
             self.adapters.arrange(np.argsort(order))
 
-    def score(self, batch: Batch, scored: np.ndarray, learning: bool) -> tuple[Tensor, list[Tensor]]:
-        """NLL [R, last] of a window's last places, and the adapters' tensors that it depends on."""
-        adapters, rows = self.adapters, len(scored)
-        leaves = [p.detach().requires_grad_(learning) for p in adapters.parameters(rows)] if adapters else []
-        with torch.set_grad_enabled(learning):
+    def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
+        """One adapter step of the first documents on their chunk's mean loss."""
+        adapting, counted = len(scored), scored >= 0
+        self.ledger.train_on(scored[counted])
+        mask = torch.from_numpy(counted).to(nll.device)
+        loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
+        self.adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
+
+    def score(self, batch: Batch, scored: np.ndarray, adapts: bool) -> tuple[Tensor, list[Tensor]]:
+        """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on."""
+        adapters, leaves = self.adapters, []
+        if adapters:
+            leaves = [p.detach().requires_grad_(adapts) for p in adapters.parameters(len(scored))]
+        with torch.set_grad_enabled(adapts):
             nll, _ = self.forward(
                 *batch,
                 looped=self.config.loops,
                 adapters=adapters.pairs(leaves) if adapters else None,
-                last=scored.shape[1],
-                tempered=True,
-            )  # adapters learn from what counts
+                last_tokens=scored.shape[1],
+                temperature=self.config.temperature,  # adapters train on what counts
+            )
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document with its context, ending at the right edge; left of it is padding.
 
-        Returns the batch [R, T] and the positions [R, last] of the inputs whose targets are scored, -1 elsewhere.
+        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere.
         """
-        first = np.minimum(chunk * self.chunks[documents], self.lengths[documents])
-        stop = np.minimum(first + self.chunks[documents], self.lengths[documents])
-        begin = np.maximum(0, first + self.chunks[documents] - self.config.ttt_context)
-        # torch.compile makes a graph of its own where a size is 1 or two sizes are equal: here neither happens.
+        sizes, lengths = self.chunk_sizes[documents], self.lengths[documents]
+        first = np.minimum(chunk * sizes, lengths)
+        stop = np.minimum(first + sizes, lengths)
+        begin = np.maximum(0, first + sizes - self.config.ttt_context)
+        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens.
         if len(documents) == 1 < self.config.ttt_batch_size:
             documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
-            first[1] = stop[1]  # the second row is padding: nothing of it is scored
-        last = max(2, int(self.chunks[documents].max()))
+            first[1] = stop[1]  # the second sequence is padding: nothing of it is scored
+        last = max(2, int(sizes.max()))
         length = min(max(int((stop - begin).max()), last + 1), max(self.config.ttt_context, last))
-        offset = stop[:, None] - length + np.arange(length)  # [R, T] places in their documents
+        offset = stop[:, None] - length + np.arange(length)  # [B, T] places in their documents
         padding = offset < begin[:, None]
-        positions = self.bounds[documents][:, None] + np.maximum(offset, 0)
+        positions = self.offsets[documents][:, None] + np.maximum(offset, 0)
         ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
         starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
         scored = np.where(offset >= first[:, None], positions, -1)[:, length - last :]
         return to_device(ids, targets, starts, self.run.device), scored
 
-    def learn_globally(self, documents: np.ndarray) -> None:
-        """All weights learn from the documents scored so far, each once an epoch, in chunks; the last is left out."""
+    def train_full_model(self, documents: np.ndarray) -> None:
+        """All weights train on the documents scored so far, each once an epoch, in chunks, without the last chunk."""
         config = self.config
-        stream = np.concatenate([np.arange(self.bounds[d], self.bounds[d + 1]) for d in documents])
-        chunks = np.split(stream, range(config.global_ttt_chunk_tokens, len(stream), config.global_ttt_chunk_tokens))[
-            :-1
-        ]
-        self.model.requires_grad_(True)
-        steps = GlobalSteps(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
+        stream = np.concatenate([np.arange(self.offsets[d], self.offsets[d + 1]) for d in documents])
+        size = config.global_ttt_chunk_tokens
+        chunks = np.split(stream, range(size, len(stream), size))[:-1]
+        sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
         total = config.global_ttt_epochs * len(chunks)
         for step in range(total):
-            steps.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
-        self.model.requires_grad_(False)
-        self.run.log(f"ttt:{total} steps of all weights on {len(documents)} scored documents, {len(stream)} tokens")
+            sgd.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
+        self.run.log(f"ttt: {total} full-model SGD steps on {len(documents)} scored documents, {len(stream)} tokens")
 
 
 class ChunkTTT:
-    """The stream in chunks: sliding windows score a chunk, then all weights learn from it; never from the last."""
+    """The stream in chunks: sliding windows score a chunk, then all weights train on it; never on the last."""
 
-    def __init__(self, evaluator: Evaluator, model: GPT, learn: bool = True):
+    def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         config = self.config = evaluator.config
-        self.evaluator, self.model, self.learn, self.ledger = evaluator, model, learn, Ledger(evaluator)
-        self.size, self.count = config.ttt_chunk_tokens, -(-(len(evaluator.tokens) - 1) // config.ttt_chunk_tokens)
-        self.pace = Pace(evaluator.run, config, "ttt" if learn else "ttt_baseline", self.count)
+        self.evaluator, self.model, self.adapt = evaluator, model, adapt
+        self.ledger = ScoreLedger(evaluator)
+        self.size = config.ttt_chunk_tokens
+        self.count = -(-(len(evaluator.tokens) - 1) // self.size)
+        self.meter = ProgressMeter(evaluator.run, config, "ttt" if adapt else "ttt_baseline", self.count)
 
     def __call__(self) -> Score:
-        """Scores the stream's targets, each before anything learns from it."""
+        """Scores the stream's targets, each before anything trains on it."""
         config, run, end = self.config, self.evaluator.run, len(self.evaluator.tokens) - 1
         windows = evaluation_windows(self.evaluator.documents, config.eval_context, config.eval_step, self.size)
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
-        steps = GlobalSteps(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
-        self.project(forward, len(windows), steps)
+        sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+        self.project(forward, len(windows), sgd)
         for chunk in range(self.count):
-            mine = windows[edges[chunk] : edges[chunk + 1]]
-            batches = self.evaluator.batches(pack_rows(mine, config.eval_context))
-            for rows in batches[run.rank :: run.world]:
-                self.evaluator.score_rows(forward, rows, self.ledger, mine)
+            own = windows[edges[chunk] : edges[chunk + 1]]
+            batches = self.evaluator.batches(pack_sequences(own, config.eval_context))
+            for sequences in batches[run.rank :: run.world]:
+                self.evaluator.score_sequences(forward, sequences, self.ledger, own)
             positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
-            if self.learn and chunk < self.count - 1:
+            if self.adapt and chunk < self.count - 1:
                 self.ledger.share()
                 for _ in range(config.ttt_epochs):
-                    steps.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
-            self.pace.advance(1)
+                    sgd.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
+            self.meter.advance(1)
         return Score(self.ledger.close(), end, self.evaluator.bytes)
 
-    def project(self, forward: Callable, windows: int, steps: GlobalSteps) -> None:
-        """Logs what the evaluation will take, from one batch of windows and one row of learning."""
+    def project(self, forward: Callable, windows: int, sgd: FullModelSGD) -> None:
+        """Logs the seconds that the evaluation will take, from one batch of windows and one training sequence."""
         config, evaluator = self.config, self.evaluator
-        batches = len(evaluator.batches(evaluator.rows))  # a chunk's border parts some batches in two
-        seconds = evaluator.run.seconds_again(lambda: evaluator.rehearse(forward)) * batches
-        if self.learn:
-            seconds += steps.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
-        self.pace.project(
-            seconds / evaluator.run.world,
-            f"{windows} windows in {self.count} chunks, {config.ttt_epochs} passes over each",
-        )
+        batches = len(evaluator.batches(evaluator.sequences))  # a chunk's border splits some batches in two
+        seconds = evaluator.run.time_second_call(lambda: evaluator.warm_up(forward)) * batches
+        if self.adapt:
+            seconds += sgd.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
+        work = f"{windows} windows in {self.count} chunks, {config.ttt_epochs} epochs on each"
+        self.meter.project(seconds / evaluator.run.world, work)
 
 
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
-    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without learning. The summary's rows."""
-    run, method = evaluator.run, dict(phased=PhasedTTT, chunk=ChunkTTT)[evaluator.config.ttt_mode]
+    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
+    config, run = evaluator.config, evaluator.run
+    method = dict(phased=PhasedTTT, chunk=ChunkTTT)[config.ttt_mode]
     rows: dict[str, Any] = {}
-    if evaluator.config.ttt_baseline:
-        score = method(evaluator, model, learn=False)()
+    if config.ttt_baseline:
+        score = method(evaluator, model, adapt=False)()
         log_score(run, "ttt_baseline", score)
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
     if not math.isfinite(score.nats):
-        config, name = evaluator.config, dict(phased="ttt_lora_lr", chunk="ttt_lr")[evaluator.config.ttt_mode]
-        raise ConfigError(
-            name.upper(),
-            getattr(config, name),
-            f"the loss of test-time training is {score.loss}; lower this "
-            f"rate" + (f" or GLOBAL_TTT_LR={config.global_ttt_lr:g}" if config.ttt_mode == "phased" else ""),
-        )
+        name, other = ("ttt_lr", "") if config.ttt_mode == "chunk" else ("ttt_lora_lr", " or GLOBAL_TTT_LR")
+        advice = f"the loss of test-time training is {score.loss}; lower this rate{other}"
+        raise ConfigError(name.upper(), getattr(config, name), advice)
     log_score(run, "ttt", score)
     return rows | dict(
         val_bpb_ttt=score.bpb,
@@ -5677,11 +5812,10 @@ def hardware(run: Run) -> str:
 def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
     """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
     with Stage(run, "setup"):
-        model, earlier = GPT(config), graphs_compiled()
-        model.reset()
-        trainer = Trainer(model.to(run.device), loader)
+        model, earlier = new_model(config), graphs_compiled()
+        trainer = Trainer(model.to(run.device), loader, config, run)
     with Stage(run, "warmup"):
-        trainer.warm_up(evaluator.rehearse)
+        trainer.warm_up(evaluator.warm_up)
         warm = graphs_compiled()
         run.log(
             f"warmup:{config.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back"
@@ -5715,13 +5849,13 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
                 data = pack_within(stored, residuals, room, config, run.log)
     with Stage(run, "pack"):
         if run.main:
-            write_aside(run.folder / CONTAINER_FILE, data)
+            write_atomic(run.folder / CONTAINER_FILE, data)
             sections = size_table(data, unpack(data)[1], weights, hessians)
             for line in format_table(sections):
                 run.log(line)
         run.barrier()
     tokens = end.step * config.train_batch_tokens
-    size = run.agree_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
+    size = run.broadcast_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
     return dict(
         **sizes(size, config, run),
         val_bpb_pre_quant=score.bpb,
@@ -5753,7 +5887,7 @@ def shipped_code() -> tuple[int, str]:
 
 def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
     """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
-    code, form = run.agree_object(shipped_code() if run.main else None)
+    code, form = run.broadcast_object(shipped_code() if run.main else None)
     return dict(
         code_bytes=code,
         code_form=form,
@@ -5765,7 +5899,7 @@ def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
 
 def log_data(run: Run, evaluator: Evaluator) -> None:
     """What is known of the data before anything is computed from them."""
-    for line in (*evaluator.remarks, *evaluator.data_check.lines()):
+    for line in (*evaluator.notes, *evaluator.data_check.lines()):
         run.log(line)
     run.metric(audit=evaluator.data_check.rows)
 
@@ -5774,7 +5908,7 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
         path = run.folder / CONTAINER_FILE
-        data = run.agree_object(path.read_bytes() if run.main else None)
+        data = run.broadcast_object(path.read_bytes() if run.main else None)
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
@@ -5865,7 +5999,7 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
         seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
     )
     if run.main:
-        write_aside(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+        write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
     print_summary(run, summary)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:

@@ -271,7 +271,7 @@ class Timed:
         begin = time.perf_counter()
         for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
             progress = t.Progress(int(fraction * self.c.iterations), 0.0)
-            self.trainer.step(progress, *t.use_at(progress, self.c))
+            self.trainer.step(progress, *t.step_variant_at(progress, self.c))
         return (time.perf_counter() - begin) / 5
 
 
@@ -290,7 +290,7 @@ def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[st
         changed = Timed(preset, ROWS[preset][name], options)
         found[name] = [whole.seconds() / changed.seconds() for _ in range(rounds)][1:]
         changed.trainer.loader.ahead.close()
-        t.write_aside(file, json.dumps(found, indent=1) + "\n")
+        t.write_atomic(file, json.dumps(found, indent=1) + "\n")
         print(f"{preset} {name}: {statistics.mean(found[name]):.3f} of the whole preset's tokens/s", flush=True)
     return found
 

@@ -137,7 +137,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        t.write_aside(options.json, json.dumps(dict(float_bpb=exact, rows=rows), indent=1) + "\n")
+        t.write_atomic(options.json, json.dumps(dict(float_bpb=exact, rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

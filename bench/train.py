@@ -89,7 +89,7 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that a token is multiplied with: a layer's as often as it runs, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [model.blocks[v.layer].head_gate for v in model.plans[looped]]
+    gates = [model.blocks[v.layer].head_gate for v in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.values) if part is not None)
@@ -102,7 +102,7 @@ def attention_flops(c: t.Config, layers: int, context: float) -> float:
 
 
 def flops_per_token(model: t.GPT, looped: bool, context: float) -> float:
-    return 6 * matmul_parameters(model, looped) + attention_flops(model.config, len(model.plans[looped]), context)
+    return 6 * matmul_parameters(model, looped) + attention_flops(model.config, len(model.schedules[looped]), context)
 
 
 def mean_context(loader: t.TrainLoader, steps: range) -> float:
@@ -135,14 +135,14 @@ class Bench:
         self.run, self.trainer = run, t.Trainer(model.to(run.device), t.TrainLoader(c, run))
         self.parts = {
             "forward+backward": (NoUpdate(model), None),
-            "whole step": (self.trainer.optimizers, self.trainer.average),
+            "whole step": (self.trainer.optimizers, self.trainer.ema),
         }
         self.variants = [(looped, part) for looped in ((False, True) if c.loops else (False,)) for part in self.parts]
 
     def measure(self, step: int, looped: bool, part: str) -> tuple[float, int]:
         """Seconds of one step and, on CUDA, its peak memory in bytes (else 0: a process has one peak alone)."""
         cuda = self.run.device.type == "cuda"
-        self.trainer.optimizers, self.trainer.average = self.parts[part]
+        self.trainer.optimizers, self.trainer.ema = self.parts[part]
         self.run.synchronize()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -273,7 +273,7 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         print(table(result))
         print(json.dumps(result))
         if options.json:
-            t.write_aside(options.json, json.dumps(result, indent=1) + "\n")
+            t.write_atomic(options.json, json.dumps(result, indent=1) + "\n")
     except (t.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,12 +17,12 @@ def train(c, run, steps):
     losses = []
     for step in range(steps):
         losses.append(trainer.step(tg.Progress(step, 0.0), looped=c.loops and step >= steps // 2))
-        run.add_up(losses[-1])
+        run.all_reduce(losses[-1])
     arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    if trainer.average is not None:
-        arrays |= {f"average {i}": p.numpy() for i, p in enumerate(trainer.average)}
-    if trainer.late is not None:
-        arrays |= {f"late {i}": p.numpy() for i, p in enumerate(trainer.late)}
+    if trainer.ema is not None:
+        arrays |= {f"average {i}": p.numpy() for i, p in enumerate(trainer.ema)}
+    if trainer.swa is not None:
+        arrays |= {f"late {i}": p.numpy() for i, p in enumerate(trainer.swa)}
     return dict(arrays, losses=np.array([n.item() for n in losses]))
 
 

@@ -52,7 +52,7 @@ def int32(number):
 class Reference:
     """The forward pass of one row. Weights are read from a GPT's parameters by name."""
 
-    def __init__(self, model, rounded=False, temperature=1.0):
+    def __init__(self, model, fake_quant=False, temperature=1.0):
         self.c, self.p, self.temperature = model.config, dict(model.named_parameters()), temperature
         c, lite = model.config, model.config.quantizer == "gptq_lite"
         attention, mlp = (c.attn_clip_sigmas, c.attn_bits), (c.mlp_clip_sigmas, c.mlp_bits)

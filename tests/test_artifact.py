@@ -1,5 +1,6 @@
 """The container: what goes in comes out, any damage is refused by name, and nothing in it can run code."""
 
+import dataclasses
 import json
 import os
 import random
@@ -65,7 +66,7 @@ def test_unpacking_gives_back_what_was_packed(base, codec):
     c, stored = stored_model(base, COMPRESSOR=codec)
     data = tg.pack(stored, c)
     values, back = tg.unpack(data)
-    assert values == c.model_values() and equal(back, stored)
+    assert values == dataclasses.asdict(c.model) and equal(back, stored)
     assert tg.pack(stored, c) == data  # the same bytes each time
 
 
@@ -399,7 +400,7 @@ def test_a_loaded_model_is_the_dequantized_one(base):
     weights = tg.dequantize(stored)
     for name, p in by_hand.named_parameters():
         p.copy_(weights[name])
-    assert found.model_values() == c.model_values()
+    assert found.model == c.model
     assert [p.dtype for p in loaded.parameters()] == [torch.float32] * len(weights)
     batch = random_batch(c, 3, 32)
     for looped in {False, c.loops}:
@@ -423,7 +424,7 @@ def test_knobs_that_contradict_the_artifact_are_refused():
         shown = getattr(other, name.lower())
         with pytest.raises(tg.ConfigError, match=rf"^{name}={shown}: the artifact was made with "):
             tg.load_artifact(data, other, {name.lower()}, torch.device("cpu"))
-        assert tg.load_artifact(data, other, {"seed"}, torch.device("cpu"))[1].model_values() == c.model_values()
+        assert tg.load_artifact(data, other, {"seed"}, torch.device("cpu"))[1].model == c.model
     everything = {f.name for f in tg.dataclasses.fields(tg.Config)}
     assert tg.load_artifact(data, c, everything, torch.device("cpu"))[1] == c  # what agrees may be said
 
@@ -446,6 +447,6 @@ def test_the_longest_context_may_be_longer_than_the_training_rows():
 
 def test_a_model_travels_through_a_file(tmp_path):
     c, stored = stored_model()
-    tg.write_aside(tmp_path / "model", tg.pack(stored, c))
+    tg.write_atomic(tmp_path / "model", tg.pack(stored, c))
     assert equal(tg.unpack((tmp_path / "model").read_bytes())[1], stored)
     assert np.frombuffer((tmp_path / "model").read_bytes()[:8], np.uint8).tobytes() == tg.MAGIC

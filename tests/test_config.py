@@ -489,7 +489,7 @@ def test_the_record_preset_has_the_records_size_and_order():
     assert tg.execution_order(c, False) == list(range(11))
 
 
-# ------------------------------------------------------------------------------------------------------ misspelt names
+# ------------------------------------------------------------------------------------------------------ unknown_variables names
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_the_record_preset_has_the_records_size_and_order():
     ],
 )
 def test_a_misspelt_knob_is_warned_about_by_name(name):
-    warnings = tg.misspelt({name: "5"})
+    warnings = tg.unknown_variables({name: "5"})
     assert len(warnings) == 1 and f"{name}=5" in warnings[0] and "no effect" in warnings[0]
 
 
@@ -516,7 +516,7 @@ def test_a_misspelt_knob_is_warned_about_by_name(name):
     "name, meant", [("MATRIX_LRR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"), ("ITERATION", "ITERATIONS")]
 )
 def test_the_knob_that_was_meant_is_named(name, meant):
-    assert f"did you mean {meant}?" in tg.misspelt({name: "5"})[0]
+    assert f"did you mean {meant}?" in tg.unknown_variables({name: "5"})[0]
 
 
 def test_ordinary_variables_and_real_knobs_are_not_warned_about():
@@ -529,8 +529,8 @@ def test_ordinary_variables_and_real_knobs_are_not_warned_about():
         "GITHUB_RUN_ID "
         "SLURM_JOB_ID TMPDIR NODE_RANK LD_LIBRARY_PATH DEBIAN_FRONTEND PYTEST_CURRENT_TEST MODELS _ SHLVL TZ"
     )
-    assert tg.misspelt(dict.fromkeys(ordinary.split(), "x")) == []
-    assert tg.misspelt(dict.fromkeys(knob_names(), "1")) == []
+    assert tg.unknown_variables(dict.fromkeys(ordinary.split(), "x")) == []
+    assert tg.unknown_variables(dict.fromkeys(knob_names(), "1")) == []
 
 
 # -------------------------------------------------------------------------------------------------- help and dry run

@@ -143,7 +143,7 @@ def test_a_batch_holds_rows_their_successors_and_their_documents(data):
             assert (ids.dtype, targets.dtype, documents.starts.dtype) == (torch.int64, torch.int64, torch.int32)
             assert torch.equal(ids[:, 1:], targets[:, :-1])
             assert np.array_equal(documents.starts.numpy(), tg.document_starts(ids.numpy()))
-            places = [loader.row_index(p) * 32 for p in loader.row_numbers(step, micro)]
+            places = [loader.sequence_index(p) * 32 for p in loader.sequence_numbers(step, micro)]
             for row, start in enumerate(places):
                 assert np.array_equal(ids[row], whole[start : start + 32])
                 assert np.array_equal(targets[row], whole[start + 1 : start + 33])
@@ -163,13 +163,13 @@ def test_the_global_batch_depends_neither_on_the_ranks_nor_on_the_micro_batches(
 
 def test_ranks_share_the_rows_out_without_overlap(counted):
     group = loaders(small(counted), 4)
-    places = [p for loader in group for micro in range(loader.layout.micro_steps) for p in loader.row_numbers(5, micro)]
+    places = [p for loader in group for micro in range(loader.layout.micro_steps) for p in loader.sequence_numbers(5, micro)]
     assert sorted(places) == list(range(5 * 48, 6 * 48))
 
 
 def test_each_epoch_visits_every_row_once_in_another_order(counted):
     loader = loaders(small(counted, TRAIN_BATCH_TOKENS=8 * 30), 1)[0]
-    assert loader.rows == 150 == (1203 - 1) // 8
+    assert loader.sequences == 150 == (1203 - 1) // 8
     epochs = [[first for step in range(5 * n, 5 * n + 5) for first in step_rows([loader], step)] for n in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == [8 * row for row in range(150)]
@@ -225,7 +225,7 @@ def test_the_next_batches_are_made_without_being_asked_for():
         done.release()
         return -key
 
-    ahead = tg.ReadAhead(make, lambda key: key + 1, 2)
+    ahead = tg.Prefetcher(make, lambda key: key + 1, 2)
     assert ahead(5) == -5
     for _ in range(3):
         assert done.acquire(timeout=60)
@@ -244,7 +244,7 @@ def test_an_error_on_the_thread_is_raised_where_its_batch_is_asked_for():
             raise OSError(5, f"Input/output error at {key}")
         return key
 
-    ahead = tg.ReadAhead(make, lambda key: key + 1, 2)
+    ahead = tg.Prefetcher(make, lambda key: key + 1, 2)
     assert [ahead(key) for key in (0, 1, 2)] == [0, 1, 2]  # the thread has met 3, and nobody has asked for it
     for _ in range(2):
         with pytest.raises(OSError, match="error at 3"):

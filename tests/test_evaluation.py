@@ -195,7 +195,7 @@ def test_the_score_of_the_validation_shards(data, validation_texts):
     assert score.bytes == sum(len(t.encode()) for t in validation_texts)
     tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
     assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
-    assert evaluator.data_check.manifest.reference == {"xz -9": 2.5} and evaluator.remarks == []
+    assert evaluator.data_check.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
     assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
     assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
 
@@ -291,13 +291,13 @@ def manifest(folder, content):
 def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
-    assert any("manifest.json is not there" in remark for remark in evaluator.remarks)
+    assert any("manifest.json does not exist" in note for note in evaluator.notes)
     assert evaluator.data_check.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
     with pytest.raises(tg.ConfigError, match=rf"manifest\.json: says 1 .* hold ({right[0]}|{right[1]})$"):
         tg.Evaluator(evaluator.config, single_run())
     manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
-    assert tg.Evaluator(evaluator.config, single_run()).remarks == []
+    assert tg.Evaluator(evaluator.config, single_run()).notes == []
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
     for setting in ("1", "auto"):
         evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
         assert evaluator.bytes == 2 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
-        assert any("sidecar" in remark for remark in evaluator.remarks)
+        assert any("sidecar" in note for note in evaluator.notes)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp
     )
     evaluator.run = single_run(0, ranks)
     computed = []
-    monkeypatch.setattr(tg.Run, "seconds_again", lambda run, compute: compute() or 0.5)
+    monkeypatch.setattr(tg.Run, "time_second_call", lambda run, compute: compute() or 0.5)
     monkeypatch.setattr(tg.Evaluator, "score_rows", lambda evaluator, forward, rows: computed.append(rows))
     evaluator.project(None)
     lines = capsys.readouterr().out.splitlines()

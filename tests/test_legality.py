@@ -631,9 +631,9 @@ def phase_holds_unscored_documents(patch):
 def trains_on_the_next_chunk(patch):
     """Each chunk of the stream is learned from before it is scored."""
     blind_ledger(patch)
-    step = tg.GlobalSteps.step
+    step = tg.FullModelSGD.step
     patch.setattr(
-        tg.GlobalSteps,
+        tg.FullModelSGD,
         "step",
         lambda steps, positions, lr: step(steps, np.minimum(positions + 24, len(steps.tokens) - 2), lr),
     )

@@ -186,10 +186,10 @@ def test_probabilities_of_all_tokens_sum_to_one(base, temperature):
     c = config(base, COMPUTE_DTYPE="float64", VOCAB_SIZE=48, TEMPERATURE=temperature)
     model, batch = build_model(c, seed=9), random_batch(c, 2, 20, seed=4)
     for looped in {False, c.loops}:
-        total, reference = 0, model(*batch, looped=looped, tempered=True)[1]
+        total, reference = 0, model(*batch, looped=looped, apply_temperature=True)[1]
         for token in range(48):
             nll, lse = model(
-                batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped, tempered=True
+                batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped, apply_temperature=True
             )
             assert torch.equal(lse, reference)  # fixed before the target is seen
             total = total + torch.exp(-nll)
@@ -215,7 +215,7 @@ def test_the_temperature_divides_the_softcapped_logits_at_evaluation_alone(softc
     knobs = dict(SOFTCAP_TYPE=softcap, LOGIT_SOFTCAP=2.0, TEMPERATURE=0.7)
     model, exact = (build_model(config(POLY, **{**knobs, "COMPUTE_DTYPE": d})) for d in (dtype, "float64"))
     batch = random_batch(model.config, 2, 11)
-    tempered, plain = model(*batch, looped=False, tempered=True), model(*batch, looped=False)
+    tempered, plain = model(*batch, looped=False, apply_temperature=True), model(*batch, looped=False)
     for found, temperature in ((tempered, 0.7), (plain, 1.0)):
         expected = Reference(exact, temperature=temperature)(batch, False)
         assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected))
@@ -259,8 +259,8 @@ def test_late_rounding_is_that_of_the_grid_and_its_gradient_passes_straight_thro
     for knobs in (dict(), dict(QUANTIZER="uniform", MATRIX_BITS=4, MLP_BITS=3, ATTN_CLIP_SIGMAS=2.5)):
         c = config(POLY, **knobs)
         model, batch = build_model(c, seed=3), random_batch(c, 2, 9)
-        nll, lse = model(*batch, looped=False, rounded=True)
-        reference = Reference(model, rounded=True)
+        nll, lse = model(*batch, looped=False, fake_quant=True)
+        reference = Reference(model, fake_quant=True)
         expected = reference(batch, False)
         assert torch.allclose(nll, expected[0], rtol=1e-9, atol=1e-9)
         assert (nll - model(*batch, looped=False)[0]).abs().max() > 1e-3
@@ -304,7 +304,7 @@ def make_adapters(c, rows, looped, rank=3, zero=False, seed=0):
         b = torch.zeros(rows, outputs, rank) if zero else torch.randn(rows, outputs, rank, generator=generator) * 0.1
         return a.requires_grad_(), b.to(c.master_dtype).requires_grad_()
 
-    visits = len(tg.visit_plan(c, looped))
+    visits = len(tg.layer_schedule(c, looped))
     return [{name: pair(n) for name, n in wide.items()} for _ in range(visits)] + [{"head": pair(c.vocab_size)}]
 
 
@@ -360,7 +360,7 @@ def test_adapters_are_low_rank_additions_to_the_matrices():
 
 
 def plan(looped, **knobs):
-    return tg.visit_plan(config({"PRESET": "record"}, **knobs), looped)
+    return tg.layer_schedule(config({"PRESET": "record"}, **knobs), looped)
 
 
 def test_the_plan_of_the_record_is_the_specifications_example():
@@ -380,7 +380,7 @@ def test_plans_pop_what_they_push():
         for loops in range(3):
             c = config(TINY, NUM_LAYERS=layers, NUM_LOOPS=loops, LOOP_START=layers // 3, LOOP_END=layers // 2)
             for looped in (False, True):
-                visits, depth = tg.visit_plan(c, looped), 0
+                visits, depth = tg.layer_schedule(c, looped), 0
                 for v in visits:
                     depth -= v.skip is not None
                     assert depth >= 0
@@ -403,7 +403,7 @@ def test_xsa_leaves_nothing_along_the_own_value():
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(2, 5, 6, 4, dtype=torch.float64, generator=generator)
     v = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator)
-    out, own = tg.exclude_own_value(y, v), v.repeat_interleave(2, dim=2)
+    out, own = tg.subtract_own_value_component(y, v), v.repeat_interleave(2, dim=2)
     assert out.shape == y.shape
     assert (out * own).sum(-1).abs().max() < 1e-12
     removed = y - out  # parallel to the value, nothing else is taken
@@ -528,12 +528,12 @@ def test_every_stage_of_poly5_is_one_graph_with_the_eager_result():
     for _ in range(2):
         for learning, rounded in uses:
             model.rest(learning)
-            found, expected = (f(*batch, looped=False, rounded=rounded) for f in (compiled, model))
+            found, expected = (f(*batch, looped=False, fake_quant=rounded) for f in (compiled, model))
             assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
             resting = {name for name, p in model.named_parameters() if not p.requires_grad}
             model.rest(3)  # evaluation happens between steps
             with torch.no_grad():
-                compiled(*batch, looped=False, tempered=True)
+                compiled(*batch, looped=False, apply_temperature=True)
             for outputs in (found, expected):
                 model.zero_grad(set_to_none=True)
                 outputs[0].sum().backward()

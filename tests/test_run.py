@@ -12,9 +12,9 @@ from helpers import config, single_run, working_folder
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "file"
-    tg.write_aside(target, "first\n")
+    tg.write_atomic(target, "first\n")
     assert target.read_text() == "first\n" and oct(target.stat().st_mode)[-3:] == "644"
-    tg.write_aside(target, b"\x00second")
+    tg.write_atomic(target, b"\x00second")
     assert target.read_bytes() == b"\x00second"
 
     def full(_):
@@ -22,7 +22,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        tg.write_aside(target, "third")
+        tg.write_atomic(target, "third")
     assert target.read_bytes() == b"\x00second" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -54,9 +54,9 @@ def test_lines_are_added_and_evaluation_has_files_of_its_own(tmp_path):
 def test_one_process_agrees_with_itself():
     run = single_run()
     tensor = torch.tensor([2.0])
-    run.add_up(tensor)
+    run.all_reduce(tensor)
     run.barrier()
-    assert (run.agree(0.1), run.agree_object({"a": b"b"}), tensor.item()) == (0.1, {"a": b"b"}, 2.0)
+    assert (run.broadcast(0.1), run.broadcast_object({"a": b"b"}), tensor.item()) == (0.1, {"a": b"b"}, 2.0)
 
 
 def test_stages_add_their_seconds_up():

@@ -117,25 +117,31 @@ def test_the_loop_switches_on_once():
 
 def test_depth_grows_in_stages():
     c = by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.08,0.25")
-    assert [tg.layers_learning(at(step), c) for step in (0, 79, 80, 249, 250, 999)] == [3, 3, 7, 7, 11, 11]
-    assert tg.layers_learning(at(1, 149), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 5
-    assert tg.layers_learning(at(1, 151), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 11
+    assert [tg.trainable_layers_at(at(step), c) for step in (0, 79, 80, 249, 250, 999)] == [3, 3, 7, 7, 11, 11]
+    assert tg.trainable_layers_at(at(1, 149), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 5
+    assert tg.trainable_layers_at(at(1, 151), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 11
     for off in ("", "0"):
-        assert tg.layers_learning(at(0), by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE=off)) == 11
+        assert tg.trainable_layers_at(at(0), by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE=off)) == 11
 
 
 def test_late_rounding_begins_below_its_rate():
     c = by_steps(WARMDOWN_FRAC=0.4, LATE_QAT_THRESHOLD=0.15)
-    assert [tg.use_at(at(step), c).rounded for step in (0, 600, 939, 941, 999)] == [False, False, False, True, True]
-    assert not tg.use_at(at(999), by_steps(WARMDOWN_FRAC=0.4)).rounded
-    assert not tg.use_at(at(999), by_steps(WARMDOWN_FRAC=0.4, MIN_LR=0.2, LATE_QAT_THRESHOLD=0.15)).rounded
+    assert [tg.step_variant_at(at(step), c).rounded for step in (0, 600, 939, 941, 999)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=0.4)).rounded
+    assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=0.4, MIN_LR=0.2, LATE_QAT_THRESHOLD=0.15)).rounded
 
 
 def test_the_uses_of_poly5_and_of_the_record():
-    found = tg.all_uses(config({"PRESET": "poly5"}))
+    found = tg.all_step_variants(config({"PRESET": "poly5"}))
     assert found == [(False, 3, False), (False, 7, False), (False, 11, False), (False, 11, True)]
-    assert tg.all_uses(config({"PRESET": "record"})) == [(False, 11, False), (True, 11, False)]
-    assert tg.all_uses(config()) == [(False, 3, False)]
+    assert tg.all_step_variants(config({"PRESET": "record"})) == [(False, 11, False), (True, 11, False)]
+    assert tg.all_step_variants(config()) == [(False, 3, False)]
 
 
 @examples(max_examples=150)
@@ -165,13 +171,13 @@ def test_no_step_computes_what_the_warmup_did_not(depth, loop, threshold, fracti
         NUM_LAYERS=5,
     )
     progress = [at(step, step * pace) for step in range(1000)]
-    needed = {tg.use_at(p, c) for p in progress if tg.fraction_done(p, c) < 1}
-    assert needed <= set(tg.all_uses(c)) and len(set(tg.all_uses(c))) == len(tg.all_uses(c))
+    needed = {tg.step_variant_at(p, c) for p in progress if tg.fraction_done(p, c) < 1}
+    assert needed <= set(tg.all_step_variants(c)) and len(set(tg.all_step_variants(c))) == len(tg.all_step_variants(c))
 
 
 def test_the_average_forgets_its_start():
     c = config(EMA_DECAY=0.9965)
-    shares = [tg.ema_share(step, c) for step in range(10_000)]
+    shares = [tg.ema_weight(step, c) for step in range(10_000)]
     assert shares[0] == pytest.approx(0.9) and all(a >= b for a, b in zip(shares, shares[1:]))
     assert shares[9999] == pytest.approx(1 - 0.9965) and min(shares) == pytest.approx(0.0035)
     start = 1.0

@@ -23,8 +23,8 @@ def state(trainer):
     """Copies of all that a step changes: weights, average, both optimizers."""
     return dict(
         weights=[p.detach().clone() for p in trainer.model.parameters()],
-        average=[a.clone() for a in trainer.average or []],
-        late=[trainer.late_count],
+        average=[a.clone() for a in trainer.ema or []],
+        late=[trainer.swa_count],
         momentum=[m.clone() for m in trainer.optimizers.muon.momentum],
         adam=json.dumps(
             {
@@ -216,13 +216,13 @@ def test_the_average_is_the_moving_average_of_the_weights(data):
     expected = [p.detach().double() for p in trainer.model.parameters()]
     for step in range(5):
         trainer.step(tg.Progress(step, 0.0), False)
-        share = tg.ema_share(step, c)
+        share = tg.ema_weight(step, c)
         expected = [(1 - share) * e + share * p.detach().double() for e, p in zip(expected, trainer.model.parameters())]
     last = [p.detach().clone() for p in trainer.model.parameters()]
-    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.average, expected))
-    assert not all(map(torch.equal, last, trainer.average))
+    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.ema, expected))
+    assert not all(map(torch.equal, last, trainer.ema))
     trainer.use_average()
-    assert all(map(torch.equal, [p.detach() for p in trainer.model.parameters()], trainer.average))
+    assert all(map(torch.equal, [p.detach() for p in trainer.model.parameters()], trainer.ema))
 
 
 def test_without_an_average_the_last_weights_are_kept(data):
@@ -230,7 +230,7 @@ def test_without_an_average_the_last_weights_are_kept(data):
     trainer.step(tg.Progress(0, 0.0), False)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.use_average()
-    assert trainer.average is None and all(map(torch.equal, before, [p.detach() for p in trainer.model.parameters()]))
+    assert trainer.ema is None and all(map(torch.equal, before, [p.detach() for p in trainer.model.parameters()]))
 
 
 def weights_of(trainer):
@@ -252,14 +252,14 @@ def test_the_late_average_is_the_mean_of_late_weights(kept, data):
         SWA_START=0.5,
         WEIGHT_AVERAGE=kept,
     )
-    assert ((trainer.average is not None), (trainer.late is not None)) == (kept != "swa", kept != "ema")
+    assert ((trainer.ema is not None), (trainer.swa is not None)) == (kept != "swa", kept != "ema")
     snapshots, ema = [], weights_of(trainer)
     for step in range(10):
         trainer.step(tg.Progress(step, 0.0), False)
-        ema = [torch.lerp(a, w, tg.ema_share(step, trainer.config)) for a, w in zip(ema, weights_of(trainer))]
+        ema = [torch.lerp(a, w, tg.ema_weight(step, trainer.config)) for a, w in zip(ema, weights_of(trainer))]
         if (step + 1) % 2 == 0 and 1 - step / 10 < 0.5:
             snapshots.append(weights_of(trainer))
-    assert len(snapshots) == 2 and trainer.late_count == (0 if kept == "ema" else 2)
+    assert len(snapshots) == 2 and trainer.swa_count == (0 if kept == "ema" else 2)
     late = [sum(w) / 2 for w in zip(*snapshots)]
     expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late)]}[kept]
     trainer.use_average()
@@ -271,7 +271,7 @@ def test_a_run_too_short_for_a_late_average_keeps_what_there_is(data):
     for decay in (0, 0.8):
         trainer = make_trainer(TINY, data, SWA_ENABLED=1, SWA_EVERY=50, EMA_DECAY=decay)
         trainer.step(tg.Progress(0, 0.0), False)
-        expected = [a.clone() for a in trainer.average or weights_of(trainer)]
+        expected = [a.clone() for a in trainer.ema or weights_of(trainer)]
         trainer.use_average()
         assert all(map(torch.equal, weights_of(trainer), expected))
 

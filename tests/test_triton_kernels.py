@@ -351,7 +351,7 @@ def test_compiled(name, tmp_path):
 
 
 def check_without_triton():
-    assert k.triton is None and not k.triton_takes(torch.zeros(2))
+    assert k.triton is None and not k.triton_supports(torch.zeros(2))
     assert k.mlp_plain(*mlp_inputs(3, 4, 8, 2), 0.5).shape == (3, 2)
     nll, lse = k.softcapped_cross_entropy_plain(normal(3, 5), torch.tensor([0, 1, 2]), CAP, "poly")
     assert nll.shape == lse.shape == (3,)

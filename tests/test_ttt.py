@@ -414,7 +414,7 @@ def test_the_baseline_is_that_of_isolated_windows(data, tmp_path):
 
 def adapters_of(model, rows, seed=0, spread=0.0):
     """The model's adapters for some documents: A drawn, B of this spread."""
-    adapters = tg.Adapters(model.config, len(model.plans[model.config.loops]), torch.device("cpu"))
+    adapters = tg.Adapters(model.config, len(model.schedules[model.config.loops]), torch.device("cpu"))
     adapters.start(0, seed)
     generator = torch.Generator().manual_seed(seed)
     for b in adapters.b.values():
@@ -482,7 +482,7 @@ def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data,
         evaluator, model = prepared(tmp_path, data, base, LOGIT_SOFTCAP=cap, MICRO_BATCH_TOKENS=micro, QK_GAIN_INIT=2)
         plain, ledger = build_model(evaluator.config, seed=1, spread=0.2), tg.Ledger(evaluator)
         ledger.mine[:] = 1
-        steps = tg.GlobalSteps(evaluator, model, ledger, 0.9)
+        steps = tg.FullModelSGD(evaluator, model, ledger, 0.9)
         velocity, tokens = [torch.zeros_like(p) for p in plain.parameters()], evaluator.tokens.tolist()
         for positions, lr in ((np.r_[0:30, 128:140, 37:77], 0.1), (np.r_[77:127], 0.03)):
             steps.step(positions, lr)
@@ -496,9 +496,9 @@ def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data,
 
 def watch_steps(monkeypatch):
     """Collects the positions and rates of the steps of all weights."""
-    step, seen = tg.GlobalSteps.step, []
+    step, seen = tg.FullModelSGD.step, []
     monkeypatch.setattr(
-        tg.GlobalSteps,
+        tg.FullModelSGD,
         "step",
         lambda steps, positions, lr: (seen.append((positions.tolist(), lr)), step(steps, positions, lr)),
     )
@@ -697,12 +697,12 @@ def test_phased_learning_is_projected_from_its_tokens(data, tmp_path, monkeypatc
     )
     widths = []
 
-    def seconds_again(run, compute):
+    def time_second_call(run, compute):
         compute()
         widths.append(1)
         return 2 * 16.0  # the window of two documents' second chunks, 16 tokens each
 
-    monkeypatch.setattr(tg.Run, "seconds_again", seconds_again)
+    monkeypatch.setattr(tg.Run, "time_second_call", time_second_call)
     tg.PhasedTTT(evaluator, model)()
     line = capsys.readouterr().out.splitlines()[0]
     work = 8 * (3 * 16 - 16**2 / (2 * 8)) + (2 + 4) * 24  # 8 documents of three chunks; phases end after 2 and 4

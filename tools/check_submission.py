@@ -93,7 +93,7 @@ def plain(value: Any) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def agree(one: Any, other: Any) -> bool:
+def broadcast(one: Any, other: Any) -> bool:
     """Whether two figures are the same at the precision of the one with fewer decimals, but at least 4."""
     if isinstance(one, str) or isinstance(other, str):
         return str(one) == str(other)

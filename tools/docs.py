@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from runs import Parser, UserError, command_line, read_json, write_aside  # noqa: E402
+from runs import Parser, UserError, command_line, read_json, write_atomic  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ docs/knobs.md
 
@@ -34,7 +34,7 @@ KNOBS_HEAD = """<!-- Made by `make docs` from train_gpt.Config. Do not edit: a c
 
 A knob is an environment variable. `PRESET` names a set of values, a variable that is set goes before it, and what
 neither names keeps the default. A value that is not allowed ends the run with one line that names it, and exit code 2;
-a variable that looks like a misspelt knob is warned about. `python train_gpt.py --help` prints the same table, and
+a variable that looks like a unknown_variables knob is warned about. `python train_gpt.py --help` prints the same table, and
 `python train_gpt.py --dry-run` the values that a run would have.
 
 *Seen in* says where a change of the knob shows: `tests/test_knobs.py` changes each one and holds the run against that.
@@ -78,7 +78,9 @@ def allowed(field: dataclasses.Field) -> str:
 def knob_row(field: dataclasses.Field) -> list[str]:
     """A knob's row of the table."""
     presets = (f"{preset} {code(row[field.name])}" for preset, row in tg.PRESETS.items() if field.name in row)
-    name = f"`{field.name.upper()}`" + ("†" if field.metadata["model"] else "")
+    name = f"`{field.name.upper()}`" + (
+        "†" if field.name in {f.name for f in dataclasses.fields(tg.ModelConfig)} else ""
+    )
     cells = [
         name,
         allowed(field),
@@ -189,7 +191,7 @@ def main(arguments: list[str]) -> int:
         print(f"stale: {', '.join(changed)}; `make docs` writes them")
         return 1
     for name, text in () if options.check else changed.items():
-        write_aside(ROOT / name, text)
+        write_atomic(ROOT / name, text)
         print(f"written: {name}")
     return 0
 

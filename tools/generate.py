@@ -92,7 +92,7 @@ class Logits:
         """Softcapped logits [V], float32, on the CPU, given the last tokens that the context holds."""
         ids = torch.tensor([tokens[-self.c.eval_context :]]).numpy()
         batch = tg.to_device(ids, ids, tg.document_starts(ids), self.device)
-        self.model(*batch, looped=self.c.loops, last=1)
+        self.model(*batch, looped=self.c.loops, last_tokens=1)
         return tg.softcap_plain(self.caught[0, -1], self.c.logit_softcap, self.c.softcap_type).float().cpu()
 
 

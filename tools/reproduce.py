@@ -26,7 +26,7 @@ from typing import Any
 
 import pack_code
 import submission
-from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, start, stop, write_aside
+from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, start, stop, write_atomic
 
 FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -135,8 +135,8 @@ def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
             raise UserError(f"--work {work}: holds runs with other {', '.join(changed)}; choose another folder")
     elif work.exists() and any(work.iterdir()):
         raise UserError(f"--work {work}: is not empty and holds no plan.json of this tool; choose another folder")
-    write_aside(work / "train_gpt.py", packed)
-    write_aside(file, json.dumps(plan, indent=1) + "\n")
+    write_atomic(work / "train_gpt.py", packed)
+    write_atomic(file, json.dumps(plan, indent=1) + "\n")
     return work / "train_gpt.py"
 
 

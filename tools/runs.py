@@ -81,7 +81,7 @@ def command_line(main: Callable[[list[str]], int]) -> int:
     return code
 
 
-def write_aside(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")

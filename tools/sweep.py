@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import runs
-from runs import Parser, UserError, command_line, number_type, write_aside
+from runs import Parser, UserError, command_line, number_type, write_atomic
 
 LEASE_SECONDS = 120.0  # a run on another machine that gave no sign for so long is dead
 POLL_SECONDS = 0.2
@@ -266,7 +266,7 @@ class Sweep:
             variables=list(self.space),
             trials=rows,
         )
-        write_aside(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
+        write_atomic(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
         return rows
 
 

@@ -38,7 +38,7 @@ ablate: venv
 	@$(PY) data/prepare.py builtin --out data/builtin_ablate --vocab-size 1024 --val-fraction 0.01
 	$(PY) bench/ablate.py
 
-# What a run checks of its data, with every finding: make audit-data DATA=folder [AUDIT=windows]
+# Checks shards, looks for validation text in the training shards, adds the result to manifest.json: make audit-data DATA=folder
 audit-data: venv
 	@if [ "$(origin DATA)" = file ]; then $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096; fi
 	@$(PY) tools/audit_data.py $(DATA)

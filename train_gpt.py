@@ -249,17 +249,18 @@ class Config(ModelConfig):
         "byte counts",
         choices=("auto", "0", "1"),
     )
-    audit: str = knob(
-        "documents",
-        "before training, search it for validation's documents; windows: and report runs of 50 tokens that both hold",
-        "summary",
-        choices=("documents", "windows"),
-    )
     allow_shared_documents: int = knob(
         0,
         "validation documents that training may hold too, with a warning; more stop the run",
         "exit code, summary",
         low=0,
+    )
+    allow_shared_windows: float = knob(
+        0.05,
+        "share of the validation windows of 50 tokens that training may hold too; more stops the run",
+        "exit code, summary",
+        low=0,
+        high=1,
     )
     read_ahead: int = knob(
         2, "batches that a thread prepares while a step runs; 0: each when it is needed", "log", low=0, high=64
@@ -1206,48 +1207,74 @@ def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-AUDIT_BLOCK = 1 << 16  # tokens that the audit looks at together: they stay in a core's cache
-HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: 2^64 over the golden ratio
-WINDOW, ANCHOR = 50, 25  # tokens of a shared window; of the blocks by which they are found, half of it
+SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
+WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 
 
 class Documents(NamedTuple):
-    """Where documents lie in a batch of rows, in the two forms that attention takes."""
+    """Where the documents of a batch begin, in the two forms that attention backends take."""
 
-    starts: Tensor  # [R, T] int32: for every token, the position in its row where its document begins
-    bounds: Tensor  # [n + 1] int32: begin of every document in the flattened rows, then R*T for the end and as padding
+    starts: Tensor  # [B, T] int32: for every token, the position in its sequence where its document begins
+    cu_seqlens: Tensor  # [n + 1] int32: where each document begins in the flattened batch, then B*T up to the end
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, the token after each, and the documents that they belong to."""
+    """Sequences of tokens, the token after each, and the documents that they belong to."""
 
-    ids: Tensor  # [R, T] int64
-    targets: Tensor  # [R, T] int64
+    ids: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
     documents: Documents
+
+
+class ShardHeader(NamedTuple):
+    """The first three of a shard's 256 little-endian int32 numbers; the others are not used."""
+
+    magic: int
+    version: int
+    tokens: int
+
+    @classmethod
+    def read(cls, path: Path) -> ShardHeader:
+        """The header of a file that is a whole shard. Errors: ConfigError naming the file."""
+        numbers = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
+        whole = len(numbers) == SHARD_HEADER_BYTES // 4
+        header = cls(*numbers[:3].tolist()) if whole else cls(0, 0, 0)
+        header.check(path)
+        return header
+
+    def check(self, path: Path) -> None:
+        """Holds the header against the format and the file's size. Errors: ConfigError naming the file."""
+        if self.magic != SHARD_MAGIC or self.version != SHARD_VERSION:
+            raise ConfigError(
+                str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}"
+            )
+        expected = SHARD_HEADER_BYTES + 2 * self.tokens
+        actual = path.stat().st_size
+        if self.tokens < 0 or actual != expected:
+            raise ConfigError(
+                str(path),
+                "",
+                f"is damaged: {self.tokens} tokens, as its header says, take {expected} bytes, but it has {actual}",
+            )
 
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, [n] uint16, memory-mapped. Errors: ConfigError naming the file."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise ConfigError(str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, 1")
-    tokens = int(header[2])
-    if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
-        raise ConfigError(
-            str(path),
-            "",
-            f"is damaged: the header promises {tokens} tokens, which take "
-            f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}",
-        )
+    tokens = ShardHeader.read(path).tokens
     if not tokens:
         return np.zeros(0, np.uint16)
     # A plain array over the map: slices of a memmap cost ten times as much.
     return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sidecar_path(shard: Path) -> Path:
-    """Where a shard's byte counts stand: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
+    """The file with a shard's byte counts: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
     head, _, number = shard.name.rpartition("_")
     return shard.with_name(f"{head}_bytes_{number}")
 
@@ -1267,13 +1294,32 @@ def shard_paths(config: Config, split: str) -> list[Path]:
     return paths
 
 
+class FileStamp(NamedTuple):
+    """What changes when a file is rewritten."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp | None:
+        """The stamp of a file, or None where there is no such file."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 class TokenStream:
     """All shards of a split as one sequence of tokens."""
 
     def __init__(self, config: Config, split: str):
-        self.paths, self.vocab_size = shard_paths(config, split), config.vocab_size
+        self.paths = shard_paths(config, split)
+        self.vocab_size = config.vocab_size
+        self.stamps = {path: FileStamp.of(path) for path in self.paths}  # before anything is read
         self.shards = [open_shard(path) for path in self.paths]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         if len(self) < 2:
             raise ConfigError(
                 "DATA_PATH", config.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed"
@@ -1292,28 +1338,9 @@ class TokenStream:
             start, shard = start + len(part), shard + 1
         return np.concatenate(parts)
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """Tokens at positions of the stream, uint16 of their shape."""
-        shards = np.searchsorted(self.starts, positions, side="right") - 1
-        tokens = np.empty(positions.shape, np.uint16)
-        for number in np.unique(shards):
-            here = shards == number
-            tokens[here] = self.shards[number][positions[here] - self.starts[number]]
-        return tokens
-
-    def next_document(self, position: int) -> int:
-        """Where the first document at or after a position begins; the stream's length where none does."""
-        while position < len(self):
-            block = self.read(position, min(position + AUDIT_BLOCK, len(self)))
-            found = np.flatnonzero(block == BOS_ID)
-            if len(found):
-                return position + int(found[0])
-            position += len(block)
-        return position
-
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
-    """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
+    """[B, T] tokens -> [B, T] int32: where in its sequence each token's document begins (0 for one that is cut)."""
     begins = ids == BOS_ID
     begins[:, 0] = True
     places = np.flatnonzero(begins)
@@ -1322,11 +1349,11 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
 
 
 class Prefetcher:
-    """Makes on a thread of its own what will probably be asked for next, while the caller works.
+    """Prepares on a thread of its own what will probably be asked for next, while the caller works.
 
-    `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
-    asked for: one that was not guessed is made then. What goes wrong on the thread is raised where its key is asked
-    for. With a depth of 0 there is no thread. The thread begins with `initializer`, which it keeps, and ends with this
+    `make(key)` must be a pure function of the key, and `following(key)` guesses the key that is asked for next. Any
+    key may be asked for: one that was not guessed is made on request. An exception on the thread is raised where its
+    key is asked for. With a depth of 0 there is no thread. The thread first calls `initializer`, and ends with this
     object.
     """
 
@@ -1337,14 +1364,16 @@ class Prefetcher:
         depth: int,
         initializer: Callable[[], None] | None = None,
     ):
-        self.make, self.following, self.depth = make, following, depth
+        self.make, self.following = make, following
+        self.depth = depth
         self.pool = ThreadPoolExecutor(1, "read-ahead", initializer) if depth else None
         self.pending: dict[Any, Future] = {}
 
     def __call__(self, key: Any) -> Any:
         if self.pool is None:
             return self.make(key)
-        future, wanted, later = self.pending.pop(key, None), [], key
+        future = self.pending.pop(key, None)
+        wanted, later = [], key
         for _ in range(self.depth):
             wanted.append(later := self.following(later))
         for stale in self.pending.keys() - set(wanted):
@@ -1356,50 +1385,47 @@ class Prefetcher:
         return future.result()
 
     def close(self) -> None:
-        """Ends the thread; from then on everything is made when it is asked for."""
+        """Ends the thread; from then on everything is made on request."""
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         self.pool, self.pending = None, {}
 
 
 class TrainLoader:
-    """Batches of training rows. Row r holds tokens rT..rT+T of the stream; each epoch visits all rows in a new order.
+    """Batches of training sequences. Sequence s holds tokens sT..sT+T of the stream; each epoch has a new order.
 
-    A batch depends on the seed, the step and the layout's total alone, so warmup needs no rewinding, a resumed run
-    continues exactly, and ranks only share the rows out.
+    A batch depends on nothing but the seed, the step and the number of sequences in a step. So warmup has nothing to
+    rewind, a resumed run goes on exactly where it was, and the number of ranks changes only who reads what.
     """
 
     def __init__(self, config: Config, run: Run):
-        self.stream, self.config, self.run, self.layout = (
-            TokenStream(config, "train"),
-            config,
-            run,
-            batch_layout(config, run.world),
-        )
-        self.rows = (len(self.stream) - 1) // config.train_seq_len
-        if self.rows < 1:
+        self.config, self.run = config, run
+        self.stream = TokenStream(config, "train")
+        self.layout = batch_layout(config, run.world)
+        self.sequences = (len(self.stream) - 1) // config.train_seq_len
+        if self.sequences < 1:
             raise ConfigError(
                 "TRAIN_SEQ_LEN",
                 config.train_seq_len,
                 f"the training shards in DATA_PATH={config.data_path} hold only {len(self.stream)} tokens",
             )
-        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
-        # A thread that pins memory does it for its own current device, which would be the first.
+        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, as a batch may span two epochs
+        # A thread pins memory for its own current device, which is the first one unless it is set.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
         self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
-        self.data_stall = 0.0  # seconds in which `batch` kept a step waiting
+        self.data_stall = 0.0  # seconds for which steps waited in `batch`
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """All rows in the order of an epoch."""
-        return np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
+        """All sequences in the order of an epoch."""
+        return np.random.default_rng([self.config.seed, epoch]).permutation(self.sequences)
 
-    def row_index(self, position: int) -> int:
-        """The row that stands at a position of the endless sequence of epochs."""
-        epoch, place = divmod(position, self.rows)
+    def sequence_index(self, position: int) -> int:
+        """The sequence at a position in the endless order of epochs."""
+        epoch, place = divmod(position, self.sequences)
         return int(self.order(epoch)[place])
 
-    def row_numbers(self, step: int, micro: int) -> range:
-        """Places in the global sequence of rows that this rank computes in a micro-step."""
+    def sequence_numbers(self, step: int, micro: int) -> range:
+        """Positions in the order of epochs that this rank computes in a micro-step."""
         _, world, _, micro_rows = self.layout
         first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
         return range(first, first + micro_rows)
@@ -1410,30 +1436,33 @@ class TrainLoader:
         return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
+        """This rank's sequences of one micro-step, on its device; the next ones are read ahead."""
         begin = time.perf_counter()
         batch = self.ahead((step, micro))
         self.data_stall += time.perf_counter() - begin
         return send(batch, self.run.device)
 
     def read(self, place: tuple[int, int]) -> Batch:
-        """The same in this machine's memory, ready to be sent."""
+        """The sequences of a (step, micro-step) in host memory, ready to be sent."""
         length = self.config.train_seq_len
-        starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [R, T + 1]
+        starts = [self.sequence_index(p) * length for p in self.sequence_numbers(*place)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return host_batch(ids, targets, document_starts(ids), self.run.device)
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
-        """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
+        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), [B, T, d], or None if NEFTUNE_ALPHA=0.
+
+        A sequence's noise depends on the seed and its position alone, so it is the same on any number of ranks.
+        """
         if not self.config.neftune_alpha:
             return None
-        generator, rows = torch.Generator(self.run.device), []
-        for place in self.row_numbers(step, micro):
+        generator, noises = torch.Generator(self.run.device), []
+        for place in self.sequence_numbers(step, micro):
             own = np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0]
             generator.manual_seed(int(own) >> 1)
-            rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
-        return torch.stack(rows) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+            noises.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
+        return torch.stack(noises) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
 def as_padding(batch: Batch) -> Batch:
@@ -1442,248 +1471,267 @@ def as_padding(batch: Batch) -> Batch:
 
 
 def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
-    """[R, T] starts -> [n + 1] int32 bounds of the flattened rows.
+    """[B, T] starts -> [n + 1] int32 cumulative sequence lengths of the documents in the flattened batch.
 
-    n is a power of two, enough for documents of 64 tokens on average: one shape for all batches of a size, so that
-    nothing is compiled again, but for a batch of many tiny documents.
+    n is a power of two with room for documents of 64 tokens on average, and the rest is padding. So all batches of a
+    size have one shape and nothing is compiled again, unless a batch holds many tiny documents.
     """
     flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
     room = max(starts.size // 64, len(flat), 2)
-    bounds = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
-    bounds[: len(flat)] = flat
-    return bounds
+    cu_seqlens = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
+    cu_seqlens[: len(flat)] = flat
+    return cu_seqlens
 
 
 def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch in this machine's memory, pinned where the device is a GPU."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, cu_seqlens_of(starts))]
+    """Arrays [B, T] -> a Batch in host memory, pinned where the device is a GPU."""
+    arrays = (ids, targets, starts, cu_seqlens_of(starts))
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.type == "cuda":
-        tensors = [t.pin_memory() for t in tensors]
+        tensors = [tensor.pin_memory() for tensor in tensors]
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
 
 
 def send(batch: Batch, device: torch.device) -> Batch:
     """A Batch on the device; the copy to a GPU does not block."""
-    ids, targets, starts, bounds = (t.to(device, non_blocking=True) for t in (*batch[:2], *batch.documents))
-    return Batch(ids, targets, Documents(starts, bounds))
+    tensors = [tensor.to(device, non_blocking=True) for tensor in (*batch[:2], *batch.documents)]
+    return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
 
 
 def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch on the device."""
+    """Arrays [B, T] -> a Batch on the device."""
     return send(host_batch(ids, targets, starts, device), device)
 
 
+# The manifest. Its rows check themselves: each raises a ValueError that says where in the file something is wrong.
+
+
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """The value as a JSON object. Errors: ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object")
+    return value
+
+
+def json_count(row: dict[str, Any], key: str, where: str) -> int:
+    """A whole number of a row. Errors: ValueError."""
+    value = row.get(key)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{where}.{key} must be a whole number from 0 to 2^63 - 1")
+    return value
+
+
+def json_digest(value: Any, where: str) -> str:
+    """A SHA-256. Errors: ValueError."""
+    if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"{where} must be a SHA-256 of 64 hexadecimal digits")
+    return value
+
+
+def json_file_name(value: Any, where: str) -> str:
+    """The name of a file beside the manifest. Errors: ValueError."""
+    if not isinstance(value, str) or not value.removesuffix(".bin").isidentifier() or len(value) > 200:
+        raise ValueError(f"{where} must be the name of a shard, such as fineweb_train_000000.bin")
+    return value
+
+
+@dataclass(frozen=True)
+class ExpectedCounts:
+    """What the manifest says of a split or of one of its files; None and "" stand for what it does not say."""
+
+    tokens: int | None
+    documents: int | None
+    bytes: int | None
+    sha256: str
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> ExpectedCounts:
+        """Errors: ValueError."""
+        row = json_object(value, where)
+        counts = [json_count(row, key, where) if key in row else None for key in ("tokens", "documents", "bytes")]
+        return cls(*counts, sha256=json_digest(row["sha256"], f"{where}.sha256") if "sha256" in row else "")
+
+
+@dataclass(frozen=True)
+class ManifestSplit:
+    """What the manifest says of a split, and of each of its shards and sidecars by name."""
+
+    counts: ExpectedCounts
+    files: dict[str, ExpectedCounts]
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> ManifestSplit:
+        """Errors: ValueError."""
+        row, files = json_object(value, where), {}
+        for key in ("shards", "sidecars"):
+            rows = row.get(key, [])
+            if not isinstance(rows, list):
+                raise ValueError(f"{where}.{key} must be a list")
+            for number, item in enumerate(rows):
+                place = f"{where}.{key}[{number}]"
+                name = json_file_name(json_object(item, place).get("file"), f"{place}.file")
+                files[name] = ExpectedCounts.parse(item, place)
+        return cls(ExpectedCounts.parse(row, where), files)
+
+
+class SharedWindows(NamedTuple):
+    """How many of the validation windows of WINDOW tokens training holds too, and in how many documents they are."""
+
+    length: int
+    of: int
+    shared: int
+    documents: int
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> SharedWindows:
+        """Errors: ValueError."""
+        row = json_object(value, where)
+        windows = cls(*(json_count(row, key, where) for key in cls._fields))
+        if windows.length != WINDOW:
+            raise ValueError(f"{where}.length must be {WINDOW}")
+        if windows.shared > windows.of:
+            raise ValueError(f"{where}.shared must be at most {where}.of")
+        return windows
+
+    @property
+    def share(self) -> float:
+        """Shared windows as a fraction of all."""
+        return self.shared / self.of if self.of else 0.0
+
+
+@dataclass(frozen=True)
+class LeakAudit:
+    """What data/audit.py found of validation in the training shards, and the SHA-256 of every file that it read."""
+
+    shared_documents: int
+    shared_copies: int
+    windows: SharedWindows
+    sha256: dict[str, str]
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> LeakAudit:
+        """Errors: ValueError."""
+        row = json_object(value, where)
+        digests = json_object(row.get("sha256"), f"{where}.sha256")
+        for name, digest in digests.items():
+            json_file_name(name, f"a name in {where}.sha256")
+            json_digest(digest, f"{where}.sha256.{name}")
+        shared_documents = json_count(row, "shared_documents", where)
+        shared_copies = json_count(row, "shared_copies", where)
+        windows = SharedWindows.parse(row.get("windows"), f"{where}.windows")
+        return cls(shared_documents, shared_copies, windows, digests)
+
+
+def parse_reference(value: Any, where: str) -> dict[str, float]:
+    """Bits per byte that general compressors reach on the validation text, by their names. Errors: ValueError."""
+    for name, bpb in json_object(value, where).items():
+        if not name.isprintable() or len(name) > 100:
+            raise ValueError(f"a name in {where} must be of at most 100 printable characters")
+        if type(bpb) not in (int, float) or not 0 <= bpb < 1e6:  # a comparison that NaN fails
+            raise ValueError(f"{where}.{name} must be bits per byte, a number of 0 or more")
+    return value
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What manifest.json of data/prepare.py promises about the shards beside it; nothing where there is none.
+    """What manifest.json, written by data/prepare.py or tools/audit_data.py, says of the shards beside it.
 
-    Errors: ConfigError for a file that is not such a manifest.
+    Where there is no such file, `splits` is empty and `audit` is None.
     """
 
-    def __init__(self, folder: Path):
-        self.path, self.splits, self.files, self.tokenizer, self.reference = folder / "manifest.json", {}, {}, "", {}
-        if not self.path.is_file():
-            return
+    path: Path
+    splits: dict[str, ManifestSplit] = field(default_factory=dict)
+    tokenizer_sha256: str = ""
+    reference: dict[str, float] = field(default_factory=dict)
+    audit: LeakAudit | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder. Errors: ConfigError."""
+        path = folder / "manifest.json"
+        return cls.parse(path, cls.content(path)) if path.is_file() else cls(path)
+
+    @staticmethod
+    def content(path: Path) -> Any:
+        """What the JSON file holds. Errors: ConfigError."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            for split, row in content["splits"].items():
-                self.splits[split] = self.promises(row)
-                self.files[split] = {
-                    file["file"]: self.promises(file) for file in (*row.get("shards", ()), *row.get("sidecars", ()))
-                }
-            _ = [self.splits["val"][key] for key in ("tokens", "bytes")]  # every manifest promises these
-            self.tokenizer = content.get("tokenizer", {}).get("sha256", "")
-            self.reference = content.get("reference_compressors", {})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(str(self.path), "", f"is not a manifest of data/prepare.py ({error!r})") from None
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
+            ) from None
 
-    @staticmethod
-    def promises(row: dict[str, Any]) -> dict[str, Any]:
-        """What a row promises that the audit can hold it to."""
-        return {
-            key: kind(row[key])
-            for key, kind in dict(tokens=int, documents=int, bytes=int, sha256=str).items()
-            if key in row
-        }
-
-    def promised_digest(self, split: str, name: str) -> str:
-        """SHA-256 of a file of this split, or an empty text where none is promised."""
-        return self.files.get(split, {}).get(name, {}).get("sha256", "")
-
-
-def document_keys(stream: TokenStream, bounds: np.ndarray) -> np.ndarray:
-    """Bounds [n + 1] of documents -> [n] uint64 that are equal where documents are, from lengths and eight tokens."""
-    lengths = np.diff(bounds)
-    places = bounds[:-1, None] + (lengths[:, None] - 1) * np.arange(1, 9) // 8  # spread out: web pages begin alike
-    keys = lengths.astype(np.uint64)
-    for tokens in stream.take(places).T:
-        keys = keys * HASH_FACTOR + tokens
-    return keys
-
-
-class DocumentIndex:
-    """The documents of a validation stream, by which equal ones are found in training: equal tokens, equal text."""
-
-    def __init__(self, stream: TokenStream):
-        begins = np.flatnonzero(stream.read(0, len(stream)) == BOS_ID)
-        self.bounds = np.append(begins, len(stream))
-        self.numbers: dict[bytes, list[int]] = {}  # documents by their tokens' hash
-        keys, texts = document_keys(stream, self.bounds), np.flatnonzero(np.diff(self.bounds) > 1)
-        for number in texts.tolist():  # a document without text shares nothing
-            self.numbers.setdefault(self.digest(stream, self.bounds, number), []).append(number)
-        self.keys = np.unique(keys[texts])
-
-    @staticmethod
-    def digest(stream: TokenStream, bounds: np.ndarray, number: int) -> bytes:
-        return hashlib.sha256(stream.read(int(bounds[number]), int(bounds[number + 1]))).digest()
-
-    def copies(self, stream: TokenStream, bounds: np.ndarray) -> list[list[int]]:
-        """For each of the stream's documents between bounds [n + 1] that is here too: the numbers that it has here."""
-        if not len(self.keys) or len(bounds) < 2:
-            return []
-        keys = document_keys(stream, bounds)
-        near = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)]
-        found = (self.numbers.get(self.digest(stream, bounds, n)) for n in np.flatnonzero(near == keys).tolist())
-        return [numbers for numbers in found if numbers]
-
-
-def ranges(begins: np.ndarray, counts: np.ndarray, step: int = 1) -> np.ndarray:
-    """begins[0], begins[0] + step, ... counts[0] times, then begins[1] and so on, in one array."""
-    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(begins, counts) + step * places
-
-
-class WindowIndex:
-    """All runs of WINDOW tokens inside the documents of a validation stream, marked where training holds them too.
-
-    Such a run holds a whole one of the blocks of ANCHOR tokens into which its document is parted, so these alone are
-    indexed and looked up, by rolling hashes and a table of bits; where one is found, the runs around it are compared.
-    """
-
-    def __init__(self, stream: TokenStream):
-        edge = np.full(WINDOW, BOS_ID, np.uint16)  # so that no run reaches over the stream's ends
-        self.tokens = np.concatenate((edge, stream.read(0, len(stream)), edge))
-        self.factors = np.random.default_rng(0).integers(0, 2**64, 1 << 16, dtype=np.uint64)  # of each token
-        self.begins = np.flatnonzero(self.tokens == BOS_ID)
-        lengths = np.diff(self.begins) - 1
-        self.windows = int(np.maximum(lengths - WINDOW + 1, 0).sum())
-        places = ranges(self.begins[:-1] + 1, lengths // ANCHOR, ANCHOR)
-        hashes = [
-            self.hashes(self.tokens[start : start + AUDIT_BLOCK + ANCHOR - 1], ANCHOR)[
-                places[slice(*np.searchsorted(places, (start, start + AUDIT_BLOCK)))] - start
-            ]
-            for start in range(0, len(self.tokens) - ANCHOR, AUDIT_BLOCK)
-        ]
-        anchors = np.concatenate(hashes)
-        order = np.argsort(anchors, kind="stable")
-        self.anchors, self.places = anchors[order], places[order]
-        bits = max(10, (128 * len(anchors)).bit_length())
-        self.shift, self.table = np.uint64(64 - bits), np.zeros(1 << bits - 3, np.uint8)
-        index = self.anchors >> self.shift
-        np.bitwise_or.at(self.table, index >> np.uint64(3), np.uint8(1) << (index & np.uint64(7)).astype(np.uint8))
-        self.found = np.zeros(len(self.tokens), bool)  # runs of validation, by their first token
-
-    def hashes(self, tokens: np.ndarray, length: int) -> np.ndarray:
-        """[n] tokens -> [n - length + 1] uint64: polynomial hashes, modulo 2^64, of all runs of `length` tokens."""
-        if length == 1:
-            return self.factors[tokens]
-        half = self.hashes(tokens, length // 2)
-        both = half[: -(length // 2)] * HASH_FACTOR ** np.uint64(length // 2)
-        both += half[length // 2 :]
-        return both if length % 2 == 0 else both[:-1] * HASH_FACTOR + self.factors[tokens[length - 1 :]]
-
-    def search(self, stream: TokenStream, start: int, stop: int) -> None:
-        """Marks the runs whose anchors occur in the stream's tokens from start on, but before stop."""
-        for begin in range(start, stop, AUDIT_BLOCK):
-            end = min(begin + AUDIT_BLOCK, stop)
-            first, last = begin - ANCHOR, end + WINDOW
-            block = np.pad(
-                stream.read(max(first, 0), min(last, len(stream))),
-                (max(-first, 0), max(last - len(stream), 0)),
-                constant_values=BOS_ID,
+    @classmethod
+    def parse(cls, path: Path, content: Any) -> Manifest:
+        """Errors: ConfigError."""
+        try:
+            top = json_object(content, "its content")
+            splits = json_object(top.get("splits"), "splits")
+            parsed = {
+                split: ManifestSplit.parse(splits[split], f"splits.{split}")
+                for split in ("train", "val")
+                if split in splits
+            }
+            for key in ("tokens", "bytes"):  # a score is checked against these two
+                json_count(json_object(splits.get("val"), "splits.val"), key, "splits.val")
+            tokenizer = json_object(top.get("tokenizer", {}), "tokenizer")
+            return cls(
+                path,
+                parsed,
+                json_digest(tokenizer["sha256"], "tokenizer.sha256") if "sha256" in tokenizer else "",
+                parse_reference(top.get("reference_compressors", {}), "reference_compressors"),
+                LeakAudit.parse(top["audit"], "audit") if "audit" in top else None,
             )
-            hashes = self.hashes(block[ANCHOR:], ANCHOR)[: end - begin]
-            index = hashes >> self.shift
-            bits = self.table[index >> np.uint64(3)] >> (index & np.uint64(7)).astype(np.uint8) & 1
-            near = np.flatnonzero(bits)
-            self.compare(block, near + ANCHOR, hashes[near])
+        except ValueError as error:
+            raise ConfigError(str(path), "", f"is not a valid manifest: {error}") from None
 
-    def compare(self, block: np.ndarray, places: np.ndarray, hashes: np.ndarray) -> None:
-        """Marks the runs of validation that are equal to one of the block's around these places, with these hashes."""
-        left, right = (np.searchsorted(self.anchors, hashes, side) for side in ("left", "right"))
-        hit = left < right
-        if not hit.any():
-            return
-        back = np.arange(WINDOW - ANCHOR + 1)
-        theirs = np.unique(places[hit, None] - back)
-        values, first = np.unique(self.hashes(block, WINDOW)[theirs], return_index=True)
-        theirs = theirs[first]
-        groups, which = np.unique(left[hit], return_index=True)
-        anchors = self.places[ranges(groups, (right - left)[hit][which])]
-        powers, width = HASH_FACTOR ** np.arange(WINDOW - 1, -1, -1, dtype=np.uint64), np.arange(WINDOW)
-        for some in np.array_split(anchors, -(-len(anchors) // 1024)):  # bounds the memory
-            ours = np.unique(some[:, None] - back)
-            ours = ours[~self.found[ours]]
-            text = self.tokens[ours[:, None] + width]  # [n, WINDOW]
-            value = (self.factors[text] * powers).sum(1)
-            match = theirs[np.minimum(np.searchsorted(values, value), len(values) - 1)]
-            same = (block[match[:, None] + width] == text).all(1) & (text != BOS_ID).all(1)
-            self.found[ours[same]] = True
-
-    def share(self, run: Run) -> dict[str, int]:
-        """Joins what all ranks have found. Returns the summary's row."""
-        for bits in run.gather(np.packbits(self.found)):
-            self.found |= np.unpackbits(bits, count=len(self.found)).astype(bool)
-        documents = np.unique(np.searchsorted(self.begins, np.flatnonzero(self.found)))
-        return dict(length=WINDOW, of=self.windows, shared=int(self.found.sum()), documents=len(documents))
+    def expected(self, split: str, name: str = "") -> ExpectedCounts:
+        """What is said of a split, or of one of its files; nothing where the manifest does not name it."""
+        unknown = ExpectedCounts(None, None, None, "")
+        row = self.splits.get(split, ManifestSplit(unknown, {}))
+        return row.files.get(name, unknown) if name else row.counts
 
 
 class ShardScan(NamedTuple):
     """What one pass over a shard finds."""
 
     documents: int  # that begin in it
-    highest: int  # id of a token, -1 where there is none
-    sha256: str  # of the file, where one is promised
-    copies: list[list[int]]  # numbers of validation documents, for each of this shard's that is equal to one
+    highest: int  # token id, -1 where there is no token
+    sha256: str  # of the file, "" where it was not asked for
 
 
-def scan_shard(
-    stream: TokenStream,
-    number: int,
-    hashed: bool,
-    index: DocumentIndex | None = None,
-    windows: WindowIndex | None = None,
-) -> ShardScan:
-    """Reads a shard once, in blocks. A document that reaches into the next shards is this shard's."""
-    shard, start, highest, begins = stream.shards[number], int(stream.starts[number]), -1, []
+def scan_shard(stream: TokenStream, number: int, hashed: bool) -> ShardScan:
+    """Reads a shard once, in blocks."""
+    shard = stream.shards[number]
+    documents, highest = 0, -1
     with open(stream.paths[number], "rb") as file:
         digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
-    for offset in range(0, len(shard), AUDIT_BLOCK):
-        block = np.asarray(shard[offset : offset + AUDIT_BLOCK])
+    for offset in range(0, len(shard), SCAN_BLOCK):
+        block = shard[offset : offset + SCAN_BLOCK]
+        documents += int(np.count_nonzero(block == BOS_ID))
         highest = max(highest, int(block.max()))
-        begins.append(start + offset + np.flatnonzero(block == BOS_ID))
         if hashed:
             digest.update(block)
-    bounds = np.concatenate((*begins, [stream.next_document(start + len(shard))])).astype(np.int64)
-    if windows:
-        windows.search(stream, start, start + len(shard))
-    return ShardScan(
-        len(bounds) - 1, highest, digest.hexdigest() if hashed else "", index.copies(stream, bounds) if index else []
-    )
+    return ShardScan(documents, highest, digest.hexdigest() if hashed else "")
 
 
-class Audit:
-    """Holds shards against the vocabulary, their manifest and each other, before anything learns from them.
+class DataCheck:
+    """Holds shards against the vocabulary, the manifest and its leak audit, before anything learns from them.
 
-    `findings` are what a run must not begin with; `rows` is the summary's part. Nothing is remembered from one run to
-    the next: a pass costs a second or two for each billion tokens and core, and what is remembered can be outdated.
+    `findings` are what a run must not begin with; `rows` is the summary's part. Every run reads all shards again, as a
+    remembered result can be outdated: that takes a second or two for each billion tokens and core.
     """
 
-    def __init__(self, config: Config, run: Run):
-        self.config, self.run, self.manifest = config, run, Manifest(Path(config.data_path))
+    def __init__(self, config: Config, run: Run, manifest: Manifest):
+        self.config, self.run = config, run
+        self.manifest = manifest
         self.findings: list[tuple[str, object, str]] = []  # a ConfigError's arguments
-        self.rows: dict[str, Any] = dict(manifest=bool(self.manifest.splits))
+        self.rows: dict[str, Any] = dict(manifest=bool(manifest.splits))
+        self.digests: dict[str, str] = {}  # actual SHA-256 of each file, by name
+        self.stamps: dict[Path, FileStamp | None] = {}  # of each file when it was opened
 
     def find(self, name: Path, problem: str) -> None:
+        """Adds a finding about a file."""
         self.findings.append((str(name), "", problem))
 
     def refuse(self) -> None:
@@ -1691,81 +1739,125 @@ class Audit:
         findings = list(dict.fromkeys(itertools.chain(*self.run.gather(self.findings))))
         if findings:
             name, value, problem = findings[0]
-            more = (
-                f" ({len(findings) - 1} more: make audit-data DATA={self.config.data_path})"
-                if len(findings) > 1
-                else ""
-            )
+            more = f" ({len(findings) - 1} more: {self.command})" if len(findings) > 1 else ""
             raise ConfigError(name, value, problem + more)
+
+    @property
+    def command(self) -> str:
+        """What audits the folder, and lists all findings."""
+        return f"make audit-data DATA={self.config.data_path}"
 
     def validation(self, stream: TokenStream) -> None:
         """Checks the validation shards, their sidecars and the tokenizer; on every rank, as each reads them all."""
-        self.check(
-            "val", stream, {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
-        )
-        files = [(path, self.manifest.promised_digest("val", path.name)) for path in map(sidecar_path, stream.paths)]
-        for path, promised in (*files, (self.config.tokenizer_file, self.manifest.tokenizer)):
-            if promised and path.is_file():
-                with open(path, "rb") as file:
-                    self.check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), promised)
+        sidecars = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
+        self.stamps |= stream.stamps | {path: FileStamp.of(path) for path in sidecars}
+        scans = {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
+        self.check_split("val", stream, scans)
+        for path in sidecars:
+            if self.hashed("val", path):
+                self.check_digest(path, sha256_of(path), self.manifest.expected("val", path.name).sha256)
+        tokenizer = self.config.tokenizer_file
+        if self.manifest.tokenizer_sha256 and tokenizer.is_file():
+            self.check_digest(tokenizer, sha256_of(tokenizer), self.manifest.tokenizer_sha256)
 
-    def training(self, stream: TokenStream, validation: TokenStream) -> None:
-        """Checks the training shards and looks validation's documents up in them.
+    def training(self, stream: TokenStream) -> None:
+        """Checks the training shards.
 
-        The ranks of a machine share its shards out, so that every machine's files are read; threads share a rank's.
+        The ranks of a machine divide its shards among themselves, so that every machine's files are read; threads
+        divide a rank's.
         """
-        config, run = self.config, self.run
-        index, windows = DocumentIndex(validation), WindowIndex(validation) if config.audit == "windows" else None
-        threads = config.cpu_threads or max(1, available_cores() // run.local_world)
+        self.stamps |= stream.stamps
+        run = self.run
+        threads = self.config.cpu_threads or max(1, available_cores() // run.local_world)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
-            scans = dict(
-                zip(
-                    mine,
-                    pool.map(
-                        lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n]), index, windows), mine
-                    ),
-                )
-            )
-        found: dict[int, ShardScan] = {}
+            results = pool.map(lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n])), mine)
+            scans = dict(zip(mine, results, strict=True))
+        merged: dict[int, ShardScan] = {}
         for other in run.gather(scans):
             for number, scan in other.items():
-                if found.setdefault(number, scan) != scan:
+                if merged.setdefault(number, scan) != scan:
                     self.find(stream.paths[number], "is not the same on all machines")
-        self.check("train", stream, found)
-        copies = [numbers for scan in found.values() for numbers in scan.copies]
-        shared = len({number for numbers in copies for number in numbers})
-        self.rows |= dict(
-            shared_documents=shared, shared_copies=len(copies), allowed_shared_documents=config.allow_shared_documents
+        self.check_split("train", stream, merged)
+
+    def leaks(self) -> None:
+        """Checks that the manifest's leak audit is of these very shards, and that it found no more than is allowed.
+
+        Call it when all shards have been checked. Without an audit there is nothing to check; `lines` warns of that.
+        """
+        audit = self.manifest.audit
+        self.rows["leak_audit"] = "none"
+        if audit is None:
+            return
+        problems = len(self.findings)
+        changed = {name for name, _, _ in self.findings}
+        for path in self.stamps:
+            expected = audit.sha256.get(path.name)
+            if str(path) in changed:
+                continue
+            if expected is None:
+                self.find(path, f"was not read by the leak audit in {self.manifest.path}: {self.command}")
+            elif expected != self.digests.get(path.name):
+                self.find(path, f"was changed after the leak audit in {self.manifest.path}: {self.command}")
+        for name in sorted(audit.sha256.keys() - {path.name for path in self.stamps}):
+            self.find(self.manifest.path, f"holds a leak audit that read {name}, which is not there: {self.command}")
+        if len(self.findings) > problems:
+            return
+        allowed = dict(
+            allowed_shared_documents=self.config.allow_shared_documents,
+            allowed_shared_windows=self.config.allow_shared_windows,
         )
-        if windows:
-            self.rows |= dict(shared_windows=windows.share(run))
-        if shared > config.allow_shared_documents:
+        self.rows["leak_audit"] = dict(
+            shared_documents=audit.shared_documents,
+            shared_copies=audit.shared_copies,
+            windows=audit.windows._asdict(),
+            **allowed,
+        )
+        self.check_shared(audit)
+
+    def check_shared(self, audit: LeakAudit) -> None:
+        """Holds what training shares with validation against what is allowed."""
+        config, windows = self.config, audit.windows
+        if audit.shared_documents > config.allow_shared_documents:
             self.findings.append(
                 (
                     "ALLOW_SHARED_DOCUMENTS",
                     config.allow_shared_documents,
-                    f"{shared} of {len(index.bounds) - 1} validation "
-                    f"documents in DATA_PATH={config.data_path} are in its training shards too, which must not hold them; where "
+                    f"{audit.shared_documents} of {self.rows['val']['documents']} validation documents in "
+                    f"DATA_PATH={config.data_path} are in its training shards too, which must not hold them; where "
                     "that is known of a published data set, this knob allows so many",
+                )
+            )
+        if windows.share > config.allow_shared_windows:
+            self.findings.append(
+                (
+                    "ALLOW_SHARED_WINDOWS",
+                    config.allow_shared_windows,
+                    f"{windows.share:.2%} of the validation windows of {windows.length} tokens in "
+                    f"DATA_PATH={config.data_path} ({windows.shared} of {windows.of}, in {windows.documents} "
+                    "documents) are in its training shards too; where that is known of a published data set, this "
+                    "knob allows such a share",
                 )
             )
 
     def hashed(self, split: str, path: Path) -> bool:
-        return bool(self.manifest.promised_digest(split, path.name))
+        """Whether anything says which SHA-256 a file should have."""
+        audited = self.manifest.audit is not None and path.name in self.manifest.audit.sha256
+        return audited or bool(self.manifest.expected(split, path.name).sha256)
 
-    def check(self, split: str, stream: TokenStream, scans: dict[int, ShardScan]) -> None:
-        """Holds what was found in the shards of a split against the vocabulary and the manifest."""
+    def check_split(self, split: str, stream: TokenStream, scans: dict[int, ShardScan]) -> None:
+        """Holds the shards of a split against the vocabulary and the manifest."""
+        listed = self.manifest.splits[split].files if split in self.manifest.splits else {}
         for number, path in enumerate(stream.paths):
-            scan, promised = scans[number], self.manifest.files.get(split, {}).get(path.name)
+            scan = scans[number]
             if scan.highest >= stream.vocab_size:
                 self.find(path, f"holds token id {scan.highest}, and VOCAB_SIZE={stream.vocab_size} needs ids below it")
-            if promised is None and self.manifest.files.get(split):
+            if listed and path.name not in listed:
                 self.find(path, f"is not named in {self.manifest.path}")
-            if promised:
-                self.check_digest(path, scan.sha256, promised.get("sha256", ""))
-                self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path)
-        for name in self.manifest.files.get(split, {}):
+            if scan.sha256:
+                self.check_digest(path, scan.sha256, self.manifest.expected(split, path.name).sha256)
+            self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path.name)
+        for name in listed:
             if not (self.manifest.path.parent / name).is_file():
                 self.find(self.manifest.path, f"names {name}, which is not there")
         # Published shards are cut at a number of tokens, so only a stream's first one must begin a document; and where
@@ -1780,22 +1872,36 @@ class Audit:
         )
         self.check_counts(split, self.rows[split])
 
-    def check_digest(self, path: Path, found: str, promised: str) -> None:
-        if found != promised:
-            self.find(path, f"was changed: its SHA-256 is {found}, and {self.manifest.path} promises {promised}")
+    def check_digest(self, path: Path, actual: str, expected: str) -> None:
+        """Remembers the SHA-256 of a file and holds it against the manifest's, if that has one."""
+        self.digests[path.name] = actual
+        if expected and actual != expected:
+            self.find(path, f"was changed: its SHA-256 is {actual}, but {self.manifest.path} says {expected}")
 
-    def check_counts(self, split: str, found: dict[str, int], shard: Path | None = None) -> None:
-        """Holds tokens, documents or bytes of a split, or of one shard, against the manifest's."""
-        promised = self.manifest.files[split][shard.name] if shard else self.manifest.splits.get(split, {})
+    def check_counts(self, split: str, actual: dict[str, int], name: str = "") -> None:
+        """Holds tokens, documents or bytes of a split, or of one of its shards, against the manifest's."""
+        expected = self.manifest.expected(split, name)
         for key in ("tokens", "documents", "bytes"):
-            if key in found and key in promised and found[key] != promised[key]:
-                holder = shard.name if shard else f"the {split} shards"
-                self.find(self.manifest.path, f"promises {promised[key]} {key} in {holder}, which hold {found[key]}")
+            count = getattr(expected, key)
+            if key in actual and count not in (None, actual[key]):
+                holder = name or f"the {split} shards"
+                self.find(self.manifest.path, f"says {count} {key} in {holder}, which hold {actual[key]}")
 
     def count_bytes(self, split: str, count: int) -> None:
         """Takes in the bytes of text that a split's tokens stand for."""
         self.rows[split]["bytes"] = count
         self.check_counts(split, dict(bytes=count))
+
+    def refuse_rewritten(self, work: str) -> None:
+        """Raises a ConfigError that names a shard or sidecar which was rewritten since it was opened.
+
+        Every rank calls it at the end of the work that must have read one and the same file all the time.
+        """
+        mine = [str(path) for path, stamp in self.stamps.items() if FileStamp.of(path) != stamp]
+        rewritten = sorted(set(itertools.chain(*self.run.gather(mine))))
+        if rewritten:
+            more = f" (and {len(rewritten) - 1} more)" if len(rewritten) > 1 else ""
+            raise ConfigError(rewritten[0], "", f"was rewritten during {work}{more}: run it again on files that stay")
 
     def lines(self) -> Iterator[str]:
         """The log's lines: what the shards hold, and what training shares with validation."""
@@ -1803,23 +1909,25 @@ class Audit:
             row = self.rows.get(split)
             if row is None:
                 continue
-            held = f"{row['hashed']} with the SHA-256 of the manifest" if self.rows["manifest"] else "no manifest"
+            held = f"{row['hashed']} with a known SHA-256" if self.rows["manifest"] else "no manifest"
             counted = f", {row['bytes']} bytes" if "bytes" in row else ""
             yield (
                 f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
                 f"tokens{counted}"
             )
-        yield from self.overlap_lines()
+        yield from self.leak_lines()
 
-    def overlap_lines(self) -> Iterator[str]:
-        """What training shares with validation, where both were read."""
-        shared, windows = (self.rows.get(f"shared_{what}") for what in ("documents", "windows"))
-        if shared is not None:
+    def leak_lines(self) -> Iterator[str]:
+        """What training shares with validation, where `leaks` was called."""
+        leaks = self.rows.get("leak_audit")
+        if leaks == "none":
+            yield f"warning: audit: nobody has looked for validation text in the training shards: {self.command}"
+        elif leaks:
+            shared, windows = leaks["shared_documents"], SharedWindows(**leaks["windows"])
             yield f"{'warning: ' if shared else ''}audit: {shared} validation documents are in the training shards too"
-        if windows:
             yield (
-                f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
-                f"in the training shards too, in {windows['documents']} documents"
+                f"audit: {windows.shared} of {windows.of} validation windows of {windows.length} tokens "
+                f"({windows.share:.2%}) are in the training shards too, in {windows.documents} documents"
             )
 
 
@@ -1863,7 +1971,7 @@ class Vocabulary:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = sha256_of(path)
         if config.tokenizer_sha256 not in ("", self.digest):
             raise ConfigError(
                 "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
@@ -1873,17 +1981,14 @@ class Vocabulary:
             raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {size} tokens")
         if self.model.bos_id() != BOS_ID:
             raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
-        m, ids = self.model, range(size)
-        self.special = np.array([m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i) for i in ids])
-        pieces = [m.IdToPiece(i) for i in ids]
-        self.marked = np.array([p.startswith("\u2581") for p in pieces]) & ~self.special
-        self.width = np.array(
-            [
-                0 if self.special[i] else 1 if m.IsByte(i) else len(p.removeprefix("\u2581").encode())
-                for i, p in enumerate(pieces)
-            ],
-            dtype=np.uint16,
-        )
+        model, ids = self.model, range(size)
+        self.special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
+        pieces = [model.IdToPiece(i) for i in ids]
+        self.marked = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.special
+        widths = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces], np.uint16)
+        widths[[model.IsByte(i) for i in ids]] = 1
+        widths[self.special] = 0
+        self.width = widths
 
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
@@ -1901,10 +2006,11 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
         raise ConfigError(
             "CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 count by it"
         )
-    if config.caseops_enabled == "0" or not there and config.caseops_enabled == "auto":
+    if config.caseops_enabled == "0" or (not there and config.caseops_enabled == "auto"):
         return None
     counts = []
-    for shard, path, tokens in zip(stream.paths, map(sidecar_path, stream.paths), stream.shards):
+    for shard, tokens in zip(stream.paths, stream.shards, strict=True):
+        path = sidecar_path(shard)
         if not path.is_file():
             raise ConfigError(
                 "CASEOPS_ENABLED",
@@ -2203,14 +2309,14 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, kernel: Callable) -> Tensor:
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable) -> Tensor:
     """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents."""
     longest = q.size(1)
-    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, longest).view(q.shape)
+    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, longest).view(q.shape)
 
 
 def flash_attention(backend: str) -> Callable:
-    """(q [N, H, h], k and v [N, K, h], bounds, longest) -> [N, H, h], causal. Errors: ImportError where it is not."""
+    """(q [N, H, h], k and v [N, K, h], cu_seqlens, longest) -> [N, H, h], causal. Errors: ImportError."""
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 
@@ -2220,10 +2326,10 @@ def flash_attention(backend: str) -> Callable:
         causal = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
         grouped = dict(enable_gqa=True) if "enable_gqa" in known else None
 
-        def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
             if grouped is None:
                 k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-            return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal, **(grouped or {}))
+            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal, **(grouped or {}))
 
         return call
     if backend == "fa3":
@@ -2231,8 +2337,8 @@ def flash_attention(backend: str) -> Callable:
     else:
         import flash_attn as module
 
-    def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        y = module.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        y = module.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
         return y[0] if isinstance(y, tuple) else y  # early versions of fa3 return the log-sum-exp too
 
     return call
@@ -2247,7 +2353,7 @@ def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]
             attention_blocked, bias=additive_mask(document_mask(documents.starts), dtype)
         )
     kernel = flash_attention(name)
-    return lambda documents, dtype: functools.partial(attention_packed, bounds=documents.cu_seqlens, kernel=kernel)
+    return lambda documents, dtype: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
@@ -5310,14 +5416,14 @@ class Evaluator:
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
         self.stream, self.vocabulary = TokenStream(config, "val"), Vocabulary(config)
-        self.audit = Audit(config, run)
-        self.audit.validation(self.stream)
-        self.audit.refuse()  # ids beyond the vocabulary have no bytes
+        self.data_check = DataCheck(config, run, Manifest.read(Path(config.data_path)))
+        self.data_check.validation(self.stream)
+        self.data_check.refuse()  # ids beyond the vocabulary have no bytes
         self.tokens = self.stream.read(0, len(self.stream))
         sidecar = read_sidecar(config, self.stream)
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
-        self.audit.count_bytes("val", self.bytes)
-        self.audit.refuse()
+        self.data_check.count_bytes("val", self.bytes)
+        self.data_check.refuse()
         self.documents = document_offsets(self.tokens)
         self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
         if int((self.windows[:, 1] - self.windows[:, 2]).sum()) != len(self.tokens) - 1:
@@ -5325,8 +5431,10 @@ class Evaluator:
         self.sequences = pack_sequences(self.windows, config.eval_context)
         self.batch_size = min(config.eval_rows, len(self.sequences))
         self.notes = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
-        if not self.audit.rows["manifest"]:
-            self.notes.append(f"{self.audit.manifest.path} does not exist: nothing says what the shards should hold")
+        if not self.data_check.rows["manifest"]:
+            self.notes.append(
+                f"{self.data_check.manifest.path} does not exist, so nothing says what the shards should hold"
+            )
 
     def batches(self, sequences: list[list[int]]) -> list[list[list[int]]]:
         """Sequences (lists of windows) in groups of the batch size."""
@@ -5730,7 +5838,8 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
     with Stage(run, "train"):
         loader.data_stall = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
-        waited = log_data_stall(run, end, loader.data_stall)
+        data_stall = log_data_stall(run, end, loader.data_stall)
+        evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
@@ -5769,7 +5878,7 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         train_tokens=tokens,
         train_seconds=end.seconds,
         tokens_per_second=tokens / end.seconds,
-        data_wait_share=waited,
+        data_wait_share=data_stall,
         parameters=parameter_count(config),
         sections=sections if run.main else [],
     )
@@ -5804,9 +5913,9 @@ def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
 
 def log_data(run: Run, evaluator: Evaluator) -> None:
     """What is known of the data before anything is computed from them."""
-    for line in (*evaluator.notes, *evaluator.audit.lines()):
+    for line in (*evaluator.notes, *evaluator.data_check.lines()):
         run.log(line)
-    run.metric(audit=evaluator.audit.rows)
+    run.metric(audit=evaluator.data_check.rows)
 
 
 def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
@@ -5832,8 +5941,8 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
         val_tokens=score.tokens,
         val_bytes=score.bytes,
         parameters=parameter_count(config),
-        audit=evaluator.audit.rows,
-        reference_compressors=evaluator.audit.manifest.reference,
+        audit=evaluator.data_check.rows,
+        reference_compressors=evaluator.data_check.manifest.reference,
     )
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
@@ -5876,8 +5985,9 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
         with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
             loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
         with Stage(run, "audit"):
-            evaluator.audit.training(loader.stream, evaluator.stream)
-            evaluator.audit.refuse()
+            evaluator.data_check.training(loader.stream)
+            evaluator.data_check.leaks()
+            evaluator.data_check.refuse()
         config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
     open_folder(run, config)
     for remark in remarks:
@@ -5896,7 +6006,7 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
         looped = f" looped:{execution_order(config, True)}" if config.loops else ""
         run.log(f"parameters:{parameter_count(config)} order:{execution_order(config, False)}{looped}")
         run.log(str(batch_layout(config, run.world)))
-        summary |= dict(train_stages(config, run, loader, evaluator), audit=evaluator.audit.rows)
+        summary |= dict(train_stages(config, run, loader, evaluator), audit=evaluator.data_check.rows)
     if config.mode != "train":
         summary |= eval_stages(config, explicit, run, evaluator)
     summary |= dict(

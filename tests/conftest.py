@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -70,3 +71,21 @@ def reproduced(tmp_path_factory, data, baseline):
         (folder / "out.txt").write_text(done.stdout)
 
     return built_once(tmp_path_factory, "reproduced", build)
+
+
+@pytest.fixture
+def command(capfd):
+    """Run data/prepare.py in this process: (exit code, stdout, stderr). Signal handlers are put back."""
+    import prepare
+
+    def run(*arguments):
+        held = {number: signal.getsignal(number) for number in prepare.SIGNALS}
+        try:
+            code = prepare.main([str(argument) for argument in arguments])
+        finally:
+            for number, handler in held.items():
+                signal.signal(number, handler)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -19,7 +19,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import audit  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 VOCAB_SIZE = 384
@@ -333,16 +334,63 @@ def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
     return model.getvalue()
 
 
-def write_shard(path, tokens, magic=20240520, promised=None):
+def write_shard(path, tokens, magic=20240520, claimed=None):
     """A shard file: 256 little-endian int32, then the tokens as uint16."""
     header = np.zeros(256, "<i4")
-    header[:3] = magic, 1, len(tokens) if promised is None else promised
+    header[:3] = magic, 1, len(tokens) if claimed is None else claimed
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
 def encode(processor, documents):
     """BOS and the tokens of each document, one after the other."""
     return np.array([token for text in documents for token in (tg.BOS_ID, *processor.encode(text))])
+
+
+def shards_of(folder, split):
+    return sorted(folder.glob(f"fineweb_{split}_0*.bin"))
+
+
+def audit_of(folder, threads=1):
+    """The audit of a folder's shards, as its manifest should hold it."""
+    paths = [shards_of(folder, split) for split in ("train", "val", "val_bytes")]
+    return audit.audit_shards(*paths, threads)
+
+
+def write_split(folder, split, documents, cuts=()):
+    """Shards of documents (lists of tokens without BOS), cut at these places of the stream."""
+    stream = np.array([token for document in documents for token in (tg.BOS_ID, *document)], np.uint16)
+    for number, part in enumerate(np.split(stream, sorted(cuts))):
+        write_shard(folder / f"fineweb_{split}_{number:06d}.bin", part)
+
+
+def documents_of(folder, split):
+    """The documents of a split, as lists of tokens without BOS."""
+    tokens = np.concatenate([tg.open_shard(path) for path in shards_of(folder, split)])
+    return [part[1:].tolist() for part in np.split(tokens, np.flatnonzero(tokens == tg.BOS_ID))[1:]]
+
+
+def plant(folder):
+    """Adds a document of validation to the last training shard."""
+    path = shards_of(folder, "train")[-1]
+    write_shard(path, [*tg.open_shard(path), tg.BOS_ID, *documents_of(folder, "val")[5]])
+
+
+def full_manifest(folder, audited=False):
+    """Writes a manifest with the hash and counts of every file there, and returns it."""
+    splits = {}
+    for split in ("train", "val"):
+        rows = []
+        for path in shards_of(folder, split):
+            tokens = tg.open_shard(path)
+            counts = dict(tokens=len(tokens), documents=int((tokens == tg.BOS_ID).sum()))
+            rows.append(dict(file=path.name, **counts, sha256=tg.sha256_of(path)))
+        totals = {key: sum(row[key] for row in rows) for key in ("tokens", "documents")}
+        splits[split] = dict(**totals, shards=rows)
+    splits["val"]["bytes"] = json.loads((folder / "manifest.json").read_text())["splits"]["val"]["bytes"]
+    tokenizer = dict(file="tokenizer.model", sha256=tg.sha256_of(folder / "tokenizer.model"))
+    manifest = dict(splits=splits, tokenizer=tokenizer) | (dict(audit=audit_of(folder)) if audited else {})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
 
 
 def write_data(folder):
@@ -358,7 +406,7 @@ def write_data(folder):
         write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
     split = dict(tokens=len(tokens), bytes=sum(len(text.encode()) for text in validation))
     (folder / "validation.json").write_text(json.dumps(validation))
-    manifest = dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5})
+    manifest = dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5}, audit=audit_of(folder))
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -56,10 +56,10 @@ def test_a_shard_is_read_as_written(tmp_path):
     assert len(tg.open_shard(tmp_path / "e.bin")) == 0
 
 
-@pytest.mark.parametrize("promised", [499, 501, -1, 2**31 - 1])
-def test_a_shard_of_another_length_than_promised_is_refused(promised, tmp_path):
-    write_shard(tmp_path / "s.bin", np.arange(500), promised=promised)
-    with pytest.raises(tg.ConfigError, match=r"s\.bin: is damaged: the header promises"):
+@pytest.mark.parametrize("claimed", [499, 501, -1, 2**31 - 1])
+def test_a_shard_of_another_length_than_its_header_says_is_refused(claimed, tmp_path):
+    write_shard(tmp_path / "s.bin", np.arange(500), claimed=claimed)
+    with pytest.raises(tg.ConfigError, match=rf"s\.bin: is damaged: {claimed} tokens, as its header says, take"):
         tg.open_shard(tmp_path / "s.bin")
 
 
@@ -143,7 +143,7 @@ def test_a_batch_holds_rows_their_successors_and_their_documents(data):
             assert (ids.dtype, targets.dtype, documents.starts.dtype) == (torch.int64, torch.int64, torch.int32)
             assert torch.equal(ids[:, 1:], targets[:, :-1])
             assert np.array_equal(documents.starts.numpy(), tg.document_starts(ids.numpy()))
-            places = [loader.row_index(p) * 32 for p in loader.row_numbers(step, micro)]
+            places = [loader.sequence_index(p) * 32 for p in loader.sequence_numbers(step, micro)]
             for row, start in enumerate(places):
                 assert np.array_equal(ids[row], whole[start : start + 32])
                 assert np.array_equal(targets[row], whole[start + 1 : start + 33])
@@ -163,13 +163,13 @@ def test_the_global_batch_depends_neither_on_the_ranks_nor_on_the_micro_batches(
 
 def test_ranks_share_the_rows_out_without_overlap(counted):
     group = loaders(small(counted), 4)
-    places = [p for loader in group for micro in range(loader.layout.micro_steps) for p in loader.row_numbers(5, micro)]
+    places = [p for loader in group for micro in range(loader.layout.micro_steps) for p in loader.sequence_numbers(5, micro)]
     assert sorted(places) == list(range(5 * 48, 6 * 48))
 
 
 def test_each_epoch_visits_every_row_once_in_another_order(counted):
     loader = loaders(small(counted, TRAIN_BATCH_TOKENS=8 * 30), 1)[0]
-    assert loader.rows == 150 == (1203 - 1) // 8
+    assert loader.sequences == 150 == (1203 - 1) // 8
     epochs = [[first for step in range(5 * n, 5 * n + 5) for first in step_rows([loader], step)] for n in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == [8 * row for row in range(150)]
@@ -301,7 +301,7 @@ def test_a_process_that_fails_while_reading_ahead_ends(data):
     assert (done.returncode, done.stdout, done.stderr) == (7, "reading\n", "")
 
 
-def test_a_training_is_the_same_with_and_without_and_says_how_long_it_waited(data, tmp_path, monkeypatch, capfd):
+def test_a_training_is_the_same_with_and_without_and_says_how_long_data_stalled_it(data, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     models = []
     for depth in (0, 3):
@@ -320,7 +320,7 @@ def test_a_training_is_the_same_with_and_without_and_says_how_long_it_waited(dat
         models.append((folder / "model.pgolf").read_bytes())
         share = json.loads((folder / "summary.json").read_text())["data_wait_share"]
         log = (folder / "log.txt").read_text()
-        assert 0 < share < 1 and f"data: steps waited for batches {share:.3%} of the time" in log
+        assert 0 < share < 1 and f"data stall: {share:.2%} of step time" in log
         assert f"read_ahead:{depth}" in log
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["data_wait_share"] for row in rows if "data_wait_share" in row] == [share]

@@ -1,4 +1,4 @@
-"""Every target is scored once, inside its document, with the promised context; the score is that of a plain loop."""
+"""Every target is scored once, inside its document, with the right context; the score is that of a plain loop."""
 
 import math
 from itertools import pairwise
@@ -46,7 +46,7 @@ def test_windows_by_hand():
 
 @examples(max_examples=300)
 @given(LENGTHS, st.integers(1, 20), st.data())
-def test_windows_score_each_target_once_with_the_promised_context(lengths, context, data):
+def test_windows_score_each_target_once_with_the_right_context(lengths, context, data):
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     windows = tg.evaluation_windows(bounds, context, stride)
@@ -67,7 +67,7 @@ def test_windows_score_each_target_once_with_the_promised_context(lengths, conte
 @examples(max_examples=200)
 @given(LENGTHS, st.integers(1, 20), st.integers(1, 70), st.data())
 def test_windows_in_chunks_of_the_stream_score_each_target_once_in_its_chunk(lengths, context, chunk, data):
-    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none is longer than promised."""
+    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none exceeds the context."""
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     counts, document = np.zeros(bounds[-1], int), np.repeat(np.arange(len(lengths)), lengths)
@@ -94,7 +94,7 @@ def test_windows_without_overlap_count_like_a_division():
 def test_rows_hold_every_window_once_and_are_never_overfull(context, data):
     sizes = data.draw(st.lists(st.integers(1, context), min_size=1, max_size=60))
     windows = np.array([(0, size, 0) for size in sizes])
-    rows = tg.pack_sequences(windows, context)
+    rows = tg.pack_rows(windows, context)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     filled = sorted(sum(sizes[i] for i in row) for row in rows)
     assert filled[-1] <= context
@@ -104,7 +104,7 @@ def test_rows_hold_every_window_once_and_are_never_overfull(context, data):
 def test_packing_wastes_little():
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 257, 5000)
-    rows = tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 256)
+    rows = tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 256)
     assert len(rows) * 256 < sizes.sum() * 1.02
 
 
@@ -113,7 +113,7 @@ def test_packing_is_fast_for_many_windows():
 
     sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
     start = time.perf_counter()
-    tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 2048)
+    tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 2048)
     assert time.perf_counter() - start < 20
 
 
@@ -195,7 +195,7 @@ def test_the_score_of_the_validation_shards(data, validation_texts):
     assert score.bytes == sum(len(t.encode()) for t in validation_texts)
     tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
     assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
-    assert evaluator.audit.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
+    assert evaluator.data_check.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
     assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
     assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
 
@@ -216,7 +216,7 @@ def test_ranks_share_the_batches_and_add_up(data, monkeypatch):
     c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
     model, evaluator, ledgers = build_model(c, spread=0.1), tg.Evaluator(c, single_run()), []
     whole = evaluator(model)
-    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
+    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
     for world in (2, 3, 40):
         ledgers.clear()
         for rank in range(world):
@@ -258,7 +258,7 @@ def test_batches_hold_documents_and_their_targets(data):
 
 
 def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
-    """The context reaches the model: its NLL of a late target depends on a token at the promised distance."""
+    """The context reaches the model: its NLL of a late target depends on a token at the context's distance."""
     c = config(COMPUTE_DTYPE="float64", EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
     model = build_model(c)
     tokens = [1, *np.random.default_rng(1).integers(4, 384, 99).tolist()]
@@ -291,13 +291,13 @@ def manifest(folder, content):
 def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
-    assert any("manifest.json is not there" in remark for remark in evaluator.notes)
-    assert evaluator.audit.manifest.reference == {}
+    assert any("manifest.json does not exist" in note for note in evaluator.notes)
+    assert evaluator.data_check.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
-    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
+    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: says 1 .* hold ({right[0]}|{right[1]})$"):
         tg.Evaluator(evaluator.config, single_run())
     manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
-    assert tg.Evaluator(evaluator.config, single_run()).remarks == []
+    assert tg.Evaluator(evaluator.config, single_run()).notes == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
 def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     manifest(tmp_path / "data", content)
-    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
+    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a valid manifest"):
         tg.Evaluator(evaluator.config, single_run())
 
 
@@ -346,7 +346,7 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
     for setting in ("1", "auto"):
         evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
         assert evaluator.bytes == 2 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
-        assert any("sidecar" in remark for remark in evaluator.notes)
+        assert any("sidecar" in note for note in evaluator.notes)
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,8 @@ CHANGES = {
     "DATA_PATH": ("missing", {}),
     "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
-    "AUDIT": ("windows", {}),
     "ALLOW_SHARED_DOCUMENTS": (3, {}),
+    "ALLOW_SHARED_WINDOWS": (0.5, {}),
 }
 
 

@@ -35,7 +35,7 @@ import shards
 import sources
 import train_gpt as tg
 from errors import PrepareError
-from helpers import TINY, config, examples, single_run
+from helpers import TINY, audit_of, config, examples, single_run
 from test_prepare import contents, documents_of, options, refused, story, write_jsonl
 
 REPO, CASEOPS = published.VARIANTS["sp1024"].repo, published.VARIANTS["sp8192-caseops"].repo
@@ -206,6 +206,7 @@ def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_r
     ]
     assert set(contents(out)) == {"manifest.json", *prepare.manifest_files(manifest)}
     assert (set(manifest["splits"]["val"]) >= {"sidecars"}) == ("caseops" in source)
+    assert manifest["audit"] == audit_of(out)
     # The script counts the same bytes, else its evaluator refuses the manifest.
     evaluator = tg.Evaluator(config(TINY, DATA_PATH=out, VOCAB_SIZE=VOCAB_SIZE), single_run())
     assert evaluator.bytes == expected["splits"]["val"]["bytes"] and len(evaluator.tokens) == stats["tokens_val"]
@@ -233,6 +234,7 @@ def test_first_shards_and_more_of_them_later(tmp_path, serve, published_repos, c
     second = json.loads((out / "manifest.json").read_text())
     assert second["splits"]["train"]["shards"][:2] == first["splits"]["train"]["shards"]
     assert len(second["splits"]["train"]["shards"]) == 3 and second["splits"]["val"] == first["splits"]["val"]
+    assert len(first["audit"]["sha256"]) + 1 == len(second["audit"]["sha256"]) and second["audit"] == audit_of(out)
     assert refused(command("sp1024", "--train-shards", 1, "--out", out), "train_shards 3 there, 1 asked", "--force")
     assert refused(command("sp1024", "--train-shards", 5, "--out", out), "--train-shards 5", "has 4")
     assert refused(command("sp1024", "--revision", "before", "--out", out), "revision None there, before asked")

@@ -871,7 +871,7 @@ def test_a_shard_that_is_cut_off_is_refused(data, tmp_path):
 
 
 def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
-    """One of as many tokens counts other bytes than the manifest promises; one of another size needs no manifest."""
+    """One of as many tokens counts other bytes than the manifest says; one of another size needs no manifest."""
     other, small = tmp_path / "other.model", tmp_path / "small.model"
     other.write_bytes(
         train_tokenizer(
@@ -882,7 +882,7 @@ def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
         )
     )
     small.write_bytes(train_tokenizer(["the river and the stone"] * 20, 290))
-    with pytest.raises(tg.ConfigError, match=r"manifest.json: promises"):
+    with pytest.raises(tg.ConfigError, match=r"manifest.json: says"):
         tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=other), single_run())
     with pytest.raises(tg.ConfigError, match="VOCAB_SIZE=384: .* has 290 tokens"):
         tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=small), single_run())

@@ -360,7 +360,9 @@ def apply_summary(run: Run, s: dict[str, Any]) -> Run:
         if s.get(name) is not None:
             setattr(run, name, s[name])
     run.targets = s.get("val_tokens", run.targets)
-    run.shared_documents = s.get("audit", {}).get("shared_documents", run.shared_documents)
+    leaks = s.get("audit", {}).get("leak_audit", s.get("audit"))  # older summaries have one level less
+    if isinstance(leaks, dict):  # "none" where the data were never audited
+        run.shared_documents = leaks.get("shared_documents", run.shared_documents)
     for stage in ("pre_quant", "quantized"):
         if f"val_bpb_{stage}" in s:
             run.stages[stage] = Stage(s[f"val_loss_{stage}"], s[f"val_bpb_{stage}"])

@@ -113,15 +113,15 @@ def test_every_world_size_that_does_not_divide_the_rows_is_refused(world):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_world_sizes_that_divide_share_all_rows_out(world):
     layout = tg.batch_layout(config(TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=16 * 840, MICRO_BATCH_TOKENS=16 * 9), world)
-    assert layout.rows == 840 == layout.world * layout.micro_steps * layout.micro_rows and layout.world == world
-    assert 1 <= layout.micro_rows <= 9
+    assert layout.sequences == 840 == layout.world * layout.micro_steps * layout.micro_sequences and layout.world == world
+    assert 1 <= layout.micro_sequences <= 9
     # No larger micro-batch would do.
-    assert not [n for n in range(layout.micro_rows + 1, 10) if (840 // world) % n == 0]
+    assert not [n for n in range(layout.micro_sequences + 1, 10) if (840 // world) % n == 0]
 
 
 def test_a_row_longer_than_the_micro_batch_is_computed_alone():
     layout = tg.batch_layout(config(MICRO_BATCH_TOKENS=8), 2)  # rows of 32
-    assert (layout.micro_rows, layout.micro_steps) == (1, 12)
+    assert (layout.micro_sequences, layout.micro_steps) == (1, 12)
 
 
 # ------------------------------------------------------------------------------- the script's answer to wrong settings
@@ -241,7 +241,7 @@ def test_a_run_id_whose_folder_holds_a_run(tiny, tmp_path, capfd, monkeypatch):
 def test_a_folder_that_cannot_be_made(tiny, tmp_path, capfd, monkeypatch):
     (tmp_path / "file").write_text("")
     line = refused(dict(tiny, ARTIFACT_DIR="file/run"), tmp_path, capfd, monkeypatch)
-    assert "ARTIFACT_DIR=file/run" in line and "can be written" in line
+    assert "ARTIFACT_DIR=file/run" in line and "can be written to" in line
 
 
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_starts(tiny, tmp_path, capfd, monkeypatch):
@@ -560,8 +560,8 @@ def test_dry_run_is_one_json_object_and_touches_nothing(tmp_path):
     assert plan["execution_order"]["plain"] == list(range(11))
     assert plan["execution_order"]["looped"] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
     layout = plan["batch_layout"]
-    assert layout["rows"] == 384 and layout["world"] == 8 and layout["row_tokens"] == 2048
-    assert layout["rows"] == layout["world"] * layout["micro_steps"] * layout["micro_rows"]
+    assert layout["sequences"] == 384 and layout["world"] == 8 and layout["sequence_tokens"] == 2048
+    assert layout["sequences"] == layout["world"] * layout["micro_steps"] * layout["micro_sequences"]
     assert "MATRIX_LRR" in done.stderr
 
 

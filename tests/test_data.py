@@ -139,7 +139,7 @@ def test_a_batch_holds_rows_their_successors_and_their_documents(data):
     for step in range(3):
         for micro in range(loader.layout.micro_steps):
             ids, targets, documents = loader.batch(step, micro)
-            assert ids.shape == targets.shape == documents.starts.shape == (loader.layout.micro_rows, 32)
+            assert ids.shape == targets.shape == documents.starts.shape == (loader.layout.micro_sequences, 32)
             assert (ids.dtype, targets.dtype, documents.starts.dtype) == (torch.int64, torch.int64, torch.int32)
             assert torch.equal(ids[:, 1:], targets[:, :-1])
             assert np.array_equal(documents.starts.numpy(), tg.document_starts(ids.numpy()))

@@ -205,7 +205,7 @@ class ModelConfig:
     rope_yarn: bool = knob(False, "older name for ROPE_TYPE=yarn; 1: YaRN is on", Observed.LOSS)
     yarn_max_len: int = knob(
         0,
-        "context length that YaRN stretches to, in tokens; 0, or shorter than the longest evaluation context: the latter",
+        "context length that YaRN stretches to, in tokens; at least the longest evaluation context, which 0 means",
         Observed.LOSS,
         low=0,
         high=1 << 20,
@@ -250,12 +250,12 @@ class ModelConfig:
     num_loops: int = knob(
         0,
         "extra passes through layers LOOP_START..LOOP_END (depth recurrence); 0: no recurrence",
-        Observed.PARAMETERS,
+        Observed.LOSS,
         low=0,
         high=16,
     )
-    loop_start: int = knob(3, "first layer of the depth recurrence, counted from 0", Observed.PARAMETERS, low=0)
-    loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.PARAMETERS, low=0)
+    loop_start: int = knob(3, "first layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
+    loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
     parallel_start_layer: int = knob(
         -1,
         "first layer with parallel residual streams for attention and MLP, counted from 0; -1: one stream throughout",
@@ -363,7 +363,7 @@ class Config(ModelConfig):
     )
     fused_ce_enabled: bool = knob(
         True,
-        "fuse the cross-entropy with its backward pass, by Triton with TRITON_KERNELS=1, in blocks on CPUs; 0: autograd",
+        "fuse the cross-entropy and its backward pass: in Triton with TRITON_KERNELS=1, in blocks on CPUs; 0: autograd",
         Observed.LOSS,
     )
     cpu_threads: int = knob(
@@ -383,14 +383,15 @@ class Config(ModelConfig):
     )
     caseops_enabled: str = knob(
         "auto",
-        "count bytes by the sidecar of CaseOps text; 1: required; 0: ignored; auto: where there is a sidecar",
+        "whether the shards' text went through CaseOps, so that byte sidecars count the original text; 1: sidecars are "
+        "required; 0: sidecars are refused; auto: 1 where there is a sidecar, else 0",
         Observed.REFUSAL,
         choices=("auto", "0", "1"),
     )
     audit: str = knob(
         "documents",
-        "search of the training shards before a run; documents: for validation's documents; windows: also for sequences "
-        "of 50 tokens that validation has too",
+        "search of the training shards before a run; documents: for validation's documents; windows: also for "
+        "validation's sequences of 50 tokens",
         Observed.SUMMARY,
         choices=("documents", "windows"),
     )
@@ -469,8 +470,8 @@ class Config(ModelConfig):
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations of a Muon update", Observed.WEIGHTS, low=1, high=20)
     muon_coefficients: str = knob(
         "classic",
-        "Newton-Schulz polynomials; classic: Keller Jordan's quintic at every iteration; polar_express: the optimal one "
-        "for each iteration",
+        "Newton-Schulz polynomials; classic: Keller Jordan's quintic at every iteration; polar_express: the optimal "
+        "polynomial of each iteration",
         Observed.WEIGHTS,
         choices=("classic", "polar_express"),
     )
@@ -503,7 +504,7 @@ class Config(ModelConfig):
     )
     warmdown_iters: int = knob(
         1200,
-        "last training steps, over which the learning rate falls linearly to 0, where WARMDOWN_FRAC is 0; 0: no warmdown",
+        "last training steps, over which the learning rate falls linearly to 0; used where WARMDOWN_FRAC is 0; 0: none",
         Observed.SCHEDULE,
         low=0,
     )
@@ -583,8 +584,7 @@ class Config(ModelConfig):
     )
     column_steps: float = knob(
         0.0,
-        "exponent with which a column's scale follows the conditional standard deviation that GPTQ leaves; 0: one scale "
-        "for all columns",
+        "exponent p of column scales proportional to U_jj^p, U the Cholesky factor of the inverse Hessian; 0: equal scales",
         Observed.BYTES,
         low=0,
         high=1,
@@ -809,7 +809,7 @@ class Config(ModelConfig):
 
     @property
     def averages(self) -> tuple[bool, bool]:
-        """Whether to keep the EMA, and whether to keep the SWA: those that are on, unless WEIGHT_AVERAGE excludes one."""
+        """Whether the EMA is kept, and whether the SWA is: those that are on and that WEIGHT_AVERAGE includes."""
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
 
     @property
@@ -1226,7 +1226,7 @@ def check_parallel_residual(config: ModelConfig) -> None:
         first <= config.parallel_start_layer < config.num_layers,
         config,
         "parallel_start_layer",
-        f"must be -1, or from {first} to {config.num_layers - 1}: in the second half of the layers, after the recurrence",
+        f"must be -1, or from {first} to {config.num_layers - 1}: in the second half, after the recurrence",
     )
 
 
@@ -3247,8 +3247,14 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
-        self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
-        self.values = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
+        self.bigram = (
+            FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05)
+            if config.bigram_vocab_size
+            else None
+        )
+        self.values = (
+            FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
+        )
         skips = max(sum(v.skip is not None for v in plan) for plan in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None

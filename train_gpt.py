@@ -205,7 +205,7 @@ class ModelConfig:
     rope_yarn: bool = knob(False, "older name for ROPE_TYPE=yarn; 1: YaRN is on", Observed.LOSS)
     yarn_max_len: int = knob(
         0,
-        "context length that YaRN stretches to, in tokens; at least the longest evaluation context, which 0 means",
+        "context length that YaRN stretches to, in tokens; 0 and whatever is shorter: the longest evaluation context",
         Observed.LOSS,
         low=0,
         high=1 << 20,
@@ -584,7 +584,7 @@ class Config(ModelConfig):
     )
     column_steps: float = knob(
         0.0,
-        "exponent p of column scales proportional to U_jj^p, U the Cholesky factor of the inverse Hessian; 0: equal scales",
+        "exponent p of column scales in proportion to U_jj^p, U the inverse Hessian's Cholesky factor; 0: equal scales",
         Observed.BYTES,
         low=0,
         high=1,
@@ -613,8 +613,8 @@ class Config(ModelConfig):
     lqer_top_k: int = knob(3, "number of matrices with an LQER correction, at most", Observed.BYTES, low=1)
     lqer_select: str = knob(
         "gain",
-        "choice of matrices for LQER; norm: largest error; gain: largest reduction of the error, where finer scales "
-        "of the same bytes would reduce it less",
+        "choice of matrices for LQER; norm: largest error; gain: largest reduction of the error, where a correction "
+        "saves more than finer scales of equal bytes",
         Observed.BYTES,
         choices=("norm", "gain"),
     )
@@ -730,11 +730,11 @@ class Config(ModelConfig):
     ttt_o_lora: bool = knob(True, "LoRA around attention, from its normalized input to its output", Observed.TTT)
     ttt_mlp_lora: bool = knob(True, "LoRA around the MLP, from its normalized input to its output", Observed.TTT)
     phased_ttt_prefix_docs: int = knob(
-        3000, "first scored documents that the full model learns from; 0: none", Observed.TTT, low=0
+        3000, "first documents from which the full model learns after their scoring; 0: none", Observed.TTT, low=0
     )
     phased_ttt_num_phases: int = knob(
         4,
-        "times that the full model learns, at equal distances within PHASED_TTT_PREFIX_DOCS",
+        "phases of phased TTT: the full model learns so many times, evenly spread over PHASED_TTT_PREFIX_DOCS",
         Observed.TTT,
         low=1,
         high=1000,
@@ -3247,14 +3247,7 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
-        self.bigram = (
-            FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05)
-            if config.bigram_vocab_size
-            else None
-        )
-        self.values = (
-            FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
-        )
+
         skips = max(sum(v.skip is not None for v in plan) for plan in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None

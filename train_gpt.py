@@ -3247,7 +3247,8 @@ class GPT(nn.Module):
         self.down_bank = nn.Parameter(torch.empty(layers, d, config.hidden_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.smear = SmearGate(config) if config.smear_gate_enabled else None
-
+        self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, 0.05) if config.bigram_vocab_size else None
+        self.values = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, 0.1) if config.ve_dim else None
         skips = max(sum(v.skip is not None for v in plan) for plan in self.schedules.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates_enabled else None

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import dataclasses
 import datetime
 import difflib
+import enum
 import functools
 import hashlib
 import inspect
@@ -79,97 +80,207 @@ class ConfigError(Exception):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
 
 
-def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None):
-    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed."""
-    return field(default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices))
+class Observed(enum.StrEnum):
+    """Where a change of a knob shows first, in the order of a run; tests/test_knobs.py holds every knob to it.
+
+    A CPU shows nothing more of some knobs: what needs a GPU is refused, and COMPILE changes the log and the speed.
+    """
+
+    REFUSAL = "exit code"  # the run ends with an error that names the knob
+    FOLDER = "folder"  # names of files and folders
+    PARAMETERS = "parameters"  # names and shapes of the weights
+    INIT = "initial weights"
+    SCHEDULE = "schedule"  # number of steps; for each, learning rate, momentum, layers, recurrence, fake quantization
+    BATCHES = "training batches"
+    LOSS = "training loss"
+    WEIGHTS = "trained weights"
+    BYTES = "artifact"
+    SCORE = "val_bpb"
+    TTT = "val_bpb after TTT"
+    SUMMARY = "summary.json"
+    LOG = "log"
+
+
+def knob(default, meaning: str, observed: Observed, *, low=None, high=None, choices=None):
+    """One row of the table: default, meaning, where a change shows first, and the values that are allowed."""
+    return field(
+        default=default, metadata=dict(meaning=meaning, observed=observed, low=low, high=high, choices=choices)
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What a forward pass depends on: the only settings that a model sees, and those that its artifact carries."""
 
+    # Tokens and sequences
     tokenizer_sha256: str = knob(
         "",
-        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
-        "exit code",
+        "SHA-256 that the tokenizer's file must have; training stores it in the artifact; empty: any file is accepted",
+        Observed.REFUSAL,
     )
-    vocab_size: int = knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536)
+    vocab_size: int = knob(
+        1024, "number of tokens in the vocabulary; must equal the tokenizer's", Observed.REFUSAL, low=4, high=65536
+    )
     train_seq_len: int = knob(
-        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
+        1024,
+        "length of a training sequence, in tokens; longer documents are cut",
+        Observed.BATCHES,
+        low=1,
+        high=1 << 20,
     )
-    num_layers: int = knob(9, "transformer layers", "parameters", low=1, high=256)
-    model_dim: int = knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
-    num_heads: int = knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
-    num_kv_heads: int = knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
-    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
+
+    # Width and depth
+    num_layers: int = knob(9, "number of transformer layers", Observed.PARAMETERS, low=1, high=256)
+    model_dim: int = knob(512, "width of the residual stream, in channels", Observed.PARAMETERS, low=8, high=1 << 16)
+    num_heads: int = knob(8, "number of query heads; must divide MODEL_DIM", Observed.PARAMETERS, low=1, high=1 << 16)
+    num_kv_heads: int = knob(4, "number of key/value heads; must divide NUM_HEADS", Observed.PARAMETERS, low=1)
+    mlp_mult: float = knob(
+        2.0, "hidden width of the MLP, as a multiple of MODEL_DIM", Observed.PARAMETERS, low=0.01, high=64
+    )
     leaky_relu_slope: float = knob(
-        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
+        0.5,
+        "negative slope of the MLP's LeakyReLU, whose output is squared; 0: ReLU^2",
+        Observed.LOSS,
+        low=0,
+        high=1,
     )
-    tie_embeddings: bool = knob(True, "the head is the embedding transposed", "parameters")
-    rope_base: float = knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
-    rope_dims: int = knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
-    rope_type: str = knob(
-        "rope",
-        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
-        "loss",
-        choices=("rope", "yarn"),
+    ln_scale: bool = knob(
+        False, "multiply each layer's normalized input by 1/sqrt(layer + 1), layers counted from 0", Observed.LOSS
     )
-    rope_yarn: bool = knob(False, "the same as ROPE_TYPE=yarn", "loss")
-    yarn_max_len: int = knob(
-        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
-    )
-    logit_softcap: float = knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
-    softcap_type: str = knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
-    ln_scale: bool = knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
-    xsa_last_n: int = knob(
-        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
-    )
-    skip_gates_enabled: bool = knob(
-        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
-    )
-    sparse_attn_gate_enabled: bool = knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
-    sparse_attn_gate_scale: float = knob(0.5, "the scale in the sparse head gate", "loss", low=0)
-    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
-    attn_out_gate_enabled: bool = knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
-    smear_gate_enabled: bool = knob(False, "mix the previous token's embedding in, gated", "parameters")
-    smear_gate_type: str = knob(
-        "window",
-        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
-        "parameters",
-        choices=("window", "channel"),
-    )
+
+    # Embeddings and logits
+    tie_embeddings: bool = knob(True, "use the token embedding as the output head", Observed.PARAMETERS)
     bigram_vocab_size: int = knob(
         0,
-        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
-        "parameters",
+        "hash buckets for pairs of consecutive tokens, each bucket with an embedding; 0: no bigram embedding",
+        Observed.PARAMETERS,
         low=0,
         high=1 << 20,
     )
-    bigram_dim: int = knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
-    ve_dim: int = knob(
-        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
+    bigram_dim: int = knob(
+        128,
+        "width of the bigram embedding table, before the projection to MODEL_DIM",
+        Observed.PARAMETERS,
+        low=1,
+        high=1 << 16,
     )
-    ve_layers: str = knob("9,10", "layers whose values they are added to, with commas between", "parameters")
-    gate_window: int = knob(12, "input channels that the small gates read", "parameters", low=1)
-    num_loops: int = knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16)
-    loop_start: int = knob(3, "first layer of the loop", "execution order", low=0)
-    loop_end: int = knob(5, "last layer of the loop", "execution order", low=0)
-    parallel_start_layer: int = knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1)
+    ve_dim: int = knob(
+        0,
+        "width of the table of value embeddings, token embeddings added to attention's values; 0: no value embeddings",
+        Observed.PARAMETERS,
+        low=0,
+        high=1 << 16,
+    )
+    ve_layers: str = knob(
+        "9,10", "layers that add value embeddings (VE_DIM), as comma-separated numbers from 0", Observed.PARAMETERS
+    )
+    smear_gate_enabled: bool = knob(
+        False, "mix the previous token's embedding into each token's through a gate (SmearGate)", Observed.PARAMETERS
+    )
+    smear_gate_type: str = knob(
+        "window",
+        "kind of SmearGate; window: one gate per token, computed from GATE_WINDOW channels; channel: one learned gate "
+        "per channel, applied after the first norm",
+        Observed.PARAMETERS,
+        choices=("window", "channel"),
+    )
+    logit_softcap: float = knob(30.0, "bound C of the softcap, C*tanh(logit/C)", Observed.LOSS, low=0.01)
+    softcap_type: str = knob(
+        "tanh",
+        "function of the softcap; tanh: C*tanh(logit/C); poly: tanh's Taylor polynomial of degree 5, clamped",
+        Observed.LOSS,
+        choices=("tanh", "poly"),
+    )
+
+    # Attention
+    rope_base: float = knob(10000.0, "base of the rotary embedding's wavelengths", Observed.LOSS, low=1)
+    rope_dims: int = knob(0, "dimensions of each head with rotary embedding; 0: all", Observed.LOSS, low=0)
+    rope_type: str = knob(
+        "rope",
+        "rotary embedding; rope: wavelengths as ROPE_BASE gives them; yarn: long wavelengths are stretched where the "
+        "longest evaluation context exceeds TRAIN_SEQ_LEN (YaRN)",
+        Observed.LOSS,
+        choices=("rope", "yarn"),
+    )
+    rope_yarn: bool = knob(False, "older name for ROPE_TYPE=yarn; 1: YaRN is on", Observed.LOSS)
+    yarn_max_len: int = knob(
+        0,
+        "context length that YaRN stretches to, in tokens; 0 and whatever is shorter: the longest evaluation context",
+        Observed.LOSS,
+        low=0,
+        high=1 << 20,
+    )
+    xsa_last_n: int = knob(
+        0,
+        "number of last layers whose attention output loses the component along the token's own value (XSA); 0: none",
+        Observed.LOSS,
+        low=0,
+    )
+    sparse_attn_gate_enabled: bool = knob(
+        False,
+        "multiply each head's output by sigmoid(SPARSE_ATTN_GATE_SCALE * W x), x the first GATE_WINDOW channels of "
+        "attention's normalized input",
+        Observed.PARAMETERS,
+    )
+    sparse_attn_gate_scale: float = knob(
+        0.5, "factor inside the sigmoid of the sparse head gate (SPARSE_ATTN_GATE_ENABLED)", Observed.LOSS, low=0
+    )
+    gated_attn_enabled: bool = knob(
+        False,
+        "multiply each head's output by sigmoid(W x), x all channels of attention's normalized input",
+        Observed.PARAMETERS,
+    )
+    attn_out_gate_enabled: bool = knob(
+        False,
+        "multiply each head's output by 2*sigmoid(W x), x the first GATE_WINDOW channels of attention's normalized "
+        "input",
+        Observed.PARAMETERS,
+    )
+    gate_window: int = knob(
+        12,
+        "input channels read by the window SmearGate, the sparse head gate and the output head gate",
+        Observed.PARAMETERS,
+        low=1,
+    )
+
+    # Residual stream and recurrence
+    skip_gates_enabled: bool = knob(
+        False, "blend U-Net skip connections in through learned gates instead of adding them", Observed.PARAMETERS
+    )
+    num_loops: int = knob(
+        0,
+        "extra passes through layers LOOP_START..LOOP_END (depth recurrence); 0: no recurrence",
+        Observed.LOSS,
+        low=0,
+        high=16,
+    )
+    loop_start: int = knob(3, "first layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
+    loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
+    parallel_start_layer: int = knob(
+        -1,
+        "first layer with parallel residual streams for attention and MLP, counted from 0; -1: one stream throughout",
+        Observed.PARAMETERS,
+        low=-1,
+    )
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.model_dim // self.num_heads
 
     @property
     def kv_dim(self) -> int:
+        """Width of all key heads together, and of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def hidden_dim(self) -> int:
+        """Hidden width of the MLP."""
         return int(self.mlp_mult * self.model_dim)
 
     @property
     def rotary_dims(self) -> int:
+        """Dimensions of a head with rotary embedding."""
         return self.rope_dims or self.head_dim
 
     @property
@@ -178,10 +289,12 @@ class ModelConfig:
 
     @property
     def loops(self) -> bool:
+        """Whether the model has depth recurrence."""
         return self.num_loops > 0
 
     @property
-    def lanes(self) -> bool:
+    def parallel_residual(self) -> bool:
+        """Whether the last layers have parallel residual streams."""
         return self.parallel_start_layer >= 0
 
     @property
@@ -196,294 +309,454 @@ class Config(ModelConfig):
     """Every setting of a run. A field is the environment variable of the same name in capitals."""
 
     # What to run, and where
-    preset: str = knob("", "row set that gives the defaults; empty: demo without CUDA, baseline with it", "config")
+    preset: str = knob(
+        "",
+        "set of defaults: demo, baseline, record or poly5; empty: baseline where there is a CUDA device, else demo",
+        Observed.PARAMETERS,
+    )
     mode: str = knob(
         "all",
-        "train: up to the artifact; eval: only score an artifact; all: both",
-        "stages run",
+        "stages to run; train: up to the artifact; eval: score an artifact; all: both",
+        Observed.SCORE,
         choices=("all", "train", "eval"),
     )
-    run_id: str = knob("", "name of the run's folder; empty: date, time, preset and seed", "folder name")
-    artifact_dir: str = knob("", "the run's folder; empty: logs/$RUN_ID", "folder name")
+    run_id: str = knob("", "name of the run's folder under logs/; empty: date, time, preset and seed", Observed.FOLDER)
+    artifact_dir: str = knob("", "path of the run's folder; empty: logs/$RUN_ID", Observed.FOLDER)
     seed: int = knob(
         1337,
-        "seed of the initial weights, of the order of the data, of noise",
-        "weights, batches",
+        "random seed of the initial weights, the data order, NEFTune's noise and LoRA's initial weights",
+        Observed.INIT,
         low=0,
         high=2**31 - 1,
     )
     device: str = knob(
-        "auto", "where to compute; auto: cuda where there is one", "log", choices=("auto", "cpu", "cuda")
+        "auto",
+        "device to compute on; auto: cuda where there is one, else cpu",
+        Observed.REFUSAL,
+        choices=("auto", "cpu", "cuda"),
     )
     compute_dtype: str = knob(
         "auto",
-        "type of activations and matrix products; auto: bfloat16, but float32 on CPUs "
-        "without bfloat16 instructions; masters are float32 (float64 with float64)",
-        "loss",
+        "data type of activations and matrix products; auto: bfloat16, but float32 on CPUs without bfloat16 "
+        "instructions; master weights are float32, with float64 float64",
+        Observed.LOSS,
         choices=("auto", "bfloat16", "float32", "float64"),
     )
-    compile: str = knob("auto", "torch.compile; auto: on CUDA, not on CPUs", "log", choices=("auto", "0", "1"))
+    compile: str = knob(
+        "auto",
+        "compile the model with torch.compile; auto: 1 on CUDA, 0 on CPUs",
+        Observed.LOG,
+        choices=("auto", "0", "1"),
+    )
     attention: str = knob(
         "auto",
-        "attention backend; auto: blocked on CPUs, else the first of fa3, fa2, varlen, sdpa that is installed",
-        "log",
+        "attention backend; fa3, fa2: FlashAttention; varlen: PyTorch's own; sdpa: with a document mask; blocked: for "
+        "CPUs; auto: blocked on CPUs, else the first of fa3, fa2, varlen and sdpa that is installed",
+        Observed.LOSS,
         choices=("auto", "fa3", "fa2", "varlen", "sdpa", "blocked"),
     )
     triton_kernels: str = knob(
-        "auto", "fused loss and MLP; auto: on CUDA where Triton is installed", "log", choices=("auto", "0", "1")
+        "auto",
+        "fuse the MLP and the loss in Triton kernels; auto: 1 on CUDA where Triton is installed, else 0",
+        Observed.REFUSAL,
+        choices=("auto", "0", "1"),
     )
     fused_ce_enabled: bool = knob(
         True,
-        "the cross-entropy with a backward of its own: Triton's with TRITON_KERNELS=1, "
-        "blocks on CPUs; 0: plain autograd",
-        "log",
+        "fuse the cross-entropy and its backward pass: in Triton with TRITON_KERNELS=1, in blocks on CPUs; 0: autograd",
+        Observed.LOSS,
     )
-    cpu_threads: int = knob(0, "threads of each rank on CPUs; 0: the cores shared out evenly", "log", low=0, high=1024)
+    cpu_threads: int = knob(
+        0,
+        "threads of each rank on CPUs; 0: the cores shared out evenly among the ranks",
+        Observed.LOG,
+        low=0,
+        high=1024,
+    )
 
     # Data
-    data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
-    tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
+    data_path: str = knob(
+        "data/builtin_sp1024", "folder of the token shards fineweb_{train,val}_*.bin", Observed.BATCHES
+    )
+    tokenizer_path: str = knob(
+        "", "SentencePiece model of the shards; empty: $DATA_PATH/tokenizer.model", Observed.REFUSAL
+    )
     caseops_enabled: str = knob(
         "auto",
-        "1: the shards' text went through CaseOps, so the byte sidecar counts its bytes; auto: where there is one",
-        "byte counts",
+        "whether the shards' text went through CaseOps, so that byte sidecars count the original text; 1: sidecars are "
+        "required; 0: sidecars are refused; auto: 1 where there is a sidecar, else 0",
+        Observed.REFUSAL,
         choices=("auto", "0", "1"),
     )
     allow_shared_documents: int = knob(
         0,
-        "validation documents that training may hold too, with a warning; more stop the run",
-        "exit code, summary",
+        "validation documents that may also be in the training shards, with a warning; a run with more is refused",
+        Observed.SUMMARY,
         low=0,
     )
     allow_shared_windows: float = knob(
         0.05,
-        "share of the validation windows of 50 tokens that training may hold too; more stops the run",
-        "exit code, summary",
+        "fraction of validation's windows of 50 tokens that may also be in the training shards; a run with more is "
+        "refused",
+        Observed.SUMMARY,
         low=0,
         high=1,
     )
     read_ahead: int = knob(
-        2, "batches that a thread prepares while a step runs; 0: each when it is needed", "log", low=0, high=64
+        2, "training batches prepared in advance by a thread; 0: none, each when needed", Observed.LOG, low=0, high=64
     )
 
     # Length of the training, batches
-    iterations: int = knob(20000, "training steps at most", "steps", low=1)
-    max_wallclock_seconds: float = knob(600.0, "training seconds at most; 0: no limit", "steps", low=0)
-    gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
-    warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
-    train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
-    micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
-    train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
-    val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
-    val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "evaluation layout", low=1)
-
-    # Model
-    tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
-    qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
-    enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
-    neftune_alpha: float = knob(
-        0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss", low=0
+    iterations: int = knob(20000, "number of training steps, at most", Observed.SCHEDULE, low=1)
+    max_wallclock_seconds: float = knob(600.0, "training time limit, in seconds; 0: no limit", Observed.SCHEDULE, low=0)
+    gptq_reserve_seconds: float = knob(
+        0.0, "seconds of the training time limit reserved for GPTQ's calibration", Observed.SCHEDULE, low=0
     )
-    z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
+    warmup_steps: int = knob(
+        20, "steps that compile every graph and are then undone, before the clock starts; 0: none", Observed.LOG, low=0
+    )
+    train_batch_tokens: int = knob(
+        524288, "tokens of a training step, over all ranks and micro-steps", Observed.BATCHES, low=1
+    )
+    micro_batch_tokens: int = knob(65536, "tokens that one rank processes at once, at most", Observed.BATCHES, low=1)
+    train_log_every: int = knob(200, "training steps between log lines of the loss; 0: none", Observed.LOG, low=0)
+    val_loss_every: int = knob(1000, "training steps between validations; 0: only at the end", Observed.LOG, low=0)
+    val_batch_size: int = knob(65536, "validation tokens that one rank processes at once", Observed.LOG, low=1)
+
+    # Initial weights and the training loss
+    tied_embed_init_std: float = knob(
+        0.005, "standard deviation of a tied embedding's initial weights", Observed.INIT, low=0
+    )
+    qk_gain_init: float = knob(
+        1.5, "initial value of each head's learned gain on the normalized queries", Observed.INIT, low=0
+    )
+    enable_looping_at: float = knob(
+        0.35, "fraction of training after which the depth recurrence is on", Observed.SCHEDULE, low=0, high=1
+    )
+    neftune_alpha: float = knob(
+        0.0, "magnitude of NEFTune's uniform noise on training embeddings; 0: no noise", Observed.LOSS, low=0
+    )
+    z_loss_weight: float = knob(
+        0.0, "weight of the z-loss, mean(logsumexp^2), in the training loss; 0: no z-loss", Observed.WEIGHTS, low=0
+    )
     focal_enabled: bool = knob(
         False,
-        "weigh a token's training loss by (1 - probability of the target)^FOCAL_GAMMA, each row's weights 1 on average",
-        "weights",
+        "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 over "
+        "a sequence (focal loss)",
+        Observed.WEIGHTS,
     )
-    focal_gamma: float = knob(1.0, "the power in it", "weights", low=0, high=100)
+    focal_gamma: float = knob(1.0, "exponent of the focal loss (FOCAL_ENABLED)", Observed.WEIGHTS, low=0, high=100)
 
     # Optimizers
-    matrix_lr: float = knob(0.04, "learning rate of the matrix banks (Muon)", "weights", low=0)
-    scalar_lr: float = knob(0.04, "learning rate of vectors, scalars and gates (AdamW)", "weights", low=0)
-    tied_embed_lr: float = knob(0.05, "learning rate of a tied embedding", "weights", low=0)
-    embed_lr: float = knob(0.6, "learning rate of an untied embedding", "weights", low=0)
-    head_lr: float = knob(0.008, "learning rate of an untied head", "weights", low=0)
-    muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", "weights", low=0, high=0.9999)
+    matrix_lr: float = knob(0.04, "Muon's learning rate, for attention and MLP matrices", Observed.WEIGHTS, low=0)
+    scalar_lr: float = knob(
+        0.04, "AdamW's learning rate for vectors, scalars, gates and small projections", Observed.WEIGHTS, low=0
+    )
+    tied_embed_lr: float = knob(0.05, "AdamW's learning rate for a tied embedding", Observed.WEIGHTS, low=0)
+    embed_lr: float = knob(0.6, "AdamW's learning rate for an untied embedding", Observed.WEIGHTS, low=0)
+    head_lr: float = knob(0.008, "AdamW's learning rate for an untied output head", Observed.WEIGHTS, low=0)
+    muon_momentum: float = knob(
+        0.95, "Muon's Nesterov momentum after the warmup", Observed.SCHEDULE, low=0, high=0.9999
+    )
     muon_momentum_warmup_start: float = knob(
-        0.85, "momentum at step 0, or MUON_MOMENTUM where that is less", "weights", low=0, high=0.9999
+        0.85,
+        "Muon's momentum at step 0; MUON_MOMENTUM where a preset's is smaller",
+        Observed.SCHEDULE,
+        low=0,
+        high=0.9999,
     )
-    muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
+    muon_momentum_warmup_steps: int = knob(
+        500, "training steps over which Muon's momentum rises linearly; 0: no warmup", Observed.SCHEDULE, low=0
+    )
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations of a Muon update", Observed.WEIGHTS, low=1, high=20)
     muon_coefficients: str = knob(
-        "classic", "Newton-Schulz polynomial", "weights", choices=("classic", "polar_express")
+        "classic",
+        "Newton-Schulz polynomials; classic: Keller Jordan's quintic at every iteration; polar_express: the optimal "
+        "polynomial of each iteration",
+        Observed.WEIGHTS,
+        choices=("classic", "polar_express"),
     )
-    muon_row_normalize: bool = knob(False, "rows of the update to unit norm before Newton-Schulz", "weights")
-    muon_wd: float = knob(0.0, "decoupled weight decay of the banks", "weights", low=0)
-    beta1: float = knob(0.9, "AdamW's first beta", "weights", low=0, high=0.99999)
-    beta2: float = knob(0.95, "AdamW's second beta", "weights", low=0, high=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW's epsilon", "weights", low=1e-30)
-    adam_wd: float = knob(0.0, "weight decay of vectors, scalars and gates", "weights", low=0)
-    embed_wd: float = knob(0.0, "weight decay of the embedding and the head", "weights", low=0)
-    grad_clip_norm: float = knob(0.0, "largest norm of the averaged gradient; 0: no clipping", "weights", low=0)
+    muon_row_normalize: bool = knob(
+        False, "scale each row of a Muon update to unit norm before Newton-Schulz", Observed.WEIGHTS
+    )
+    muon_wd: float = knob(0.0, "Muon's decoupled weight decay", Observed.WEIGHTS, low=0)
+    beta1: float = knob(
+        0.9, "AdamW's beta1, the decay rate of the mean gradient", Observed.WEIGHTS, low=0, high=0.99999
+    )
+    beta2: float = knob(
+        0.95, "AdamW's beta2, the decay rate of the mean squared gradient", Observed.WEIGHTS, low=0, high=0.99999
+    )
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", Observed.WEIGHTS, low=1e-30)
+    adam_wd: float = knob(
+        0.0, "AdamW's weight decay for vectors, scalars, gates and small projections", Observed.WEIGHTS, low=0
+    )
+    embed_wd: float = knob(0.0, "AdamW's weight decay for embeddings and the output head", Observed.WEIGHTS, low=0)
+    grad_clip_norm: float = knob(
+        0.0, "norm to which the global gradient is clipped; 0: no clipping", Observed.WEIGHTS, low=0
+    )
 
     # Schedules
     warmdown_frac: float = knob(
-        0.0, "last fraction of the training over which the rate falls to 0", "learning rate", low=0, high=1
+        0.0,
+        "last fraction of training, over which the learning rate falls linearly to 0; 0: WARMDOWN_ITERS says",
+        Observed.SCHEDULE,
+        low=0,
+        high=1,
     )
     warmdown_iters: int = knob(
-        1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0", "learning rate", low=0
+        1200,
+        "last training steps, over which the learning rate falls linearly to 0; used where WARMDOWN_FRAC is 0; 0: none",
+        Observed.SCHEDULE,
+        low=0,
     )
-    min_lr: float = knob(0.0, "floor of the learning-rate multiplier", "learning rate", low=0, high=1)
+    min_lr: float = knob(
+        0.0, "lower bound of the warmdown, as a fraction of the full learning rate", Observed.SCHEDULE, low=0, high=1
+    )
     progressive_depth_schedule: str = knob(
         "",
-        "fractions of the training, with commas between, at which more layers "
-        "begin to learn, from below; empty or 0: all learn at once",
-        "weights",
+        "fractions of training at which more layers start to train, from the first layer up, comma-separated; empty or "
+        "0: all layers train from the start",
+        Observed.SCHEDULE,
     )
     ema_decay: float = knob(
-        0.0, "decay of the moving average of the weights (EMA); 0: none", "weights", low=0, high=0.999999
+        0.0,
+        "decay of the exponential moving average of the weights (EMA); 0: no EMA",
+        Observed.WEIGHTS,
+        low=0,
+        high=0.999999,
     )
-    swa_enabled: bool = knob(False, "a plain average of late weights (SWA)", "weights")
-    swa_every: int = knob(50, "steps between the weights that it takes", "weights", low=1)
-    swa_start: float = knob(0.2, "multiplier of the learning rate below which it takes them", "weights", low=0, high=1)
+    swa_enabled: bool = knob(False, "average weights of the end of training with equal weights (SWA)", Observed.WEIGHTS)
+    swa_every: int = knob(50, "training steps between weights that SWA averages", Observed.WEIGHTS, low=1)
+    swa_start: float = knob(
+        0.2, "fraction of the full learning rate below which SWA begins", Observed.WEIGHTS, low=0, high=1
+    )
     weight_average: str = knob(
         "both",
-        "the weights that are kept: one average, or the mean of those that are on; without any, the last weights",
-        "weights",
+        "weights to keep after training; ema: the EMA; swa: the SWA; both: the mean of those that are on, without any "
+        "the last weights",
+        Observed.WEIGHTS,
         choices=("both", "ema", "swa"),
     )
     late_qat_threshold: float = knob(
         0.0,
-        "multiplier of the learning rate below which the training rounds the "
-        "matrices as their class is quantized; 0: never",
-        "weights",
+        "fraction of the full learning rate below which training fake-quantizes attention and MLP matrices (late QAT); "
+        "0: never",
+        Observed.SCHEDULE,
         low=0,
         high=1,
     )
 
     # Quantization and the artifact
-    matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
-    attn_bits: int = knob(0, "bits of attention's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
-    mlp_bits: int = knob(0, "bits of the MLP's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
-    embed_bits: int = knob(8, "bits of the embedding and the head", "bytes", low=2, high=8)
-    attn_clip_sigmas: float = knob(
-        13.0, "range of a row of attention's matrices, in standard deviations", "bytes", low=0.1
-    )
-    mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
-    embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
-    matrix_clip_sigmas: float = knob(
-        12.85, "the same for other large matrices: the tables of pairs and of values", "bytes", low=0.1
-    )
     quantizer: str = knob(
         "uniform",
-        "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers; "
-        "gptq_lite: each row to nearest, with the best of five clip quantiles",
-        "bytes",
+        "quantizer of matrices; uniform: GPTQ on a uniform grid; trellis: GPTQ with trellis-coded quantization; "
+        "gptq_lite: round to nearest, each row with the best of five clip quantiles",
+        Observed.BYTES,
         choices=("uniform", "trellis", "gptq_lite"),
     )
-    trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
-    trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
+    matrix_bits: int = knob(6, "bits per weight of attention and MLP matrices", Observed.BYTES, low=2, high=8)
+    attn_bits: int = knob(
+        0, "bits per weight of attention's matrices, 2 to 8; 0: MATRIX_BITS", Observed.BYTES, low=0, high=8
+    )
+    mlp_bits: int = knob(
+        0, "bits per weight of the MLP's matrices, 2 to 8; 0: MATRIX_BITS", Observed.BYTES, low=0, high=8
+    )
+    embed_bits: int = knob(8, "bits per weight of the embedding and the output head", Observed.BYTES, low=2, high=8)
+    attn_clip_sigmas: float = knob(
+        13.0, "clip range of attention's matrices, in standard deviations of a row", Observed.BYTES, low=0.1
+    )
+    mlp_clip_sigmas: float = knob(
+        11.5, "clip range of the MLP's matrices, in standard deviations of a row", Observed.BYTES, low=0.1
+    )
+    embed_clip_sigmas: float = knob(
+        14.0,
+        "clip range of the embedding and the output head, in standard deviations of a row",
+        Observed.BYTES,
+        low=0.1,
+    )
+    matrix_clip_sigmas: float = knob(
+        12.85,
+        "clip range of large bigram and value embeddings, in standard deviations of a row",
+        Observed.BYTES,
+        low=0.1,
+    )
+    scale_grid: int = knob(
+        16, "quantization scales per factor of 2; 0: any fp16 number is a scale", Observed.BYTES, low=0, high=1024
+    )
     column_steps: float = knob(
-        0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0, high=1
+        0.0,
+        "exponent p of column scales in proportion to U_jj^p, U the inverse Hessian's Cholesky factor; 0: equal scales",
+        Observed.BYTES,
+        low=0,
+        high=1,
+    )
+    trellis_states: int = knob(8, "states of the quantizer's trellis: 4, 8, 16 or 32", Observed.BYTES, low=4, high=32)
+    trellis_rate: float = knob(
+        0.5, "weight of the code's bits against the error in the trellis search", Observed.BYTES, low=0, high=10
     )
     target_bytes: int = knob(
         0,
-        "bytes of code and model that the steps are fitted to, at most; 0: steps by *_CLIP_SIGMAS alone",
-        "bytes",
+        "bytes of code and model to which quantization scales are fitted, at most; 0: scales follow the clip ranges",
+        Observed.BYTES,
         low=0,
     )
-    scale_grid: int = knob(16, "row scales to an octave; 0: any fp16 scale", "bytes", low=0, high=1024)
     awq_groups: int = knob(
-        0, "groups of 64 input columns that keep 8 bits: those with most activation x weight", "bytes", low=0
+        0,
+        "groups of 64 input columns kept in 8 bits, those with the largest activations times weights; 0: none",
+        Observed.BYTES,
+        low=0,
     )
-    gated_attn_quant_gate: bool = knob(False, "head gates in int8 per row instead of fp16", "bytes")
-    lqer_enabled: bool = knob(False, "low-rank corrections of the quantization error (LQER)", "bytes")
-    lqer_rank: int = knob(4, "rank of a correction", "bytes", low=1, high=256)
-    lqer_top_k: int = knob(3, "corrections at most", "bytes", low=1)
+    gated_attn_quant_gate: bool = knob(
+        False, "store head gates in int8 with a scale per row instead of fp16", Observed.BYTES
+    )
+    lqer_enabled: bool = knob(False, "store low-rank corrections of the quantization error (LQER)", Observed.BYTES)
+    lqer_rank: int = knob(4, "rank of an LQER correction", Observed.BYTES, low=1, high=256)
+    lqer_top_k: int = knob(3, "number of matrices with an LQER correction, at most", Observed.BYTES, low=1)
     lqer_select: str = knob(
         "gain",
-        "which matrices: norm, the largest errors; gain, those where a correction saves "
-        "more than its bytes would elsewhere",
-        "bytes",
+        "choice of matrices for LQER; norm: largest error; gain: largest reduction of the error, where a correction "
+        "saves more than finer scales of equal bytes",
+        Observed.BYTES,
         choices=("norm", "gain"),
     )
     lqer_asym_enabled: str = knob(
         "auto",
-        "1: factors in -2..1 and -8..7; 0: in LQER_FACTOR_BITS per row; auto: what saves more",
-        "bytes",
+        "bits of LQER's factors; 1: 2 for the left and 4 for the right one, in asymmetric ranges; 0: LQER_FACTOR_BITS; "
+        "auto: whichever reduces the error more",
+        Observed.BYTES,
         choices=("auto", "0", "1"),
     )
-    lqer_asym_group: int = knob(64, "right factor's elements to a scale, at most", "bytes", low=1)
-    lqer_factor_bits: int = knob(4, "bits of the symmetric factors", "bytes", low=2, high=8)
+    lqer_asym_group: int = knob(
+        64, "weights per scale of LQER's asymmetric right factor, at most", Observed.BYTES, low=1
+    )
+    lqer_factor_bits: int = knob(
+        4, "bits per weight of LQER's symmetric factors (LQER_ASYM_ENABLED=0)", Observed.BYTES, low=2, high=8
+    )
     rvq_enabled: bool = knob(
-        False, "a second rounding of the matrices where it saves most, while bytes are left", "bytes"
+        False,
+        "quantize the error of matrices a second time, most error per byte first, up to ARTIFACT_LIMIT_BYTES (residual "
+        "quantization, RVQ)",
+        Observed.BYTES,
     )
-    rvq_bits: int = knob(4, "bits of the second rounding", "bytes", low=2, high=8)
+    rvq_bits: int = knob(4, "bits per weight of RVQ's second quantization", Observed.BYTES, low=2, high=8)
     gptq_calibration_batches: int = knob(
-        16, "training batches from which Hessians are summed", "quantized weights", low=1
+        16, "training batches from which GPTQ's Hessians are estimated", Observed.BYTES, low=1
     )
-    gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
+    gptq_damp: float = knob(
+        0.01, "damping of GPTQ's Hessians, as a fraction of the mean diagonal", Observed.BYTES, low=0
+    )
     compressor: str = knob(
         "zstd",
-        "entropy coder of the artifact; pergroup: a range coder for the banks' integers",
-        "bytes",
+        "compressor of the artifact; zstd, brotli, lzma: of all sections; pergroup: a range coder for quantized "
+        "matrices, adaptive in groups of rows and columns",
+        Observed.BYTES,
         choices=("zstd", "brotli", "lzma", "pergroup"),
     )
-    artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
-
-    # Evaluation
-    eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0, high=1 << 20)
-    eval_stride: int = knob(
-        0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)", "val_bpb", low=0
+    artifact_limit_bytes: int = knob(
+        16_000_000, "bytes allowed for code and model together; a run over the limit fails", Observed.REFUSAL, low=0
     )
 
+    # Evaluation
+    eval_seq_len: int = knob(
+        0, "context length in evaluation, in tokens; 0: TRAIN_SEQ_LEN", Observed.SCORE, low=0, high=1 << 20
+    )
+    eval_stride: int = knob(
+        0,
+        "targets that each sliding window adds; 0: EVAL_SEQ_LEN, so that windows do not overlap",
+        Observed.SCORE,
+        low=0,
+    )
     temperature: float = knob(
-        1.0, "what softcapped logits are divided by in every evaluation, not in training", "val_bpb", low=0.01, high=100
+        1.0, "temperature of the softcapped logits in evaluation; training uses 1", Observed.SCORE, low=0.01, high=100
+    )
+    eval_budget_seconds: float = knob(
+        600.0,
+        "time budget of the evaluation, in seconds; a run projected to exceed it warns; 0: no budget",
+        Observed.LOG,
+        low=0,
     )
 
     # Test-time training: every target is scored before anything learns from it
     ttt_mode: str = knob(
         "none",
-        "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
-        "after each chunk of the stream",
-        "val_bpb",
+        "test-time training; none: off; phased: LoRA for each document, and SGD of the full model between phases; "
+        "chunk: SGD of the full model after each chunk of the validation stream",
+        Observed.TTT,
         choices=("none", "phased", "chunk"),
     )
-    ttt_order: str = knob(
-        "length", "documents longest first, or in the order of the stream", "val_bpb", choices=("length", "stream")
+    ttt_baseline: bool = knob(
+        False, "also score the windows of test-time training without learning, to compare", Observed.SUMMARY
     )
-    ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
+
+    # Phased test-time training: LoRA for each document
+    ttt_order: str = knob(
+        "length",
+        "order of documents in phased TTT; length: longest first; stream: as in the shards",
+        Observed.TTT,
+        choices=("length", "stream"),
+    )
+    ttt_batch_size: int = knob(64, "documents of a LoRA batch", Observed.TTT, low=1)
     ttt_streams: int = knob(
-        8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb", low=1, high=4096
+        8,
+        "independent series of LoRA batches, shared out among the ranks; TTT_WARM_START_A acts within a series",
+        Observed.TTT,
+        low=1,
+        high=4096,
     )
     ttt_chunk_size: int = knob(
-        48, "targets of a document that are scored before it learns from them, at most the context", "val_bpb", low=1
+        48, "targets of a document that are scored before each LoRA update; at most the context", Observed.TTT, low=1
     )
     ttt_short_doc_chunks: bool = knob(
-        False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000", "val_bpb"
+        False,
+        "smaller LoRA chunks for short documents: 8 targets in documents of up to 256, 24 in those of up to 2000",
+        Observed.TTT,
     )
     ttt_eval_seq_len: int = knob(
-        0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb", low=0, high=1 << 20
+        0, "context length in phased TTT, in tokens; 0: EVAL_SEQ_LEN", Observed.TTT, low=0, high=1 << 20
     )
-    ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
-    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=1e-3)
-    ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
-    ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
-    ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
-    ttt_grad_steps: int = knob(1, "steps on each chunk", "val_bpb", low=1, high=100)
-    ttt_warm_start_a: bool = knob(True, "a document begins with the A that the one before it left", "val_bpb")
-    ttt_q_lora: bool = knob(True, "adapters of the queries", "val_bpb")
-    ttt_k_lora: bool = knob(True, "adapters of the keys", "val_bpb")
-    ttt_v_lora: bool = knob(True, "adapters of the values", "val_bpb")
-    ttt_o_lora: bool = knob(True, "adapters from attention's input to its output", "val_bpb")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP", "val_bpb")
+    ttt_lora_rank: int = knob(128, "LoRA rank", Observed.TTT, low=1, high=4096)
+    ttt_lora_alpha: float = knob(
+        144.0, "LoRA alpha: the low-rank output is scaled by alpha/rank", Observed.TTT, low=1e-3
+    )
+    ttt_lora_lr: float = knob(1e-4, "AdamW's learning rate for LoRA", Observed.TTT, low=0)
+    ttt_beta2: float = knob(0.99, "AdamW's beta2 for LoRA; beta1 is 0", Observed.TTT, low=0, high=0.99999)
+    ttt_weight_decay: float = knob(0.5, "AdamW's decoupled weight decay for LoRA", Observed.TTT, low=0)
+    ttt_grad_steps: int = knob(1, "LoRA updates on each chunk of a document", Observed.TTT, low=1, high=100)
+    ttt_warm_start_a: bool = knob(
+        True, "start LoRA's A from the previous batch's instead of at random; B always starts at 0", Observed.TTT
+    )
+    ttt_q_lora: bool = knob(True, "LoRA on the query projections", Observed.TTT)
+    ttt_k_lora: bool = knob(True, "LoRA on the key projections", Observed.TTT)
+    ttt_v_lora: bool = knob(True, "LoRA on the value projections", Observed.TTT)
+    ttt_o_lora: bool = knob(True, "LoRA around attention, from its normalized input to its output", Observed.TTT)
+    ttt_mlp_lora: bool = knob(True, "LoRA around the MLP, from its normalized input to its output", Observed.TTT)
     phased_ttt_prefix_docs: int = knob(
-        3000, "first documents of the order that all weights learn from", "val_bpb", low=0
+        3000, "first documents from which the full model learns after their scoring; 0: none", Observed.TTT, low=0
     )
-    phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
-    global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
-    global_ttt_momentum: float = knob(0.9, "its momentum", "val_bpb", low=0, high=0.9999)
-    global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
-    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of TTT_MODE=chunk", "val_bpb", low=1)
-    ttt_epochs: int = knob(3, "steps of all weights on each chunk", "val_bpb", low=1, high=100)
-    ttt_lr: float = knob(0.002, "their learning rate, falling to 0 over the chunks as a cosine", "val_bpb", low=0)
-    ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
-    ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
-    ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
-    eval_budget_seconds: float = knob(
-        600.0, "seconds that an evaluation may take; a projection beyond them is a warning; 0: none", "log", low=0
+    phased_ttt_num_phases: int = knob(
+        4,
+        "phases of phased TTT: the full model learns so many times, evenly spread over PHASED_TTT_PREFIX_DOCS",
+        Observed.TTT,
+        low=1,
+        high=1000,
     )
+    global_ttt_chunk_tokens: int = knob(32768, "tokens of a full-model SGD step in phased TTT", Observed.TTT, low=1)
+    global_ttt_lr: float = knob(
+        1e-3, "learning rate of full-model SGD in phased TTT; decays to 0 as a cosine", Observed.TTT, low=0
+    )
+    global_ttt_momentum: float = knob(0.9, "momentum of full-model SGD in phased TTT", Observed.TTT, low=0, high=0.9999)
+    global_ttt_epochs: int = knob(
+        1, "epochs of full-model SGD in each phase of phased TTT", Observed.TTT, low=1, high=100
+    )
+
+    # Chunk test-time training: SGD of the full model
+    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of the validation stream in chunk TTT", Observed.TTT, low=1)
+    ttt_epochs: int = knob(3, "SGD steps on each chunk in chunk TTT", Observed.TTT, low=1, high=100)
+    ttt_lr: float = knob(
+        0.002, "learning rate of SGD in chunk TTT; decays to 0 over the chunks as a cosine", Observed.TTT, low=0
+    )
+    ttt_momentum: float = knob(0.9, "momentum of SGD in chunk TTT", Observed.TTT, low=0, high=0.9999)
+    ttt_freeze_blocks: int = knob(0, "number of first layers frozen in chunk TTT; 0: none", Observed.TTT, low=0)
 
     @property
     def model(self) -> ModelConfig:
@@ -492,70 +765,106 @@ class Config(ModelConfig):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and matrix products."""
+        """Data type of activations and matrix products."""
         return getattr(torch, self.compute_dtype)
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of training at most, calibration's reserve taken off; infinite without a limit."""
+        """Time limit of the training, in seconds, less what is reserved for calibration; infinite without a limit."""
         return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
 
     @property
     def eval_context(self) -> int:
+        """Context length of the evaluation, in tokens."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
     def ttt_context(self) -> int:
+        """Context length of phased test-time training, in tokens."""
         return self.ttt_eval_seq_len or self.eval_context
 
     @property
     def longest_context(self) -> int:
-        """Tokens of the longest row that a model meets after training."""
+        """Tokens of the longest sequence that a model meets after training."""
         return max(self.eval_context, self.ttt_context if self.ttt_mode == "phased" else 0)
 
     @property
     def eval_step(self) -> int:
+        """Targets that each sliding window adds."""
         return self.eval_stride or self.eval_context
 
     @property
     def eval_rows(self) -> int:
+        """Sequences of an evaluation batch."""
         return max(1, self.val_batch_size // self.eval_context)
 
     @property
     def attn_grid(self) -> tuple[int, float]:
-        """Bits and clip sigmas of attention's matrices; 0 sigmas: the whole range of a row, as GPTQ-lite begins."""
+        """Bits and clip range of attention's matrices; a range of 0: a row's largest weight, as for gptq_lite."""
         return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
 
     @property
     def mlp_grid(self) -> tuple[int, float]:
-        """The same for the MLP's matrices."""
+        """Bits and clip range of the MLP's matrices; a range of 0: a row's largest weight, as for gptq_lite."""
         return self.mlp_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.mlp_clip_sigmas
 
     @property
     def averages(self) -> tuple[bool, bool]:
-        """Whether the EMA and the SWA are kept: those that are on and that WEIGHT_AVERAGE does not leave out."""
+        """Whether the EMA is kept, and whether the SWA is: those that are on and that WEIGHT_AVERAGE includes."""
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
 
     @property
     def depth_cuts(self) -> tuple[float, ...]:
-        """Fractions of the training at which more layers begin to learn. Errors: ConfigError."""
+        """Fractions of training at which more layers start to train. Errors: ConfigError."""
         if self.progressive_depth_schedule in ("", "0"):
             return ()
         try:
             cuts = tuple(map(float, self.progressive_depth_schedule.split(",")))
         except ValueError:
             cuts = (math.nan,)
-        if not all(low < high for low, high in zip((0.0, *cuts), (*cuts, 1.0))):
+        if not all(low < high for low, high in itertools.pairwise((0.0, *cuts, 1.0))):
             raise ConfigError(
                 "PROGRESSIVE_DEPTH_SCHEDULE",
                 self.progressive_depth_schedule,
-                "must be 0, or fractions between 0 and 1 in rising order with commas between, such as 0.08,0.25",
+                "must be 0, or comma-separated fractions between 0 and 1 in rising order, such as 0.08,0.25",
             )
         return cuts
 
     @property
     def tokenizer_file(self) -> Path:
         return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
+
+# The sections of --help and docs/knobs.md, each with its first knob; they are the comments within the classes above.
+KNOB_SECTIONS = {
+    "What to run, and where": "preset",
+    "Data": "data_path",
+    "Tokens and sequences": "tokenizer_sha256",
+    "Width and depth": "num_layers",
+    "Embeddings and logits": "tie_embeddings",
+    "Attention": "rope_base",
+    "Residual stream and recurrence": "skip_gates_enabled",
+    "Length of the training, batches": "iterations",
+    "Initial weights and the training loss": "tied_embed_init_std",
+    "Optimizers": "matrix_lr",
+    "Schedules": "warmdown_frac",
+    "Quantization and the artifact": "quantizer",
+    "Evaluation": "eval_seq_len",
+    "Test-time training: every target is scored before anything learns from it": "ttt_mode",
+    "Phased test-time training: LoRA for each document": "ttt_order",
+    "Chunk test-time training: SGD of the full model": "ttt_chunk_tokens",
+}
+
+
+def knob_sections() -> dict[str, list[dataclasses.Field]]:
+    """The knobs by section."""
+    sections: dict[str, list[dataclasses.Field]] = {title: [] for title in KNOB_SECTIONS}
+    titles = {first: title for title, first in KNOB_SECTIONS.items()}
+    title = ""
+    for f in dataclasses.fields(Config):
+        title = titles.get(f.name, title)
+        sections[title].append(f)
+    return sections
 
 
 # Recipes are rows of this table; a row not named keeps the default above.
@@ -724,7 +1033,7 @@ FAMILIES = (
 
 
 def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
-    """The text of one variable as its type; refuses what the table does not allow."""
+    """The text of a variable as a value of its type. Errors: ConfigError, also for what the knob does not allow."""
     kinds = {"int": "an integer", "float": "a finite number", "bool": "0 or 1"}
     try:
         if kind == "bool":
@@ -740,23 +1049,14 @@ def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
 
 
 def check_allowed(name: str, value: Any, row: dict) -> None:
-    """Refuses a value of the right type that the table does not allow. Errors: ConfigError."""
+    """Refuses a value of the right type that the knob does not allow. Errors: ConfigError."""
     low, high = row["low"], row["high"]
     if row["choices"] and value not in row["choices"]:
         raise ConfigError(name, value, "must be one of " + ", ".join(row["choices"]))
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ConfigError(
-            name,
-            value,
-            "must be "
-            + (
-                f"from {low} to {high}"
-                if low is not None and high is not None
-                else f"at least {low}"
-                if high is None
-                else f"at most {high}"
-            ),
-        )
+    if low is not None and value < low:
+        raise ConfigError(name, value, f"must be at least {low}" if high is None else f"must be from {low} to {high}")
+    if high is not None and value > high:
+        raise ConfigError(name, value, f"must be at most {high}" if low is None else f"must be from {low} to {high}")
 
 
 def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
@@ -778,9 +1078,9 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
             values[f.name] = parse_value(name, f.type, environment[name], f.metadata)
             explicit.add(f.name)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
-        values["warmdown_frac"] = 0.0  # older commands set steps and know no fraction
+        values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
-        values["warmdown_iters"] = 0  # so that a fraction of 0 means none
+        values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
     config = resolved(Config(**values), cuda)
     if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
         raise ConfigError(
@@ -788,16 +1088,18 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
             config.muon_momentum_warmup_start,
             f"must be at most MUON_MOMENTUM={config.muon_momentum:g}",
         )
-    if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
+    if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
         check_config(config)
     return config, explicit, remarks + unknown_variables(environment)
 
 
 def resolved(config: Config, cuda: bool) -> Config:
-    """Puts what `auto` means on this machine in its place. Errors: ConfigError for what this machine cannot do."""
-    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    """Replaces `auto` by what it means on this machine. Errors: ConfigError for what this machine cannot do."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
     if device == "cuda" and not cuda:
-        raise ConfigError("DEVICE", config.device, "no CUDA device is visible; cpu or auto are possible")
+        raise ConfigError("DEVICE", config.device, "no CUDA device is visible; use cpu or auto")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
     automatic = {
         "compute_dtype": "bfloat16" if native else "float32",
@@ -807,7 +1109,7 @@ def resolved(config: Config, cuda: bool) -> Config:
     if config.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
     if config.triton_kernels == "1" and (device == "cpu" or triton is None):
-        raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
+        raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; use auto or 0")
     values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
     if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
         values["yarn_max_len"] = max(config.yarn_max_len, config.longest_context)
@@ -816,14 +1118,14 @@ def resolved(config: Config, cuda: bool) -> Config:
 
 def cpu_compiler() -> bool:
     """Whether torch.compile can build its C++ code here: it needs a compiler and Python.h."""
-    import sysconfig  # it looks at the environment when it is loaded
+    import sysconfig  # reads the environment when it is imported
 
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
     return headers and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def cpu_info(*fields: str) -> str:
-    """The first of these fields in Linux's description of the processor, or an empty text."""
+    """The first of these fields in /proc/cpuinfo, or an empty text."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -832,7 +1134,7 @@ def cpu_info(*fields: str) -> str:
 
 
 def unknown_variables(environment: dict[str, str]) -> list[str]:
-    """One warning for each variable that looks like a knob and is none."""
+    """A warning for each variable that looks like a knob but is not one."""
     names = [f.name.upper() for f in dataclasses.fields(Config)]
     warnings = []
     for name in sorted(set(environment) - set(names)):
@@ -844,96 +1146,136 @@ def unknown_variables(environment: dict[str, str]) -> list[str]:
 
 
 def check_config(config: Config) -> None:
-    """Checks across fields. Errors: ConfigError."""
+    """Checks what knobs require of each other. Errors: ConfigError."""
+    check_width(config)
+    check_attention(config)
+    check_embeddings(config)
+    check_recurrence(config)
+    check_parallel_residual(config)
+    check_batches(config)
+    check_schedules(config)
+    check_quantization(config)
+    check_evaluation(config)
 
-    def require(holds: bool, name: str, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(name.upper(), getattr(config, name), allowed)
 
-    require(config.model_dim % config.num_heads == 0, "num_heads", f"must divide MODEL_DIM={config.model_dim}")
+def require(holds: bool, config: ModelConfig, name: str, allowed: str) -> None:
+    """Raises a ConfigError about a knob, with what is allowed, unless the condition holds."""
+    if not holds:
+        raise ConfigError(name.upper(), getattr(config, name), allowed)
+
+
+def check_width(config: ModelConfig) -> None:
+    """Widths: of heads, of the MLP, and of what gates read."""
+    require(config.model_dim % config.num_heads == 0, config, "num_heads", f"must divide MODEL_DIM={config.model_dim}")
     require(
-        config.head_dim % 2 == 0,
-        "num_heads",
-        f"MODEL_DIM/NUM_HEADS={config.head_dim} must be even for rotary embedding",
+        config.num_heads % config.num_kv_heads == 0, config, "num_kv_heads", f"must divide NUM_HEADS={config.num_heads}"
     )
-    require(config.num_heads % config.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={config.num_heads}")
+    allowed = f"MLP_MULT*MODEL_DIM must be at least 1, with MODEL_DIM={config.model_dim}"
+    require(config.hidden_dim >= 1, config, "mlp_mult", allowed)
+    require(
+        config.gate_window <= config.model_dim, config, "gate_window", f"must be at most MODEL_DIM={config.model_dim}"
+    )
+
+
+def check_attention(config: ModelConfig) -> None:
+    """Rotary embedding, XSA and head gates."""
+    allowed = f"MODEL_DIM/NUM_HEADS={config.head_dim} must be even, for rotary embedding"
+    require(config.head_dim % 2 == 0, config, "num_heads", allowed)
     require(
         config.rotary_dims % 2 == 0 and config.rotary_dims <= config.head_dim,
+        config,
         "rope_dims",
-        f"must be even and at most the head width {config.head_dim}",
+        f"must be even and at most MODEL_DIM/NUM_HEADS={config.head_dim}",
     )
-    require(config.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={config.model_dim}")
-    require(config.xsa_last_n <= config.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}")
-    require(config.gate_window <= config.model_dim, "gate_window", f"must be at most MODEL_DIM={config.model_dim}")
-    gates = [
-        g for g in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(config, g)
-    ]
-    if len(gates) > 1:
-        require(False, gates[1], f"only one head gate can be on, and {gates[0].upper()} is")
+    require(
+        config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
+    )
+    gates = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
+    enabled = [name for name in gates if getattr(config, name)]
+    for name in enabled[1:]:
+        require(False, config, name, f"must be 0, because {enabled[0].upper()} is 1: there is one head gate")
+
+
+def check_embeddings(config: ModelConfig) -> None:
+    """Bigram and value embeddings."""
+    allowed = "must be 0 or at least 2: a document's first token has a bucket of its own"
+    require(config.bigram_vocab_size != 1, config, "bigram_vocab_size", allowed)
+    if config.ve_dim:
+        found = {layer for layer in config.value_layers if layer < config.num_layers}
+        allowed = f"must be different layers below NUM_LAYERS={config.num_layers}, comma-separated, such as 0,1"
+        require(len(found) == config.ve_layers.count(",") + 1, config, "ve_layers", allowed)
+
+
+def check_recurrence(config: ModelConfig) -> None:
+    """The layers of the depth recurrence."""
     if config.loops:
-        require(config.loop_end < config.num_layers, "loop_end", f"must be below NUM_LAYERS={config.num_layers}")
-        require(config.loop_start <= config.loop_end, "loop_start", f"must be at most LOOP_END={config.loop_end}")
-    if config.lanes:
-        orders = [execution_order(config, looped) for looped in (False, True)]
-        first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
-        allowed = (
-            f"must be -1, or from {first} to {config.num_layers - 1}: lanes start in the second half, after the loop"
-        )
-        start = max(first, config.loop_end + 1 if config.loops else 0)
-        require(
-            start <= config.parallel_start_layer < config.num_layers,
-            "parallel_start_layer",
-            allowed.replace(f"from {first}", f"from {start}"),
-        )
+        allowed = f"must be below NUM_LAYERS={config.num_layers}"
+        require(config.loop_end < config.num_layers, config, "loop_end", allowed)
+        allowed = f"must be at most LOOP_END={config.loop_end}"
+        require(config.loop_start <= config.loop_end, config, "loop_start", allowed)
+
+
+def check_parallel_residual(config: ModelConfig) -> None:
+    """Parallel residual streams start in the second half of the layers, with and without recurrence, and after it."""
+    if not config.parallel_residual:
+        return
+    orders = [execution_order(config, looped) for looped in (False, True)]
+    first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
+    if config.loops:
+        first = max(first, config.loop_end + 1)
+    require(
+        first <= config.parallel_start_layer < config.num_layers,
+        config,
+        "parallel_start_layer",
+        f"must be -1, or from {first} to {config.num_layers - 1}: in the second half, after the recurrence",
+    )
+
+
+def check_batches(config: Config) -> None:
+    """A training batch is whole sequences."""
     require(
         config.mode == "eval" or config.train_batch_tokens % config.train_seq_len == 0,
+        config,
         "train_batch_tokens",
         f"must be a multiple of TRAIN_SEQ_LEN={config.train_seq_len}",
     )
-    require(
-        config.eval_stride <= config.eval_context, "eval_stride", f"must be at most the context, {config.eval_context}"
-    )
-    require(
-        not (config.rvq_enabled and config.target_bytes),
-        "rvq_enabled",
-        "must be 0 with TARGET_BYTES: the steps take all of them, and leave none for a second rounding",
-    )
-    require(config.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
-    require(
-        config.bigram_vocab_size != 1,
-        "bigram_vocab_size",
-        "must be 0 or at least 2: a document's first token has a bucket of its own",
-    )
-    if config.ve_dim:
-        found = {layer for layer in config.value_layers if layer < config.num_layers}
-        require(
-            len(found) == config.ve_layers.count(",") + 1,
-            "ve_layers",
-            f"must be different layers below NUM_LAYERS={config.num_layers} with commas between, such as 0,1",
-        )
-    require(
-        len(config.depth_cuts) < config.num_layers,
-        "progressive_depth_schedule",
-        f"must be fewer numbers than NUM_LAYERS={config.num_layers}",
-    )
-    require(config.weight_average != "ema" or config.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
-    require(config.weight_average != "swa" or config.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
-    for name in ("column_steps", "awq_groups", "target_bytes"):
-        require(
-            config.quantizer != "gptq_lite" or not getattr(config, name),
-            name,
-            "must be 0 with QUANTIZER=gptq_lite, which knows one grid per row",
-        )
-    for name in ("attn_bits", "mlp_bits"):
-        require(getattr(config, name) != 1, name, "must be 0 or from 2 to 8")
+
+
+def check_schedules(config: Config) -> None:
+    """Progressive depth, weight averages and the time limit."""
+    allowed = f"must be fewer numbers than NUM_LAYERS={config.num_layers}"
+    require(len(config.depth_cuts) < config.num_layers, config, "progressive_depth_schedule", allowed)
+    needs_ema, needs_swa = config.weight_average == "ema", config.weight_average == "swa"
+    require(not needs_ema or config.ema_decay > 0, config, "weight_average", "needs EMA_DECAY above 0")
+    require(not needs_swa or config.swa_enabled, config, "weight_average", "needs SWA_ENABLED=1")
     require(
         config.gptq_reserve_seconds < config.max_wallclock_seconds or config.max_wallclock_seconds == 0,
+        config,
         "gptq_reserve_seconds",
         f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
     )
 
 
-def execution_order(config: Config, looped: bool) -> list[int]:
+def check_quantization(config: Config) -> None:
+    """Bits, and options that exclude each other."""
+    allowed = "must be 0 with TARGET_BYTES: scales use all of its bytes, and leave none for a second quantization"
+    require(not (config.rvq_enabled and config.target_bytes), config, "rvq_enabled", allowed)
+    require(config.trellis_states in (4, 8, 16, 32), config, "trellis_states", "must be 4, 8, 16 or 32")
+    for name in ("attn_bits", "mlp_bits"):
+        require(getattr(config, name) != 1, config, name, "must be 0 or from 2 to 8")
+    if config.quantizer == "gptq_lite":
+        for name in ("column_steps", "awq_groups", "target_bytes"):
+            allowed = "must be 0 with QUANTIZER=gptq_lite, which has one scale per row"
+            require(not getattr(config, name), config, name, allowed)
+
+
+def check_evaluation(config: Config) -> None:
+    """Sliding windows leave no target out."""
+    allowed = f"must be at most the context length, {config.eval_context}"
+    require(config.eval_stride <= config.eval_context, config, "eval_stride", allowed)
+
+
+def execution_order(config: ModelConfig, looped: bool) -> list[int]:
     """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped."""
     if not (looped and config.loops):
         return list(range(config.num_layers))
@@ -942,31 +1284,37 @@ def execution_order(config: Config, looped: bool) -> list[int]:
 
 
 class BatchLayout(NamedTuple):
-    """How a step's rows are shared out: rows = world * micro_steps * micro_rows."""
+    """How ranks and micro-steps share a training step: sequences = world * micro_steps * micro_sequences."""
 
-    rows: int
+    sequences: int
     world: int
     micro_steps: int
-    micro_rows: int
+    micro_sequences: int
+
+    def __str__(self) -> str:
+        """The log's line."""
+        ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
+        steps = f"{self.micro_steps} micro-step{'s' if self.micro_steps > 1 else ''}"
+        return f"batch: {self.sequences} sequences = {ranks} x {steps} x {self.micro_sequences}"
 
 
 def batch_layout(config: Config, world: int) -> BatchLayout:
-    """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's rows. Errors: ConfigError."""
-    rows = config.train_batch_tokens // config.train_seq_len
-    if rows % world:
+    """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's sequences, at least one.
+
+    Errors: ConfigError where the ranks do not divide the sequences.
+    """
+    sequences = config.train_batch_tokens // config.train_seq_len
+    if sequences % world:
         raise ConfigError(
             "TRAIN_BATCH_TOKENS",
             config.train_batch_tokens,
-            f"is {rows} rows of TRAIN_SEQ_LEN={config.train_seq_len}, which {world} ranks do not divide; "
-            f"a multiple of {world * config.train_seq_len} is needed",
+            f"is {sequences} sequences of TRAIN_SEQ_LEN={config.train_seq_len}, which {world} ranks do not divide; "
+            f"must be a multiple of {world * config.train_seq_len}",
         )
-    local = rows // world
-    micro_rows = max(
-        n
-        for n in range(1, local + 1)
-        if local % n == 0 and (n == 1 or n * config.train_seq_len <= config.micro_batch_tokens)
-    )
-    return BatchLayout(rows, world, local // micro_rows, micro_rows)
+    local = sequences // world
+    most = max(1, config.micro_batch_tokens // config.train_seq_len)
+    micro_sequences = max(n for n in range(1, local + 1) if local % n == 0 and n <= most)
+    return BatchLayout(sequences, world, local // micro_sequences, micro_sequences)
 
 
 def help_text() -> str:
@@ -977,16 +1325,18 @@ def help_text() -> str:
         "",
         "Every knob is an environment variable: its type and default, then each preset that differs.",
     ]
-    for f in dataclasses.fields(Config):
-        default = f.default if f.default != "" else '""'
-        rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
-        allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
-        lines += [
-            "",
-            f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
-            f"    {allowed}{f.metadata['meaning']}",
-            f"    seen in: {f.metadata['alive']}",
-        ]
+    for title, fields in knob_sections().items():
+        lines += ["", f"== {title} =="]
+        for f in fields:
+            default = f.default if f.default != "" else '""'
+            rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
+            allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
+            lines += [
+                "",
+                f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
+                f"    {allowed}{f.metadata['meaning']}",
+                f"    observed in: {f.metadata['observed']}",
+            ]
     return "\n".join(lines)
 
 
@@ -998,7 +1348,7 @@ CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
+    """Writes a file under a temporary name in the same folder, then renames it: a reader never sees half of it."""
     data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
@@ -1014,7 +1364,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, cut by a container's CPU quota (cgroup v2)."""
+    """CPU cores that this process may use: those of its affinity, at most a container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -1025,40 +1375,41 @@ def available_cores() -> int:
 
 @dataclass
 class Run:
-    """Who this process is among the ranks, where it computes, and where it writes. Only rank 0 writes."""
+    """This process among the ranks: its device and its folder. Only rank 0 writes."""
 
     rank: int
-    world: int
-    local_world: int
+    world: int  # number of ranks
+    local_world: int  # number of ranks on this machine
     device: torch.device
     folder: Path | None = None
-    prefix: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    control: Any = None  # a gloo group for host-side agreement, so that a GPU's queue is never waited for
+    prefix: str = ""  # of the names of files: MODE=eval leaves the training's files alone
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    control: Any = None  # a gloo group for values on the host: broadcasting them never waits for a GPU's queue
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
 
     def log(self, text: str) -> None:
-        """One line on stdout and in log.txt, from rank 0."""
-        if self.main:
+        """Writes a line to stdout and log.txt, on rank 0."""
+        if self.is_main:
             print(text, flush=True)
             self.append("log.txt", text)
 
     def metric(self, **values: Any) -> None:
-        """One line of metrics.jsonl, from rank 0."""
-        if self.main:
+        """Writes a line to metrics.jsonl, on rank 0."""
+        if self.is_main:
             self.append("metrics.jsonl", json.dumps(values))
 
     def append(self, name: str, line: str) -> None:
-        """Adds a line to a file of the run's folder; MODE=eval has files of its own beside the training's."""
+        """Appends a line to a file in the run's folder, if there is one yet."""
         if self.folder:
             with open(self.folder / (self.prefix + name), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def broadcast(self, value: float) -> float:
-        """Rank 0's number on every rank."""
+        """Returns rank 0's number on every rank."""
         if self.world == 1:
             return value
         number = torch.tensor([value], dtype=torch.float64)
@@ -1066,7 +1417,7 @@ class Run:
         return number.item()
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's object (text, bytes, numbers) on every rank."""
+        """Returns rank 0's object, anything that pickles, on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -1074,7 +1425,7 @@ class Run:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's object, on every rank."""
+        """Returns the objects of all ranks, in their order, on every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.control)
@@ -1087,22 +1438,24 @@ class Run:
                 dist.all_reduce(tensor)
 
     def barrier(self) -> None:
+        """Waits until all ranks are here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def synchronize(self) -> None:
+        """Waits for the GPU, so that a clock read next counts its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def peak_memory(self) -> int:
-        """Bytes: of the GPU's allocator, or of the process on a CPU."""
+        """Peak memory in bytes: of the GPU's allocator, or of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def time_second_call(self, compute: Callable[[], Any]) -> float:
-        """Seconds that a computation takes the second time: the first time it may compile."""
+        """Seconds of a computation's second call; the first one may compile."""
         for _ in range(2):
             self.synchronize()
             begin = time.perf_counter()
@@ -1112,7 +1465,7 @@ class Run:
 
 
 class Stage:
-    """Context that adds the seconds of a stage to the run's ledger."""
+    """Context manager that adds the seconds of a stage to `Run.seconds`."""
 
     def __init__(self, run: Run, name: str):
         self.run, self.name = run, name
@@ -1126,28 +1479,29 @@ class Stage:
 
 
 def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
-    """One of torchrun's numbers. Errors: ConfigError."""
+    """A number from torchrun's environment variables. Errors: ConfigError."""
     text = environment.get(name, str(default))
     if not text.isdecimal():
-        raise ConfigError(name, text, "must be a number, as torchrun sets it")
+        raise ConfigError(name, text, "must be an integer, as torchrun sets it")
     return int(text)
 
 
 def start_run(config: Config, environment: dict[str, str]) -> Run:
-    """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
-    rank, world, local, local_world = (
-        rank_variable(environment, name, default)
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    """Sets up device, threads and process groups, by torchrun's variables where they are set. Errors: ConfigError."""
+    rank = rank_variable(environment, "RANK", 0)
+    world = rank_variable(environment, "WORLD_SIZE", 1)
+    local = rank_variable(environment, "LOCAL_RANK", 0)
+    local_world = rank_variable(environment, "LOCAL_WORLD_SIZE", 1)
     cuda = config.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError(
             "DEVICE",
             config.device,
-            f"{local_world} ranks here need as many CUDA devices, and {torch.cuda.device_count()} are visible",
+            f"{local_world} ranks on this machine need {local_world} CUDA devices, and {torch.cuda.device_count()} are "
+            "visible",
         )
     if config.mode != "eval":
-        batch_layout(config, world)  # refuses a world that does not divide the batch before anything starts
+        batch_layout(config, world)  # refuses, before anything starts, a number of ranks that does not divide the batch
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -1157,8 +1511,8 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     run = Run(rank, world, local_world, device)
     if world > 1:
         if "MASTER_ADDR" not in environment:
-            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; torchrun sets what several ranks need")
-        # Newer versions have other names for the collectives used here, which older ones do not know.
+            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; start several ranks with torchrun")
+        # PyTorch is renaming the collectives used here; older versions do not know the new names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
         dist.init_process_group(
             "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None
@@ -1168,24 +1522,24 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
 
 
 def open_folder(run: Run, config: Config) -> None:
-    """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
+    """Creates the run's folder and writes config.json. Errors: ConfigError where the folder cannot be used."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
     folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.broadcast_object(folder_problem(folder, config) if run.main else None)
+    problem = run.broadcast_object(folder_problem(folder, config) if run.is_main else None)
     if problem:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
-    if run.main:
+    if run.is_main:
         write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
-    """Makes the folder; returns what is wrong with it, as ConfigError's arguments, or None."""
+    """Creates the folder. Returns the arguments of a ConfigError where it cannot be used, else None."""
     name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
     if config.mode == "eval":
         if not (config.artifact_dir or config.run_id):
-            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, to know which run's artifact to score"
+            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
         if not (folder / CONTAINER_FILE).is_file():
             return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
     if "/" in config.run_id or config.run_id in (".", ".."):
@@ -1196,9 +1550,9 @@ def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return name, str(folder), f"must be a folder that can be written ({error.strerror})"
+        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
     if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
-        return name, str(folder), "already holds a run, and nothing is written over; choose another name"
+        return name, str(folder), "already holds a run, which is never overwritten; choose another name"
     return None
 
 
@@ -1426,9 +1780,9 @@ class TrainLoader:
 
     def sequence_numbers(self, step: int, micro: int) -> range:
         """Positions in the order of epochs that this rank computes in a micro-step."""
-        _, world, _, micro_rows = self.layout
-        first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
-        return range(first, first + micro_rows)
+        _, world, _, micro_sequences = self.layout
+        first = step * self.layout.sequences + (micro * world + self.run.rank) * micro_sequences
+        return range(first, first + micro_sequences)
 
     def following(self, place: tuple[int, int]) -> tuple[int, int]:
         """The (step, micro-step) after this one."""
@@ -2815,7 +3169,7 @@ def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
     calls = []
     for place, layer in enumerate(order):
         skip = place - half if half <= place < 2 * half else None
-        parallel = config.lanes and layer >= config.parallel_start_layer
+        parallel = config.parallel_residual and layer >= config.parallel_start_layer
         calls.append(LayerCall(layer, skip, save=place < half, parallel=parallel))
     return tuple(calls)
 
@@ -2880,7 +3234,7 @@ class Block(nn.Module):
             self.head_gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_window))
         if layer in config.value_layers:
             self.value_scale = nn.Parameter(torch.ones(1))
-        if config.lanes:  # in every layer, so that the parallel start can move without a new shape
+        if config.parallel_residual:  # in every layer, so that the parallel start can move without a new shape
             self.stream_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1))
         self.q, self.k = Projection(), Projection()
         self.v, self.out = Projection(), Projection()
@@ -5852,7 +6206,7 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
     with Stage(run, "quantize"):
-        if run.main:
+        if run.is_main:
             weights = {name: p.detach() for name, p in model.named_parameters()}
             room = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
             if config.target_bytes:
@@ -5862,14 +6216,14 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
                 residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
                 data = pack_within(stored, residuals, room, config, run.log)
     with Stage(run, "pack"):
-        if run.main:
+        if run.is_main:
             write_atomic(run.folder / CONTAINER_FILE, data)
             sections = size_table(data, unpack(data)[1], weights, hessians)
             for line in format_table(sections):
                 run.log(line)
         run.barrier()
     tokens = end.step * config.train_batch_tokens
-    size = run.broadcast_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
+    size = run.broadcast_object((run.folder / CONTAINER_FILE).stat().st_size if run.is_main else None)
     return dict(
         **sizes(size, config, run),
         val_bpb_pre_quant=score.bpb,
@@ -5880,7 +6234,7 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         tokens_per_second=tokens / end.seconds,
         data_wait_share=data_stall,
         parameters=parameter_count(config),
-        sections=sections if run.main else [],
+        sections=sections if run.is_main else [],
     )
 
 
@@ -5901,7 +6255,7 @@ def shipped_code() -> tuple[int, str]:
 
 def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
     """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
-    code, form = run.broadcast_object(shipped_code() if run.main else None)
+    code, form = run.broadcast_object(shipped_code() if run.is_main else None)
     return dict(
         code_bytes=code,
         code_form=form,
@@ -5922,7 +6276,7 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
         path = run.folder / CONTAINER_FILE
-        data = run.broadcast_object(path.read_bytes() if run.main else None)
+        data = run.broadcast_object(path.read_bytes() if run.is_main else None)
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
@@ -6012,7 +6366,7 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
     summary |= dict(
         seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
     )
-    if run.main:
+    if run.is_main:
         write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
     print_summary(run, summary)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
@@ -6028,7 +6382,7 @@ def dry_run(config: Config, world: int) -> str:
             config=dataclasses.asdict(config),
             parameters=parameter_count(config),
             execution_order=dict(plain=execution_order(config, False), looped=execution_order(config, True)),
-            batch_layout=dict(**batch_layout(config, world)._asdict(), row_tokens=config.train_seq_len),
+            batch_layout=dict(**batch_layout(config, world)._asdict(), sequence_tokens=config.train_seq_len),
             evaluation=dict(context=config.eval_context, stride=config.eval_step, batch_rows=config.eval_rows),
         ),
         indent=1,

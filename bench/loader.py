@@ -72,7 +72,7 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
 
 def consume(loader: t.TrainLoader, seconds: float, rate: float) -> tuple[float, float]:
     """Asks for batches for some seconds, at most at this rate. Returns (tokens/s, share of the time spent waiting)."""
-    tokens = loader.layout.micro_rows * loader.config.train_seq_len
+    tokens = loader.layout.micro_sequences * loader.config.train_seq_len
     place, taken, loader.data_stall, begin = (0, 0), 0, 0.0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def consumer(folder: Path, seconds: float) -> list[str]:
         lines.append(
             f"consumer  read ahead {depth}   sustained {free / 1e6:.1f} M tokens/s a rank; at "
             f"{RATE / 1e6:.0f} M tokens/s a data stall of {stall:.3%} (medians of {RANKS} ranks, "
-            f"{loader.layout.micro_rows} x {c.train_seq_len} tokens at a time)"
+            f"{loader.layout.micro_sequences} x {c.train_seq_len} tokens at a time)"
         )
     return lines
 

@@ -199,7 +199,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str
         layers_run=dict(plain=t.execution_order(c, False), looped=t.execution_order(c, True)),
         tokens_per_step=c.train_batch_tokens,
         micro_steps=layout.micro_steps,
-        micro_rows=layout.micro_rows,
+        micro_sequences=layout.micro_sequences,
         mean_context=context,
         formula=FORMULA,
         not_counted=NOT_COUNTED,
@@ -215,7 +215,7 @@ def table(r: dict[str, Any]) -> str:
     lines = [
         f"{r['preset']}  {r['parameters']} parameters  {r['chip']}  torch {r['torch']}  {r['dtype']}  "
         f"attention {backend['attention']}  compile {backend['compile']:d}  triton {backend['triton']:d}",
-        f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_rows']} rows of "
+        f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_sequences']} sequences of "
         f"{r['shape']['train_seq_len']}; mean context {r['mean_context']:.1f}",
         f"{'order':7s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
         f"{'MFLOPs/token':>13s} {'MFU':>6s} {'peak MiB':>9s}",

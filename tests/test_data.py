@@ -139,7 +139,7 @@ def test_a_batch_holds_rows_their_successors_and_their_documents(data):
     for step in range(3):
         for micro in range(loader.layout.micro_steps):
             ids, targets, documents = loader.batch(step, micro)
-            assert ids.shape == targets.shape == documents.starts.shape == (loader.layout.micro_rows, 32)
+            assert ids.shape == targets.shape == documents.starts.shape == (loader.layout.micro_sequences, 32)
             assert (ids.dtype, targets.dtype, documents.starts.dtype) == (torch.int64, torch.int64, torch.int32)
             assert torch.equal(ids[:, 1:], targets[:, :-1])
             assert np.array_equal(documents.starts.numpy(), tg.document_starts(ids.numpy()))
@@ -163,7 +163,9 @@ def test_the_global_batch_depends_neither_on_the_ranks_nor_on_the_micro_batches(
 
 def test_ranks_share_the_rows_out_without_overlap(counted):
     group = loaders(small(counted), 4)
-    places = [p for loader in group for micro in range(loader.layout.micro_steps) for p in loader.sequence_numbers(5, micro)]
+    places = [
+        p for loader in group for micro in range(loader.layout.micro_steps) for p in loader.sequence_numbers(5, micro)
+    ]
     assert sorted(places) == list(range(5 * 48, 6 * 48))
 
 

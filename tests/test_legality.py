@@ -450,7 +450,9 @@ def pairs_cross_documents(patch):
 
 def attention_crosses_documents(patch):
     """Rows are one document each."""
-    patch.setattr(tg, "document_mask", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None])
+    patch.setattr(
+        tg, "document_mask", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None]
+    )
 
 
 def target_in_the_logits(patch):

@@ -11,9 +11,6 @@ is a further row of PARTS: a file, and a function from the root folder and the f
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,30 +29,19 @@ KNOBS_HEAD = """<!-- Made by `make docs` from train_gpt.Config. Do not edit: a c
 
 # Every knob
 
-A knob is an environment variable. `PRESET` names a set of values, a variable that is set goes before it, and what
-neither names keeps the default. A value that is not allowed ends the run with one line that names it, and exit code 2;
-a variable that looks like a unknown_variables knob is warned about. `python train_gpt.py --help` prints the same table, and
-`python train_gpt.py --dry-run` the values that a run would have.
+A knob is an environment variable. `PRESET` names a set of defaults; a variable that is set overrides the preset, and
+what neither sets keeps the default. A value that is not allowed ends the run with one line that names the variable, and
+exit code 2. A variable that looks like a misspelt knob gets a warning. `python train_gpt.py --help` prints the same
+table; `python train_gpt.py --dry-run` prints the values that a run would use.
 
-*Seen in* says where a change of the knob shows: `tests/test_knobs.py` changes each one and holds the run against that.
-Knobs with † describe the model: they travel in the artifact, and `MODE=eval` takes them from there.
-"""
-
-
-@functools.cache
-def sections() -> dict[str, list[str]]:
-    """Config's comments on lines of their own, each with the fields that stand below it."""
-    found: dict[str, list[str]] = {}
-    for line in inspect.getsource(tg.Config).splitlines():
-        if match := re.fullmatch(r"    # (.+)", line):
-            found[match[1]] = []
-        elif match := re.match(r"    (\w+): \w+ = (?:model_)?knob\(", line):
-            found[next(reversed(found))].append(match[1])
-    return found
+*Observed in* says where a change of the knob shows first, in the order of a run: {places}. `tests/test_knobs.py`
+changes each knob and compares the runs. Knobs with † describe the model: they travel in the artifact, and `MODE=eval`
+reads them from there.
+""".format(places=", ".join(tg.Observed))
 
 
 def plain(value: Any) -> str:
-    """A knob's value as one writes it into the environment."""
+    """A knob's value as it is written in the environment."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(int(value) if isinstance(value, bool) else value)
@@ -66,7 +52,7 @@ def code(value: Any) -> str:
 
 
 def allowed(field: dataclasses.Field) -> str:
-    """A knob's type and the values that are allowed."""
+    """A knob's type and the values that it allows."""
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if choices:
         return ", ".join(map(code, choices))
@@ -87,20 +73,18 @@ def knob_row(field: dataclasses.Field) -> list[str]:
         code(field.default),
         "<br>".join(presets),
         field.metadata["meaning"],
-        field.metadata["alive"],
+        field.metadata["observed"],
     ]
     return [cell.replace("|", "\\|") for cell in cells]
 
 
 def knobs_page(root: Path, text: str) -> str:
-    """docs/knobs.md: a table for each section of Config."""
-    fields = {f.name: f for f in dataclasses.fields(tg.Config)}
-    head = "| Variable | Allowed | Default | Presets | Meaning | Seen in |\n|---|---|---|---|---|---|"
+    """docs/knobs.md: a table for each section of the knobs."""
+    head = "| Variable | Allowed | Default | Presets | Meaning | Observed in |\n|---|---|---|---|---|---|"
     parts = [KNOBS_HEAD]
-    for title, names in sections().items():
-        rows = ("| " + " | ".join(knob_row(fields.pop(name))) + " |" for name in names)
+    for title, fields in tg.knob_sections().items():
+        rows = ("| " + " | ".join(knob_row(field)) + " |" for field in fields)
         parts.append("\n".join((f"## {title}", "", head, *rows, "")))
-    assert not fields, f"Config's knobs in no section: {', '.join(fields)}"
     return "\n".join(parts)
 
 

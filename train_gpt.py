@@ -4274,7 +4274,7 @@ def encode_gptq_lite(
     log2_scale_offset: float = 0.0,
     salient: Tensor | None = None,
 ) -> Quantized:
-    """GPTQ-lite's codes are levels of a uniform grid; Hessians, clip sigmas, offset and salient columns play no part."""
+    """GPTQ-lite's codes are levels of a uniform grid. Factor, clip sigmas, offset and salient columns play no part."""
     return Quantized(*gptq_lite(weights, bits, config.scale_grid), bits, {})
 
 
@@ -4794,7 +4794,7 @@ def choose_class_deltas(variance: np.ndarray, samples: int) -> np.ndarray:
 def code_classes(
     coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale classes of rows [B, r] and of columns [B, c]: chosen from int8 codes [c, B * r], or decoded (codes None)."""
+    """Scale classes of rows [B, r] and columns [B, c]: chosen from int8 codes [c, B * r], or decoded (codes None)."""
     B, r, c = shape
     rows = deltas = None
     if codes is not None:
@@ -5157,11 +5157,11 @@ def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
         raise ArtifactError(f"its header has a {what} row that is not {', '.join(t.__name__ for t in types)}")
 
 
-def parse_shape(sizes: Any) -> tuple[int, ...]:
+def parse_shape(value: Any) -> tuple[int, ...]:
     """A tensor's shape. Errors: ArtifactError."""
-    if type(sizes) is not list or not all(type(n) is int and n >= 0 for n in sizes):
+    if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
         raise ArtifactError("its header has a shape that is not a list of sizes")
-    return tuple(sizes)
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -5203,9 +5203,9 @@ class TensorHeader:
         check_types(row, (str, int, list, dict, int), "tensor")
         name, bits, shape, extras, states = row
         shapes = {}
-        for part, sizes in extras.items():
-            shapes[part] = parse_shape(sizes)
-            if part not in EXTRAS or len(sizes) != EXTRAS[part][1]:
+        for part, extra_shape in extras.items():
+            shapes[part] = parse_shape(extra_shape)
+            if part not in EXTRAS or len(shapes[part]) != EXTRAS[part][1]:
                 raise ArtifactError(f"its tensor {name!r} has an unknown array {part!r}, or one of other dimensions")
         if bits not in (*range(2, 9), 16):
             raise ArtifactError(f"its tensor {name!r} has {bits} bits")

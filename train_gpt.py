@@ -10,11 +10,11 @@ One file, from text shards to bits per byte, for the public Parameter Golf chall
 Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
 Sections, in the order in which data meets them; each calls only those above it:
 
-    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training -> GPTQ
-    -> Artifact -> Evaluation -> TTT -> main
+    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training
+    -> Quantization -> Entropy coding -> Artifact -> Evaluation -> TTT -> main
 
-Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads, h head width,
-V vocabulary, L layers.
+Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads,
+h head width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ import difflib
 import enum
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
 import math
 import platform
 import resource
-import runpy
 import shutil
 import struct
 import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +106,21 @@ def knob(default, meaning: str, observed: Observed, *, low=None, high=None, choi
     return field(
         default=default, metadata=dict(meaning=meaning, observed=observed, low=low, high=high, choices=choices)
     )
+
+
+class QuantizerTraits(NamedTuple):
+    """What other sections must know of a quantizer; how it works stands in section Quantization."""
+
+    uses_hessians: bool
+    clips_by_sigmas: bool  # *_CLIP_SIGMAS end a row's grid; otherwise the quantizer chooses the clip itself
+    column_scales: bool  # a column may have a scale of its own, so COLUMN_STEPS, AWQ_GROUPS and TARGET_BYTES apply
+
+
+QUANTIZER_TRAITS = {
+    "uniform": QuantizerTraits(uses_hessians=True, clips_by_sigmas=True, column_scales=True),
+    "trellis": QuantizerTraits(uses_hessians=True, clips_by_sigmas=True, column_scales=True),
+    "gptq_lite": QuantizerTraits(uses_hessians=False, clips_by_sigmas=False, column_scales=False),
+}
 
 
 @dataclass(frozen=True)
@@ -552,7 +567,7 @@ class Config(ModelConfig):
         "quantizer of matrices; uniform: GPTQ on a uniform grid; trellis: GPTQ with trellis-coded quantization; "
         "gptq_lite: round to nearest, each row with the best of five clip quantiles",
         Observed.BYTES,
-        choices=("uniform", "trellis", "gptq_lite"),
+        choices=tuple(QUANTIZER_TRAITS),
     )
     matrix_bits: int = knob(6, "bits per weight of attention and MLP matrices", Observed.BYTES, low=2, high=8)
     attn_bits: int = knob(
@@ -800,13 +815,15 @@ class Config(ModelConfig):
 
     @property
     def attn_grid(self) -> tuple[int, float]:
-        """Bits and clip range of attention's matrices; a range of 0: a row's largest weight, as for gptq_lite."""
-        return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
+        """Bits and clip sigmas of attention's matrices; 0 sigmas: the grid covers the row's whole range."""
+        sigmas = self.attn_clip_sigmas if QUANTIZER_TRAITS[self.quantizer].clips_by_sigmas else 0.0
+        return self.attn_bits or self.matrix_bits, sigmas
 
     @property
     def mlp_grid(self) -> tuple[int, float]:
-        """Bits and clip range of the MLP's matrices; a range of 0: a row's largest weight, as for gptq_lite."""
-        return self.mlp_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.mlp_clip_sigmas
+        """Bits and clip sigmas of the MLP's matrices; 0 sigmas: the grid covers the row's whole range."""
+        sigmas = self.mlp_clip_sigmas if QUANTIZER_TRAITS[self.quantizer].clips_by_sigmas else 0.0
+        return self.mlp_bits or self.matrix_bits, sigmas
 
     @property
     def averages(self) -> tuple[bool, bool]:
@@ -1263,9 +1280,9 @@ def check_quantization(config: Config) -> None:
     require(config.trellis_states in (4, 8, 16, 32), config, "trellis_states", "must be 4, 8, 16 or 32")
     for name in ("attn_bits", "mlp_bits"):
         require(getattr(config, name) != 1, config, name, "must be 0 or from 2 to 8")
-    if config.quantizer == "gptq_lite":
+    if not QUANTIZER_TRAITS[config.quantizer].column_scales:
         for name in ("column_steps", "awq_groups", "target_bytes"):
-            allowed = "must be 0 with QUANTIZER=gptq_lite, which has one scale per row"
+            allowed = f"must be 0 with QUANTIZER={config.quantizer}, which has one scale per row"
             require(not getattr(config, name), config, name, allowed)
 
 
@@ -4204,43 +4221,41 @@ def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# GPTQ: Hessians, rounding; quantize(weights) -> tensors, dequantize is its inverse
+# Quantization: quantize(weights) -> stored tensors, and dequantize, its inverse
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Quantized(NamedTuple):
-    """A stored tensor: integer codes with one fp16 step per row, or plain fp16 values (scales None, bits 16).
+    """A stored tensor: integer codes with one fp16 scale per row, or plain fp16 values (scales None, bits 16).
 
-    `extras` holds what `restore` adds to that, each piece of it named in `EXTRAS`.
+    `extras` holds the optional arrays that are listed in `EXTRAS`.
     """
 
     codes: Tensor  # int8 [..., r, c], or float16
     scales: Tensor | None  # float16 [..., r]
     bits: int
     extras: dict[str, Tensor]
-    states: int = 0  # of the trellis whose codes these are; 0: each code is its level
+    states: int = 0  # of the trellis that the codes walk through; 0: each code is its level
 
 
-# Extra arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
+# Optional arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
 EXTRAS = {
-    "columns": (torch.int8, 2),  # [B, c] multiples of a row's step, in half octaves
+    "columns": (torch.int8, 2),  # [B, c] exponents e of the column scales 2^(e / 2)
     "corrected": (torch.int32, 1),  # [n] matrices to which left @ right is added (LQER)
     "left": (torch.int8, 3),  # [n, r, k]
     "left_scales": (torch.float16, 2),  # [n, r], or [n, 1]
     "right": (torch.int8, 3),  # [n, k, c]
     "right_scales": (torch.float16, 3),  # [n, k, groups]
-    "refined": (torch.int32, 1),  # [n] matrices to which a second rounding is added (RVQ)
+    "refined": (torch.int32, 1),  # [n] matrices to which a quantized residual is added (RVQ)
     "residual": (torch.int8, 3),  # [n, r, c]
     "residual_scales": (torch.float16, 2),  # [n, r]
 }
-AWQ_COLUMNS = 64  # columns that AWQ-lite treats alike
-
-
+INT8_LIMIT = 127  # the largest magnitude of a code, so that codes are symmetric
 SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
 def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, float]:
-    """(bits, clip sigmas) of a parameter by its role and size; 0 sigmas: the whole range of a row."""
+    """(bits, clip sigmas) of a parameter, by its role and size; 0 sigmas: the grid covers the row's whole range."""
     if name in ("qo_bank", "kv_bank"):
         return config.attn_grid
     if name in ("up_bank", "down_bank"):
@@ -4252,25 +4267,45 @@ def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, fl
     return (8, 0.0) if name.endswith("head_gate") and config.gated_attn_quant_gate else (16, 0.0)
 
 
-class HessianHooks:
-    """Context that adds up X^T X of the inputs of every projection while the model runs eagerly.
+def as_batch(weights: Tensor) -> Tensor:
+    """A bank [B, r, c] unchanged, or a single matrix as a bank of one."""
+    return weights if weights.dim() == 3 else weights[None]
 
-    q, k and v of a layer read the same input, so one tap serves the three.
+
+def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H E^T) of each matrix's error [B, r, c]: the squared error of the layer's outputs, [B] float64."""
+    return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
+
+
+def entropy(codes: Tensor) -> float:
+    """Zeroth-order entropy in bits per code."""
+    probabilities = torch.unique(codes, return_counts=True)[1].double() / max(1, codes.numel())
+    return -(probabilities * probabilities.log2()).sum().item()
+
+
+# --- Hessians ---
+
+
+class HessianHooks:
+    """Context manager that sums X^T X over the inputs of every projection while the model runs eagerly.
+
+    q, k and v of a layer read the same input, so one hook serves all three.
     """
 
     def __init__(self, model: GPT):
         self.model = model
         self.sums: dict[str, Tensor] = {}
-        self.seats = {
+        self.projections = {
             f"{i}.{name}": getattr(block, name)
             for i, block in enumerate(model.blocks)
             for name in ("q", "out", "up", "down")
         }
-        self.seats["logits"] = model.logits
+        self.projections["logits"] = model.logits
 
     def __enter__(self) -> HessianHooks:
         self.handles = [
-            seat.register_forward_pre_hook(functools.partial(self.tap, name)) for name, seat in self.seats.items()
+            projection.register_forward_pre_hook(functools.partial(self.hook, name))
+            for name, projection in self.projections.items()
         ]
         return self
 
@@ -4278,7 +4313,8 @@ class HessianHooks:
         for handle in self.handles:
             handle.remove()
 
-    def tap(self, name: str, _module: nn.Module, inputs: tuple) -> None:
+    def hook(self, name: str, _module: nn.Module, inputs: tuple) -> None:
+        """Forward pre-hook of a projection: adds X^T X of its input to the sum."""
         x = inputs[0].detach().flatten(0, -2).float()
         if name not in self.sums:
             self.sums[name] = torch.zeros(x.size(1), x.size(1), device=x.device)
@@ -4289,13 +4325,13 @@ class HessianHooks:
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
     config, run, model = trainer.config, trainer.run, trainer.model
-    with HessianHooks(model) as taps:
+    with HessianHooks(model) as hooks:
         for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):
                 model(*trainer.loader.batch(step, micro), looped=config.loops, fused_mlp=False)
-    run.all_reduce(*taps.sums.values())
+    run.all_reduce(*hooks.sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
-    mean = {name: total / tokens for name, total in taps.sums.items()}
+    mean = {name: total / tokens for name, total in hooks.sums.items()}
     stack = {
         name: torch.stack([mean[f"{i}.{name}"] for i in range(config.num_layers)])
         for name in ("q", "out", "up", "down")
@@ -4309,17 +4345,17 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     }
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, float32, for each of a batch [B, c, c].
+def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damping)^-1, float32, for each of a batch [B, c, c].
 
-    One Cholesky of the reversed H and one triangular solve, in float64, of one matrix at a time, for the memory: the
-    inverse itself is never formed. Damping grows tenfold where H is singular beyond it. Errors: FloatingPointError
-    where H is not finite.
+    One Cholesky factorization of the reversed H and one triangular solve, in float64: the inverse is never formed. To
+    save memory, matrices are factored one at a time. The damping grows tenfold until the factorization succeeds.
+    Errors: FloatingPointError where H is not finite.
     """
     if len(hessian) > 1:
-        return torch.stack([inverse_factor(h[None], damp)[0] for h in hessian])
+        return torch.stack([inverse_cholesky(h[None], damp)[0] for h in hessian])
     if not torch.isfinite(hessian).all():
-        raise FloatingPointError("a Hessian is not finite: calibration saw activations that are not")
+        raise FloatingPointError("a Hessian is not finite: activations during calibration were not")
     h = hessian.double().flip(-1, -2)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
@@ -4332,43 +4368,129 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
-class Feedback(NamedTuple):
-    """What an error in one column asks of those that follow: their order [B, c], and U [B, c, c] in that order."""
+class HessianFactor(NamedTuple):
+    """How the error of one column is compensated in the columns after it."""
 
-    order: Tensor
-    u: Tensor
+    order: Tensor  # [B, c] the order in which columns are quantized
+    inverse_cholesky: Tensor  # [B, c, c] the inverse Hessian's upper Cholesky factor U, columns in that order
 
 
-def feedback_of(hessian: Tensor, damp: float, natural: bool = False) -> Feedback:
-    """Of Hessians [B, c, c]: columns in falling order of the diagonal, or in their own."""
-    order = (
-        torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2])
-        if natural
-        else hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-    )
+def factor_hessian(hessian: Tensor, damp: float, natural_order: bool = False) -> HessianFactor:
+    """Factor of Hessians [B, c, c], with columns in their natural order or by falling diagonal."""
+    if natural_order:
+        order = torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2])
+    else:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
     h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    return Feedback(order, inverse_factor(h, damp))
+    return HessianFactor(order, inverse_cholesky(h, damp))
+
+
+# --- Scales ---
+
+
+def round_scales(scales: Tensor, per_octave: int) -> Tensor:
+    """Scales as fp16 and, if `per_octave` is not 0, on a logarithmic grid with that many values per octave."""
+    scales = scales.clamp(2.0**-24, 65504)
+    if per_octave:
+        scales = torch.exp2((scales.log2() * per_octave).round() / per_octave).clamp(2.0**-24, 65504)
+    return scales.half()
+
+
+def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, multiplier: float = 1.0) -> Tensor:
+    """fp16 scale of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1) - 1.
+
+    Scales on a logarithmic grid (`per_octave`) take a third of the bytes after entropy coding.
+    """
+    return round_scales(multiplier * clip_range(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+
+
+def column_exponents(factor: HessianFactor, power: float) -> Tensor:
+    """Exponents e, int8 [B, c], of column scales 2^(e / 2) ~ U_jj^power, columns in their natural order.
+
+    An error e of column j adds (e / U_jj)^2 to the weighted error. At high rates, scales proportional to U_jj spread
+    the error evenly, and the product of all U_jj, and so the rate, is the same in every order. Powers below 1 do better
+    where columns would get less than a bit. This pays where the entropy coder models each column's spread.
+    """
+    logs = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2()
+    exponents = (2 * power * (logs - logs.mean(-1, keepdim=True))).round().clamp(-INT8_LIMIT, INT8_LIMIT)
+    return torch.empty_like(exponents).scatter_(-1, factor.order, exponents).to(torch.int8)
+
+
+def fit_scales(
+    weights: Tensor,
+    factor: HessianFactor,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    multiplier: float,
+    max_level: int,
+    salient: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(row scales float16 [B, r], column exponents [B, c]) of a bank [B, r, c].
+
+    All scales are multiplied by `multiplier`. With `max_level`, no scale is so small that a row's largest weight would
+    be beyond that level: clipping it would cost more than any scale gains. Salient columns [B, c] get 8-bit scales.
+    """
+    exponents = column_exponents(factor, config.column_steps)
+    scales = row_scales(weights / torch.exp2(exponents / 2)[:, None], bits, sigmas, config.scale_grid, multiplier)
+    if salient is not None:
+        exponents = (exponents - (16 - 2 * bits) * salient).clamp(min=-INT8_LIMIT)
+    if max_level:
+        largest = (weights / torch.exp2(exponents / 2)[:, None]).abs().amax(-1)
+        smallest = 1.1 * largest / max_level  # a tenth more, because error compensation moves the weights
+        scales = torch.maximum(scales, round_scales(smallest, config.scale_grid))
+    return scales, exponents
+
+
+def column_extras(exponents: Tensor) -> dict[str, Tensor]:
+    """The column exponents as an optional array of a stored bank; none where all column scales are 1."""
+    return {"columns": exponents.to(torch.int8)} if exponents.any() else {}
+
+
+def apply_scales(levels: Tensor, q: Quantized) -> Tensor:
+    """Integer levels [..., r, c] times a stored tensor's row and column scales, float32."""
+    values = levels.float() * q.scales.float()[..., None]
+    if "columns" in q.extras:
+        batch = as_batch(values)
+        batch *= torch.exp2(q.extras["columns"].float() / 2)[:, None]
+    return values
+
+
+def check_codes(q: Quantized) -> None:
+    """Errors: ValueError for codes, bits or scales that no quantizer produces."""
+    if q.scales is None or q.codes.dtype != torch.int8 or q.codes.dim() not in (2, 3):
+        raise ValueError("its codes are not int8 matrices with scales")
+    if not 2 <= q.bits <= 8:
+        raise ValueError(f"it claims codes of {q.bits} bits")
+    if q.scales.dtype != torch.float16 or q.scales.shape != q.codes.shape[:-1]:
+        raise ValueError("its scales are not one fp16 number for each row")
+    if (q.codes < -INT8_LIMIT).any():
+        raise ValueError(f"its codes are not within -{INT8_LIMIT}..{INT8_LIMIT}")
+
+
+# --- Uniform: rounding to nearest, or GPTQ where there is a Hessian ---
 
 
 def gptq(
     weights: Tensor,
-    feedback: Feedback,
+    factor: HessianFactor,
     scales: Tensor,
     limit: int | Tensor,
-    columns: Tensor | None = None,
+    column_scales: Tensor | None = None,
     block: int = 128,
 ) -> Tensor:
-    """GPTQ (arXiv 2210.17323): rounds one column after the other, feeding errors forward.
+    """GPTQ (arXiv 2210.17323): rounds one column after the other and compensates its error in those that follow.
 
-    weights [B, r, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
+    weights [B, r, c], scales [B, r], column scales [B, c] (None: all 1), limit a number or [B, c]
     -> int8 codes [B, r, c] in -limit..limit.
     """
-    order = feedback.order  # [B, c]
-    factors = torch.ones_like(order, dtype=torch.float) if columns is None else columns.gather(-1, order)
+    order = factor.order  # [B, c]
+    ordered = torch.ones_like(order, dtype=torch.float) if column_scales is None else column_scales.gather(-1, order)
     limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
-    w, s = weights.float().gather(-1, row_order) / factors[:, None], scales.float()
-    u = feedback.u / factors[:, None]
+    w = weights.float().gather(-1, row_order) / ordered[:, None]
+    s = scales.float()
+    u = factor.inverse_cholesky / ordered[:, None]
     codes = torch.empty_like(w)
     for start in range(0, w.size(-1), block):
         stop = min(start + block, w.size(-1))
@@ -4382,50 +4504,100 @@ def gptq(
     return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int8)
 
 
-# Next state by (state, parity of k). 4: VVC; 8: ISO/IEC 15938-17. States 0-1 of 4, and the even ones of the others,
-# use the first quantizer, 2k; the others the second, 2k - sgn k. Larger ones are Ungerboeck's codes (octal h0, h1).
+def round_to_nearest(weights: Tensor, bits: int, sigmas: float) -> Quantized:
+    """Weights [B, r, c] rounded to the nearest level of each row's uniform grid."""
+    scales = row_scales(weights, bits, sigmas)
+    limit = 2 ** (bits - 1) - 1
+    codes = (weights / scales.float()[..., None]).round().clamp(-limit, limit)
+    return Quantized(codes.to(torch.int8), scales, bits, {})
+
+
+def encode_uniform(
+    weights: Tensor,
+    factor: HessianFactor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """GPTQ on a uniform grid, or rounding to nearest without a Hessian.
+
+    With TARGET_BYTES the scales follow from the bytes, and codes may use all of int8, as those of salient columns may.
+    """
+    if factor is None:
+        return round_to_nearest(weights, bits, sigmas)
+    max_level = INT8_LIMIT if config.target_bytes else 0
+    scales, exponents = fit_scales(weights, factor, bits, sigmas, config, 2.0**log2_scale_offset, max_level, salient)
+    limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
+    if salient is not None:
+        limits = torch.where(salient, INT8_LIMIT, limits)
+    codes = gptq(weights, factor, scales, limits, torch.exp2(exponents / 2))
+    return Quantized(codes, scales, bits, column_extras(exponents))
+
+
+def decode_uniform(q: Quantized) -> Tensor:
+    """Weights of codes that are the levels themselves, float32."""
+    return apply_scales(q.codes, q)
+
+
+def check_uniform(q: Quantized) -> None:
+    """Errors: ValueError for a stored form that is not a uniform quantizer's."""
+    check_codes(q)
+    if q.states:
+        raise ValueError("its codes walk through a trellis")
+
+
+# --- Trellis: dependent quantization, searched with the Viterbi algorithm ---
+
+# Next state by (state, parity of the code k). 4: VVC; 8: ISO/IEC 15938-17. States 0-1 of 4, and the even ones of the
+# others, use the first quantizer, 2k; the others use the second, 2k - sgn k. Machines with more states are Ungerboeck's
+# codes (octal h0, h1).
 TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)), 8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
 UNGERBOECK = {16: (0o23, 0o04), 32: (0o45, 0o10)}
-TRELLIS_LIMIT = 127  # |k|, so that codes fit int8
-TRELLIS_NOISE = 0.27  # steps^2, sets the price of a bit: errors measure 0.23 to 0.25, a bit more does best
-TRELLIS_STEP = 0.52  # of a uniform quantizer's, for about the same bits
-TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # searched at once: they bound the memory
-UNREACHED = 1e30  # cost of a state that no path reaches
-# Bits by [quantizer, parity] of the codes 0 and 1 beyond a Gaussian density's, as measured: their cells are narrower.
-BITS_NEAR_ZERO = ((0.5, 0.0), (1.0, 0.4))
+TRELLIS_LIMIT = INT8_LIMIT  # |k|
+TRELLIS_DISTORTION = 0.27  # squared error, in scales^2, that prices a bit: 0.23 to 0.25 as measured, more does best
+TRELLIS_SCALE = 0.52  # times a uniform quantizer's scale, for about the same number of bits
+TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # rows searched at once, to bound the memory
+UNREACHABLE = 1e30  # cost of a state that no path reaches
+# Bits of the codes 0 and 1, by [quantizer, parity], beyond those of a Gaussian density: measured. Their cells are
+# narrower.
+EXTRA_BITS = ((0.5, 0.0), (1.0, 0.4))
 
 
 class Trellis(NamedTuple):
-    """A state machine, and the two ways (state, parity) into each state."""
+    """A state machine of S states, and the two transitions (state, parity) into each state."""
 
     following: Tensor  # [S, 2] next state by parity
     second: Tensor  # [S] 1 where a state uses the second quantizer
-    source: Tensor  # [2S] state before; first the one way into each state, then the other
+    source: Tensor  # [2S] state before; first one transition into each state, then the other
     parity: Tensor  # [2S]
-    near_zero: Tensor  # [2S] bits of a way's smallest code beyond those of its square
+    extra_bits: Tensor  # [2S] bits of a transition's smallest code, beyond those of a Gaussian density
 
 
-def trellis_of(states: int, device: torch.device | str = "cpu") -> Trellis:
-    """The machine of 4, 8, 16 or 32 states."""
+def make_trellis(states: int, device: torch.device | str = "cpu") -> Trellis:
+    """The machine with 4, 8, 16 or 32 states."""
     if states in TRELLISES:
         rows = TRELLISES[states]
     else:
         h0, h1 = UNGERBOECK[states]
         rows = [[s >> 1 ^ (s & 1) * (h0 >> 1) ^ p * (h1 >> 1) for p in (0, 1)] for s in range(states)]
     following = torch.tensor(rows, device=device)
-    ways = following.flatten().argsort(stable=True).view(states, 2).T.reshape(-1)  # flat index 2 * state + parity
+    transitions = following.flatten().argsort(stable=True).view(states, 2).T.reshape(-1)  # 2 * state + parity
     state = torch.arange(states, device=device)
-    second, source, parity = state // 2 if states == 4 else state % 2, ways // 2, ways % 2
-    return Trellis(
-        following, second, source, parity, torch.tensor(BITS_NEAR_ZERO, device=device)[second[source], parity]
-    )
+    second = state // 2 if states == 4 else state % 2
+    source = transitions // 2
+    parity = transitions % 2
+    extra_bits = torch.tensor(EXTRA_BITS, device=device)[second[source], parity]
+    return Trellis(following, second, source, parity, extra_bits)
 
 
 def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [..., c] in processing order -> (levels int16, in steps; state before each code, uint8)."""
-    trellis = trellis_of(states, codes.device)
+    """Codes int8 [..., c] in natural order -> (levels int16, state before each code uint8)."""
+    trellis = make_trellis(states, codes.device)
     parity = (codes.reshape(-1, codes.size(-1)).T & 1).long()  # [c, rows]
-    state, before = torch.zeros_like(parity[0]), torch.empty_like(parity, dtype=torch.uint8)
+    state = torch.zeros_like(parity[0])
+    before = torch.empty_like(parity, dtype=torch.uint8)
     for j, p in enumerate(parity):
         before[j] = state
         state = trellis.following.view(-1)[2 * state + p]
@@ -4433,311 +4605,325 @@ def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
     return 2 * codes.short() - trellis.second.short()[before.int()] * codes.sign(), before
 
 
-def trellis_step(
-    x: Tensor, cost: Tensor, weight: Tensor, price: Tensor, bit: float, trellis: Trellis
-) -> tuple[Tensor, ...]:
-    """One column of the Viterbi search: every state keeps the cheaper of the two ways into it.
+class Survivors(NamedTuple):
+    """The best path into each state after one column: all [B, S, r]."""
 
-    x [B, S, r] is each survivor's weight in steps, cost [B, S, r]; an error of one step costs weight [B, 1, 1] and
-    a level l costs price [B, 1, r] * l^2, a Gaussian code's bits times the cost of a `bit`. The cheapest level of each
-    parity is then the one next to a shrunk weight. Returns (cost, source state, k, error in steps), each [B, S, r].
+    cost: Tensor
+    source: Tensor  # state before
+    codes: Tensor
+    errors: Tensor  # in scales
+
+
+def viterbi_column(
+    x: Tensor, cost: Tensor, error_cost: Tensor, level_cost: Tensor, bit_cost: float, trellis: Trellis
+) -> Survivors:
+    """One column of the Viterbi search: every state keeps the cheaper of the two transitions into it.
+
+    x [B, S, r] is each survivor's weight in scales, cost [B, S, r] its path's cost. An error e costs
+    error_cost [B, 1, 1] * e^2. A level l costs level_cost [B, 1, r] * l^2, which is the bits of a Gaussian code times
+    `bit_cost`. So the cheapest level of each parity is the one next to the weight, shrunk.
     """
     second = trellis.second[trellis.source].to(x.dtype)[:, None]  # [2S, 1]
     parity = trellis.parity.to(x.dtype)[:, None]
     x = x.index_select(1, trellis.source)  # [B, 2S, r]
     size = x.abs()
-    target = size * (weight / (weight + price))
+    target = size * (error_cost / (error_cost + level_cost))
     half = ((target - (2 * parity - second)) * 0.25).round_().clamp_(0, TRELLIS_LIMIT // 2)
     half *= target >= 1.5 * second * (1 - parity)  # the second quantizer's even levels are 0, 3, 7: not -1, 3, 7
     k = half.mul_(2).add_(parity)
     level = (2 * k - second).clamp_(min=0).copysign_(x)
     error = x - level
-    total = error.square().mul_(weight).add_(level.square_().mul_(price)).add_(cost.index_select(1, trellis.source))
-    total += (k <= 1) * (bit * trellis.near_zero)[:, None]
-    s = cost.size(1)
-    other = total[:, s:] < total[:, :s]
+    total = error.square().mul_(error_cost).add_(level.square_().mul_(level_cost))
+    total = total.add_(cost.index_select(1, trellis.source))
+    total += (k <= 1) * (bit_cost * trellis.extra_bits)[:, None]
+    states = cost.size(1)
+    other = total[:, states:] < total[:, :states]
 
-    def kept(value: Tensor) -> Tensor:
-        return torch.where(other, value[:, s:], value[:, :s])
+    def cheaper(value: Tensor) -> Tensor:
+        return torch.where(other, value[:, states:], value[:, :states])
 
-    source = torch.where(other, trellis.source[s:, None], trellis.source[:s, None])
-    return kept(total), source, kept(k.copysign_(x)), kept(error)
+    source = torch.where(other, trellis.source[states:, None], trellis.source[:states, None])
+    return Survivors(cheaper(total), source, cheaper(k.copysign_(x)), cheaper(error))
 
 
-def trellis_block(
-    work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: Tensor, bit: float, trellis: Trellis
-) -> tuple[Tensor, ...]:
-    """Viterbi search through the n columns of a block, each survivor with its own error feedback (per-survivor
+class BlockPaths(NamedTuple):
+    """The survivors' paths through a block of n columns."""
+
+    errors: Tensor  # [B S r, n] errors over U_jj
+    codes: Tensor  # int8 [B S r, n]
+    cost: Tensor  # [B, S, r]
+    origin: Tensor  # [B S r] flat index of the survivor before the block that each path continues
+
+
+def viterbi_block(
+    work: Tensor,
+    cost: Tensor,
+    u: Tensor,
+    error_cost: Tensor,
+    level_cost: Tensor,
+    bit_cost: float,
+    trellis: Trellis,
+) -> BlockPaths:
+    """Viterbi search through the n columns of a block, each survivor with its own error compensation (per-survivor
     processing, Raheli, Polydoros and Tzou 1995).
 
-    work [B, S, r, n] holds the survivors' weights in steps and is used up; u [B, n, n] the block of U, weight
-    [B, n, 1, 1] and price [B, n, 1, r] as in `trellis_step`. Returns (errors / U_jj [B, S, r, n], codes int8 alike,
-    cost [B, S, r], flat index of the survivor that each one descends from [B S r]).
+    work [B, S, r, n] holds the survivors' weights in scales, and is overwritten. u [B, n, n] is the block of U,
+    error_cost [B, n, 1, 1] and level_cost [B, n, 1, r] are as in `viterbi_column`.
     """
     batch, states, rows, width = work.shape
-    work, codes = work.view(-1, width), torch.zeros(work.shape, dtype=torch.int8, device=work.device).view(-1, width)
+    work = work.view(-1, width)
+    codes = torch.zeros(work.shape, dtype=torch.int8, device=work.device)
     origin = torch.arange(len(work), device=work.device)
-    place = torch.arange(batch, device=work.device)[:, None, None] * states * rows + torch.arange(
+    first = torch.arange(batch, device=work.device)[:, None, None] * states * rows + torch.arange(
         rows, device=work.device
     )  # [B, 1, r]
     for j in range(width):
         x = work[:, j].view(batch, states * rows, 1)
         if j:
             x = x - work.view(batch, states * rows, width)[..., :j] @ u[:, :j, j, None]
-        cost, source, k, error = trellis_step(x.view(cost.shape), cost, weight[:, j], price[:, j], bit, trellis)
-        parent = (place + source * rows).view(-1)
-        # A row of `work` is the path's errors up to j and the weights that wait after it: one copy moves both.
-        work, codes, origin = work.index_select(0, parent), codes.index_select(0, parent), origin[parent]
-        work[:, j] = (error / u[:, j, j, None, None]).view(-1)
-        codes[:, j] = k.view(-1)
-    return work, codes, cost, origin
+        best = viterbi_column(x.view(cost.shape), cost, error_cost[:, j], level_cost[:, j], bit_cost, trellis)
+        cost = best.cost
+        parent = (first + best.source * rows).view(-1)
+        # A row of `work` is the path's errors before column j and the weights after it: one copy moves both.
+        work = work.index_select(0, parent)
+        codes = codes.index_select(0, parent)
+        origin = origin[parent]
+        work[:, j] = (best.errors / u[:, j, j, None, None]).view(-1)
+        codes[:, j] = best.codes.view(-1)
+    return BlockPaths(work, codes, cost, origin)
 
 
-def trellis_rows(
-    w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trellis, block: int = 16, delay: int = 64
+def viterbi_search(
+    w: Tensor,
+    u: Tensor,
+    level_cost: Tensor,
+    bit_cost: float,
+    trellis: Trellis,
+    block: int = 16,
+    delay: int = 64,
 ) -> Tensor:
-    """Codes int8 [B, r, c] of weights w [B, r, c] in steps, with U [B, c, c] and price [B, c, 1, r].
+    """Codes int8 [B, r, c] of weights w [B, r, c] in scales, with U [B, c, c] and level_cost [B, c, 1, r].
 
-    A column is settled once `delay` further ones are searched: on the path of the best survivor, and survivors of
-    another past are dropped. Thus what precedes is common to all, and its feedback is one product for each block.
+    A column is decided once `delay` further ones are searched: the best survivor's code is taken, and survivors with
+    another past are dropped. All survivors then share what is decided, so its error compensation is one matrix product
+    for each block.
     """
-    (batch, rows, columns), states = w.shape, len(trellis.second)
-    weight = u.diagonal(dim1=-2, dim2=-1) ** -2
-    weight = (weight / weight.mean(-1, keepdim=True))[..., None, None]  # [B, c, 1, 1]
-    cost = torch.full((batch, states, rows), UNREACHED, device=w.device)
+    batch, rows, columns = w.shape
+    states = len(trellis.second)
+    error_cost = u.diagonal(dim1=-2, dim2=-1) ** -2
+    error_cost = (error_cost / error_cost.mean(-1, keepdim=True))[..., None, None]  # [B, c, 1, 1]
+    cost = torch.full((batch, states, rows), UNREACHABLE, device=w.device)
     cost[:, 0] = 0
-    errors, codes = torch.zeros_like(w), torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    past_errors, past_codes = w.new_zeros(cost.numel(), 0), codes.new_zeros(cost.numel(), 0)
+    errors = torch.zeros_like(w)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    past_errors = w.new_zeros(cost.numel(), 0)
+    past_codes = codes.new_zeros(cost.numel(), 0)
     first = torch.arange(batch, device=w.device)[:, None] * states * rows + torch.arange(rows, device=w.device)
-    done = 0  # columns settled
+    done = 0  # columns decided
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        common = w[..., start:stop] - errors[..., :done] @ u[:, :done, start:stop]
-        own = past_errors.view(batch, states * rows, start - done) @ u[:, done:start, start:stop]
+        here = slice(start, stop)
+        common = w[..., here] - errors[..., :done] @ u[:, :done, here]
+        own = past_errors.view(batch, states * rows, start - done) @ u[:, done:start, here]
         work = common[:, None] - own.view(batch, states, rows, stop - start)
-        found = trellis_block(
-            work, cost, u[:, start:stop, start:stop], weight[:, start:stop], price[:, start:stop], bit, trellis
-        )
-        cost, origin = found[2], found[3]
-        past_errors = torch.cat((past_errors[origin], found[0]), 1)
-        past_codes = torch.cat((past_codes[origin], found[1]), 1)
+        paths = viterbi_block(work, cost, u[:, here, here], error_cost[:, here], level_cost[:, here], bit_cost, trellis)
+        cost = paths.cost
+        past_errors = torch.cat((past_errors[paths.origin], paths.errors), 1)
+        past_codes = torch.cat((past_codes[paths.origin], paths.codes), 1)
         best = first + cost.argmin(1) * rows  # [B, r]
-        settle = (columns if stop == columns else max(done, stop - delay)) - done
-        if settle:
-            errors[..., done : done + settle] = past_errors[best, :settle]
-            codes[..., done : done + settle] = past_codes[best, :settle]
-            same = (
-                past_codes[:, :settle].view(batch, states, rows, settle) == codes[:, None, :, done : done + settle]
-            ).all(-1)
-            cost = torch.where(same, cost, UNREACHED)
-            past_errors, past_codes, done = past_errors[:, settle:], past_codes[:, settle:], done + settle
+        count = (columns if stop == columns else max(done, stop - delay)) - done
+        if count:
+            decided = slice(done, done + count)
+            errors[..., decided] = past_errors[best, :count]
+            codes[..., decided] = past_codes[best, :count]
+            same_past = past_codes[:, :count].view(batch, states, rows, count) == codes[:, None, :, decided]
+            cost = torch.where(same_past.all(-1), cost, UNREACHABLE)
+            past_errors = past_errors[:, count:]
+            past_codes = past_codes[:, count:]
+            done += count
         cost = cost - cost.amin(1, keepdim=True)
     return codes
 
 
-def steps_by_column(feedback: Feedback, exponent: float) -> Tensor:
-    """Each column's multiple of the row's step, in half octaves: int8 [B, c], 2^(code / 2) ~ U_jj^exponent.
+def trellis_gptq(weights: Tensor, u: Tensor, scales: Tensor, column_scales: Tensor, config: Config) -> Tensor:
+    """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) instead of rounding, columns in natural order.
 
-    An error e of column j adds (e / U_jj)^2 to the weighted error, so at high rates steps proportional to U_jj share
-    it evenly, and the product of all U_jj, thus the rate, is the same in every order. Powers below 1 do better where
-    columns would fall to a fraction of a bit. It pays where the entropy coder knows each column's scale.
+    weights [B, r, c], U [B, c, c], scales [B, r] and column scales [B, c]: a weight is a level times both scales.
+    Returns codes k, int8 [B, r, c]; `trellis_levels` turns them into levels. TRELLIS_RATE weighs the bits: 1 is the
+    slope of the rate-distortion function, 0 ignores them. Natural order takes no bytes, and did better than a falling
+    diagonal: the search uses columns that matter little to correct those that matter much.
     """
-    logs = feedback.u.diagonal(dim1=-2, dim2=-1).log2()
-    codes = (2 * exponent * (logs - logs.mean(-1, keepdim=True))).round().clamp(-127, 127)
-    return torch.empty_like(codes).scatter_(-1, feedback.order, codes).to(torch.int8)
-
-
-def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, config: Config) -> Tensor:
-    """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) in place of rounding, columns in the model's order.
-
-    weights [B, r, c], U [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
-    Returns k, int8 [B, r, c], of which `trellis_levels` makes levels. TRELLIS_RATE weighs the bits: 1 is the slope of
-    the rate-distortion function, 0 ignores them. The model's order needs no bytes, and did better than a falling
-    diagonal: a search spends the freedom of the columns that matter little on those that matter much.
-    """
-    trellis, rate = trellis_of(config.trellis_states, weights.device), config.trellis_rate
+    trellis = make_trellis(config.trellis_states, weights.device)
+    rate = config.trellis_rate
     codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
-    bit = math.log(4) * rate * TRELLIS_NOISE  # -dD/dR, 6.02 dB a bit
-    rows, chunk = weights.size(1), TRELLIS_ROWS[weights.device.type]
-    together = max(1, chunk // rows)  # matrices at a time
-    for b in range(0, len(weights), together):
-        some = slice(b, b + together)
-        scaled = u[some] / columns[some, None]
-        w = weights[some].float() / (steps[some].float()[..., None] * columns[some, None])
+    bit_cost = math.log(4) * rate * TRELLIS_DISTORTION  # -dD/dR, 6.02 dB per bit
+    rows = weights.size(1)
+    chunk = TRELLIS_ROWS[weights.device.type]
+    matrices_per_chunk = max(1, chunk // rows)
+    for b in range(0, len(weights), matrices_per_chunk):
+        matrices = slice(b, b + matrices_per_chunk)
+        scaled = u[matrices] / column_scales[matrices, None]
+        w = weights[matrices].float() / (scales[matrices].float()[..., None] * column_scales[matrices, None])
         variance = w.square()
-        row, column, mean = (variance.mean(d, keepdim=True) for d in (2, 1, (1, 2)))
-        price = (rate * TRELLIS_NOISE / (row * column / mean.clamp_min(1e-30) + 1)).mT[:, :, None]  # [B, c, 1, r]
+        row, column = (variance.mean(d, keepdim=True) for d in (2, 1))
+        product = row * column / variance.mean((1, 2), keepdim=True).clamp_min(1e-30)
+        level_cost = (rate * TRELLIS_DISTORTION / (product + 1)).mT[:, :, None]  # [B, c, 1, r]
         for r in range(0, rows, chunk):
             part = slice(r, r + chunk)
-            codes[some, part] = trellis_rows(w[:, part], scaled, price[..., part].contiguous(), bit, trellis)
+            codes[matrices, part] = viterbi_search(
+                w[:, part], scaled, level_cost[..., part].contiguous(), bit_cost, trellis
+            )
     return codes
 
 
-def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, times: float = 1.0) -> Tensor:
-    """fp16 step of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1)-1.
+def encode_trellis(
+    weights: Tensor,
+    factor: HessianFactor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """GPTQ with a trellis of TRELLIS_STATES states; without a Hessian, rounding to nearest on a uniform grid."""
+    if factor is None:
+        return round_to_nearest(weights, bits, sigmas)
+    multiplier = 2.0**log2_scale_offset * TRELLIS_SCALE
+    max_level = 2 * TRELLIS_LIMIT - 2
+    scales, exponents = fit_scales(weights, factor, bits, sigmas, config, multiplier, max_level, salient)
+    codes = trellis_gptq(weights, factor.inverse_cholesky, scales, torch.exp2(exponents / 2), config)
+    return Quantized(codes, scales, bits, column_extras(exponents), config.trellis_states)
 
-    With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
-    """
-    return stored_steps(times * clip_range(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+
+def decode_trellis(q: Quantized) -> Tensor:
+    """Weights of codes that walk through a trellis, float32."""
+    return apply_scales(trellis_levels(q.codes, q.states)[0], q)
 
 
-def stored_steps(steps: Tensor, per_octave: int) -> Tensor:
-    """Steps as fp16, on a grid of `per_octave` to an octave, if any."""
-    steps = steps.clamp(2.0**-24, 65504)
-    if per_octave:
-        steps = torch.exp2((steps.log2() * per_octave).round() / per_octave).clamp(2.0**-24, 65504)
-    return steps.half()
+def check_trellis(q: Quantized) -> None:
+    """Errors: ValueError for a stored form that is not a trellis quantizer's."""
+    check_codes(q)
+    if q.states not in (*TRELLISES, *UNGERBOECK):
+        raise ValueError(f"there is no trellis with {q.states} states")
 
 
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of a row's magnitudes, where GPTQ-lite ends the row's grid
+# --- GPTQ-lite: rounding to nearest, with a clip chosen for each row ---
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of a row's magnitudes: candidates for the end of its grid
 
 
 def gptq_lite(weights: Tensor, bits: int, per_octave: int) -> tuple[Tensor, Tensor]:
-    """GPTQ-lite (the stack of PR #549 of openai/parameter-golf): to nearest, each row with its best clip in MSE.
+    """GPTQ-lite (the stack of PR #549 of openai/parameter-golf): rounds to nearest, with each row's best clip in MSE.
 
-    weights [..., r, c] float32 -> codes int8 [..., r, c], steps float16 [..., r]. It knows no Hessian.
+    weights [..., r, c] float32 -> codes int8 [..., r, c], scales float16 [..., r]. It uses no Hessian.
     """
-    limit, ranked = 2 ** (bits - 1) - 1, weights.abs().sort(dim=-1)[0]
-    last, best = weights.size(-1) - 1, None
+    limit = 2 ** (bits - 1) - 1
+    ranked = weights.abs().sort(dim=-1)[0]
+    last = weights.size(-1) - 1
+    best = None
     for quantile in CLIP_QUANTILES:
-        low, share = int(quantile * last), quantile * last % 1
-        reach = torch.lerp(ranked[..., low], ranked[..., min(low + 1, last)], share)
-        steps = stored_steps(reach / limit, per_octave)
-        codes = (weights / steps.float()[..., None]).round().clamp(-limit, limit)
-        error = (codes * steps.float()[..., None] - weights).square().sum(-1)
+        below = int(quantile * last)
+        largest = torch.lerp(ranked[..., below], ranked[..., min(below + 1, last)], quantile * last % 1)
+        scales = round_scales(largest / limit, per_octave)
+        codes = (weights / scales.float()[..., None]).round().clamp(-limit, limit)
+        error = (codes * scales.float()[..., None] - weights).square().sum(-1)
         if best is None:
-            best = codes.to(torch.int8), steps, error
+            best = codes.to(torch.int8), scales, error
         else:
             better = error < best[2]
             best = (
                 torch.where(better[..., None], codes.to(torch.int8), best[0]),
-                torch.where(better, steps, best[1]),
+                torch.where(better, scales, best[1]),
                 torch.where(better, error, best[2]),
             )
     return best[:2]
 
 
-def as_batch(weights: Tensor) -> Tensor:
-    """A bank [B, r, c] as it is, a single matrix as a bank of one."""
-    return weights if weights.dim() == 3 else weights[None]
+def encode_gptq_lite(
+    weights: Tensor,
+    factor: HessianFactor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """GPTQ-lite's codes are levels of a uniform grid. Factor, clip sigmas, offset and salient columns play no part."""
+    return Quantized(*gptq_lite(weights, bits, config.scale_grid), bits, {})
 
 
-def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """tr(E H E^T) of each matrix: what an error [B, r, c] does to the outputs, squared and summed, [B]."""
-    return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
+# --- The table of quantizers ---
 
 
-def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Quantizer:
+    """One value of QUANTIZER: how it encodes a bank, decodes it, and checks a stored form that somebody else wrote.
+
+    encode(weights float32 [B, r, c], HessianFactor or None, bits, clip sigmas, config, log2_scale_offset, salient
+    columns bool [B, c] or None) -> Quantized. decode(Quantized) -> float32, inverse up to the error of quantization.
+    check(Quantized) raises ValueError for a form that `encode` cannot produce.
+    """
+
+    traits: QuantizerTraits
+    natural_order: bool  # quantizes columns in their natural order rather than by falling diagonal of the Hessian
+    encode: Callable[..., Quantized]
+    decode: Callable[[Quantized], Tensor]
+    check: Callable[[Quantized], None]
+
+
+QUANTIZERS = {
+    "uniform": Quantizer(QUANTIZER_TRAITS["uniform"], False, encode_uniform, decode_uniform, check_uniform),
+    "trellis": Quantizer(QUANTIZER_TRAITS["trellis"], True, encode_trellis, decode_trellis, check_trellis),
+    "gptq_lite": Quantizer(QUANTIZER_TRAITS["gptq_lite"], False, encode_gptq_lite, decode_uniform, check_uniform),
+}
+
+
+def quantizer_of(q: Quantized) -> Quantizer:
+    """The quantizer that decodes a stored tensor of integers: its codes walk through a trellis, or are levels."""
+    return QUANTIZERS["trellis" if q.states else "uniform"]
+
+
+def factor_hessians(hessians: dict[str, Tensor], config: Config) -> dict[str, HessianFactor]:
+    """Every bank's factor, in the quantizer's column order; none where the quantizer uses no Hessians."""
+    quantizer = QUANTIZERS[config.quantizer]
+    if not quantizer.traits.uses_hessians:
+        return {}
+    return {name: factor_hessian(h, config.gptq_damp, quantizer.natural_order) for name, h in hessians.items()}
+
+
+# --- AWQ-lite: salient columns in 8 bits ---
+
+AWQ_COLUMNS = 64  # columns of a group, which are treated alike
+
+
+def salient_columns(weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """AWQ-lite (after arXiv 2306.00978): the AWQ_GROUPS groups of columns with the largest activation x weight.
 
-    A group's worth is the sum of rms activation x mean |w| over its AWQ_COLUMNS input columns. Returns each bank's
-    chosen groups, counted through its matrices, [n] int32.
+    A group's salience is the sum of rms activation x mean |w| over its AWQ_COLUMNS input columns. Returns a mask
+    [B, c] of each bank that has salient columns.
     """
-    worth = {}
+    salience = {}
     for name, hessian in hessians.items():
         activation = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         columns = activation * as_batch(weights[name]).float().abs().mean(1)  # [B, c]
         columns = F.pad(columns, (0, -columns.size(-1) % AWQ_COLUMNS))
-        worth[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1).flatten()
-    ranked = torch.cat(list(worth.values())).argsort(descending=True, stable=True)
+        salience[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1)  # [B, groups]
+    ranked = torch.cat([s.flatten() for s in salience.values()]).argsort(descending=True, stable=True)
     chosen = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
     chosen[ranked[: config.awq_groups]] = True
-    parts = chosen.split([len(w) for w in worth.values()])
-    return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
+    masks = {}
+    for (name, s), part in zip(salience.items(), chosen.split([s.numel() for s in salience.values()]), strict=True):
+        if part.any():
+            mask = part.view(s.shape).repeat_interleave(AWQ_COLUMNS, dim=1)
+            masks[name] = mask[:, : weights[name].size(-1)]
+    return masks
 
 
-def quantize_bank(
-    weights: Tensor,
-    feedback: Feedback,
-    fine: Tensor | None,
-    bits: int,
-    sigmas: float,
-    config: Config,
-    octaves: float = 0.0,
-) -> Quantized:
-    """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
-
-    Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
-    the bytes, so codes may use all of int8.
-    """
-    batch, device, on_trellis = as_batch(weights).float(), weights.device, config.quantizer == "trellis"
-    columns = steps_by_column(feedback, config.column_steps)
-    scales = row_scales(
-        batch / torch.exp2(columns / 2)[:, None],
-        bits,
-        sigmas,
-        config.scale_grid,
-        2.0**octaves * (TRELLIS_STEP if on_trellis else 1),
-    )
-    limits = torch.full(columns.shape, 127 if config.target_bytes else 2 ** (bits - 1) - 1, device=device)
-    if fine is not None:
-        groups = torch.zeros(len(batch) * -(-batch.size(-1) // AWQ_COLUMNS), dtype=torch.bool, device=device)
-        groups[fine.long()] = True
-        inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, : batch.size(-1)]
-        columns = (columns - (16 - 2 * bits) * inside).clamp(min=-127)
-        limits = torch.where(inside, 127, limits)
-    factors = torch.exp2(columns / 2)
-    if on_trellis or config.target_bytes:  # steps so fine that a row's largest weight has no code would cost the most
-        levels = 2 * TRELLIS_LIMIT - 2 if on_trellis else 127
-        least = 1.1 * (batch / factors[:, None]).abs().amax(-1) / levels  # a tenth more: fed errors move weights
-        scales = torch.maximum(scales, stored_steps(least, config.scale_grid))
-    codes = (
-        trellis_gptq(batch, feedback.u, scales, factors, config)
-        if on_trellis
-        else gptq(batch, feedback, scales, limits, factors)
-    )
-    extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
-    return Quantized(
-        codes.view(weights.shape),
-        scales.view(weights.shape[:-1]),
-        bits,
-        extras,
-        config.trellis_states if on_trellis else 0,
-    )
-
-
-def all_feedbacks(hessians: dict[str, Tensor], config: Config) -> dict[str, Feedback]:
-    """Every bank's. A trellis does best in the columns' own order."""
-    return {
-        name: feedback_of(h, config.gptq_damp, natural=config.quantizer == "trellis") for name, h in hessians.items()
-    }
-
-
-@torch.no_grad()
-def quantize(
-    weights: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    config: Config,
-    log: Callable[[str], None] = lambda line: None,
-    octaves: float = 0.0,
-    feedbacks: dict[str, Feedback] | None = None,
-) -> dict[str, Quantized]:
-    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest,
-    as all are with QUANTIZER=gptq_lite.
-
-    `octaves` makes the steps of those with a Hessian larger. `feedbacks` are the Hessians' if they are known already.
-    """
-    feedbacks = feedbacks or ({} if config.quantizer == "gptq_lite" else all_feedbacks(hessians, config))
-    stored, fine = {}, fine_groups(weights, hessians, config) if config.awq_groups and hessians else {}
-    for name, value in weights.items():
-        bits, sigmas = quantization_bits(name, value.numel(), config)
-        if bits == 16:
-            stored[name] = Quantized(value.half(), None, 16, {})
-        elif config.quantizer == "gptq_lite":
-            stored[name] = Quantized(*gptq_lite(value.float(), bits, config.scale_grid), bits, {})
-        elif name in hessians:
-            stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, config, octaves)
-        else:
-            scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
-            codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
-            stored[name] = Quantized(codes.to(torch.int8), scales, bits, {})
-    if config.lqer_enabled and hessians:
-        correct_errors(stored, weights, hessians, config, log)
-    return stored
+# --- LQER: low-rank corrections of the quantization error ---
 
 
 class Correction(NamedTuple):
-    """A low-rank addend of one matrix [r, c] in few bits: left [r, k] @ right [k, c], and the error that it leaves."""
+    """A low-rank addend of one matrix [r, c] in few bits, left [r, k] @ right [k, c], and the error that remains."""
 
     left: Tensor  # int8 [r, k]
     left_scales: Tensor  # float16 [r], or [1]
@@ -4745,6 +4931,15 @@ class Correction(NamedTuple):
     right_scales: Tensor  # float16 [k, groups]
     error: float
     bytes: float
+
+
+class PlacedCorrection(NamedTuple):
+    """A correction of one of a bank's matrices, and the weighted error that it saves beyond what its bytes cost."""
+
+    gain: float
+    name: str
+    matrix: int
+    correction: Correction
 
 
 def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
@@ -4758,7 +4953,8 @@ def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
 def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Codes in low..high of each group [..., g], and its fp16 scale [...] with the least squared error.
 
-    Of an uneven range such as -2..1 the scale's sign is searched too, so that the longer side serves the longer tail.
+    For an uneven range such as -2..1, both signs of the scale are tried, so that the longer side serves the longer
+    tail.
     """
     signs = (1.0,) if low == -high else (1.0, -1.0)
     reach = x.abs().amax(-1).clamp_min(1e-7) / max(-low, high)
@@ -4770,15 +4966,21 @@ def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales.gather(0, best)[0]
 
 
-def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the left or of the right factor: 2 and 4 bits, or LQER_FACTOR_BITS per row."""
-    if not asymmetric:
-        high = 2 ** (config.lqer_factor_bits - 1) - 1
-        codes, scales = round_groups(right if left is None else left, -high, high)
-        return codes, scales if left is not None else scales[:, None]
-    if left is not None:
+def round_left(left: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a left factor [r, k]: 2 bits and one scale, or LQER_FACTOR_BITS and a scale for each row."""
+    if asymmetric:
         codes, scale = round_groups(left.reshape(1, -1), -2, 1)
         return codes.view(left.shape), scale
+    high = 2 ** (config.lqer_factor_bits - 1) - 1
+    return round_groups(left, -high, high)
+
+
+def round_right(right: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a right factor [k, c]: 4 bits and a scale for each group, or LQER_FACTOR_BITS per row."""
+    if not asymmetric:
+        high = 2 ** (config.lqer_factor_bits - 1) - 1
+        codes, scales = round_groups(right, -high, high)
+        return codes, scales[:, None]
     groups = -(-right.size(1) // config.lqer_asym_group)
     width = -(-right.size(1) // groups)
     padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
@@ -4789,54 +4991,58 @@ def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, c
 def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Config) -> Correction:
     """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
 
-    Starts at the best factors of that rank, then rounds one and solves the other for it, in turn; the best is kept.
+    Starts from the best factors of that rank. Then it alternates: round one factor, solve the other for it. The best
+    of these pairs is returned.
     """
-    e, h = error.double(), hessian.double()
+    e = error.double()
+    h = hessian.double()
     h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (1e-6 * h.diagonal().mean() + 1e-30)
     lower = torch.linalg.cholesky(h)
-    white = e @ lower
+    whitened = e @ lower
     rank = min(config.lqer_rank, *e.shape)
-    basis = torch.linalg.eigh(white.mT @ white)[1][:, -rank:]
-    left = white @ basis
+    basis = torch.linalg.eigh(whitened.mT @ whitened)[1][:, -rank:]
+    left = whitened @ basis
     right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
-    size = left.square().mean(0).sqrt().clamp_min(1e-12)  # columns of one size, since they may share one scale
-    right, best, weighted = right * size[:, None], None, e @ h
+    right = right * left.square().mean(0).sqrt().clamp_min(1e-12)[:, None]  # the left factor has columns of one size
+    best, weighted = None, e @ h
     for _ in range(4):
-        right_form = round_factors(None, right, asymmetric, config)
-        r = factor_values(*right_form).double()
+        rounded_right = round_right(right, asymmetric, config)
+        r = factor_values(*rounded_right).double()
         left = weighted @ r.mT @ torch.linalg.pinv(r @ h @ r.mT, hermitian=True)
-        left_form = round_factors(left, None, asymmetric, config)
-        left_values = factor_values(*left_form).double()
-        remains = weighted_error((e - left_values @ r)[None], h[None]).item()
-        if best is None or remains < best.error:
-            best = Correction(*left_form, *right_form, remains, 0.0)
+        rounded_left = round_left(left, asymmetric, config)
+        left_values = factor_values(*rounded_left).double()
+        remaining = weighted_error((e - left_values @ r)[None], h[None]).item()
+        if best is None or remaining < best.error:
+            best = Correction(*rounded_left, *rounded_right, remaining, 0.0)
         right = torch.linalg.pinv(left_values) @ e
-    bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
+    left_bits, right_bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
     scales = best.left_scales.numel() + best.right_scales.numel()
-    return best._replace(bytes=(bits[0] * best.left.numel() + bits[1] * best.right.numel()) / 8 + 2 * scales)
+    size = (left_bits * best.left.numel() + right_bits * best.right.numel()) / 8 + 2 * scales
+    return best._replace(bytes=size)
 
 
 def fit_corrections(
-    errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool, config: Config
-) -> list[tuple[float, str, int, Correction]]:
-    """The corrections to store, best first: (weighted error that each saves beyond its price, bank, matrix, factors).
+    errors: dict[str, Tensor], hessians: dict[str, Tensor], error_per_byte: float, asymmetric: bool, config: Config
+) -> list[PlacedCorrection]:
+    """The corrections to store, best first.
 
-    LQER_SELECT=norm takes the matrices with the largest error, as the peers do; gain, those that save most, if any.
+    LQER_SELECT=norm takes the matrices with the largest error, as PRs of the challenge do; gain takes those that save
+    most, if any.
     """
-    measure = {
-        name: e.square().sum((-1, -2)) if config.lqer_select == "norm" else weighted_error(e, hessians[name])
-        for name, e in errors.items()
-    }
-    ranked = sorted(
-        ((value, name, i) for name, m in measure.items() for i, value in enumerate(m.tolist())), reverse=True
-    )
-    fits = []
-    for _, name, i in ranked[: config.lqer_top_k * (1 if config.lqer_select == "norm" else 4)]:
-        fit = fit_correction(errors[name][i], hessians[name][i], asymmetric, config)
+    by_norm = config.lqer_select == "norm"
+    ranked = []
+    for name, e in errors.items():
+        size = e.square().sum((-1, -2)) if by_norm else weighted_error(e, hessians[name])
+        ranked += [(value, name, i) for i, value in enumerate(size.tolist())]
+    ranked.sort(reverse=True)
+    placed = []
+    for _, name, i in ranked[: config.lqer_top_k * (1 if by_norm else 4)]:
+        correction = fit_correction(errors[name][i], hessians[name][i], asymmetric, config)
         before = weighted_error(errors[name][i], hessians[name][i]).item()
-        fits.append((before - fit.error - price * fit.bytes, name, i, fit))
-    fits.sort(key=lambda f: -f[0])
-    return fits if config.lqer_select == "norm" else [f for f in fits[: config.lqer_top_k] if f[0] > 0]
+        gain = before - correction.error - error_per_byte * correction.bytes
+        placed.append(PlacedCorrection(gain, name, i, correction))
+    placed.sort(key=lambda p: -p.gain)
+    return placed if by_norm else [p for p in placed[: config.lqer_top_k] if p.gain > 0]
 
 
 def correct_errors(
@@ -4848,32 +5054,36 @@ def correct_errors(
 ) -> None:
     """LQER: adds low-rank corrections to LQER_TOP_K stored matrices.
 
-    A correction has its price: at high rate the error of N weights falls as 2^(-2 bits/N), so a byte spent on finer
-    steps everywhere buys 8 ln 4 / N of the weighted error.
+    The bytes of a correction could buy smaller scales instead. At high rates the error of N weights falls as
+    2^(-2 bits/N), so a byte spent on smaller scales everywhere saves 8 ln 4 / N of the weighted error.
     """
     errors = {name: as_batch(weights[name]).float() - as_batch(restore(stored[name])) for name in hessians}
     total = sum(weighted_error(e, hessians[name]).sum().item() for name, e in errors.items())
-    price = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
+    error_per_byte = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
     forms = {"auto": (True, False), "1": (True,), "0": (False,)}[config.lqer_asym_enabled]
-    candidates = [fit_corrections(errors, hessians, price, form, config) for form in forms]
-    fits = max(candidates, key=lambda fits: sum(saved for saved, *_ in fits))
-    for saved, name, i, fit in fits:
-        elsewhere = price * fit.bytes
+    candidates = [fit_corrections(errors, hessians, error_per_byte, form, config) for form in forms]
+    placed = max(candidates, key=lambda corrections: sum(p.gain for p in corrections))
+    for gain, name, i, correction in placed:
+        elsewhere = error_per_byte * correction.bytes
         log(
-            f"lqer:{name}[{i}] rank:{fit.left.size(1)} bytes:{fit.bytes:.0f} weighted error of the whole model:"
-            f"{-(saved + elsewhere) / total:+.3%}, the same bytes in finer steps:{-elsewhere / total:+.3%}"
+            f"lqer:{name}[{i}] rank:{correction.left.size(1)} bytes:{correction.bytes:.0f} weighted error of the model:"
+            f"{-(gain + elsewhere) / total:+.3%}, the same bytes in smaller scales:{-elsewhere / total:+.3%}"
         )
-    if not fits:
-        log("lqer: no correction gains more than its bytes would elsewhere")
-    for name in dict.fromkeys(name for _, name, _, _ in fits):
-        mine = sorted(((i, fit) for _, bank, i, fit in fits if bank == name), key=lambda m: m[0])
-        stored[name].extras["corrected"] = torch.tensor([i for i, _ in mine], dtype=torch.int32)
+    if not placed:
+        log("lqer: no correction saves more than its bytes would elsewhere")
+    for name in dict.fromkeys(p.name for p in placed):
+        of_bank = sorted((p for p in placed if p.name == name), key=lambda p: p.matrix)
+        extras = stored[name].extras
+        extras["corrected"] = torch.tensor([p.matrix for p in of_bank], dtype=torch.int32)
         for part in ("left", "left_scales", "right", "right_scales"):
-            stored[name].extras[part] = torch.stack([getattr(fit, part) for _, fit in mine])
+            extras[part] = torch.stack([getattr(p.correction, part) for p in of_bank])
+
+
+# --- RVQ: a second quantization of what the first one left ---
 
 
 class Residual(NamedTuple):
-    """A second rounding of one matrix's error: what it saves of the weighted error, for about how many bytes."""
+    """The quantized error of one matrix: what it saves of the weighted error, for about how many bytes."""
 
     name: str
     matrix: int
@@ -4883,42 +5093,85 @@ class Residual(NamedTuple):
     bytes: float
 
 
-def entropy(codes: Tensor) -> float:
-    """Bits per code of an ideal coder that knows only how often each code occurs."""
-    share = torch.unique(codes, return_counts=True)[1].double() / max(1, codes.numel())
-    return -(share * share.log2()).sum().item()
-
-
 @torch.no_grad()
 def fit_residuals(
     stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config
 ) -> list[Residual]:
-    """RVQ: every matrix's error rounded to RVQ_BITS, its largest value being the range, most saved per byte first."""
-    found = []
+    """RVQ: every matrix's error in RVQ_BITS over its whole range, sorted by what is saved per byte, most first."""
+    residuals = []
     for name, hessian in hessians.items():
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
         limit = 2 ** (config.rvq_bits - 1) - 1
         scales = row_scales(errors, config.rvq_bits, 0.0, config.scale_grid)
         # Rounded to nearest, some matrices would only get worse.
-        codes = gptq(errors, feedback_of(hessian, config.gptq_damp), scales, limit)
-        left = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
-        for i, saved in enumerate((weighted_error(errors, hessian) - left).tolist()):
+        codes = gptq(errors, factor_hessian(hessian, config.gptq_damp), scales, limit)
+        remaining = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
+        for i, saved in enumerate((weighted_error(errors, hessian) - remaining).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
-            found.append(Residual(name, i, codes[i], scales[i], saved, size))
-    return sorted((r for r in found if r.saved > 0), key=lambda r: -r.saved / r.bytes)
+            residuals.append(Residual(name, i, codes[i], scales[i], saved, size))
+    return sorted((r for r in residuals if r.saved > 0), key=lambda r: -r.saved / r.bytes)
 
 
 def with_residuals(stored: dict[str, Quantized], chosen: list[Residual]) -> dict[str, Quantized]:
     """The stored tensors with these residuals in their extras."""
     stored = {name: q._replace(extras=dict(q.extras)) for name, q in stored.items()}
     for name in dict.fromkeys(r.name for r in chosen):
-        mine = sorted((r for r in chosen if r.name == name), key=lambda r: r.matrix)
+        of_bank = sorted((r for r in chosen if r.name == name), key=lambda r: r.matrix)
         stored[name].extras.update(
-            refined=torch.tensor([r.matrix for r in mine], dtype=torch.int32),
-            residual=torch.stack([r.codes for r in mine]),
-            residual_scales=torch.stack([r.scales for r in mine]),
+            refined=torch.tensor([r.matrix for r in of_bank], dtype=torch.int32),
+            residual=torch.stack([r.codes for r in of_bank]),
+            residual_scales=torch.stack([r.scales for r in of_bank]),
         )
     return stored
+
+
+# --- All tensors ---
+
+
+@torch.no_grad()
+def quantize(
+    weights: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    config: Config,
+    log: Callable[[str], None] = lambda line: None,
+    log2_scale_offset: float = 0.0,
+    factors: dict[str, HessianFactor] | None = None,
+) -> dict[str, Quantized]:
+    """Every parameter in its stored form: by QUANTIZER, with a Hessian where there is one.
+
+    `log2_scale_offset` multiplies the scales of tensors with a Hessian by a power of two. `factors` are those of the
+    Hessians, if they are known already.
+    """
+    quantizer = QUANTIZERS[config.quantizer]
+    if factors is None:
+        factors = factor_hessians(hessians, config)
+    salient = salient_columns(weights, hessians, config) if config.awq_groups and hessians else {}
+    stored = {}
+    for name, value in weights.items():
+        bits, sigmas = quantization_bits(name, value.numel(), config)
+        if bits == 16:
+            stored[name] = Quantized(value.half(), None, 16, {})
+            continue
+        batch = as_batch(value).float()
+        q = quantizer.encode(batch, factors.get(name), bits, sigmas, config, log2_scale_offset, salient.get(name))
+        stored[name] = q._replace(codes=q.codes.view(value.shape), scales=q.scales.view(value.shape[:-1]))
+    if config.lqer_enabled and hessians:
+        correct_errors(stored, weights, hessians, config, log)
+    return stored
+
+
+def restore(q: Quantized) -> Tensor:
+    """Float32 weights of one stored tensor: what its quantizer decodes, plus corrections and residuals."""
+    if q.scales is None:
+        return q.codes.float()
+    values = quantizer_of(q).decode(q)
+    batch = as_batch(values)
+    for n, matrix in enumerate(q.extras["corrected"].tolist() if "corrected" in q.extras else ()):
+        left, right = (factor_values(q.extras[side][n], q.extras[side + "_scales"][n]) for side in ("left", "right"))
+        batch[matrix] += left @ right
+    for n, matrix in enumerate(q.extras["refined"].tolist() if "refined" in q.extras else ()):
+        batch[matrix] += q.extras["residual"][n].float() * q.extras["residual_scales"][n].float()[:, None]
+    return values
 
 
 def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
@@ -4926,20 +5179,402 @@ def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
     return {name: restore(q) for name, q in stored.items()}
 
 
-def restore(q: Quantized) -> Tensor:
-    """Float32 weights of one tensor: its grid, then what its extras add."""
+def check_stored(q: Quantized) -> None:
+    """Checks a stored tensor that somebody else wrote, before anything large is formed from it.
+
+    Errors: ValueError for a form that cannot be restored.
+    """
     if q.scales is None:
-        return q.codes.float()
-    values = (trellis_levels(q.codes, q.states)[0] if q.states else q.codes).float() * q.scales.float()[..., None]
-    batch, extras = as_batch(values), q.extras
-    if "columns" in extras:
-        batch *= torch.exp2(extras["columns"].float() / 2)[:, None]
-    for n, matrix in enumerate(extras.get("corrected", torch.empty(0)).tolist()):
-        left, right = (factor_values(extras[side][n], extras[side + "_scales"][n]) for side in ("left", "right"))
-        batch[matrix] += left @ right
-    for n, matrix in enumerate(extras.get("refined", torch.empty(0)).tolist()):
-        batch[matrix] += extras["residual"][n].float() * extras["residual_scales"][n].float()[:, None]
-    return values
+        if q.bits != 16 or q.codes.dtype != torch.float16 or q.states or q.extras:
+            raise ValueError("it is neither integers with scales nor plain fp16 values")
+        return
+    quantizer_of(q).check(q)
+    check_extras(q)
+
+
+def check_extras(q: Quantized) -> None:
+    """Errors: ValueError for extras that do not fit the stored tensor's shape."""
+    matrices, rows, columns = as_batch(q.codes).shape
+    shapes = {part: tuple(array.shape) for part, array in q.extras.items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    if "columns" in shapes:
+        expected["columns"] = (matrices, columns)
+    if "corrected" in shapes:
+        expected |= correction_shapes(shapes, rows, columns)
+    if "refined" in shapes:
+        n = shapes["refined"][0]
+        expected |= dict(refined=(n,), residual=(n, rows, columns), residual_scales=(n, rows))
+    if shapes != expected:
+        raise ValueError("its extras do not fit its shape")
+    for part in {"corrected", "refined"} & set(shapes):
+        if ((q.extras[part] < 0) | (q.extras[part] >= matrices)).any():
+            raise ValueError("its extras name matrices that it does not have")
+
+
+def correction_shapes(shapes: dict[str, tuple[int, ...]], rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The shapes that LQER's arrays must have, given those that they claim; only n, k and the groups are free."""
+    n = shapes["corrected"][0]
+    rank = shapes["left"][2] if "left" in shapes else 0
+    groups = shapes["right_scales"][2] if "right_scales" in shapes else 0
+    one_scale = shapes.get("left_scales") == (n, 1)
+    return dict(
+        corrected=(n,),
+        left=(n, rows, rank),
+        left_scales=(n, 1 if one_scale else rows),
+        right=(n, rank, columns),
+        right_scales=(n, rank, max(1, min(groups, columns))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Entropy coding: a range coder for the integers of quantized banks
+# ---------------------------------------------------------------------------------------------------------------
+
+# This coder is COMPRESSOR=pergroup. In it, every probability is a ratio of integers.
+#
+# All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). The
+# context of a weight is the sum of two coded scale classes, of its row and of its column. In a trellis, the context
+# also holds the quantizer that the row has reached. Each context counts its symbols as they pass, starting from a
+# bell-shaped prior, so no table is stored. A single matrix with many rows (the embedding) is coded in passes, each as
+# large as all passes before it. From the rows that are known by then, a pass uses linear prediction along the columns
+# and, where it pays, one earlier row that resembles the new one.
+#
+# Why decoding is exact on any machine: counts are integers. A table's frequencies are integers n_i that sum to 2^24
+# minus their number. constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, then gives exactly
+# (n_i + 1) / 2^24, because the factor is 1. The remaining floating-point arithmetic is of two kinds: single IEEE
+# operations on whole arrays, each with one defined rounding, and products of matrices of integers below 2^53, which
+# are exact in any order of summation.
+PRECISION = 1 << 24  # what the probabilities of constriction's tables sum to
+CLASSES = 44  # scale classes, of standard deviations 2^-3 to 2^7.75
+CLASSES_PER_OCTAVE = 4
+INCREMENT = 32  # what a symbol adds to its count
+PRIOR_SYMBOLS = 48  # symbols that the prior counts for
+INTEGERS_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
+DOUBLINGS = 5  # of the passes with prediction: the first one has 1/32 of the rows
+PREDICTED_COLUMNS = 1024  # columns of a matrix up to which it may be coded with prediction
+PREDICTED_ROWS = 1 << 16
+MAX_CODES = 1 << 28  # codes of a bank, to bound the time that a forged shape can take
+MAX_COLUMNS = 1 << 16
+
+
+def power_of_two(sixteenths: int) -> int:
+    """floor(2^(sixteenths / 16)) for sixteenths >= 0: four nested integer square roots."""
+    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
+
+
+def prior_counts(low: int, high: int) -> np.ndarray:
+    """Prior counts [CLASSES, symbols] of low..high, proportional to (1 + k^2 / 16 v)^-8 with the class's variance v."""
+    v = np.array([power_of_two(320 + 32 * n // CLASSES_PER_OCTAVE) / 2**26 for n in range(CLASSES)])[:, None]
+    bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
+    for _ in range(3):
+        bell = bell * bell
+    counts = np.floor(bell * 2**20).astype(np.int64) + 1
+    return counts * (INCREMENT * PRIOR_SYMBOLS) // counts.sum(1, keepdims=True)
+
+
+class RangeCoder:
+    """An encoder, or a decoder if there are data: both directions run the same lines."""
+
+    def __init__(self, data: bytes | None = None):
+        import constriction
+
+        self.categorical = constriction.stream.model.Categorical
+        self.encoder = constriction.stream.queue.RangeEncoder()
+        self.decoder = None
+        if data is not None:
+            words = np.frombuffer(data + bytes(-len(data) % 4), dtype="<u4").astype(np.uint32)
+            self.decoder = constriction.stream.queue.RangeDecoder(words)
+
+    def code(self, symbols: np.ndarray | None, count: int, table) -> np.ndarray:
+        """Encodes these int32 symbols, or decodes the next `count`. Errors: ValueError for data that cannot be."""
+        if self.decoder is None:
+            self.encoder.encode(symbols, table)
+            return symbols
+        try:
+            return self.decoder.decode(table, count)
+        except AssertionError:
+            raise ValueError("the integers do not decode") from None
+
+
+class ContextModel:
+    """Adaptive symbol counts int64 [contexts, symbols]. A context's table is rebuilt when they grew by a sixteenth."""
+
+    def __init__(self, low: int, counts: np.ndarray):
+        self.low = low
+        self.counts = counts
+        self.totals = counts.sum(1).tolist()
+        self.rebuild_at = [0] * len(counts)
+        self.tables = [None] * len(counts)
+
+    def table(self, coder: RangeCoder, context: int):
+        """The context's table, from integer frequencies that sum to PRECISION - symbols."""
+        total = self.totals[context]
+        if total >= self.rebuild_at[context]:
+            counts = self.counts[context]
+            frequencies = counts * (PRECISION - counts.size) // total
+            frequencies[counts.argmax()] += PRECISION - counts.size - frequencies.sum()
+            self.tables[context] = coder.categorical(frequencies.astype(np.float64), perfect=False)
+            self.rebuild_at[context] = total + total // 16
+        return self.tables[context]
+
+    def code(self, coder: RangeCoder, integers: np.ndarray | None, contexts: np.ndarray) -> np.ndarray:
+        """Encodes integers [n] in their contexts uint16 [n], or decodes them where they are None; int32 [n]."""
+        order = contexts.argsort(kind="stable")
+        symbols = None if integers is None else np.subtract(integers[order], self.low, dtype=np.int32)
+        out = np.empty(contexts.size, dtype=np.int32)
+        stop = 0
+        for context, count in enumerate(np.bincount(contexts).tolist()):
+            start = stop
+            stop = start + count
+            while start < stop:  # never more at once than were seen before, so that a long run is learned as it goes
+                end = min(stop, start + self.totals[context] // INCREMENT)
+                part = None if symbols is None else symbols[start:end]
+                out[start:end] = coder.code(part, end - start, self.table(coder, context))
+                self.counts[context] += INCREMENT * np.bincount(out[start:end], minlength=self.counts.shape[1])
+                self.totals[context] += INCREMENT * (end - start)
+                start = end
+        values = np.empty_like(out)
+        values[order] = out + np.int32(self.low)
+        return values
+
+
+def running_mean(mean: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
+    """The running mean of scale classes, in sixteenths, after the class of number n."""
+    return mean + ((16 * classes - mean) >> min(n, 3))
+
+
+def choose_class_deltas(variance: np.ndarray, samples: int) -> np.ndarray:
+    """Deltas [B, n] to the scale classes of integers, `samples` for each of the variances [B, n]. Encoder only.
+
+    A delta is relative to the running mean of the classes before it, which starts at variance 1. Each class minimizes
+    the bits of its integers and of its delta together; what deltas cost is estimated in three rounds.
+    """
+    deltas = np.zeros(variance.shape, dtype=np.int64)
+    choices = np.arange(-64, 64)
+    delta_bits = 1.0 + 2 * abs(choices)
+    for _ in range(3):
+        mean = np.full(len(variance), 48 * CLASSES_PER_OCTAVE)
+        for n in range(variance.shape[1]):
+            base = mean + 8 >> 4
+            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / CLASSES_PER_OCTAVE)
+            bits = samples * (choices / CLASSES_PER_OCTAVE + excess / math.log(4)) + delta_bits
+            deltas[:, n] = choices[bits.argmin(1)]
+            mean = running_mean(mean, base + deltas[:, n], n)
+        seen = np.bincount(deltas.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
+        delta_bits = math.log2(seen.sum()) - np.log2(seen)
+    return deltas
+
+
+def code_classes(
+    coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale classes of rows [B, r] and columns [B, c]: chosen from int8 codes [c, B * r], or decoded (codes None)."""
+    B, r, c = shape
+    rows = deltas = None
+    if codes is not None:
+        square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
+        rows = choose_class_deltas((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
+        row_variance = np.float32(4) ** (rows.reshape(B, r) / CLASSES_PER_OCTAVE)
+        deltas = choose_class_deltas((square / row_variance).mean(2).T, r).ravel()
+    rows = side_model.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
+    deltas = side_model.code(coder, deltas, np.ones(B * c, np.uint16)).reshape(B, c)
+    columns = np.empty_like(deltas)
+    mean = np.full(B, 48 * CLASSES_PER_OCTAVE)
+    for j in range(c):
+        columns[:, j] = (mean + 8 >> 4) + deltas[:, j]
+        mean = running_mean(mean, columns[:, j], j)
+    return rows, columns
+
+
+class Predictor:
+    """Predicts new rows from n known ones, int8 [n, c]. All values are integers, those below in float64.
+
+    The covariance of the known rows is L D L^T, so a row is L times its innovations e. The prediction of column j is
+    the sum over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus the row's `gain`, in eighths, times the
+    innovation of its reference row.
+    """
+
+    def __init__(self, known: np.ndarray, rows: int):
+        n, c = known.shape
+        self.n = n
+        self.values = np.zeros((c, n + rows))
+        self.values[:, :n] = known.T
+        rest = self.values @ self.values.T
+        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
+        factor = np.eye(c)
+        for j in range(c):
+            factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
+            rest[j + 1 :, j + 1 :] -= factor[j + 1 :, j, None] * rest[j, j + 1 :]
+        self.factor = np.rint(factor * 4096).clip(-(2**14), 2**14)
+        self.predicted = np.zeros_like(self.values)
+        self.innovations = np.zeros_like(self.values)
+
+    def predict(self, j: int) -> None:
+        """Linear prediction of column j, in blocks of 32: one matrix product for all columns before the block."""
+        start = j - j % 32
+        if j == start:
+            self.from_earlier = self.factor[j : j + 32, :j] @ self.innovations[:j]
+        in_block = self.factor[j, start:j] @ self.innovations[start:j]
+        self.predicted[j] = np.floor((self.from_earlier[j - start] + in_block) / 4096)
+        self.observe(j, 0)  # sets the innovations of the known rows
+
+    def observe(self, j: int, column: np.ndarray | int) -> None:
+        """Takes in column j of the new rows, int8 [rows]."""
+        self.values[j, self.n :] = column
+        self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**13), 2**13)
+
+    def means(self, j: int | slice) -> np.ndarray:
+        """The predicted integers of the new rows in columns j, int64."""
+        from_reference = np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
+        return np.floor((self.predicted[j][..., self.n :] + from_reference + 8) / 16).clip(-128, 127).astype(np.int64)
+
+    def choose_references(self, columns: np.ndarray) -> None:
+        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
+        for j, column in enumerate(columns):
+            self.predict(j)
+            self.observe(j, column)
+        old, new = np.split(self.innovations.astype(np.float32), [self.n], axis=1)
+        old_power = (old**2).sum(0) + 1
+        new_power = (new**2).sum(0) + 1
+        products = [new[:, i : i + 1024].T @ (old / np.sqrt(old_power)) for i in range(0, new.shape[1], 1024)]
+        best = np.concatenate([p.max(1) for p in products]).clip(0)
+        self.reference = np.concatenate([p.argmax(1) for p in products])
+        saved_bits = -len(new) / 2 * np.log2((1 - best**2 / new_power).clip(1e-6))
+        gain = np.rint(8 * best / np.sqrt(old_power[self.reference])).clip(0, 15)
+        self.gain = np.where(saved_bits > math.log2(self.n) + 2, gain, 0).astype(np.int64)
+
+    def code_references(self, coder: RangeCoder, side_model: ContextModel, encoding: bool, rows: int) -> None:
+        """Codes or decodes each new row's gain and, where it is not 0, the two digits of its reference row."""
+
+        def code(values: np.ndarray | None, count: int, context: int) -> np.ndarray:
+            return side_model.code(coder, values if encoding else None, np.full(count, context, np.uint16))
+
+        if not encoding:
+            self.gain = None
+            self.reference = np.zeros(rows, dtype=np.int64)
+        self.gain = code(self.gain, rows, 2)
+        used = self.gain.nonzero()[0]
+        digits = divmod(self.reference[used], 256)
+        high, low = [code(digit - 128, used.size, 3 + i) + 128 for i, digit in enumerate(digits)]
+        self.reference[used] = (high * 256 + low) % self.n
+
+
+def code_pass(
+    coder: RangeCoder,
+    model: ContextModel,
+    side_model: ContextModel,
+    codes: np.ndarray | None,
+    shape: tuple[int, int, int],
+    trellis: tuple,
+    predictor: Predictor | None,
+) -> np.ndarray:
+    """Encodes codes int8 [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None."""
+    B, r, c = shape
+    encoding = codes is not None
+    residual = codes
+    out = codes if encoding else np.empty((c, B * r), dtype=np.int8)
+    if predictor and encoding:
+        predictor.choose_references(codes)
+    if predictor:
+        predictor.code_references(coder, side_model, encoding, r)
+    if predictor and encoding:
+        residual = (codes - predictor.means(slice(None))).astype(np.int8)  # wraps around, and back in the decoder
+    rows, columns = code_classes(coder, side_model, residual, shape)
+    following = np.array(trellis[0], dtype=np.uint8)
+    quantizer = np.array(trellis[1], dtype=np.uint16)
+    quantizers = np.uint16(max(trellis[1]) + 1)
+    state = np.zeros(B * r, dtype=np.uint8)
+    for j in range(c):
+        scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
+        values = model.code(coder, residual[j] if encoding else None, scale * quantizers + quantizer[state])
+        if not encoding and predictor:
+            predictor.predict(j)
+            out[j] = (values + predictor.means(j)).astype(np.int8)
+            predictor.observe(j, out[j])
+        elif not encoding:
+            out[j] = values
+        state = following[state, out[j] & 1]
+    return out
+
+
+def code_bank(
+    coder: RangeCoder,
+    codes: np.ndarray | None,
+    shape: tuple[int, int, int],
+    trellis: tuple | None,
+    doublings: int,
+    low: int,
+    high: int,
+) -> np.ndarray:
+    """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them."""
+    B, r, c = shape
+    trellis = trellis or (((0, 0),), (0,))
+    if doublings:
+        low, high = -128, 127
+    model = ContextModel(low, prior_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
+    side_classes = [3 * CLASSES_PER_OCTAVE, 3 * CLASSES_PER_OCTAVE, 4 * CLASSES_PER_OCTAVE, -1, -1]
+    side_model = ContextModel(-128, prior_counts(-128, 127)[side_classes])
+    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
+    if not doublings:
+        out = code_pass(coder, model, side_model, known, shape, trellis, None)
+        return out.reshape(c, B, r).transpose(1, 2, 0)
+    order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
+    out = np.empty((c, r), dtype=np.int8)
+    start = 0
+    for n in range(doublings, -1, -1):
+        part = order[start : r >> n]
+        predictor = Predictor(out[:, order[:start]].T, part.size) if start else None
+        part_codes = None if known is None else known[:, part]
+        out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor)
+        start = r >> n
+    return out.reshape(c, B, r).transpose(1, 2, 0)
+
+
+def check_bank_shape(shape: tuple[int, ...]) -> None:
+    """Errors: ValueError for a bank whose coding could take too long."""
+    if len(shape) != 3 or min(shape) < 0 or math.prod(shape) > MAX_CODES or shape[2] > MAX_COLUMNS:
+        raise ValueError(f"a bank of shape {shape} cannot be coded")
+
+
+def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
+    """Bytes of int8 codes [B, r, c], columns in processing order.
+
+    trellis: (next state [states][k & 1], quantizer [states]) of codes of which every row starts in state 0, or None.
+    """
+    check_bank_shape(codes.shape)
+    if not codes.size:
+        return b""
+    matrices, rows, columns = codes.shape
+    low = min(int(codes.min()), 126)
+    high = max(int(codes.max()), low + 1)
+    predictable = matrices == 1 and 256 <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
+    candidates = []
+    for doublings in (0, DOUBLINGS) if predictable else (0,):
+        coder = RangeCoder()
+        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
+        packed = coder.encoder.get_compressed().astype("<u4").tobytes()
+        candidates.append(INTEGERS_HEADER.pack(doublings, low, high) + packed)
+    return min(candidates, key=len)
+
+
+def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | None = None) -> np.ndarray:
+    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
+    check_bank_shape(shape)
+    if not math.prod(shape):
+        return np.zeros(shape, dtype=np.int8)
+    data = bytes(data)
+    if len(data) < INTEGERS_HEADER.size:
+        raise ValueError("the integers have no header")
+    doublings, low, high = INTEGERS_HEADER.unpack_from(data)
+    matrices, rows, columns = shape
+    predictable = matrices == 1 and 1 << DOUBLINGS <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
+    if low >= high or doublings not in ((0, DOUBLINGS) if predictable else (0,)):
+        raise ValueError("the integers' header is invalid")
+    coder = RangeCoder(data[INTEGERS_HEADER.size :])
+    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
+    if not coder.decoder.maybe_exhausted():
+        raise ValueError("the integers end before their data")
+    return codes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4949,359 +5584,308 @@ def restore(q: Quantized) -> Tensor:
 MAGIC = b"PGOLF\x00\x00\x02"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
-CONTENT_LIMIT = 1 << 30  # bytes of all sections unpacked: far above what 16 MB can hold, far below a machine's memory
+CONTENT_LIMIT = 1 << 30  # bytes of all unpacked sections
+CONTENT_RATIO = 64  # bytes of content for each byte of a file, at most, ...
+SMALL_CONTENT = 1 << 26  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
+ROTARY_LIMIT = 1 << 24  # numbers in a rotary table, unless the model has more parameters
 
 
 class ArtifactError(ConfigError):
-    """The file is not a whole artifact of this program."""
+    """The file is not a complete artifact of this program."""
 
     def __init__(self, why: str):
         super().__init__("artifact", "", why)
 
 
-# pergroup: an entropy coder for the integers of quantized banks, in which every probability is a ratio of integers.
-#
-# All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). A
-# weight's context is the sum of two coded scale classes, of its row and of its column, and in a trellis the quantizer
-# that its row has reached; each context counts its symbols as they pass, from a bell-shaped prior, so no table is
-# stored. A single matrix with many rows (the embedding) is coded in passes that double: from the rows that both sides
-# know by then, a pass takes linear prediction along the columns and, where it pays, one earlier row that the new one
-# resembles.
-#
-# Why decoding is exact on any machine: counts are integers; a table's frequencies are integers n_i that sum to 2^24
-# minus their number, which constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, turns into
-# exactly (n_i + 1) / 2^24, because the factor is 1. What is left of floats is single IEEE operations on whole arrays,
-# each rounded in one defined way, and products of matrices of integers below 2^53, exact in any order of summing.
-PRECISION = 1 << 24  # what the probabilities of a table of constriction sum to
-STEPS, CLASSES = 4, 44  # scale classes in an octave; of standard deviations 2^-3 to 2^7.75
-GAIN, PRIOR = 32, 48  # what a symbol adds to its count; symbols that the prior counts for
-CODES_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
-MOST_CODES, MOST_COLUMNS = 1 << 28, 1 << 16  # of a bank: they bound the time that a forged shape can take
+# --- Codecs ---
 
 
-def power_of_two(sixteenths: int) -> int:
-    """floor(2^(sixteenths / 16)) for sixteenths >= 0: four nested integer roots."""
-    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
+class IntegerBank(NamedTuple):
+    """What an entropy coder of integers must know of them."""
+
+    shape: tuple[int, ...]  # [B, r, c]
+    states: int  # of their trellis; 0: none
+
+    @property
+    def trellis(self) -> tuple[list, list] | None:
+        """(next state by state and parity, quantizer of each state)."""
+        if not self.states:
+            return None
+        trellis = make_trellis(self.states)
+        return trellis.following.tolist(), trellis.second.tolist()
 
 
-def bell_counts(low: int, high: int) -> np.ndarray:
-    """Prior counts [CLASSES, symbols] of low..high, as (1 + k^2 / 16 v)^-8 with the class's variance v."""
-    v = np.array([power_of_two(320 + 32 * n // STEPS) / 2**26 for n in range(CLASSES)])[:, None]
-    bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
-    for _ in range(3):
-        bell = bell * bell
-    counts = np.floor(bell * 2**20).astype(np.int64) + 1
-    return counts * (GAIN * PRIOR) // counts.sum(1, keepdims=True)
+def compress_zstd(data: bytes, _bank: IntegerBank | None) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=22, write_checksum=False, write_content_size=False).compress(data)
 
 
-class RangeCoder:
-    """Codes in both directions: an encoder, or (with data) a decoder, so that both sides run the same lines."""
+def decompress_zstd(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    import zstandard
 
-    def __init__(self, data: bytes | None = None):
-        import constriction
-
-        self.categorical, self.encoder = constriction.stream.model.Categorical, constriction.stream.queue.RangeEncoder()
-        words = np.frombuffer((data or b"") + bytes(-len(data or b"") % 4), dtype="<u4").astype(np.uint32)
-        self.decoder = None if data is None else constriction.stream.queue.RangeDecoder(words)
-
-    def code(self, known: np.ndarray | None, amount: int, table) -> np.ndarray:
-        """The `known` int32 symbols, or the next `amount` of them. Errors: ValueError for data that cannot be."""
-        if self.decoder is None:
-            self.encoder.encode(known, table)
-            return known
-        try:
-            return self.decoder.decode(table, amount)
-        except AssertionError:
-            raise ValueError("the integers do not decode") from None
-
-
-class Counts:
-    """Symbol counts int64 [contexts, symbols]; a context's table is made anew once they grew by a sixteenth."""
-
-    def __init__(self, low: int, counts: np.ndarray):
-        self.low, self.counts, self.totals = low, counts, counts.sum(1).tolist()
-        self.due, self.tables = [0] * len(counts), [None] * len(counts)
-
-    def table(self, coder: RangeCoder, context: int):
-        """The context's model, of integer frequencies that sum to PRECISION - symbols."""
-        total, row = self.totals[context], self.counts[context]
-        if total >= self.due[context]:
-            frequencies = row * (PRECISION - row.size) // total
-            frequencies[row.argmax()] += PRECISION - row.size - frequencies.sum()
-            self.tables[context] = coder.categorical(frequencies.astype(np.float64), perfect=False)
-            self.due[context] = total + total // 16
-        return self.tables[context]
-
-    def code(self, coder: RangeCoder, known: np.ndarray | None, contexts: np.ndarray) -> np.ndarray:
-        """Codes integers [n] in their contexts uint16 [n], or (known None) returns the next ones; int32 [n]."""
-        order = contexts.argsort(kind="stable")
-        symbols = None if known is None else np.subtract(known[order], self.low, dtype=np.int32)
-        out, stop = np.empty(contexts.size, dtype=np.int32), 0
-        for context, amount in enumerate(np.bincount(contexts).tolist()):
-            start, stop = stop, stop + amount
-            while start < stop:  # never more at once than were seen before: a long run is learned as it goes
-                end = min(stop, start + self.totals[context] // GAIN)
-                part = None if known is None else symbols[start:end]
-                out[start:end] = coder.code(part, end - start, self.table(coder, context))
-                self.counts[context] += GAIN * np.bincount(out[start:end], minlength=self.counts.shape[1])
-                self.totals[context] += GAIN * (end - start)
-                start = end
-        values = np.empty_like(out)
-        values[order] = out + np.int32(self.low)
-        return values
-
-
-def follow(track: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
-    """The running mean of scale classes, in sixteenths, after number n."""
-    return track + ((16 * classes - track) >> min(n, 3))
-
-
-def class_steps(variance: np.ndarray, samples: int) -> np.ndarray:
-    """Steps [B, n] to the scale classes of integers, `samples` of each of the variances [B, n]. Encoder only.
-
-    A step is from the running mean of the classes before, at first from variance 1. Each class takes the least bits
-    for its integers and its step together; what steps cost is learned in three rounds.
-    """
-    steps, choices = np.zeros(variance.shape, dtype=np.int64), np.arange(-64, 64)
-    toll = 1.0 + 2 * abs(choices)
-    for _ in range(3):
-        track = np.full(len(variance), 48 * STEPS)
-        for n in range(variance.shape[1]):
-            base = track + 8 >> 4
-            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / STEPS)
-            steps[:, n] = choices[(samples * (choices / STEPS + excess / math.log(4)) + toll).argmin(1)]
-            track = follow(track, base + steps[:, n], n)
-        seen = np.bincount(steps.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
-        toll = math.log2(seen.sum()) - np.log2(seen)
-    return steps
-
-
-def code_classes(coder: RangeCoder, side: Counts, codes: np.ndarray | None, shape) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses from int8 codes [c, B * r], or reads (codes None), the classes of rows [B, r] and of columns [B, c]."""
-    B, r, c = shape
-    rows = steps = None
-    if codes is not None:
-        square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
-        rows = class_steps((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
-        steps = class_steps((square / np.float32(4) ** (rows.reshape(B, r) / STEPS)).mean(2).T, r).ravel()
-    rows = side.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
-    steps = side.code(coder, steps, np.ones(B * c, np.uint16)).reshape(B, c)
-    columns, track = np.empty_like(steps), np.full(B, 48 * STEPS)
-    for j in range(c):
-        columns[:, j] = (track + 8 >> 4) + steps[:, j]
-        track = follow(track, columns[:, j], j)
-    return rows, columns
-
-
-class Predictor:
-    """What to expect of new rows, from n known ones int8 [n, c]. All values are integers, those below in float64.
-
-    The known rows' covariance is L D L^T, so a row is L times its innovations e, and column j is expected at the sum
-    over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus `share` eighths of the innovation of its `source`.
-    """
-
-    def __init__(self, known: np.ndarray, rows: int):
-        n, c = known.shape
-        self.n, self.values = n, np.zeros((c, n + rows))
-        self.values[:, :n] = known.T
-        rest = self.values @ self.values.T
-        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge: at first the rows are few
-        factor = np.eye(c)
-        for j in range(c):
-            factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
-            rest[j + 1 :, j + 1 :] -= factor[j + 1 :, j, None] * rest[j, j + 1 :]
-        self.factor = np.rint(factor * 4096).clip(-(2**14), 2**14)
-        self.expected, self.e = np.zeros_like(self.values), np.zeros_like(self.values)
-
-    def expect(self, j: int) -> None:
-        """Linear prediction of column j, in blocks of 32: one product of matrices for all columns before the block."""
-        start = j - j % 32
-        if j == start:
-            self.ahead = self.factor[j : j + 32, :j] @ self.e[:j]
-        self.expected[j] = np.floor((self.ahead[j - start] + self.factor[j, start:j] @ self.e[start:j]) / 4096)
-        self.learn(j, 0)  # for the innovations of the known rows
-
-    def learn(self, j: int, column: np.ndarray | int) -> None:
-        """Takes in column j of the new rows, int8 [rows]."""
-        self.values[j, self.n :] = column
-        self.e[j] = (16 * self.values[j] - self.expected[j]).clip(-(2**13), 2**13)
-
-    def means(self, j: int | slice) -> np.ndarray:
-        """The integers expected of the new rows in columns j, int64."""
-        like = np.floor(self.share * self.e[j][..., self.source] / 8)
-        return np.floor((self.expected[j][..., self.n :] + like + 8) / 16).clip(-128, 127).astype(np.int64)
-
-    def study(self, columns: np.ndarray) -> None:
-        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
-        for j, column in enumerate(columns):
-            self.expect(j)
-            self.learn(j, column)
-        old, new = np.split(self.e.astype(np.float32), [self.n], axis=1)
-        power, own = (old**2).sum(0) + 1, (new**2).sum(0) + 1
-        parts = [new[:, i : i + 1024].T @ (old / np.sqrt(power)) for i in range(0, new.shape[1], 1024)]
-        best = np.concatenate([p.max(1) for p in parts]).clip(0)
-        self.source = np.concatenate([p.argmax(1) for p in parts])
-        saved = -len(new) / 2 * np.log2((1 - best**2 / own).clip(1e-6))
-        share = np.rint(8 * best / np.sqrt(power[self.source])).clip(0, 15)
-        self.share = np.where(saved > math.log2(self.n) + 2, share, 0).astype(np.int64)
-
-    def code_sources(self, coder: RangeCoder, side: Counts, encoding: bool, rows: int) -> None:
-        """Codes each new row's share and, where it is not 0, the two digits of its source; or reads them."""
-
-        def code(values, amount: int, context: int) -> np.ndarray:
-            return side.code(coder, values if encoding else None, np.full(amount, context, np.uint16))
-
-        if not encoding:
-            self.share, self.source = None, np.zeros(rows, dtype=np.int64)
-        self.share = code(self.share, rows, 2)
-        like = self.share.nonzero()[0]
-        digits = divmod(self.source[like], 256)
-        high, low = [code(digit - 128, like.size, 3 + i) + 128 for i, digit in enumerate(digits)]
-        self.source[like] = (high * 256 + low) % self.n
-
-
-def code_pass(coder: RangeCoder, counts: Counts, side: Counts, known, shape, trellis, predictor) -> np.ndarray:
-    """Codes int8 [c, B * r], a bank [B, r, c] or some rows of it, or (known None) returns them."""
-    B, r, c = shape
-    encoding = known is not None
-    residual, out = known, known if encoding else np.empty((c, B * r), dtype=np.int8)
-    if predictor:
-        if encoding:
-            predictor.study(known)
-        predictor.code_sources(coder, side, encoding, r)
-        if encoding:
-            residual = (known - predictor.means(slice(None))).astype(np.int8)  # wraps, and wraps back
-    rows, columns = code_classes(coder, side, residual, shape)
-    following, quantizer = np.array(trellis[0], dtype=np.uint8), np.array(trellis[1], dtype=np.uint16)
-    kinds, state = max(trellis[1]) + 1, np.zeros(B * r, dtype=np.uint8)
-    for j in range(c):
-        scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
-        values = counts.code(coder, residual[j] if encoding else None, scale * np.uint16(kinds) + quantizer[state])
-        if not encoding and predictor:
-            predictor.expect(j)
-            out[j] = (values + predictor.means(j)).astype(np.int8)
-            predictor.learn(j, out[j])
-        elif not encoding:
-            out[j] = values
-        state = following[state, out[j] & 1]
+    chunks = zstandard.ZstdDecompressor(max_window_size=1 << 27).read_to_iter(data)
+    out = bytearray()
+    while len(out) <= size and (chunk := next(chunks, b"")):
+        out += chunk
     return out
 
 
-def code_bank(coder: RangeCoder, codes, shape, trellis, doublings: int, low: int, high: int) -> np.ndarray:
-    """Codes integers [B, r, c] as a whole or, with doublings, in that many passes and one; or returns them."""
-    B, r, c = shape
-    trellis = trellis or (((0, 0),), (0,))
-    low, high = (-128, 127) if doublings else (low, high)
-    counts = Counts(low, bell_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
-    side = Counts(-128, bell_counts(-128, 127)[[3 * STEPS, 3 * STEPS, 4 * STEPS, -1, -1]])
-    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
-    if not doublings:
-        out = code_pass(coder, counts, side, known, shape, trellis, None)
-    else:
-        order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
-        out, start = np.empty((c, r), dtype=np.int8), 0
-        for n in range(doublings, -1, -1):
-            seen, part = order[:start], order[start : r >> n]
-            predictor = Predictor(out[:, seen].T, part.size) if start else None
-            some = None if codes is None else known[:, part]
-            out[:, part] = code_pass(coder, counts, side, some, (1, part.size, c), trellis, predictor)
-            start = r >> n
-    return out.reshape(c, B, r).transpose(1, 2, 0)
+def compress_brotli(data: bytes, _bank: IntegerBank | None) -> bytes:
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
 
 
-def check_bank(shape) -> None:
-    """Errors: ValueError for a bank whose coding might not end soon."""
-    if len(shape) != 3 or min(shape) < 0 or math.prod(shape) > MOST_CODES or shape[2] > MOST_COLUMNS:
-        raise ValueError(f"a bank of shape {shape} is not for coding")
+def decompress_brotli(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    import brotli
+
+    return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
 
 
-def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
-    """Bytes of int8 codes [B, r, c], columns in processing order.
-
-    trellis: (next state [states][k & 1], quantizer [states]) of codes in which every row starts at state 0, or None.
-    """
-    check_bank(codes.shape)
-    if not codes.size:
-        return b""
-    (B, r, c), low = codes.shape, min(int(codes.min()), 126)
-    high, results = max(int(codes.max()), low + 1), []
-    for doublings in (0, 5) if B == 1 and 256 <= r <= 1 << 16 and c <= 1024 else (0,):
-        coder = RangeCoder()
-        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
-        packed = coder.encoder.get_compressed().astype("<u4").tobytes()
-        results.append(CODES_HEADER.pack(doublings, low, high) + packed)
-    return min(results, key=len)
-
-
-def decode_integers(data: bytes, shape, trellis: tuple | None = None) -> np.ndarray:
-    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
-    check_bank(shape)
-    if not math.prod(shape):
-        return np.zeros(shape, dtype=np.int8)
-    data = bytes(data)
-    doublings, low, high = CODES_HEADER.unpack_from(data) if len(data) >= CODES_HEADER.size else (0, 0, 0)
-    predicted = shape[0] == 1 and 1 << 5 <= shape[1] <= 1 << 16 and shape[2] <= 1024
-    if low >= high or doublings not in (0, 5)[: 1 + predicted]:
-        raise ValueError("the integers' header does not make sense")
-    coder = RangeCoder(data[CODES_HEADER.size :])
-    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
-    if not coder.decoder.maybe_exhausted():
-        raise ValueError("the integers end before their data")
-    return codes
-
-
-def compress(codec: str, data: bytes, bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
-    """The data at the codec's strongest level; `pergroup` takes int8 integers of a bank: its shape, trellis states."""
-    if codec == "pergroup":
-        return encode_integers(np.frombuffer(data, np.int8).reshape(bank[0]), coder_trellis(bank[1]))
-    if codec == "zstd":
-        import zstandard
-
-        return zstandard.ZstdCompressor(level=22, write_checksum=False, write_content_size=False).compress(data)
-    if codec == "brotli":
-        import brotli
-
-        return brotli.compress(data, quality=11, lgwin=24)
+def compress_lzma(data: bytes, _bank: IntegerBank | None) -> bytes:
     import lzma
 
-    # A dictionary no larger than the data: the reader then knows how much memory an honest file can need.
+    # A dictionary no larger than the data tells the reader how much memory an honest file can need.
     dictionary = min(max(len(data), 4096), 1 << 26)
     filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, dict_size=dictionary)]
     return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
-def decompress(codec: str, data: bytes, size: int, bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
-    """Exactly `size` bytes; memory grows with what really comes out, not with the claim. Errors: ArtifactError."""
+def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    import lzma
+
+    reader = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * size + (1 << 20))
+    return reader.decompress(data, max_length=size + 1)
+
+
+def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
+    return encode_integers(np.frombuffer(data, np.int8).reshape(bank.shape), bank.trellis)
+
+
+def decompress_integers(data: bytes, size: int, bank: IntegerBank | None) -> bytes:
+    if bank is None or math.prod(bank.shape) != size:
+        raise ArtifactError("codes integers that are no bank's")
+    return decode_integers(data, bank.shape, bank.trellis).tobytes()
+
+
+class Codec(NamedTuple):
+    """One value of COMPRESSOR, at its strongest level.
+
+    `decompress` returns at most one byte more than the expected size, or fails: a small file cannot take much memory.
+    """
+
+    compress: Callable[[bytes, IntegerBank | None], bytes]
+    decompress: Callable[[bytes, int, IntegerBank | None], bytes]
+    integers_only: bool = False  # other sections take brotli
+
+
+CODECS = {
+    "zstd": Codec(compress_zstd, decompress_zstd),
+    "brotli": Codec(compress_brotli, decompress_brotli),
+    "lzma": Codec(compress_lzma, decompress_lzma),
+    "pergroup": Codec(compress_integers, decompress_integers, integers_only=True),
+}
+
+
+def compress(codec: str, data: bytes, bank: IntegerBank | None = None) -> bytes:
+    """The data in a codec's form; a codec of integers needs their bank."""
+    return CODECS[codec].compress(data, bank)
+
+
+def decompress(codec: str, data: bytes, size: int, bank: IntegerBank | None = None) -> bytes:
+    """Exactly `size` bytes; memory grows with what is unpacked, not with the claim. Errors: ArtifactError."""
+    if codec not in CODECS:
+        raise ArtifactError(f"uses an unknown codec {codec!r}")
     try:
-        if codec == "pergroup":
-            if bank is None or math.prod(bank[0]) != size:
-                raise ArtifactError("codes integers that are no bank's")
-            return decode_integers(data, bank[0], coder_trellis(bank[1])).tobytes()
-        if codec == "zstd":
-            import zstandard
-
-            chunks = zstandard.ZstdDecompressor(max_window_size=1 << 27).read_to_iter(data)
-            out = bytearray()
-            while len(out) <= size and (chunk := next(chunks, b"")):
-                out += chunk
-        elif codec == "brotli":
-            import brotli
-
-            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
-        elif codec == "lzma":
-            import lzma
-
-            reader = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * size + (1 << 20))
-            out = reader.decompress(data, max_length=size + 1)
-        else:
-            raise ArtifactError(f"uses an unknown codec {codec!r}")
+        out = CODECS[codec].decompress(data, size, bank)
     except ArtifactError:
         raise
     except Exception as error:
         raise ArtifactError(f"a section does not unpack ({type(error).__name__})") from None
     if len(out) != size:
-        raise ArtifactError(f"a section unpacks to another length than the {size} bytes promised")
+        raise ArtifactError(f"a section unpacks to another length than the expected {size} bytes")
     return out
+
+
+# --- Header ---
+
+
+def part_dtype(part: str, bits: int) -> np.dtype:
+    """The type of an array's numbers in the artifact."""
+    if part in EXTRAS:
+        return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
+    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+
+
+def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
+    """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
+    if part in ("scales", "columns"):
+        return part  # of all tensors together: q, k and v have the same columns, which the codec notices
+    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
+
+
+def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
+    """Errors: ArtifactError for a row of the header that is not a list of these types (a bool is not an int)."""
+    if type(row) is not list or tuple(map(type, row)) != types:
+        raise ArtifactError(f"its header has a {what} row that is not {', '.join(t.__name__ for t in types)}")
+
+
+def parse_shape(value: Any) -> tuple[int, ...]:
+    """A tensor's shape. Errors: ArtifactError."""
+    if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
+        raise ArtifactError("its header has a shape that is not a list of sizes")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class SectionHeader:
+    """One section: what it is called, how it is packed, and its CRC-32."""
+
+    name: str
+    codec: str
+    packed_size: int
+    size: int
+    checksum: int
+
+    @classmethod
+    def parse(cls, row: Any) -> SectionHeader:
+        """From a row of the header. Errors: ArtifactError."""
+        check_types(row, (str, str, int, int, int), "section")
+        section = cls(*row)
+        if min(section.packed_size, section.size, section.checksum) < 0:
+            raise ArtifactError(f"its section {section.name!r} has a negative size or checksum")
+        return section
+
+    def row(self) -> list:
+        return [self.name, self.codec, self.packed_size, self.size, self.checksum]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor: its name and the arrays of its stored form."""
+
+    name: str
+    bits: int
+    shape: tuple[int, ...]
+    extras: dict[str, tuple[int, ...]]
+    states: int
+
+    @classmethod
+    def parse(cls, row: Any) -> TensorHeader:
+        """From a row of the header. Errors: ArtifactError."""
+        check_types(row, (str, int, list, dict, int), "tensor")
+        name, bits, shape, extras, states = row
+        shapes = {}
+        for part, extra_shape in extras.items():
+            shapes[part] = parse_shape(extra_shape)
+            if part not in EXTRAS or len(shapes[part]) != EXTRAS[part][1]:
+                raise ArtifactError(f"its tensor {name!r} has an unknown array {part!r}, or one of other dimensions")
+        if bits not in (*range(2, 9), 16):
+            raise ArtifactError(f"its tensor {name!r} has {bits} bits")
+        if states not in (0, *TRELLISES, *UNGERBOECK):
+            raise ArtifactError(f"its tensor {name!r} has an unknown trellis with {states} states")
+        return cls(name, bits, parse_shape(shape), shapes, states)
+
+    @classmethod
+    def of(cls, name: str, q: Quantized) -> TensorHeader:
+        shapes = {part: tuple(array.shape) for part, array in sorted(q.extras.items())}
+        return cls(name, q.bits, tuple(q.codes.shape), shapes, q.states)
+
+    def row(self) -> list:
+        return [
+            self.name,
+            self.bits,
+            list(self.shape),
+            {part: list(shape) for part, shape in self.extras.items()},
+            self.states,
+        ]
+
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array, in the order in which an artifact holds them."""
+        scales = {} if self.bits == 16 else {"scales": self.shape[:-1]}
+        return {"codes": self.shape, **scales, **dict(sorted(self.extras.items()))}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an artifact says of itself: the settings of its model, its sections in order, its tensors."""
+
+    model: dict[str, Any]
+    sections: tuple[SectionHeader, ...]
+    tensors: tuple[TensorHeader, ...]
+
+    @classmethod
+    def parse(cls, packed: bytes) -> Header:
+        """From the header's packed bytes. Errors: ArtifactError for a form that `pack` does not write."""
+        try:
+            fields = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
+        except (zlib.error, ValueError, RecursionError):
+            raise ArtifactError("its header is not packed JSON") from None
+        kinds = dict(model=dict, sections=list, tensors=list)
+        if type(fields) is not dict or {name: type(value) for name, value in fields.items()} != kinds:
+            raise ArtifactError("its header does not have a model, sections and tensors")
+        sections = tuple(map(SectionHeader.parse, fields["sections"]))
+        tensors = tuple(map(TensorHeader.parse, fields["tensors"]))
+        for what, names in (("section", [s.name for s in sections]), ("tensor", [t.name for t in tensors])):
+            if len(set(names)) < len(names):
+                raise ArtifactError(f"its header has a {what} twice")
+        return cls(fields["model"], sections, tensors)
+
+    def fields(self) -> dict[str, Any]:
+        """The header as JSON holds it."""
+        return dict(
+            model=self.model, sections=[s.row() for s in self.sections], tensors=[t.row() for t in self.tensors]
+        )
+
+    def pack(self) -> bytes:
+        return zlib.compress(json.dumps(self.fields(), separators=(",", ":")).encode(), 9)
+
+
+def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
+    """The banks of integers that have a section of their own, by the section's name."""
+    banks = {}
+    for tensor in tensors:
+        for part, shape in tensor.parts().items():
+            section = section_of(tensor.name, part, part_dtype(part, tensor.bits), math.prod(shape))
+            if section == f"{tensor.name}.{part}" and len(shape) in (2, 3):
+                states = tensor.states if part == "codes" else 0
+                banks[section] = IntegerBank((1, *shape) if len(shape) == 2 else shape, states)
+    return banks
+
+
+# --- Writing ---
+
+
+def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
+    """(name, array) of all that a stored tensor consists of, in the order in which an artifact holds them."""
+    yield "codes", q.codes
+    if q.scales is not None:
+        yield "scales", q.scales
+    yield from sorted(q.extras.items())
+
+
+def pack(stored: dict[str, Quantized], config: Config) -> bytes:
+    """The artifact's bytes: prefix, header (model settings, sections, tensors), then the sections."""
+    contents: dict[str, list[bytes]] = {}
+    for name, q in stored.items():
+        for part, array in arrays_of(q):
+            dtype = part_dtype(part, q.bits)
+            content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
+            contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
+    tensors = tuple(TensorHeader.of(name, q) for name, q in stored.items())
+    banks = integer_banks(tensors)
+    sections, payload = [], []
+    for name, parts in contents.items():
+        content = b"".join(parts)
+        codec = config.compressor
+        if CODECS[codec].integers_only and name not in banks:
+            codec = "brotli"
+        packed = compress(codec, content, banks.get(name))
+        sections.append(SectionHeader(name, codec, len(packed), len(content), zlib.crc32(packed)))
+        payload.append(packed)
+    header = Header(dataclasses.asdict(config.model), tuple(sections), tensors).pack()
+    return b"".join((PREFIX.pack(MAGIC, len(header), zlib.crc32(header)), header, *payload))
 
 
 def pack_within(
@@ -5309,11 +5893,12 @@ def pack_within(
 ) -> bytes:
     """The artifact with as many of the residuals, in their order, as `limit` bytes allow."""
     plain = data = pack(stored, config)
-    room, chosen = limit - len(plain), []
+    free = limit - len(plain)
+    chosen = []
     for residual in residuals:
-        if residual.bytes <= room:
+        if residual.bytes <= free:
             chosen.append(residual)
-            room -= residual.bytes
+            free -= residual.bytes
     while chosen and len(data := pack(with_residuals(stored, chosen), config)) > limit:
         chosen.pop()
     if residuals:
@@ -5323,129 +5908,99 @@ def pack_within(
     return data if chosen else plain
 
 
-def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
-    """(part, array) of all that a stored tensor consists of, in the order in which an artifact holds them."""
-    yield "codes", q.codes
-    if q.scales is not None:
-        yield "scales", q.scales
-    yield from sorted(q.extras.items())
+LOG2_SCALE_RANGE = (-2.5, 4.0)  # how far TARGET_BYTES may move log2 of the scales: smaller ones would not fit int8
 
 
-def part_dtype(part: str, bits: int) -> np.dtype:
-    """The type of a part's numbers in the artifact; small parts of one type share a section of its name."""
-    if part in EXTRAS:
-        return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
-    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+class Attempt(NamedTuple):
+    """An artifact with one offset of the scales, and the log lines of its quantization."""
 
-
-def banks_of(tensors: list[list]) -> dict[str, tuple[tuple[int, int, int], int]]:
-    """Section -> (shape [B, r, c], trellis states) of arrays of integers with a section of their own, by the header."""
-    banks = {}
-    for name, bits, shape, extras, states in tensors:
-        for part, s in {"codes": shape, **extras}.items():
-            section = section_of(name, part, part_dtype(part, bits), math.prod(s))
-            if section == f"{name}.{part}" and len(s) in (2, 3):
-                banks[section] = ((1, *s) if len(s) == 2 else tuple(s)), states if part == "codes" else 0
-    return banks
-
-
-def coder_trellis(states: int) -> tuple[list, list] | None:
-    """What the coder of integers must know of a trellis: next states, and the quantizer of each."""
-    if not states:
-        return None
-    trellis = trellis_of(states)
-    return trellis.following.tolist(), trellis.second.tolist()
-
-
-def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
-    """Large arrays of codes have a section of their own; the others share one for each type."""
-    if part in ("scales", "columns"):
-        return part  # of all tensors together: q, k and v have the same columns, which the codec notices
-    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
-
-
-def pack(stored: dict[str, Quantized], config: Config) -> bytes:
-    """The artifact's bytes: prefix, header (model values, tensors, sections), then the sections."""
-    contents: dict[str, list[bytes]] = {}
-    tensors = []
-    for name, q in stored.items():
-        for part, array in arrays_of(q):
-            dtype = part_dtype(part, q.bits)
-            content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
-            contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
-        tensors.append(
-            [name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())}, q.states]
-        )
-    sections, payload, banks = [], [], banks_of(tensors)
-    for section, parts in contents.items():
-        raw, codec = b"".join(parts), config.compressor
-        if codec == "pergroup" and section not in banks:
-            codec = "brotli"
-        packed = compress(codec, raw, banks.get(section))
-        sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
-        payload.append(packed)
-    header = dict(model=dataclasses.asdict(config.model), sections=sections, tensors=tensors)
-    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
-
-
-STEP_OCTAVES = (-2.5, 4.0)  # how far TARGET_BYTES may move the steps: finer ones would not fit int8
+    data: bytes
+    log2_scale_offset: float
+    lines: list[str]
 
 
 def quantize_within(
     weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, config: Config, log: Callable[[str], None]
 ) -> bytes:
-    """The artifact by TARGET_BYTES: its steps as small as `limit` bytes allow, to a thousandth of them.
+    """The artifact by TARGET_BYTES: its scales as small as `limit` bytes allow, to a thousandth of the bytes.
 
-    A step that is larger by an octave saves a bit for each weight, which makes nearly a straight line of the bytes, so
-    each attempt starts from the last one's excess. Ends at STEP_OCTAVES where the model is too small for its bytes.
+    Doubling a scale saves a bit for each weight, so the bytes are nearly linear in log2 of the scales, and each attempt
+    starts from the last one's excess. Ends at LOG2_SCALE_RANGE where the model is too small for its bytes.
     """
-    count, (low, high) = sum(weights[name].numel() for name in hessians), STEP_OCTAVES
-    octaves, tried, best, feedbacks = 0.0, set(), None, all_feedbacks(hessians, config)
+    count = sum(weights[name].numel() for name in hessians)
+    low, high = LOG2_SCALE_RANGE
+    factors = factor_hessians(hessians, config)
+    offset = 0.0
+    tried: set[float] = set()
+    best = None
     while len(tried) < 8:
         lines: list[str] = []
-        data = pack(quantize(weights, hessians, config, lines.append, octaves, feedbacks), config)
-        excess = len(data) - limit
-        tried.add(octaves)
+        attempt = Attempt(
+            pack(quantize(weights, hessians, config, lines.append, offset, factors), config), offset, lines
+        )
+        excess = len(attempt.data) - limit
+        tried.add(offset)
         if excess > 0:
-            low = octaves
+            low = offset
         else:
-            high, best = octaves, (data, octaves, lines)
+            high, best = offset, attempt
         if -limit / 1000 <= excess <= 0 or high - low < 1e-3:
             break
-        guess = min(max(octaves + 8 * (excess + limit / 4000) / count, low), high)
-        octaves = guess if guess not in tried else (low + high) / 2
-    data, octaves, lines = best or (data, octaves, lines)
-    for line in lines:
+        guess = min(max(offset + 8 * (excess + limit / 4000) / count, low), high)
+        offset = guess if guess not in tried else (low + high) / 2
+    best = best or attempt
+    for line in best.lines:
         log(line)
-    log(
-        f"target:{len(data)} bytes of {limit} for the model, with steps {2**octaves:.4f} times as large; "
-        f"{len(tried)} attempts"
-    )
-    return data
+    scale = 2**best.log2_scale_offset
+    log(f"target:{len(best.data)} bytes of {limit} for the model, scale x{scale:.4f} after {len(tried)} tries")
+    return best.data
+
+
+def make_artifact(
+    weights: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    limit_bytes: int,
+    config: Config,
+    log: Callable[[str], None],
+) -> bytes:
+    """Quantizes and packs a model. Scales (TARGET_BYTES) or residuals (RVQ) fill the limit, which excludes the code.
+
+    Without either, the artifact may be larger than the limit.
+    """
+    if config.target_bytes:
+        return quantize_within(weights, hessians, limit_bytes, config, log)
+    stored = quantize(weights, hessians, config, log)
+    residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
+    return pack_within(stored, residuals, limit_bytes, config, log)
 
 
 def size_table(
     data: bytes, stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """One row for each section of an artifact: elements, bits, entropy and packed bits of one, bytes, relative error.
+    """One row for each section of an artifact: elements, bits, entropy and packed bits per element, bytes, error.
 
-    The error is tr(E H E^T) / tr(W H W^T) of what is stored: the share of the outputs' power that quantization moves.
+    The relative error is tr(E H E^T) / tr(W H W^T) of what is stored: the share of the outputs' power that is lost.
     """
     rows = []
-    for section, _, length, size, _ in read_header(data)[0]["sections"]:
-        row = dict(section=section, bytes=length, unpacked_bytes=size)
-        name, _, part = section.partition(".")
+    for section in read_header(data)[0].sections:
+        row = dict(section=section.name, bytes=section.packed_size, unpacked_bytes=section.size)
+        name, _, part = section.name.partition(".")
         if part == "codes":
-            q, n = stored[name], stored[name].codes.numel()
-            row |= dict(elements=n, bits=q.bits, states=q.states, entropy=entropy(q.codes), packed_bits=8 * length / n)
+            q = stored[name]
+            elements = q.codes.numel()
+            row |= dict(elements=elements, bits=q.bits, states=q.states, entropy=entropy(q.codes))
+            row |= dict(packed_bits=8 * section.packed_size / elements)
             if name in hessians:
-                w, h = as_batch(weights[name]).float(), hessians[name]
-                back = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
-                moved = weighted_error(w - back, h).sum() / weighted_error(w, h).sum()
-                row |= dict(relative_error=moved.item())
+                row |= dict(relative_error=relative_error(q, weights[name], hessians[name]))
         rows.append(row)
     return rows
+
+
+def relative_error(q: Quantized, weights: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T), summed over a bank's matrices."""
+    w = as_batch(weights).float()
+    restored = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
+    return (weighted_error(w - restored, hessian).sum() / weighted_error(w, hessian).sum()).item()
 
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -5460,146 +6015,133 @@ def format_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def read_header(data: bytes) -> tuple[dict, int]:
-    """The header, of which the form is checked, and where the sections begin. Errors: ArtifactError."""
+# --- Reading ---
+
+
+def read_header(data: bytes) -> tuple[Header, int]:
+    """The header and the offset of the first section. Errors: ArtifactError."""
     if len(data) < PREFIX.size or data[:8] != MAGIC:
         raise ArtifactError("is not an artifact of this program (or of another version)")
     _, length, checksum = PREFIX.unpack_from(data)
     packed = data[PREFIX.size : PREFIX.size + length]
     if len(packed) != length or zlib.crc32(packed) != checksum:
         raise ArtifactError("is damaged: the header's checksum does not match")
-    try:
-        header = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
-        formed = (
-            all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
-            and all(
-                list(map(type, t)) == [str, int, list, dict, int]
-                and set(t[3]) <= set(EXTRAS)
-                and t[4] in (0, *TRELLISES, *UNGERBOECK)
-                and all(len(shape) == EXTRAS[part][1] for part, shape in t[3].items())
-                and all(type(n) is int and n >= 0 for shape in (t[2], *t[3].values()) for n in shape)
-                for t in header["tensors"]
-            )
-            and isinstance(header["model"], dict)
-        )
-    except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
-        formed = False
-    if not formed:
-        raise ArtifactError("its header does not make sense")
-    return header, PREFIX.size + length
+    return Header.parse(packed), PREFIX.size + length
 
 
-def read_sections(
-    data: bytes, offset: int, sections: list[list], banks: dict[str, tuple[tuple[int, int, int], int]]
-) -> dict[str, memoryview]:
-    """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
-    if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
-        raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
-    raw: dict[str, memoryview] = {}
-    for section, codec, length, size, checksum in sections:
-        packed = data[offset : offset + length]
-        offset += length
-        if len(packed) != length or zlib.crc32(packed) != checksum:
-            raise ArtifactError(f"is damaged: the checksum of its section {section!r} does not match")
-        raw[section] = memoryview(decompress(codec, packed, size, banks.get(section)))
+def read_sections(data: bytes, header: Header, offset: int) -> dict[str, memoryview]:
+    """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that do not match."""
+    size = sum(section.size for section in header.sections)
+    limit = min(CONTENT_LIMIT, max(SMALL_CONTENT, CONTENT_RATIO * len(data)))
+    if size > limit:
+        raise ArtifactError(f"claims {size} bytes of content, which is more than {limit}")
+    banks = integer_banks(header.tensors)
+    contents: dict[str, memoryview] = {}
+    for section in header.sections:
+        packed = data[offset : offset + section.packed_size]
+        offset += section.packed_size
+        if len(packed) != section.packed_size or zlib.crc32(packed) != section.checksum:
+            raise ArtifactError(f"is damaged: the checksum of its section {section.name!r} does not match")
+        contents[section.name] = memoryview(decompress(section.codec, packed, section.size, banks.get(section.name)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
-    return raw
+    return contents
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
-    """(model values, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
+    """(model settings, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
     header, offset = read_header(data)
-    raw = read_sections(data, offset, header["sections"], banks_of(header["tensors"]))
-
-    def take(name: str, part: str, bits: int, shape: list[int]) -> Tensor:
-        dtype, size = part_dtype(part, bits), math.prod(shape)
-        section = section_of(name, part, dtype, size)
-        if len(raw.get(section, b"")) < size * dtype.itemsize:
-            raise ArtifactError(f"its section {section!r} is too short for its tensors")
-        content, raw[section] = raw[section][: size * dtype.itemsize], raw[section][size * dtype.itemsize :]
-        return torch.from_numpy(np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))).view(shape)
-
+    contents = read_sections(data, header, offset)
     stored = {}
-    for name, bits, shape, extras, states in header["tensors"]:
-        codes = take(name, "codes", bits, shape)
-        scales = None if bits == 16 else take(name, "scales", bits, shape[:-1])
-        stored[name] = Quantized(
-            codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())}, states
-        )
-    left = [section for section, rest in raw.items() if len(rest)]
-    if left or len(stored) != len(header["tensors"]):
-        raise ArtifactError(f"its tensors do not fill its sections {left}")
-    return header["model"], stored
+    for tensor in header.tensors:
+        arrays = {}
+        for part, shape in tensor.parts().items():
+            dtype = part_dtype(part, tensor.bits)
+            section = section_of(tensor.name, part, dtype, math.prod(shape))
+            content = contents.get(section, memoryview(b""))
+            size = math.prod(shape) * dtype.itemsize
+            if len(content) < size:
+                raise ArtifactError(f"its section {section!r} is too short for its tensors")
+            contents[section] = content[size:]
+            numbers = np.frombuffer(content[:size], dtype).astype(dtype.newbyteorder("="))
+            arrays[part] = torch.from_numpy(numbers).view(shape)
+        codes, scales = arrays.pop("codes"), arrays.pop("scales", None)
+        stored[tensor.name] = Quantized(codes, scales, tensor.bits, arrays, tensor.states)
+    unused = [section for section, content in contents.items() if len(content)]
+    if unused:
+        raise ArtifactError(f"its tensors do not fill its sections {unused}")
+    return header.model, stored
 
 
-def check_extras(name: str, q: Quantized) -> None:
-    """Holds a stored tensor's extras against its shape. Errors: ArtifactError, before anything large is formed."""
-    matrices, rows, columns = as_batch(q.codes).shape if q.codes.dim() in (2, 3) else (0, 0, 0)
-    shapes = {part: list(array.shape) for part, array in q.extras.items()}
-    expected, x = {}, q.extras
-    if "columns" in x:
-        expected["columns"] = [matrices, columns]
-    if "corrected" in x:
-        n, rank, groups = len(x["corrected"]), shapes.get("left", [0, 0, 0])[2], shapes.get("right_scales", [0] * 3)[2]
-        either = shapes.get("left_scales") == [n, 1]
-        expected |= dict(
-            corrected=[n],
-            left=[n, rows, rank],
-            left_scales=[n, 1 if either else rows],
-            right=[n, rank, columns],
-            right_scales=[n, rank, max(1, min(groups, columns))],
-        )
-    if "refined" in x:
-        n = len(x["refined"])
-        expected |= dict(refined=[n], residual=[n, rows, columns], residual_scales=[n, rows])
-    inside = all(
-        not len(x[part]) or x[part].min() >= 0 and x[part].max() < matrices
-        for part in ("corrected", "refined")
-        if part in x
-    )
-    if shapes != expected or not inside or ((shapes or q.states) and q.scales is None):
-        raise ArtifactError(f"the extras of its tensor {name!r} do not fit it")
+# --- Loading ---
+
+
+def parse_model_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The model settings of an artifact, each of the right type. Errors: ArtifactError."""
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
+    if set(values) != set(fields):
+        raise ArtifactError("its model settings are not those of this program")
+    settings = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if type(value) not in kinds[kind]:
+            raise ArtifactError(f"its {name.upper()} is not of type {kind}")
+        if kind == "float":
+            if not -sys.float_info.max <= value <= sys.float_info.max or (type(value) is int and abs(value) > 1 << 53):
+                raise ArtifactError(f"its {name.upper()} is not a finite number")
+            value = float(value)
+        settings[name] = value
+    return settings
 
 
 def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:
-    """The config with an artifact's model values, each of the right type and allowed.
+    """The config with an artifact's model settings, each of the right type and allowed.
 
-    Errors: ArtifactError for values that no run can have; ConfigError where a knob was set to something else.
+    Errors: ArtifactError for settings that no run can have; ConfigError where a knob was set to something else.
     """
-    rows = {f.name: f for f in dataclasses.fields(ModelConfig)}
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    if set(values) != set(rows) or not all(type(v) in kinds[rows[name].type] for name, v in values.items()):
-        raise ArtifactError("its model values are not those of this program")
-    for name, value in values.items():
+    settings = parse_model_settings(values)
+    for name, value in settings.items():
         if name in explicit and getattr(config, name) != value:
             raise ConfigError(name.upper(), getattr(config, name), f"the artifact was made with {value}")
     try:
-        for name, value in values.items():
-            check_allowed(name.upper(), value, rows[name].metadata)
+        for f in dataclasses.fields(ModelConfig):
+            check_allowed(f.name.upper(), settings[f.name], f.metadata)
     except ConfigError as error:
-        raise ArtifactError(f"holds a model that cannot be: {error}") from None
-    config = dataclasses.replace(config, **values)
+        raise ArtifactError(f"holds a model that is not possible: {error}") from None
+    config = dataclasses.replace(config, **settings)
     check_config(dataclasses.replace(config, mode="eval"))
     if config.yarn:  # a longer context than the training's needs longer wavelengths
         config = dataclasses.replace(config, yarn_max_len=max(config.yarn_max_len, config.longest_context))
     return config
 
 
+def check_rotary_size(config: Config, parameters: int) -> None:
+    """Errors: ArtifactError for rotary tables out of all proportion to the model: nothing in a file pays for them."""
+    if config.train_seq_len * config.rotary_dims > max(ROTARY_LIMIT, parameters):
+        raise ArtifactError(
+            f"claims sequences of {config.train_seq_len} tokens, too long for a model of {parameters} parameters"
+        )
+
+
 def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
-    """The model that an artifact holds, and the config with the artifact's model values.
+    """The model that an artifact holds, and the config with the artifact's model settings.
 
     Errors: ArtifactError for a damaged file; ConfigError where a knob was set to what the artifact is not.
     """
     header, _ = read_header(data)
-    config = artifact_config(header["model"], config, explicit)
+    config = artifact_config(header.model, config, explicit)
     model = meta_model(config)
-    expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
-    if [[name, shape] for name, _, shape, *_ in header["tensors"]] != expected:
+    expected = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    if [(tensor.name, tensor.shape) for tensor in header.tensors] != expected:
         raise ArtifactError("its tensors are not those of its model")
+    check_rotary_size(config, sum(p.numel() for p in model.parameters()))
     stored = unpack(data)[1]
     for name, q in stored.items():
-        check_extras(name, q)
+        try:
+            check_stored(q)
+        except ValueError as error:
+            raise ArtifactError(f"its tensor {name!r} is not possible: {error}") from None
     weights = dequantize(stored)
     model.to_empty(device=device)
     with torch.no_grad():
@@ -6206,15 +6748,11 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
     with Stage(run, "quantize"):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        data, sections = b"", []  # the first rank alone makes the artifact
         if run.is_main:
-            weights = {name: p.detach() for name, p in model.named_parameters()}
-            room = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
-            if config.target_bytes:
-                data = quantize_within(weights, hessians, room, config, run.log)
-            else:
-                stored = quantize(weights, hessians, config, run.log)
-                residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
-                data = pack_within(stored, residuals, room, config, run.log)
+            limit_bytes = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+            data = make_artifact(weights, hessians, limit_bytes, config, run.log)
     with Stage(run, "pack"):
         if run.is_main:
             write_atomic(run.folder / CONTAINER_FILE, data)
@@ -6223,7 +6761,7 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
                 run.log(line)
         run.barrier()
     tokens = end.step * config.train_batch_tokens
-    size = run.broadcast_object((run.folder / CONTAINER_FILE).stat().st_size if run.is_main else None)
+    size = run.broadcast_object(len(data))
     return dict(
         **sizes(size, config, run),
         val_bpb_pre_quant=score.bpb,
@@ -6234,21 +6772,33 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         tokens_per_second=tokens / end.seconds,
         data_wait_share=data_stall,
         parameters=parameter_count(config),
-        sections=sections if run.is_main else [],
+        sections=sections,
     )
+
+
+def load_packer(path: Path) -> Callable[[bytes], bytes]:
+    """`pack` of tools/pack_code.py: the bytes of a script -> the bytes of the script that ships.
+
+    Its errors: ImportError without the minifier; SyntaxError or ValueError for what is not Python.
+    """
+    spec = importlib.util.spec_from_file_location("pack_code", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pack
 
 
 @functools.cache
 def shipped_code() -> tuple[int, str]:
     """Bytes of this program as it ships, and the form that was counted: packed, where the packer is beside it.
 
-    A packed script has no packer beside it, or is packed already: it ships as it is.
+    A script without the packer beside it is packed already, or ships as it is.
     """
-    file, packer = Path(__file__), Path(__file__).resolve().parent / "tools" / "pack_code.py"
+    file = Path(__file__)
+    packer = file.resolve().parent / "tools" / "pack_code.py"
     if not packer.is_file():
         return file.stat().st_size, "as it runs"
     try:
-        return len(runpy.run_path(str(packer))["pack"](file.read_bytes())), "packed by tools/pack_code.py"
+        return len(load_packer(packer)(file.read_bytes())), "packed by tools/pack_code.py"
     except Exception as error:  # a training must not end for want of a count
         return file.stat().st_size, f"not packed ({error!r})"
 

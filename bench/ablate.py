@@ -94,7 +94,7 @@ ROWS = {
         "LQER off": dict(LQER_ENABLED=0),
         "uniform quantizer": dict(QUANTIZER="uniform"),
         "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0),
-        "steps by column off": dict(COLUMN_STEPS=0),
+        "column scales off": dict(COLUMN_STEPS=0),
         "brotli": dict(COMPRESSOR="brotli"),
         "AWQ-lite on": dict(AWQ_GROUPS=8),
         "BigramHash on": dict(BIGRAM_VOCAB_SIZE=1536),

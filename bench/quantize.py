@@ -29,12 +29,12 @@ import train_gpt as t  # noqa: E402
 
 METHODS = {
     "GPTQ": dict(QUANTIZER="uniform", COLUMN_STEPS=0),
-    "GPTQ, steps by column": dict(QUANTIZER="uniform", COLUMN_STEPS=0.75),
+    "GPTQ, column scales": dict(QUANTIZER="uniform", COLUMN_STEPS=0.75),
     "trellis of 4": dict(QUANTIZER="trellis", TRELLIS_STATES=4, COLUMN_STEPS=0),
     "trellis of 8": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0),
     "trellis of 8, no rate term": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, TRELLIS_RATE=0),
-    "trellis of 8, steps by column": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0.75),
-    "trellis of 32, steps by column": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75),
+    "trellis of 8, column scales": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0.75),
+    "trellis of 32, column scales": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75),
     "the same with LQER": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75, LQER_ENABLED=1),
     "trellis of 8, AWQ-lite": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, AWQ_GROUPS=8),
 }
@@ -77,14 +77,14 @@ def error_of(stored: dict, weights: dict, hessians: dict) -> float:
 
 
 def bytes_at_error(c: t.Config, weights: dict, hessians: dict, error: float) -> int:
-    """Bytes with the steps that give an error: 6.02 dB for each octave, from the last attempt."""
-    octaves = 0.0
+    """Bytes with the scales that give an error: each attempt corrects the last one by 6.02 dB per doubling."""
+    offset = 0.0
     for _ in range(5):
-        stored = t.quantize(weights, hessians, c, octaves=octaves)
-        off = 0.5 * math.log2(error_of(stored, weights, hessians) / error)
-        if abs(off) < 0.002:
+        stored = t.quantize(weights, hessians, c, log2_scale_offset=offset)
+        excess = 0.5 * math.log2(error_of(stored, weights, hessians) / error)
+        if abs(excess) < 0.002:
             break
-        octaves -= off
+        offset -= excess
     return len(t.pack(stored, c))
 
 

@@ -126,7 +126,7 @@ def reference_decode(words: list[int], tables: list[list[int]]) -> list[int]:
 @given(st.lists(st.integers(0, 10**9), min_size=2, max_size=256), st.integers(0, 2**32))
 def test_constriction_uses_exactly_our_integers(row, seed):
     """Its bytes decode with (n + 1) / 2^24 in integer arithmetic, so no rounding of floats decides a probability."""
-    counts = p.Counts(0, np.array([row], dtype=np.int64) + 1)
+    counts = p.ContextModel(0, np.array([row], dtype=np.int64) + 1)
     coder, given_frequencies = p.RangeCoder(), []
     categorical = coder.categorical
     coder.categorical = lambda f, perfect: given_frequencies.append(f) or categorical(f, perfect=perfect)

@@ -1,8 +1,8 @@
-"""How fast CaseOps is beside what it stands next to, SentencePiece: megabytes a second of one core, in one process.
+"""Speed of CaseOps compared with SentencePiece: MB/s of one core, in one process.
 
     python bench/caseops.py [--package python] [--repeats 5]
 
-The text is the documentation in a package (data/corpus.py), as prepare.py sees it; figures are medians.
+The text is the documentation in a package (data/corpus.py), as in prepare.py. Figures are medians.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import prepare  # noqa: E402
 
 
 def megabytes_per_second(function: Callable, inputs: list, size: int, repeats: int) -> float:
-    """Of `size` bytes of text that one call for each input handles."""
+    """MB/s of calls of the function on all inputs, which hold `size` bytes of text."""
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,11 +1,12 @@
-"""Fingerprints of tiny runs of every preset: proof that a change of the code leaves what is computed alone, bit for bit.
+"""Fingerprints of tiny runs of every preset, to show that a change of the code leaves all results bit-equal.
 
     python bench/fingerprint.py --save before.json      before the change
-    python bench/fingerprint.py --against before.json   after it: exit code 1 names what differs
+    python bench/fingerprint.py --against before.json   after it; prints differences, with exit code 1
 
-Each run is the real script in a process of its own, with one CPU thread: losses of every step, scores of every stage,
-and for each section of the artifact its packed bytes' length and CRC-32, as its header states them. The header itself
-is left out, since it holds the names of knobs and parameters. Fingerprints of two machines may differ.
+Each run is the real script in a process of its own, with one CPU thread. A fingerprint has the losses of every step,
+the scores of every stage, and for each section of the artifact its length and CRC-32, as the header states them. The
+header itself is left out, since it holds the names of knobs and parameters. Two machines may have different
+fingerprints.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ RESULTS = (
 
 @functools.cache
 def code_bytes() -> int:
-    """Bytes of the script as it ships, which TARGET_BYTES counts."""
+    """Bytes of the packed script, which TARGET_BYTES counts."""
     packer = runpy.run_path(str(ROOT / "tools" / "pack_code.py"))
     return len(packer["pack"]((ROOT / "train_gpt.py").read_bytes()))
 
@@ -64,10 +65,10 @@ def sections(artifact: bytes) -> list[list]:
 
 
 def fingerprint(settings: dict, data: Path) -> dict:
-    """Runs the script with these settings and returns all that must not change."""
+    """Runs the script with these settings. Returns all results that must not change."""
     settings = {**SMALL, **settings, "DATA_PATH": data}
     ranks = settings.pop("ranks", 1)
-    if "MODEL_BYTES" in settings:  # TARGET_BYTES counts the code, which a change of the code may change
+    if "MODEL_BYTES" in settings:  # TARGET_BYTES counts the code, whose size may change
         settings["TARGET_BYTES"] = settings.pop("MODEL_BYTES") + code_bytes()
     command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                                  if ranks > 1 else []), str(ROOT / "train_gpt.py")]  # fmt: skip
@@ -98,9 +99,11 @@ def fingerprint(settings: dict, data: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="write the fingerprints to this file")
-    parser.add_argument("--against", type=Path, help="compare them with this file's")
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_fingerprint", help="made where missing")
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, help="runs, by name")
+    parser.add_argument("--against", type=Path, help="compare the fingerprints with those of this file")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "data" / "builtin_fingerprint", help="shards; prepared if missing"
+    )
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, help="names of runs (default: all)")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
         subprocess.run(
@@ -121,7 +124,7 @@ def main() -> int:
     if arguments.save:
         arguments.save.write_text(json.dumps(prints, indent=1) + "\n")
     if arguments.against:
-        print("equal, bit for bit" if same else "NOT equal")
+        print("bit-equal" if same else "NOT equal")
     return 0 if same else 1
 
 

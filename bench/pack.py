@@ -1,15 +1,17 @@
-"""How small and how fast the integers of quantized banks pack: every coder on the same integers, in one run.
+"""Size and speed of entropy coders for the integers of quantized banks: every coder on the same integers, in one run.
 
     python bench/pack.py --artifact runs/demo/model.pgolf
     python bench/pack.py [--layers 4] [--width 256] [--vocabulary 4096]
 
-With no artifact the integers are synthetic: normal deviates with a scale for each row and column, and an embedding of
-low rank with noise, some rows of which resemble others; a trained model's differ, so quote them only with that word.
-The reference is what the challenge's peers do: all matrices of a role together; rows of the embedding, q and Wup in a
-chain of nearest neighbours in L1; transposed; `lrzip -z -L 9`; the permutations kept, under brotli. It needs the
-`lrzip` binary; `nncodec` (ISO/IEC 15938-17) is measured where it can be imported. Each coder runs in a process of its
-own; its peak memory counts that process, with what it inherits, and its children. Every coder must give the integers
-back.
+Without an artifact the integers are synthetic: normal deviates with a scale for each row and column, and a noisy
+low-rank embedding with some similar rows. A trained model's integers differ, so call such figures synthetic.
+
+The reference is the arrangement of the challenge's peers. It puts all matrices of a role together, sorts rows of the
+embedding, q and Wup into a chain of nearest neighbours in L1, transposes, and runs `lrzip -z -L 9`. Brotli compresses
+the permutations. It needs the `lrzip` binary. `nncodec` (ISO/IEC 15938-17) is measured if it can be imported.
+
+Each coder runs in a process of its own. Its peak memory counts that process, with inherited memory, and its children.
+Every coder must restore the integers.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def artifact_banks(path: Path) -> Banks:
 
 
 def synthetic_banks(layers: int, width: int, vocabulary: int) -> Banks:
-    """Integers of a model's shapes, about as wide as GPTQ's at 6 bits (8 bits for the embedding)."""
+    """Integers in a model's shapes, distributed roughly like GPTQ's at 6 bits (8 bits for the embedding)."""
     rng = np.random.default_rng(0)
 
     def draw(count: int, rows: int, columns: int) -> np.ndarray:
@@ -72,7 +74,7 @@ def synthetic_banks(layers: int, width: int, vocabulary: int) -> Banks:
 
 
 def split_roles(banks: Banks) -> Banks:
-    """q, out, k and v on their own."""
+    """The banks with q, out, k and v separated."""
     roles = {}
     for name, k in banks.items():
         if name in ("qo_bank", "kv_bank"):
@@ -83,7 +85,7 @@ def split_roles(banks: Banks) -> Banks:
 
 
 def join_roles(roles: Banks, like: Banks) -> Banks:
-    """The banks again."""
+    """The inverse of `split_roles`."""
     return {
         name: np.concatenate([roles[name[0]], roles[name[1]]]) if name in ("qo_bank", "kv_bank") else roles[name]
         for name in like
@@ -95,14 +97,14 @@ def plain_bytes(banks: Banks) -> bytes:
 
 
 def from_plain(raw: bytes, like: Banks) -> Banks:
-    """Arrays of the shapes of `like` from their bytes in turn."""
+    """Arrays with the shapes of `like`, from their concatenated bytes."""
     cuts = np.cumsum([k.size for k in like.values()])
     parts = np.split(np.frombuffer(raw, dtype=np.int8), cuts[:-1])
     return {name: part.reshape(k.shape) for (name, k), part in zip(like.items(), parts, strict=True)}
 
 
 def byte_coder(codec: str) -> Coder:
-    """A general compressor over the integers' bytes, one bank after another."""
+    """A general compressor on the concatenated bytes of all banks."""
 
     def pack(banks: Banks) -> tuple[bytes, int]:
         packed = t.compress(codec, plain_bytes(banks))
@@ -135,7 +137,7 @@ def nearest_chain(rows: np.ndarray) -> np.ndarray:
 
 
 def lrzip(data: bytes, *options: str) -> bytes:
-    """The bytes that the lrzip binary makes of `data`."""
+    """The output of the lrzip binary for `data`."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)
@@ -144,7 +146,7 @@ def lrzip(data: bytes, *options: str) -> bytes:
 
 
 def peers_pack(banks: Banks) -> tuple[tuple[bytes, bytes], int]:
-    """One stream of all roles: one archive for each role came out larger."""
+    """Packs one stream of all roles; one archive per role was larger."""
     import brotli
 
     stream, orders = [], []
@@ -178,7 +180,7 @@ def peers_unpack(packed: tuple[bytes, bytes], like: Banks) -> Banks:
 
 
 def standard_pack(banks: Banks) -> tuple[list[np.ndarray], int]:
-    """DeepCABAC of the standard's reference software, a matrix at a time as it does; 10 of its unary bins."""
+    """DeepCABAC of the standard's reference software, matrix by matrix, with 10 unary bins."""
     from nncodec.extensions import deepCABAC
 
     packed = []
@@ -218,7 +220,7 @@ def standard_unpack(packed: list[np.ndarray], like: Banks) -> Banks:
 
 
 def coders() -> dict[str, Coder]:
-    """All that this machine can run; the reference comes first."""
+    """All coders that this machine can run, the reference first."""
     found: dict[str, Coder] = {"pergroup-lrzip": (peers_pack, peers_unpack)} if shutil.which("lrzip") else {}
     found |= {"pergroup": (pergroup_pack, pergroup_unpack)}
     found |= {"zstd-22": byte_coder("zstd"), "brotli-11": byte_coder("brotli"), "lzma": byte_coder("lzma")}
@@ -232,7 +234,7 @@ def coders() -> dict[str, Coder]:
 
 
 def measure(coder: Coder, banks: Banks, answers) -> None:
-    """Sends (bytes, pack seconds, unpack seconds, peak MiB), after the integers came back the same."""
+    """Sends (bytes, pack seconds, unpack seconds, peak MiB), after checking that the integers are restored."""
     start = time.perf_counter()
     packed, size = coder[0](banks)
     between = time.perf_counter()
@@ -244,7 +246,7 @@ def measure(coder: Coder, banks: Banks, answers) -> None:
 
 
 def entropy(k: np.ndarray) -> float:
-    """Zero-order entropy, bits an integer."""
+    """Order-0 entropy in bits per integer."""
     share = np.bincount(k.ravel().astype(np.int64) + 128)
     share = share[share > 0] / k.size
     return float(-(share * np.log2(share)).sum())
@@ -252,7 +254,7 @@ def entropy(k: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="an artifact of train_gpt.py; without it, synthetic integers")
+    parser.add_argument("--artifact", type=Path, help="artifact of train_gpt.py (default: synthetic integers)")
     for name, default in (("layers", 4), ("width", 256), ("vocabulary", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default, help="of the synthetic integers")
     arguments = parser.parse_args()
@@ -286,7 +288,7 @@ def main() -> None:
             flush=True,
         )
     print(
-        "ratio, time: bytes, and seconds of pack and unpack, over those of lrzip in the peers' arrangement"
+        "ratio, time: bytes, and seconds to pack and unpack, relative to lrzip in the peers' arrangement"
         if reference[0]
         else "no lrzip on this machine: no ratios"
     )

@@ -1,17 +1,17 @@
-"""What each part of the quantization is worth on a trained model: bits per byte at equal bytes, bytes at equal error.
+"""What each quantization method gains on a trained model: bits per byte at equal bytes, bytes at equal error.
 
     python bench/quantize.py [--seconds 110] [--data data/builtin_sp4096] [--json FILE]
 
-Trains the demo's model, collects its Hessians once, and quantizes the same weights in every way. The reference is plain
-GPTQ at the demo's *_CLIP_SIGMAS with its integers packed by `pergroup` as all the others' are. "error" is the sum over
-banks of tr(E H E^T) / tr(W H W^T). One model and one seed: small differences are noise.
+It trains the demo's model, collects its Hessians once, and quantizes the same weights with every method. The reference
+is plain GPTQ at the demo's *_CLIP_SIGMAS. `pergroup` packs the integers of all methods. "error" is the sum over banks
+of tr(E H E^T) / tr(W H W^T). This is one model and one seed, so small differences are noise.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; as train_gpt.py does when it is run
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in train_gpt.py
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def config(options: argparse.Namespace, **knobs) -> t.Config:
 
 
 def trained(options: argparse.Namespace, folder: str):
-    """(evaluator, weights, Hessians) of the demo's model."""
+    """Trains the demo's model -> (evaluator, model, weights, Hessians)."""
     c = config(options)
     run = t.start_run(c, dict(ARTIFACT_DIR=folder))
     loader, evaluator = t.TrainLoader(c, run), t.Evaluator(c, run)

@@ -241,6 +241,52 @@ def test_the_drawing_is_the_record_presets():
         assert words in drawing, words
 
 
+# ------------------------------------------------------------------------------------------------ length of sentences
+
+
+def prose_sentences(text):
+    """The sentences of a page, without code blocks, tables, headings, generated results and the list of credits.
+
+    A code span and the address of a link count as one word.
+    """
+    text = re.sub(r"^```.*?^```$|^<!-- results.*?^<!-- end of results -->$", "", text, flags=re.M | re.S)
+    text = re.sub(r"`[^`]*`", "code", text.partition("\n## Credits\n")[0])
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    paragraphs = [""]
+    for line in text.splitlines():
+        if not line.strip() or line.startswith(("#", "|", "<!--", "![")):
+            paragraphs.append("")
+        elif item := re.match(r"\s*(?:[-*]|\d+\.) (.*)", line):
+            paragraphs.append(item[1])
+        else:
+            paragraphs[-1] += " " + line.strip()
+    parts = (re.split(r"(?<=[.!?])[*)]*\s+", paragraph.strip()) for paragraph in paragraphs)
+    return [sentence for part in parts for sentence in part if sentence]
+
+
+def word_count(sentence):
+    return len(re.findall(r"\S*\w\S*", sentence))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpus.md", "docs/technique.md"])
+def test_sentences_are_short(page):
+    sentences = prose_sentences((ROOT / page).read_text())
+    assert [sentence for sentence in sentences if word_count(sentence) > 40] == []
+    whole = [word_count(sentence) for sentence in sentences if re.search(r"[.!?:)]\W*$", sentence)]  # no list fragments
+    assert len(whole) > 40
+    assert sum(whole) / len(whole) <= 16
+
+
+def test_sentences_are_found():
+    text = (
+        "# A title of words\n\nOne `code = span` here. Two\nlines, [a link](a b c)!\n\n- An item\n2. Another\n  one.\n"
+    )
+    blocks = "```sh\nno sentence. none\n```\n| a | row |\n<!-- results: x -->\nA result.\n<!-- end of results -->\n"
+    found = prose_sentences(text + blocks + "\nThe end.\n\n## Credits\n\nA list of credits.\n")
+    assert found == ["One code here.", "Two lines, [a link]!", "An item", "Another one.", "The end."]
+    assert [word_count(sentence) for sentence in found] == [3, 4, 2, 2, 2]
+
+
 # ------------------------------------------------------------------------------------------------- the worked example
 
 COPIED = ("train_gpt.py", "pytest.ini", "README.md", "bench", "data", "docs", "tests", "tools")

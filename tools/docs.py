@@ -1,11 +1,11 @@
-"""The parts of the documentation that are generated: docs/knobs.md, and the results in README.md.
+"""Generates parts of the documentation: docs/knobs.md, and the results in README.md.
 
-    python tools/docs.py            writes what is stale (make docs)
-    python tools/docs.py --check    writes nothing; names what is stale in one line, and exits with 1
+    python tools/docs.py            updates stale files (make docs)
+    python tools/docs.py --check    writes nothing; names stale files in one line and exits with 1
 
-docs/knobs.md is train_gpt.Config as tables. README.md's part between the lines that begin with `<!-- results` and
-`<!-- end of results` is submission.json's; without a submission.json at the root it is left as it is. A further part
-is a further row of PARTS: a file, and a function from the root folder and the file's text to its new text.
+docs/knobs.md shows train_gpt.Config as tables. In README.md, the part between the lines that begin with `<!-- results`
+and `<!-- end of results` shows submission.json. Without a submission.json at the root, README.md stays as it is. To
+generate another part, add a row to PARTS: a file, and a function from the root folder and the old text to the new text.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ BEGIN, END = "<!-- results: made by make docs -->", "<!-- end of results -->"
 
 
 class Column(NamedTuple):
-    """A column of the results: its title, the seed's figure of submission.json, its unit in that figure's, its form.
+    """A column of the results: title, key of the figure in submission.json, divisor of the figure, number format.
 
-    The titles are words by which tools/check_submission.py knows what a column holds.
+    tools/check_submission.py recognizes a column by words of its title.
     """
 
     title: str
@@ -117,10 +117,10 @@ COLUMNS = (
 
 
 def results(s: dict[str, Any]) -> str:
-    """The table of a submission.json with its mean and sample deviation, and the line on what it was measured with.
+    """The table of a submission.json with mean and sample deviation, and a line with hardware, data and date.
 
-    Without test-time training a run's score is the quantized one, and the column after it stays empty.
-    Errors: KeyError, TypeError, AttributeError or ValueError where something is missing or of another type.
+    Without test-time training the score is the quantized one, and the column of TTT stays empty.
+    Errors: KeyError, TypeError, AttributeError or ValueError if something is missing or has the wrong type.
     """
     rows = s["seed_results"]
     adapted = any(row["val_bpb"] != row["quantized_val_bpb"] for row in rows.values())
@@ -146,7 +146,9 @@ def readme_page(root: Path, text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end or BEGIN in rest:
-        raise UserError(f"README.md: must hold one line {BEGIN} and one line {END} behind it, for submission.json")
+        raise UserError(
+            f"README.md: must hold one line {BEGIN} and after it one line {END}, for the results of submission.json"
+        )
     try:
         part = results(read_json(file))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -160,7 +162,7 @@ PARTS: dict[str, Callable[[Path, str], str]] = {"docs/knobs.md": knobs_page, "RE
 
 
 def stale(root: Path) -> dict[str, str]:
-    """Files whose generated part is not what it would be now, with their new text. Errors: UserError."""
+    """Files whose generated part is out of date, with their new text. Errors: UserError."""
     texts = {name: (root / name).read_text(encoding="utf-8") if (root / name).is_file() else "" for name in PARTS}
     made = {name: make(root, texts[name]) for name, make in PARTS.items()}
     return {name: text for name, text in made.items() if text != texts[name]}
@@ -168,7 +170,7 @@ def stale(root: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="docs.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is stale")
     options = parser.parse_args(arguments)
     changed = stale(ROOT)
     if options.check and changed:

@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import processes  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 # The presets' shapes in small; what a row sets comes on top. The learning rates are higher, as small models want.
@@ -210,10 +210,8 @@ def run(job: Job, options: argparse.Namespace) -> dict:
                 *changes,
             )  # the model's own settings are the artifact's
             values = {"MODE": "eval", **{name: values[name] for name in names}}
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, str(ROOT / "train_gpt.py")],
-            capture_output=True,
-            text=True,
             cwd=ROOT,
             env={**os.environ, **{name: str(value) for name, value in values.items()}},
         )

@@ -32,10 +32,11 @@ from pathlib import Path
 import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import processes  # noqa: E402
 
 SHUFFLED = 50  # of so many words one is made new
 WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -169,7 +170,7 @@ def tree_memory(root: int) -> int:
 def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int, str]:
     """Of the command: the largest sum over its processes in bytes, and what it printed."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        process = subprocess.Popen(
+        process = processes.start(
             [
                 sys.executable,
                 str(ROOT / "data" / "prepare.py"),
@@ -181,6 +182,7 @@ def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int
                 "--quiet",
                 *more,
             ],
+            supervised=False,  # a supervisor's memory would count
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,4 +1,4 @@
-"""The model of SPEC.md section 2, written again for the tests: one position at a time, in float64, with no batching."""
+"""The model, written again for the tests from its definition: one position at a time, in float64, with no batching."""
 
 import math
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, Clock, build_model, config, single_run
 
 
 def make_trainer(base, data, random_weights=False, **knobs):
@@ -342,18 +342,36 @@ def test_the_loop_is_switched_on_at_its_fraction(data, tmp_path):
     assert sum("looping" in line for line in (tmp_path / "log.txt").read_text().splitlines()) == 1
 
 
-def test_time_ends_the_training(data):
+def clock_of_steps(trainer, monkeypatch):
+    """A clock on which each training step takes an eighth of a second, and all else no time."""
+    clock, step = Clock(monkeypatch), trainer.step
+
+    def timed_step(*arguments, **more):
+        clock.now += 0.125
+        return step(*arguments, **more)
+
+    trainer.step = timed_step
+    return clock
+
+
+def test_time_ends_the_training(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=0.5, TRAIN_LOG_EVERY=0)
+    clock_of_steps(trainer, monkeypatch)
     end = tg.train(trainer, no_validation)
-    assert 0.5 <= end.seconds < 5 and 1 <= end.step < 10**4
+    assert (end.step, end.seconds) == (4, 0.5)
 
 
-def test_time_for_validation_is_not_training_time(data):
-    import time
-
+def test_time_for_validation_is_not_training_time(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=3, VAL_LOSS_EVERY=1, TRAIN_LOG_EVERY=0)
-    end = tg.train(trainer, lambda: time.sleep(0.5) or tg.Score(1.0, 1, 1))
-    assert end.step == 3 and end.seconds < 1.9  # four validations of half a second
+    clock, seen = clock_of_steps(trainer, monkeypatch), []
+
+    def validate():
+        clock.now += 0.5
+        seen.append(clock.now)
+        return tg.Score(1.0, 1, 1)
+
+    end = tg.train(trainer, validate)
+    assert (end.step, end.seconds, len(seen)) == (3, 0.375, 4)
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(data, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import run_command
 from helpers import tg as k
 
 needs_triton = pytest.mark.skipif(k.triton is None, reason="triton is not installed")
@@ -24,14 +25,8 @@ CAP = 30.0
 def run_check(name, interpreted, options=(), **environment):
     """Runs check_<name> of this file in a process; its whole output stands in the failure."""
     environment |= {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, *options, __file__, name],
-        env={**os.environ, **environment},
-        text=True,
-        timeout=240,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    command = [sys.executable, *options, __file__, name]
+    done = run_command(command, env={**os.environ, **environment}, stderr=subprocess.STDOUT)
     print(done.stdout)
     assert done.returncode == 0, done.stdout
 

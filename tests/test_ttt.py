@@ -21,6 +21,7 @@ from helpers import (
     RECORD_LIKE,
     ROOT,
     TINY,
+    Clock,
     build_model,
     config,
     documents_from,
@@ -620,14 +621,6 @@ def test_a_target_twice_at_once_is_noticed_too():
 
 
 # --------------------------------------------------------------------------------------------------------------- budget
-
-
-class Clock:
-    """time.perf_counter that moves by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
 
 
 @pytest.mark.parametrize("budget, warned_at", [(600, None), (500, 2), (0, None)])

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+import processes
 import runs
 import submission
 from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line, number_type, read_json
@@ -731,12 +732,8 @@ def check_script(folder: Folder, findings: Findings, load: bool) -> None:
 
 def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: dict[int, Path]) -> None:
     """Has the folder's own script read its artifacts, in another process."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    command = [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())]
+    done = processes.run(command, errors="replace")
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if last == "no load_artifact":
         findings.note("artifacts: the script has no load_artifact, so none was loaded")
@@ -782,11 +779,11 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
         values = {**os.environ, **settings, "SEED": str(number), "ARTIFACT_DIR": str(Path(place, "run"))}
         log = Path(place, f"seed{number}.txt")
         with open(log, "w", encoding="utf-8") as file:
-            child = runs.start(command, values, stdout=file, cwd=place)
+            child = processes.start(command, env=values, stdout=file, stderr=subprocess.STDOUT, cwd=place)
             try:
                 code = child.wait()
             except BaseException:
-                runs.stop(child)
+                processes.stop(child)
                 raise
         written = Path(place, "run") if Path(place, "run", "summary.json").is_file() else log
         again, text = runs.read_runs(written)[0], log.read_text(errors="replace")

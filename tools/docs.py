@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from runs import Parser, UserError, command_line, read_json, write_aside  # noqa: E402
+from runs import Parser, UserError, command_line, read_json, write_atomic  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ docs/knobs.md
 
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> int:
         print(f"stale: {', '.join(changed)}; `make docs` writes them")
         return 1
     for name, text in () if options.check else changed.items():
-        write_aside(ROOT / name, text)
+        write_atomic(ROOT / name, text)
         print(f"written: {name}")
     return 0
 

@@ -119,7 +119,7 @@ def pack(source: bytes) -> bytes:
     )
 
 
-def write_aside(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
         if out.exists() and out.samefile(options.script):
             raise OSError(0, "would be written over: it is the script", str(out))
         packed = pack(source)
-        write_aside(out, packed)
+        write_atomic(out, packed)
     except OSError as error:
         print(f"error: {error.filename2 or error.filename or out}: {error.strerror}", file=sys.stderr)
     except (SyntaxError, ValueError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 import check_submission
 import report
 import runs
-from runs import ROOT, Parser, UserError, command_line, write_aside
+from runs import ROOT, Parser, UserError, command_line, write_atomic
 
 KINDS = ("train", "metrics", "summary", "config")  # of a seed's files, in the folder and in logs/
 
@@ -41,7 +41,7 @@ def publish(folder: Path, root: Path) -> list[Path]:
         "bytes.png": report.bytes_picture(found),
     }
     for name, content in pictures.items():
-        write_aside(root / "docs" / name, content)
+        write_atomic(root / "docs" / name, content)
     return [root / "submission.json", *(logs / path.name for path in files), *(root / "docs" / n for n in pictures)]
 
 

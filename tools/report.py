@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import runs
-from runs import CAP_BYTES, Parser, Run, UserError, command_line, read_json, write_aside
+from runs import CAP_BYTES, Parser, Run, UserError, command_line, read_json, write_atomic
 
 MARKER = "<!-- made by tools/report.py -->"
 # Okabe and Ito's colours, which the colour-blind tell apart; then the same with other lines.
@@ -423,14 +423,14 @@ def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str,
         text += [f"# {title}", "", runs.table(rows, markdown=True), ""]
         body += [f"<h1>{html.escape(title)}</h1>", html_table(rows)]
         for name, content in pictures.items():
-            write_aside(out / name, content)
+            write_atomic(out / name, content)
             text += [f"![{name.removesuffix('.png')}]({name})", ""]
             body.append(
                 f'<img alt="{html.escape(name.removesuffix(".png"))}" src="data:image/png;base64,'
                 f'{base64.b64encode(content).decode()}">'
             )
-    write_aside(out / "report.md", "\n".join(text))
-    write_aside(
+    write_atomic(out / "report.md", "\n".join(text))
+    write_atomic(
         page,
         f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8><title>{html.escape(sections[0][0])}"
         f"</title><style>{STYLE}</style>{''.join(body)}</html>\n",

@@ -7,14 +7,11 @@ one in the format of the challenge's public records. What a source does not say 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -81,7 +78,7 @@ def command_line(main: Callable[[list[str]], int]) -> int:
     return code
 
 
-def write_aside(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
@@ -93,36 +90,6 @@ def write_aside(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
-    """Starts a process in a group of its own, its errors in its output. On Linux it ends with this process.
-
-    Otherwise a run whose tool was killed would go on, on its GPU and in its folder, beside the run that replaces it.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
-
-    def follow_parent() -> None:
-        if prctl:
-            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=follow_parent, **options
-    )
-
-
-def stop(child: subprocess.Popen) -> None:
-    """Ends a process that `start` started, and its group; torchrun ends its ranks when it is asked to."""
-    for sign, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, None)):
-        try:
-            os.killpg(child.pid, sign)
-        except ProcessLookupError:
-            pass
-        try:
-            child.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def read_json(path: Path) -> Any:

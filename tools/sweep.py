@@ -34,8 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import runs
-from runs import Parser, UserError, command_line, number_type, write_aside
+from runs import Parser, UserError, command_line, number_type, write_atomic
 
 LEASE_SECONDS = 120.0  # a run on another machine that gave no sign for so long is dead
 POLL_SECONDS = 0.2
@@ -266,7 +267,7 @@ class Sweep:
             variables=list(self.space),
             trials=rows,
         )
-        write_aside(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
+        write_atomic(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
         return rows
 
 
@@ -325,7 +326,7 @@ class Job:
         self.output, self.seen, self.begin, self.read = self.folder / "out.txt", 0.0, time.time(), 0
         environment = {**os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
         with open(self.output, "wb") as file:
-            self.child = runs.start(sweep.options.argv, environment, stdout=file)
+            self.child = processes.start(sweep.options.argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
         trial.set_user_attr("folder", str(self.folder))
         self.sign_of_life()
 
@@ -359,7 +360,7 @@ class Job:
         code = self.child.poll()
         self.sign_of_life()
         if code is None and self.hopeless():
-            runs.stop(self.child)
+            processes.stop(self.child)
             self.end(state.PRUNED, f"stopped early at step {self.trial.user_attrs['steps']}")
         elif code is None:
             return False
@@ -415,7 +416,7 @@ class Job:
 
     def interrupt(self) -> None:
         """Stops the run and puts its trial back."""
-        runs.stop(self.child)
+        processes.stop(self.child)
         self.sweep.put_back(self.trial)
 
 

@@ -181,7 +181,8 @@ def main(mode: str, parent: str, patience: str, *command: str) -> None:
     follow_parent(int(parent), signal.SIGTERM)
     code = Supervisor(list(command), int(patience)).wait()
     if code < 0:  # by the same signal
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 

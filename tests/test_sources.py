@@ -36,6 +36,7 @@ import sources
 import train_gpt as tg
 from errors import PrepareError
 from helpers import HANG_SECONDS, TINY, config, examples, single_run, wait_until
+from test_prepare import command as command
 from test_prepare import contents, documents_of, options, refused, story, write_jsonl
 
 REPO, CASEOPS = published.VARIANTS["sp1024"].repo, published.VARIANTS["sp8192-caseops"].repo

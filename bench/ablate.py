@@ -166,17 +166,17 @@ class Job(NamedTuple):
 
 def plan(options: argparse.Namespace) -> list[Job]:
     """All runs of the table: seed by seed, the whole preset first, what scores its artifact last."""
+
+    def job(preset: str, seed: int, name: str, of: Path | None = None) -> Job:
+        folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
+        return Job(preset, name, seed, folder, of)
+
     jobs = []
     for seed in options.seeds:
         for preset in options.presets:
-
-            def job(name: str, of: Path | None = None) -> Job:
-                folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
-                return Job(preset, name, seed, folder, of)
-
-            whole = job("whole")
-            jobs += [whole, *(job(name) for name in wanted(ROWS[preset], options))]
-            jobs += [job(name, whole.folder) for name in wanted(EVALUATIONS, options)]
+            whole = job(preset, seed, "whole")
+            jobs += [whole, *(job(preset, seed, name) for name in wanted(ROWS[preset], options))]
+            jobs += [job(preset, seed, name, whole.folder) for name in wanted(EVALUATIONS, options)]
     return sorted(jobs, key=lambda job: (options.seeds.index(job.seed), job.of is not None))
 
 
@@ -297,7 +297,9 @@ def change(whole: list[dict], changed: list[dict], key: str, relative: bool = Fa
     """Mean of the differences over the seeds and their deviation, as a cell."""
     if key not in changed[0]:
         return ""
-    differences = [100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed)]
+    differences = [
+        100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed, strict=True)
+    ]
     digits, unit = (1, "%") if relative else (4, "")
     spread = f" ± {statistics.stdev(differences):.{digits}f}" if len(differences) > 1 else ""
     return f"{statistics.mean(differences):+.{digits}f}{spread}{unit}"
@@ -318,7 +320,7 @@ def verdicts(whole: list[dict], rows: dict[str, list[dict]]) -> list[str]:
     for name, changed in rows.items():
         signs = {
             (b["val_bpb_quantized"] > a["val_bpb_quantized"]) - (b["val_bpb_quantized"] < a["val_bpb_quantized"])
-            for a, b in zip(whole, changed)
+            for a, b in zip(whole, changed, strict=True)
         }
         groups[
             {(-1,): "Better with every seed", (1,): "Worse with every seed"}.get(tuple(signs), "Seeds disagree")

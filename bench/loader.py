@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -53,8 +54,9 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
     for _ in range(turns):
         for depth, trainer.loader in loaders.items():
             begin = time.perf_counter()
-            for step in range(step, step + steps):
+            for _ in range(steps):
                 trainer.step(t.Progress(step, 0.0), False)
+                step += 1
             spent[depth] += time.perf_counter() - begin
     lines = []
     for depth, loader in loaders.items():
@@ -93,7 +95,7 @@ def consumer(folder: Path, seconds: float) -> list[str]:
             found[depth].append((free, waited))
             loader.ahead.close()
     for depth, rows in found.items():
-        free, waited = (statistics.median(column) for column in zip(*rows))
+        free, waited = (statistics.median(column) for column in zip(*rows, strict=True))
         lines.append(
             f"consumer  read ahead {depth}   sustained {free / 1e6:.1f} M tokens/s a rank; at "
             f"{RATE / 1e6:.0f} M tokens/s it waited {waited:.3%} of the time (medians of {RANKS} ranks, "
@@ -131,7 +133,7 @@ def audit(folder: Path, validation_tokens: int) -> list[str]:
         ("documents and SHA-256", (True, index)),
         ("those and runs of 50 tokens", (True, index, windows)),
     ):
-        seconds = seconds_of(lambda: t.scan_shard(training, 0, *arguments))
+        seconds = seconds_of(functools.partial(t.scan_shard, training, 0, *arguments))
         rate = len(training) / seconds
         lines.append(
             f"audit     {words}: {rate / 1e6:.0f} M tokens/s, {2 * rate / 1e9:.2f} GB/s on one core; 10 "

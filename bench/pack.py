@@ -98,7 +98,7 @@ def from_plain(raw: bytes, like: Banks) -> Banks:
     """Arrays of the shapes of `like` from their bytes in turn."""
     cuts = np.cumsum([k.size for k in like.values()])
     parts = np.split(np.frombuffer(raw, dtype=np.int8), cuts[:-1])
-    return {name: part.reshape(k.shape) for (name, k), part in zip(like.items(), parts)}
+    return {name: part.reshape(k.shape) for (name, k), part in zip(like.items(), parts, strict=True)}
 
 
 def byte_coder(codec: str) -> Coder:
@@ -120,7 +120,7 @@ def pergroup_pack(banks: Banks) -> tuple[list[bytes], int]:
 
 
 def pergroup_unpack(packed: list[bytes], like: Banks) -> Banks:
-    return {name: t.decode_integers(data, k.shape) for data, (name, k) in zip(packed, like.items())}
+    return {name: t.decode_integers(data, k.shape) for data, (name, k) in zip(packed, like.items(), strict=True)}
 
 
 def nearest_chain(rows: np.ndarray) -> np.ndarray:
@@ -279,7 +279,7 @@ def main() -> None:
             raise SystemExit(f"{name} failed") from None
         process.join()
         reference = reference or ((size, pack_s + unpack_s) if name == "pergroup-lrzip" else (0, 0))
-        ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference)]
+        ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference, strict=True)]
         print(
             f"{name:16} {size:12,} {8 * size / weights:10.4f} {ratios[0]:>7} {pack_s:8.2f} {unpack_s:9.2f} "
             f"{ratios[1]:>7} {peak:6.0f}",

@@ -160,7 +160,7 @@ class Bench:
 def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
     """One line of the table, from what was measured."""
     c, (looped, part) = bench.trainer.c, variant
-    seconds, memory = zip(*samples)
+    seconds, memory = zip(*samples, strict=True)
     rate = c.train_batch_tokens / statistics.median(seconds)
     flops = flops_per_token(bench.trainer.model, looped, context)
     peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None

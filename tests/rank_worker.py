@@ -44,7 +44,7 @@ def depth(c, run, learning):
                 rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
                 parts[rests] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
         momenta = {True: [], False: []}
-        for bank, share, momentum in zip(muon.banks, muon.share, muon.momentum):
+        for bank, share, momentum in zip(muon.banks, muon.share, muon.momentum, strict=True):
             for i, matrix in enumerate(momentum, run.rank * share):
                 momenta[i % c.num_layers >= learning or i >= len(bank)].append(matrix.flatten())
         empty = [next(model.parameters()).detach().flatten()[:0]]
@@ -53,7 +53,7 @@ def depth(c, run, learning):
     before = state()
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), c.loops, learning)
-    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state()))
+    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state(), strict=True))
     return {
         **{name: p.detach().numpy() for name, p in model.named_parameters()},
         "disturbed": disturbed,

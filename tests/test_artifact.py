@@ -49,7 +49,8 @@ def equal(x, y):
         (x[n].bits, x[n].states) == (y[n].bits, y[n].states)
         and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
         and all(
-            a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n]))
+            a.dtype == b.dtype and torch.equal(a, b)
+            for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n]), strict=True)
         )
         for n in x
     )

@@ -31,7 +31,7 @@ from helpers import (
 def counted(tmp_path):
     """A folder whose training stream is 0, 1, 2, ... in shards of uneven sizes, one of them empty."""
     edges = [0, 100, 101, 101, 700, 1203]
-    for number, (start, stop) in enumerate(zip(edges, edges[1:])):
+    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
         write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", np.arange(start, stop))
     return tmp_path
 
@@ -340,7 +340,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
     for key in [(step, micro) for step in range(20) for micro in range(expected.layout.micro_steps)]:
         batch = loader.batch(*key)
         for theirs, ours in zip(
-            (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents)
+            (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents), strict=True
         ):
             assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
     loader.ahead.close()

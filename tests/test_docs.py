@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -251,15 +252,13 @@ def followed(tmp_path_factory, data):
     """A copy of the repository in which the page's first commands were given, one by one, as they stand there."""
 
     def build(folder):
+        def ignored(where, names):
+            scripts_alone = Path(where) == ROOT / "data"
+            return [n for n in names if n == "__pycache__" or scripts_alone and not n.endswith(".py")]
+
         for name in COPIED:
             if (ROOT / name).is_dir():
-                shutil.copytree(
-                    ROOT / name,
-                    folder / name,
-                    ignore=lambda where, names: [
-                        n for n in names if n == "__pycache__" or name == "data" and not n.endswith(".py")
-                    ],
-                )
+                shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
                 shutil.copy(ROOT / name, folder / name)
         python = folder / ".venv" / "bin" / "python"

@@ -385,7 +385,7 @@ def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeyp
 
 @pytest.mark.skipif(not tg.cpu_compiler(), reason="torch.compile needs a C++ compiler and Python's headers on CPUs")
 def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypatch):
-    """And compiles nothing after the warmup: a graph for training, one for late rounding, which acts, one for scores."""
+    """And compiles nothing after the warmup: a graph for training, one for late QAT, which acts, one for scores."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     scores, losses = {}, {}
     for name, knobs in dict(eager={}, compiled=dict(COMPILE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)).items():
@@ -471,7 +471,7 @@ def test_poly5_runs_small_through_every_stage(data, tmp_path, capfd, monkeypatch
     assert all(learned[name].abs().max() > 1e-3 for name in ("bigram.table", "values.projection", "smear.weight"))
 
 
-# ------------------------------------------------------------------------------------------------- commands of the field
+# ------------------------------------------------------------------------------------------------ commands of the field
 
 # A published command for the record's script, as its authors give it.
 PEERS = """SEED=42 CASEOPS_ENABLED=1 VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 NEFTUNE_ALPHA=5.0

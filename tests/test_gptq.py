@@ -237,7 +237,7 @@ def test_gptq_lite_takes_the_best_of_five_quantiles_for_each_row(bits):
     w[:20] = w[:20].sign() * w[:20].abs() ** 3
     codes, scales = tg.gptq_lite(w, bits, 0)
     limit, chosen = 2 ** (bits - 1) - 1, set()
-    for row, found, scale in zip(w.numpy().astype(np.float64), codes, scales):
+    for row, found, scale in zip(w.numpy().astype(np.float64), codes, scales, strict=True):
         errors = []
         for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1):
             step = np.float64(np.float16(np.quantile(np.abs(row), quantile) / limit))
@@ -407,7 +407,7 @@ def test_low_rank_corrections_lower_the_weighted_error(select, asymmetric):
     assert len(touched) == len([line for line in lines if "rank:4" in line]) <= 4
     assert touched or select == "gain"
     for name in before:
-        for i, (old, new) in enumerate(zip(before[name].tolist(), after[name].tolist())):
+        for i, (old, new) in enumerate(zip(before[name].tolist(), after[name].tolist(), strict=True)):
             assert new < old if (name, i) in touched else new == old
     if select == "norm":
         norms = {
@@ -430,7 +430,7 @@ def test_factors_have_the_levels_and_scales_of_the_specification():
         )
         found = [(name, q) for name, q in stored.items() if "corrected" in q.extras]
         assert found
-        for name, q in found:
+        for _, q in found:
             x, (n, (_, rows, columns)) = q.extras, (len(q.extras["corrected"]), tg.as_batch(q.codes).shape)
             assert x["left"].shape == (n, rows, 3) and x["right"].shape == (n, 3, columns)
             assert x["left"].min() >= left[0] and x["left"].max() <= left[1]

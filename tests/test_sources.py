@@ -452,8 +452,7 @@ def test_options_that_do_not_go_together(tmp_path, published_repos, command, arg
     assert not (tmp_path / "out").exists()
 
 
-PROGRAM = (
-    """
+PROGRAM = """
 import socket, sys
 connect = socket.socket.connect
 def checked(self, address):
@@ -465,11 +464,9 @@ huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 500
 import prepare, published
 for name in ("sp1024", "sp8192-caseops"):
     variant = published.VARIANTS[name]
-    published.VARIANTS[name] = published.Variant(variant.repo, %d, variant.caseops)
+    published.VARIANTS[name] = published.Variant(variant.repo, VOCAB_SIZE, variant.caseops)
 sys.exit(prepare.main())
-"""
-    % VOCAB_SIZE
-)
+""".replace("VOCAB_SIZE", str(VOCAB_SIZE))
 
 
 def process(served, *arguments):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,7 +69,12 @@ def run(*arguments, code=0):
 
 
 def study(folder="s"):
-    return json.loads(open(f"{folder}/study.json").read())
+    return json.loads(Path(folder, "study.json").read_text())
+
+
+def starts():
+    """A line for each time that the command was started."""
+    return Path("starts").read_text().splitlines()
 
 
 def states(content):
@@ -121,9 +127,9 @@ def test_a_failed_run_is_recorded_and_run_again_only_when_asked(place):
         "9": "exit code 1: ValueError: nine",
         "8": "no finite val_bpb in summary.json or the output",
     }
-    assert len(run("LR=9,8,3", code=1)["trials"]) == 3 and len(open("starts").read().split("\n")) == 4
+    assert len(run("LR=9,8,3", code=1)["trials"]) == 3 and len(starts()) == 3
     run("LR=9,8,3", "--retry-failed", code=1)
-    assert sorted(line.split()[0] for line in open("starts")) == ["3", "8", "8", "9", "9"]
+    assert sorted(line.split()[0] for line in starts()) == ["3", "8", "8", "9", "9"]
 
 
 def test_a_variable_that_the_command_ignores_fails(place):
@@ -135,9 +141,9 @@ def test_runs_stand_side_by_side_each_on_its_gpu(place, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setenv("TOGETHER", "4")  # none ends before all four have begun
     content = run("LR=4,5,6,7")
-    times = [json.loads(open(t["folder"] + "/summary.json").read()) for t in content["trials"]]
+    times = [json.loads(Path(t["folder"], "summary.json").read_text()) for t in content["trials"]]
     assert max(t["begin"] for t in times) < min(t["end"] for t in times)
-    assert sorted(line.split()[2] for line in open("starts")) == ["4", "5", "6", "7"]
+    assert sorted(line.split()[2] for line in starts()) == ["4", "5", "6", "7"]
 
 
 def test_places(monkeypatch):
@@ -195,7 +201,7 @@ def test_two_machines_on_one_database_share_a_grid(place):
         for name in "ab"
     ]
     assert [p.wait(timeout=HANG_SECONDS) for p in both] == [0, 0], [p.stdout.read() for p in both]
-    assert sorted(line.split()[0] for line in open("starts")) == list("123456")
+    assert sorted(line.split()[0] for line in starts()) == list("123456")
     content = run("LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name", "one")
     assert len(content["trials"]) == 6 and {t["state"] for t in content["trials"]} == {"complete"}
 

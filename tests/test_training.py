@@ -60,7 +60,7 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
     assert changed and all(changed)  # it really trained
     assert same(state(trainer), before)
     assert torch.equal(torch.random.get_rng_state(), stream)
-    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2]))
+    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2], strict=True))
 
 
 def test_warmup_runs_every_order_that_the_run_will_need(data):
@@ -71,11 +71,12 @@ def test_warmup_runs_every_order_that_the_run_will_need(data):
         (POLY_LIKE, poly),
     ):
         trainer, seen = make_trainer(base, data, WARMUP_STEPS=1), []
-        forward = trainer.forward
-        trainer.forward = lambda *a, **k: (
-            seen.append((k["looped"], trainer.model.learning, k["rounded"])),
-            forward(*a, **k),
-        )[1]
+
+        def recorded(*a, trainer=trainer, forward=trainer.forward, seen=seen, **k):
+            seen.append((k["looped"], trainer.model.learning, k["rounded"]))
+            return forward(*a, **k)
+
+        trainer.forward = recorded
         trainer.warm_up()
         assert set(seen) == uses and trainer.model.learning == trainer.c.num_layers
 
@@ -198,7 +199,7 @@ def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), trainer.c.loops, learning)
     after, states_after = dict(trainer.model.named_parameters()), adam_states(trainer)
-    for name, m, m_before in zip(tg.BANKS, momentum, momenta):
+    for name, m, m_before in zip(tg.BANKS, momentum, momenta, strict=True):
         for i in range(len(m)):
             rests = i % layers >= learning
             assert torch.equal(m[i], m_before[i]) == torch.equal(after[name][i], before[name][i]) == rests, (name, i)
@@ -217,9 +218,14 @@ def test_the_average_is_the_moving_average_of_the_weights(data):
     for step in range(5):
         trainer.step(tg.Progress(step, 0.0), False)
         share = tg.ema_share(step, c)
-        expected = [(1 - share) * e + share * p.detach().double() for e, p in zip(expected, trainer.model.parameters())]
+        expected = [
+            (1 - share) * e + share * p.detach().double()
+            for e, p in zip(expected, trainer.model.parameters(), strict=True)
+        ]
     last = [p.detach().clone() for p in trainer.model.parameters()]
-    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.average, expected))
+    assert all(
+        torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.average, expected, strict=True)
+    )
     assert not all(map(torch.equal, last, trainer.average))
     trainer.use_average()
     assert all(map(torch.equal, [p.detach() for p in trainer.model.parameters()], trainer.average))
@@ -256,15 +262,15 @@ def test_the_late_average_is_the_mean_of_late_weights(kept, data):
     snapshots, ema = [], weights_of(trainer)
     for step in range(10):
         trainer.step(tg.Progress(step, 0.0), False)
-        ema = [torch.lerp(a, w, tg.ema_share(step, trainer.c)) for a, w in zip(ema, weights_of(trainer))]
+        ema = [torch.lerp(a, w, tg.ema_share(step, trainer.c)) for a, w in zip(ema, weights_of(trainer), strict=True)]
         if (step + 1) % 2 == 0 and 1 - step / 10 < 0.5:
             snapshots.append(weights_of(trainer))
     assert len(snapshots) == 2 and trainer.late_count == (0 if kept == "ema" else 2)
-    late = [sum(w) / 2 for w in zip(*snapshots)]
-    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late)]}[kept]
+    late = [sum(w) / 2 for w in zip(*snapshots, strict=True)]
+    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late, strict=True)]}[kept]
     trainer.use_average()
-    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected))
-    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1]))
+    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected, strict=True))
+    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1], strict=True))
 
 
 def test_a_run_too_short_for_a_late_average_keeps_what_there_is(data):

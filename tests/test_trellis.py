@@ -52,7 +52,7 @@ def test_levels_follow_the_definition(states):
     codes = torch.randint(-127, 128, (2, 5, 40), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     levels, before = tg.trellis_levels(codes, states)
     quantizers = tg.trellis_of(states).second[before.int()]
-    for row, found, used in zip(codes.view(-1, 40), levels.view(-1, 40), quantizers.view(-1, 40)):
+    for row, found, used in zip(codes.view(-1, 40), levels.view(-1, 40), quantizers.view(-1, 40), strict=True):
         assert slow_levels(row.tolist(), states) == (found.tolist(), used.tolist())
 
 

@@ -266,7 +266,7 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
             configs = [{k: v for k, v in c.items() if k in common} for c in configs]
             if not common:
                 findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
-    for seed, config in zip(seeds[1:], configs[1:]):
+    for seed, config in zip(seeds[1:], configs[1:], strict=True):
         for name in sorted(set(config) | set(configs[0])):
             if name not in ignored:
                 findings.require(
@@ -340,7 +340,7 @@ def check_curve(number: int, seed: Seed, findings: Findings) -> None:
         mine, theirs = ({row[0]: row[1:-1] for row in getattr(run, what)} for run in (seed.log, seed.metrics))
         findings.require(set(mine) == set(theirs), f"seed {number}: log and metrics have other steps ({what})")
         for step in sorted(set(mine) & set(theirs)):
-            for one, other in zip(mine[step], theirs[step]):
+            for one, other in zip(mine[step], theirs[step], strict=True):
                 findings.same(f"seed {number}: step {step} in log and metrics", one, other)
 
 
@@ -488,15 +488,17 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
         )
 
 
+def largest(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The largest number that a row holds under a key; None where none does."""
+    return max((row[key] for row in rows if isinstance(row.get(key), (int, float))), default=None)
+
+
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
     """Bytes and seconds; the step in which the time ran out may end after it, calibration may not begin then."""
     for number, seed in folder.seeds.items():
         known = [seed.row, *(figures(run) for _, run in seed.sources)]
-
-        def largest(key: str) -> float | None:
-            return max((x[key] for x in known if isinstance(x.get(key), (int, float))), default=None)
-
-        size, train, step = largest("artifact_bytes"), largest("train_wallclock_ms"), largest("step_avg_ms")
+        size = largest(known, "artifact_bytes")
+        train, step = largest(known, "train_wallclock_ms"), largest(known, "step_avg_ms")
         evaluation = max([seed.row.get("eval_time_s") or 0, *(run.eval_seconds or 0 for _, run in seed.sources)])
         calibration = seed.summary.seconds.get("calibrate", 0.0) if seed.summary else 0.0
         if size is None:
@@ -664,7 +666,7 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
     seed = folder.seeds[number]
     values = [seed.row, *(figures(run) for _, run in seed.sources)]
     everything = forms(x for v in values for x in numbers_in({k: x for k, x in v.items() if x is not None}))
-    for title, cell in zip(header[1:], cells[1:]):
+    for title, cell in zip(header[1:], cells[1:], strict=False):
         key = next((key for word, key in COLUMNS if word in title.lower()), None)
         own = forms(float(v[key]) for v in values if isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
@@ -739,7 +741,7 @@ def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: 
         findings.note("artifacts: the script has no load_artifact, so none was loaded")
         return
     findings.require(done.returncode == 0, f"train_gpt.py: cannot be imported to load artifacts: {last}")
-    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines()):
+    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines(), strict=False):
         answer, log = json.loads(line), folder.seeds[seed].log
         findings.require(isinstance(answer, int), f"{path.name}: the script does not load it: {answer}")
         if isinstance(answer, int) and log:

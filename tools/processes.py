@@ -34,8 +34,9 @@ def start(command: list[str], *, supervised: bool = True, **options: Any) -> sub
     """Starts a command that ends with this process; takes the options of subprocess.Popen.
 
     SIGTERM to a supervised command goes to the command alone; SIGINT goes to its process group, as Ctrl-C does.
-    Unsupervised, the process is the command itself, so that a test can kill it; the kernel kills it with its parent, but
-    what it started may live on. The calling thread must not end before the command: Linux counts that as a death too.
+    Unsupervised, the process is the command itself, so that a test can kill it. The kernel kills it with its parent,
+    but what it started may live on. The calling thread must not end before the command: Linux counts that as the
+    parent's death.
     Errors: FileNotFoundError for a command that does not exist.
     """
     command = [str(word) for word in command]
@@ -59,7 +60,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def run(command: list[str], *, timeout: float | None = None, **options: Any) -> subprocess.CompletedProcess:
-    """Runs a command to its end and captures its output as text; an exception here, a time-out too, ends the command."""
+    """Runs a command to its end, its output captured as text. An exception, as of a time-out, ends the command."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
     with start(command, **options) as process:
         try:

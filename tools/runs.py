@@ -470,10 +470,12 @@ def table(rows: list[list[str]], markdown: bool = False) -> str:
     right = [all(re.fullmatch(rf"({NUMBER}%?|-|)", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
     for place, row in enumerate(rows):
-        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)]
+        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
         lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
         if markdown and not place:
-            lines.append("|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|")
+            lines.append(
+                "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+            )
     return "\n".join(lines)
 
 

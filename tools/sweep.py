@@ -136,7 +136,9 @@ class Sweep:
             self.study = self.open_study()
             if options.sampler == "grid":
                 for point in itertools.product(*(values.grid() for values in self.space.values())):
-                    self.study.enqueue_trial(dict(zip(self.space, point)), {"point": True}, skip_if_exists=True)
+                    self.study.enqueue_trial(
+                        dict(zip(self.space, point, strict=True)), {"point": True}, skip_if_exists=True
+                    )
             self.repair()
             if options.retry_failed:
                 self.retry_failed()
@@ -466,7 +468,7 @@ def print_table(sweep: Sweep) -> None:
         body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
         print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
     if means:
-        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1]))
+        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1], strict=True))
         print(f"best: {settings} {sweep.options.command}".replace("best:  ", "best: "))
     print(f"written: {sweep.folder / 'study.json'}")
 

@@ -281,7 +281,9 @@ def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[st
     file = options.folder / f"{preset}-{options.steps}" / "speeds.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     missing = [name for name in wanted(ROWS[preset], options) if name not in found]
-    whole = Timed(preset, {}, options) if missing or not found else None
+    if found and not missing:
+        return found
+    whole = Timed(preset, {}, options)
     if not found:
         found["whole"] = [whole.c.train_batch_tokens / whole.seconds() for _ in range(rounds)][1:]
     for name in missing:

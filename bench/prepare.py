@@ -117,8 +117,9 @@ class Speed:
         texts = list(prepare.Sources(self.options()))
         texts = [caseops.encode(text) for text in texts] if self.with_caseops else texts
         processor = prepare.Codec(self.model.read_bytes()).processor
-        seconds = timed(lambda: processor.encode(texts, num_threads=1))
-        return tuple(self.files[-1][1] / 1e6 / each for each in seconds)
+        core, clock = timed(lambda: processor.encode(texts, num_threads=1))
+        megabytes = self.files[-1][1] / 1e6
+        return megabytes / core, megabytes / clock
 
     def engine(self, workers: int) -> tuple[float, float]:
         """MB/s for a core and by the clock."""
@@ -127,7 +128,8 @@ class Speed:
             timed(functools.partial(both_passes, path, self.model, self.folder, workers, self.with_caseops))
             for path, _ in self.files
         )
-        return tuple((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
+        core, clock = ((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
+        return core, clock
 
     def measure(self) -> None:
         """One turn of each."""
@@ -223,7 +225,7 @@ def memory_lines(options: argparse.Namespace, file: tuple[Path, int], folder: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=96)
     parser.add_argument("--large", type=float, default=1024, help="megabytes for the peak memory; 0: none")
     parser.add_argument("--line", type=float, default=100, help="megabytes of a line for the peak memory; 0: none")

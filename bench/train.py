@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
@@ -92,7 +93,9 @@ def matmul_parameters(model: t.GPT, looped: bool) -> int:
     gates = [model.blocks[v.layer].head_gate for v in model.plans[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
-    once += sum(part.projection.numel() for part in (model.bigram, model.values) if part is not None)
+    once += sum(
+        part.get_parameter("projection").numel() for part in (model.bigram, model.values) if isinstance(part, nn.Module)
+    )
     return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
 
 
@@ -250,7 +253,7 @@ def measured(c: t.Config, options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; wrong values end with usage and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=10, help="measured steps of each kind")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each kind before those")
     parser.add_argument("--document-tokens", type=float, default=800.0, help="mean length of the documents")

@@ -57,7 +57,7 @@ def copy(data, tmp_path):
     return shutil.copytree(data, tmp_path / "data")
 
 
-def full_manifest(folder):
+def full_manifest(folder) -> dict:
     """Writes a manifest with the hash and counts of every file there, and returns it."""
     splits = {}
     for split in ("train", "val"):

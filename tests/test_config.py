@@ -543,7 +543,7 @@ def test_help_names_every_knob_with_the_values_of_each_preset():
     entries = {part.split()[0]: part for part in parts}
     for f in FIELDS:
         entry = entries[f.name.upper()]
-        assert f.metadata["meaning"] in entry and f.type in entry
+        assert f.metadata["meaning"] in entry and str(f.type) in entry
         for preset, row in tg.PRESETS.items():
             if f.name in row:
                 assert f"{preset}={row[f.name]}" in entry

@@ -218,7 +218,7 @@ class LatePace(tg.Pace):
         self.begin -= 5
 
 
-def outcome(values, folder, capfd):
+def outcome(values, folder, capfd) -> dict:
     """All that a run shows, but for the time that it took."""
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -311,7 +311,10 @@ def check_one_graph():
 
     torch.utils._triton.has_triton = lambda: True
     triton.runtime.driver.set_active(type("H100", (), {"get_current_target": lambda self: GPUTarget("cuda", 90, 32)})())
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import (
+        make_boxed_func,  # pyright: ignore[reportPrivateImportUsage] # as torch's own pages import it
+        min_cut_rematerialization_partition,
+    )
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []

@@ -414,7 +414,9 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
 def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, float] | None) -> None:
     """Differences to the baseline and the test, recomputed."""
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
-    stated = s.get("baseline") if isinstance(s.get("baseline"), dict) else {}
+    stated = s.get("baseline")
+    if not isinstance(stated, dict):
+        stated = {}
     theirs = baseline or stated.get("val_bpb")
     if baseline and isinstance(stated.get("val_bpb"), dict):
         findings.require(
@@ -668,7 +670,7 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
     everything = forms(x for v in values for x in numbers_in({k: x for k, x in v.items() if x is not None}))
     for title, cell in zip(header[1:], cells[1:], strict=False):
         key = next((key for word, key in COLUMNS if word in title.lower()), None)
-        own = forms(float(v[key]) for v in values if isinstance(v.get(key), (int, float)))
+        own = forms(float(v[key]) for v in values if key and isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
             findings.require(
                 known_as(text, own if folder.ours and own else everything),
@@ -789,17 +791,21 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
                 raise
         written = Path(place, "run") if Path(place, "run", "summary.json").is_file() else log
         again, text = runs.read_runs(written)[0], log.read_text(errors="replace")
-    if code or not again.final:
+    if code or again.final is None:
         errors = [line for line in text.splitlines() if line.startswith("error: ")] or text.strip().splitlines()[-1:]
         findings.error(f"rerun: seed {number} fails: {' '.join(errors)[-300:]}")
         return
-    compare_rerun(seed, again, findings, options.tolerance)
+    compare_rerun(seed, again, again.final.bpb, findings, options.tolerance)
 
 
-def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) -> None:
-    """Score, tokens and bytes of a rerun against what the folder says."""
-    number, before = seed.seed, seed.row or figures(seed.log)
-    was, now = before.get("val_bpb"), again.final.bpb
+def compare_rerun(seed: Seed, again: Run, now: float, findings: Findings, tolerance: float) -> None:
+    """A rerun's score `now`, its tokens and bytes, against what the folder says."""
+    number = seed.seed
+    before = seed.row or (figures(seed.log) if seed.log else {})
+    was = before.get("val_bpb")
+    if was is None:
+        findings.error(f"rerun: seed {number} has no val_bpb in the folder")
+        return
     findings.note(
         f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "
         f"{again.steps} steps, and {before.get('steps')}; artifact {again.artifact_bytes} bytes, and "

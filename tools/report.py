@@ -178,9 +178,9 @@ def loss_picture(found: list[Run]) -> bytes | None:
         return None
     fig, axes = figure(11, 4.6 + 0.18 * math.ceil(len(drawn) / 3), 2, sharey=True)
     for place, run in enumerate(drawn):
-        for ax, column, unit in ((axes[0], 0, 1.0), (axes[1], -1, 1.0)):
-            points = [(row[column] * unit, row[1]) for row in run.losses if row[column] is not None]
-            scores = [(row[column] * unit, row[1]) for row in run.scores if row[column] is not None]
+        for ax, column in ((axes[0], 0), (axes[1], -1)):
+            points = [(x, row[1]) for row in run.losses if (x := row[column]) is not None]
+            scores = [(x, row[1]) for row in run.scores if (x := row[column]) is not None]
             label = run.name
             if points:
                 x, y = zip(*points, strict=True)

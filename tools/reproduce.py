@@ -186,7 +186,7 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
             command, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         try:
-            for line in child.stdout:
+            for line in child.stdout or ():
                 print(line, end="", flush=True)
                 log.write(line)
                 error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error

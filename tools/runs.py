@@ -428,7 +428,8 @@ def welch(ours: list[float], baseline: list[float], margin: float = 0.0) -> floa
         return 0.0 if ours[0] < shifted[0] else 1.0
     from scipy import stats
 
-    return float(stats.ttest_ind(ours, shifted, equal_var=False, alternative="less").pvalue)
+    result: Any = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")  # scipy's class has no types
+    return float(result.pvalue)
 
 
 def bpb_to_nats(bpb: float, targets: int, val_bytes: int) -> float:

@@ -27,11 +27,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
@@ -90,12 +89,10 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that a token is multiplied with: a layer's as often as it runs, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.c.num_layers
-    gates = [model.blocks[v.layer].head_gate for v in model.plans[looped]]
+    gates = [cast(t.Block, model.blocks[v.layer]).head_gate for v in model.plans[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
-    once += sum(
-        part.get_parameter("projection").numel() for part in (model.bigram, model.values) if isinstance(part, nn.Module)
-    )
+    once += sum(part.projection.numel() for part in (model.bigram, model.values) if part is not None)
     return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
 
 

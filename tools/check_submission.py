@@ -259,7 +259,9 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
     if len(configs) == len(seeds) and seeds:
         ignored = submission.PRIVATE
     else:
-        configs = [{k: v for k, v in s.log.settings.items() if not LOCAL.search(k)} for s in seeds if s.log]
+        logged = [(s, s.log) for s in seeds if s.log]
+        seeds = [seed for seed, _ in logged]
+        configs = [{k: v for k, v in log.settings.items() if not LOCAL.search(k)} for _, log in logged]
         ignored = ()
         if configs:
             common = set.intersection(*map(set, configs))
@@ -276,7 +278,7 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
                     f"{seed.seed}",
                 )
     for what in ("hardware", "attention", "parameters", "code_bytes"):
-        values = {getattr(run, what) for s in seeds for _, run in s.sources} - {None}
+        values = {getattr(run, what) for s in folder.seeds.values() for _, run in s.sources} - {None}
         findings.require(len(values) < 2, f"configuration: {what} differs: {', '.join(sorted(map(str, values)))}")
 
 

@@ -242,7 +242,7 @@ def test_the_drawing_is_the_record_presets():
 
 # ------------------------------------------------------------------------------------------------- the worked example
 
-COPIED = ("train_gpt.py", "pytest.ini", "README.md", "bench", "data", "docs", "tests", "tools")
+COPIED = ("train_gpt.py", "pyproject.toml", "README.md", "bench", "data", "docs", "tests", "tools")
 PAGE = (ROOT / "docs" / "technique.md").read_text()
 COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of the first block
 

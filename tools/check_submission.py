@@ -793,20 +793,20 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
                 raise
         written = Path(place, "run") if Path(place, "run", "summary.json").is_file() else log
         again, text = runs.read_runs(written)[0], log.read_text(errors="replace")
-    if code or again.final is None:
+    if code or not again.final:
         errors = [line for line in text.splitlines() if line.startswith("error: ")] or text.strip().splitlines()[-1:]
         findings.error(f"rerun: seed {number} fails: {' '.join(errors)[-300:]}")
         return
-    compare_rerun(seed, again, again.final.bpb, findings, options.tolerance)
+    compare_rerun(seed, again, findings, options.tolerance)
 
 
-def compare_rerun(seed: Seed, again: Run, now: float, findings: Findings, tolerance: float) -> None:
-    """A rerun's score `now`, its tokens and bytes, against what the folder says."""
+def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) -> None:
+    """Score, tokens and bytes of a rerun against what the folder says."""
     number = seed.seed
     before = seed.row or (figures(seed.log) if seed.log else {})
-    was = before.get("val_bpb")
-    if was is None:
-        findings.error(f"rerun: seed {number} has no val_bpb in the folder")
+    was, now = before.get("val_bpb"), figures(again)["val_bpb"]
+    if was is None or now is None:
+        findings.error(f"rerun: seed {number} has no val_bpb {'in the folder' if was is None else 'now'}")
         return
     findings.note(
         f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "

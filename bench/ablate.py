@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import processes  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 # Small shapes for the presets; settings of a row override these. Small models need higher learning rates.
@@ -167,17 +167,17 @@ class Job(NamedTuple):
 
 def plan(options: argparse.Namespace) -> list[Job]:
     """All runs of the table, seed by seed: first the whole preset, last the runs that score its artifact."""
+
+    def job(preset: str, seed: int, name: str, of: Path | None = None) -> Job:
+        folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
+        return Job(preset, name, seed, folder, of)
+
     jobs = []
     for seed in options.seeds:
         for preset in options.presets:
-
-            def job(name: str, of: Path | None = None) -> Job:
-                folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
-                return Job(preset, name, seed, folder, of)
-
-            whole = job("whole")
-            jobs += [whole, *(job(name) for name in wanted(ROWS[preset], options))]
-            jobs += [job(name, whole.folder) for name in wanted(EVALUATIONS, options)]
+            whole = job(preset, seed, "whole")
+            jobs += [whole, *(job(preset, seed, name) for name in wanted(ROWS[preset], options))]
+            jobs += [job(preset, seed, name, whole.folder) for name in wanted(EVALUATIONS, options)]
     return sorted(jobs, key=lambda job: (options.seeds.index(job.seed), job.of is not None))
 
 
@@ -211,10 +211,8 @@ def run(job: Job, options: argparse.Namespace) -> dict:
                 *changes,
             )  # the model's own settings are the artifact's
             values = {"MODE": "eval", **{name: values[name] for name in names}}
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, str(ROOT / "train_gpt.py")],
-            capture_output=True,
-            text=True,
             cwd=ROOT,
             env={**os.environ, **{name: str(value) for name, value in values.items()}},
         )
@@ -284,7 +282,9 @@ def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[st
     file = options.folder / f"{preset}-{options.steps}" / "speeds.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     missing = [name for name in wanted(ROWS[preset], options) if name not in found]
-    whole = Timed(preset, {}, options) if missing or not found else None
+    if found and not missing:
+        return found
+    whole = Timed(preset, {}, options)
     if not found:
         found["whole"] = [whole.config.train_batch_tokens / whole.seconds() for _ in range(rounds)][1:]
     for name in missing:
@@ -300,7 +300,9 @@ def change(whole: list[dict], changed: list[dict], key: str, relative: bool = Fa
     """A cell: mean and deviation of the differences over the seeds."""
     if key not in changed[0]:
         return ""
-    differences = [100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed)]
+    differences = [
+        100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed, strict=True)
+    ]
     digits, unit = (1, "%") if relative else (4, "")
     spread = f" ± {statistics.stdev(differences):.{digits}f}" if len(differences) > 1 else ""
     return f"{statistics.mean(differences):+.{digits}f}{spread}{unit}"
@@ -321,7 +323,7 @@ def verdicts(whole: list[dict], rows: dict[str, list[dict]]) -> list[str]:
     for name, changed in rows.items():
         signs = {
             (b["val_bpb_quantized"] > a["val_bpb_quantized"]) - (b["val_bpb_quantized"] < a["val_bpb_quantized"])
-            for a, b in zip(whole, changed)
+            for a, b in zip(whole, changed, strict=True)
         }
         groups[
             {(-1,): "Better with every seed", (1,): "Worse with every seed"}.get(tuple(signs), "Seeds disagree")

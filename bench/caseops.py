@@ -32,7 +32,7 @@ def megabytes_per_second(function: Callable, inputs: list, size: int, repeats: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--package", choices=corpus.PACKAGES, default="python")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
     plain = prepare.Codec(prepare.train_tokenizer(texts, 1024)[0])
     codec = prepare.Codec(prepare.train_tokenizer(texts, 1024, with_caseops=True)[0], with_caseops=True)
     ids = [codec.encode(text) for text in texts]
-    stages = {
+    stages: dict[str, tuple[Callable, list]] = {
         "sentencepiece": (plain.processor.encode, texts),
         "caseops.encode": (caseops.encode, texts),
         "caseops.decode": (caseops.decode, encoded),
@@ -50,7 +50,7 @@ def main() -> None:
         "prepare, plain": (plain.encode, texts),
         "prepare, --caseops": (codec.encode, texts),
     }
-    rates = {name: megabytes_per_second(*stage, size, options.repeats) for name, stage in stages.items()}
+    rates = {name: megabytes_per_second(*stage, size=size, repeats=options.repeats) for name, stage in stages.items()}
     print(f"{len(texts)} documents, {size} bytes")
     for name, rate in rates.items():
         print(f"{name:20s} {rate:7.1f} MB/s   {rate / rates['sentencepiece']:6.1f} times SentencePiece's encoding")

@@ -30,7 +30,7 @@ def alternate(slow: Callable, fast: Callable, repeats: int) -> tuple[float, floa
     """Median seconds of both functions, run in turn so that changes of the machine's speed affect both."""
     times: tuple[list, list] = ([], [])
     for _ in range(repeats + 1):
-        for function, seconds in zip((slow, fast), times):
+        for function, seconds in zip((slow, fast), times, strict=True):
             start = time.perf_counter()
             function()
             seconds.append(time.perf_counter() - start)
@@ -93,7 +93,7 @@ def training_step(attention: str) -> Callable:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)

@@ -17,7 +17,6 @@ import json
 import os
 import runpy
 import struct
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -25,6 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import processes  # noqa: E402
+
 SMALL = dict(
     VOCAB_SIZE=1024, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=2048,
     MICRO_BATCH_TOKENS=512, ITERATIONS=16, MAX_WALLCLOCK_SECONDS=0, GPTQ_RESERVE_SECONDS=0, WARMUP_STEPS=1,
@@ -75,13 +77,7 @@ def fingerprint(settings: dict, data: Path) -> dict:
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         settings["ARTIFACT_DIR"] = Path(folder, "run")
-        done = subprocess.run(
-            command,
-            env={**kept, **{k: str(v) for k, v in settings.items()}},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
+        done = processes.run(command, env={**kept, **{k: str(v) for k, v in settings.items()}}, cwd=folder)
         if done.returncode:
             raise SystemExit(
                 f"error: {settings}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
@@ -106,10 +102,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, help="names of runs (default: all)")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
-        subprocess.run(
-            [sys.executable, str(ROOT / "data" / "prepare.py"), "builtin", "--out", str(arguments.data), "--vocab-size",
-             "1024", "--val-fraction", "0.0008"], check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        options = ("--out", str(arguments.data), "--vocab-size", "1024", "--val-fraction", "0.0008")
+        processes.run([sys.executable, str(ROOT / "data" / "prepare.py"), "builtin", *options]).check_returncode()
     before = json.loads(arguments.against.read_text()) if arguments.against else {}
     same = True
     with ThreadPoolExecutor(2) as pool:

@@ -143,7 +143,7 @@ def audit(folder: Path, validation_tokens: int) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/builtin_sp4096"), help="folder of the demo's shards")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of the synthetic shard")
     parser.add_argument("--seconds", type=float, default=2.0, help="of asking, for each rank")

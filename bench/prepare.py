@@ -35,10 +35,11 @@ from pathlib import Path
 import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import processes  # noqa: E402
 
 SHUFFLED = 50  # one word in so many is shuffled
 WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -119,8 +120,9 @@ class Speed:
         texts = list(prepare.Sources(self.options()))
         texts = [caseops.encode(text) for text in texts] if self.with_caseops else texts
         processor = prepare.Codec(self.model.read_bytes()).processor
-        seconds = timed(lambda: processor.encode(texts, num_threads=1))
-        return tuple(self.files[-1][1] / 1e6 / each for each in seconds)
+        core, clock = timed(lambda: processor.encode(texts, num_threads=1))
+        megabytes = self.files[-1][1] / 1e6
+        return megabytes / core, megabytes / clock
 
     def engine(self, workers: int) -> tuple[float, float]:
         """MB/s for a core and by the clock."""
@@ -129,7 +131,8 @@ class Speed:
             timed(functools.partial(both_passes, path, self.model, self.folder, workers, self.with_caseops))
             for path, _ in self.files
         )
-        return tuple((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
+        core, clock = ((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
+        return core, clock
 
     def measure(self) -> None:
         """Measures each once."""
@@ -172,7 +175,7 @@ def tree_memory(root: int) -> int:
 def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int, str]:
     """Peak memory of the command's processes together, in bytes, and its output."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        process = subprocess.Popen(
+        process = processes.start(
             [
                 sys.executable,
                 str(ROOT / "data" / "prepare.py"),
@@ -184,6 +187,7 @@ def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int
                 "--quiet",
                 *more,
             ],
+            supervised=False,  # a supervisor's memory would count
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -224,7 +228,7 @@ def memory_lines(options: argparse.Namespace, file: tuple[Path, int], folder: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=96)
     parser.add_argument("--large", type=float, default=1024, help="MB of text for peak memory; 0: skip")
     parser.add_argument("--line", type=float, default=100, help="MB of a line for peak memory; 0: skip")

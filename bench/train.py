@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that multiply a token: those of a layer once per pass, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [model.blocks[v.layer].head_gate for v in model.schedules[looped]]
+    gates = [cast(t.Block, model.blocks[call.layer]).head_gate for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)
@@ -160,7 +160,7 @@ class Bench:
 def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
     """One row of the table, from the samples."""
     c, (looped, part) = bench.trainer.config, variant
-    seconds, memory = zip(*samples)
+    seconds, memory = zip(*samples, strict=True)
     rate = c.train_batch_tokens / statistics.median(seconds)
     flops = flops_per_token(bench.trainer.model, looped, context)
     peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None
@@ -250,7 +250,7 @@ def measured(c: t.Config, options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line. A wrong value ends the process with the usage and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=10, help="measured steps of each variant")
     parser.add_argument("--warmup", type=int, default=3, help="unmeasured steps of each variant before those")
     parser.add_argument("--document-tokens", type=float, default=800.0, help="mean length of the documents")

@@ -208,7 +208,7 @@ def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--artifact", help="a model.pgolf (default: random weights)")
     parser.add_argument("--data", help="folder with validation shards and tokenizer (default: random documents)")
     parser.add_argument("--documents", type=int, default=0, help="number of random documents")

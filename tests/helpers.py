@@ -8,8 +8,9 @@ import io
 import json
 import os
 import random
-import subprocess
+import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 import audit  # noqa: E402
+import processes  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 VOCAB_SIZE = 384
+HANG_SECONDS = 1800  # ends what hangs; no test asserts how long anything takes
 # The same examples in every run, and no time limit: the machine's cores may be shared.
 examples = functools.partial(settings, derandomize=True, deadline=None, database=None)
 
@@ -251,6 +254,14 @@ def config(base=TINY, **knobs):
     return tg.config_from_env(strings({**base, **knobs}), False)[0]
 
 
+class Clock:
+    """time.perf_counter that moves by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+
+
 def single_run(rank=0, world=1):
     """A Run without process groups and without a folder."""
     return tg.Run(rank, world, world, torch.device("cpu"))
@@ -435,19 +446,44 @@ def clean_environment(values):
     return {**kept, **strings(values)}
 
 
+def run_command(command, **options):
+    """Runs a command to its end; returns the finished process, its output as text."""
+    return processes.run([str(word) for word in command], timeout=HANG_SECONDS, **options)
+
+
+def wait_until(condition, process=None):
+    """Until a condition holds; an assertion fails where a process that is to bring it about ends before, or hangs."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "a hang"
+        time.sleep(0.01)
+
+
+def running_with(mark):
+    """Processes whose environment holds a text; one that has ended and was not collected holds none."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def free_port():
+    """A port below those that a system hands out, so that no other process is given it between now and its use."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("100 ports are in use")
+
+
 def launch(script, values, *arguments, ranks=1, cwd=None):
     """Runs a script with settings, on some ranks; returns the finished process, its output as text."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        env=clean_environment(values),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_command([*command, script, *arguments], env=clean_environment(values), cwd=cwd)
 
 
 def run_script(values, *arguments, ranks=1, cwd=None):

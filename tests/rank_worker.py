@@ -53,7 +53,7 @@ def depth(c, run, learning):
     before = state()
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), c.loops, learning)
-    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state()))
+    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state(), strict=True))
     return {
         **{name: p.detach().numpy() for name, p in model.named_parameters()},
         "disturbed": disturbed,

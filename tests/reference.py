@@ -1,4 +1,4 @@
-"""The model of SPEC.md section 2, written again for the tests: one position at a time, in float64, with no batching."""
+"""The model, written again for the tests from its definition: one position at a time, in float64, with no batching."""
 
 import math
 
@@ -85,7 +85,9 @@ class Reference:
         wk, wv = self.p["kv_bank"][layer], self.p["kv_bank"][depth + layer]
         q, k, v = [], [], []
         for t, x in enumerate(n):
-            q.append([turn(unit(a), t, c) * g for a, g in zip((wq @ x).split(h), self.of(layer, "query_gain"))])
+            q.append(
+                [turn(unit(a), t, c) * g for a, g in zip((wq @ x).split(h), self.of(layer, "query_gain"), strict=True)]
+            )
             k.append([turn(unit(a), t, c) for a in (wk @ x).split(h)])
             own = wv @ x
             if self.c.ve_dim and str(layer) in self.c.ve_layers.split(","):
@@ -98,13 +100,13 @@ class Reference:
                 group = head // (c.num_heads // c.num_kv_heads)
                 scores = torch.stack([q[t][head] @ k[s][group] / math.sqrt(h) for s in range(starts[t], t + 1)])
                 weights = torch.softmax(scores, 0)
-                y = sum(w * v[s][group] for w, s in zip(weights, range(starts[t], t + 1)))
+                y = sum(w * v[s][group] for w, s in zip(weights, range(starts[t], t + 1), strict=True))
                 if layer >= c.num_layers - c.xsa_last_n:
                     own = v[t][group] / v[t][group].norm()
                     y = y - (y @ own) * own
                 heads.append(y)
             gates = self.gate(n[t], layer)
-            outputs.append(wo @ torch.cat([g * y for g, y in zip(gates, heads)]))
+            outputs.append(wo @ torch.cat([g * y for g, y in zip(gates, heads, strict=True)]))
         return outputs
 
     def mlp(self, inputs, layer):
@@ -126,7 +128,7 @@ class Reference:
         if self.c.bigram_vocab_size:
             x = [a + self.bigram(ids, starts, t) for t, a in enumerate(x)]
         if noise is not None:
-            x = [a + b for a, b in zip(x, noise)]
+            x = [a + b for a, b in zip(x, noise, strict=True)]
         if self.c.smear_gate_enabled and self.c.smear_gate_type == "channel":
             x, g = [unit(a) for a in x], torch.sigmoid(self.p["smear.weight"])
             return [x[t] if starts[t] == t else (1 - g) * x[t] + g * x[t - 1] for t in range(len(x))]
@@ -149,11 +151,11 @@ class Reference:
         """One layer on one lane (a list with one entry) or on two."""
         m0, m1 = self.of(number, "input_mix")
         a, b = self.of(number, "attention_scale"), self.of(number, "mlp_scale")
-        u = [m0 * x + m1 * y for x, y in zip(lanes[0], x0)]
+        u = [m0 * x + m1 * y for x, y in zip(lanes[0], x0, strict=True)]
         attended = [a * y for y in self.attention(u, number, starts)]
         if len(lanes) == 1:
-            x = [y + z for y, z in zip(u, attended)]
-            return [[y + b * z for y, z in zip(x, self.mlp(x, number))]]
+            x = [y + z for y, z in zip(u, attended, strict=True)]
+            return [[y + b * z for y, z in zip(x, self.mlp(x, number), strict=True)]]
         fed = [b * y for y in self.mlp(lanes[1], number)]
         mixed = []
         for lane, (r, p, q) in zip(lanes, self.of(number, "stream_mix")):
@@ -182,7 +184,7 @@ class Reference:
                 lanes = [lanes[0], lanes[0]]
             if place >= half and saved:
                 skip = saved.pop()
-                lanes[0] = [self.blend(x, y, place - half) for x, y in zip(lanes[0], skip)]
+                lanes[0] = [self.blend(x, y, place - half) for x, y in zip(lanes[0], skip, strict=True)]
             lanes = self.layer(number, lanes, x0, starts)
             if place < half:
                 saved.append(lanes[0])
@@ -198,7 +200,9 @@ class Reference:
     def __call__(self, batch, looped, noise=None):
         rows = [
             self.row(ids.tolist(), targets.tolist(), starts.tolist(), looped, None if noise is None else noise[r])
-            for r, (ids, targets, starts) in enumerate(zip(batch.ids, batch.targets, batch.documents.starts))
+            for r, (ids, targets, starts) in enumerate(
+                zip(batch.ids, batch.targets, batch.documents.starts, strict=True)
+            )
         ]
-        nll, lse = zip(*rows)
+        nll, lse = zip(*rows, strict=True)
         return torch.stack(nll), torch.stack(lse)

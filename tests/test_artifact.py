@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -396,28 +395,24 @@ def forge(draw, container):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_mutation_does_more_than_be_refused(codec):
-    """Bounded time and memory, and one kind of error or a model that the file describes: whatever the bytes are."""
+    """Bounded memory, and one kind of error or a model that the file describes: whatever the bytes are."""
     c, stored = stored_with_extras(dict(RECORD_LIKE, **SMALL), COMPRESSOR=codec, NUM_LAYERS=6, AWQ_GROUPS=3)
     container = tg.pack(stored, c)
-    longest = 0.0
 
     @examples(max_examples=MUTATIONS // len(CODECS))
     @given(st.data())
     def attack(data):
-        nonlocal longest
         forged = forge(data.draw, container)
-        began = time.perf_counter()
         try:
             model, _ = tg.load_artifact(forged, config(), set(), torch.device("cpu"))
             assert all(p.dim() <= 3 for p in model.parameters())
         except tg.ConfigError as error:
             assert "\n" not in str(error)
-        longest = max(longest, time.perf_counter() - began)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     attack()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert longest < 10 and grown < 2**20  # seconds; KiB
+    assert grown < 2**20  # KiB
 
 
 JUNK = st.recursive(

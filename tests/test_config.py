@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ from helpers import (
     clean_environment,
     config,
     knob_names,
+    run_command,
     run_script,
     snapshot,
     strings,
@@ -484,7 +484,7 @@ def test_steps_of_warmdown_replace_a_presets_fraction():
     assert config({"PRESET": "record"}).warmdown_frac == 0.85
 
 
-# SPEC.md's values of the presets, so that a change of a default cannot change a recipe unseen.
+# The presets' values written again, so that a change of a default cannot change a recipe unseen.
 RECIPES = {
     "record": dict(
         vocab_size=8192,
@@ -748,14 +748,8 @@ print("clean", end="")
 
 
 def test_importing_reads_no_environment_and_starts_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORT_CHECK, str(ROOT)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=clean_environment({"NUM_LAYERS": "wrong"}),
-        timeout=120,
-    )
+    command = [sys.executable, "-B", "-c", IMPORT_CHECK, ROOT]
+    done = run_command(command, cwd=tmp_path, env=clean_environment({"NUM_LAYERS": "wrong"}))
     assert (done.returncode, done.stdout, done.stderr) == (0, "clean", "")
     assert not list(tmp_path.iterdir())
 

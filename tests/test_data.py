@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import subprocess
 import sys
 import threading
 
@@ -14,14 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from helpers import ROOT, TINY, clean_environment, config, examples, single_run, strings, write_shard
+from helpers import (
+    HANG_SECONDS,
+    ROOT,
+    TINY,
+    clean_environment,
+    config,
+    examples,
+    run_command,
+    single_run,
+    strings,
+    write_shard,
+)
 
 
 @pytest.fixture
 def counted(tmp_path):
     """A folder whose training stream is 0, 1, 2, ... in shards of uneven sizes, one of them empty."""
     edges = [0, 100, 101, 101, 700, 1203]
-    for number, (start, stop) in enumerate(zip(edges, edges[1:])):
+    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
         write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", np.arange(start, stop))
     return tmp_path
 
@@ -230,9 +240,9 @@ def test_the_next_batches_are_made_without_being_asked_for():
     ahead = tg.Prefetcher(make, lambda key: key + 1, 2)
     assert ahead(5) == -5
     for _ in range(3):
-        assert done.acquire(timeout=60)
+        assert done.acquire(timeout=HANG_SECONDS)
     assert made == [5, 6, 7] and threads and threading.get_ident() not in threads
-    assert ahead(6) == -6 and done.acquire(timeout=60) and made == [5, 6, 7, 8]
+    assert ahead(6) == -6 and done.acquire(timeout=HANG_SECONDS) and made == [5, 6, 7, 8]
     assert ahead(0) == 0 and set(ahead.pending) == {1, 2}  # another place: what was guessed is dropped
     ahead.close()
     assert ahead(3) == -3 and not ahead.pending  # from then on without a thread
@@ -293,13 +303,7 @@ raise SystemExit(7)
 
 
 def test_a_process_that_fails_while_reading_ahead_ends(data):
-    done = subprocess.run(
-        [sys.executable, "-c", CRASH, str(ROOT), str(data)],
-        capture_output=True,
-        text=True,
-        env=clean_environment({}),
-        timeout=120,
-    )
+    done = run_command([sys.executable, "-c", CRASH, ROOT, data], env=clean_environment({}))
     assert (done.returncode, done.stdout, done.stderr) == (7, "reading\n", "")
 
 
@@ -338,7 +342,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
     for key in [(step, micro) for step in range(20) for micro in range(expected.layout.micro_steps)]:
         batch = loader.batch(*key)
         for theirs, ours in zip(
-            (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents)
+            (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents), strict=True
         ):
             assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
     loader.ahead.close()

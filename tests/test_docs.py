@@ -5,15 +5,15 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import train_gpt as tg
-from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch
+from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import docs  # noqa: E402
@@ -289,7 +289,7 @@ def test_sentences_are_found():
 
 # ------------------------------------------------------------------------------------------------- the worked example
 
-COPIED = ("train_gpt.py", "pytest.ini", "README.md", "bench", "data", "docs", "tests", "tools")
+COPIED = ("train_gpt.py", "pyproject.toml", "README.md", "bench", "data", "docs", "tests", "tools")
 PAGE = (ROOT / "docs" / "technique.md").read_text()
 COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of the first block
 
@@ -299,15 +299,13 @@ def followed(tmp_path_factory, data):
     """A copy of the repository in which the page's first commands were given, one by one, as they stand there."""
 
     def build(folder):
+        def ignored(where, names):
+            scripts_alone = Path(where) == ROOT / "data"
+            return [n for n in names if n == "__pycache__" or scripts_alone and not n.endswith(".py")]
+
         for name in COPIED:
             if (ROOT / name).is_dir():
-                shutil.copytree(
-                    ROOT / name,
-                    folder / name,
-                    ignore=lambda where, names: [
-                        n for n in names if n == "__pycache__" or name == "data" and not n.endswith(".py")
-                    ],
-                )
+                shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
                 shutil.copy(ROOT / name, folder / name)
         python = folder / ".venv" / "bin" / "python"
@@ -318,14 +316,7 @@ def followed(tmp_path_factory, data):
         for name in ("GIT_DIR", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
             environment.pop(name, None)
         for command in re.split(r"\n(?!    )", COMMANDS.strip()):
-            done = subprocess.run(
-                ["bash", "-c", "set -eo pipefail\n" + command],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
+            done = run_command(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
     return built_once(tmp_path_factory, "technique", build)
@@ -378,12 +369,7 @@ def test_a_diff_that_does_not_fit_is_refused(followed):
     """The page's first command is strict: a second time, its lines are no longer those of before."""
     first = next(line for line in COMMANDS.splitlines() if "git apply" in line)
     before = (followed / "train_gpt.py").read_bytes()
-    done = subprocess.run(
-        ["bash", "-c", "set -o pipefail\n" + first],
-        cwd=followed,
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(followed.parent)),
-    )
+    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(followed.parent))
+    done = run_command(["bash", "-c", "set -o pipefail\n" + first], cwd=followed, env=environment)
     assert done.returncode and "does not apply" in done.stderr
     assert (followed / "train_gpt.py").read_bytes() == before

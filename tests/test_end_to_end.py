@@ -4,21 +4,23 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import processes
 import train_gpt as tg
 from helpers import (
+    HANG_SECONDS,
     RECORD_LIKE,
     ROOT,
     SCRIPT,
     TINY,
     built_once,
     clean_environment,
+    free_port,
     knob_names,
     launch,
     make_documents,
@@ -318,8 +320,7 @@ def test_two_machines_share_no_folder(data, tmp_path, capfd, monkeypatch):
     values = dict(RUN, DATA_PATH=data, COMPUTE_DTYPE="float32", ITERATIONS=6)
     (tmp_path / "one").mkdir()
     assert call(values, tmp_path / "one", capfd, monkeypatch)[0] == 0
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     nodes = []
     for node in (0, 1):
         (tmp_path / f"node{node}").mkdir()
@@ -335,7 +336,7 @@ def test_two_machines_share_no_folder(data, tmp_path, capfd, monkeypatch):
             str(SCRIPT),
         ]
         nodes.append(
-            subprocess.Popen(
+            processes.start(
                 command,
                 env=clean_environment(values),
                 cwd=tmp_path / f"node{node}",
@@ -345,7 +346,7 @@ def test_two_machines_share_no_folder(data, tmp_path, capfd, monkeypatch):
             )
         )
     for node in nodes:
-        out, _ = node.communicate(timeout=240)
+        out, _ = node.communicate(timeout=HANG_SECONDS)
         assert node.returncode == 0, out[-2000:]
     one, two = (summary_of(tmp_path / name / "logs" / "run") for name in ("one", "node0"))
     assert one["val_bpb"] == pytest.approx(two["val_bpb"], abs=1e-3)
@@ -384,7 +385,7 @@ def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeyp
 
 @pytest.mark.skipif(not tg.cpu_compiler(), reason="torch.compile needs a C++ compiler and Python's headers on CPUs")
 def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypatch):
-    """And compiles nothing after the warmup: a graph for training, one for late rounding, which acts, one for scores."""
+    """And compiles nothing after the warmup: a graph for training, one for late QAT, which acts, one for scores."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     scores, losses = {}, {}
     for name, knobs in dict(eager={}, compiled=dict(COMPILE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)).items():
@@ -470,7 +471,7 @@ def test_poly5_runs_small_through_every_stage(data, tmp_path, capfd, monkeypatch
     assert all(learned[name].abs().max() > 1e-3 for name in ("bigram.table", "values.projection", "smear.weight"))
 
 
-# ------------------------------------------------------------------------------------------------- commands of the field
+# ------------------------------------------------------------------------------------------------ commands of the field
 
 # A published command for the record's script, as its authors give it.
 PEERS = """SEED=42 CASEOPS_ENABLED=1 VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 NEFTUNE_ALPHA=5.0

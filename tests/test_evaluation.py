@@ -1,6 +1,7 @@
 """Every target is scored once, inside its document, with the right context; the score is that of a plain loop."""
 
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -108,13 +109,30 @@ def test_packing_wastes_little():
     assert len(rows) * 256 < sizes.sum() * 1.02
 
 
-def test_packing_is_fast_for_many_windows():
-    import time
+def lines_executed(compute):
+    """How many lines of Python a call executes."""
+    count = 0
 
-    sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
-    start = time.perf_counter()
-    tg.pack_rows(np.stack((sizes, sizes, sizes), 1), 2048)
-    assert time.perf_counter() - start < 20
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        compute()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_packing_does_no_more_for_each_of_many_windows():
+    """A window's row is found without a search through all rows."""
+    sizes = np.random.default_rng(0).integers(1, 2049, 20_000)
+    windows = np.stack((sizes, sizes, sizes), 1)
+    few, many = (lines_executed(lambda n=n: tg.pack_rows(windows[:n], 2048)) for n in (2_000, 20_000))
+    assert few > 2_000 and many < 11 * few
 
 
 # --------------------------------------------------------------------------------------------------------------- scores

@@ -321,7 +321,7 @@ MEASURED = (
 )
 
 
-def outcome(values, folder, capfd):
+def outcome(values, folder, capfd) -> list:
     """What a run shows, in the order of the run, but for the time that it took: pairs of a place and a value."""
     folder.mkdir()
     recorder, compiled = Recorder(), []

@@ -49,7 +49,9 @@ def gradients(model, nll, lse):
     loss = nll.mean() + 0.1 * lse.square().mean()
     parameters = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads)}
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
@@ -218,7 +220,7 @@ def test_the_temperature_divides_the_softcapped_logits_at_evaluation_alone(softc
     tempered, plain = model(*batch, looped=False, apply_temperature=True), model(*batch, looped=False)
     for found, temperature in ((tempered, 0.7), (plain, 1.0)):
         expected = Reference(exact, temperature=temperature)(batch, False)
-        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected))
+        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected, strict=True))
     assert (tempered[1] - plain[1]).abs().min() > 0.05
 
 
@@ -266,7 +268,7 @@ def test_late_rounding_is_that_of_the_grid_and_its_gradient_passes_straight_thro
         assert (nll - model(*batch, looped=False)[0]).abs().max() > 1e-3
         found = torch.autograd.grad(nll.sum(), [getattr(model, name) for name in tg.BANKS])
         wanted = torch.autograd.grad(expected[0].sum(), [reference.p[name] for name in tg.BANKS])
-        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted))
+        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted, strict=True))
 
 
 def test_resting_layers_get_no_gradient_and_the_others_the_same():
@@ -317,7 +319,7 @@ def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
     plain = model(*batch, looped=looped)
     adapters = make_adapters(c, 3, looped, zero=True)
     adapted = model(*batch, looped=looped, adapters=adapters)
-    assert all(torch.equal(x, y) for x, y in zip(plain, adapted))
+    assert all(torch.equal(x, y) for x, y in zip(plain, adapted, strict=True))
     adapted[0].mean().backward()
     for visit in adapters:
         for name, (a, b) in visit.items():
@@ -561,7 +563,7 @@ def test_each_use_is_one_graph_with_the_eager_result(attention):
     compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
     for looped in (False, True):
         found, expected = compiled(*batch, looped=looped), model(*batch, looped=looped)
-        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
+        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected, strict=True))
         ours, plain = gradients(model, *found), gradients(model, *expected)
         assert all(torch.allclose(ours[name], plain[name], rtol=1e-7, atol=1e-10) for name in plain)
     with torch.no_grad():

@@ -28,6 +28,7 @@ sys.path.insert(0, str(DATA))
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import processes  # noqa: E402
 import shards  # noqa: E402
 import sources  # noqa: E402
 import tokenizer  # noqa: E402
@@ -912,12 +913,12 @@ def test_full_disk_keeps_what_was_there(tmp_path, source, command, monkeypatch):
 
 
 def start(*arguments, **more):
-    return subprocess.Popen(
+    return processes.start(
         [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)],
+        supervised=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         **more,
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, Clock, build_model, config, single_run
 
 
 def make_trainer(base, data, random_weights=False, **knobs):
@@ -59,7 +59,7 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
     assert changed and all(changed)  # it really trained
     assert same(state(trainer), before)
     assert torch.equal(torch.random.get_rng_state(), stream)
-    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2]))
+    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2], strict=True))
 
 
 def test_warmup_runs_every_order_that_the_run_will_need(data):
@@ -70,11 +70,12 @@ def test_warmup_runs_every_order_that_the_run_will_need(data):
         (POLY_LIKE, poly),
     ):
         trainer, seen = make_trainer(base, data, WARMUP_STEPS=1), []
-        forward = trainer.forward
-        trainer.forward = lambda *a, **k: (
-            seen.append((k["looped"], trainer.model.learning, k["rounded"])),
-            forward(*a, **k),
-        )[1]
+
+        def recorded(*a, trainer=trainer, forward=trainer.forward, seen=seen, **k):
+            seen.append((k["looped"], trainer.model.learning, k["rounded"]))
+            return forward(*a, **k)
+
+        trainer.forward = recorded
         trainer.warm_up()
         assert set(seen) == uses and trainer.model.learning == trainer.config.num_layers
 
@@ -197,7 +198,7 @@ def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), trainer.config.loops, learning)
     after, states_after = dict(trainer.model.named_parameters()), adam_states(trainer)
-    for name, m, m_before in zip(tg.BANKS, momentum, momenta):
+    for name, m, m_before in zip(tg.BANKS, momentum, momenta, strict=True):
         for i in range(len(m)):
             rests = i % layers >= learning
             assert torch.equal(m[i], m_before[i]) == torch.equal(after[name][i], before[name][i]) == rests, (name, i)
@@ -262,8 +263,8 @@ def test_the_late_average_is_the_mean_of_late_weights(kept, data):
     late = [sum(w) / 2 for w in zip(*snapshots)]
     expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late)]}[kept]
     trainer.use_average()
-    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected))
-    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1]))
+    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected, strict=True))
+    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1], strict=True))
 
 
 def test_a_run_too_short_for_a_late_average_keeps_what_there_is(data):
@@ -341,18 +342,36 @@ def test_the_loop_is_switched_on_at_its_fraction(data, tmp_path):
     assert sum("looping" in line for line in (tmp_path / "log.txt").read_text().splitlines()) == 1
 
 
-def test_time_ends_the_training(data):
+def clock_of_steps(trainer, monkeypatch):
+    """A clock on which each training step takes an eighth of a second, and all else no time."""
+    clock, step = Clock(monkeypatch), trainer.step
+
+    def timed_step(*arguments, **more):
+        clock.now += 0.125
+        return step(*arguments, **more)
+
+    trainer.step = timed_step
+    return clock
+
+
+def test_time_ends_the_training(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=0.5, TRAIN_LOG_EVERY=0)
+    clock_of_steps(trainer, monkeypatch)
     end = tg.train(trainer, no_validation)
-    assert 0.5 <= end.seconds < 5 and 1 <= end.step < 10**4
+    assert (end.step, end.seconds) == (4, 0.5)
 
 
-def test_time_for_validation_is_not_training_time(data):
-    import time
-
+def test_time_for_validation_is_not_training_time(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=3, VAL_LOSS_EVERY=1, TRAIN_LOG_EVERY=0)
-    end = tg.train(trainer, lambda: time.sleep(0.5) or tg.Score(1.0, 1, 1))
-    assert end.step == 3 and end.seconds < 1.9  # four validations of half a second
+    clock, seen = clock_of_steps(trainer, monkeypatch), []
+
+    def validate():
+        clock.now += 0.5
+        seen.append(clock.now)
+        return tg.Score(1.0, 1, 1)
+
+    end = tg.train(trainer, validate)
+    assert (end.step, end.seconds, len(seen)) == (3, 0.375, 4)
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(data, tmp_path):

@@ -172,7 +172,7 @@ def audited(config: t.Config) -> tuple[t.DataCheck, list[str]]:
 
 def main(arguments: list[str], environment: dict[str, str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__.strip(), file=sys.stderr)
+        print((__doc__ or "").strip(), file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     begin = time.perf_counter()
     try:

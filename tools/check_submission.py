@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+import processes
 import runs
 import submission
 from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line, number_type, read_json
@@ -94,7 +95,7 @@ def plain(value: Any) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def broadcast(one: Any, other: Any) -> bool:
+def agree(one: Any, other: Any) -> bool:
     """Whether two figures are equal at the precision of the one with fewer decimals, and of at least 4."""
     if isinstance(one, str) or isinstance(other, str):
         return str(one) == str(other)
@@ -259,14 +260,16 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
     if len(configs) == len(seeds) and seeds:
         ignored = submission.PRIVATE
     else:
-        configs = [{k: v for k, v in s.log.settings.items() if not LOCAL.search(k)} for s in seeds if s.log]
+        logged = [(s, s.log) for s in seeds if s.log]
+        seeds = [seed for seed, _ in logged]
+        configs = [{k: v for k, v in log.settings.items() if not LOCAL.search(k)} for _, log in logged]
         ignored = ()
         if configs:
             common = set.intersection(*map(set, configs))
             configs = [{k: v for k, v in c.items() if k in common} for c in configs]
             if not common:
-                findings.note("configuration: the logs print no settings, so equality cannot be checked")
-    for seed, config in zip(seeds[1:], configs[1:]):
+                findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
+    for seed, config in zip(seeds[1:], configs[1:], strict=True):
         for name in sorted(set(config) | set(configs[0])):
             if name not in ignored:
                 findings.require(
@@ -276,7 +279,7 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
                     f"{seed.seed}",
                 )
     for what in ("hardware", "attention", "parameters", "code_bytes"):
-        values = {getattr(run, what) for s in seeds for _, run in s.sources} - {None}
+        values = {getattr(run, what) for s in folder.seeds.values() for _, run in s.sources} - {None}
         findings.require(len(values) < 2, f"configuration: {what} differs: {', '.join(sorted(map(str, values)))}")
 
 
@@ -340,7 +343,7 @@ def check_curve(number: int, seed: Seed, findings: Findings) -> None:
         mine, theirs = ({row[0]: row[1:-1] for row in getattr(run, what)} for run in (seed.log, seed.metrics))
         findings.require(set(mine) == set(theirs), f"seed {number}: log and metrics have other steps ({what})")
         for step in sorted(set(mine) & set(theirs)):
-            for one, other in zip(mine[step], theirs[step]):
+            for one, other in zip(mine[step], theirs[step], strict=True):
                 findings.same(f"seed {number}: step {step} in log and metrics", one, other)
 
 
@@ -414,7 +417,9 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
 def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, float] | None) -> None:
     """Recomputes the differences to the baseline and the test."""
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
-    stated = s.get("baseline") if isinstance(s.get("baseline"), dict) else {}
+    stated = s.get("baseline")
+    if not isinstance(stated, dict):
+        stated = {}
     theirs = baseline or stated.get("val_bpb")
     if baseline and isinstance(stated.get("val_bpb"), dict):
         findings.require(
@@ -488,15 +493,17 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
         )
 
 
+def largest(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The largest number that a row holds under a key; None where none does."""
+    return max((row[key] for row in rows if isinstance(row.get(key), (int, float))), default=None)
+
+
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
     """Checks bytes and seconds. The last step of a training may end after the time limit; calibration may not."""
     for number, seed in folder.seeds.items():
         known = [seed.row, *(figures(run) for _, run in seed.sources)]
-
-        def largest(key: str) -> float | None:
-            return max((x[key] for x in known if isinstance(x.get(key), (int, float))), default=None)
-
-        size, train, step = largest("artifact_bytes"), largest("train_wallclock_ms"), largest("step_avg_ms")
+        size = largest(known, "artifact_bytes")
+        train, step = largest(known, "train_wallclock_ms"), largest(known, "step_avg_ms")
         evaluation = max([seed.row.get("eval_time_s") or 0, *(run.eval_seconds or 0 for _, run in seed.sources)])
         calibration = seed.summary.seconds.get("calibrate", 0.0) if seed.summary else 0.0
         if size is None:
@@ -664,9 +671,9 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
     seed = folder.seeds[number]
     values = [seed.row, *(figures(run) for _, run in seed.sources)]
     everything = forms(x for v in values for x in numbers_in({k: x for k, x in v.items() if x is not None}))
-    for title, cell in zip(header[1:], cells[1:]):
+    for title, cell in zip(header[1:], cells[1:], strict=False):
         key = next((key for word, key in COLUMNS if word in title.lower()), None)
-        own = forms(float(v[key]) for v in values if isinstance(v.get(key), (int, float)))
+        own = forms(float(v[key]) for v in values if key and isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
             findings.require(
                 known_as(text, own if folder.ours and own else everything),
@@ -731,19 +738,15 @@ def check_script(folder: Folder, findings: Findings, load: bool) -> None:
 
 
 def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: dict[int, Path]) -> None:
-    """Loads the artifacts with the folder's own script, in another process."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    """Has the folder's own script read its artifacts, in another process."""
+    command = [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())]
+    done = processes.run(command, errors="replace")
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if last == "no load_artifact":
         findings.note("artifacts: the script has no load_artifact, so none was loaded")
         return
     findings.require(done.returncode == 0, f"train_gpt.py: cannot be imported to load artifacts: {last}")
-    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines()):
+    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines(), strict=False):
         answer, log = json.loads(line), folder.seeds[seed].log
         findings.require(isinstance(answer, int), f"{path.name}: the script does not load it: {answer}")
         if isinstance(answer, int) and log:
@@ -783,11 +786,11 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
         values = {**os.environ, **settings, "SEED": str(number), "ARTIFACT_DIR": str(Path(place, "run"))}
         log = Path(place, f"seed{number}.txt")
         with open(log, "w", encoding="utf-8") as file:
-            child = runs.start(command, values, stdout=file, cwd=place)
+            child = processes.start(command, env=values, stdout=file, stderr=subprocess.STDOUT, cwd=place)
             try:
                 code = child.wait()
             except BaseException:
-                runs.stop(child)
+                processes.stop(child)
                 raise
         written = Path(place, "run") if Path(place, "run", "summary.json").is_file() else log
         again, text = runs.read_runs(written)[0], log.read_text(errors="replace")
@@ -799,9 +802,13 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
 
 
 def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) -> None:
-    """Compares score, tokens and bytes of a rerun with the folder."""
-    number, before = seed.seed, seed.row or figures(seed.log)
-    was, now = before.get("val_bpb"), again.final.bpb
+    """Score, tokens and bytes of a rerun against what the folder says."""
+    number = seed.seed
+    before = seed.row or (figures(seed.log) if seed.log else {})
+    was, now = before.get("val_bpb"), figures(again)["val_bpb"]
+    if was is None or now is None:
+        findings.error(f"rerun: seed {number} has no val_bpb {'in the folder' if was is None else 'now'}")
+        return
     findings.note(
         f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "
         f"{again.steps} steps, and {before.get('steps')}; artifact {again.artifact_bytes} bytes, and "

@@ -57,7 +57,7 @@ def allowed(field: dataclasses.Field) -> str:
     if choices:
         return ", ".join(map(code, choices))
     if low is None:
-        return {"bool": "0 or 1", "str": "text"}[field.type]
+        return {"bool": "0 or 1", "str": "text"}[str(field.type)]
     return f"{field.type}, " + (f"from {plain(low)}" if high is None else f"{plain(low)} to {plain(high)}")
 
 

@@ -57,7 +57,7 @@ class Text:
             if not self.caseops:
                 yield held
                 held = ""
-            elif stop := LETTERS.search(held).start():  # an operator acts on its whole word
+            elif (match := LETTERS.search(held)) and (stop := match.start()):  # an operator acts on its whole word
                 yield original(held[:stop])
                 held = held[stop:]
         held += decoder.decode(b"", True)

@@ -135,7 +135,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def main(arguments: list[str]) -> int:
     """Packs a script. Returns the exit code: 2 for a user's error, after one line that explains it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("script", nargs="?", type=Path, default=ROOT / "train_gpt.py")
     parser.add_argument(
         "--out", type=Path, help="packed script (default: packed/ plus the script's name, in the current folder)"

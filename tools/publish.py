@@ -41,6 +41,8 @@ def publish(folder: Path, root: Path) -> list[Path]:
         "bytes.png": report.bytes_picture(found),
     }
     for name, content in pictures.items():
+        if content is None:
+            raise UserError(f"{folder}: its logs hold nothing to draw in {name}")
         write_atomic(root / "docs" / name, content)
     return [root / "submission.json", *(logs / path.name for path in files), *(root / "docs" / n for n in pictures)]
 

@@ -178,16 +178,16 @@ def loss_picture(found: list[Run]) -> bytes | None:
         return None
     fig, axes = figure(11, 4.6 + 0.18 * math.ceil(len(drawn) / 3), 2, sharey=True)
     for place, run in enumerate(drawn):
-        for ax, column, unit in ((axes[0], 0, 1.0), (axes[1], -1, 1.0)):
-            points = [(row[column] * unit, row[1]) for row in run.losses if row[column] is not None]
-            scores = [(row[column] * unit, row[1]) for row in run.scores if row[column] is not None]
+        for ax, column in ((axes[0], 0), (axes[1], -1)):
+            points = [(x, row[1]) for row in run.losses if (x := row[column]) is not None]
+            scores = [(x, row[1]) for row in run.scores if (x := row[column]) is not None]
             label = run.name
             if points:
-                x, y = zip(*points)
+                x, y = zip(*points, strict=True)
                 ax.plot(x, smoothed(list(y)), linewidth=1.3, label=label, **style(place))
                 label = None
             if scores:
-                x, y = zip(*scores)
+                x, y = zip(*scores, strict=True)
                 ax.plot(
                     x,
                     y,
@@ -198,7 +198,7 @@ def loss_picture(found: list[Run]) -> bytes | None:
                     label=label,
                     **style(place),
                 )
-    lows, highs = zip(*(curve_range(run) for run in drawn))
+    lows, highs = zip(*(curve_range(run) for run in drawn), strict=True)
     axes[0].set_ylim(min(lows) - 0.03 * (max(highs) - min(lows)), max(highs))
     axes[0].set(xlabel="step", ylabel="loss, nats per token", title="Loss against step (line: training, o: validation)")
     axes[1].set(xlabel="seconds of training", title="Loss against time")
@@ -224,7 +224,7 @@ def stage_picture(found: list[Run]) -> bytes | None:
     fig, (ax,) = figure(2.2 + 2.2 * len(kept), 4.2 + 0.18 * math.ceil(len(drawn) / 3))
     for place, run in enumerate(drawn):
         points = [(kept.index(s), run.stages[s].bpb) for s in kept if s in run.stages]
-        ax.plot(*zip(*points), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
     ends = sorted(
         (
             run.stages[[s for s in kept if s in run.stages][-1]].bpb,
@@ -286,7 +286,7 @@ def bytes_picture(found: list[Run]) -> bytes | None:
     colours = {role: colormaps["tab20"](place % 20) for place, role in enumerate(kept)} | {"other": "#999999"}
     unit, name = (1e6, "MB") if largest > 1e6 else (1e3, "kB")
     fig, (ax,) = figure(11, 1.6 + 0.42 * len(drawn) + 0.2 * math.ceil(len(kept) / 4))
-    for place, (run, parts) in enumerate(drawn):
+    for place, (_, parts) in enumerate(drawn):
         left = 0.0
         small = sum(count for role, count in parts.items() if role not in kept)
         for role, count in [*((r, parts[r]) for r in kept if r in parts), ("other", small)]:
@@ -315,7 +315,9 @@ def bytes_picture(found: list[Run]) -> bytes | None:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.12 * max(largest, CAP_BYTES if largest > CAP_BYTES / 2 else 0) / unit)
     ax.set(xlabel=name, title="Bytes of the artifacts by role" + (", limit dashed" if largest > CAP_BYTES / 2 else ""))
-    handles = dict(reversed([(label, handle) for handle, label in zip(*ax.get_legend_handles_labels())][::-1]))
+    handles = dict(
+        reversed([(label, handle) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)][::-1])
+    )
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return png(fig)
 
@@ -461,7 +463,7 @@ def main(arguments: list[str]) -> int:
         number = f"-{place + 1}" if len(sweeps) > 1 else ""
         pictures = {f"sweep{number}.png": sweep_picture(study)} if options.out else {}
         sections.append((f"Sweep {study['name']}", sweep_rows(study), pictures))
-    for title, rows, _ in sections:
+    for _, rows, _ in sections:
         print(runs.table(rows))
     if options.out:
         write_report(

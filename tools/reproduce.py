@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pack_code
+import processes
 import submission
-from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, start, stop, write_atomic
+from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, write_atomic
 
 FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -102,8 +103,8 @@ def environment(options, **more: Any) -> dict[str, str]:
 
 
 def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
-    """The output of the script's dry run with these settings. Errors: UserError with the script's error line."""
-    done = subprocess.run([sys.executable, str(script), "--dry-run"], env=values, capture_output=True, text=True)
+    """What the script would do with these settings. Errors: UserError with the script's own line."""
+    done = processes.run([sys.executable, str(script), "--dry-run"], env=values)
     for line in done.stderr.splitlines():
         if line.startswith("warning: "):
             print(line, file=sys.stderr)
@@ -140,7 +141,7 @@ def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
         if changed:
             raise UserError(f"--work {work}: holds runs with other {', '.join(changed)}; choose another folder")
     elif work.exists() and any(work.iterdir()):
-        raise UserError(f"--work {work}: is not empty and has no plan.json of this tool; choose another folder")
+        raise UserError(f"--work {work}: is not empty and holds no plan.json of this tool; choose another folder")
     write_atomic(work / "train_gpt.py", packed)
     write_atomic(file, json.dumps(plan, indent=1) + "\n")
     return work / "train_gpt.py"
@@ -187,15 +188,17 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
     values = environment(options, SEED=seed, ARTIFACT_DIR=folder)
     error = ""
     with open(folder.with_name(folder.name + ".out"), "w", encoding="utf-8") as log:
-        child = start(command, values, stdout=subprocess.PIPE, text=True, errors="replace")
+        child = processes.start(
+            command, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
         try:
-            for line in child.stdout:
+            for line in child.stdout or ():
                 print(line, end="", flush=True)
                 log.write(line)
                 error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
             code = child.wait()
         except BaseException:
-            stop(child)
+            processes.stop(child)
             raise
     if code:
         raise UserError(f"seed {seed} failed: {error or f'exit code {code}'}; its output is in {log.name}")

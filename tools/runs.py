@@ -7,14 +7,11 @@ may be ours or in the format of the challenge's public records. A figure that is
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -93,36 +90,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
-    """Starts a process in a group of its own, its errors in its output. On Linux it ends with this process.
-
-    Otherwise a run whose tool was killed would go on, on its GPU and in its folder, beside the run that replaces it.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
-
-    def follow_parent() -> None:
-        if prctl:
-            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=follow_parent, **options
-    )
-
-
-def stop(child: subprocess.Popen) -> None:
-    """Ends a process that `start` started, and its group; torchrun ends its ranks when it is asked to."""
-    for sign, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, None)):
-        try:
-            os.killpg(child.pid, sign)
-        except ProcessLookupError:
-            pass
-        try:
-            child.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def read_json(path: Path) -> Any:
@@ -463,7 +430,8 @@ def welch(ours: list[float], baseline: list[float], margin: float = 0.0) -> floa
         return 0.0 if ours[0] < shifted[0] else 1.0
     from scipy import stats
 
-    return float(stats.ttest_ind(ours, shifted, equal_var=False, alternative="less").pvalue)
+    result: Any = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")  # scipy's class has no types
+    return float(result.pvalue)
 
 
 def bpb_to_nats(bpb: float, targets: int, val_bytes: int) -> float:
@@ -505,10 +473,12 @@ def table(rows: list[list[str]], markdown: bool = False) -> str:
     right = [all(re.fullmatch(rf"({NUMBER}%?|-|)", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
     for place, row in enumerate(rows):
-        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)]
+        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
         lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
         if markdown and not place:
-            lines.append("|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|")
+            lines.append(
+                "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+            )
     return "\n".join(lines)
 
 

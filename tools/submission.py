@@ -50,6 +50,14 @@ class Finished:
     config: dict[str, Any]
 
 
+def stated(f: Finished, name: str) -> Any:
+    """What a run says of itself. Errors: UserError where it does not."""
+    value = getattr(f.run, name)
+    if value is None:
+        raise UserError(f"{f.folder}: does not say its run's {name}")
+    return value
+
+
 def finished(seed: int, folder: Path) -> Finished:
     """Reads a run's folder."""
     return Finished(seed, folder, runs.read_runs(folder)[0], runs.read_json(folder / "config.json"))
@@ -83,9 +91,9 @@ def source_words(source: Any) -> str:
 
 
 def track(results: list[Finished], data: dict[str, Any]) -> str:
-    """The challenge's track if hardware, time and text qualify; otherwise a description of them."""
-    hardware = sorted({f.run.hardware for f in results})
-    longest = max(f.run.train_seconds for f in results)
+    """The challenge's track where hardware, time and text are its own; otherwise what they were."""
+    hardware = sorted({stated(f, "hardware") for f in results})
+    longest = max(stated(f, "train_seconds") for f in results)
     if (
         all(h.startswith("8 x ") and "H100" in h for h in hardware)
         and longest < BUDGET_SECONDS + 1
@@ -164,8 +172,9 @@ def figures_of_json(file: Path, content: Any) -> dict[str, float]:
     if isinstance(rows, list):
         rows = {str(row.get("seed", place)): row for place, row in enumerate(rows) if isinstance(row, dict)}
     try:
-        figures = {seed: float(row["val_bpb"] if isinstance(row, dict) else row) for seed, row in rows.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        rows = rows.items() if isinstance(rows, dict) else ()
+        figures = {seed: float(row["val_bpb"] if isinstance(row, dict) else row) for seed, row in rows}
+    except (KeyError, TypeError, ValueError):
         figures = {}
     if not figures or not all(math.isfinite(v) and v > 0 for v in figures.values()):
         raise UserError(f"{file}: must hold seed_results with each seed's val_bpb")
@@ -179,15 +188,15 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
     """A seed's figures."""
     run = f.run
     return dict(
-        val_loss=run.final.loss,
-        val_bpb=run.final.bpb,
+        val_loss=stated(f, "final").loss,
+        val_bpb=stated(f, "final").bpb,
         pre_quant_val_bpb=run.stages["pre_quant"].bpb,
         quantized_val_bpb=run.stages["quantized"].bpb,
         artifact_bytes=run.artifact_bytes,
         steps=run.steps,
-        step_avg_ms=round(run.step_avg_ms, 3),
-        train_wallclock_ms=round(1000 * run.train_seconds),
-        eval_time_s=round(run.eval_seconds, 3),
+        step_avg_ms=round(stated(f, "step_avg_ms"), 3),
+        train_wallclock_ms=round(1000 * stated(f, "train_seconds")),
+        eval_time_s=round(stated(f, "eval_seconds"), 3),
         val_tokens=data["tokens"],
         target_tokens=run.targets,
         val_bytes=run.val_bytes,

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import runs
 from runs import Parser, UserError, command_line, number_type, write_atomic
 
@@ -141,7 +142,9 @@ class Sweep:
             self.study = self.open_study()
             if options.sampler == "grid":
                 for point in itertools.product(*(values.grid() for values in self.space.values())):
-                    self.study.enqueue_trial(dict(zip(self.space, point)), {"point": True}, skip_if_exists=True)
+                    self.study.enqueue_trial(
+                        dict(zip(self.space, point, strict=True)), {"point": True}, skip_if_exists=True
+                    )
             self.repair()
             if options.retry_failed:
                 self.retry_failed()
@@ -331,7 +334,7 @@ class Job:
         self.output, self.seen, self.begin, self.read = self.folder / "out.txt", 0.0, time.time(), 0
         environment = {**os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
         with open(self.output, "wb") as file:
-            self.child = runs.start(sweep.options.argv, environment, stdout=file)
+            self.child = processes.start(sweep.options.argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
         trial.set_user_attr("folder", str(self.folder))
         self.sign_of_life()
 
@@ -365,7 +368,7 @@ class Job:
         code = self.child.poll()
         self.sign_of_life()
         if code is None and self.hopeless():
-            runs.stop(self.child)
+            processes.stop(self.child)
             self.end(state.PRUNED, f"stopped early at step {self.trial.user_attrs['steps']}")
         elif code is None:
             return False
@@ -420,8 +423,8 @@ class Job:
         return {"val_bpb": final.bpb, "val_loss": final.loss}.get(self.options.objective) if final else None
 
     def interrupt(self) -> None:
-        """Stops the run and queues its trial again."""
-        runs.stop(self.child)
+        """Stops the run and puts its trial back."""
+        processes.stop(self.child)
         self.sweep.put_back(self.trial)
 
 
@@ -471,7 +474,7 @@ def print_table(sweep: Sweep) -> None:
         body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
         print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
     if means:
-        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1]))
+        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1], strict=True))
         print(f"best: {settings} {sweep.options.command}".replace("best:  ", "best: "))
     print(f"written: {sweep.folder / 'study.json'}")
 

@@ -11,7 +11,7 @@ Every setting is an environment variable (section Config); importing this file r
 Sections, in the order in which data meets them; each calls only those above it:
 
     Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training
-    -> Quantization -> Entropy coding -> Artifact -> Evaluation -> TTT -> main
+    -> Quantization -> Entropy coding -> Artifact -> Evaluation -> TTT -> Stages -> main
 
 Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads,
 h head width, V vocabulary, L layers.
@@ -1334,6 +1334,29 @@ def batch_layout(config: Config, world: int) -> BatchLayout:
     return BatchLayout(sequences, world, local // micro_sequences, micro_sequences)
 
 
+def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[set[str], dict[str, str]]:
+    """(options, environment with --mode put into it). Errors: ConfigError."""
+    options, environment = set(), dict(environment)
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--mode":
+            if not equals and waiting:
+                value = waiting.pop(0)
+            if not value:
+                raise ConfigError("argument", word, "needs a mode: train, eval or all")
+            environment["MODE"] = value
+        elif word in ("--help", "-h", "--dry-run"):
+            options.add("--help" if word == "-h" else word)
+        else:
+            allowed = (
+                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable"
+            )
+            raise ConfigError("argument", word, allowed)
+    return options, environment
+
+
 def help_text() -> str:
     """The table of knobs, generated from Config and PRESETS."""
     lines = [
@@ -1571,6 +1594,24 @@ def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
     if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
         return name, str(folder), "already holds a run, which is never overwritten; choose another name"
     return None
+
+
+def versions() -> dict[str, str]:
+    """What a reader of a log needs to repeat it."""
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        cuda=torch.version.cuda or "none",
+    )
+
+
+def hardware(run: Run) -> str:
+    """Chips of this machine and how many of them the run uses, all machines counted."""
+    if run.device.type == "cuda":
+        return f"{run.world} x {torch.cuda.get_device_name()}"
+    model = cpu_info("model name") or platform.processor() or platform.machine()
+    return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2450,7 +2491,7 @@ def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotateCPU(torch.autograd.Function):
-    """`rotate_plain` with the inverse rotation as its gradient. Autograd would pad and add a gradient for each slice."""
+    """`rotate_plain` with the inverse rotation as its gradient, where autograd would pad and add for each slice."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2668,7 +2709,7 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with an additive mask [B, T, T]: `additive_mask` of `document_mask`."""
+    """`attention_sdpa` through BlockedAttention, with an additive mask [B, T, T], `additive_mask` of `document_mask`."""
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
     y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
@@ -2728,7 +2769,7 @@ def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
-    """The attention backend and why: the first of FlashAttention 3, 2, torch's varlen attention and SDPA that runs here.
+    """The attention backend and why: the first of FlashAttention 3, 2, torch's varlen and SDPA that runs here.
 
     Errors: ConfigError where the requested one cannot run.
     """
@@ -6153,6 +6194,45 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     return model, config
 
 
+def load_packer(path: Path) -> Callable[[bytes], bytes]:
+    """`pack` of tools/pack_code.py: the bytes of a script -> the bytes of the script that ships.
+
+    Its errors: ImportError without the minifier; SyntaxError or ValueError for what is not Python.
+    """
+    spec = importlib.util.spec_from_file_location("pack_code", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pack
+
+
+@functools.cache
+def shipped_code() -> tuple[int, str]:
+    """Bytes of this program as it ships, and the form that was counted: packed, where the packer is beside it.
+
+    A script without the packer beside it is packed already, or ships as it is.
+    """
+    file = Path(__file__)
+    packer = file.resolve().parent / "tools" / "pack_code.py"
+    if not packer.is_file():
+        return file.stat().st_size, "as it runs"
+    try:
+        return len(load_packer(packer)(file.read_bytes())), "packed by tools/pack_code.py"
+    except Exception as error:  # a training must not end for want of a count
+        return file.stat().st_size, f"not packed ({error!r})"
+
+
+def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
+    """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
+    code, form = run.broadcast_object(shipped_code() if run.is_main else None)
+    return dict(
+        code_bytes=code,
+        code_form=form,
+        model_bytes=model_bytes,
+        artifact_bytes=code + model_bytes,
+        artifact_limit_bytes=config.artifact_limit_bytes,
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation: sliding windows inside documents, every target once
 # ---------------------------------------------------------------------------------------------------------------
@@ -6697,39 +6777,30 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# main
+# Stages: the parts of a run, each timed
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """What a reader of a log needs to repeat it."""
-    return dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        numpy=np.__version__,
-        cuda=torch.version.cuda or "none",
-    )
+class Trained(NamedTuple):
+    """What a training leaves for the artifact and the summary."""
+
+    model: GPT  # with averaged weights
+    hessians: dict[str, Tensor]
+    end: Progress
+    score: Score  # before quantization
+    data_stall: float  # fraction of the step time
 
 
-def hardware(run: Run) -> str:
-    """Chips of this machine and how many of them the run uses, all machines counted."""
-    if run.device.type == "cuda":
-        return f"{run.world} x {torch.cuda.get_device_name()}"
-    model = cpu_info("model name") or platform.processor() or platform.machine()
-    return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
-
-
-def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
-    """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
+def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> Trained:
+    """Trains, averages, validates and calibrates. Errors: ConfigError for a training that diverged."""
     with Stage(run, "setup"):
-        model, earlier = new_model(config), graphs_compiled()
+        model, graphs = new_model(config), graphs_compiled()
         trainer = Trainer(model.to(run.device), loader, config, run)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.warm_up)
-        warm = graphs_compiled()
-        run.log(
-            f"warmup:{config.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back"
-        )
+        steps, warm = config.warmup_steps, graphs_compiled()
+        unit = "step" if steps == 1 else "steps"
+        run.log(f"warmup: {steps} {unit} per graph variant, {warm - graphs} graphs, state restored")
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
         loader.data_stall = 0.0
@@ -6743,86 +6814,45 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         if not math.isfinite(score.nats):
             raise diverged(config, f"the validation loss is {score.loss}")
         if config.compile == "1":
-            run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
+            run.log(f"recompiled: {graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
+    return Trained(model, hessians, end, score, data_stall)
+
+
+def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]:
+    """Quantizes, packs and writes the model, on rank 0. Returns the summary's rows about training and artifact."""
+    weights = {name: p.detach() for name, p in trained.model.named_parameters()}
     with Stage(run, "quantize"):
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        data, sections = b"", []  # the first rank alone makes the artifact
+        data = b""
         if run.is_main:
-            limit_bytes = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
-            data = make_artifact(weights, hessians, limit_bytes, config, run.log)
+            limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+            data = make_artifact(weights, trained.hessians, limit, config, run.log)
     with Stage(run, "pack"):
+        sections: list[dict[str, Any]] = []
         if run.is_main:
             write_atomic(run.folder / CONTAINER_FILE, data)
-            sections = size_table(data, unpack(data)[1], weights, hessians)
+            sections = size_table(data, unpack(data)[1], weights, trained.hessians)
             for line in format_table(sections):
                 run.log(line)
         run.barrier()
-    tokens = end.step * config.train_batch_tokens
-    size = run.broadcast_object(len(data))
+    end, tokens = trained.end, trained.end.step * config.train_batch_tokens
     return dict(
-        **sizes(size, config, run),
-        val_bpb_pre_quant=score.bpb,
-        val_loss_pre_quant=score.loss,
+        **sizes(run.broadcast_object(len(data)), config, run),
+        val_bpb_pre_quant=trained.score.bpb,
+        val_loss_pre_quant=trained.score.loss,
         steps=end.step,
         train_tokens=tokens,
         train_seconds=end.seconds,
         tokens_per_second=tokens / end.seconds,
-        data_wait_share=data_stall,
+        data_wait_share=trained.data_stall,
         parameters=parameter_count(config),
         sections=sections,
     )
 
 
-def load_packer(path: Path) -> Callable[[bytes], bytes]:
-    """`pack` of tools/pack_code.py: the bytes of a script -> the bytes of the script that ships.
-
-    Its errors: ImportError without the minifier; SyntaxError or ValueError for what is not Python.
-    """
-    spec = importlib.util.spec_from_file_location("pack_code", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pack
-
-
-@functools.cache
-def shipped_code() -> tuple[int, str]:
-    """Bytes of this program as it ships, and the form that was counted: packed, where the packer is beside it.
-
-    A script without the packer beside it is packed already, or ships as it is.
-    """
-    file = Path(__file__)
-    packer = file.resolve().parent / "tools" / "pack_code.py"
-    if not packer.is_file():
-        return file.stat().st_size, "as it runs"
-    try:
-        return len(load_packer(packer)(file.read_bytes())), "packed by tools/pack_code.py"
-    except Exception as error:  # a training must not end for want of a count
-        return file.stat().st_size, f"not packed ({error!r})"
-
-
-def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
-    """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
-    code, form = run.broadcast_object(shipped_code() if run.is_main else None)
-    return dict(
-        code_bytes=code,
-        code_form=form,
-        model_bytes=model_bytes,
-        artifact_bytes=code + model_bytes,
-        artifact_limit_bytes=config.artifact_limit_bytes,
-    )
-
-
-def log_data(run: Run, evaluator: Evaluator) -> None:
-    """What is known of the data before anything is computed from them."""
-    for line in (*evaluator.notes, *evaluator.data_check.lines()):
-        run.log(line)
-    run.metric(audit=evaluator.data_check.rows)
-
-
-def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
+def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
         path = run.folder / CONTAINER_FILE
@@ -6854,50 +6884,17 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
     return rows
 
 
-def print_summary(run: Run, s: dict[str, Any]) -> None:
-    """The last lines of a run, from what it measured."""
-    run.log("-" * 72)
-    if "val_bpb_pre_quant" in s:
-        run.log(
-            f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
-            f"{s['parameters']} parameters"
-        )
-        run.log(f"val_bpb    {s['val_bpb_pre_quant']:.4f} before quantization")
-    if "val_bpb_quantized" in s:
-        run.log(
-            f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
-            f"{s['val_bytes']} bytes, each once"
-        )
-        for name, bpb in s["reference_compressors"].items():
-            run.log(f"           {bpb:.4f} {name} on the same text, for orientation")
-    if "artifact_bytes" in s:
-        share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
-        run.log(
-            f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
-            f"{share:.1%} of the limit of {s['artifact_limit_bytes']}"
-        )
-        run.log(f"           code {s['code_form']}")
-    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
-    run.log(f"seconds    {stages}; in all {sum(s['seconds'].values()):.1f}")
-    run.log(f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}")
+def log_data(run: Run, evaluator: Evaluator) -> None:
+    """What the shards hold, before anything is computed from them."""
+    for line in (*evaluator.notes, *evaluator.data_check.lines()):
+        run.log(line)
+    run.metric(audit=evaluator.data_check.rows)
 
 
-def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
-    """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
-    evaluator = None
-    if config.mode != "eval":
-        with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
-            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
-        with Stage(run, "audit"):
-            evaluator.data_check.training(loader.stream)
-            evaluator.data_check.leaks()
-            evaluator.data_check.refuse()
-        config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
-    open_folder(run, config)
-    for remark in remarks:
-        run.log(remark)
-    if evaluator:
-        log_data(run, evaluator)
+def log_setup(run: Run, config: Config, notes: list[str]) -> str:
+    """The first lines of a log: notes, machine, backends. Returns the attention backend's name."""
+    for note in notes:
+        run.log(note)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
     attention, why = choose_attention(config)
     run.log(
@@ -6905,24 +6902,39 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
         f"attention:{attention} ({why}) compile:{config.compile} "
         f"triton:{config.triton_kernels} fused_ce:{int(config.fused_ce_enabled)} read_ahead:{config.read_ahead}"
     )
-    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
     if config.mode != "eval":
         looped = f" looped:{execution_order(config, True)}" if config.loops else ""
         run.log(f"parameters:{parameter_count(config)} order:{execution_order(config, False)}{looped}")
         run.log(str(batch_layout(config, run.world)))
-        summary |= dict(train_stages(config, run, loader, evaluator), audit=evaluator.data_check.rows)
-    if config.mode != "train":
-        summary |= eval_stages(config, explicit, run, evaluator)
-    summary |= dict(
-        seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
-    )
-    if run.is_main:
-        write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
-    print_summary(run, summary)
-    over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
-    if over > 0:
-        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
-    return 1 if over > 0 else 0
+    return attention
+
+
+def summary_lines(s: dict[str, Any]) -> Iterator[str]:
+    """The last lines of a run, from its summary."""
+    yield "-" * 72
+    if "val_bpb_pre_quant" in s:
+        yield (
+            f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
+            f"{s['parameters']} parameters"
+        )
+        yield f"val_bpb    {s['val_bpb_pre_quant']:.4f} before quantization"
+    if "val_bpb_quantized" in s:
+        yield (
+            f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
+            f"{s['val_bytes']} bytes, each once"
+        )
+        for name, bpb in s["reference_compressors"].items():
+            yield f"           {bpb:.4f} {name} on the same text, for orientation"
+    if "artifact_bytes" in s:
+        share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
+        yield (
+            f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
+            f"{share:.1%} of the limit of {s['artifact_limit_bytes']}"
+        )
+        yield f"           code {s['code_form']}"
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
+    yield f"seconds    {stages}; total {sum(s['seconds'].values()):.1f}"
+    yield f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}"
 
 
 def dry_run(config: Config, world: int) -> str:
@@ -6933,29 +6945,66 @@ def dry_run(config: Config, world: int) -> str:
             parameters=parameter_count(config),
             execution_order=dict(plain=execution_order(config, False), looped=execution_order(config, True)),
             batch_layout=dict(**batch_layout(config, world)._asdict(), sequence_tokens=config.train_seq_len),
-            evaluation=dict(context=config.eval_context, stride=config.eval_step, batch_rows=config.eval_rows),
+            evaluation=dict(context=config.eval_context, stride=config.eval_step, batch_sequences=config.eval_rows),
         ),
         indent=1,
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> int:
+    """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
+    loader = evaluator = None
+    if config.mode != "eval":
+        with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
+            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
+        with Stage(run, "audit"):
+            evaluator.data_check.training(loader.stream)
+            evaluator.data_check.leaks()
+            evaluator.data_check.refuse()
+        config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
+    open_folder(run, config)
+    if evaluator:
+        log_data(run, evaluator)
+    attention = log_setup(run, config, notes)
+    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
+    if loader and evaluator:
+        summary |= write_artifact(train_model(config, run, loader, evaluator), config, run)
+        summary |= dict(audit=evaluator.data_check.rows)
+    if config.mode != "train":
+        summary |= evaluate_artifact(config, explicit, run, evaluator)
+    machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
+    summary |= dict(seconds=run.seconds, **machine)
+    if run.is_main:
+        write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+    for line in summary_lines(summary):
+        run.log(line)
+    over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
+    if over > 0:
+        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
+    return 1 if over > 0 else 0
+
+
 def main(arguments: list[str], environment: dict[str, str]) -> int:
-    """Runs the script. Returns the exit code: 2 for what a user can mend, with one line that says how."""
+    """Runs the script. Returns the exit code: 2 for an error of the user, after one line that explains it."""
     try:
         options, environment = parse_arguments(arguments, environment)
         if "--help" in options:
             print(help_text())
             return 0
-        config, explicit, remarks = config_from_env(environment, torch.cuda.is_available())
+        config, explicit, notes = config_from_env(environment, torch.cuda.is_available())
         if "--dry-run" in options:
             plan = dry_run(config, rank_variable(environment, "WORLD_SIZE", 1))
-            for remark in remarks:
-                print(remark, file=sys.stderr)
+            print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
             print(plan)
             return 0
         run = start_run(config, environment)
         try:
-            code = execute(config, explicit, remarks, run)
+            code = execute(config, explicit, notes, run)
             run.barrier()  # a rank that leaves early would cut off what others still send
             return code
         finally:
@@ -6968,29 +7017,6 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[set[str], dict[str, str]]:
-    """(options, environment with --mode put into it). Errors: ConfigError."""
-    options, environment = set(), dict(environment)
-    waiting = list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        name, equals, value = word.partition("=")
-        if name == "--mode":
-            if not equals and waiting:
-                value = waiting.pop(0)
-            if not value:
-                raise ConfigError("argument", word, "needs a mode: train, eval or all")
-            environment["MODE"] = value
-        elif word in ("--help", "-h", "--dry-run"):
-            options.add("--help" if word == "-h" else word)
-        else:
-            allowed = (
-                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable"
-            )
-            raise ConfigError("argument", word, allowed)
-    return options, environment
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ fingerprints.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
-import runpy
 import struct
 import sys
 import tempfile
@@ -35,7 +33,7 @@ SMALL = dict(
     PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=2048, TTT_BASELINE=1, TARGET_BYTES=0, EVAL_STRIDE=32, SEED=5,
 )  # fmt: skip
 RUNS = {
-    "demo": dict(PRESET="demo", MODEL_BYTES=150_000),
+    "demo": dict(PRESET="demo"),
     "baseline": dict(PRESET="baseline"),
     "record": dict(PRESET="record"),
     "record, 2 ranks": dict(PRESET="record", ranks=2),
@@ -53,13 +51,6 @@ RESULTS = (
 )  # fmt: skip
 
 
-@functools.cache
-def code_bytes() -> int:
-    """Bytes of the packed script, which TARGET_BYTES counts."""
-    packer = runpy.run_path(str(ROOT / "tools" / "pack_code.py"))
-    return len(packer["pack"]((ROOT / "train_gpt.py").read_bytes()))
-
-
 def sections(artifact: bytes) -> list[list]:
     """[section, codec, packed bytes, unpacked bytes, CRC-32] of each section, from the container's header."""
     _, length, _ = struct.unpack_from("<8sII", artifact)
@@ -70,8 +61,6 @@ def fingerprint(settings: dict, data: Path) -> dict:
     """Runs the script with these settings. Returns all results that must not change."""
     settings = {**SMALL, **settings, "DATA_PATH": data}
     ranks = settings.pop("ranks", 1)
-    if "MODEL_BYTES" in settings:  # TARGET_BYTES counts the code, whose size may change
-        settings["TARGET_BYTES"] = settings.pop("MODEL_BYTES") + code_bytes()
     command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                                  if ranks > 1 else []), str(ROOT / "train_gpt.py")]  # fmt: skip
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}

@@ -5657,12 +5657,14 @@ class IntegerBank(NamedTuple):
 
 
 def compress_zstd(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """zstd at its strongest level, without checksum and size: the section has both."""
     import zstandard
 
     return zstandard.ZstdCompressor(level=22, write_checksum=False, write_content_size=False).compress(data)
 
 
 def decompress_zstd(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_zstd`; stops at the first chunk beyond `size` bytes."""
     import zstandard
 
     chunks = zstandard.ZstdDecompressor(max_window_size=1 << 27).read_to_iter(data)
@@ -5673,18 +5675,21 @@ def decompress_zstd(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
 
 
 def compress_brotli(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """brotli at its strongest level."""
     import brotli
 
     return brotli.compress(data, quality=11, lgwin=24)
 
 
 def decompress_brotli(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_brotli`; stops one byte beyond `size`."""
     import brotli
 
     return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
 
 
 def compress_lzma(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """LZMA at its strongest level, with the shortest of its headers."""
     import lzma
 
     # A dictionary no larger than the data tells the reader how much memory an honest file can need.
@@ -5694,6 +5699,7 @@ def compress_lzma(data: bytes, _bank: IntegerBank | None) -> bytes:
 
 
 def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_lzma`; stops one byte beyond `size`, and refuses a dictionary that `size` does not need."""
     import lzma
 
     reader = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * size + (1 << 20))
@@ -5701,19 +5707,22 @@ def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
 
 
 def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
+    """int8 codes of a bank by section Entropy coding."""
     return encode_integers(np.frombuffer(data, np.int8).reshape(bank.shape), bank.trellis)
 
 
 def decompress_integers(data: bytes, size: int, bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_integers`. Errors: ArtifactError or ValueError."""
     if bank is None or math.prod(bank.shape) != size:
         raise ArtifactError("codes integers that are no bank's")
     return decode_integers(data, bank.shape, bank.trellis).tobytes()
 
 
 class Codec(NamedTuple):
-    """One value of COMPRESSOR, at its strongest level.
+    """One value of COMPRESSOR.
 
-    `decompress` returns at most one byte more than the expected size, or fails: a small file cannot take much memory.
+    compress(data, bank) -> bytes. decompress(bytes, expected size, bank) stops soon after that size, so that a small
+    file cannot take much memory. The bank is None for a section that is not a bank of integers.
     """
 
     compress: Callable[[bytes, IntegerBank | None], bytes]

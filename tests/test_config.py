@@ -408,9 +408,9 @@ def reads_beyond_the_artifact(source):
     for node in (node for one in classes for node in ast.walk(one)):
         if isinstance(node, ast.Name) and node.id == "Config":
             found.append((node.lineno, "Config"))
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("config", "c"):
-            if node.attr not in carried:
-                found.append((node.lineno, node.attr))
+        of_config = isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("config", "c")
+        if of_config and node.attr not in carried:
+            found.append((node.lineno, node.attr))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and "config" in ast.unparse(node.args[0]):
             found.append((node.lineno, ast.unparse(node)))
     assert len(classes) >= 5 and carried

@@ -348,7 +348,7 @@ def outcome(values, folder, capfd) -> list:
     return [*first, *recorder.events, *last]
 
 
-# --------------------------------------------------------------------------------------------- where a change shows first
+# ------------------------------------------------------------------------------------------- where a change shows first
 
 
 def differences(before, after):

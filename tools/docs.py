@@ -34,9 +34,11 @@ what neither sets keeps the default. A value that is not allowed ends the run wi
 exit code 2. A variable that looks like a misspelt knob gets a warning. `python train_gpt.py --help` prints the same
 table; `python train_gpt.py --dry-run` prints the values that a run would use.
 
-*Observed in* says where a change of the knob shows first, in the order of a run: {places}. `tests/test_knobs.py`
-changes each knob and compares the runs. Knobs with † describe the model: they travel in the artifact, and `MODE=eval`
-reads them from there.
+*Observed in* says where a change of the knob shows first; `tests/test_knobs.py` changes each knob and compares the
+runs. In the order of a run, the places are:
+{places}.
+
+Knobs with † describe the model: they travel in the artifact, and `MODE=eval` reads them from there.
 """.format(places=", ".join(tg.Observed))
 
 

@@ -46,11 +46,11 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -59,11 +59,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-try:
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
-    triton = tl = None
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
+        triton = tl = None
 
 BOS_ID = 1  # every document starts with it
 
@@ -1049,7 +1053,7 @@ FAMILIES = (
 )
 
 
-def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
+def parse_value(name: str, kind: str, text: str, row: Mapping[str, Any]) -> Any:
     """The text of a variable as a value of its type. Errors: ConfigError, also for what the knob does not allow."""
     kinds = {"int": "an integer", "float": "a finite number", "bool": "0 or 1"}
     try:
@@ -1065,7 +1069,7 @@ def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
     return value
 
 
-def check_allowed(name: str, value: Any, row: dict) -> None:
+def check_allowed(name: str, value: Any, row: Mapping[str, Any]) -> None:
     """Refuses a value of the right type that the knob does not allow. Errors: ConfigError."""
     low, high = row["low"], row["high"]
     if row["choices"] and value not in row["choices"]:
@@ -1092,7 +1096,7 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     for f in dataclasses.fields(Config):
         name = f.name.upper()
         if f.name != "preset" and environment.get(name, "") != "":
-            values[f.name] = parse_value(name, f.type, environment[name], f.metadata)
+            values[f.name] = parse_value(name, str(f.type), environment[name], f.metadata)
             explicit.add(f.name)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
@@ -1118,7 +1122,7 @@ def resolved(config: Config, cuda: bool) -> Config:
     if device == "cuda" and not cuda:
         raise ConfigError("DEVICE", config.device, "no CUDA device is visible; use cpu or auto")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
-    automatic = {
+    automatic: dict[str, Any] = {
         "compute_dtype": "bfloat16" if native else "float32",
         "compile": "01"[device == "cuda"],
         "triton_kernels": "01"[device == "cuda" and triton is not None],
@@ -1441,6 +1445,12 @@ class Run:
         """Writes a line to metrics.jsonl, on rank 0."""
         if self.is_main:
             self.append("metrics.jsonl", json.dumps(values))
+
+    def path(self, name: str) -> Path:
+        """A file of the run's folder."""
+        if self.folder is None:
+            raise RuntimeError("the run has no folder yet")
+        return self.folder / name
 
     def append(self, name: str, line: str) -> None:
         """Appends a line to a file in the run's folder, if there is one yet."""
@@ -2741,13 +2751,14 @@ def flash_attention(backend: str) -> Callable:
         def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
             if grouped is None:
                 k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal, **(grouped or {}))
+            options: dict[str, Any] = {**causal, **(grouped or {})}
+            return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
 
         return call
     if backend == "fa3":
-        import flash_attn_interface as module
+        import flash_attn_interface as module  # pyright: ignore[reportMissingImports] # optional
     else:
-        import flash_attn as module
+        import flash_attn as module  # pyright: ignore[reportMissingImports] # optional
 
     def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         y = module.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
@@ -2825,7 +2836,7 @@ def runtime_of(config: Config) -> Runtime:
 # widths) are compile-time constants. The number of tokens is not, so a new batch size compiles nothing.
 
 
-def triton_jit(function):
+def triton_jit(function: Callable) -> Any:
     """`triton.jit` where Triton is installed. Without it the kernels are defined but never called."""
     return function if triton is None else triton.jit(function)
 
@@ -3183,7 +3194,7 @@ class MLPTriton(torch.autograd.Function):
         return (
             grad_up @ up if for_x else None,
             grad_up.mT @ x if for_up else None,
-            grad.mT @ square if for_down else None,
+            None if square is None else grad.mT @ square,
             None,
         )
 
@@ -3262,7 +3273,7 @@ class LayerWeights(NamedTuple):
 
     def detached(self) -> LayerWeights:
         """The same weights as constants."""
-        return LayerWeights(*(None if w is None else w.detach() for w in self))
+        return LayerWeights(*(cast(Tensor, None if w is None else w.detach()) for w in self))
 
 
 class AttentionContext(NamedTuple):
@@ -3308,7 +3319,7 @@ class Block(nn.Module):
         q = self.q(n, w.q, adapters.get("q")).view(sequences, length, config.num_heads, config.head_dim)
         k = self.k(n, w.k, adapters.get("k")).view(sequences, length, config.num_kv_heads, config.head_dim)
         v = self.v(n, w.v, adapters.get("v"))
-        if w.value_scale is not None:
+        if w.value_scale is not None and context.value_embeds is not None:
             v = v + w.value_scale.to(x.dtype) * context.value_embeds
         v = v.view(sequences, length, config.num_kv_heads, config.head_dim)
         q = rotate(rms_norm(q), context.cos, context.sin) * w.query_gain.to(x.dtype)[:, None]
@@ -3443,6 +3454,8 @@ class GPT(nn.Module):
         if config.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(skips, d))
         self.logits = Projection()
+        self.cos: Tensor
+        self.sin: Tensor
         cos, sin = rotary_tables(config, runtime.context)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -3461,7 +3474,7 @@ class GPT(nn.Module):
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
         for block in self.blocks:
-            block.query_gain.fill_(query_gain)
+            cast(Block, block).query_gain.fill_(query_gain)
         if self.bigram is not None:  # either the table or the projection must not be zero, or neither would ever train
             self.bigram.table.zero_()
             nn.init.orthogonal_(self.bigram.projection, generator=generator)
@@ -3522,12 +3535,12 @@ class GPT(nn.Module):
 
         Attention reads and the U-Net's skips join x; the MLP reads x_mlp.
         """
-        block = self.blocks[call.layer]
+        block = cast(Block, self.blocks[call.layer])
         m0, m1 = w.input_mix.to(x.dtype).unbind()
         attention_scale, mlp_scale = w.attention_scale.to(x.dtype), w.mlp_scale.to(x.dtype)
         x_mixed = torch.addcmul(m0 * x, m1, x0)
         attention_out = block.attend(x_mixed, w, context, adapters)
-        if not call.parallel:
+        if not call.parallel or w.stream_mix is None:
             x = torch.addcmul(x_mixed, attention_scale, attention_out)
             x = torch.addcmul(x, mlp_scale, block.mlp(x, w, adapters, fused_mlp))
             return x, x
@@ -3725,7 +3738,7 @@ class Adapters:
         """AdamW of the first documents' adapters: betas (0, TTT_BETA2), eps 1e-10, decoupled weight decay."""
         config, parameters = self.config, self.parameters(documents)
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            state = {name: [s[:documents] for s in tensors[side]] for name, tensors in self.state.items()}
+            state: dict[str, Any] = {name: [s[:documents] for s in t[side]] for name, t in self.state.items()}
             adamw(
                 parameters[side],
                 gradients[side],
@@ -3811,6 +3824,13 @@ def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dt
     return x.mT if tall else x
 
 
+def gradient_of(p: Tensor) -> Tensor:
+    """The gradient of a parameter that the backward pass reached. Errors: RuntimeError for another one."""
+    if p.grad is None:
+        raise RuntimeError("a parameter has no gradient")
+    return p.grad
+
+
 class PendingUpdate(NamedTuple):
     """A bank's update that is being gathered from the ranks."""
 
@@ -3840,10 +3860,10 @@ class Muon:
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
         """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each."""
         if self.run.world == 1:
-            return [(bank.grad, None) for bank in self.banks]
+            return [(gradient_of(bank), None) for bank in self.banks]
         pending = []
         for size, bank in zip(self.shard_sizes, self.banks, strict=True):
-            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
+            grad = F.pad(gradient_of(bank), (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
             shard = torch.empty(size, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
             pending.append((shard, dist.reduce_scatter_tensor(shard, grad, async_op=True)))
         return pending
@@ -3944,7 +3964,7 @@ class Optimizers:
         for p in trained:
             if p.grad is None:  # this execution order does not reach it
                 p.grad = torch.zeros_like(p)
-        small = [p.grad for p in trained]
+        small = [gradient_of(p) for p in trained]
         self.reduce_small(small)
         for _, handle in pending:
             if handle is not None:
@@ -3971,7 +3991,7 @@ class Optimizers:
         """Norm of the averaged gradient over all parameters; scales the gradient down to GRAD_CLIP_NORM."""
         if not self.config.grad_clip_norm:
             return math.nan
-        squares = sum(s.square().sum() for s in shards)
+        squares = cast(Tensor, sum(s.square().sum() for s in shards))
         self.run.all_reduce(squares)
         norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -4055,7 +4075,7 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
-        middle = Progress((begin + end) / 2 * config.iterations, 0.0)
+        middle = Progress((begin + end) / 2 * config.iterations, 0.0)  # pyright: ignore[reportArgumentType] # between steps
         quantizes = decays and end > 1 - config.late_qat_threshold
         for fake_quant in (False, True) if quantizes else (False,):
             looped, layers = loops_enabled_at(middle, config), trainable_layers_at(middle, config)
@@ -4148,11 +4168,11 @@ class Trainer:
         """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""
         config = self.config
         if self.ema is not None:
-            torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))
+            torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))  # pyright: ignore[reportPrivateImportUsage]
         late = lr_multiplier(p, config) < config.swa_start
         if self.swa is not None and late and (p.step + 1) % config.swa_every == 0:
             self.swa_count += 1
-            torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)
+            torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)  # pyright: ignore[reportPrivateImportUsage]
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations need, then restores all state, bit for bit."""
@@ -4175,7 +4195,8 @@ class Trainer:
             self.run.log(f"swa: {self.swa_count} late weights averaged")
             averages += [self.swa] if self.swa_count else []
         if averages:
-            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages, strict=True)])
+            means = [cast(Tensor, sum(tensors)) / len(averages) for tensors in zip(*averages, strict=True)]
+            copy_all(self.parameters(), means)
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
@@ -4490,6 +4511,8 @@ def column_extras(exponents: Tensor) -> dict[str, Tensor]:
 
 def apply_scales(levels: Tensor, q: Quantized) -> Tensor:
     """Integer levels [..., r, c] times a stored tensor's row and column scales, float32."""
+    if q.scales is None:
+        raise ValueError("integer codes without scales")
     values = levels.float() * q.scales.float()[..., None]
     if "columns" in q.extras:
         batch = as_batch(values)
@@ -4869,15 +4892,16 @@ def gptq_lite(weights: Tensor, bits: int, per_octave: int) -> tuple[Tensor, Tens
         codes = (weights / scales.float()[..., None]).round().clamp(-limit, limit)
         error = (codes * scales.float()[..., None] - weights).square().sum(-1)
         if best is None:
-            best = codes.to(torch.int8), scales, error
-        else:
-            better = error < best[2]
-            best = (
-                torch.where(better[..., None], codes.to(torch.int8), best[0]),
-                torch.where(better, scales, best[1]),
-                torch.where(better, error, best[2]),
-            )
-    return best[:2]
+            best = codes, scales, error
+        better = error < best[2]
+        best = (
+            torch.where(better[..., None], codes, best[0]),
+            torch.where(better, scales, best[1]),
+            torch.where(better, error, best[2]),
+        )
+    if best is None:
+        raise ValueError("no clip quantile to choose from")
+    return best[0].to(torch.int8), best[1]
 
 
 def encode_gptq_lite(
@@ -5045,7 +5069,7 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
     left = whitened @ basis
     right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
     right = right * left.square().mean(0).sqrt().clamp_min(1e-12)[:, None]  # the left factor has columns of one size
-    best, weighted = None, e @ h
+    weighted, best = e @ h, None
     for _ in range(4):
         rounded_right = round_right(right, asymmetric, config)
         r = factor_values(*rounded_right).double()
@@ -5056,6 +5080,8 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
         if best is None or remaining < best.error:
             best = Correction(*rounded_left, *rounded_right, remaining, 0.0)
         right = torch.linalg.pinv(left_values) @ e
+    if best is None:
+        raise FloatingPointError("a correction's error is not finite")
     left_bits, right_bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
     scales = best.left_scales.numel() + best.right_scales.numel()
     size = (left_bits * best.left.numel() + right_bits * best.right.numel()) / 8 + 2 * scales
@@ -5195,7 +5221,8 @@ def quantize(
             continue
         batch = as_batch(value).float()
         q = quantizer.encode(batch, factors.get(name), bits, sigmas, config, log2_scale_offset, salient.get(name))
-        stored[name] = q._replace(codes=q.codes.view(value.shape), scales=q.scales.view(value.shape[:-1]))
+        scales = None if q.scales is None else q.scales.view(value.shape[:-1])
+        stored[name] = q._replace(codes=q.codes.view(value.shape), scales=scales)
     if config.lqer_enabled and hessians:
         correct_errors(stored, weights, hessians, config, log)
     return stored
@@ -5319,14 +5346,15 @@ class RangeCoder:
     def __init__(self, data: bytes | None = None):
         import constriction
 
-        self.categorical = constriction.stream.model.Categorical
-        self.encoder = constriction.stream.queue.RangeEncoder()
+        streams = cast(Any, constriction).stream  # a compiled module without types
+        self.categorical = streams.model.Categorical
+        self.encoder = streams.queue.RangeEncoder()
         self.decoder = None
         if data is not None:
             words = np.frombuffer(data + bytes(-len(data) % 4), dtype="<u4").astype(np.uint32)
-            self.decoder = constriction.stream.queue.RangeDecoder(words)
+            self.decoder = streams.queue.RangeDecoder(words)
 
-    def code(self, symbols: np.ndarray | None, count: int, table) -> np.ndarray:
+    def code(self, symbols: Any, count: int, table: Any) -> np.ndarray:
         """Encodes these int32 symbols, or decodes the next `count`. Errors: ValueError for data that cannot be."""
         if self.decoder is None:
             self.encoder.encode(symbols, table)
@@ -5450,6 +5478,9 @@ class Predictor:
         self.predicted = np.zeros_like(self.values)
         self.innovations = np.zeros_like(self.values)
 
+        self.gain: np.ndarray = np.zeros(rows, dtype=np.int64)  # of each new row, chosen or decoded later
+        self.reference: np.ndarray = np.zeros(rows, dtype=np.int64)
+
     def predict(self, j: int) -> None:
         """Linear prediction of column j, in blocks of 32: one matrix product for all columns before the block."""
         start = j - j % 32
@@ -5491,7 +5522,6 @@ class Predictor:
             return side_model.code(coder, values if encoding else None, np.full(count, context, np.uint16))
 
         if not encoding:
-            self.gain = None
             self.reference = np.zeros(rows, dtype=np.int64)
         self.gain = code(self.gain, rows, 2)
         used = self.gain.nonzero()[0]
@@ -5511,14 +5541,13 @@ def code_pass(
 ) -> np.ndarray:
     """Encodes codes int8 [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None."""
     B, r, c = shape
-    encoding = codes is not None
-    residual = codes
-    out = codes if encoding else np.empty((c, B * r), dtype=np.int8)
-    if predictor and encoding:
+    encoding, residual = codes is not None, codes
+    out = np.empty((c, B * r), dtype=np.int8) if codes is None else codes
+    if predictor and codes is not None:
         predictor.choose_references(codes)
     if predictor:
         predictor.code_references(coder, side_model, encoding, r)
-    if predictor and encoding:
+    if predictor and codes is not None:
         residual = (codes - predictor.means(slice(None))).astype(np.int8)  # wraps around, and back in the decoder
     rows, columns = code_classes(coder, side_model, residual, shape)
     following = np.array(trellis[0], dtype=np.uint8)
@@ -5527,7 +5556,7 @@ def code_pass(
     state = np.zeros(B * r, dtype=np.uint8)
     for j in range(c):
         scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
-        values = model.code(coder, residual[j] if encoding else None, scale * quantizers + quantizer[state])
+        values = model.code(coder, None if residual is None else residual[j], scale * quantizers + quantizer[state])
         if not encoding and predictor:
             predictor.predict(j)
             out[j] = (values + predictor.means(j)).astype(np.int8)
@@ -5613,7 +5642,7 @@ def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | N
         raise ValueError("the integers' header is invalid")
     coder = RangeCoder(data[INTEGERS_HEADER.size :])
     codes = code_bank(coder, None, shape, trellis, doublings, low, high)
-    if not coder.decoder.maybe_exhausted():
+    if coder.decoder is None or not coder.decoder.maybe_exhausted():
         raise ValueError("the integers end before their data")
     return codes
 
@@ -5644,7 +5673,7 @@ class ArtifactError(ConfigError):
 class IntegerBank(NamedTuple):
     """What an entropy coder of integers must know of them."""
 
-    shape: tuple[int, ...]  # [B, r, c]
+    shape: tuple[int, int, int]  # [B, r, c]
     states: int  # of their trellis; 0: none
 
     @property
@@ -5671,7 +5700,7 @@ def decompress_zstd(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
     out = bytearray()
     while len(out) <= size and (chunk := next(chunks, b"")):
         out += chunk
-    return out
+    return bytes(out)
 
 
 def compress_brotli(data: bytes, _bank: IntegerBank | None) -> bytes:
@@ -5708,6 +5737,8 @@ def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
 
 def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
     """int8 codes of a bank by section Entropy coding."""
+    if bank is None:
+        raise ValueError("integers that are no bank's")
     return encode_integers(np.frombuffer(data, np.int8).reshape(bank.shape), bank.trellis)
 
 
@@ -5900,7 +5931,8 @@ def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
             section = section_of(tensor.name, part, part_dtype(part, tensor.bits), math.prod(shape))
             if section == f"{tensor.name}.{part}" and len(shape) in (2, 3):
                 states = tensor.states if part == "codes" else 0
-                banks[section] = IntegerBank((1, *shape) if len(shape) == 2 else shape, states)
+                *matrices, rows, columns = shape
+                banks[section] = IntegerBank((matrices[0] if matrices else 1, rows, columns), states)
     return banks
 
 
@@ -6134,7 +6166,7 @@ def parse_model_settings(values: dict[str, Any]) -> dict[str, Any]:
         raise ArtifactError("its model settings are not those of this program")
     settings = {}
     for name, value in values.items():
-        kind = fields[name].type
+        kind = str(fields[name].type)
         if type(value) not in kinds[kind]:
             raise ArtifactError(f"its {name.upper()} is not of type {kind}")
         if kind == "float":
@@ -6209,6 +6241,8 @@ def load_packer(path: Path) -> Callable[[bytes], bytes]:
     Its errors: ImportError without the minifier; SyntaxError or ValueError for what is not Python.
     """
     spec = importlib.util.spec_from_file_location("pack_code", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.pack
@@ -6514,7 +6548,7 @@ class FullModelSGD:
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
-        self.run.all_reduce(*(p.grad for p in parameters))
+        self.run.all_reduce(*map(gradient_of, parameters))
         self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -6536,7 +6570,7 @@ class FullModelSGD:
         if self.frozen_blocks:
             for block in self.model.blocks[: self.frozen_blocks]:
                 for p in block.parameters():
-                    p.grad.zero_()
+                    gradient_of(p).zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
                 bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen_blocks].zero_()
 
@@ -6660,11 +6694,14 @@ class PhasedTTT:
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
         """One adapter step of the first documents on their chunk's mean loss."""
-        adapting, counted = len(scored), scored >= 0
+        adapters, adapting = self.adapters, len(scored)
+        if adapters is None:
+            raise RuntimeError("there are no adapters to train")
+        counted = scored >= 0
         self.ledger.train_on(scored[counted])
         mask = torch.from_numpy(counted).to(nll.device)
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
-        self.adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
+        adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
     def score(self, batch: Batch, scored: np.ndarray, adapts: bool) -> tuple[Tensor, list[Tensor]]:
         """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on."""
@@ -6707,7 +6744,8 @@ class PhasedTTT:
     def train_full_model(self, documents: np.ndarray) -> None:
         """All weights train on the documents scored so far, each once an epoch, in chunks, without the last chunk."""
         config = self.config
-        stream = np.concatenate([np.arange(self.offsets[d], self.offsets[d + 1]) for d in documents])
+        bounds = [(int(self.offsets[d]), int(self.offsets[d + 1])) for d in documents]
+        stream = np.concatenate([np.arange(begin, end) for begin, end in bounds])
         size = config.global_ttt_chunk_tokens
         chunks = np.split(stream, range(size, len(stream), size))[:-1]
         sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
@@ -6841,7 +6879,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
     with Stage(run, "pack"):
         sections: list[dict[str, Any]] = []
         if run.is_main:
-            write_atomic(run.folder / CONTAINER_FILE, data)
+            write_atomic(run.path(CONTAINER_FILE), data)
             sections = size_table(data, unpack(data)[1], weights, trained.hessians)
             for line in format_table(sections):
                 run.log(line)
@@ -6864,8 +6902,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
 def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
-        path = run.folder / CONTAINER_FILE
-        data = run.broadcast_object(path.read_bytes() if run.is_main else None)
+        data = run.broadcast_object(run.path(CONTAINER_FILE).read_bytes() if run.is_main else None)
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
@@ -6989,7 +7026,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
     summary |= dict(seconds=run.seconds, **machine)
     if run.is_main:
-        write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+        write_atomic(run.path(run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes

@@ -2133,7 +2133,7 @@ def scan_shard(stream: TokenStream, number: int, hashed: bool) -> ShardScan:
         documents += int(np.count_nonzero(block == BOS_ID))
         highest = max(highest, int(block.max()))
         if hashed:
-            digest.update(block)
+            digest.update(block.data)
     return ShardScan(documents, highest, digest.hexdigest() if hashed else "")
 
 
@@ -2719,7 +2719,7 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with an additive mask [B, T, T], `additive_mask` of `document_mask`."""
+    """`attention_sdpa` through BlockedAttention, with `additive_mask` of `document_mask`, [B, T, T]."""
     groups = q.size(2) // k.size(2)
     q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
     y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])

@@ -262,7 +262,7 @@ def search_shard(
         if stop.is_set():
             break
         block = shard[offset : offset + BLOCK]
-        digest.update(block)
+        digest.update(block.data)
         begins.append(start + offset + np.flatnonzero(block == BOS))
         windows.search(stream, start + offset, start + offset + len(block))
     offsets = np.concatenate((*begins, [stream.next_document(start + len(shard))])).astype(np.int64)

@@ -89,14 +89,14 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that a token is multiplied with: a layer's as often as it runs, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [model.blocks[v.layer].head_gate for v in model.schedules[looped]]
+    gates = [model.blocks[call.layer].head_gate for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)
     return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
 
 
-def attention_flops(c: t.Config, layers: int, context: float) -> float:
+def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
     """Of a token, forward and backward: scores and their product with the values, 2 FLOPs an element each, 3 times."""
     return 12 * layers * c.num_heads * c.head_dim * context
 
@@ -122,7 +122,7 @@ class NoUpdate:
     def __init__(self, model: t.GPT):
         self.model = model
 
-    def step(self, beta: float, multiplier: float) -> None:
+    def step(self, beta: float, multiplier: float, trainable_layers: int) -> None:
         self.model.zero_grad(set_to_none=True)
 
 

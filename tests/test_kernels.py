@@ -369,7 +369,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
     except ImportError as error:
         pytest.skip(f"{name} is not installed: {error}")
     starts = documents_of([[0, 17, 300], [0], [0, 511]], 3, 512)
-    documents = tg.Documents(starts.cuda(), documents_from(starts).bounds.cuda())
+    documents = tg.Documents(starts.cuda(), documents_from(starts).cu_seqlens.cuda())
     inputs = [normal(3, 512, heads, 64).cuda() for heads in (8, 4, 4)]
 
     def results(backend, dtype):

@@ -468,7 +468,8 @@ def test_poly5_runs_small_through_every_stage(data, tmp_path, capfd, monkeypatch
         torch.device("cpu"),
     )
     learned = dict(model.named_parameters())
-    assert all(learned[name].abs().max() > 1e-3 for name in ("bigram.table", "value_embeds.projection", "smear.weight"))
+    for name in ("bigram.table", "value_embeds.projection", "smear.weight"):
+        assert learned[name].abs().max() > 1e-3, name
 
 
 # ------------------------------------------------------------------------------------------------- commands of the field

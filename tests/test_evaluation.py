@@ -109,7 +109,7 @@ def test_packing_wastes_little():
 
 
 def test_packing_takes_many_windows():
-    """Each window costs one look for a sequence, however many there are: 200,000 windows, about as many as a record's."""
+    """Each window costs one look for a sequence, however many there are."""
     sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
     sequences = tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 2048)
     assert sum(map(len, sequences)) == 200_000 and len(sequences) * 2048 < sizes.sum() * 1.01

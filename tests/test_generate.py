@@ -58,7 +58,7 @@ def caseops_tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, data):
-    """A run's folder: an artifact with random weights, with loops and parallel streams, its config, and a tokenizer of each kind."""
+    """A run's folder: a random model with loops and parallel streams, its config, and a tokenizer of each kind."""
     folder = tmp_path_factory.mktemp("generate")
     c = config(RECORD_LIKE)
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}

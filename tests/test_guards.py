@@ -94,7 +94,11 @@ PLANTED = {
     "adapts first": (adapts_before_it_scores, PHASED, BEFORE),
     "documents to come": (trains_on_documents_to_come, PHASED, BEFORE),
     "the next chunk": (trains_on_the_next_chunk, CHUNK, BEFORE),
-    "a batch left out": (leaves_a_batch_out, dict(PHASED, PHASED_TTT_PREFIX_DOCS=0), "targets were not scored exactly once"),
+    "a batch left out": (
+        leaves_a_batch_out,
+        dict(PHASED, PHASED_TTT_PREFIX_DOCS=0),
+        "targets were not scored exactly once",
+    ),
     "a window left out": (leaves_a_window_out, SLIDING, "the windows of the evaluation do not cover every target once"),
 }
 

@@ -109,7 +109,7 @@ class Trace:
 
     @functools.cached_property
     def distributions(self):
-        """The logits from which each target's distribution is formed, [targets, V]; NaN for a target without a score."""
+        """The logits from which each target's distribution is formed, [targets, V]; NaN without a score."""
         logits = torch.full((len(self.tokens) - 1, VOCABULARY), torch.nan, dtype=torch.float64)
         for entry in reversed(self.entries):  # of two scores of a target the first
             logits[entry.positions] = entry.logits.double()
@@ -117,7 +117,7 @@ class Trace:
 
 
 class Recorder:
-    """Watches an evaluation: the forward passes of every model, also of views that share its weights, and the ledger."""
+    """Watches an evaluation: the forward passes of every model, views of its weights included, and the ledger."""
 
     def __init__(self, trace):
         self.trace, self.place = trace, {int(t): i for i, t in enumerate(trace.tokens) if t != tg.BOS_ID}

@@ -683,7 +683,16 @@ def test_each_layer_order_is_one_graph_with_the_eager_result(attention, counted)
 
 def test_the_trunk_alone_is_one_graph(counted):
     """What tools/generate.py and the legality proofs read breaks no graph either."""
-    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float64", NUM_LAYERS=3, LOOP_START=1, LOOP_END=1, XSA_LAST_N=3, PARALLEL_START_LAYER=2)
+    c = config(
+        RECORD_LIKE,
+        VOCAB_SIZE=48,
+        COMPUTE_DTYPE="float64",
+        NUM_LAYERS=3,
+        LOOP_START=1,
+        LOOP_END=1,
+        XSA_LAST_N=3,
+        PARALLEL_START_LAYER=2,
+    )
     model, batch = build_model(c), random_batch(c, 2, 16)
 
     def logits(ids, documents):

@@ -112,7 +112,9 @@ def test_the_loop_switches_on_once():
     assert [tg.loops_enabled_at(at(step), c) for step in (0, 349, 350, 1000)] == [False, False, True, True]
     assert tg.loops_enabled_at(at(0), by_steps(**{**looped, "ENABLE_LOOPING_AT": 0}))
     assert not tg.loops_enabled_at(at(1000), by_steps())  # a model without a loop
-    assert tg.loops_enabled_at(at(1, 210.1), by_time(**looped)) and not tg.loops_enabled_at(at(1, 209), by_time(**looped))
+    assert tg.loops_enabled_at(at(1, 210.1), by_time(**looped)) and not tg.loops_enabled_at(
+        at(1, 209), by_time(**looped)
+    )
 
 
 def test_depth_grows_in_stages():

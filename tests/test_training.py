@@ -62,26 +62,29 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
     assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2]))
 
 
-def test_warmup_runs_every_variant_that_the_training_will_need(data):
-    poly = {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}
-    for base, variants in (
+@pytest.mark.parametrize(
+    "base, variants",
+    [
         (TINY, {(False, 3, False)}),
         (RECORD_LIKE, {(False, 6, False), (True, 6, False)}),
-        (POLY_LIKE, poly),
-    ):
-        trainer, seen, evaluated = make_trainer(base, data, WARMUP_STEPS=1), [], []
-        grids, forward = (trainer.config.attn_grid, trainer.config.mlp_grid), trainer.forward
+        (POLY_LIKE, {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}),
+    ],
+    ids=["tiny", "record", "poly"],
+)
+def test_warmup_runs_every_variant_that_the_training_will_need(base, variants, data):
+    trainer, seen, evaluated = make_trainer(base, data, WARMUP_STEPS=1), [], []
+    grids, forward = (trainer.config.attn_grid, trainer.config.mlp_grid), trainer.forward
 
-        def watched(*batch, looped, trainable_layers, fake_quant, **rest):
-            assert fake_quant in (None, grids)
-            seen.append((looped, trainable_layers, fake_quant is not None))
-            return forward(*batch, looped=looped, trainable_layers=trainable_layers, fake_quant=fake_quant, **rest)
+    def watched(*batch, looped, trainable_layers, fake_quant, **rest):
+        assert fake_quant in (None, grids)
+        seen.append((looped, trainable_layers, fake_quant is not None))
+        return forward(*batch, looped=looped, trainable_layers=trainable_layers, fake_quant=fake_quant, **rest)
 
-        trainer.forward = watched
-        trainer.warm_up(evaluated.append)
-        assert set(seen) == variants == set(tg.all_step_variants(trainer.config))
-        assert evaluated == [watched]  # scores have a graph of their own
-        assert all(p.requires_grad for p in trainer.model.parameters())
+    trainer.forward = watched
+    trainer.warm_up(evaluated.append)
+    assert set(seen) == variants == set(tg.all_step_variants(trainer.config))
+    assert evaluated == [watched]  # scores have a graph of their own
+    assert all(p.requires_grad for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])

@@ -260,17 +260,17 @@ class Timed:
     """A trainer whose steps are timed at five points of the training, because recurrence, depth and QAT change."""
 
     def __init__(self, preset: str, changes: dict, options: argparse.Namespace):
-        self.c = t.config_from_env(settings(preset, changes, options), False)[0]
-        model = t.new_model(self.c)
-        run = t.start_run(self.c, {})
-        self.trainer = t.Trainer(model, t.TrainLoader(self.c, run), self.c, run)
+        self.config = t.config_from_env(settings(preset, changes, options), False)[0]
+        model = t.new_model(self.config)
+        run = t.start_run(self.config, {})
+        self.trainer = t.Trainer(model, t.TrainLoader(self.config, run), self.config, run)
 
     def seconds(self) -> float:
         """Mean seconds of a step."""
         begin = time.perf_counter()
         for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
-            progress = t.Progress(int(fraction * self.c.iterations), 0.0)
-            self.trainer.step(progress, *t.step_variant_at(progress, self.c))
+            progress = t.Progress(int(fraction * self.config.iterations), 0.0)
+            self.trainer.step(progress, *t.step_variant_at(progress, self.config))
         return (time.perf_counter() - begin) / 5
 
 

@@ -97,8 +97,8 @@ def matmul_parameters(model: t.GPT, looped: bool) -> int:
     return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
 
 
-def attention_flops(c: t.Config, layers: int, context: float) -> float:
-    """FLOPs of a token: scores and their product with the values, 2 FLOPs per element each, times 3 for backward."""
+def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
+    """Of a token, forward and backward: scores and their product with the values, 2 FLOPs an element each, 3 times."""
     return 12 * layers * c.num_heads * c.head_dim * context
 
 
@@ -123,7 +123,7 @@ class NoUpdate:
     def __init__(self, model: t.GPT):
         self.model = model
 
-    def step(self, beta: float, multiplier: float) -> None:
+    def step(self, beta: float, multiplier: float, trainable_layers: int) -> None:
         self.model.zero_grad(set_to_none=True)
 
 

@@ -92,12 +92,6 @@ def write_stream(folder: Path, c: t.Config, documents: int, mean_length: float) 
     (folder / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
-def initial_model(c: t.Config, device: torch.device) -> t.GPT:
-    """A model with initial weights."""
-    model = t.new_model(c)
-    return model.to(device)
-
-
 @contextlib.contextmanager
 def kept_weights(model: t.GPT) -> Iterator[None]:
     """Restores the weights after test-time training."""
@@ -105,7 +99,6 @@ def kept_weights(model: t.GPT) -> Iterator[None]:
     try:
         yield
     finally:
-        model.requires_grad_(True)
         t.copy_all([p.detach() for p in model.parameters()], kept)
         for p in model.parameters():
             p.grad = None
@@ -132,7 +125,6 @@ def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator,
 def measure(name: str, c: t.Config, model: t.GPT, run: t.Run, score: Callable) -> dict[str, Any]:
     """One evaluation: seconds, targets/s, peak memory and the score."""
     run.seconds.clear()
-    model.config = c
     evaluator = t.Evaluator(c, run)
     with kept_weights(model):
         if run.device.type == "cuda":
@@ -179,7 +171,7 @@ def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str
         model, c = t.load_artifact(Path(options.artifact).read_bytes(), c, explicit, run.device)
     else:
         t.check_config(c)
-        model = initial_model(c, run.device)
+        model = t.new_model(c).to(run.device)
     if not options.data:
         write_stream(
             folder, c, options.documents or (512 if cuda else 48), options.mean_length or (1240 if cuda else 160)

@@ -49,6 +49,15 @@ def int32(number):
     return (number + 2**31) % 2**32 - 2**31
 
 
+def softcap(logits, c):
+    """Logits within C of zero, where C is LOGIT_SOFTCAP."""
+    x, cap = logits / c.logit_softcap, c.logit_softcap
+    if c.softcap_type == "tanh":
+        return cap * torch.tanh(x)
+    x = torch.clamp(x, -2, 2)
+    return cap * torch.clamp(x - x**3 / 3 + x**5 / 15, -1, 1)
+
+
 class Reference:
     """The forward pass of one row. Weights are read from a GPT's parameters by name."""
 
@@ -147,27 +156,20 @@ class Reference:
         g = torch.sigmoid(self.p["skip_gates"][place])
         return (1 - g) * skip + g * x
 
-    def layer(self, number, lanes, x0, starts):
-        """One layer on one lane (a list with one entry) or on two."""
+    def layer(self, number, streams, x0, starts):
+        """One layer on one residual stream (a list with one entry) or on two parallel ones."""
         m0, m1 = self.of(number, "input_mix")
         a, b = self.of(number, "attention_scale"), self.of(number, "mlp_scale")
-        u = [m0 * x + m1 * y for x, y in zip(lanes[0], x0, strict=True)]
-        attended = [a * y for y in self.attention(u, number, starts)]
-        if len(lanes) == 1:
-            x = [y + z for y, z in zip(u, attended, strict=True)]
+        x_mixed = [m0 * x + m1 * y for x, y in zip(streams[0], x0, strict=True)]
+        attention_out = [a * y for y in self.attention(x_mixed, number, starts)]
+        if len(streams) == 1:
+            x = [y + z for y, z in zip(x_mixed, attention_out, strict=True)]
             return [[y + b * z for y, z in zip(x, self.mlp(x, number), strict=True)]]
-        fed = [b * y for y in self.mlp(lanes[1], number)]
+        mlp_out = [b * y for y in self.mlp(streams[1], number)]
         mixed = []
-        for lane, (r, p, q) in zip(lanes, self.of(number, "stream_mix")):
-            mixed.append([r * x + p * y + q * z for x, y, z in zip(lane, attended, fed)])
+        for stream, (r, p, q) in zip(streams, self.of(number, "stream_mix"), strict=True):
+            mixed.append([r * x + p * y + q * z for x, y, z in zip(stream, attention_out, mlp_out, strict=True)])
         return mixed
-
-    def softcap(self, x):
-        c = self.c.logit_softcap
-        if self.c.softcap_type == "tanh":
-            return c * torch.tanh(x)
-        x = torch.clamp(x, -2, 2)
-        return c * torch.clamp(x - x**3 / 3 + x**5 / 15, -1, 1)
 
     def row(self, ids, targets, starts, looped, noise=None):
         """NLL and log-sum-exp of each position of a row: lists of scalars."""
@@ -176,23 +178,24 @@ class Reference:
         x0 = self.embed(ids, starts, noise)
         if c.ve_dim:
             self.values = [
-                self.p["values.scale"] * (self.p["values.projection"] @ self.p["values.table"][token]) for token in ids
+                self.p["value_embeds.scale"] * (self.p["value_embeds.projection"] @ self.p["value_embeds.table"][token])
+                for token in ids
             ]
-        lanes = [x0]
+        streams = [x0]
         for place, number in enumerate(order):
-            if 0 <= c.parallel_start_layer <= number and len(lanes) == 1:
-                lanes = [lanes[0], lanes[0]]
+            if 0 <= c.parallel_start_layer <= number and len(streams) == 1:
+                streams = [streams[0], streams[0]]
             if place >= half and saved:
                 skip = saved.pop()
-                lanes[0] = [self.blend(x, y, place - half) for x, y in zip(lanes[0], skip, strict=True)]
-            lanes = self.layer(number, lanes, x0, starts)
+                streams[0] = [self.blend(x, y, place - half) for x, y in zip(streams[0], skip, strict=True)]
+            streams = self.layer(number, streams, x0, starts)
             if place < half:
-                saved.append(lanes[0])
+                saved.append(streams[0])
         head = self.p["embedding"] if c.tie_embeddings else self.p["head"]
         nll, lse = [], []
         for t, target in enumerate(targets):
-            hidden = unit(sum(lane[t] for lane in lanes) / len(lanes))
-            z = self.softcap(head @ hidden / c.logit_softcap) / self.temperature
+            hidden = unit(sum(stream[t] for stream in streams) / len(streams))
+            z = softcap(head @ hidden, c) / self.temperature
             lse.append(z.max() + torch.log(torch.exp(z - z.max()).sum()))
             nll.append(lse[-1] - z[target])
         return torch.stack(nll), torch.stack(lse)

@@ -217,8 +217,8 @@ def test_the_drawing_is_the_record_presets():
     c = tg.config_from_env({"PRESET": "record"}, False)[0]
     visits = [int(layer) for layer in re.findall(r'class="b visit"[^>]*>layer (\d+)<', drawing)]
     assert visits == tg.execution_order(c, True)
-    assert drawing.count('class="skip" marker-end') == sum(v.skip is not None for v in tg.layer_schedule(c, True))
-    assert drawing.count('class="lanes"') == sum(v.lanes for v in tg.layer_schedule(c, True))
+    assert drawing.count('class="skip" marker-end') == sum(call.skip is not None for call in tg.layer_schedule(c, True))
+    assert drawing.count('class="lanes"') == sum(call.parallel for call in tg.layer_schedule(c, True))
     half = c.num_layers // 2
     for words in (
         f"{tg.parameter_count(c):,} parameters: {c.num_layers} layers of width {c.model_dim}, {c.num_heads} "

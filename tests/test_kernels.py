@@ -339,7 +339,7 @@ def document_by_document(q, k, v, cu_seqlens, longest):
 
 @pytest.mark.parametrize("starts", [[[0], [0, 30]], [[0, 1, 2, 3], [0]], [[0, 49], [0, 25, 26]]])
 def test_packed_attention_equals_torchs(starts):
-    """The cumulative lengths of the flattened rows say what the mask says: padding, documents of one token, rows that continue."""
+    """cu_seqlens and the mask agree: padding, documents of one token, documents that a row cuts."""
     documents = documents_from(documents_of(starts, 3, 50))
     mask = tg.document_mask(documents.starts)
     compare(

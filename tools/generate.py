@@ -3,8 +3,8 @@
     python tools/generate.py logs/RUN "The function returns"
     python tools/generate.py model.pgolf "Once" --tokenizer data/mine/tokenizer.model --tokens 200 --temperature 0.7
 
-The same seed gives the same text on the same device. The text ends when the model samples the token that begins a new
-document.
+The logits are those that a score is computed from: the model's trunk and head. The same seed gives the same text on the
+same device. The text ends where the model begins a new document.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import caseops  # noqa: E402
@@ -75,25 +76,20 @@ def original(text: str) -> str:
 
 
 class Logits:
-    """The model as a function from a document's tokens to the next token's logits, by the one forward.
+    """The model as a function from a document's tokens to the next token's logits."""
 
-    The forward gives scores of given targets; its head's output, caught by a hook, is what they are computed from.
-    """
-
-    def __init__(self, model: tg.GPT, c: tg.Config, device: torch.device):
-        self.model, self.c, self.device, self.caught = model.eval(), c, device, None
-        model.logits.register_forward_hook(self.catch)
-
-    def catch(self, module, inputs, output) -> None:
-        self.caught = output
+    def __init__(self, model: tg.GPT, config: tg.Config, device: torch.device):
+        self.model, self.config, self.device = model.eval(), config, device
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         """Softcapped logits [V], float32, on the CPU, given the last tokens that the context holds."""
-        ids = torch.tensor([tokens[-self.c.eval_context :]]).numpy()
+        model, config = self.model, self.model.config
+        ids = np.array([tokens[-self.config.eval_context :]])
         batch = tg.to_device(ids, ids, tg.document_starts(ids), self.device)
-        self.model(*batch, looped=self.c.loops, last_tokens=1)
-        return tg.softcap_plain(self.caught[0, -1], self.c.logit_softcap, self.c.softcap_type).float().cpu()
+        hidden = model.trunk(batch.ids, batch.documents, looped=config.loops, last_tokens=1)
+        logits = model.head_logits(hidden)[0, -1]
+        return tg.softcap_plain(logits, config.logit_softcap, config.softcap_type).float().cpu()
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

@@ -1628,7 +1628,9 @@ def hardware(run: Run) -> str:
 # Data: shards -> documents -> batches, a pure function of (seed, step), whatever the number of ranks
 # ---------------------------------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
 SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
 WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 

@@ -278,9 +278,9 @@ def test_tables_are_stored_by_their_size():
         "bigram.table": 5,
         "bigram.projection": 16,
         "bigram.scale": 16,
-        "values.table": 16,
-        "values.projection": 16,
-        "values.scale": 16,
+        "value_embeds.table": 16,
+        "value_embeds.projection": 16,
+        "value_embeds.scale": 16,
     }
     expected = tg.row_scales(weights["bigram.table"], 5, 12.85)
     assert torch.equal(stored["bigram.table"].scales, expected)

@@ -42,7 +42,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,26 +50,27 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
+import audit  # noqa: E402
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import published  # noqa: E402
 import shards  # noqa: E402
 from errors import PrepareError  # noqa: E402
+from options import ROOT, Options  # noqa: E402
+from progress import Report  # noqa: E402
 from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
-from sources import (  # noqa: E402  # noqa: E402
+from sources import (  # noqa: E402
     CHUNK_BYTES,
     Sources,
     Splitter,
     builtin_packages,
-    cut,
     is_remote,
     list_files,
     package_versions,
-    text_hash,
 )
+from text import cut, text_hash  # noqa: E402
 from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
@@ -92,37 +92,6 @@ class Worthless(PrepareError):
 
 class Terminated(BaseException):
     """SIGTERM or Ctrl-C arrived; the argument is the signal's number."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to prepare and how; the fields are the options of the command line."""
-
-    sources: tuple[str, ...]
-    out: Path
-    vocab_size: int | None = None  # None: 1024, or that of the given tokenizer
-    val_fraction: float = 0.05
-    shard_tokens: int = 100_000_000
-    workers: int = 1
-    tokenizer: Path | None = None
-    seed: int = 0
-    max_document_bytes: int = 32 << 10
-    sample_bytes: int = 32 << 20
-    text_field: str = "text"
-    caseops: bool = False
-    val_documents: int | None = None  # None: the split that the source has, or one by hash
-    train_shards: int | None = None  # of a published export; None: all
-    repo: str | None = None  # None: the challenge's own
-    revision: str | None = None  # None: the main branch
-    repo_root: str = published.ROOT
-    downloads: Path | None = None  # None: a folder in `out`
-    force: bool = False
-    quiet: bool = False
-
-    @property
-    def downloads_folder(self) -> Path:
-        """Where downloaded text is kept."""
-        return self.downloads or self.out / "downloads"
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
@@ -259,7 +228,8 @@ def write_shards(
             raise changed
         for text in texts:
             document, count = describe(text, splitter, options.seed), 0
-            for count, segment in enumerate(codec.segments(text) if text else (), 1):
+            for segment in codec.segments(text) if text else ():
+                count += 1
                 yield segment
             del text  # Of a large document nothing may stay while the next one is read.
             waiting.append((document, count))
@@ -361,7 +331,8 @@ def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
 
 def program() -> dict:
     """What made the output besides the options and the texts."""
-    modules = [sys.modules[item.__module__] for item in (prepare, Sources, Codec, Shards)] + [caseops, corpus]
+    made_by = (prepare, Sources, Codec, Shards, text_hash, audit.audit_splits)
+    modules = [sys.modules[item.__module__] for item in made_by] + [caseops, corpus]
     code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
     return {"code": code, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])}
 
@@ -545,7 +516,7 @@ def prepare(options: Options) -> tuple[dict, bool]:
     with output_folder(options.out):
         manifest = check_folder(options, mark)
         if manifest:
-            return manifest, True
+            return _with_audit(options, manifest), True
         if published.variant_of(options.sources):
             return _download(options, mark), False
         folder = options.out / UNFINISHED
@@ -599,13 +570,37 @@ def _download(options: Options, mark: str) -> dict:
     if codec.vocab_size != options.vocab_size:
         raise PrepareError(f"{fetched.export.tokenizer.path}: {codec.vocab_size} pieces, not {options.vocab_size}")
     splits = published.measure(fetched, codec, report.bar)
-    manifest = _manifest(options, mark, [fetched.described], model, {"given": True}, splits)
-    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    manifest = {
+        **_manifest(options, mark, [fetched.described], model, {"given": True}, splits),
+        "audit": audited(splits, fetched.paths.__getitem__, options, report),
+    }
+    write_manifest(folder, manifest)
     with no_interruption():
         discard(ready)
         os.replace(folder, ready)  # From here on the next run completes it, should this one be killed.
         commit(ready, options.out)
     return manifest
+
+
+def audited(splits: dict[str, dict], place: Callable[[str], Path], options: Options, report: Report) -> dict:
+    """The audit of the files that `splits` lists. place: where the file of a name lies. Raises PrepareError."""
+    size = sum(2 * shard["tokens"] for shard in splits["train"]["shards"])
+    with report.bar("auditing", size) as progress:
+        return audit.audit_splits(splits, place, options.workers, progress)
+
+
+def _with_audit(options: Options, manifest: dict) -> dict:
+    """The manifest in --out. One from before there were audits gets its own now."""
+    if "audit" not in manifest:
+        found = audited(manifest["splits"], options.out.joinpath, options, Report(options.quiet))
+        manifest = {**manifest, "audit": found}
+        write_manifest(options.out, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Put manifest.json into a folder, whole or not at all."""
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
@@ -648,6 +643,10 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
                 f"no {split} document is left ({output.dropped} of {found.documents} documents dropped "
                 "because decoding does not give them back); give more text or another --tokenizer"
             )
+    try:
+        found_shared = audited(splits, folder.joinpath, options, report)
+    except PrepareError as error:  # The disk has lost what was written; going on would end here again.
+        raise Worthless(str(error)) from None
     report.say("compressing the validation text with xz -9 and zstd -22")
     manifest = {
         **_manifest(options, mark, sources.described, model, training, splits),
@@ -656,8 +655,9 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
         "duplicates_of_validation": sources.duplicates,
         "reference_compressors": reference_compressors(folder / "validation"),
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
+        "audit": found_shared,
     }
-    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    write_manifest(folder, manifest)
     return manifest
 
 
@@ -696,37 +696,6 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
     write_file(folder / published.TOKENIZER, model)
     write_file(made, json.dumps(training).encode())
     return training
-
-
-class Report:
-    """What a user sees on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-
-    def say(self, text: str) -> None:
-        """One line about what begins now."""
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A function to call with each number of bytes done."""
-        if sys.stderr.isatty() and not self.quiet:
-            with tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
-                yield bar.update
-            return
-        done, said = 0, time.monotonic()
-
-        def update(count: int) -> None:
-            nonlocal done, said
-            done += count
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                self.say(f"{label}: {100 * done / total:.0f}% of {total / 1e6:.1f} MB")
-
-        self.say(f"{label} {total / 1e6:.1f} MB")
-        yield update
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -857,7 +826,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     add("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
     add(
         "--repo-root",
-        default=published.ROOT,
+        default=ROOT,
         metavar="PATH",
         help="folder in that repository that holds manifest.json (default: %(default)s)",
     )
@@ -887,6 +856,7 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     if "reference_compressors" in manifest:
         reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
         yield f"bits per byte of the validation text: {reference}"
+    yield from audit.overlap_lines(manifest["audit"])
     yield f"written: {out / 'manifest.json'}"
     knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""

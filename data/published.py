@@ -19,23 +19,19 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from errors import PrepareError
 from hub import RemoteFile, Repository, check_room
+from options import Options
+from progress import Bar
 from shards import read_shard
-
-if TYPE_CHECKING:
-    from prepare import Options
-    from tokenizer import Codec
+from tokenizer import Codec
 
 DOCUMENTS = "docs_selected"  # the name of the source; the file is docs_selected.jsonl
 VALIDATION_DOCUMENTS = 50_000  # the first so many of docs_selected.jsonl validate, always
-ROOT = "datasets"
 TEXT_OPTIONS = (
     "vocab_size",
     "val_fraction",
@@ -50,7 +46,6 @@ TEXT_OPTIONS = (
 )
 TOKENIZER = "tokenizer.model"  # its name in --out
 CHUNK_TOKENS = 4 << 20
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclasses.dataclass(frozen=True)

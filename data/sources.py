@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gzip
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -24,11 +22,12 @@ import corpus
 import hub
 import published
 from errors import PrepareError, library
+from options import Options
+from progress import Report, bar_of
+from text import cut, text_hash
 
 if TYPE_CHECKING:
     import pyarrow
-
-    from prepare import Options, Report
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 CHUNK_BYTES = 1 << 20
@@ -103,21 +102,6 @@ def _text_file(name: str, file: io.BufferedIOBase, limit: int) -> Iterator[str]:
         yield _decode(buffer[:end], name, start)
         start += end
         buffer = buffer[end:] + file.read(limit + 1 - (len(buffer) - end))
-
-
-def cut(data: bytes, limit: int) -> int:
-    """Where to end a piece of at most `limit` bytes of a longer UTF-8 text: after a blank line, a line, or a space.
-
-    Only the second half is searched, so that pieces are not tiny; without any of the three, between two characters.
-    """
-    for mark in (b"\n\n", b"\n", b" "):
-        found = data.rfind(mark, limit // 2, limit)
-        if found >= 0:
-            return found + len(mark)
-    end = limit
-    while end > max(1, limit - 3) and data[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
 
 
 def _decode(data: bytes, name: str, start: int) -> str:
@@ -233,11 +217,6 @@ def _joined(parts: list[bytes]) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------------------ split
-
-
-def text_hash(data: bytes, seed: int) -> int:
-    """A number below 2**64 that decides a document's side; equal texts have equal ones."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
 
 
 def validation_groups(documents: Iterable[corpus.Document], fraction: float, seed: int) -> set[str]:
@@ -392,11 +371,6 @@ def validation_documents(options: Options) -> int | None:
             f"{'--val-documents' if options.val_documents else published.DOCUMENTS}"
         )
     return first
-
-
-def bar_of(report: Report | None) -> published.Bar:
-    """A report's progress bar, or one that shows nothing."""
-    return report.bar if report else lambda label, total: contextlib.nullcontext(lambda count: None)
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ import sentencepiece
 
 import caseops
 from errors import PrepareError
-from sources import cut
+from text import cut
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte

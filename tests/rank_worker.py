@@ -44,7 +44,7 @@ def depth(c, run, trainable):
                 frozen = name.startswith("blocks.") and int(name.split(".")[1]) >= trainable
                 parts[frozen] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
         momenta = {True: [], False: []}
-        for bank, size, momentum in zip(muon.banks, muon.shard_sizes, muon.momentum):
+        for bank, size, momentum in zip(muon.banks, muon.shard_sizes, muon.momentum, strict=True):
             for i, matrix in enumerate(momentum, run.rank * size):
                 momenta[i % c.num_layers >= trainable or i >= len(bank)].append(matrix.flatten())
         empty = [next(model.parameters()).detach().flatten()[:0]]
@@ -53,7 +53,7 @@ def depth(c, run, trainable):
     before = state()
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), c.loops, trainable)
-    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state()))
+    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state(), strict=True))
     return {
         **{name: p.detach().numpy() for name, p in model.named_parameters()},
         "disturbed": disturbed,

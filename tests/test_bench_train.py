@@ -58,7 +58,7 @@ def test_every_field_says_what_was_measured_and_on_what(finished):
     assert r["torch"] == torch.__version__ and r["chip"] == tg.hardware(single_run()) and r["dtype"] == "float32"
     assert r["backend"] == dict(attention="blocked", compile=False, triton=False) and r["cuda"] is None
     assert r["parameters"] == tg.parameter_count(config(SHAPE))
-    assert (r["tokens_per_step"], r["micro_steps"], r["micro_rows"]) == (512, 2, 8)  # as TRAIN_BATCH_TOKENS says
+    assert (r["tokens_per_step"], r["micro_steps"], r["micro_sequences"]) == (512, 2, 8)  # as TRAIN_BATCH_TOKENS says
     assert r["layers_run"] == dict(plain=[0, 1, 2, 3, 4, 5], looped=[0, 1, 2, 1, 2, 1, 2, 3, 4, 5])
     assert 1 < r["mean_context"] < 12 and r["process_peak_memory_bytes"] > 2**20
     assert [(x["order"], x["part"]) for x in r["rows"]] == VARIANTS
@@ -160,7 +160,7 @@ def test_the_whole_step_is_the_trainers(data):
     for step in range(2):
         for looped in (False, True):
             trainer.step(tg.Progress(step, 0.0), looped)
-    pairs = zip(measured.trainer.parameters() + measured.trainer.ema, trainer.parameters() + trainer.ema)
+    pairs = zip(measured.trainer.parameters() + measured.trainer.ema, trainer.parameters() + trainer.ema, strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -186,7 +186,7 @@ def test_defaults():
     assert small.model_dim < 512 and small.train_batch_tokens == small.micro_batch_tokens
     switches = [f for f, v in tg.PRESETS["record"].items() if v is True]
     assert switches and all(getattr(c, f) for c in (full, small) for f in switches)
-    assert all(c.loops and c.lanes and c.num_layers == 11 for c in (full, small))
+    assert all(c.loops and c.parallel_residual and c.num_layers == 11 for c in (full, small))
     other, _ = bench.configuration(dict(PRESET="poly5", MICRO_BATCH_TOKENS="5000", SEED="3"), False)
     assert (other.preset, other.seed, other.train_batch_tokens, other.model_dim) == ("poly5", 3, 4096, 512)
     assert bench.configuration(dict(DEVICE="cpu"), True)[0].model_dim == small.model_dim

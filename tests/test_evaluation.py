@@ -1,6 +1,8 @@
-"""Every target is scored once, inside its document, with the promised context; the score is that of a plain loop."""
+"""Every target is scored once, inside its document, with the right context; the score is that of a plain loop."""
 
+import json
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -46,7 +48,7 @@ def test_windows_by_hand():
 
 @examples(max_examples=300)
 @given(LENGTHS, st.integers(1, 20), st.data())
-def test_windows_score_each_target_once_with_the_promised_context(lengths, context, data):
+def test_windows_score_each_target_once_with_the_right_context(lengths, context, data):
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     windows = tg.evaluation_windows(bounds, context, stride)
@@ -67,7 +69,7 @@ def test_windows_score_each_target_once_with_the_promised_context(lengths, conte
 @examples(max_examples=200)
 @given(LENGTHS, st.integers(1, 20), st.integers(1, 70), st.data())
 def test_windows_in_chunks_of_the_stream_score_each_target_once_in_its_chunk(lengths, context, chunk, data):
-    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none is longer than promised."""
+    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none exceeds the context."""
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     counts, document = np.zeros(bounds[-1], int), np.repeat(np.arange(len(lengths)), lengths)
@@ -104,15 +106,34 @@ def test_sequences_hold_every_window_once_and_are_never_overfull(context, data):
 def test_packing_wastes_little():
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 257, 5000)
-    sequences = tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 256)
-    assert len(sequences) * 256 < sizes.sum() * 1.02
+    rows = tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 256)
+    assert len(rows) * 256 < sizes.sum() * 1.02
 
 
-def test_packing_takes_many_windows():
-    """Each window costs one look for a sequence, however many there are."""
-    sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
-    sequences = tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 2048)
-    assert sum(map(len, sequences)) == 200_000 and len(sequences) * 2048 < sizes.sum() * 1.01
+def lines_executed(compute):
+    """How many lines of Python a call executes."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        compute()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_packing_does_no_more_for_each_of_many_windows():
+    """A window's row is found without a search through all rows."""
+    sizes = np.random.default_rng(0).integers(1, 2049, 20_000)
+    windows = np.stack((sizes, sizes, sizes), 1)
+    few, many = (lines_executed(lambda n=n: tg.pack_sequences(windows[:n], 2048)) for n in (2_000, 20_000))
+    assert few > 2_000 and many < 11 * few
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -193,7 +214,7 @@ def test_the_score_of_the_validation_shards(data, validation_texts):
     assert score.bytes == sum(len(t.encode()) for t in validation_texts)
     tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
     assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
-    assert evaluator.audit.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
+    assert evaluator.data_check.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
     assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
     assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
 
@@ -214,7 +235,7 @@ def test_ranks_share_the_batches_and_their_scores_add_up(data, monkeypatch):
     c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
     model, evaluator, ledgers = build_model(c, spread=0.1), tg.Evaluator(c, single_run()), []
     whole = evaluator(model)
-    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
+    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
     for world in (2, 3, 40):
         ledgers.clear()
         for rank in range(world):
@@ -271,7 +292,7 @@ def test_batches_hold_documents_and_their_targets(data):
 
 
 def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
-    """The context reaches the model: its NLL of a late target depends on a token at the promised distance."""
+    """The context reaches the model: its NLL of a late target depends on a token at the context's distance."""
     c = config(COMPUTE_DTYPE="float64", EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
     model = build_model(c)
     tokens = [1, *np.random.default_rng(1).integers(4, 384, 99).tolist()]
@@ -305,11 +326,11 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
     assert any("manifest.json does not exist" in note for note in evaluator.notes)
-    assert evaluator.audit.manifest.reference == {}
+    assert evaluator.data_check.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
-    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
+    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: says 1 .* hold ({right[0]}|{right[1]})$"):
         tg.Evaluator(evaluator.config, single_run())
-    manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
+    manifest(tmp_path / "data", json.dumps(dict(splits=dict(val=dict(tokens=right[0], bytes=right[1])))))
     assert tg.Evaluator(evaluator.config, single_run()).notes == []
 
 
@@ -332,7 +353,7 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
 def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     manifest(tmp_path / "data", content)
-    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
+    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a valid manifest"):
         tg.Evaluator(evaluator.config, single_run())
 
 

@@ -1,6 +1,7 @@
 """tools/generate.py: text from an artifact, by the logits that a score is computed from, the same for the same seed."""
 
 import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ def folder(tmp_path_factory, data):
     c = config(RECORD_LIKE)
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
     (folder / "model.pgolf").write_bytes(tg.pack(tg.quantize(weights, {}, c), c))
-    (folder / "config.json").write_text('{"data_path": "%s", "tokenizer_path": ""}' % data)
+    (folder / "config.json").write_text(json.dumps(dict(data_path=str(data), tokenizer_path="")))
     (folder / "caseops.model").write_bytes(caseops_tokenizer())
     return folder
 

@@ -273,7 +273,7 @@ class Rules:
         self.last_chunk = (lengths - 1) // size
         cuts = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
         self.phase, self.batch, self.stream = (np.zeros(len(lengths), int) for _ in range(3))
-        for begin, end in zip((0, *cuts), (*cuts, len(order))):
+        for begin, end in zip((0, *cuts), (*cuts, len(order)), strict=True):
             for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
                 some = order[first : min(first + c.ttt_batch_size, end)]
                 self.phase[some], self.stream[some] = sum(cut <= begin for cut in cuts), number % c.ttt_streams

@@ -49,7 +49,9 @@ def gradients(model, nll, lse):
     loss = nll.mean() + 0.1 * lse.square().mean()
     parameters = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads)}
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
@@ -221,7 +223,7 @@ def test_the_temperature_divides_the_softcapped_logits(softcap, dtype, tolerance
     tempered, plain = model(*batch, looped=False, temperature=0.7), model(*batch, looped=False)
     for found, temperature in ((tempered, 0.7), (plain, 1.0)):
         expected = Reference(exact, temperature=temperature)(batch, False)
-        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected))
+        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected, strict=True))
     assert (tempered[1] - plain[1]).abs().min() > 0.05
 
 
@@ -274,7 +276,7 @@ def test_late_qat_rounds_to_the_grid_and_passes_the_gradient_straight_through():
         assert (nll - model(*batch, looped=False)[0]).abs().max() > 1e-3
         found = torch.autograd.grad(nll.sum(), [getattr(model, name) for name in tg.BANKS])
         wanted = torch.autograd.grad(expected[0].sum(), [reference.p[name] for name in tg.BANKS])
-        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted))
+        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("base", [POLY, dict(RECORD, **PAIRS)], ids=["poly", "record"])
@@ -417,7 +419,7 @@ def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
     plain = model(*batch, looped=looped)
     adapters = make_adapters(model, 3, looped, zero=True)
     adapted = model(*batch, looped=looped, adapters=adapters)
-    assert all(torch.equal(x, y) for x, y in zip(plain, adapted))
+    assert all(torch.equal(x, y) for x, y in zip(plain, adapted, strict=True))
     adapted[0].mean().backward()
     for pairs in adapters:
         for name, (a, b) in pairs.items():
@@ -638,7 +640,7 @@ def test_every_training_variant_of_poly5_is_one_graph_with_the_eager_result(coun
         for layers, grids in variants:
             call = dict(looped=False, trainable_layers=layers, fake_quant=grids)
             found, expected = compiled(*batch, **call), model(*batch, **call)
-            assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
+            assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected, strict=True))
             with torch.no_grad():  # evaluation happens between steps
                 compiled(*batch, looped=False, temperature=0.9)
             for outputs in (found, expected):
@@ -672,7 +674,7 @@ def test_each_layer_order_is_one_graph_with_the_eager_result(attention, counted)
     compiled = torch.compile(model, backend=counted, dynamic=False, fullgraph=True)
     for looped in (False, True, False, True):
         found, expected = compiled(*batch, looped=looped), model(*batch, looped=looped)
-        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
+        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected, strict=True))
         ours, plain = gradients(model, *found), gradients(model, *expected)
         assert all(torch.allclose(ours[name], plain[name], rtol=1e-7, atol=1e-10) for name in plain)
     assert counted.graphs == 2

@@ -170,8 +170,8 @@ def test_the_rates_multiplier_scales_every_step():
         for p in model.parameters():
             p.grad = torch.ones_like(p) * 0.01
         tg.Optimizers(model, c, single_run()).step(0.9, multiplier, c.num_layers)
-        changes[multiplier] = [p.detach() - b for p, b in zip(model.parameters(), before)]
-    for full, half, none in zip(*changes.values()):
+        changes[multiplier] = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    for full, half, none in zip(*changes.values(), strict=True):
         assert full.abs().max() > 0 and torch.allclose(half, full / 2, rtol=1e-6, atol=1e-9) and not none.any()
 
 
@@ -226,7 +226,7 @@ def test_newton_schulz_orthogonalizes(shape, coefficients):
     update = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     polynomials = {"classic": CLASSIC, "polar_express": POLAR}[coefficients]
     found = tg.orthogonalize(update, 5, coefficients, torch.float64)
-    for one, matrix in zip(found, update):
+    for one, matrix in zip(found, update, strict=True):
         np.testing.assert_allclose(one.numpy(), newton_schulz(matrix.numpy(), polynomials), rtol=1e-5, atol=1e-5)
     longer = tg.orthogonalize(update, 12, coefficients, torch.float64)
     singular = torch.linalg.svdvals(longer)
@@ -251,7 +251,7 @@ def test_reset_forgets_everything():
             optimizers.step(0.9, 0.7, c.num_layers)
         return [p.detach() for p in model.parameters()]
 
-    assert all(torch.equal(x, y) for x, y in zip(run(True), run(False)))
+    assert all(torch.equal(x, y) for x, y in zip(run(True), run(False), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks

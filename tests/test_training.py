@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, Clock, build_model, config, single_run
 
 
 def make_trainer(base, data, random_weights=False, **knobs):
@@ -59,7 +59,7 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
     assert changed and all(changed)  # it really trained
     assert same(state(trainer), before)
     assert torch.equal(torch.random.get_rng_state(), stream)
-    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2]))
+    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_frozen_layers_keep_every_bit_of_weights_and_optimizer_states(base, data
     for step in (1, 2):
         trainer.step(tg.Progress(step, 0.0), trainer.config.loops, trainable)
     after, states_after = dict(trainer.model.named_parameters()), adam_states(trainer)
-    for name, m, m_before in zip(tg.BANKS, momentum, momenta):
+    for name, m, m_before in zip(tg.BANKS, momentum, momenta, strict=True):
         for i in range(len(m)):
             frozen = i % layers >= trainable
             assert torch.equal(m[i], m_before[i]) == torch.equal(after[name][i], before[name][i]) == frozen, (name, i)
@@ -224,9 +224,12 @@ def test_the_average_is_the_moving_average_of_the_weights(data):
     for step in range(5):
         trainer.step(tg.Progress(step, 0.0), False)
         share = tg.ema_weight(step, c)
-        expected = [(1 - share) * e + share * p.detach().double() for e, p in zip(expected, trainer.model.parameters())]
+        expected = [
+            (1 - share) * e + share * p.detach().double()
+            for e, p in zip(expected, trainer.model.parameters(), strict=True)
+        ]
     last = [p.detach().clone() for p in trainer.model.parameters()]
-    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.ema, expected))
+    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.ema, expected, strict=True))
     assert not all(map(torch.equal, last, trainer.ema))
     trainer.use_average()
     assert all(map(torch.equal, [p.detach() for p in trainer.model.parameters()], trainer.ema))
@@ -263,17 +266,19 @@ def test_the_swa_is_the_mean_of_late_weights(kept, data, capsys):
     snapshots, ema = [], weights_of(trainer)
     for step in range(10):
         trainer.step(tg.Progress(step, 0.0), False)
-        ema = [torch.lerp(a, w, tg.ema_weight(step, trainer.config)) for a, w in zip(ema, weights_of(trainer))]
+        ema = [
+            torch.lerp(a, w, tg.ema_weight(step, trainer.config)) for a, w in zip(ema, weights_of(trainer), strict=True)
+        ]
         if (step + 1) % 2 == 0 and 1 - step / 10 < 0.5:
             snapshots.append(weights_of(trainer))
     assert len(snapshots) == 2 and trainer.swa_count == (0 if kept == "ema" else 2)
-    late = [sum(w) / 2 for w in zip(*snapshots)]
-    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late)]}[kept]
+    late = [sum(w) / 2 for w in zip(*snapshots, strict=True)]
+    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late, strict=True)]}[kept]
     capsys.readouterr()
     trainer.use_average()
     assert capsys.readouterr().out == ("" if kept == "ema" else "swa: 2 late weights averaged\n")
-    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected))
-    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1]))
+    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected, strict=True))
+    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1], strict=True))
 
 
 def test_a_run_too_short_for_the_swa_keeps_what_there_is(data):
@@ -367,18 +372,36 @@ def test_loops_are_enabled_at_their_fraction(data, tmp_path):
     assert lines == [f"step:5 loops enabled: layer order {tg.execution_order(trainer.config, True)}"]
 
 
-def test_time_ends_the_training(data):
+def clock_of_steps(trainer, monkeypatch):
+    """A clock on which each training step takes an eighth of a second, and all else no time."""
+    clock, step = Clock(monkeypatch), trainer.step
+
+    def timed_step(*arguments, **more):
+        clock.now += 0.125
+        return step(*arguments, **more)
+
+    trainer.step = timed_step
+    return clock
+
+
+def test_time_ends_the_training(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=0.5, TRAIN_LOG_EVERY=0)
+    clock_of_steps(trainer, monkeypatch)
     end = tg.train(trainer, no_validation)
-    assert 0.5 <= end.seconds < 5 and 1 <= end.step < 10**4
+    assert (end.step, end.seconds) == (4, 0.5)
 
 
-def test_time_for_validation_is_not_training_time(data):
-    import time
-
+def test_time_for_validation_is_not_training_time(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=3, VAL_LOSS_EVERY=1, TRAIN_LOG_EVERY=0)
-    end = tg.train(trainer, lambda: time.sleep(0.5) or tg.Score(1.0, 1, 1))
-    assert end.step == 3 and end.seconds < 1.9  # four validations of half a second
+    clock, seen = clock_of_steps(trainer, monkeypatch), []
+
+    def validate():
+        clock.now += 0.5
+        seen.append(clock.now)
+        return tg.Score(1.0, 1, 1)
+
+    end = tg.train(trainer, validate)
+    assert (end.step, end.seconds, len(seen)) == (3, 0.375, 4)
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(data, tmp_path):

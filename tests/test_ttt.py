@@ -21,6 +21,7 @@ from helpers import (
     RECORD_LIKE,
     ROOT,
     TINY,
+    Clock,
     build_model,
     config,
     documents_from,
@@ -123,7 +124,7 @@ class PlainAdapters:
         """AdamW as the specification has it."""
         gradients = torch.autograd.grad(loss, self.parameters(), allow_unused=True, materialize_grads=True)
         self.steps += 1
-        for p, g, s in zip(self.parameters(), gradients, self.squares):
+        for p, g, s in zip(self.parameters(), gradients, self.squares, strict=True):
             s.copy_(c.ttt_beta2 * s + (1 - c.ttt_beta2) * g**2)
             p *= 1 - c.ttt_lora_lr * c.ttt_weight_decay
             p -= c.ttt_lora_lr * g / ((s / (1 - c.ttt_beta2**self.steps)).sqrt() + 1e-10)
@@ -174,7 +175,7 @@ def plain_step(model, pairs, lr, momentum, velocity, c):
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
     shrink = min(1.0, 1.0 / (norm + 1e-6))
     with torch.no_grad():
-        for p, g, v in zip(parameters, gradients, velocity):
+        for p, g, v in zip(parameters, gradients, velocity, strict=True):
             v.copy_(momentum * v + shrink * g)
             p -= lr * v
     return norm
@@ -184,7 +185,7 @@ def plain_phased(evaluator, model, first_a):
     """Phased test-time training with one document to a batch, from the specification."""
     c, tokens = evaluator.config, evaluator.tokens.tolist()
     begins = [i for i, t in enumerate(tokens[:-1]) if t == tg.BOS_ID]
-    spans = list(zip(begins, [*begins[1:], len(tokens) - 1]))
+    spans = list(zip(begins, [*begins[1:], len(tokens) - 1], strict=True))
     order = sorted(spans, key=lambda s: s[0] - s[1]) if c.ttt_order == "length" else spans
     cuts = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
     result, kept, number = np.zeros(len(tokens) - 1), {}, 0
@@ -251,7 +252,7 @@ def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, m
     plain = build_model(evaluator.config, seed=1, spread=0.2)
     expected = plain_phased(evaluator, plain, first_a)
     np.testing.assert_allclose(found, expected, rtol=2e-5)  # adapters are kept in float32
-    for p, q in zip(model.parameters(), plain.parameters()):
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-7, atol=1e-9)
     still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
     assert np.abs(found - still).max() > 0.05  # far more than the tolerance
@@ -274,7 +275,7 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     monkeypatch.setattr(tg.PhasedTTT, "score", watched)
     found, tokens = scores(tg.PhasedTTT, evaluator, model), evaluator.tokens.tolist()
     assert len(begun) == len(LENGTHS)
-    for document, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:])):
+    for document, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         expected, _ = plain_document(model, tokens[begin : end + 1], begun[document], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     assert not torch.equal(begun[0]["head"], begun[1]["head"])
@@ -403,7 +404,7 @@ def test_rates_of_zero_are_exactly_the_baseline(base, knobs, data, tmp_path):
     before = scores(method, evaluator, model, adapt=False)
     assert np.array_equal(scores(method, evaluator, model), before)
     kept = build_model(evaluator.config, seed=1, spread=0.2)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept.parameters(), strict=True))
 
 
 def test_the_baseline_is_that_of_isolated_windows(data, tmp_path):
@@ -450,7 +451,7 @@ def test_the_last_tokens_are_the_tail_of_all(dtype, tolerance):
         with torch.no_grad():
             whole = model(*batch, looped=c.loops)
             for last in (1, 7, 20):
-                for some, every in zip(model(*batch, looped=c.loops, last_tokens=last), whole):
+                for some, every in zip(model(*batch, looped=c.loops, last_tokens=last), whole, strict=True):
                     assert some.shape == (3, last)
                     torch.testing.assert_close(some, every[:, -last:], rtol=0, atol=tolerance)
 
@@ -501,7 +502,7 @@ def test_a_step_of_all_weights_is_sgd_on_the_mean_loss(base, cap, clipped, data,
                 plain, [(tokens[i], tokens[i + 1]) for i in positions], lr, 0.9, velocity, evaluator.config
             )
             assert (norm > 1) == clipped
-        for p, q in zip(model.parameters(), plain.parameters()):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-11)
 
 
@@ -662,14 +663,6 @@ def test_what_other_ranks_scored_may_be_trained_on_once_it_is_shared(monkeypatch
 
 
 # --------------------------------------------------------------------------------------------------------------- budget
-
-
-class Clock:
-    """time.perf_counter that moves by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
 
 
 @pytest.mark.parametrize("budget, warned_at", [(600, None), (500, 2), (0, None)])
@@ -842,7 +835,7 @@ def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch
         **dict(PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"),
     )
     found, a = scores(tg.PhasedTTT, evaluator, model), None
-    for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:]):
+    for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:], strict=True):
         expected, a = plain_document(model, tokens[begin : end + 1], a or first_a[0], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     evaluator, model = prepared(tmp_path, data, RECORD, tokens, **CHUNK)
@@ -907,7 +900,7 @@ def test_a_shard_that_is_cut_off_is_refused(data, tmp_path):
 
 
 def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
-    """One of as many tokens counts other bytes than the manifest promises; one of another size needs no manifest."""
+    """One of as many tokens counts other bytes than the manifest says; one of another size needs no manifest."""
     other, small = tmp_path / "other.model", tmp_path / "small.model"
     other.write_bytes(
         train_tokenizer(
@@ -918,7 +911,7 @@ def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
         )
     )
     small.write_bytes(train_tokenizer(["the river and the stone"] * 20, 290))
-    with pytest.raises(tg.ConfigError, match=r"manifest.json: promises"):
+    with pytest.raises(tg.ConfigError, match=r"manifest.json: says"):
         tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=other), single_run())
     with pytest.raises(tg.ConfigError, match="VOCAB_SIZE=384: .* has 290 tokens"):
         tg.Evaluator(config(**PHASED, DATA_PATH=data, TOKENIZER_PATH=small), single_run())

@@ -274,7 +274,7 @@ def test_tables_are_stored_by_their_size():
     """Above 65,536 elements with MATRIX_BITS and the clip of their class, below in fp16."""
     c, _, weights, stored = quantized(POLY_LIKE, QUANTIZER="uniform", BIGRAM_VOCAB_SIZE=6000, MATRIX_BITS=5)
     assert weights["bigram.table"].numel() == 72_000
-    assert {name: q.bits for name, q in stored.items() if "bigram" in name or "values" in name} == {
+    assert {name: q.bits for name, q in stored.items() if "bigram" in name or "value_embeds" in name} == {
         "bigram.table": 5,
         "bigram.projection": 16,
         "bigram.scale": 16,

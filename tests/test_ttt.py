@@ -622,7 +622,7 @@ def test_the_ledger_takes_each_target_once_and_before_it_is_trained_on():
             ledger.train_on(np.array(positions))
     with pytest.raises(tg.IllegalScore, match="a target was scored twice"):
         ledger.score(np.array([3, 4]), torch.zeros(2))
-    with pytest.raises(tg.IllegalScore, match="2 targets were not scored exactly once"):
+    with pytest.raises(tg.IllegalScore, match="3 targets were not scored exactly once"):
         ledger.close()
     ledger = ledger_of(2)
     ledger.score(np.array([1, 0]), torch.tensor([0.5, 0.25]))

@@ -38,7 +38,7 @@ from bench.train import write_tokens  # noqa: E402
 
 RATE = 12e6  # tokens/s of the whole step
 RANKS = 8
-DEPTHS = (0, 2)
+DEPTHS: tuple[int, ...] = (0, 2)
 CHALLENGE_TOKENS = 10e9
 
 

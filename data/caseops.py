@@ -56,7 +56,7 @@ class CaseOpsError(ValueError):
 
 def encode(text: str) -> str:
     """Any string with its ASCII capitals as operators and small letters."""
-    return CAPITALS.sub(lambda match: OPERATORS[match.lastgroup] + match[0].lower(), text)
+    return CAPITALS.sub(lambda match: OPERATORS[match.lastgroup or ""] + match[0].lower(), text)
 
 
 def decode(text: str) -> str:

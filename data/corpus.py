@@ -61,6 +61,8 @@ DOC_CALLS = frozenset(
     }
 )
 
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 MIN_DOCUMENT_BYTES = 400
 SHARED_WORDS = 30  # Two documents with this many words in a row in common belong to one group.
 MAX_HEADER = 100
@@ -154,7 +156,7 @@ def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
     return f"{argument.arg}={value if len(value) <= 20 else '...'}"
 
 
-def object_sections(node: ast.AST, prefix: str = "") -> Iterator[Section]:
+def object_sections(node: Definition, prefix: str = "") -> Iterator[Section]:
     """The docstrings of a class or function and of all that is defined inside it, in source order."""
     name = prefix + node.name
     is_class = isinstance(node, ast.ClassDef)
@@ -166,7 +168,7 @@ def object_sections(node: ast.AST, prefix: str = "") -> Iterator[Section]:
         yield from object_sections(inner, name + "." if is_class else "")
 
 
-def _header(node: ast.AST, name: str) -> str:
+def _header(node: Definition, name: str) -> str:
     if isinstance(node, ast.ClassDef):
         makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
         return signature(name, makers[0]) if makers else name
@@ -177,7 +179,7 @@ def _header(node: ast.AST, name: str) -> str:
     return name if attribute else signature(name, node)
 
 
-def _definitions(body: Iterable[ast.stmt]) -> Iterator[ast.AST]:
+def _definitions(body: Iterable[ast.stmt]) -> Iterator[Definition]:
     """Classes and functions among statements, also where `if`, `try`, `with` or a loop stands around them."""
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -205,7 +207,7 @@ def _call_sections(node: ast.stmt) -> Iterator[Section]:
         name = call.args[0]
         names = [name.value if isinstance(name, ast.Constant) else ast.unparse(name)]
         if function == "add_newdoc":  # add_newdoc(module, object, doc), or (attribute, doc) in the place of doc.
-            inner = call.args[2].elts if isinstance(call.args[-1], ast.Tuple) else []
+            inner = call.args[2].elts if isinstance(call.args[2], ast.Tuple) else []
             names += [item.value for item in [call.args[1], *inner[:1]] if isinstance(item, ast.Constant)]
         yield Section(".".join(map(str, names)), "\n\n".join(texts))
 
@@ -436,6 +438,7 @@ def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None  # This is a worker.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 

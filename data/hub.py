@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
 
 from errors import PrepareError, library
 
@@ -182,12 +183,12 @@ class Repository:
                 try:
                     http_get(
                         url,
-                        _Meter(raw, progress),
+                        cast(BinaryIO, _Meter(raw, progress)),  # All of a file that http_get uses.
                         resume_size=held,
                         headers=headers,
                         expected_size=file.size,
                         displayed_filename=file.path,
-                        tqdm_class=silent_tqdm,
+                        tqdm_class=cast(Any, silent_tqdm),
                     )
                     break
                 # A reset connection, or a server that is busy: http_get does not retry these.

@@ -245,8 +245,9 @@ def write_shards(
         ready.extend(results)
         while waiting and len(ready) >= waiting[0][1]:
             document, count = waiting.popleft()
-            tokens = [ready.popleft() for _ in range(count)]
-            written = None if None in tokens else contents(codec, document, tokens)
+            segments_tokens = [ready.popleft() for _ in range(count)]
+            tokens = [part for part in segments_tokens if part is not None]
+            written = contents(codec, document, tokens) if len(tokens) == count else None
             if tokens and written:
                 output.add(document, written)
             output.handled(document, dropped=not written)
@@ -269,12 +270,12 @@ def contents(codec: Codec, document: Document, tokens: list[bytes]) -> list[byte
 
     None where the bytes that the score will count for a validation document are not those of its text.
     """
-    tokens = b"".join([BOS_TOKEN, *tokens])
+    whole = b"".join([BOS_TOKEN, *tokens])
     if document.side == "train":
-        return [tokens]
-    widths = codec.token_bytes(np.frombuffer(tokens, "<u2"))
+        return [whole]
+    widths = codec.token_bytes(np.frombuffer(whole, "<u2"))
     sidecar = [widths.astype("<u2").tobytes()] if codec.operators else []
-    return [tokens, *sidecar] if widths.sum() == document.size else None
+    return [whole, *sidecar] if widths.sum() == document.size else None
 
 
 def in_batches(segments: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -338,7 +339,8 @@ def program() -> dict:
     """What made the output besides the options and the texts."""
     made_by = (prepare, Sources, Codec, Shards, text_hash, audit.audit_splits)
     modules = [sys.modules[item.__module__] for item in made_by] + [caseops, corpus]
-    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+    files = [Path(module.__file__ or "") for module in modules]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return {"code": code, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])}
 
 
@@ -449,6 +451,7 @@ def commit(temporary: Path, out: Path) -> None:
     temporary folder with its manifest stays until the end.
     """
     manifest = read_manifest(temporary)
+    assert manifest is not None  # It is what makes a temporary folder ready.
     (temporary / "survey.json").unlink(missing_ok=True)  # Nothing is left to go on with.
     if (out / "manifest.json").exists():
         os.replace(out / "manifest.json", temporary / "previous.json")
@@ -567,8 +570,9 @@ def _download(options: Options, mark: str) -> dict:
     report, folder = Report(options.quiet), options.out / DOWNLOADING
     before, ready = read_manifest(options.out), options.out / UNFINISHED
     folder.mkdir(exist_ok=True)
-    extends = before and not options.force and published.grows(before, options)
-    pinned = before["source"][0]["commit"] if extends else None  # What is added must fit what is there.
+    pinned = None
+    if before and not options.force and published.grows(before, options):
+        pinned = before["source"][0]["commit"]  # What is added must fit what is there.
     fetched = published.download(options, folder, pinned, report.bar)
     model = fetched.paths[published.TOKENIZER].read_bytes()
     codec = Codec(model, fetched.export.tokenizer.path, options.caseops)
@@ -690,6 +694,7 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
         return json.loads(made.read_bytes())
     training: dict = {"given": True}
     if model is None:
+        assert options.vocab_size is not None  # `_complete` has filled it in.
         with open(folder / "sample.jsonl", "rb") as file:
             sample = [json.loads(line) for line in file]
         report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(sample)} documents")
@@ -743,7 +748,7 @@ def _number(kind: type, low: float, high: float, text: str, open_: bool = False)
     return value
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def _whole(low: int, high: int) -> Callable[[str], float]:
     """An argparse type: a whole number from `low` to `high`."""
     return functools.partial(_number, int, low, high)
 
@@ -752,7 +757,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     """Options from the command line. Raises PrepareError."""
     parser = _Parser(
         prog="prepare.py",
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog=EPILOG,

@@ -169,7 +169,7 @@ class Shards:
             side: [ShardWriter(self.folder, name, self.shard_tokens) for name in names]
             for side, names in self.sides.items()
         }
-        self.validation: BinaryIO | None = None  # That side's text.
+        self.validation: BinaryIO | None = None  # That side's text; open once `__init__` is done.
 
     def _restore(self, state: dict) -> None:
         for side, writers in self.writers.items():
@@ -192,6 +192,7 @@ class Shards:
         for writer, content in zip(writers, contents, strict=True):
             writer.add(content, document)
         if document.data is not None:
+            assert self.validation is not None
             self.validation.write(document.data)
 
     def handled(self, document: Document, dropped: bool = False) -> None:
@@ -201,7 +202,8 @@ class Shards:
         self.digest = link(self.digest, document.number.to_bytes(8, "little"))
 
     def save(self) -> None:
-        """Write down how far the pass has come."""
+        """Record how far the pass has come."""
+        assert self.validation is not None
         _sync(self.validation)
         state = {
             "documents": self.documents,

@@ -342,17 +342,18 @@ class Sources:
 
     def _split_by_place(self) -> Iterator[str]:
         number, self.duplicates = -1, 0
+        first = self.first or 0
         for number, text in enumerate(self._texts()):
             mark = text_hash(text.encode("utf-8", "surrogatepass"), self.options.seed)
-            if number < self.first:
+            if number < first:
                 self.known[mark] = "val"
             elif text and mark in self.known:
                 self.duplicates += 1
                 continue
             yield text
-        if number < self.first:
+        if number < first:
             raise PrepareError(
-                f"--val-documents {self.first}: {' '.join(self.options.sources)}: there are only "
+                f"--val-documents {first}: {' '.join(self.options.sources)}: there are only "
                 f"{number + 1} documents, and training needs some too"
             )
 

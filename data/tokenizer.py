@@ -11,6 +11,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -54,7 +55,7 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool =
     if not any(line.strip("\r\n") for line in translated):
         raise PrepareError("the training text holds no words to train a tokenizer on; give more text")
     # As many threads on any machine: the pieces do not depend on the number, but the model file holds it.
-    options = {
+    options: dict[str, Any] = {
         "model_type": "bpe",
         "vocab_size": vocab_size,
         "pad_id": PAD,
@@ -212,7 +213,8 @@ class Codec:
     def encode(self, document: str) -> np.ndarray | None:
         """BOS and the tokens of a document as uint16, or None if they don't stand for exactly this text."""
         parts = [self.encode_segment(*segment) for segment in self.segments(document)]
-        return None if None in parts else np.frombuffer(b"".join([BOS_TOKEN, *parts]), "<u2")
+        exact = [part for part in parts if part is not None]
+        return np.frombuffer(b"".join([BOS_TOKEN, *exact]), "<u2") if len(exact) == len(parts) else None
 
     def segments(self, document: str) -> Iterator[tuple[str, str]]:
         """The document in parts of at most SEGMENT_CHARACTERS, each with the character before it, if there is one.

@@ -681,7 +681,7 @@ def test_help_names_every_knob_with_the_values_of_each_preset():
     entries = {part.split()[0]: part for part in parts}
     for f in FIELDS:
         entry = entries[f.name.upper()]
-        assert f.metadata["meaning"] in entry and f.type in entry
+        assert f.metadata["meaning"] in entry and str(f.type) in entry
         assert f"observed in: {f.metadata['observed']}" in entry.splitlines()[-1]
         for preset, row in tg.PRESETS.items():
             if f.name in row:

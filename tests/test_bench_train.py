@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run, tg
 
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
 import train as bench  # noqa: E402
 
 SCRIPT = ROOT / "bench" / "train.py"

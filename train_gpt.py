@@ -4200,7 +4200,7 @@ class Trainer:
         """Puts the averaged weights into the model: the EMA, the SWA, or the mean of both where both are kept."""
         averages = [] if self.ema is None else [self.ema]
         if self.swa is not None:
-            self.run.log(f"swa: {self.swa_count} late weights averaged")
+            self.run.log(f"swa: {self.swa_count} weights averaged")
             averages += [self.swa] if self.swa_count else []
         if averages:
             means = [cast(Tensor, sum(tensors)) / len(averages) for tensors in zip(*averages, strict=True)]
@@ -4394,7 +4394,8 @@ class HessianHooks:
 @torch.no_grad()
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
-    config, run, model = trainer.config, trainer.run, trainer.model
+    config, run = trainer.config, trainer.run
+    model = trainer.model
     with HessianHooks(model) as hooks:
         for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):

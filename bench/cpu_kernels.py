@@ -63,7 +63,8 @@ def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Calla
     targets = torch.randint(1024, (rows, length))
     documents = one_document(rows, length)
     qkv = draw(rows, length, 4, 64), draw(rows, length, 2, 64), draw(rows, length, 2, 64)
-    x, hidden, logits = draw(rows, length, 256), draw(rows, length, 768), draw(rows, length, 1024)
+    x, hidden = draw(rows, length, 256), draw(rows, length, 768)
+    logits = draw(rows, length, 1024)
     attention = {name: both_ways(t.attention_backend(name)(documents, dtype), *qkv) for name in ("sdpa", "blocked")}
     return {
         "attention": (attention["sdpa"], attention["blocked"]),

@@ -165,7 +165,8 @@ def peers_unpack(packed: tuple[bytes, bytes], like: Banks) -> Banks:
     import brotli
 
     raw, orders = lrzip(packed[0], "-d"), np.frombuffer(brotli.decompress(packed[1]), dtype=np.uint16)
-    roles, at, place = {}, 0, 0
+    roles = {}
+    at = place = 0
     for role, k in split_roles(like).items():
         roles[role] = np.empty_like(k)
         for matrix in roles[role]:

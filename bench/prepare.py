@@ -106,7 +106,8 @@ class Speed:
     """One mode's runs: plain SentencePiece, and prepare.py with one and two workers, in turns."""
 
     def __init__(self, files: list[tuple[Path, int]], folder: Path, vocab_size: int, with_caseops: bool):
-        self.files, self.folder, self.with_caseops = files, folder, with_caseops
+        self.files, self.folder = files, folder
+        self.with_caseops = with_caseops
         self.model = folder / f"{with_caseops}.model"
         texts = list(itertools.islice(prepare.Sources(self.options()), 4000))
         self.model.write_bytes(prepare.train_tokenizer(texts, vocab_size, with_caseops)[0])

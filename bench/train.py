@@ -66,7 +66,9 @@ NOT_COUNTED = "not counted: elementwise work, norms, softmax, recomputation in t
 def configuration(environment: dict[str, str], cuda: bool) -> tuple[t.Config, list[str]]:
     """The configuration, and warnings about it. If TRAIN_BATCH_TOKENS is not set, a step is one micro-batch."""
     small = not cuda or environment.get("DEVICE") == "cpu"
-    defaults = {} if environment.get("PRESET") else SMALL if small else dict(PRESET="record")
+    defaults = SMALL if small else dict(PRESET="record")
+    if environment.get("PRESET"):
+        defaults = {}
     given = {name: value for name, value in environment.items() if value}
     c, explicit, remarks = t.config_from_env({**defaults, **given}, cuda)
     if "train_batch_tokens" not in explicit:

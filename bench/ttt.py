@@ -75,7 +75,9 @@ class NoText:
 def configuration(environment: dict[str, str], cuda: bool, folder: str, artifact: bool) -> tuple[t.Config, set[str]]:
     """The configuration for a folder of validation shards, and the names of knobs that the environment sets."""
     small = not artifact and (not cuda or environment.get("DEVICE") == "cpu")
-    defaults = {} if environment.get("PRESET") else SMALL if small else dict(PRESET="record")
+    defaults = SMALL if small else dict(PRESET="record")
+    if environment.get("PRESET"):
+        defaults = {}
     given = {name: value for name, value in environment.items() if value}
     c, explicit, _ = t.config_from_env({**defaults, **given, "MODE": "eval", "DATA_PATH": folder}, cuda)
     return c, {name for name in explicit if name.upper() in given}

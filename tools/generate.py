@@ -50,7 +50,8 @@ class Text:
 
     def stream(self, tokens: Iterator[int]) -> Iterator[str]:
         """The text of a document's tokens after BOS, in pieces. Each piece is final when it is yielded."""
-        decoder, first, held = codecs.getincrementaldecoder("utf-8")("replace"), True, ""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        first, held = True, ""
         for token in tokens:
             piece = self.pieces[token]
             held += decoder.decode(piece.removeprefix(b" ") if first else piece)  # the first mark is not a space
@@ -79,7 +80,8 @@ class Logits:
     """The model as a function from a document's tokens to the next token's logits."""
 
     def __init__(self, model: tg.GPT, config: tg.Config, device: torch.device):
-        self.model, self.config, self.device = model.eval(), config, device
+        self.model, self.config = model.eval(), config
+        self.device = device
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> torch.Tensor:
@@ -135,16 +137,13 @@ def tokenizer_file(options, artifact: Path) -> Path:
         if (artifact.parent / name).is_file():
             c = read_json(artifact.parent / name)
             break
-    path = (
-        options.tokenizer
-        or os.environ.get("TOKENIZER_PATH")
-        or (
-            Path(os.environ["DATA_PATH"], "tokenizer.model")
-            if os.environ.get("DATA_PATH")
-            else c.get("tokenizer_path") or (Path(c["data_path"], "tokenizer.model") if "data_path" in c else None)
-        )
-    )
-    if path is None:
+    path = options.tokenizer or os.environ.get("TOKENIZER_PATH")
+    if not path and os.environ.get("DATA_PATH"):
+        path = Path(os.environ["DATA_PATH"], "tokenizer.model")
+    path = path or c.get("tokenizer_path")
+    if not path and "data_path" in c:
+        path = Path(c["data_path"], "tokenizer.model")
+    if not path:
         raise UserError(
             f"--tokenizer: is needed, or DATA_PATH, because no config.json beside {artifact} names a tokenizer"
         )

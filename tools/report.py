@@ -337,9 +337,10 @@ def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[t
     def place(text: str) -> float:
         return (scale(float(text)) - low) / (high - low) if high > low else 0.5
 
-    shown = (
-        numbers if len(numbers) <= 6 else [(math.exp if log else float)(low + (high - low) * i / 4) for i in range(5)]
-    )
+    shown = numbers
+    if len(numbers) > 6:
+        scale = math.exp if log else float
+        shown = [scale(low + (high - low) * i / 4) for i in range(5)]
     return place, [(place(str(x)), f"{x:.5g}") for x in shown]
 
 

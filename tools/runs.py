@@ -286,7 +286,8 @@ def read_log(path: Path, run: Run | None = None) -> Run:
 def read_metrics(path: Path, run: Run | None = None) -> Run:
     """A Run from metrics.jsonl, whose numbers are exact; the log's are rounded. A partial last line is ignored."""
     run = run or Run(path.parent.name or path.stem, str(path))
-    losses, scores, rows = [], [], []
+    losses, scores = [], []
+    rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))

@@ -231,7 +231,8 @@ def submission(
     bpb, loss = ([r[name] for r in rows.values()] for name in ("val_bpb", "val_loss"))
     (mean, deviation), (mean_loss, deviation_loss) = runs.mean_and_deviation(bpb), runs.mean_and_deviation(loss)
     first, run = next(iter(rows.values())), results[0].run
-    per_bpb, test, theirs = math.log(2) * first["val_bytes"] / first["target_tokens"], None, None
+    per_bpb = math.log(2) * first["val_bytes"] / first["target_tokens"]
+    test = theirs = None
     if baseline:
         theirs = sum(baseline[1].values()) / len(baseline[1])
         test = significance(bpb, list(baseline[1].values()), per_bpb)

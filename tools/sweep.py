@@ -98,7 +98,8 @@ def read_values(name: str, text: str) -> Values:
                 f"{name}={text}: must be a list a,b,c of different values, or a range like 0.1..0.5 or log:0.01..0.05:5"
             )
         return Values(choices=tuple(words))
-    log, ends, points = bool(match[1]), (match[2], match[3]), int(match[4] or 0)
+    log, points = bool(match[1]), int(match[4] or 0)
+    ends = match[2], match[3]
     try:
         low, high = (float(end) for end in ends)
     except ValueError:
@@ -134,8 +135,11 @@ class Sweep:
         import optuna
 
         logging.getLogger("optuna").setLevel(logging.ERROR)
-        self.options, self.optuna, self.space, self.folder = options, optuna, options.space, options.folder
-        self.seeds = () if options.sampler == "grid" else self.space["SEED"].choices if "SEED" in self.space else ()
+        self.options, self.optuna = options, optuna
+        self.space, self.folder = options.space, options.folder
+        self.seeds = ()
+        if options.sampler != "grid" and "SEED" in self.space:
+            self.seeds = self.space["SEED"].choices
         self.distributions = {n: v.distribution() for n, v in self.space.items() if not (n == "SEED" and self.seeds)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.alone():
@@ -325,13 +329,15 @@ class Job:
     """One run of the command."""
 
     def __init__(self, sweep: Sweep, trial, place: dict[str, str]):
-        self.sweep, self.trial, self.options = sweep, trial, sweep.options
+        self.sweep, self.options = sweep, sweep.options
+        self.trial = trial
         self.folder = sweep.folder / f"trial-{trial.number:04d}"
         self.values = {name: written(value) for name, value in trial.params.items()}
         if "seed" in trial.user_attrs:
             self.values["SEED"] = trial.user_attrs["seed"]
         self.folder.mkdir(parents=True)
-        self.output, self.seen, self.begin, self.read = self.folder / "out.txt", 0.0, time.time(), 0
+        self.output, self.read = self.folder / "out.txt", 0
+        self.begin, self.seen = time.time(), 0.0
         environment = {**os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
         with open(self.output, "wb") as file:
             self.child = processes.start(sweep.options.argv, env=environment, stdout=file, stderr=subprocess.STDOUT)

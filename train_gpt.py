@@ -1628,7 +1628,9 @@ def hardware(run: Run) -> str:
 # Data: shards -> documents -> batches, a pure function of (seed, step), whatever the number of ranks
 # ---------------------------------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
 SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
 WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 
@@ -4075,7 +4077,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
-        middle = Progress((begin + end) / 2 * config.iterations, 0.0)  # pyright: ignore[reportArgumentType] # between steps
+        between = (begin + end) / 2 * config.iterations
+        middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
         quantizes = decays and end > 1 - config.late_qat_threshold
         for fake_quant in (False, True) if quantizes else (False,):
             looped, layers = loops_enabled_at(middle, config), trainable_layers_at(middle, config)
@@ -4116,6 +4119,11 @@ def focal_weights(nll: Tensor, gamma: float) -> Tensor:
     """
     weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
     return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def lerp_all(tensors: list[Tensor], values: list[Tensor], weight: float) -> None:
+    """Moves the tensors toward the values by this fraction of the distance."""
+    torch._foreach_lerp_(tensors, values, weight)  # pyright: ignore[reportPrivateImportUsage] # one kernel for all
 
 
 def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
@@ -4168,11 +4176,11 @@ class Trainer:
         """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""
         config = self.config
         if self.ema is not None:
-            torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))  # pyright: ignore[reportPrivateImportUsage]
+            lerp_all(self.ema, self.parameters(), ema_weight(p.step, config))
         late = lr_multiplier(p, config) < config.swa_start
         if self.swa is not None and late and (p.step + 1) % config.swa_every == 0:
             self.swa_count += 1
-            torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)  # pyright: ignore[reportPrivateImportUsage]
+            lerp_all(self.swa, self.parameters(), 1 / self.swa_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations need, then restores all state, bit for bit."""

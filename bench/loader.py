@@ -36,7 +36,9 @@ import audit as leaks  # noqa: E402
 import train_gpt as t  # noqa: E402
 from bench.train import write_tokens  # noqa: E402
 
-RATE, RANKS, DEPTHS = 12e6, 8, (0, 2)
+RATE = 12e6  # tokens/s of the whole step
+RANKS = 8
+DEPTHS: tuple[int, ...] = (0, 2)
 CHALLENGE_TOKENS = 10e9
 
 
@@ -73,7 +75,9 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
 def consume(loader: t.TrainLoader, seconds: float, rate: float) -> tuple[float, float]:
     """Asks for batches for some seconds, at most at this rate. Returns (tokens/s, share of the time spent waiting)."""
     tokens = loader.layout.micro_sequences * loader.config.train_seq_len
-    place, taken, loader.data_stall, begin = (0, 0), 0, 0.0, time.perf_counter()
+    place, taken = (0, 0), 0
+    loader.data_stall = 0.0
+    begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         loader.batch(*place)

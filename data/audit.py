@@ -129,7 +129,7 @@ class DocumentIndex:
     @staticmethod
     def digest(stream: ShardStream, offsets: np.ndarray, number: int) -> bytes:
         """SHA-256 of the tokens of a document."""
-        return hashlib.sha256(stream.read(int(offsets[number]), int(offsets[number + 1]))).digest()
+        return hashlib.sha256(stream.read(int(offsets[number]), int(offsets[number + 1])).data).digest()
 
     def copies(self, stream: ShardStream, offsets: np.ndarray) -> list[list[int]]:
         """For each training document between offsets [n + 1] that is a copy: the validation documents it equals."""
@@ -322,7 +322,7 @@ def audit_splits(
     training, validation = splits["train"]["shards"], splits["val"]["shards"]
     sidecars = splits["val"].get("sidecars", [])
     paths = [[place(row["file"]) for row in rows] for rows in (training, validation, sidecars)]
-    found = audit_shards(*paths, threads, progress)
+    found = audit_shards(paths[0], paths[1], paths[2], threads, progress)
     for row in (*training, *validation, *sidecars):
         if found["sha256"][row["file"]] != row["sha256"]:
             raise PrepareError(f"{place(row['file'])}: was changed after its SHA-256 was taken")

@@ -29,7 +29,11 @@ class Report:
         """A function to call with each number of bytes done."""
         if sys.stderr.isatty() and not self.quiet:
             with tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
-                yield bar.update
+
+                def advance(count: int) -> None:
+                    bar.update(count)
+
+                yield advance
             return
         done, said = 0, time.monotonic()
 

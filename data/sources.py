@@ -1,4 +1,4 @@
-"""Where the text of data/prepare.py comes from: files, folders, the hub, the built-in corpus; and which validates."""
+"""Reads the text of data/prepare.py from files, folders, the hub and the built-in corpus, and splits off validation."""
 
 from __future__ import annotations
 
@@ -191,7 +191,8 @@ def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
 
 
 def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    parts, held, number = [], 0, 1
+    parts = []
+    held, number = 0, 1
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
@@ -229,7 +230,8 @@ def validation_groups(documents: Iterable[corpus.Document], fraction: float, see
     for document in documents:
         sizes[document.group] += len(document.text.encode())
     order = sorted(sizes, key=lambda group: text_hash(group.encode(), seed))
-    wanted, taken, chosen = fraction * sum(sizes.values()), 0, set()
+    wanted = fraction * sum(sizes.values())
+    taken, chosen = 0, set()
     for group in order[:-1]:
         if taken + sizes[group] <= wanted:
             taken += sizes[group]
@@ -239,7 +241,7 @@ def validation_groups(documents: Iterable[corpus.Document], fraction: float, see
 
 @dataclasses.dataclass(frozen=True)
 class Splitter:
-    """Validation is what hashes below the threshold, but for documents whose side is already known by hash."""
+    """Decides by hash: below the threshold is validation, except for documents whose side is already known."""
 
     threshold: int
     known: dict[int, str]
@@ -253,8 +255,8 @@ class Sources:
     """All documents of all sources, as often as asked for, always in the same order.
 
     described: what the manifest says of each source. known: the side of documents that have one, by `text_hash`.
-    With --val-documents, or docs_selected.jsonl, the first documents validate and all others train; a document that
-    equals one of the first is left out of the others, and `duplicates` counts such.
+    With --val-documents, or docs_selected.jsonl, the first documents are for validation and all others for training.
+    A later document that equals one of the first is left out and counted in `duplicates`.
     """
 
     def __init__(self, options: Options, report: Report | None = None):
@@ -340,17 +342,18 @@ class Sources:
 
     def _split_by_place(self) -> Iterator[str]:
         number, self.duplicates = -1, 0
+        first = self.first or 0
         for number, text in enumerate(self._texts()):
             mark = text_hash(text.encode("utf-8", "surrogatepass"), self.options.seed)
-            if number < self.first:
+            if number < first:
                 self.known[mark] = "val"
             elif text and mark in self.known:
                 self.duplicates += 1
                 continue
             yield text
-        if number < self.first:
+        if number < first:
             raise PrepareError(
-                f"--val-documents {self.first}: {' '.join(self.options.sources)}: there are only "
+                f"--val-documents {first}: {' '.join(self.options.sources)}: there are only "
                 f"{number + 1} documents, and training needs some too"
             )
 

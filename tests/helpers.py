@@ -388,7 +388,7 @@ def plant(folder):
 
 def full_manifest(folder, audited=False):
     """Writes a manifest with the hash and counts of every file there, and returns it."""
-    splits = {}
+    splits: dict[str, dict] = {}
     for split in ("train", "val"):
         rows = []
         for path in shards_of(folder, split):
@@ -399,7 +399,9 @@ def full_manifest(folder, audited=False):
         splits[split] = dict(**totals, shards=rows)
     splits["val"]["bytes"] = json.loads((folder / "manifest.json").read_text())["splits"]["val"]["bytes"]
     tokenizer = dict(file="tokenizer.model", sha256=tg.sha256_of(folder / "tokenizer.model"))
-    manifest = dict(splits=splits, tokenizer=tokenizer) | (dict(audit=audit_of(folder)) if audited else {})
+    manifest: dict[str, dict] = dict(splits=splits, tokenizer=tokenizer)
+    if audited:
+        manifest["audit"] = audit_of(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
 

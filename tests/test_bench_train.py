@@ -160,8 +160,8 @@ def test_the_whole_step_is_the_trainers(data):
     for step in range(2):
         for looped in (False, True):
             trainer.step(tg.Progress(step, 0.0), looped)
-    pairs = zip(measured.trainer.parameters() + measured.trainer.ema, trainer.parameters() + trainer.ema, strict=True)
-    assert all(torch.equal(x, y) for x, y in pairs)
+    found, expected = ([*each.parameters(), *(each.ema or ())] for each in (measured.trainer, trainer))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

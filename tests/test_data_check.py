@@ -116,7 +116,8 @@ def test_one_flipped_bit_is_found_by_its_hash(name, audited, copy):
 def test_counts_that_are_not_the_manifests_are_found(split, shard, key, copy):
     manifest = full_manifest(copy)
     row = manifest["splits"][split] if shard is None else manifest["splits"][split]["shards"][shard]
-    right, row[key] = row[key], row[key] + 1
+    right = row[key]
+    row[key] = right + 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
     holder = f"the {split} shards" if shard is None else row["file"]
     assert findings(check_of(copy)) == [

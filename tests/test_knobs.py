@@ -388,8 +388,11 @@ def fewer_shards(data, tmp_path):
     folder = tmp_path / "fewer"
     folder.mkdir()
     for path in data.iterdir():
-        if path.name != "fineweb_train_000000.bin":
+        if path.name not in ("fineweb_train_000000.bin", "manifest.json"):
             (folder / path.name).symlink_to(path)
+    manifest = json.loads((data / "manifest.json").read_text())
+    del manifest["audit"]  # it is of all shards
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 

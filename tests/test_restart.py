@@ -18,7 +18,6 @@ sys.path.insert(0, str(DATA))
 import prepare  # noqa: E402
 import shards  # noqa: E402
 import tokenizer  # noqa: E402
-from test_prepare import command as command  # noqa: E402
 from test_prepare import contents, refused, story, write_jsonl  # noqa: E402
 
 OPTIONS = ("--vocab-size", 300, "--val-fraction", 0.2, "--shard-tokens", 4000, "--workers", 1, "--caseops", "--quiet")

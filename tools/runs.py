@@ -159,7 +159,7 @@ OURS = {
     "artifact": re.compile(r"^artifact +(\d+) bytes \(code (\d+) \+ model (\d+)\)"),
     "read back": re.compile(r"^val_bpb .*read back; (\d+) targets, (\d+) bytes"),
     "trained": re.compile(r"^trained +(\d+) steps, .* (\d+) parameters$"),
-    "seconds": re.compile(r"^seconds +(.*); in all"),
+    "seconds": re.compile(r"^seconds +(.*); (?:in all|total)"),
     "folder": re.compile(r"^\S+  (.*ranks?|\d+ x .*?)  (\{.*\})$"),
     "shared": re.compile(r"^(?:warning: )?audit: (\d+) validation documents are in the training shards too"),
     "attention": re.compile(r"^device:\w+ .*\battention:(\w+)"),

@@ -439,17 +439,27 @@ class Config(ModelConfig):
         choices=("none", "phased", "chunk"),
     )
     ttt_order: str = knob(
-        "length", "documents longest first, or in the order of the stream", "val_bpb", choices=("length", "stream")
+        "stream",
+        "stream: phases in the order of the stream, strictly causal; length: longest documents first, as PR #2163 does",
+        "val_bpb",
+        choices=("length", "stream"),
     )
     ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
     ttt_streams: int = knob(
-        8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb", low=1, high=4096
+        8,
+        "with TTT_ORDER=length, sequences of batches that hand the LoRA's A on; ranks share them",
+        "val_bpb",
+        low=1,
+        high=4096,
     )
     ttt_chunk_size: int = knob(
         48, "targets of a document that are scored before it learns from them, at most the context", "val_bpb", low=1
     )
     ttt_short_doc_chunks: bool = knob(
-        False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000", "val_bpb"
+        False,
+        "chunks of 8 targets up to place 256 of a document and of 24 up to place 2000; with TTT_ORDER=length, in "
+        "documents up to so long",
+        "val_bpb",
     )
     ttt_eval_seq_len: int = knob(
         0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb", low=0, high=1 << 20
@@ -469,6 +479,12 @@ class Config(ModelConfig):
     phased_ttt_prefix_docs: int = knob(
         3000, "first documents of the order that all weights learn from", "val_bpb", low=0
     )
+    phased_ttt_prefix_tokens: int = knob(
+        0,
+        "with TTT_ORDER=stream, tokens that the prefix holds, in place of PHASED_TTT_PREFIX_DOCS; 0: count documents",
+        "val_bpb",
+        low=0,
+    )
     phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
     global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
     global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
@@ -476,7 +492,14 @@ class Config(ModelConfig):
     global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
     ttt_chunk_tokens: int = knob(32768, "targets of a chunk of TTT_MODE=chunk", "val_bpb", low=1)
     ttt_epochs: int = knob(3, "steps of all weights on each chunk", "val_bpb", low=1, high=100)
-    ttt_lr: float = knob(0.002, "their learning rate, falling to 0 over the chunks as a cosine", "val_bpb", low=0)
+    ttt_lr: float = knob(0.002, "learning rate of TTT_MODE=chunk", "val_bpb", low=0)
+    ttt_decay_tokens: int = knob(
+        0,
+        "tokens over which TTT_LR decays to 0 as a cosine; 0: no decay; -1: the validation stream's, as PR #549 does, "
+        "which is not strictly causal",
+        "val_bpb",
+        low=-1,
+    )
     ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
     ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
     ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
@@ -551,6 +574,13 @@ class Config(ModelConfig):
                 "must be 0, or fractions between 0 and 1 in rising order with commas between, such as 0.08,0.25",
             )
         return cuts
+
+    @property
+    def strictly_causal(self) -> bool:
+        """Whether a score depends on the artifact and on earlier tokens alone, not even on where the stream ends."""
+        if self.ttt_mode == "phased":
+            return self.ttt_order == "stream"
+        return self.ttt_mode == "none" or self.ttt_decay_tokens >= 0
 
     @property
     def tokenizer_file(self) -> Path:
@@ -690,6 +720,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         rvq_enabled=True,
         eval_stride=16,
         ttt_mode="chunk",
+        ttt_decay_tokens=62_000_000,  # about the challenge's validation set in this vocabulary: a constant, not a look
     ),
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
@@ -3165,19 +3196,21 @@ class Adapters:
         documents = config.ttt_batch_size
         self.config, self.device = config, device
         self.calls, self.scale = calls, config.ttt_lora_alpha / rank
-        self.shapes = {key: (documents, n, rank, d) for key, (n, _) in widths.items()}
-        self.stream_a: dict[int, dict[str, Tensor]] = {}  # each stream's A
+        self.shapes = {key: (n, rank, d) for key, (n, _) in widths.items()}  # of one document's A
         self.b = {key: torch.empty(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
 
-    def start(self, stream: int, seed: int) -> None:
-        """Prepares for the next documents of a stream: B zero; A drawn, or with warm start as the last ones left it."""
-        if stream not in self.stream_a or not self.config.ttt_warm_start_a:
-            generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
-            self.stream_a[stream] = {
-                key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
-                for key, shape in self.shapes.items()
-            }
-        self.a = self.stream_a[stream]
+    def draw(self, documents: int, seed: int) -> dict[str, Tensor]:
+        """A new A of so many documents."""
+        generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
+        return {
+            key: torch.empty((documents, *shape), device=self.device).uniform_(-bound, bound, generator=generator)
+            for key, shape in self.shapes.items()
+        }
+
+    def start(self, a: dict[str, Tensor]) -> None:
+        """Prepares for the next batch: B is zero and A as given, of one document for all or of each."""
+        documents = self.config.ttt_batch_size
+        self.a = {key: value.expand(documents, *value.shape[1:]).clone() for key, value in a.items()}
         for b in self.b.values():
             b.zero_()
         self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
@@ -5456,9 +5489,10 @@ def cosine(step: int, steps: int) -> float:
 class PhasedTTT:
     """Documents in batches, each document with its own LoRA; all weights train between phases.
 
-    The schedule is fixed before the start: documents in order, their phases, the batches of a phase, and for each batch
-    one of TTT_STREAMS streams. Within a stream each batch hands A on to the next. Ranks share the streams, so the
-    number of ranks does not change what a batch starts from.
+    Strictly causal: phases part the stream in its order, at fixed counts of documents or tokens. In a phase every
+    document starts from the same weights, the same A and a zero B, and its chunks end at fixed places. So a score
+    depends on earlier phases and on the document's own earlier tokens alone, and documents may be sorted by length,
+    dealt over the ranks and dropped as they end.
     """
 
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
@@ -5467,46 +5501,97 @@ class PhasedTTT:
         self.model = model
         self.tokens, self.offsets = evaluator.tokens, evaluator.documents
         self.lengths = np.diff(self.offsets)
-        self.order = np.arange(len(self.lengths))
-        if config.ttt_order == "length":
-            self.order = np.argsort(-self.lengths, kind="stable")
-        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
-        ends = [prefix * (phase + 1) // phases for phase in range(phases)]
-        # Documents scored before each training of all weights. After the last document nothing would gain from one.
-        self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
-        self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
-        if config.ttt_short_doc_chunks:
-            self.chunk_sizes[self.lengths <= 2000] = 24
-            self.chunk_sizes[self.lengths <= 256] = 8
-        self.chunk_sizes = np.minimum(self.chunk_sizes, config.ttt_context)  # a window must hold its chunk
-        self.chunk_counts = -(-self.lengths // self.chunk_sizes)
+        self.plan()
         self.ledger = ScoreLedger(evaluator)
         self.forward = compiled_forward(constant_view(model), dynamic=True)
         calls = len(model.schedules[config.loops])
         self.adapters = Adapters(config, calls, self.run.device) if adapt else None
-        batches = [batch for begin, end in self.phases() for _, _, batch in self.batches(begin, end)]
-        work = float(sum(self.cost(batch).sum() for batch in batches))
-        self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", work)
+        if self.adapters:
+            self.phase_a = self.adapters.draw(1, config.seed)
+            self.a_sum = {key: torch.zeros_like(a, dtype=torch.float64) for key, a in self.phase_a.items()}
+        work = sum(self.cost(batch).sum() for begin, end in self.phases() for batch in self.batches(begin, end))
+        self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", float(work))
+
+    def plan(self) -> None:
+        """Order of the documents, ends of the phases, ends of the chunks."""
+        config, longest = self.config, int(self.lengths.max())
+        self.order = np.arange(len(self.lengths))
+        phases = np.arange(1, config.phased_ttt_num_phases + 1)
+        if config.phased_ttt_prefix_tokens:  # a phase holds the documents that begin in its tokens
+            boundaries = config.phased_ttt_prefix_tokens * phases // len(phases)
+            ends = np.searchsorted(self.offsets[:-1], boundaries)
+        else:
+            ends = config.phased_ttt_prefix_docs * phases // len(phases)
+        # An end after the last document is left out: no score would come after its training.
+        self.phase_ends = [end for end in dict.fromkeys(ends.tolist()) if 0 < end < len(self.order)]
+        edges = [0]
+        while edges[-1] < longest:
+            edges.append(edges[-1] + self.chunk_size_at(edges[-1]))
+        self.chunk_edges = np.array(edges)
+        self.chunk_counts = np.searchsorted(self.chunk_edges, self.lengths)
+
+    def chunk_size_at(self, place: int) -> int:
+        """Targets of the chunk that begins at a place in a document: of the place alone, not of the length."""
+        size = self.config.ttt_chunk_size
+        if self.config.ttt_short_doc_chunks and place < 2000:
+            size = 8 if place < 256 else 24
+        return min(size, self.config.ttt_context)  # a window must hold its chunk
+
+    def chunk_bounds(self, documents: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places [n] in their documents where a chunk begins, and where it ends if its document goes on so far."""
+        first, end = self.chunk_edges[chunk : chunk + 2]
+        return np.full(len(documents), first), np.full(len(documents), end)
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
-        """Estimated tokens that pass through the model for each document: its chunks, each with its context."""
-        context = np.minimum(self.lengths[documents], self.config.ttt_context)
-        return self.chunk_counts[documents] * context - context**2 / (2 * self.chunk_sizes[documents])
+        """Tokens that pass through the model for each document: its chunks, each with its context."""
+        widths = np.minimum(self.chunk_edges[1:], self.config.ttt_context)
+        return np.concatenate(([0], np.cumsum(widths)))[self.chunk_counts[documents]]
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything trains on it."""
         for begin, end in self.phases():
-            for first, stream, batch in self.batches(begin, end):
+            for batch in self.batches(begin, end):
                 if self.adapters:
-                    self.adapters.start(stream, self.config.seed + first)
+                    self.start_batch(batch)
                 if not self.meter.done:
                     self.project(batch)
                 self.score_and_adapt(batch)
+                if self.adapters:
+                    self.finish_batch(batch)
                 self.meter.advance(float(self.cost(batch).sum()))
             if end in self.phase_ends and self.adapters:
-                self.ledger.share()
-                self.train_full_model(self.order[:end])
+                self.finish_phase(begin, end)
         return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def phases(self) -> list[tuple[int, int]]:
+        """Places in the order at which each phase begins and ends."""
+        return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
+
+    def batches(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """This rank's batches of a phase, longest documents first; each rank takes every world-th document."""
+        documents = self.order[begin:end]
+        documents = documents[np.argsort(-self.lengths[documents], kind="stable")][self.run.rank :: self.run.world]
+        size = self.config.ttt_batch_size
+        yield from (documents[i : i + size] for i in range(0, len(documents), size))
+
+    def start_batch(self, documents: np.ndarray) -> None:
+        """Every document of a phase starts from the same A."""
+        self.adapters.start(self.phase_a)
+
+    def finish_batch(self, documents: np.ndarray) -> None:
+        """Adds up the A that each document left, for the next phase."""
+        for key, a in self.adapters.a.items():
+            self.a_sum[key] += a[: len(documents)].sum(0, keepdim=True, dtype=torch.float64)
+
+    def finish_phase(self, begin: int, end: int) -> None:
+        """Between phases all weights train on the documents scored so far, and A becomes the mean of those left."""
+        if self.config.ttt_warm_start_a:
+            self.run.all_reduce(*self.a_sum.values())
+            self.phase_a = {key: (a / (end - begin)).float() for key, a in self.a_sum.items()}
+        for a in self.a_sum.values():
+            a.zero_()
+        self.ledger.share()
+        self.train_full_model(self.order[:end])
 
     def project(self, documents: np.ndarray) -> None:
         """Logs the seconds that the evaluation will take, measured on a batch's first window with a full context.
@@ -5535,24 +5620,8 @@ class PhasedTTT:
         if adapts:
             torch.autograd.grad(nll.sum(), leaves)
 
-    def phases(self) -> list[tuple[int, int]]:
-        """Places in the order at which each phase begins and ends."""
-        return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
-
-    def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
-        config = self.config
-        for number, first in enumerate(range(begin, end, config.ttt_batch_size)):
-            stream = number % config.ttt_streams
-            if stream % self.run.world == self.run.rank:
-                yield first, stream, self.order[first : min(first + config.ttt_batch_size, end)]
-
     def score_and_adapt(self, documents: np.ndarray) -> None:
         """Scores a batch chunk by chunk. Documents with most chunks come first, so that the remaining are a prefix."""
-        order = np.argsort(-self.chunk_counts[documents], kind="stable")
-        documents = documents[order]
-        if self.adapters:
-            self.adapters.arrange(order)
         for chunk in range(int(self.chunk_counts[documents[0]])):
             batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
             adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
@@ -5562,8 +5631,6 @@ class PhasedTTT:
                 if step:
                     nll, leaves = self.score(batch, scored, True)
                 self.adapt(nll, leaves, scored[:adapting])
-        if self.adapters:
-            self.adapters.arrange(np.argsort(order))
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
         """One adapter step of the first documents on their chunk's mean loss."""
@@ -5589,26 +5656,28 @@ class PhasedTTT:
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
-        """One chunk of each document with its context, ending at the right edge; left of it is padding.
+        """One chunk of each document with its context, right-aligned where the chunk would end; the rest is padding.
 
-        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere.
+        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere. T
+        and last follow from the chunk's place and not from where documents end: rounding depends on shapes.
         """
-        sizes, lengths = self.chunk_sizes[documents], self.lengths[documents]
-        first = np.minimum(chunk * sizes, lengths)
-        stop = np.minimum(first + sizes, lengths)
-        begin = np.maximum(0, first + sizes - self.config.ttt_context)
-        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens.
-        if len(documents) == 1 < self.config.ttt_batch_size:
-            documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
-            first[1] = stop[1]  # the second sequence is padding: nothing of it is scored
-        last = max(2, int(sizes.max()))
-        length = min(max(int((stop - begin).max()), last + 1), max(self.config.ttt_context, last))
-        offset = stop[:, None] - length + np.arange(length)  # [B, T] places in their documents
-        padding = offset < begin[:, None]
-        positions = self.offsets[documents][:, None] + np.maximum(offset, 0)
+        first, end = self.chunk_bounds(documents, chunk)
+        last = max(2, int((end - first).max()))
+        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens. And a
+        # matrix product of fewer than 8 rows is rounded in another way on CPUs.
+        missing = min(max(2, -(-8 // last)), self.config.ttt_batch_size + 1) - len(documents)
+        if missing > 0:
+            documents, first, end = (np.append(x, np.repeat(x[-1:], missing)) for x in (documents, first, end))
+            first[-missing:] = end[-missing:]  # nothing of the padding is scored
+        begin, lengths = np.maximum(0, end - self.config.ttt_context), self.lengths[documents][:, None]
+        length = min(max(int((end - begin).max()), last + 1), max(self.config.ttt_context, last))
+        places = end[:, None] - length + np.arange(length)  # [B, T] in their documents
+        padding = places < begin[:, None]
+        positions = self.offsets[documents][:, None] + np.clip(places, 0, lengths - 1)
         ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
         starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
-        scored = np.where(offset >= first[:, None], positions, -1)[:, length - last :]
+        counts = (places >= first[:, None]) & (places < lengths)
+        scored = np.where(counts, positions, -1)[:, length - last :]
         return to_device(ids, targets, starts, self.run.device), scored
 
     def train_full_model(self, documents: np.ndarray) -> None:
@@ -5622,6 +5691,78 @@ class PhasedTTT:
         for step in range(total):
             sgd.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
         self.run.log(f"ttt: {total} full-model SGD steps on {len(documents)} scored documents, {len(stream)} tokens")
+
+
+class LengthOrderTTT(PhasedTTT):
+    """TTT_ORDER=length, as PR #2163 does it: longest documents first. It is not strictly causal.
+
+    The batch, the phase, the chunks and the A that a document meets depend on where it ends, and on other lengths.
+    Each batch belongs to one of TTT_STREAMS streams, in which it hands A on to the next. Ranks share the streams, so
+    that the number of ranks does not change what a batch starts from.
+    """
+
+    def plan(self) -> None:
+        """Documents by length; ends of the phases within the stream's documents; each document's chunk size."""
+        config = self.config
+        self.order = np.argsort(-self.lengths, kind="stable")
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
+        ends = [prefix * (phase + 1) // phases for phase in range(phases)]
+        self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
+        self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
+        if config.ttt_short_doc_chunks:
+            self.chunk_sizes[self.lengths <= 2000] = 24
+            self.chunk_sizes[self.lengths <= 256] = 8
+        self.chunk_sizes = np.minimum(self.chunk_sizes, config.ttt_context)
+        self.chunk_counts = -(-self.lengths // self.chunk_sizes)
+        self.stream_a: dict[int, dict[str, Tensor]] = {}
+        self.place = np.argsort(self.order)  # of each document in the order
+
+    def chunk_bounds(self, documents: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places [n] in their documents where a chunk begins, and where it ends if its document goes on so far."""
+        sizes = self.chunk_sizes[documents]
+        return chunk * sizes, (chunk + 1) * sizes
+
+    def cost(self, documents: np.ndarray) -> np.ndarray:
+        """Estimated tokens that pass through the model for each document: its chunks, each with its context."""
+        context = np.minimum(self.lengths[documents], self.config.ttt_context)
+        return self.chunk_counts[documents] * context - context**2 / (2 * self.chunk_sizes[documents])
+
+    def batches(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """This rank's batches of a phase, in the order of the documents, sorted by chunks."""
+        size = self.config.ttt_batch_size
+        for first in range(begin, end, size):
+            if self.stream_of(first) % self.run.world == self.run.rank:
+                documents = self.order[first : min(first + size, end)]
+                yield documents[np.argsort(-self.chunk_counts[documents], kind="stable")]
+
+    def stream_of(self, first: int) -> int:
+        """The stream of the batch whose first document has this place in the order."""
+        begin = max((end for end in self.phase_ends if end <= first), default=0)
+        return (first - begin) // self.config.ttt_batch_size % self.config.ttt_streams
+
+    def start_batch(self, documents: np.ndarray) -> None:
+        """A as the stream's last batch left it, or with TTT_WARM_START_A=0 drawn anew; in the batch's order."""
+        first, stream = self.first_and_stream(documents)
+        if stream not in self.stream_a or not self.config.ttt_warm_start_a:
+            self.stream_a[stream] = self.adapters.draw(self.config.ttt_batch_size, self.config.seed + first)
+        self.adapters.start(self.stream_a[stream])
+        self.adapters.arrange(self.place[documents] - first)
+
+    def finish_batch(self, documents: np.ndarray) -> None:
+        """Hands A on, in the order of the documents."""
+        first, stream = self.first_and_stream(documents)
+        self.adapters.arrange(np.argsort(self.place[documents] - first))
+        self.stream_a[stream] = self.adapters.a
+
+    def first_and_stream(self, documents: np.ndarray) -> tuple[int, int]:
+        """Place in the order of a batch's first document, and the batch's stream."""
+        first = int(self.place[documents].min())
+        return first, self.stream_of(first)
+
+    def finish_phase(self, begin: int, end: int) -> None:
+        """Between phases all weights train on the documents scored so far."""
+        self.ledger.share()
+        self.train_full_model(self.order[:end])
 
 
 class ChunkTTT:
@@ -5653,9 +5794,17 @@ class ChunkTTT:
             if self.adapt and chunk < self.count - 1:
                 self.ledger.share()
                 for _ in range(config.ttt_epochs):
-                    sgd.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
+                    sgd.step(positions, config.ttt_lr * self.decay(chunk))
             self.meter.advance(1)
         return Score(self.ledger.close(), end, self.evaluator.bytes)
+
+    def decay(self, chunk: int) -> float:
+        """Multiplier of TTT_LR after a chunk: over a fixed number of tokens, so that it does not know the stream's end."""
+        tokens = self.config.ttt_decay_tokens
+        if not tokens:
+            return 1.0
+        chunks = self.count - 1 if tokens < 0 else tokens // self.size
+        return cosine(min(chunk, chunks), chunks)
 
     def project(self, forward: Callable, windows: int, sgd: FullModelSGD) -> None:
         """Logs the seconds that the evaluation will take, from one batch of windows and one training sequence."""
@@ -5671,7 +5820,8 @@ class ChunkTTT:
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
     config, run = evaluator.config, evaluator.run
-    method = dict(phased=PhasedTTT, chunk=ChunkTTT)[config.ttt_mode]
+    phased = PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT
+    method = dict(phased=phased, chunk=ChunkTTT)[config.ttt_mode]
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
         score = method(evaluator, model, adapt=False)()

@@ -19,7 +19,10 @@ import re
 
 import numpy as np
 
-TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
+TITLE = "\ue001"
+ALLCAPS = "\ue002"
+CAPNEXT = "\ue003"
+ESC = "\ue004"
 OPERATORS = {"TITLE": TITLE, "ALLCAPS": ALLCAPS, "CAPNEXT": CAPNEXT, "ESC": ESC}
 OPERATOR = f"[{''.join(OPERATORS.values())}]"
 
@@ -53,7 +56,7 @@ class CaseOpsError(ValueError):
 
 def encode(text: str) -> str:
     """Any string with its ASCII capitals as operators and small letters."""
-    return CAPITALS.sub(lambda match: OPERATORS[match.lastgroup] + match[0].lower(), text)
+    return CAPITALS.sub(lambda match: OPERATORS[match.lastgroup or ""] + match[0].lower(), text)
 
 
 def decode(text: str) -> str:

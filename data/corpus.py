@@ -1,12 +1,12 @@
-"""English prose that is on every machine once the requirements are installed: the source called `builtin`.
+"""English prose that every machine has once the requirements are installed: the source called `builtin`.
 
-It is the documentation inside Python's standard library, torch, numpy, sympy and networkx: docstrings, the texts of
-`pydoc_data.topics`, and the strings given to calls such as `add_docstr`. Files are parsed with `ast` and never
+It consists of the documentation inside Python's standard library, torch, numpy, sympy and networkx: docstrings, the
+texts of `pydoc_data.topics`, and the strings given to calls such as `add_docstr`. Files are parsed with `ast` and never
 imported or run, so reading torch costs what reading text costs, and has no side effects.
 
-A document is a top-level object with all that is inside it: a module's docstring, a function, a class with its
-methods, one `add_docstr` call, one topic. Documents that share a passage carry the same group, so that a split by
-group never shows in training what it asks for in validation.
+A document is a top-level object with everything inside it: a module's docstring, a function, a class with its methods,
+one `add_docstr` call, or one topic. Documents that share a passage are in one group, and a split by groups keeps such
+passages out of the other side.
 
     python data/corpus.py            # prints how much there is, by package
 """
@@ -60,6 +60,8 @@ DOC_CALLS = frozenset(
         "add_newdoc_for_scalar_type",
     }
 )
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 MIN_DOCUMENT_BYTES = 400
 SHARED_WORDS = 30  # Two documents with this many words in a row in common belong to one group.
@@ -154,7 +156,7 @@ def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
     return f"{argument.arg}={value if len(value) <= 20 else '...'}"
 
 
-def object_sections(node: ast.AST, prefix: str = "") -> Iterator[Section]:
+def object_sections(node: Definition, prefix: str = "") -> Iterator[Section]:
     """The docstrings of a class or function and of all that is defined inside it, in source order."""
     name = prefix + node.name
     is_class = isinstance(node, ast.ClassDef)
@@ -166,7 +168,7 @@ def object_sections(node: ast.AST, prefix: str = "") -> Iterator[Section]:
         yield from object_sections(inner, name + "." if is_class else "")
 
 
-def _header(node: ast.AST, name: str) -> str:
+def _header(node: Definition, name: str) -> str:
     if isinstance(node, ast.ClassDef):
         makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
         return signature(name, makers[0]) if makers else name
@@ -177,7 +179,7 @@ def _header(node: ast.AST, name: str) -> str:
     return name if attribute else signature(name, node)
 
 
-def _definitions(body: Iterable[ast.stmt]) -> Iterator[ast.AST]:
+def _definitions(body: Iterable[ast.stmt]) -> Iterator[Definition]:
     """Classes and functions among statements, also where `if`, `try`, `with` or a loop stands around them."""
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -205,7 +207,7 @@ def _call_sections(node: ast.stmt) -> Iterator[Section]:
         name = call.args[0]
         names = [name.value if isinstance(name, ast.Constant) else ast.unparse(name)]
         if function == "add_newdoc":  # add_newdoc(module, object, doc), or (attribute, doc) in the place of doc.
-            inner = call.args[2].elts if isinstance(call.args[-1], ast.Tuple) else []
+            inner = call.args[2].elts if isinstance(call.args[2], ast.Tuple) else []
             names += [item.value for item in [call.args[1], *inner[:1]] if isinstance(item, ast.Constant)]
         yield Section(".".join(map(str, names)), "\n\n".join(texts))
 
@@ -305,7 +307,8 @@ def gather(packages: Iterable[str] = PACKAGES, workers: int = 1, min_bytes: int 
     for package in sorted(set(packages)):
         root, files = str(package_root(package)), [str(path) for path in source_files(package)]
         jobs += [(package, root, files[start : start + 64]) for start in range(0, len(files), 64)]
-    named, unparsed, count = [], [], 0
+    named, unparsed = [], []
+    count = 0
     for results in map_in_order(_read_job, jobs, workers):
         for name, documents in results:
             count += 1
@@ -435,6 +438,7 @@ def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None  # This is a worker.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 

@@ -22,15 +22,18 @@ class Hub:
     repos: {"owner/name": {branch: {path: bytes}}}. requests: (method, path) of all that came. sent: bytes of each path.
     cut: {path: [bytes, ...]} each next answer with the file ends after so many bytes, while a length was promised.
     corrupt: {path: n} the next n answers have a byte flipped. lost: paths that are listed and not there.
-    status: {part of a request: code}. stall: paths whose answers stop half-way until `go_on` is set.
+    status: {part of a request: code}. stall: paths whose answers stop half-way until `go_on` is set;
+    `answered` is set when such an answer has ended.
     busy: {path: n} the next n answers with the file are 503.
     ignore_ranges: send files from their beginning always. reset: connections that are cut end with an error.
     """
 
     def __init__(self, repos):
+        self.url = ""  # set when it is served
         self.repos, self.requests, self.sent = repos, [], Counter()
         self.cut, self.corrupt, self.lost, self.status, self.stall = {}, Counter(), set(), {}, set()
-        self.stalled, self.go_on, self.lock = threading.Event(), threading.Event(), threading.Lock()
+        self.stalled, self.go_on = threading.Event(), threading.Event()
+        self.answered, self.lock = threading.Event(), threading.Lock()
         self.ignore_ranges, self.reset, self.busy = False, False, Counter()
 
     def commit_of(self, repo, revision):
@@ -52,7 +55,7 @@ class Hub:
 
 @contextlib.contextmanager
 def serving(repos):
-    """A running Hub with `url`."""
+    """A running Hub."""
     hub = Hub(repos)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -81,7 +84,7 @@ def describe(path, data):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub = None
+    hub: Hub
 
     def log_message(self, *arguments):
         pass
@@ -203,6 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.go_on.wait()
             body = body[len(body) // 2 :]
         self.write(path, body[: min(end, len(body))])
+        if path in self.hub.stall:
+            self.hub.answered.set()
         if end < len(body):
             if self.hub.reset:  # A close without farewell.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

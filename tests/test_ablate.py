@@ -7,7 +7,7 @@ import pytest
 
 from helpers import ROOT, built_once, knob_names, launch, strings, write_data
 
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
 import ablate  # noqa: E402
 
 

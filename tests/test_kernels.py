@@ -44,11 +44,11 @@ def rounding_is_no_worse(fast, plain, inputs, slack=1.6, floor=2.0**-9):
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         weights = [normal(*y.shape, seed=50 + i).to(torch.bfloat16).to(y.dtype) for i, y in enumerate(outputs)]
-        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights))
+        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
         return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)]
 
     exact = run(plain, torch.float64)
-    for ours, theirs, truth in zip(run(fast, torch.bfloat16), run(plain, torch.bfloat16), exact):
+    for ours, theirs, truth in zip(run(fast, torch.bfloat16), run(plain, torch.bfloat16), exact, strict=True):
         assert ours.dtype == theirs.dtype
         assert relative_error(ours, truth) <= slack * max(relative_error(theirs, truth), floor)
 
@@ -325,10 +325,10 @@ def test_low_rank_maps_each_row_by_its_own_pair():
 # ------------------------------------------------------------------------------ attention that takes packed documents
 
 
-def document_by_document(q, k, v, bounds, longest):
+def document_by_document(q, k, v, cu_seqlens, longest):
     """What a kernel for sequences of many lengths computes, [N, H, h], one sequence after the other."""
     parts = []
-    for begin, end in itertools.pairwise(bounds.tolist()):
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
         if begin < end:
             assert end - begin <= longest
             one = torch.zeros(1, end - begin, dtype=torch.int32)
@@ -339,7 +339,7 @@ def document_by_document(q, k, v, bounds, longest):
 
 @pytest.mark.parametrize("starts", [[[0], [0, 30]], [[0, 1, 2, 3], [0]], [[0, 49], [0, 25, 26]]])
 def test_packed_attention_equals_torchs(starts):
-    """The bounds of the flattened rows say what the mask says: padding, documents of one token, rows that continue."""
+    """cu_seqlens and the mask agree: padding, documents of one token, documents that a row cuts."""
     documents = documents_from(documents_of(starts, 3, 50))
     mask = tg.document_mask(documents.starts)
     compare(
@@ -369,7 +369,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
     except ImportError as error:
         pytest.skip(f"{name} is not installed: {error}")
     starts = documents_of([[0, 17, 300], [0], [0, 511]], 3, 512)
-    documents = tg.Documents(starts.cuda(), documents_from(starts).bounds.cuda())
+    documents = tg.Documents(starts.cuda(), documents_from(starts).cu_seqlens.cuda())
     inputs = [normal(3, 512, heads, 64).cuda() for heads in (8, 4, 4)]
 
     def results(backend, dtype):
@@ -385,5 +385,5 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
             (prepare, torch.bfloat16),
         )
     )
-    for truth, x, y in zip(exact, plain, other):
+    for truth, x, y in zip(exact, plain, other, strict=True):
         assert (y - truth).abs().max() <= 2 * (x - truth).abs().max() + 1e-3

@@ -30,7 +30,7 @@ def alternate(slow: Callable, fast: Callable, repeats: int) -> tuple[float, floa
     """Median seconds of both, run in turn so that a change of the machine's speed meets both."""
     times: tuple[list, list] = ([], [])
     for _ in range(repeats + 1):
-        for function, seconds in zip((slow, fast), times):
+        for function, seconds in zip((slow, fast), times, strict=True):
             start = time.perf_counter()
             function()
             seconds.append(time.perf_counter() - start)

@@ -44,11 +44,11 @@ def rounding_is_no_worse(fast, plain, inputs, slack=1.6, floor=2.0**-9):
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         weights = [normal(*y.shape, seed=50 + i).to(torch.bfloat16).to(y.dtype) for i, y in enumerate(outputs)]
-        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights))
+        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
         return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)]
 
     exact = run(plain, torch.float64)
-    for ours, theirs, truth in zip(run(fast, torch.bfloat16), run(plain, torch.bfloat16), exact):
+    for ours, theirs, truth in zip(run(fast, torch.bfloat16), run(plain, torch.bfloat16), exact, strict=True):
         assert ours.dtype == theirs.dtype
         assert relative_error(ours, truth) <= slack * max(relative_error(theirs, truth), floor)
 
@@ -419,7 +419,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
             (prepare, torch.bfloat16),
         )
     )
-    for truth, x, y in zip(exact, plain, other):
+    for truth, x, y in zip(exact, plain, other, strict=True):
         assert (y - truth).abs().max() <= 2 * (x - truth).abs().max() + 1e-3
 
 

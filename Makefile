@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo data test test-gpu bench ablate audit-data pack reproduce publish sweep report docs venv clean
+.PHONY: demo data check format test test-fast test-gpu bench ablate audit-data pack reproduce publish sweep report docs venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -17,8 +17,22 @@ demo: venv
 data: $(VENV)/data-tools
 	@$(PY) data/prepare.py $(ARGS)
 
+# The gates that run nothing: lint, format and types, at no findings. `make format` mends what can be mended by itself.
+check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+format: $(VENV)/check-tools
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
 test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(PY) -m pytest -q -n 2 tests
+
+# For the inner loop: without the tests that are marked slow.
+test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	$(PY) -m pytest -q -n 2 -m "not slow" tests
 
 # The same kernels and backends, for real, on a CUDA device.
 test-gpu: $(VENV)/test-tools $(VENV)/data-tools
@@ -38,7 +52,7 @@ ablate: venv
 	@$(PY) data/prepare.py builtin --out data/builtin_ablate --vocab-size 1024 --val-fraction 0.01
 	$(PY) bench/ablate.py
 
-# What a run checks of its data, with every finding: make audit-data DATA=folder [AUDIT=windows]
+# Checks shards, looks for validation text in the training shards, adds the result to manifest.json: make audit-data DATA=folder
 audit-data: venv
 	@if [ "$(origin DATA)" = file ]; then $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096; fi
 	@$(PY) tools/audit_data.py $(DATA)
@@ -85,6 +99,10 @@ $(VENV)/test-tools: $(VENV)/installed requirements-test.txt
 	    $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
+$(VENV)/check-tools: $(VENV)/installed requirements-check.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-check.txt
+	@touch $@
+
 $(VENV)/tools: $(VENV)/installed requirements-tools.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
 	@touch $@
@@ -94,4 +112,4 @@ $(VENV)/data-tools: $(VENV)/installed requirements-data.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache

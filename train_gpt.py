@@ -10,11 +10,11 @@ One file, from text shards to bits per byte, for the public Parameter Golf chall
 Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
 Sections, in the order in which data meets them; each calls only those above it:
 
-    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training -> GPTQ
-    -> Artifact -> Evaluation -> TTT -> main
+    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training
+    -> Quantization -> Entropy coding -> Artifact -> Evaluation -> TTT -> Stages -> main
 
-Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads, h head width,
-V vocabulary, L layers.
+Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads,
+h head width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ if __name__ == "__main__":
 import dataclasses
 import datetime
 import difflib
+import enum
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
 import math
 import platform
 import resource
-import runpy
 import shutil
 import struct
 import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -58,11 +59,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-try:
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
-    triton = tl = None
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
+        triton = tl = None
 
 BOS_ID = 1  # every document starts with it
 
@@ -79,97 +84,222 @@ class ConfigError(Exception):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
 
 
-def knob(default, meaning: str, alive: str, *, low=None, high=None, choices=None):
-    """One row of the table: default, meaning, how its effect is observed (`alive`), and the values that are allowed."""
-    return field(default=default, metadata=dict(meaning=meaning, alive=alive, low=low, high=high, choices=choices))
+class Observed(enum.StrEnum):
+    """Where a change of a knob shows first, in the order of a run; tests/test_knobs.py holds every knob to it.
+
+    A CPU shows nothing more of some knobs: what needs a GPU is refused, and COMPILE changes the log and the speed.
+    """
+
+    REFUSAL = "exit code"  # the run ends with an error that names the knob
+    FOLDER = "folder"  # names of files and folders
+    PARAMETERS = "parameters"  # names and shapes of the weights
+    INIT = "initial weights"
+    SCHEDULE = "schedule"  # number of steps; for each, learning rate, momentum, layers, recurrence, fake quantization
+    BATCHES = "training batches"
+    LOSS = "training loss"
+    WEIGHTS = "trained weights"
+    BYTES = "artifact"
+    SCORE = "val_bpb"
+    TTT = "val_bpb after TTT"
+    SUMMARY = "summary.json"
+    LOG = "log"
+
+
+def knob(default, meaning: str, observed: Observed, *, low=None, high=None, choices=None):
+    """One row of the table: default, meaning, where a change shows first, and the values that are allowed."""
+    return field(
+        default=default, metadata=dict(meaning=meaning, observed=observed, low=low, high=high, choices=choices)
+    )
+
+
+class QuantizerTraits(NamedTuple):
+    """What other sections must know of a quantizer; how it works stands in section Quantization."""
+
+    uses_hessians: bool
+    clips_by_sigmas: bool  # *_CLIP_SIGMAS end a row's grid; otherwise the quantizer chooses the clip itself
+    column_scales: bool  # a column may have a scale of its own, so COLUMN_STEPS, AWQ_GROUPS and TARGET_BYTES apply
+
+
+QUANTIZER_TRAITS = {
+    "uniform": QuantizerTraits(uses_hessians=True, clips_by_sigmas=True, column_scales=True),
+    "trellis": QuantizerTraits(uses_hessians=True, clips_by_sigmas=True, column_scales=True),
+    "gptq_lite": QuantizerTraits(uses_hessians=False, clips_by_sigmas=False, column_scales=False),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What a forward pass depends on: the only settings that a model sees, and those that its artifact carries."""
 
+    # Tokens and sequences
     tokenizer_sha256: str = knob(
         "",
-        "digest that the tokenizer's file must have; an artifact carries that of its training; empty: any",
-        "exit code",
+        "SHA-256 that the tokenizer's file must have; training stores it in the artifact; empty: any file is accepted",
+        Observed.REFUSAL,
     )
-    vocab_size: int = knob(1024, "tokens in the vocabulary; must be the tokenizer's", "parameters", low=4, high=65536)
+    vocab_size: int = knob(
+        1024, "number of tokens in the vocabulary; must equal the tokenizer's", Observed.REFUSAL, low=4, high=65536
+    )
     train_seq_len: int = knob(
-        1024, "tokens of a training row; longer documents are cut", "batches", low=1, high=1 << 20
+        1024,
+        "length of a training sequence, in tokens; longer documents are cut",
+        Observed.BATCHES,
+        low=1,
+        high=1 << 20,
     )
-    num_layers: int = knob(9, "transformer layers", "parameters", low=1, high=256)
-    model_dim: int = knob(512, "width of the residual stream", "parameters", low=8, high=1 << 16)
-    num_heads: int = knob(8, "query heads; must divide MODEL_DIM", "loss", low=1, high=1 << 16)
-    num_kv_heads: int = knob(4, "key/value heads; must divide NUM_HEADS", "parameters", low=1)
-    mlp_mult: float = knob(2.0, "hidden width of the MLP over MODEL_DIM", "parameters", low=0.01, high=64)
+
+    # Width and depth
+    num_layers: int = knob(9, "number of transformer layers", Observed.PARAMETERS, low=1, high=256)
+    model_dim: int = knob(512, "width of the residual stream, in channels", Observed.PARAMETERS, low=8, high=1 << 16)
+    num_heads: int = knob(8, "number of query heads; must divide MODEL_DIM", Observed.PARAMETERS, low=1, high=1 << 16)
+    num_kv_heads: int = knob(4, "number of key/value heads; must divide NUM_HEADS", Observed.PARAMETERS, low=1)
+    mlp_mult: float = knob(
+        2.0, "hidden width of the MLP, as a multiple of MODEL_DIM", Observed.PARAMETERS, low=0.01, high=64
+    )
     leaky_relu_slope: float = knob(
-        0.5, "slope below zero of the MLP's LeakyReLU, before squaring; 0: ReLU^2", "loss", low=0, high=1
+        0.5,
+        "negative slope of the MLP's LeakyReLU, whose output is squared; 0: ReLU^2",
+        Observed.LOSS,
+        low=0,
+        high=1,
     )
-    tie_embeddings: bool = knob(True, "the head is the embedding transposed", "parameters")
-    rope_base: float = knob(10000.0, "base of the rotary wavelengths", "loss", low=1)
-    rope_dims: int = knob(0, "head dimensions that rotate; 0: all", "loss", low=0)
-    rope_type: str = knob(
-        "rope",
-        "yarn: stretch long wavelengths where the longest evaluated context is longer than TRAIN_SEQ_LEN",
-        "loss",
-        choices=("rope", "yarn"),
+    ln_scale: bool = knob(
+        False, "multiply each layer's normalized input by 1/sqrt(layer + 1), layers counted from 0", Observed.LOSS
     )
-    rope_yarn: bool = knob(False, "the same as ROPE_TYPE=yarn", "loss")
-    yarn_max_len: int = knob(
-        0, "context that YaRN stretches to, if it is longer than the evaluated one", "loss", low=0, high=1 << 20
-    )
-    logit_softcap: float = knob(30.0, "C in C*tanh(logit/C)", "loss", low=0.01)
-    softcap_type: str = knob("tanh", "poly: tanh's series up to x^5, clamped", "loss", choices=("tanh", "poly"))
-    ln_scale: bool = knob(False, "scale a layer's normed inputs by 1/sqrt(layer+1)", "loss")
-    xsa_last_n: int = knob(
-        0, "last layers whose attention output loses its part along its own value (XSA)", "loss", low=0
-    )
-    skip_gates_enabled: bool = knob(
-        False, "U-Net skips blend through a learned gate instead of being added", "parameters"
-    )
-    sparse_attn_gate_enabled: bool = knob(False, "head gate sigmoid(scale*W n[:GATE_WINDOW])", "parameters")
-    sparse_attn_gate_scale: float = knob(0.5, "the scale in the sparse head gate", "loss", low=0)
-    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over the whole normed input", "parameters")
-    attn_out_gate_enabled: bool = knob(False, "head gate 2*sigmoid(W n[:GATE_WINDOW])", "parameters")
-    smear_gate_enabled: bool = knob(False, "mix the previous token's embedding in, gated", "parameters")
-    smear_gate_type: str = knob(
-        "window",
-        "window: one gate, read from GATE_WINDOW channels; channel: one fixed gate per channel, after the first norm",
-        "parameters",
-        choices=("window", "channel"),
-    )
+
+    # Embeddings and logits
+    tie_embeddings: bool = knob(True, "use the token embedding as the output head", Observed.PARAMETERS)
     bigram_vocab_size: int = knob(
         0,
-        "buckets that pairs of tokens are hashed to, each with an embedding; 0: none",
-        "parameters",
+        "hash buckets for pairs of consecutive tokens, each bucket with an embedding; 0: no bigram embedding",
+        Observed.PARAMETERS,
         low=0,
         high=1 << 20,
     )
-    bigram_dim: int = knob(128, "width of the embeddings of pairs", "parameters", low=1, high=1 << 16)
-    ve_dim: int = knob(
-        0, "width of a table of embeddings that are added to the values; 0: none", "parameters", low=0, high=1 << 16
+    bigram_dim: int = knob(
+        128,
+        "width of the bigram embedding table, before the projection to MODEL_DIM",
+        Observed.PARAMETERS,
+        low=1,
+        high=1 << 16,
     )
-    ve_layers: str = knob("9,10", "layers whose values they are added to, with commas between", "parameters")
-    gate_window: int = knob(12, "input channels that the small gates read", "parameters", low=1)
-    num_loops: int = knob(0, "times that layers LOOP_START..LOOP_END are repeated", "execution order", low=0, high=16)
-    loop_start: int = knob(3, "first layer of the loop", "execution order", low=0)
-    loop_end: int = knob(5, "last layer of the loop", "execution order", low=0)
-    parallel_start_layer: int = knob(-1, "first layer of the two-lane residual stream; -1: none", "parameters", low=-1)
+    ve_dim: int = knob(
+        0,
+        "width of the table of value embeddings, token embeddings added to attention's values; 0: no value embeddings",
+        Observed.PARAMETERS,
+        low=0,
+        high=1 << 16,
+    )
+    ve_layers: str = knob(
+        "9,10", "layers that add value embeddings (VE_DIM), as comma-separated numbers from 0", Observed.PARAMETERS
+    )
+    smear_gate_enabled: bool = knob(
+        False, "mix the previous token's embedding into each token's through a gate (SmearGate)", Observed.PARAMETERS
+    )
+    smear_gate_type: str = knob(
+        "window",
+        "kind of SmearGate; window: one gate per token, computed from GATE_WINDOW channels; channel: one learned gate "
+        "per channel, applied after the first norm",
+        Observed.PARAMETERS,
+        choices=("window", "channel"),
+    )
+    logit_softcap: float = knob(30.0, "bound C of the softcap, C*tanh(logit/C)", Observed.LOSS, low=0.01)
+    softcap_type: str = knob(
+        "tanh",
+        "function of the softcap; tanh: C*tanh(logit/C); poly: tanh's Taylor polynomial of degree 5, clamped",
+        Observed.LOSS,
+        choices=("tanh", "poly"),
+    )
+
+    # Attention
+    rope_base: float = knob(10000.0, "base of the rotary embedding's wavelengths", Observed.LOSS, low=1)
+    rope_dims: int = knob(0, "dimensions of each head with rotary embedding; 0: all", Observed.LOSS, low=0)
+    rope_type: str = knob(
+        "rope",
+        "rotary embedding; rope: wavelengths as ROPE_BASE gives them; yarn: long wavelengths are stretched where the "
+        "longest evaluation context exceeds TRAIN_SEQ_LEN (YaRN)",
+        Observed.LOSS,
+        choices=("rope", "yarn"),
+    )
+    rope_yarn: bool = knob(False, "older name for ROPE_TYPE=yarn; 1: YaRN is on", Observed.LOSS)
+    yarn_max_len: int = knob(
+        0,
+        "context length that YaRN stretches to, in tokens; 0 and whatever is shorter: the longest evaluation context",
+        Observed.LOSS,
+        low=0,
+        high=1 << 20,
+    )
+    xsa_last_n: int = knob(
+        0,
+        "number of last layers whose attention output loses the component along the token's own value (XSA); 0: none",
+        Observed.LOSS,
+        low=0,
+    )
+    sparse_attn_gate_enabled: bool = knob(
+        False,
+        "multiply each head's output by sigmoid(SPARSE_ATTN_GATE_SCALE * W x), x the first GATE_WINDOW channels of "
+        "attention's normalized input",
+        Observed.PARAMETERS,
+    )
+    sparse_attn_gate_scale: float = knob(
+        0.5, "factor inside the sigmoid of the sparse head gate (SPARSE_ATTN_GATE_ENABLED)", Observed.LOSS, low=0
+    )
+    gated_attn_enabled: bool = knob(
+        False,
+        "multiply each head's output by sigmoid(W x), x all channels of attention's normalized input",
+        Observed.PARAMETERS,
+    )
+    attn_out_gate_enabled: bool = knob(
+        False,
+        "multiply each head's output by 2*sigmoid(W x), x the first GATE_WINDOW channels of attention's normalized "
+        "input",
+        Observed.PARAMETERS,
+    )
+    gate_window: int = knob(
+        12,
+        "input channels read by the window SmearGate, the sparse head gate and the output head gate",
+        Observed.PARAMETERS,
+        low=1,
+    )
+
+    # Residual stream and recurrence
+    skip_gates_enabled: bool = knob(
+        False, "blend U-Net skip connections in through learned gates instead of adding them", Observed.PARAMETERS
+    )
+    num_loops: int = knob(
+        0,
+        "extra passes through layers LOOP_START..LOOP_END (depth recurrence); 0: no recurrence",
+        Observed.LOSS,
+        low=0,
+        high=16,
+    )
+    loop_start: int = knob(3, "first layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
+    loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
+    parallel_start_layer: int = knob(
+        -1,
+        "first layer with parallel residual streams for attention and MLP, counted from 0; -1: one stream throughout",
+        Observed.PARAMETERS,
+        low=-1,
+    )
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.model_dim // self.num_heads
 
     @property
     def kv_dim(self) -> int:
+        """Width of all key heads together, and of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def hidden_dim(self) -> int:
+        """Hidden width of the MLP."""
         return int(self.mlp_mult * self.model_dim)
 
     @property
     def rotary_dims(self) -> int:
+        """Dimensions of a head with rotary embedding."""
         return self.rope_dims or self.head_dim
 
     @property
@@ -178,10 +308,12 @@ class ModelConfig:
 
     @property
     def loops(self) -> bool:
+        """Whether the model has depth recurrence."""
         return self.num_loops > 0
 
     @property
-    def lanes(self) -> bool:
+    def parallel_residual(self) -> bool:
+        """Whether the last layers have parallel residual streams."""
         return self.parallel_start_layer >= 0
 
     @property
@@ -196,293 +328,454 @@ class Config(ModelConfig):
     """Every setting of a run. A field is the environment variable of the same name in capitals."""
 
     # What to run, and where
-    preset: str = knob("", "row set that gives the defaults; empty: demo without CUDA, baseline with it", "config")
+    preset: str = knob(
+        "",
+        "set of defaults: demo, baseline, record or poly5; empty: baseline where there is a CUDA device, else demo",
+        Observed.PARAMETERS,
+    )
     mode: str = knob(
         "all",
-        "train: up to the artifact; eval: only score an artifact; all: both",
-        "stages run",
+        "stages to run; train: up to the artifact; eval: score an artifact; all: both",
+        Observed.SCORE,
         choices=("all", "train", "eval"),
     )
-    run_id: str = knob("", "name of the run's folder; empty: date, time, preset and seed", "folder name")
-    artifact_dir: str = knob("", "the run's folder; empty: logs/$RUN_ID", "folder name")
+    run_id: str = knob("", "name of the run's folder under logs/; empty: date, time, preset and seed", Observed.FOLDER)
+    artifact_dir: str = knob("", "path of the run's folder; empty: logs/$RUN_ID", Observed.FOLDER)
     seed: int = knob(
         1337,
-        "seed of the initial weights, of the order of the data, of noise",
-        "weights, batches",
+        "random seed of the initial weights, the data order, NEFTune's noise and LoRA's initial weights",
+        Observed.INIT,
         low=0,
         high=2**31 - 1,
     )
     device: str = knob(
-        "auto", "where to compute; auto: cuda where there is one", "log", choices=("auto", "cpu", "cuda")
+        "auto",
+        "device to compute on; auto: cuda where there is one, else cpu",
+        Observed.REFUSAL,
+        choices=("auto", "cpu", "cuda"),
     )
     compute_dtype: str = knob(
         "auto",
-        "type of activations and matrix products; auto: bfloat16, but float32 on CPUs "
-        "without bfloat16 instructions; masters are float32 (float64 with float64)",
-        "loss",
+        "data type of activations and matrix products; auto: bfloat16, but float32 on CPUs without bfloat16 "
+        "instructions; master weights are float32, with float64 float64",
+        Observed.LOSS,
         choices=("auto", "bfloat16", "float32", "float64"),
     )
-    compile: str = knob("auto", "torch.compile; auto: on CUDA, not on CPUs", "log", choices=("auto", "0", "1"))
+    compile: str = knob(
+        "auto",
+        "compile the model with torch.compile; auto: 1 on CUDA, 0 on CPUs",
+        Observed.LOG,
+        choices=("auto", "0", "1"),
+    )
     attention: str = knob(
         "auto",
-        "attention backend; auto: blocked on CPUs, else the first of fa3, fa2, varlen, sdpa that is installed",
-        "log",
+        "attention backend; fa3, fa2: FlashAttention; varlen: PyTorch's own; sdpa: with a document mask; blocked: for "
+        "CPUs; auto: blocked on CPUs, else the first of fa3, fa2, varlen and sdpa that is installed",
+        Observed.LOSS,
         choices=("auto", "fa3", "fa2", "varlen", "sdpa", "blocked"),
     )
     triton_kernels: str = knob(
-        "auto", "fused loss and MLP; auto: on CUDA where Triton is installed", "log", choices=("auto", "0", "1")
+        "auto",
+        "fuse the MLP and the loss in Triton kernels; auto: 1 on CUDA where Triton is installed, else 0",
+        Observed.REFUSAL,
+        choices=("auto", "0", "1"),
     )
     fused_ce_enabled: bool = knob(
         True,
-        "the cross-entropy with a backward of its own: Triton's with TRITON_KERNELS=1, "
-        "blocks on CPUs; 0: plain autograd",
-        "log",
+        "fuse the cross-entropy and its backward pass: in Triton with TRITON_KERNELS=1, in blocks on CPUs; 0: autograd",
+        Observed.LOSS,
     )
-    cpu_threads: int = knob(0, "threads of each rank on CPUs; 0: the cores shared out evenly", "log", low=0, high=1024)
+    cpu_threads: int = knob(
+        0,
+        "threads of each rank on CPUs; 0: the cores shared out evenly among the ranks",
+        Observed.LOG,
+        low=0,
+        high=1024,
+    )
 
     # Data
-    data_path: str = knob("data/builtin_sp1024", "folder of the shards fineweb_{train,val}_*.bin", "batches")
-    tokenizer_path: str = knob("", "SentencePiece model; empty: $DATA_PATH/tokenizer.model", "byte counts")
+    data_path: str = knob(
+        "data/builtin_sp1024", "folder of the token shards fineweb_{train,val}_*.bin", Observed.BATCHES
+    )
+    tokenizer_path: str = knob(
+        "", "SentencePiece model of the shards; empty: $DATA_PATH/tokenizer.model", Observed.REFUSAL
+    )
     caseops_enabled: str = knob(
         "auto",
-        "1: the shards' text went through CaseOps, so the byte sidecar counts its bytes; auto: where there is one",
-        "byte counts",
+        "whether the shards' text went through CaseOps, so that byte sidecars count the original text; 1: sidecars are "
+        "required; 0: sidecars are refused; auto: 1 where there is a sidecar, else 0",
+        Observed.REFUSAL,
         choices=("auto", "0", "1"),
-    )
-    audit: str = knob(
-        "documents",
-        "before training, search it for validation's documents; windows: and report runs of 50 tokens that both hold",
-        "summary",
-        choices=("documents", "windows"),
     )
     allow_shared_documents: int = knob(
         0,
-        "validation documents that training may hold too, with a warning; more stop the run",
-        "exit code, summary",
+        "validation documents that may also be in the training shards, with a warning; a run with more is refused",
+        Observed.SUMMARY,
         low=0,
     )
+    allow_shared_windows: float = knob(
+        0.05,
+        "fraction of validation's windows of 50 tokens that may also be in the training shards; a run with more is "
+        "refused",
+        Observed.SUMMARY,
+        low=0,
+        high=1,
+    )
     read_ahead: int = knob(
-        2, "batches that a thread prepares while a step runs; 0: each when it is needed", "log", low=0, high=64
+        2, "training batches prepared in advance by a thread; 0: none, each when needed", Observed.LOG, low=0, high=64
     )
 
     # Length of the training, batches
-    iterations: int = knob(20000, "training steps at most", "steps", low=1)
-    max_wallclock_seconds: float = knob(600.0, "training seconds at most; 0: no limit", "steps", low=0)
-    gptq_reserve_seconds: float = knob(0.0, "seconds of the limit kept back for calibration", "steps", low=0)
-    warmup_steps: int = knob(20, "steps that compile and warm up, then everything is put back", "log", low=0)
-    train_batch_tokens: int = knob(524288, "tokens of a step, over all ranks and micro-steps", "batches", low=1)
-    micro_batch_tokens: int = knob(65536, "tokens that one rank computes at once, at most", "batch layout", low=1)
-    train_log_every: int = knob(200, "steps between log lines of the training loss; 0: none", "log", low=0)
-    val_loss_every: int = knob(1000, "steps between validations; 0: only at the end", "log", low=0)
-    val_batch_size: int = knob(65536, "validation tokens that a rank computes at once", "evaluation layout", low=1)
-
-    # Model
-    tied_embed_init_std: float = knob(0.005, "deviation of the initial embedding", "weights", low=0)
-    qk_gain_init: float = knob(1.5, "initial gain of the normalized queries, one per head", "loss", low=0)
-    enable_looping_at: float = knob(0.35, "fraction of the training from which on the loop runs", "log", low=0, high=1)
-    neftune_alpha: float = knob(
-        0.0, "size of the uniform noise on training embeddings (NEFTune)", "training loss", low=0
+    iterations: int = knob(20000, "number of training steps, at most", Observed.SCHEDULE, low=1)
+    max_wallclock_seconds: float = knob(600.0, "training time limit, in seconds; 0: no limit", Observed.SCHEDULE, low=0)
+    gptq_reserve_seconds: float = knob(
+        0.0, "seconds of the training time limit reserved for GPTQ's calibration", Observed.SCHEDULE, low=0
     )
-    z_loss_weight: float = knob(0.0, "weight of mean(LSE^2) in the training loss", "gradient", low=0)
+    warmup_steps: int = knob(
+        20, "steps that compile every graph and are then undone, before the clock starts; 0: none", Observed.LOG, low=0
+    )
+    train_batch_tokens: int = knob(
+        524288, "tokens of a training step, over all ranks and micro-steps", Observed.BATCHES, low=1
+    )
+    micro_batch_tokens: int = knob(65536, "tokens that one rank processes at once, at most", Observed.BATCHES, low=1)
+    train_log_every: int = knob(200, "training steps between log lines of the loss; 0: none", Observed.LOG, low=0)
+    val_loss_every: int = knob(1000, "training steps between validations; 0: only at the end", Observed.LOG, low=0)
+    val_batch_size: int = knob(65536, "validation tokens that one rank processes at once", Observed.LOG, low=1)
+
+    # Initial weights and the training loss
+    tied_embed_init_std: float = knob(
+        0.005, "standard deviation of a tied embedding's initial weights", Observed.INIT, low=0
+    )
+    qk_gain_init: float = knob(
+        1.5, "initial value of each head's learned gain on the normalized queries", Observed.INIT, low=0
+    )
+    enable_looping_at: float = knob(
+        0.35, "fraction of training after which the depth recurrence is on", Observed.SCHEDULE, low=0, high=1
+    )
+    neftune_alpha: float = knob(
+        0.0, "magnitude of NEFTune's uniform noise on training embeddings; 0: no noise", Observed.LOSS, low=0
+    )
+    z_loss_weight: float = knob(
+        0.0, "weight of the z-loss, mean(logsumexp^2), in the training loss; 0: no z-loss", Observed.WEIGHTS, low=0
+    )
     focal_enabled: bool = knob(
         False,
-        "weigh a token's training loss by (1 - probability of the target)^FOCAL_GAMMA, each row's weights 1 on average",
-        "weights",
+        "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 over "
+        "a sequence (focal loss)",
+        Observed.WEIGHTS,
     )
-    focal_gamma: float = knob(1.0, "the power in it", "weights", low=0, high=100)
+    focal_gamma: float = knob(1.0, "exponent of the focal loss (FOCAL_ENABLED)", Observed.WEIGHTS, low=0, high=100)
 
     # Optimizers
-    matrix_lr: float = knob(0.04, "learning rate of the matrix banks (Muon)", "weights", low=0)
-    scalar_lr: float = knob(0.04, "learning rate of vectors, scalars and gates (AdamW)", "weights", low=0)
-    tied_embed_lr: float = knob(0.05, "learning rate of a tied embedding", "weights", low=0)
-    embed_lr: float = knob(0.6, "learning rate of an untied embedding", "weights", low=0)
-    head_lr: float = knob(0.008, "learning rate of an untied head", "weights", low=0)
-    muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", "weights", low=0, high=0.9999)
+    matrix_lr: float = knob(0.04, "Muon's learning rate, for attention and MLP matrices", Observed.WEIGHTS, low=0)
+    scalar_lr: float = knob(
+        0.04, "AdamW's learning rate for vectors, scalars, gates and small projections", Observed.WEIGHTS, low=0
+    )
+    tied_embed_lr: float = knob(0.05, "AdamW's learning rate for a tied embedding", Observed.WEIGHTS, low=0)
+    embed_lr: float = knob(0.6, "AdamW's learning rate for an untied embedding", Observed.WEIGHTS, low=0)
+    head_lr: float = knob(0.008, "AdamW's learning rate for an untied output head", Observed.WEIGHTS, low=0)
+    muon_momentum: float = knob(
+        0.95, "Muon's Nesterov momentum after the warmup", Observed.SCHEDULE, low=0, high=0.9999
+    )
     muon_momentum_warmup_start: float = knob(
-        0.85, "momentum at step 0, or MUON_MOMENTUM where that is less", "weights", low=0, high=0.9999
+        0.85,
+        "Muon's momentum at step 0; MUON_MOMENTUM where a preset's is smaller",
+        Observed.SCHEDULE,
+        low=0,
+        high=0.9999,
     )
-    muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warmup", "weights", low=0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "weights", low=1, high=20)
+    muon_momentum_warmup_steps: int = knob(
+        500, "training steps over which Muon's momentum rises linearly; 0: no warmup", Observed.SCHEDULE, low=0
+    )
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations of a Muon update", Observed.WEIGHTS, low=1, high=20)
     muon_coefficients: str = knob(
-        "classic", "Newton-Schulz polynomial", "weights", choices=("classic", "polar_express")
+        "classic",
+        "Newton-Schulz polynomials; classic: Keller Jordan's quintic at every iteration; polar_express: the optimal "
+        "polynomial of each iteration",
+        Observed.WEIGHTS,
+        choices=("classic", "polar_express"),
     )
-    muon_row_normalize: bool = knob(False, "rows of the update to unit norm before Newton-Schulz", "weights")
-    muon_wd: float = knob(0.0, "decoupled weight decay of the banks", "weights", low=0)
-    beta1: float = knob(0.9, "AdamW's first beta", "weights", low=0, high=0.99999)
-    beta2: float = knob(0.95, "AdamW's second beta", "weights", low=0, high=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW's epsilon", "weights", low=1e-30)
-    adam_wd: float = knob(0.0, "weight decay of vectors, scalars and gates", "weights", low=0)
-    embed_wd: float = knob(0.0, "weight decay of the embedding and the head", "weights", low=0)
-    grad_clip_norm: float = knob(0.0, "largest norm of the averaged gradient; 0: no clipping", "weights", low=0)
+    muon_row_normalize: bool = knob(
+        False, "scale each row of a Muon update to unit norm before Newton-Schulz", Observed.WEIGHTS
+    )
+    muon_wd: float = knob(0.0, "Muon's decoupled weight decay", Observed.WEIGHTS, low=0)
+    beta1: float = knob(
+        0.9, "AdamW's beta1, the decay rate of the mean gradient", Observed.WEIGHTS, low=0, high=0.99999
+    )
+    beta2: float = knob(
+        0.95, "AdamW's beta2, the decay rate of the mean squared gradient", Observed.WEIGHTS, low=0, high=0.99999
+    )
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", Observed.WEIGHTS, low=1e-30)
+    adam_wd: float = knob(
+        0.0, "AdamW's weight decay for vectors, scalars, gates and small projections", Observed.WEIGHTS, low=0
+    )
+    embed_wd: float = knob(0.0, "AdamW's weight decay for embeddings and the output head", Observed.WEIGHTS, low=0)
+    grad_clip_norm: float = knob(
+        0.0, "norm to which the global gradient is clipped; 0: no clipping", Observed.WEIGHTS, low=0
+    )
 
     # Schedules
     warmdown_frac: float = knob(
-        0.0, "last fraction of the training over which the rate falls to 0", "learning rate", low=0, high=1
+        0.0,
+        "last fraction of training, over which the learning rate falls linearly to 0; 0: WARMDOWN_ITERS says",
+        Observed.SCHEDULE,
+        low=0,
+        high=1,
     )
     warmdown_iters: int = knob(
-        1200, "the same in steps (older scripts); used where WARMDOWN_FRAC is 0", "learning rate", low=0
+        1200,
+        "last training steps, over which the learning rate falls linearly to 0; used where WARMDOWN_FRAC is 0; 0: none",
+        Observed.SCHEDULE,
+        low=0,
     )
-    min_lr: float = knob(0.0, "floor of the learning-rate multiplier", "learning rate", low=0, high=1)
+    min_lr: float = knob(
+        0.0, "lower bound of the warmdown, as a fraction of the full learning rate", Observed.SCHEDULE, low=0, high=1
+    )
     progressive_depth_schedule: str = knob(
         "",
-        "fractions of the training, with commas between, at which more layers "
-        "begin to learn, from below; empty or 0: all learn at once",
-        "weights",
+        "fractions of training at which more layers start to train, from the first layer up, comma-separated; empty or "
+        "0: all layers train from the start",
+        Observed.SCHEDULE,
     )
     ema_decay: float = knob(
-        0.0, "decay of the moving average of the weights (EMA); 0: none", "weights", low=0, high=0.999999
+        0.0,
+        "decay of the exponential moving average of the weights (EMA); 0: no EMA",
+        Observed.WEIGHTS,
+        low=0,
+        high=0.999999,
     )
-    swa_enabled: bool = knob(False, "a plain average of late weights (SWA)", "weights")
-    swa_every: int = knob(50, "steps between the weights that it takes", "weights", low=1)
-    swa_start: float = knob(0.2, "multiplier of the learning rate below which it takes them", "weights", low=0, high=1)
+    swa_enabled: bool = knob(False, "average weights of the end of training with equal weights (SWA)", Observed.WEIGHTS)
+    swa_every: int = knob(50, "training steps between weights that SWA averages", Observed.WEIGHTS, low=1)
+    swa_start: float = knob(
+        0.2, "fraction of the full learning rate below which SWA begins", Observed.WEIGHTS, low=0, high=1
+    )
     weight_average: str = knob(
         "both",
-        "the weights that are kept: one average, or the mean of those that are on; without any, the last weights",
-        "weights",
+        "weights to keep after training; ema: the EMA; swa: the SWA; both: the mean of those that are on, without any "
+        "the last weights",
+        Observed.WEIGHTS,
         choices=("both", "ema", "swa"),
     )
     late_qat_threshold: float = knob(
         0.0,
-        "multiplier of the learning rate below which the training rounds the "
-        "matrices as their class is quantized; 0: never",
-        "weights",
+        "fraction of the full learning rate below which training fake-quantizes attention and MLP matrices (late QAT); "
+        "0: never",
+        Observed.SCHEDULE,
         low=0,
         high=1,
     )
 
     # Quantization and the artifact
-    matrix_bits: int = knob(6, "bits of the matrix banks", "bytes", low=2, high=8)
-    attn_bits: int = knob(0, "bits of attention's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
-    mlp_bits: int = knob(0, "bits of the MLP's matrices, from 2; 0: MATRIX_BITS", "bytes", low=0, high=8)
-    embed_bits: int = knob(8, "bits of the embedding and the head", "bytes", low=2, high=8)
-    attn_clip_sigmas: float = knob(
-        13.0, "range of a row of attention's matrices, in standard deviations", "bytes", low=0.1
-    )
-    mlp_clip_sigmas: float = knob(11.5, "the same for the MLP's matrices", "bytes", low=0.1)
-    embed_clip_sigmas: float = knob(14.0, "the same for the embedding and the head", "bytes", low=0.1)
-    matrix_clip_sigmas: float = knob(
-        12.85, "the same for other large matrices: the tables of pairs and of values", "bytes", low=0.1
-    )
     quantizer: str = knob(
         "uniform",
-        "uniform: GPTQ rounds; trellis: GPTQ searches a trellis of two quantizers; "
-        "gptq_lite: each row to nearest, with the best of five clip quantiles",
-        "bytes",
-        choices=("uniform", "trellis", "gptq_lite"),
+        "quantizer of matrices; uniform: GPTQ on a uniform grid; trellis: GPTQ with trellis-coded quantization; "
+        "gptq_lite: round to nearest, each row with the best of five clip quantiles",
+        Observed.BYTES,
+        choices=tuple(QUANTIZER_TRAITS),
     )
-    trellis_states: int = knob(8, "states of the trellis: 4, 8, 16 or 32", "bytes", low=4, high=32)
-    trellis_rate: float = knob(0.5, "weight of the bits in the trellis search", "bytes", low=0, high=10)
+    matrix_bits: int = knob(6, "bits per weight of attention and MLP matrices", Observed.BYTES, low=2, high=8)
+    attn_bits: int = knob(
+        0, "bits per weight of attention's matrices, 2 to 8; 0: MATRIX_BITS", Observed.BYTES, low=0, high=8
+    )
+    mlp_bits: int = knob(
+        0, "bits per weight of the MLP's matrices, 2 to 8; 0: MATRIX_BITS", Observed.BYTES, low=0, high=8
+    )
+    embed_bits: int = knob(8, "bits per weight of the embedding and the output head", Observed.BYTES, low=2, high=8)
+    attn_clip_sigmas: float = knob(
+        13.0, "clip range of attention's matrices, in standard deviations of a row", Observed.BYTES, low=0.1
+    )
+    mlp_clip_sigmas: float = knob(
+        11.5, "clip range of the MLP's matrices, in standard deviations of a row", Observed.BYTES, low=0.1
+    )
+    embed_clip_sigmas: float = knob(
+        14.0,
+        "clip range of the embedding and the output head, in standard deviations of a row",
+        Observed.BYTES,
+        low=0.1,
+    )
+    matrix_clip_sigmas: float = knob(
+        12.85,
+        "clip range of large bigram and value embeddings, in standard deviations of a row",
+        Observed.BYTES,
+        low=0.1,
+    )
+    scale_grid: int = knob(
+        16, "quantization scales per factor of 2; 0: any fp16 number is a scale", Observed.BYTES, low=0, high=1024
+    )
     column_steps: float = knob(
-        0.0, "power of a column's conditional deviation to which its step goes", "bytes", low=0, high=1
+        0.0,
+        "exponent p of column scales in proportion to U_jj^p, U the inverse Hessian's Cholesky factor; 0: equal scales",
+        Observed.BYTES,
+        low=0,
+        high=1,
+    )
+    trellis_states: int = knob(8, "states of the quantizer's trellis: 4, 8, 16 or 32", Observed.BYTES, low=4, high=32)
+    trellis_rate: float = knob(
+        0.5, "weight of the code's bits against the error in the trellis search", Observed.BYTES, low=0, high=10
     )
     target_bytes: int = knob(
         0,
-        "bytes of code and model that the steps are fitted to, at most; 0: steps by *_CLIP_SIGMAS alone",
-        "bytes",
+        "bytes of code and model to which quantization scales are fitted, at most; 0: scales follow the clip ranges",
+        Observed.BYTES,
         low=0,
     )
-    scale_grid: int = knob(16, "row scales to an octave; 0: any fp16 scale", "bytes", low=0, high=1024)
     awq_groups: int = knob(
-        0, "groups of 64 input columns that keep 8 bits: those with most activation x weight", "bytes", low=0
+        0,
+        "groups of 64 input columns kept in 8 bits, those with the largest activations times weights; 0: none",
+        Observed.BYTES,
+        low=0,
     )
-    gated_attn_quant_gate: bool = knob(False, "head gates in int8 per row instead of fp16", "bytes")
-    lqer_enabled: bool = knob(False, "low-rank corrections of the quantization error (LQER)", "bytes")
-    lqer_rank: int = knob(4, "rank of a correction", "bytes", low=1, high=256)
-    lqer_top_k: int = knob(3, "corrections at most", "bytes", low=1)
+    gated_attn_quant_gate: bool = knob(
+        False, "store head gates in int8 with a scale per row instead of fp16", Observed.BYTES
+    )
+    lqer_enabled: bool = knob(False, "store low-rank corrections of the quantization error (LQER)", Observed.BYTES)
+    lqer_rank: int = knob(4, "rank of an LQER correction", Observed.BYTES, low=1, high=256)
+    lqer_top_k: int = knob(3, "number of matrices with an LQER correction, at most", Observed.BYTES, low=1)
     lqer_select: str = knob(
         "gain",
-        "which matrices: norm, the largest errors; gain, those where a correction saves "
-        "more than its bytes would elsewhere",
-        "bytes",
+        "choice of matrices for LQER; norm: largest error; gain: largest reduction of the error, where a correction "
+        "saves more than finer scales of equal bytes",
+        Observed.BYTES,
         choices=("norm", "gain"),
     )
     lqer_asym_enabled: str = knob(
         "auto",
-        "1: factors in -2..1 and -8..7; 0: in LQER_FACTOR_BITS per row; auto: what saves more",
-        "bytes",
+        "bits of LQER's factors; 1: 2 for the left and 4 for the right one, in asymmetric ranges; 0: LQER_FACTOR_BITS; "
+        "auto: whichever reduces the error more",
+        Observed.BYTES,
         choices=("auto", "0", "1"),
     )
-    lqer_asym_group: int = knob(64, "right factor's elements to a scale, at most", "bytes", low=1)
-    lqer_factor_bits: int = knob(4, "bits of the symmetric factors", "bytes", low=2, high=8)
+    lqer_asym_group: int = knob(
+        64, "weights per scale of LQER's asymmetric right factor, at most", Observed.BYTES, low=1
+    )
+    lqer_factor_bits: int = knob(
+        4, "bits per weight of LQER's symmetric factors (LQER_ASYM_ENABLED=0)", Observed.BYTES, low=2, high=8
+    )
     rvq_enabled: bool = knob(
-        False, "a second rounding of the matrices where it saves most, while bytes are left", "bytes"
+        False,
+        "quantize the error of matrices a second time, most error per byte first, up to ARTIFACT_LIMIT_BYTES (residual "
+        "quantization, RVQ)",
+        Observed.BYTES,
     )
-    rvq_bits: int = knob(4, "bits of the second rounding", "bytes", low=2, high=8)
+    rvq_bits: int = knob(4, "bits per weight of RVQ's second quantization", Observed.BYTES, low=2, high=8)
     gptq_calibration_batches: int = knob(
-        16, "training batches from which Hessians are summed", "quantized weights", low=1
+        16, "training batches from which GPTQ's Hessians are estimated", Observed.BYTES, low=1
     )
-    gptq_damp: float = knob(0.01, "damping of a Hessian, in mean diagonals", "quantized weights", low=0)
+    gptq_damp: float = knob(
+        0.01, "damping of GPTQ's Hessians, as a fraction of the mean diagonal", Observed.BYTES, low=0
+    )
     compressor: str = knob(
         "zstd",
-        "entropy coder of the artifact; pergroup: a range coder for the banks' integers",
-        "bytes",
+        "compressor of the artifact; zstd, brotli, lzma: of all sections; pergroup: a range coder for quantized "
+        "matrices, adaptive in groups of rows and columns",
+        Observed.BYTES,
         choices=("zstd", "brotli", "lzma", "pergroup"),
     )
-    artifact_limit_bytes: int = knob(16_000_000, "code + model bytes allowed; a run over it fails", "exit code", low=0)
-
-    # Evaluation
-    eval_seq_len: int = knob(0, "tokens of context at most; 0: TRAIN_SEQ_LEN", "val_bpb", low=0, high=1 << 20)
-    eval_stride: int = knob(
-        0, "targets that a sliding window adds; 0: EVAL_SEQ_LEN (windows do not overlap)", "val_bpb", low=0
+    artifact_limit_bytes: int = knob(
+        16_000_000, "bytes allowed for code and model together; a run over the limit fails", Observed.REFUSAL, low=0
     )
 
+    # Evaluation
+    eval_seq_len: int = knob(
+        0, "context length in evaluation, in tokens; 0: TRAIN_SEQ_LEN", Observed.SCORE, low=0, high=1 << 20
+    )
+    eval_stride: int = knob(
+        0,
+        "targets that each sliding window adds; 0: EVAL_SEQ_LEN, so that windows do not overlap",
+        Observed.SCORE,
+        low=0,
+    )
     temperature: float = knob(
-        1.0, "what softcapped logits are divided by in every evaluation, not in training", "val_bpb", low=0.01, high=100
+        1.0, "temperature of the softcapped logits in evaluation; training uses 1", Observed.SCORE, low=0.01, high=100
+    )
+    eval_budget_seconds: float = knob(
+        600.0,
+        "time budget of the evaluation, in seconds; a run projected to exceed it warns; 0: no budget",
+        Observed.LOG,
+        low=0,
     )
 
     # Test-time training: every target is scored before anything learns from it
     ttt_mode: str = knob(
         "none",
-        "phased: each document's own LoRA, and all weights between phases; chunk: all weights "
-        "after each chunk of the stream",
-        "val_bpb",
+        "test-time training; none: off; phased: LoRA for each document, and SGD of the full model between phases; "
+        "chunk: SGD of the full model after each chunk of the validation stream",
+        Observed.TTT,
         choices=("none", "phased", "chunk"),
     )
-    ttt_order: str = knob(
-        "length", "documents longest first, or in the order of the stream", "val_bpb", choices=("length", "stream")
+    ttt_baseline: bool = knob(
+        False, "also score the windows of test-time training without learning, to compare", Observed.SUMMARY
     )
-    ttt_batch_size: int = knob(64, "documents adapted side by side", "evaluation layout", low=1)
+
+    # Phased test-time training: LoRA for each document
+    ttt_order: str = knob(
+        "length",
+        "order of documents in phased TTT; length: longest first; stream: as in the shards",
+        Observed.TTT,
+        choices=("length", "stream"),
+    )
+    ttt_batch_size: int = knob(64, "documents of a LoRA batch", Observed.TTT, low=1)
     ttt_streams: int = knob(
-        8, "sequences of batches, in each of which A is handed on; ranks share them", "val_bpb", low=1, high=4096
+        8,
+        "independent series of LoRA batches, shared out among the ranks; TTT_WARM_START_A acts within a series",
+        Observed.TTT,
+        low=1,
+        high=4096,
     )
     ttt_chunk_size: int = knob(
-        48, "targets of a document that are scored before it learns from them, at most the context", "val_bpb", low=1
+        48, "targets of a document that are scored before each LoRA update; at most the context", Observed.TTT, low=1
     )
     ttt_short_doc_chunks: bool = knob(
-        False, "chunks of 8 in documents of up to 256 targets, of 24 up to 2000", "val_bpb"
+        False,
+        "smaller LoRA chunks for short documents: 8 targets in documents of up to 256, 24 in those of up to 2000",
+        Observed.TTT,
     )
     ttt_eval_seq_len: int = knob(
-        0, "tokens of context at most in test-time training; 0: EVAL_SEQ_LEN", "val_bpb", low=0, high=1 << 20
+        0, "context length in phased TTT, in tokens; 0: EVAL_SEQ_LEN", Observed.TTT, low=0, high=1 << 20
     )
-    ttt_lora_rank: int = knob(128, "rank of a document's adapters", "val_bpb", low=1, high=4096)
-    ttt_lora_alpha: float = knob(144.0, "their scale times their rank", "val_bpb", low=1e-3)
-    ttt_lora_lr: float = knob(1e-4, "their learning rate", "val_bpb", low=0)
-    ttt_beta2: float = knob(0.99, "their AdamW's second beta; the first is 0", "val_bpb", low=0, high=0.99999)
-    ttt_weight_decay: float = knob(0.5, "their decoupled weight decay", "val_bpb", low=0)
-    ttt_grad_steps: int = knob(1, "steps on each chunk", "val_bpb", low=1, high=100)
-    ttt_warm_start_a: bool = knob(True, "a document begins with the A that the one before it left", "val_bpb")
-    ttt_q_lora: bool = knob(True, "adapters of the queries", "val_bpb")
-    ttt_k_lora: bool = knob(True, "adapters of the keys", "val_bpb")
-    ttt_v_lora: bool = knob(True, "adapters of the values", "val_bpb")
-    ttt_o_lora: bool = knob(True, "adapters from attention's input to its output", "val_bpb")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP", "val_bpb")
+    ttt_lora_rank: int = knob(128, "LoRA rank", Observed.TTT, low=1, high=4096)
+    ttt_lora_alpha: float = knob(
+        144.0, "LoRA alpha: the low-rank output is scaled by alpha/rank", Observed.TTT, low=1e-3
+    )
+    ttt_lora_lr: float = knob(1e-4, "AdamW's learning rate for LoRA", Observed.TTT, low=0)
+    ttt_beta2: float = knob(0.99, "AdamW's beta2 for LoRA; beta1 is 0", Observed.TTT, low=0, high=0.99999)
+    ttt_weight_decay: float = knob(0.5, "AdamW's decoupled weight decay for LoRA", Observed.TTT, low=0)
+    ttt_grad_steps: int = knob(1, "LoRA updates on each chunk of a document", Observed.TTT, low=1, high=100)
+    ttt_warm_start_a: bool = knob(
+        True, "start LoRA's A from the previous batch's instead of at random; B always starts at 0", Observed.TTT
+    )
+    ttt_q_lora: bool = knob(True, "LoRA on the query projections", Observed.TTT)
+    ttt_k_lora: bool = knob(True, "LoRA on the key projections", Observed.TTT)
+    ttt_v_lora: bool = knob(True, "LoRA on the value projections", Observed.TTT)
+    ttt_o_lora: bool = knob(True, "LoRA around attention, from its normalized input to its output", Observed.TTT)
+    ttt_mlp_lora: bool = knob(True, "LoRA around the MLP, from its normalized input to its output", Observed.TTT)
     phased_ttt_prefix_docs: int = knob(
-        3000, "first documents of the order that all weights learn from", "val_bpb", low=0
+        3000, "first documents from which the full model learns after their scoring; 0: none", Observed.TTT, low=0
     )
-    phased_ttt_num_phases: int = knob(4, "times that they do, at equal distances", "val_bpb", low=1, high=1000)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens of a step on all weights", "val_bpb", low=1)
-    global_ttt_lr: float = knob(1e-3, "its learning rate, falling to 0 as a cosine", "val_bpb", low=0)
-    global_ttt_momentum: float = knob(0.9, "its momentum", "val_bpb", low=0, high=0.9999)
-    global_ttt_epochs: int = knob(1, "passes over those documents in each phase", "val_bpb", low=1, high=100)
-    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of TTT_MODE=chunk", "val_bpb", low=1)
-    ttt_epochs: int = knob(3, "steps of all weights on each chunk", "val_bpb", low=1, high=100)
-    ttt_lr: float = knob(0.002, "their learning rate, falling to 0 over the chunks as a cosine", "val_bpb", low=0)
-    ttt_momentum: float = knob(0.9, "their momentum", "val_bpb", low=0, high=0.9999)
-    ttt_freeze_blocks: int = knob(0, "first layers that rest meanwhile", "val_bpb", low=0)
-    ttt_baseline: bool = knob(False, "also score the windows of test-time training without any learning", "summary")
-    eval_budget_seconds: float = knob(
-        600.0, "seconds that an evaluation may take; a projection beyond them is a warning; 0: none", "log", low=0
+    phased_ttt_num_phases: int = knob(
+        4,
+        "phases of phased TTT: the full model learns so many times, evenly spread over PHASED_TTT_PREFIX_DOCS",
+        Observed.TTT,
+        low=1,
+        high=1000,
     )
+    global_ttt_chunk_tokens: int = knob(32768, "tokens of a full-model SGD step in phased TTT", Observed.TTT, low=1)
+    global_ttt_lr: float = knob(
+        1e-3, "learning rate of full-model SGD in phased TTT; decays to 0 as a cosine", Observed.TTT, low=0
+    )
+    global_ttt_momentum: float = knob(0.9, "momentum of full-model SGD in phased TTT", Observed.TTT, low=0, high=0.9999)
+    global_ttt_epochs: int = knob(
+        1, "epochs of full-model SGD in each phase of phased TTT", Observed.TTT, low=1, high=100
+    )
+
+    # Chunk test-time training: SGD of the full model
+    ttt_chunk_tokens: int = knob(32768, "targets of a chunk of the validation stream in chunk TTT", Observed.TTT, low=1)
+    ttt_epochs: int = knob(3, "SGD steps on each chunk in chunk TTT", Observed.TTT, low=1, high=100)
+    ttt_lr: float = knob(
+        0.002, "learning rate of SGD in chunk TTT; decays to 0 over the chunks as a cosine", Observed.TTT, low=0
+    )
+    ttt_momentum: float = knob(0.9, "momentum of SGD in chunk TTT", Observed.TTT, low=0, high=0.9999)
+    ttt_freeze_blocks: int = knob(0, "number of first layers frozen in chunk TTT; 0: none", Observed.TTT, low=0)
 
     @property
     def model(self) -> ModelConfig:
@@ -491,70 +784,108 @@ class Config(ModelConfig):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and matrix products."""
+        """Data type of activations and matrix products."""
         return getattr(torch, self.compute_dtype)
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of training at most, calibration's reserve taken off; infinite without a limit."""
+        """Time limit of the training, in seconds, less what is reserved for calibration; infinite without a limit."""
         return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
 
     @property
     def eval_context(self) -> int:
+        """Context length of the evaluation, in tokens."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
     def ttt_context(self) -> int:
+        """Context length of phased test-time training, in tokens."""
         return self.ttt_eval_seq_len or self.eval_context
 
     @property
     def longest_context(self) -> int:
-        """Tokens of the longest row that a model meets after training."""
+        """Tokens of the longest sequence that a model meets after training."""
         return max(self.eval_context, self.ttt_context if self.ttt_mode == "phased" else 0)
 
     @property
     def eval_step(self) -> int:
+        """Targets that each sliding window adds."""
         return self.eval_stride or self.eval_context
 
     @property
     def eval_rows(self) -> int:
+        """Sequences of an evaluation batch."""
         return max(1, self.val_batch_size // self.eval_context)
 
     @property
     def attn_grid(self) -> tuple[int, float]:
-        """Bits and clip sigmas of attention's matrices; 0 sigmas: the whole range of a row, as GPTQ-lite begins."""
-        return self.attn_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.attn_clip_sigmas
+        """Bits and clip sigmas of attention's matrices; 0 sigmas: the grid covers the row's whole range."""
+        sigmas = self.attn_clip_sigmas if QUANTIZER_TRAITS[self.quantizer].clips_by_sigmas else 0.0
+        return self.attn_bits or self.matrix_bits, sigmas
 
     @property
     def mlp_grid(self) -> tuple[int, float]:
-        """The same for the MLP's matrices."""
-        return self.mlp_bits or self.matrix_bits, 0.0 if self.quantizer == "gptq_lite" else self.mlp_clip_sigmas
+        """Bits and clip sigmas of the MLP's matrices; 0 sigmas: the grid covers the row's whole range."""
+        sigmas = self.mlp_clip_sigmas if QUANTIZER_TRAITS[self.quantizer].clips_by_sigmas else 0.0
+        return self.mlp_bits or self.matrix_bits, sigmas
 
     @property
     def averages(self) -> tuple[bool, bool]:
-        """Whether the EMA and the SWA are kept: those that are on and that WEIGHT_AVERAGE does not leave out."""
+        """Whether the EMA is kept, and whether the SWA is: those that are on and that WEIGHT_AVERAGE includes."""
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
 
     @property
     def depth_cuts(self) -> tuple[float, ...]:
-        """Fractions of the training at which more layers begin to learn. Errors: ConfigError."""
+        """Fractions of training at which more layers start to train. Errors: ConfigError."""
         if self.progressive_depth_schedule in ("", "0"):
             return ()
         try:
             cuts = tuple(map(float, self.progressive_depth_schedule.split(",")))
         except ValueError:
             cuts = (math.nan,)
-        if not all(low < high for low, high in zip((0.0, *cuts), (*cuts, 1.0))):
+        if not all(low < high for low, high in itertools.pairwise((0.0, *cuts, 1.0))):
             raise ConfigError(
                 "PROGRESSIVE_DEPTH_SCHEDULE",
                 self.progressive_depth_schedule,
-                "must be 0, or fractions between 0 and 1 in rising order with commas between, such as 0.08,0.25",
+                "must be 0, or comma-separated fractions between 0 and 1 in rising order, such as 0.08,0.25",
             )
         return cuts
 
     @property
     def tokenizer_file(self) -> Path:
         return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
+
+# The sections of --help and docs/knobs.md, each with its first knob; they are the comments within the classes above.
+KNOB_SECTIONS = {
+    "What to run, and where": "preset",
+    "Data": "data_path",
+    "Tokens and sequences": "tokenizer_sha256",
+    "Width and depth": "num_layers",
+    "Embeddings and logits": "tie_embeddings",
+    "Attention": "rope_base",
+    "Residual stream and recurrence": "skip_gates_enabled",
+    "Length of the training, batches": "iterations",
+    "Initial weights and the training loss": "tied_embed_init_std",
+    "Optimizers": "matrix_lr",
+    "Schedules": "warmdown_frac",
+    "Quantization and the artifact": "quantizer",
+    "Evaluation": "eval_seq_len",
+    "Test-time training: every target is scored before anything learns from it": "ttt_mode",
+    "Phased test-time training: LoRA for each document": "ttt_order",
+    "Chunk test-time training: SGD of the full model": "ttt_chunk_tokens",
+}
+
+
+def knob_sections() -> dict[str, list[dataclasses.Field]]:
+    """The knobs by section."""
+    sections: dict[str, list[dataclasses.Field]] = {title: [] for title in KNOB_SECTIONS}
+    titles = {first: title for title, first in KNOB_SECTIONS.items()}
+    title = ""
+    for f in dataclasses.fields(Config):
+        title = titles.get(f.name, title)
+        sections[title].append(f)
+    return sections
 
 
 # Recipes are rows of this table; a row not named keeps the default above.
@@ -722,8 +1053,8 @@ FAMILIES = (
 )
 
 
-def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
-    """The text of one variable as its type; refuses what the table does not allow."""
+def parse_value(name: str, kind: str, text: str, row: Mapping[str, Any]) -> Any:
+    """The text of a variable as a value of its type. Errors: ConfigError, also for what the knob does not allow."""
     kinds = {"int": "an integer", "float": "a finite number", "bool": "0 or 1"}
     try:
         if kind == "bool":
@@ -738,24 +1069,15 @@ def parse_value(name: str, kind: str, text: str, row: dict) -> Any:
     return value
 
 
-def check_allowed(name: str, value: Any, row: dict) -> None:
-    """Refuses a value of the right type that the table does not allow. Errors: ConfigError."""
+def check_allowed(name: str, value: Any, row: Mapping[str, Any]) -> None:
+    """Refuses a value of the right type that the knob does not allow. Errors: ConfigError."""
     low, high = row["low"], row["high"]
     if row["choices"] and value not in row["choices"]:
         raise ConfigError(name, value, "must be one of " + ", ".join(row["choices"]))
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ConfigError(
-            name,
-            value,
-            "must be "
-            + (
-                f"from {low} to {high}"
-                if low is not None and high is not None
-                else f"at least {low}"
-                if high is None
-                else f"at most {high}"
-            ),
-        )
+    if low is not None and value < low:
+        raise ConfigError(name, value, f"must be at least {low}" if high is None else f"must be from {low} to {high}")
+    if high is not None and value > high:
+        raise ConfigError(name, value, f"must be at most {high}" if low is None else f"must be from {low} to {high}")
 
 
 def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
@@ -774,12 +1096,12 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     for f in dataclasses.fields(Config):
         name = f.name.upper()
         if f.name != "preset" and environment.get(name, "") != "":
-            values[f.name] = parse_value(name, f.type, environment[name], f.metadata)
+            values[f.name] = parse_value(name, str(f.type), environment[name], f.metadata)
             explicit.add(f.name)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
-        values["warmdown_frac"] = 0.0  # older commands set steps and know no fraction
+        values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
-        values["warmdown_iters"] = 0  # so that a fraction of 0 means none
+        values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
     config = resolved(Config(**values), cuda)
     if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
         raise ConfigError(
@@ -787,18 +1109,20 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
             config.muon_momentum_warmup_start,
             f"must be at most MUON_MOMENTUM={config.muon_momentum:g}",
         )
-    if config.mode != "eval":  # there, the artifact says what the model is, and the checks follow its reading
+    if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
         check_config(config)
     return config, explicit, remarks + unknown_variables(environment)
 
 
 def resolved(config: Config, cuda: bool) -> Config:
-    """Puts what `auto` means on this machine in its place. Errors: ConfigError for what this machine cannot do."""
-    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    """Replaces `auto` by what it means on this machine. Errors: ConfigError for what this machine cannot do."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
     if device == "cuda" and not cuda:
-        raise ConfigError("DEVICE", config.device, "no CUDA device is visible; cpu or auto are possible")
+        raise ConfigError("DEVICE", config.device, "no CUDA device is visible; use cpu or auto")
     native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
-    automatic = {
+    automatic: dict[str, Any] = {
         "compute_dtype": "bfloat16" if native else "float32",
         "compile": "01"[device == "cuda"],
         "triton_kernels": "01"[device == "cuda" and triton is not None],
@@ -806,7 +1130,7 @@ def resolved(config: Config, cuda: bool) -> Config:
     if config.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
     if config.triton_kernels == "1" and (device == "cpu" or triton is None):
-        raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; auto and 0 run everywhere")
+        raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; use auto or 0")
     values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
     if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
         values["yarn_max_len"] = max(config.yarn_max_len, config.longest_context)
@@ -815,14 +1139,14 @@ def resolved(config: Config, cuda: bool) -> Config:
 
 def cpu_compiler() -> bool:
     """Whether torch.compile can build its C++ code here: it needs a compiler and Python.h."""
-    import sysconfig  # it looks at the environment when it is loaded
+    import sysconfig  # reads the environment when it is imported
 
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
     return headers and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def cpu_info(*fields: str) -> str:
-    """The first of these fields in Linux's description of the processor, or an empty text."""
+    """The first of these fields in /proc/cpuinfo, or an empty text."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -831,7 +1155,7 @@ def cpu_info(*fields: str) -> str:
 
 
 def unknown_variables(environment: dict[str, str]) -> list[str]:
-    """One warning for each variable that looks like a knob and is none."""
+    """A warning for each variable that looks like a knob but is not one."""
     names = [f.name.upper() for f in dataclasses.fields(Config)]
     warnings = []
     for name in sorted(set(environment) - set(names)):
@@ -843,96 +1167,136 @@ def unknown_variables(environment: dict[str, str]) -> list[str]:
 
 
 def check_config(config: Config) -> None:
-    """Checks across fields. Errors: ConfigError."""
+    """Checks what knobs require of each other. Errors: ConfigError."""
+    check_width(config)
+    check_attention(config)
+    check_embeddings(config)
+    check_recurrence(config)
+    check_parallel_residual(config)
+    check_batches(config)
+    check_schedules(config)
+    check_quantization(config)
+    check_evaluation(config)
 
-    def require(holds: bool, name: str, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(name.upper(), getattr(config, name), allowed)
 
-    require(config.model_dim % config.num_heads == 0, "num_heads", f"must divide MODEL_DIM={config.model_dim}")
+def require(holds: bool, config: ModelConfig, name: str, allowed: str) -> None:
+    """Raises a ConfigError about a knob, with what is allowed, unless the condition holds."""
+    if not holds:
+        raise ConfigError(name.upper(), getattr(config, name), allowed)
+
+
+def check_width(config: ModelConfig) -> None:
+    """Widths: of heads, of the MLP, and of what gates read."""
+    require(config.model_dim % config.num_heads == 0, config, "num_heads", f"must divide MODEL_DIM={config.model_dim}")
     require(
-        config.head_dim % 2 == 0,
-        "num_heads",
-        f"MODEL_DIM/NUM_HEADS={config.head_dim} must be even for rotary embedding",
+        config.num_heads % config.num_kv_heads == 0, config, "num_kv_heads", f"must divide NUM_HEADS={config.num_heads}"
     )
-    require(config.num_heads % config.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={config.num_heads}")
+    allowed = f"MLP_MULT*MODEL_DIM must be at least 1, with MODEL_DIM={config.model_dim}"
+    require(config.hidden_dim >= 1, config, "mlp_mult", allowed)
+    require(
+        config.gate_window <= config.model_dim, config, "gate_window", f"must be at most MODEL_DIM={config.model_dim}"
+    )
+
+
+def check_attention(config: ModelConfig) -> None:
+    """Rotary embedding, XSA and head gates."""
+    allowed = f"MODEL_DIM/NUM_HEADS={config.head_dim} must be even, for rotary embedding"
+    require(config.head_dim % 2 == 0, config, "num_heads", allowed)
     require(
         config.rotary_dims % 2 == 0 and config.rotary_dims <= config.head_dim,
+        config,
         "rope_dims",
-        f"must be even and at most the head width {config.head_dim}",
+        f"must be even and at most MODEL_DIM/NUM_HEADS={config.head_dim}",
     )
-    require(config.hidden_dim >= 1, "mlp_mult", f"MLP_MULT*MODEL_DIM must be at least 1, MODEL_DIM={config.model_dim}")
-    require(config.xsa_last_n <= config.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}")
-    require(config.gate_window <= config.model_dim, "gate_window", f"must be at most MODEL_DIM={config.model_dim}")
-    gates = [
-        g for g in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(config, g)
-    ]
-    if len(gates) > 1:
-        require(False, gates[1], f"only one head gate can be on, and {gates[0].upper()} is")
+    require(
+        config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
+    )
+    gates = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
+    enabled = [name for name in gates if getattr(config, name)]
+    for name in enabled[1:]:
+        require(False, config, name, f"must be 0, because {enabled[0].upper()} is 1: there is one head gate")
+
+
+def check_embeddings(config: ModelConfig) -> None:
+    """Bigram and value embeddings."""
+    allowed = "must be 0 or at least 2: a document's first token has a bucket of its own"
+    require(config.bigram_vocab_size != 1, config, "bigram_vocab_size", allowed)
+    if config.ve_dim:
+        found = {layer for layer in config.value_layers if layer < config.num_layers}
+        allowed = f"must be different layers below NUM_LAYERS={config.num_layers}, comma-separated, such as 0,1"
+        require(len(found) == config.ve_layers.count(",") + 1, config, "ve_layers", allowed)
+
+
+def check_recurrence(config: ModelConfig) -> None:
+    """The layers of the depth recurrence."""
     if config.loops:
-        require(config.loop_end < config.num_layers, "loop_end", f"must be below NUM_LAYERS={config.num_layers}")
-        require(config.loop_start <= config.loop_end, "loop_start", f"must be at most LOOP_END={config.loop_end}")
-    if config.lanes:
-        orders = [execution_order(config, looped) for looped in (False, True)]
-        first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
-        allowed = (
-            f"must be -1, or from {first} to {config.num_layers - 1}: lanes start in the second half, after the loop"
-        )
-        start = max(first, config.loop_end + 1 if config.loops else 0)
-        require(
-            start <= config.parallel_start_layer < config.num_layers,
-            "parallel_start_layer",
-            allowed.replace(f"from {first}", f"from {start}"),
-        )
+        allowed = f"must be below NUM_LAYERS={config.num_layers}"
+        require(config.loop_end < config.num_layers, config, "loop_end", allowed)
+        allowed = f"must be at most LOOP_END={config.loop_end}"
+        require(config.loop_start <= config.loop_end, config, "loop_start", allowed)
+
+
+def check_parallel_residual(config: ModelConfig) -> None:
+    """Parallel residual streams start in the second half of the layers, with and without recurrence, and after it."""
+    if not config.parallel_residual:
+        return
+    orders = [execution_order(config, looped) for looped in (False, True)]
+    first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
+    if config.loops:
+        first = max(first, config.loop_end + 1)
+    require(
+        first <= config.parallel_start_layer < config.num_layers,
+        config,
+        "parallel_start_layer",
+        f"must be -1, or from {first} to {config.num_layers - 1}: in the second half, after the recurrence",
+    )
+
+
+def check_batches(config: Config) -> None:
+    """A training batch is whole sequences."""
     require(
         config.mode == "eval" or config.train_batch_tokens % config.train_seq_len == 0,
+        config,
         "train_batch_tokens",
         f"must be a multiple of TRAIN_SEQ_LEN={config.train_seq_len}",
     )
-    require(
-        config.eval_stride <= config.eval_context, "eval_stride", f"must be at most the context, {config.eval_context}"
-    )
-    require(
-        not (config.rvq_enabled and config.target_bytes),
-        "rvq_enabled",
-        "must be 0 with TARGET_BYTES: the steps take all of them, and leave none for a second rounding",
-    )
-    require(config.trellis_states in (4, 8, 16, 32), "trellis_states", "must be 4, 8, 16 or 32")
-    require(
-        config.bigram_vocab_size != 1,
-        "bigram_vocab_size",
-        "must be 0 or at least 2: a document's first token has a bucket of its own",
-    )
-    if config.ve_dim:
-        found = {layer for layer in config.value_layers if layer < config.num_layers}
-        require(
-            len(found) == config.ve_layers.count(",") + 1,
-            "ve_layers",
-            f"must be different layers below NUM_LAYERS={config.num_layers} with commas between, such as 0,1",
-        )
-    require(
-        len(config.depth_cuts) < config.num_layers,
-        "progressive_depth_schedule",
-        f"must be fewer numbers than NUM_LAYERS={config.num_layers}",
-    )
-    require(config.weight_average != "ema" or config.ema_decay > 0, "weight_average", "needs EMA_DECAY above 0")
-    require(config.weight_average != "swa" or config.swa_enabled, "weight_average", "needs SWA_ENABLED=1")
-    for name in ("column_steps", "awq_groups", "target_bytes"):
-        require(
-            config.quantizer != "gptq_lite" or not getattr(config, name),
-            name,
-            "must be 0 with QUANTIZER=gptq_lite, which knows one grid per row",
-        )
-    for name in ("attn_bits", "mlp_bits"):
-        require(getattr(config, name) != 1, name, "must be 0 or from 2 to 8")
+
+
+def check_schedules(config: Config) -> None:
+    """Progressive depth, weight averages and the time limit."""
+    allowed = f"must be fewer numbers than NUM_LAYERS={config.num_layers}"
+    require(len(config.depth_cuts) < config.num_layers, config, "progressive_depth_schedule", allowed)
+    needs_ema, needs_swa = config.weight_average == "ema", config.weight_average == "swa"
+    require(not needs_ema or config.ema_decay > 0, config, "weight_average", "needs EMA_DECAY above 0")
+    require(not needs_swa or config.swa_enabled, config, "weight_average", "needs SWA_ENABLED=1")
     require(
         config.gptq_reserve_seconds < config.max_wallclock_seconds or config.max_wallclock_seconds == 0,
+        config,
         "gptq_reserve_seconds",
         f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
     )
 
 
-def execution_order(config: Config, looped: bool) -> list[int]:
+def check_quantization(config: Config) -> None:
+    """Bits, and options that exclude each other."""
+    allowed = "must be 0 with TARGET_BYTES: scales use all of its bytes, and leave none for a second quantization"
+    require(not (config.rvq_enabled and config.target_bytes), config, "rvq_enabled", allowed)
+    require(config.trellis_states in (4, 8, 16, 32), config, "trellis_states", "must be 4, 8, 16 or 32")
+    for name in ("attn_bits", "mlp_bits"):
+        require(getattr(config, name) != 1, config, name, "must be 0 or from 2 to 8")
+    if not QUANTIZER_TRAITS[config.quantizer].column_scales:
+        for name in ("column_steps", "awq_groups", "target_bytes"):
+            allowed = f"must be 0 with QUANTIZER={config.quantizer}, which has one scale per row"
+            require(not getattr(config, name), config, name, allowed)
+
+
+def check_evaluation(config: Config) -> None:
+    """Sliding windows leave no target out."""
+    allowed = f"must be at most the context length, {config.eval_context}"
+    require(config.eval_stride <= config.eval_context, config, "eval_stride", allowed)
+
+
+def execution_order(config: ModelConfig, looped: bool) -> list[int]:
     """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped."""
     if not (looped and config.loops):
         return list(range(config.num_layers))
@@ -941,31 +1305,60 @@ def execution_order(config: Config, looped: bool) -> list[int]:
 
 
 class BatchLayout(NamedTuple):
-    """How a step's rows are shared out: rows = world * micro_steps * micro_rows."""
+    """How ranks and micro-steps share a training step: sequences = world * micro_steps * micro_sequences."""
 
-    rows: int
+    sequences: int
     world: int
     micro_steps: int
-    micro_rows: int
+    micro_sequences: int
+
+    def __str__(self) -> str:
+        """The log's line."""
+        ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
+        steps = f"{self.micro_steps} micro-step{'s' if self.micro_steps > 1 else ''}"
+        return f"batch: {self.sequences} sequences = {ranks} x {steps} x {self.micro_sequences}"
 
 
 def batch_layout(config: Config, world: int) -> BatchLayout:
-    """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's rows. Errors: ConfigError."""
-    rows = config.train_batch_tokens // config.train_seq_len
-    if rows % world:
+    """The largest micro-batch that MICRO_BATCH_TOKENS allows and that divides a rank's sequences, at least one.
+
+    Errors: ConfigError where the ranks do not divide the sequences.
+    """
+    sequences = config.train_batch_tokens // config.train_seq_len
+    if sequences % world:
         raise ConfigError(
             "TRAIN_BATCH_TOKENS",
             config.train_batch_tokens,
-            f"is {rows} rows of TRAIN_SEQ_LEN={config.train_seq_len}, which {world} ranks do not divide; "
-            f"a multiple of {world * config.train_seq_len} is needed",
+            f"is {sequences} sequences of TRAIN_SEQ_LEN={config.train_seq_len}, which {world} ranks do not divide; "
+            f"must be a multiple of {world * config.train_seq_len}",
         )
-    local = rows // world
-    micro_rows = max(
-        n
-        for n in range(1, local + 1)
-        if local % n == 0 and (n == 1 or n * config.train_seq_len <= config.micro_batch_tokens)
-    )
-    return BatchLayout(rows, world, local // micro_rows, micro_rows)
+    local = sequences // world
+    most = max(1, config.micro_batch_tokens // config.train_seq_len)
+    micro_sequences = max(n for n in range(1, local + 1) if local % n == 0 and n <= most)
+    return BatchLayout(sequences, world, local // micro_sequences, micro_sequences)
+
+
+def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[set[str], dict[str, str]]:
+    """(options, environment with --mode put into it). Errors: ConfigError."""
+    options, environment = set(), dict(environment)
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--mode":
+            if not equals and waiting:
+                value = waiting.pop(0)
+            if not value:
+                raise ConfigError("argument", word, "needs a mode: train, eval or all")
+            environment["MODE"] = value
+        elif word in ("--help", "-h", "--dry-run"):
+            options.add("--help" if word == "-h" else word)
+        else:
+            allowed = (
+                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable"
+            )
+            raise ConfigError("argument", word, allowed)
+    return options, environment
 
 
 def help_text() -> str:
@@ -976,16 +1369,18 @@ def help_text() -> str:
         "",
         "Every knob is an environment variable: its type and default, then each preset that differs.",
     ]
-    for f in dataclasses.fields(Config):
-        default = f.default if f.default != "" else '""'
-        rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
-        allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
-        lines += [
-            "",
-            f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
-            f"    {allowed}{f.metadata['meaning']}",
-            f"    seen in: {f.metadata['alive']}",
-        ]
+    for title, fields in knob_sections().items():
+        lines += ["", f"== {title} =="]
+        for f in fields:
+            default = f.default if f.default != "" else '""'
+            rows = "  ".join(f"{p}={r[f.name]}" for p, r in PRESETS.items() if f.name in r)
+            allowed = " | ".join(f.metadata["choices"]) + ". " if f.metadata["choices"] else ""
+            lines += [
+                "",
+                f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
+                f"    {allowed}{f.metadata['meaning']}",
+                f"    observed in: {f.metadata['observed']}",
+            ]
     return "\n".join(lines)
 
 
@@ -997,7 +1392,7 @@ CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
+    """Writes a file under a temporary name in the same folder, then renames it: a reader never sees half of it."""
     data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
@@ -1013,7 +1408,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, cut by a container's CPU quota (cgroup v2)."""
+    """CPU cores that this process may use: those of its affinity, at most a container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -1024,40 +1419,47 @@ def available_cores() -> int:
 
 @dataclass
 class Run:
-    """Who this process is among the ranks, where it computes, and where it writes. Only rank 0 writes."""
+    """This process among the ranks: its device and its folder. Only rank 0 writes."""
 
     rank: int
-    world: int
-    local_world: int
+    world: int  # number of ranks
+    local_world: int  # number of ranks on this machine
     device: torch.device
     folder: Path | None = None
-    prefix: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    control: Any = None  # a gloo group for host-side agreement, so that a GPU's queue is never waited for
+    prefix: str = ""  # of the names of files: MODE=eval leaves the training's files alone
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    control: Any = None  # a gloo group for values on the host: broadcasting them never waits for a GPU's queue
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
 
     def log(self, text: str) -> None:
-        """One line on stdout and in log.txt, from rank 0."""
-        if self.main:
+        """Writes a line to stdout and log.txt, on rank 0."""
+        if self.is_main:
             print(text, flush=True)
             self.append("log.txt", text)
 
     def metric(self, **values: Any) -> None:
-        """One line of metrics.jsonl, from rank 0."""
-        if self.main:
+        """Writes a line to metrics.jsonl, on rank 0."""
+        if self.is_main:
             self.append("metrics.jsonl", json.dumps(values))
 
+    def path(self, name: str) -> Path:
+        """A file of the run's folder."""
+        if self.folder is None:
+            raise RuntimeError("the run has no folder yet")
+        return self.folder / name
+
     def append(self, name: str, line: str) -> None:
-        """Adds a line to a file of the run's folder; MODE=eval has files of its own beside the training's."""
+        """Appends a line to a file in the run's folder, if there is one yet."""
         if self.folder:
             with open(self.folder / (self.prefix + name), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def broadcast(self, value: float) -> float:
-        """Rank 0's number on every rank."""
+        """Returns rank 0's number on every rank."""
         if self.world == 1:
             return value
         number = torch.tensor([value], dtype=torch.float64)
@@ -1065,7 +1467,7 @@ class Run:
         return number.item()
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's object (text, bytes, numbers) on every rank."""
+        """Returns rank 0's object, anything that pickles, on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -1073,7 +1475,7 @@ class Run:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's object, on every rank."""
+        """Returns the objects of all ranks, in their order, on every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.control)
@@ -1086,22 +1488,24 @@ class Run:
                 dist.all_reduce(tensor)
 
     def barrier(self) -> None:
+        """Waits until all ranks are here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def synchronize(self) -> None:
+        """Waits for the GPU, so that a clock read next counts its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def peak_memory(self) -> int:
-        """Bytes: of the GPU's allocator, or of the process on a CPU."""
+        """Peak memory in bytes: of the GPU's allocator, or of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def time_second_call(self, compute: Callable[[], Any]) -> float:
-        """Seconds that a computation takes the second time: the first time it may compile."""
+        """Seconds of a computation's second call; the first one may compile."""
         for _ in range(2):
             self.synchronize()
             begin = time.perf_counter()
@@ -1111,7 +1515,7 @@ class Run:
 
 
 class Stage:
-    """Context that adds the seconds of a stage to the run's ledger."""
+    """Context manager that adds the seconds of a stage to `Run.seconds`."""
 
     def __init__(self, run: Run, name: str):
         self.run, self.name = run, name
@@ -1125,28 +1529,29 @@ class Stage:
 
 
 def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
-    """One of torchrun's numbers. Errors: ConfigError."""
+    """A number from torchrun's environment variables. Errors: ConfigError."""
     text = environment.get(name, str(default))
     if not text.isdecimal():
-        raise ConfigError(name, text, "must be a number, as torchrun sets it")
+        raise ConfigError(name, text, "must be an integer, as torchrun sets it")
     return int(text)
 
 
 def start_run(config: Config, environment: dict[str, str]) -> Run:
-    """Device, threads and process groups, from torchrun's variables where they are set. Errors: ConfigError."""
-    rank, world, local, local_world = (
-        rank_variable(environment, name, default)
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    """Sets up device, threads and process groups, by torchrun's variables where they are set. Errors: ConfigError."""
+    rank = rank_variable(environment, "RANK", 0)
+    world = rank_variable(environment, "WORLD_SIZE", 1)
+    local = rank_variable(environment, "LOCAL_RANK", 0)
+    local_world = rank_variable(environment, "LOCAL_WORLD_SIZE", 1)
     cuda = config.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError(
             "DEVICE",
             config.device,
-            f"{local_world} ranks here need as many CUDA devices, and {torch.cuda.device_count()} are visible",
+            f"{local_world} ranks on this machine need {local_world} CUDA devices, and {torch.cuda.device_count()} are "
+            "visible",
         )
     if config.mode != "eval":
-        batch_layout(config, world)  # refuses a world that does not divide the batch before anything starts
+        batch_layout(config, world)  # refuses, before anything starts, a number of ranks that does not divide the batch
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -1156,8 +1561,8 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     run = Run(rank, world, local_world, device)
     if world > 1:
         if "MASTER_ADDR" not in environment:
-            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; torchrun sets what several ranks need")
-        # Newer versions have other names for the collectives used here, which older ones do not know.
+            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; start several ranks with torchrun")
+        # PyTorch is renaming the collectives used here; older versions do not know the new names.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
         dist.init_process_group(
             "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None
@@ -1167,24 +1572,24 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
 
 
 def open_folder(run: Run, config: Config) -> None:
-    """Makes the run's folder and writes config.json. Errors: ConfigError where it holds another run."""
+    """Creates the run's folder and writes config.json. Errors: ConfigError where the folder cannot be used."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
     folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.broadcast_object(folder_problem(folder, config) if run.main else None)
+    problem = run.broadcast_object(folder_problem(folder, config) if run.is_main else None)
     if problem:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
-    if run.main:
+    if run.is_main:
         write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
-    """Makes the folder; returns what is wrong with it, as ConfigError's arguments, or None."""
+    """Creates the folder. Returns the arguments of a ConfigError where it cannot be used, else None."""
     name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
     if config.mode == "eval":
         if not (config.artifact_dir or config.run_id):
-            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, to know which run's artifact to score"
+            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
         if not (folder / CONTAINER_FILE).is_file():
             return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
     if "/" in config.run_id or config.run_id in (".", ".."):
@@ -1195,59 +1600,105 @@ def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return name, str(folder), f"must be a folder that can be written ({error.strerror})"
+        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
     if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
-        return name, str(folder), "already holds a run, and nothing is written over; choose another name"
+        return name, str(folder), "already holds a run, which is never overwritten; choose another name"
     return None
+
+
+def versions() -> dict[str, str]:
+    """What a reader of a log needs to repeat it."""
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        cuda=torch.version.cuda or "none",
+    )
+
+
+def hardware(run: Run) -> str:
+    """Chips of this machine and how many of them the run uses, all machines counted."""
+    if run.device.type == "cuda":
+        return f"{run.world} x {torch.cuda.get_device_name()}"
+    model = cpu_info("model name") or platform.processor() or platform.machine()
+    return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Data: shards -> documents -> batches, a pure function of (seed, step), whatever the number of ranks
 # ---------------------------------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-AUDIT_BLOCK = 1 << 16  # tokens that the audit looks at together: they stay in a core's cache
-HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: 2^64 over the golden ratio
-WINDOW, ANCHOR = 50, 25  # tokens of a shared window; of the blocks by which they are found, half of it
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
+WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 
 
 class Documents(NamedTuple):
-    """Where documents lie in a batch of rows, in the two forms that attention takes."""
+    """Where the documents of a batch begin, in the two forms that attention backends take."""
 
-    starts: Tensor  # [R, T] int32: for every token, the position in its row where its document begins
-    bounds: Tensor  # [n + 1] int32: begin of every document in the flattened rows, then R*T for the end and as padding
+    starts: Tensor  # [B, T] int32: for every token, the position in its sequence where its document begins
+    cu_seqlens: Tensor  # [n + 1] int32: where each document begins in the flattened batch, then B*T up to the end
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, the token after each, and the documents that they belong to."""
+    """Sequences of tokens, the token after each, and the documents that they belong to."""
 
-    ids: Tensor  # [R, T] int64
-    targets: Tensor  # [R, T] int64
+    ids: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
     documents: Documents
+
+
+class ShardHeader(NamedTuple):
+    """The first three of a shard's 256 little-endian int32 numbers; the others are not used."""
+
+    magic: int
+    version: int
+    tokens: int
+
+    @classmethod
+    def read(cls, path: Path) -> ShardHeader:
+        """The header of a file that is a whole shard. Errors: ConfigError naming the file."""
+        numbers = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
+        whole = len(numbers) == SHARD_HEADER_BYTES // 4
+        header = cls(*numbers[:3].tolist()) if whole else cls(0, 0, 0)
+        header.check(path)
+        return header
+
+    def check(self, path: Path) -> None:
+        """Holds the header against the format and the file's size. Errors: ConfigError naming the file."""
+        if self.magic != SHARD_MAGIC or self.version != SHARD_VERSION:
+            raise ConfigError(
+                str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}"
+            )
+        expected = SHARD_HEADER_BYTES + 2 * self.tokens
+        actual = path.stat().st_size
+        if self.tokens < 0 or actual != expected:
+            raise ConfigError(
+                str(path),
+                "",
+                f"is damaged: {self.tokens} tokens, as its header says, take {expected} bytes, but it has {actual}",
+            )
 
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, [n] uint16, memory-mapped. Errors: ConfigError naming the file."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise ConfigError(str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, 1")
-    tokens = int(header[2])
-    if tokens < 0 or size != SHARD_HEADER_BYTES + 2 * tokens:
-        raise ConfigError(
-            str(path),
-            "",
-            f"is damaged: the header promises {tokens} tokens, which take "
-            f"{SHARD_HEADER_BYTES + 2 * tokens} bytes, and the file has {size}",
-        )
+    tokens = ShardHeader.read(path).tokens
     if not tokens:
         return np.zeros(0, np.uint16)
     # A plain array over the map: slices of a memmap cost ten times as much.
     return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sidecar_path(shard: Path) -> Path:
-    """Where a shard's byte counts stand: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
+    """The file with a shard's byte counts: fineweb_val_bytes_000000.bin beside fineweb_val_000000.bin."""
     head, _, number = shard.name.rpartition("_")
     return shard.with_name(f"{head}_bytes_{number}")
 
@@ -1267,13 +1718,32 @@ def shard_paths(config: Config, split: str) -> list[Path]:
     return paths
 
 
+class FileStamp(NamedTuple):
+    """What changes when a file is rewritten."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp | None:
+        """The stamp of a file, or None where there is no such file."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 class TokenStream:
     """All shards of a split as one sequence of tokens."""
 
     def __init__(self, config: Config, split: str):
-        self.paths, self.vocab_size = shard_paths(config, split), config.vocab_size
+        self.paths = shard_paths(config, split)
+        self.vocab_size = config.vocab_size
+        self.stamps = {path: FileStamp.of(path) for path in self.paths}  # before anything is read
         self.shards = [open_shard(path) for path in self.paths]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         if len(self) < 2:
             raise ConfigError(
                 "DATA_PATH", config.data_path, f"its {split} shards hold {len(self)} tokens, and 2 are needed"
@@ -1292,28 +1762,9 @@ class TokenStream:
             start, shard = start + len(part), shard + 1
         return np.concatenate(parts)
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """Tokens at positions of the stream, uint16 of their shape."""
-        shards = np.searchsorted(self.starts, positions, side="right") - 1
-        tokens = np.empty(positions.shape, np.uint16)
-        for number in np.unique(shards):
-            here = shards == number
-            tokens[here] = self.shards[number][positions[here] - self.starts[number]]
-        return tokens
-
-    def next_document(self, position: int) -> int:
-        """Where the first document at or after a position begins; the stream's length where none does."""
-        while position < len(self):
-            block = self.read(position, min(position + AUDIT_BLOCK, len(self)))
-            found = np.flatnonzero(block == BOS_ID)
-            if len(found):
-                return position + int(found[0])
-            position += len(block)
-        return position
-
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
-    """[R, T] tokens -> [R, T] int32: where in its row each token's document begins (0 for one cut by the row)."""
+    """[B, T] tokens -> [B, T] int32: where in its sequence each token's document begins (0 for one that is cut)."""
     begins = ids == BOS_ID
     begins[:, 0] = True
     places = np.flatnonzero(begins)
@@ -1322,11 +1773,11 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
 
 
 class Prefetcher:
-    """Makes on a thread of its own what will probably be asked for next, while the caller works.
+    """Prepares on a thread of its own what will probably be asked for next, while the caller works.
 
-    `make(key)` must be a pure function of the key; `following(key)` guesses which one is asked for next. Any key may be
-    asked for: one that was not guessed is made then. What goes wrong on the thread is raised where its key is asked
-    for. With a depth of 0 there is no thread. The thread begins with `initializer`, which it keeps, and ends with this
+    `make(key)` must be a pure function of the key, and `following(key)` guesses the key that is asked for next. Any
+    key may be asked for: one that was not guessed is made on request. An exception on the thread is raised where its
+    key is asked for. With a depth of 0 there is no thread. The thread first calls `initializer`, and ends with this
     object.
     """
 
@@ -1337,14 +1788,16 @@ class Prefetcher:
         depth: int,
         initializer: Callable[[], None] | None = None,
     ):
-        self.make, self.following, self.depth = make, following, depth
+        self.make, self.following = make, following
+        self.depth = depth
         self.pool = ThreadPoolExecutor(1, "read-ahead", initializer) if depth else None
         self.pending: dict[Any, Future] = {}
 
     def __call__(self, key: Any) -> Any:
         if self.pool is None:
             return self.make(key)
-        future, wanted, later = self.pending.pop(key, None), [], key
+        future = self.pending.pop(key, None)
+        wanted, later = [], key
         for _ in range(self.depth):
             wanted.append(later := self.following(later))
         for stale in self.pending.keys() - set(wanted):
@@ -1356,53 +1809,50 @@ class Prefetcher:
         return future.result()
 
     def close(self) -> None:
-        """Ends the thread; from then on everything is made when it is asked for."""
+        """Ends the thread; from then on everything is made on request."""
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         self.pool, self.pending = None, {}
 
 
 class TrainLoader:
-    """Batches of training rows. Row r holds tokens rT..rT+T of the stream; each epoch visits all rows in a new order.
+    """Batches of training sequences. Sequence s holds tokens sT..sT+T of the stream; each epoch has a new order.
 
-    A batch depends on the seed, the step and the layout's total alone, so warmup needs no rewinding, a resumed run
-    continues exactly, and ranks only share the rows out.
+    A batch depends on nothing but the seed, the step and the number of sequences in a step. So warmup has nothing to
+    rewind, a resumed run goes on exactly where it was, and the number of ranks changes only who reads what.
     """
 
     def __init__(self, config: Config, run: Run):
-        self.stream, self.config, self.run, self.layout = (
-            TokenStream(config, "train"),
-            config,
-            run,
-            batch_layout(config, run.world),
-        )
-        self.rows = (len(self.stream) - 1) // config.train_seq_len
-        if self.rows < 1:
+        self.config, self.run = config, run
+        self.stream = TokenStream(config, "train")
+        self.layout = batch_layout(config, run.world)
+        self.sequences = (len(self.stream) - 1) // config.train_seq_len
+        if self.sequences < 1:
             raise ConfigError(
                 "TRAIN_SEQ_LEN",
                 config.train_seq_len,
                 f"the training shards in DATA_PATH={config.data_path} hold only {len(self.stream)} tokens",
             )
-        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, where a batch lies on the border
-        # A thread that pins memory does it for its own current device, which would be the first.
+        self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, as a batch may span two epochs
+        # A thread pins memory for its own current device, which is the first one unless it is set.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
         self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
-        self.data_stall = 0.0  # seconds in which `batch` kept a step waiting
+        self.data_stall = 0.0  # seconds for which steps waited in `batch`
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """All rows in the order of an epoch."""
-        return np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
+        """All sequences in the order of an epoch."""
+        return np.random.default_rng([self.config.seed, epoch]).permutation(self.sequences)
 
-    def row_index(self, position: int) -> int:
-        """The row that stands at a position of the endless sequence of epochs."""
-        epoch, place = divmod(position, self.rows)
+    def sequence_index(self, position: int) -> int:
+        """The sequence at a position in the endless order of epochs."""
+        epoch, place = divmod(position, self.sequences)
         return int(self.order(epoch)[place])
 
-    def row_numbers(self, step: int, micro: int) -> range:
-        """Places in the global sequence of rows that this rank computes in a micro-step."""
-        _, world, _, micro_rows = self.layout
-        first = step * self.layout.rows + (micro * world + self.run.rank) * micro_rows
-        return range(first, first + micro_rows)
+    def sequence_numbers(self, step: int, micro: int) -> range:
+        """Positions in the order of epochs that this rank computes in a micro-step."""
+        _, world, _, micro_sequences = self.layout
+        first = step * self.layout.sequences + (micro * world + self.run.rank) * micro_sequences
+        return range(first, first + micro_sequences)
 
     def following(self, place: tuple[int, int]) -> tuple[int, int]:
         """The (step, micro-step) after this one."""
@@ -1410,30 +1860,33 @@ class TrainLoader:
         return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's rows of one micro-step, on its device; the next ones are read ahead."""
+        """This rank's sequences of one micro-step, on its device; the next ones are read ahead."""
         begin = time.perf_counter()
         batch = self.ahead((step, micro))
         self.data_stall += time.perf_counter() - begin
         return send(batch, self.run.device)
 
     def read(self, place: tuple[int, int]) -> Batch:
-        """The same in this machine's memory, ready to be sent."""
+        """The sequences of a (step, micro-step) in host memory, ready to be sent."""
         length = self.config.train_seq_len
-        starts = [self.row_index(p) * length for p in self.row_numbers(*place)]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [R, T + 1]
+        starts = [self.sequence_index(p) * length for p in self.sequence_numbers(*place)]
+        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return host_batch(ids, targets, document_starts(ids), self.run.device)
 
     def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
-        """NEFTune's noise for those rows (arXiv 2310.05914), [R, T, d]; each row's own, so that ranks do not matter."""
+        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), [B, T, d], or None if NEFTUNE_ALPHA=0.
+
+        A sequence's noise depends on the seed and its position alone, so it is the same on any number of ranks.
+        """
         if not self.config.neftune_alpha:
             return None
-        generator, rows = torch.Generator(self.run.device), []
-        for place in self.row_numbers(step, micro):
+        generator, noises = torch.Generator(self.run.device), []
+        for place in self.sequence_numbers(step, micro):
             own = np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0]
             generator.manual_seed(int(own) >> 1)
-            rows.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
-        return torch.stack(rows) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+            noises.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
+        return torch.stack(noises) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
 
 
 def as_padding(batch: Batch) -> Batch:
@@ -1442,248 +1895,267 @@ def as_padding(batch: Batch) -> Batch:
 
 
 def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
-    """[R, T] starts -> [n + 1] int32 bounds of the flattened rows.
+    """[B, T] starts -> [n + 1] int32 cumulative sequence lengths of the documents in the flattened batch.
 
-    n is a power of two, enough for documents of 64 tokens on average: one shape for all batches of a size, so that
-    nothing is compiled again, but for a batch of many tiny documents.
+    n is a power of two with room for documents of 64 tokens on average, and the rest is padding. So all batches of a
+    size have one shape and nothing is compiled again, unless a batch holds many tiny documents.
     """
     flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
     room = max(starts.size // 64, len(flat), 2)
-    bounds = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
-    bounds[: len(flat)] = flat
-    return bounds
+    cu_seqlens = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
+    cu_seqlens[: len(flat)] = flat
+    return cu_seqlens
 
 
 def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch in this machine's memory, pinned where the device is a GPU."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, starts, cu_seqlens_of(starts))]
+    """Arrays [B, T] -> a Batch in host memory, pinned where the device is a GPU."""
+    arrays = (ids, targets, starts, cu_seqlens_of(starts))
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.type == "cuda":
-        tensors = [t.pin_memory() for t in tensors]
+        tensors = [tensor.pin_memory() for tensor in tensors]
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
 
 
 def send(batch: Batch, device: torch.device) -> Batch:
     """A Batch on the device; the copy to a GPU does not block."""
-    ids, targets, starts, bounds = (t.to(device, non_blocking=True) for t in (*batch[:2], *batch.documents))
-    return Batch(ids, targets, Documents(starts, bounds))
+    tensors = [tensor.to(device, non_blocking=True) for tensor in (*batch[:2], *batch.documents)]
+    return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
 
 
 def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
-    """Arrays [R, T] -> a Batch on the device."""
+    """Arrays [B, T] -> a Batch on the device."""
     return send(host_batch(ids, targets, starts, device), device)
 
 
+# The manifest. Its rows check themselves: each raises a ValueError that says where in the file something is wrong.
+
+
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """The value as a JSON object. Errors: ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object")
+    return value
+
+
+def json_count(row: dict[str, Any], key: str, where: str) -> int:
+    """A whole number of a row. Errors: ValueError."""
+    value = row.get(key)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{where}.{key} must be a whole number from 0 to 2^63 - 1")
+    return value
+
+
+def json_digest(value: Any, where: str) -> str:
+    """A SHA-256. Errors: ValueError."""
+    if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"{where} must be a SHA-256 of 64 hexadecimal digits")
+    return value
+
+
+def json_file_name(value: Any, where: str) -> str:
+    """The name of a file beside the manifest. Errors: ValueError."""
+    if not isinstance(value, str) or not value.removesuffix(".bin").isidentifier() or len(value) > 200:
+        raise ValueError(f"{where} must be the name of a shard, such as fineweb_train_000000.bin")
+    return value
+
+
+@dataclass(frozen=True)
+class ExpectedCounts:
+    """What the manifest says of a split or of one of its files; None and "" stand for what it does not say."""
+
+    tokens: int | None
+    documents: int | None
+    bytes: int | None
+    sha256: str
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> ExpectedCounts:
+        """Errors: ValueError."""
+        row = json_object(value, where)
+        counts = [json_count(row, key, where) if key in row else None for key in ("tokens", "documents", "bytes")]
+        return cls(*counts, sha256=json_digest(row["sha256"], f"{where}.sha256") if "sha256" in row else "")
+
+
+@dataclass(frozen=True)
+class ManifestSplit:
+    """What the manifest says of a split, and of each of its shards and sidecars by name."""
+
+    counts: ExpectedCounts
+    files: dict[str, ExpectedCounts]
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> ManifestSplit:
+        """Errors: ValueError."""
+        row, files = json_object(value, where), {}
+        for key in ("shards", "sidecars"):
+            rows = row.get(key, [])
+            if not isinstance(rows, list):
+                raise ValueError(f"{where}.{key} must be a list")
+            for number, item in enumerate(rows):
+                place = f"{where}.{key}[{number}]"
+                name = json_file_name(json_object(item, place).get("file"), f"{place}.file")
+                files[name] = ExpectedCounts.parse(item, place)
+        return cls(ExpectedCounts.parse(row, where), files)
+
+
+class SharedWindows(NamedTuple):
+    """How many of the validation windows of WINDOW tokens training holds too, and in how many documents they are."""
+
+    length: int
+    of: int
+    shared: int
+    documents: int
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> SharedWindows:
+        """Errors: ValueError."""
+        row = json_object(value, where)
+        windows = cls(*(json_count(row, key, where) for key in cls._fields))
+        if windows.length != WINDOW:
+            raise ValueError(f"{where}.length must be {WINDOW}")
+        if windows.shared > windows.of:
+            raise ValueError(f"{where}.shared must be at most {where}.of")
+        return windows
+
+    @property
+    def share(self) -> float:
+        """Shared windows as a fraction of all."""
+        return self.shared / self.of if self.of else 0.0
+
+
+@dataclass(frozen=True)
+class LeakAudit:
+    """What data/audit.py found of validation in the training shards, and the SHA-256 of every file that it read."""
+
+    shared_documents: int
+    shared_copies: int
+    windows: SharedWindows
+    sha256: dict[str, str]
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> LeakAudit:
+        """Errors: ValueError."""
+        row = json_object(value, where)
+        digests = json_object(row.get("sha256"), f"{where}.sha256")
+        for name, digest in digests.items():
+            json_file_name(name, f"a name in {where}.sha256")
+            json_digest(digest, f"{where}.sha256.{name}")
+        shared_documents = json_count(row, "shared_documents", where)
+        shared_copies = json_count(row, "shared_copies", where)
+        windows = SharedWindows.parse(row.get("windows"), f"{where}.windows")
+        return cls(shared_documents, shared_copies, windows, digests)
+
+
+def parse_reference(value: Any, where: str) -> dict[str, float]:
+    """Bits per byte that general compressors reach on the validation text, by their names. Errors: ValueError."""
+    for name, bpb in json_object(value, where).items():
+        if not name.isprintable() or len(name) > 100:
+            raise ValueError(f"a name in {where} must be of at most 100 printable characters")
+        if type(bpb) not in (int, float) or not 0 <= bpb < 1e6:  # a comparison that NaN fails
+            raise ValueError(f"{where}.{name} must be bits per byte, a number of 0 or more")
+    return value
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What manifest.json of data/prepare.py promises about the shards beside it; nothing where there is none.
+    """What manifest.json, written by data/prepare.py or tools/audit_data.py, says of the shards beside it.
 
-    Errors: ConfigError for a file that is not such a manifest.
+    Where there is no such file, `splits` is empty and `audit` is None.
     """
 
-    def __init__(self, folder: Path):
-        self.path, self.splits, self.files, self.tokenizer, self.reference = folder / "manifest.json", {}, {}, "", {}
-        if not self.path.is_file():
-            return
+    path: Path
+    splits: dict[str, ManifestSplit] = field(default_factory=dict)
+    tokenizer_sha256: str = ""
+    reference: dict[str, float] = field(default_factory=dict)
+    audit: LeakAudit | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder. Errors: ConfigError."""
+        path = folder / "manifest.json"
+        return cls.parse(path, cls.content(path)) if path.is_file() else cls(path)
+
+    @staticmethod
+    def content(path: Path) -> Any:
+        """What the JSON file holds. Errors: ConfigError."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            for split, row in content["splits"].items():
-                self.splits[split] = self.promises(row)
-                self.files[split] = {
-                    file["file"]: self.promises(file) for file in (*row.get("shards", ()), *row.get("sidecars", ()))
-                }
-            _ = [self.splits["val"][key] for key in ("tokens", "bytes")]  # every manifest promises these
-            self.tokenizer = content.get("tokenizer", {}).get("sha256", "")
-            self.reference = content.get("reference_compressors", {})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(str(self.path), "", f"is not a manifest of data/prepare.py ({error!r})") from None
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
+            ) from None
 
-    @staticmethod
-    def promises(row: dict[str, Any]) -> dict[str, Any]:
-        """What a row promises that the audit can hold it to."""
-        return {
-            key: kind(row[key])
-            for key, kind in dict(tokens=int, documents=int, bytes=int, sha256=str).items()
-            if key in row
-        }
-
-    def promised_digest(self, split: str, name: str) -> str:
-        """SHA-256 of a file of this split, or an empty text where none is promised."""
-        return self.files.get(split, {}).get(name, {}).get("sha256", "")
-
-
-def document_keys(stream: TokenStream, bounds: np.ndarray) -> np.ndarray:
-    """Bounds [n + 1] of documents -> [n] uint64 that are equal where documents are, from lengths and eight tokens."""
-    lengths = np.diff(bounds)
-    places = bounds[:-1, None] + (lengths[:, None] - 1) * np.arange(1, 9) // 8  # spread out: web pages begin alike
-    keys = lengths.astype(np.uint64)
-    for tokens in stream.take(places).T:
-        keys = keys * HASH_FACTOR + tokens
-    return keys
-
-
-class DocumentIndex:
-    """The documents of a validation stream, by which equal ones are found in training: equal tokens, equal text."""
-
-    def __init__(self, stream: TokenStream):
-        begins = np.flatnonzero(stream.read(0, len(stream)) == BOS_ID)
-        self.bounds = np.append(begins, len(stream))
-        self.numbers: dict[bytes, list[int]] = {}  # documents by their tokens' hash
-        keys, texts = document_keys(stream, self.bounds), np.flatnonzero(np.diff(self.bounds) > 1)
-        for number in texts.tolist():  # a document without text shares nothing
-            self.numbers.setdefault(self.digest(stream, self.bounds, number), []).append(number)
-        self.keys = np.unique(keys[texts])
-
-    @staticmethod
-    def digest(stream: TokenStream, bounds: np.ndarray, number: int) -> bytes:
-        return hashlib.sha256(stream.read(int(bounds[number]), int(bounds[number + 1]))).digest()
-
-    def copies(self, stream: TokenStream, bounds: np.ndarray) -> list[list[int]]:
-        """For each of the stream's documents between bounds [n + 1] that is here too: the numbers that it has here."""
-        if not len(self.keys) or len(bounds) < 2:
-            return []
-        keys = document_keys(stream, bounds)
-        near = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)]
-        found = (self.numbers.get(self.digest(stream, bounds, n)) for n in np.flatnonzero(near == keys).tolist())
-        return [numbers for numbers in found if numbers]
-
-
-def ranges(begins: np.ndarray, counts: np.ndarray, step: int = 1) -> np.ndarray:
-    """begins[0], begins[0] + step, ... counts[0] times, then begins[1] and so on, in one array."""
-    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(begins, counts) + step * places
-
-
-class WindowIndex:
-    """All runs of WINDOW tokens inside the documents of a validation stream, marked where training holds them too.
-
-    Such a run holds a whole one of the blocks of ANCHOR tokens into which its document is parted, so these alone are
-    indexed and looked up, by rolling hashes and a table of bits; where one is found, the runs around it are compared.
-    """
-
-    def __init__(self, stream: TokenStream):
-        edge = np.full(WINDOW, BOS_ID, np.uint16)  # so that no run reaches over the stream's ends
-        self.tokens = np.concatenate((edge, stream.read(0, len(stream)), edge))
-        self.factors = np.random.default_rng(0).integers(0, 2**64, 1 << 16, dtype=np.uint64)  # of each token
-        self.begins = np.flatnonzero(self.tokens == BOS_ID)
-        lengths = np.diff(self.begins) - 1
-        self.windows = int(np.maximum(lengths - WINDOW + 1, 0).sum())
-        places = ranges(self.begins[:-1] + 1, lengths // ANCHOR, ANCHOR)
-        hashes = [
-            self.hashes(self.tokens[start : start + AUDIT_BLOCK + ANCHOR - 1], ANCHOR)[
-                places[slice(*np.searchsorted(places, (start, start + AUDIT_BLOCK)))] - start
-            ]
-            for start in range(0, len(self.tokens) - ANCHOR, AUDIT_BLOCK)
-        ]
-        anchors = np.concatenate(hashes)
-        order = np.argsort(anchors, kind="stable")
-        self.anchors, self.places = anchors[order], places[order]
-        bits = max(10, (128 * len(anchors)).bit_length())
-        self.shift, self.table = np.uint64(64 - bits), np.zeros(1 << bits - 3, np.uint8)
-        index = self.anchors >> self.shift
-        np.bitwise_or.at(self.table, index >> np.uint64(3), np.uint8(1) << (index & np.uint64(7)).astype(np.uint8))
-        self.found = np.zeros(len(self.tokens), bool)  # runs of validation, by their first token
-
-    def hashes(self, tokens: np.ndarray, length: int) -> np.ndarray:
-        """[n] tokens -> [n - length + 1] uint64: polynomial hashes, modulo 2^64, of all runs of `length` tokens."""
-        if length == 1:
-            return self.factors[tokens]
-        half = self.hashes(tokens, length // 2)
-        both = half[: -(length // 2)] * HASH_FACTOR ** np.uint64(length // 2)
-        both += half[length // 2 :]
-        return both if length % 2 == 0 else both[:-1] * HASH_FACTOR + self.factors[tokens[length - 1 :]]
-
-    def search(self, stream: TokenStream, start: int, stop: int) -> None:
-        """Marks the runs whose anchors occur in the stream's tokens from start on, but before stop."""
-        for begin in range(start, stop, AUDIT_BLOCK):
-            end = min(begin + AUDIT_BLOCK, stop)
-            first, last = begin - ANCHOR, end + WINDOW
-            block = np.pad(
-                stream.read(max(first, 0), min(last, len(stream))),
-                (max(-first, 0), max(last - len(stream), 0)),
-                constant_values=BOS_ID,
+    @classmethod
+    def parse(cls, path: Path, content: Any) -> Manifest:
+        """Errors: ConfigError."""
+        try:
+            top = json_object(content, "its content")
+            splits = json_object(top.get("splits"), "splits")
+            parsed = {
+                split: ManifestSplit.parse(splits[split], f"splits.{split}")
+                for split in ("train", "val")
+                if split in splits
+            }
+            for key in ("tokens", "bytes"):  # a score is checked against these two
+                json_count(json_object(splits.get("val"), "splits.val"), key, "splits.val")
+            tokenizer = json_object(top.get("tokenizer", {}), "tokenizer")
+            return cls(
+                path,
+                parsed,
+                json_digest(tokenizer["sha256"], "tokenizer.sha256") if "sha256" in tokenizer else "",
+                parse_reference(top.get("reference_compressors", {}), "reference_compressors"),
+                LeakAudit.parse(top["audit"], "audit") if "audit" in top else None,
             )
-            hashes = self.hashes(block[ANCHOR:], ANCHOR)[: end - begin]
-            index = hashes >> self.shift
-            bits = self.table[index >> np.uint64(3)] >> (index & np.uint64(7)).astype(np.uint8) & 1
-            near = np.flatnonzero(bits)
-            self.compare(block, near + ANCHOR, hashes[near])
+        except ValueError as error:
+            raise ConfigError(str(path), "", f"is not a valid manifest: {error}") from None
 
-    def compare(self, block: np.ndarray, places: np.ndarray, hashes: np.ndarray) -> None:
-        """Marks the runs of validation that are equal to one of the block's around these places, with these hashes."""
-        left, right = (np.searchsorted(self.anchors, hashes, side) for side in ("left", "right"))
-        hit = left < right
-        if not hit.any():
-            return
-        back = np.arange(WINDOW - ANCHOR + 1)
-        theirs = np.unique(places[hit, None] - back)
-        values, first = np.unique(self.hashes(block, WINDOW)[theirs], return_index=True)
-        theirs = theirs[first]
-        groups, which = np.unique(left[hit], return_index=True)
-        anchors = self.places[ranges(groups, (right - left)[hit][which])]
-        powers, width = HASH_FACTOR ** np.arange(WINDOW - 1, -1, -1, dtype=np.uint64), np.arange(WINDOW)
-        for some in np.array_split(anchors, -(-len(anchors) // 1024)):  # bounds the memory
-            ours = np.unique(some[:, None] - back)
-            ours = ours[~self.found[ours]]
-            text = self.tokens[ours[:, None] + width]  # [n, WINDOW]
-            value = (self.factors[text] * powers).sum(1)
-            match = theirs[np.minimum(np.searchsorted(values, value), len(values) - 1)]
-            same = (block[match[:, None] + width] == text).all(1) & (text != BOS_ID).all(1)
-            self.found[ours[same]] = True
-
-    def share(self, run: Run) -> dict[str, int]:
-        """Joins what all ranks have found. Returns the summary's row."""
-        for bits in run.gather(np.packbits(self.found)):
-            self.found |= np.unpackbits(bits, count=len(self.found)).astype(bool)
-        documents = np.unique(np.searchsorted(self.begins, np.flatnonzero(self.found)))
-        return dict(length=WINDOW, of=self.windows, shared=int(self.found.sum()), documents=len(documents))
+    def expected(self, split: str, name: str = "") -> ExpectedCounts:
+        """What is said of a split, or of one of its files; nothing where the manifest does not name it."""
+        unknown = ExpectedCounts(None, None, None, "")
+        row = self.splits.get(split, ManifestSplit(unknown, {}))
+        return row.files.get(name, unknown) if name else row.counts
 
 
 class ShardScan(NamedTuple):
     """What one pass over a shard finds."""
 
     documents: int  # that begin in it
-    highest: int  # id of a token, -1 where there is none
-    sha256: str  # of the file, where one is promised
-    copies: list[list[int]]  # numbers of validation documents, for each of this shard's that is equal to one
+    highest: int  # token id, -1 where there is no token
+    sha256: str  # of the file, "" where it was not asked for
 
 
-def scan_shard(
-    stream: TokenStream,
-    number: int,
-    hashed: bool,
-    index: DocumentIndex | None = None,
-    windows: WindowIndex | None = None,
-) -> ShardScan:
-    """Reads a shard once, in blocks. A document that reaches into the next shards is this shard's."""
-    shard, start, highest, begins = stream.shards[number], int(stream.starts[number]), -1, []
+def scan_shard(stream: TokenStream, number: int, hashed: bool) -> ShardScan:
+    """Reads a shard once, in blocks."""
+    shard = stream.shards[number]
+    documents, highest = 0, -1
     with open(stream.paths[number], "rb") as file:
         digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
-    for offset in range(0, len(shard), AUDIT_BLOCK):
-        block = np.asarray(shard[offset : offset + AUDIT_BLOCK])
+    for offset in range(0, len(shard), SCAN_BLOCK):
+        block = shard[offset : offset + SCAN_BLOCK]
+        documents += int(np.count_nonzero(block == BOS_ID))
         highest = max(highest, int(block.max()))
-        begins.append(start + offset + np.flatnonzero(block == BOS_ID))
         if hashed:
-            digest.update(block)
-    bounds = np.concatenate((*begins, [stream.next_document(start + len(shard))])).astype(np.int64)
-    if windows:
-        windows.search(stream, start, start + len(shard))
-    return ShardScan(
-        len(bounds) - 1, highest, digest.hexdigest() if hashed else "", index.copies(stream, bounds) if index else []
-    )
+            digest.update(block.data)
+    return ShardScan(documents, highest, digest.hexdigest() if hashed else "")
 
 
-class Audit:
-    """Holds shards against the vocabulary, their manifest and each other, before anything learns from them.
+class DataCheck:
+    """Holds shards against the vocabulary, the manifest and its leak audit, before anything learns from them.
 
-    `findings` are what a run must not begin with; `rows` is the summary's part. Nothing is remembered from one run to
-    the next: a pass costs a second or two for each billion tokens and core, and what is remembered can be outdated.
+    `findings` are what a run must not begin with; `rows` is the summary's part. Every run reads all shards again, as a
+    remembered result can be outdated: that takes a second or two for each billion tokens and core.
     """
 
-    def __init__(self, config: Config, run: Run):
-        self.config, self.run, self.manifest = config, run, Manifest(Path(config.data_path))
+    def __init__(self, config: Config, run: Run, manifest: Manifest):
+        self.config, self.run = config, run
+        self.manifest = manifest
         self.findings: list[tuple[str, object, str]] = []  # a ConfigError's arguments
-        self.rows: dict[str, Any] = dict(manifest=bool(self.manifest.splits))
+        self.rows: dict[str, Any] = dict(manifest=bool(manifest.splits))
+        self.digests: dict[str, str] = {}  # actual SHA-256 of each file, by name
+        self.stamps: dict[Path, FileStamp | None] = {}  # of each file when it was opened
 
     def find(self, name: Path, problem: str) -> None:
+        """Adds a finding about a file."""
         self.findings.append((str(name), "", problem))
 
     def refuse(self) -> None:
@@ -1691,81 +2163,125 @@ class Audit:
         findings = list(dict.fromkeys(itertools.chain(*self.run.gather(self.findings))))
         if findings:
             name, value, problem = findings[0]
-            more = (
-                f" ({len(findings) - 1} more: make audit-data DATA={self.config.data_path})"
-                if len(findings) > 1
-                else ""
-            )
+            more = f" ({len(findings) - 1} more: {self.command})" if len(findings) > 1 else ""
             raise ConfigError(name, value, problem + more)
+
+    @property
+    def command(self) -> str:
+        """What audits the folder, and lists all findings."""
+        return f"make audit-data DATA={self.config.data_path}"
 
     def validation(self, stream: TokenStream) -> None:
         """Checks the validation shards, their sidecars and the tokenizer; on every rank, as each reads them all."""
-        self.check(
-            "val", stream, {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
-        )
-        files = [(path, self.manifest.promised_digest("val", path.name)) for path in map(sidecar_path, stream.paths)]
-        for path, promised in (*files, (self.config.tokenizer_file, self.manifest.tokenizer)):
-            if promised and path.is_file():
-                with open(path, "rb") as file:
-                    self.check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), promised)
+        sidecars = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
+        self.stamps |= stream.stamps | {path: FileStamp.of(path) for path in sidecars}
+        scans = {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
+        self.check_split("val", stream, scans)
+        for path in sidecars:
+            if self.hashed("val", path):
+                self.check_digest(path, sha256_of(path), self.manifest.expected("val", path.name).sha256)
+        tokenizer = self.config.tokenizer_file
+        if self.manifest.tokenizer_sha256 and tokenizer.is_file():
+            self.check_digest(tokenizer, sha256_of(tokenizer), self.manifest.tokenizer_sha256)
 
-    def training(self, stream: TokenStream, validation: TokenStream) -> None:
-        """Checks the training shards and looks validation's documents up in them.
+    def training(self, stream: TokenStream) -> None:
+        """Checks the training shards.
 
-        The ranks of a machine share its shards out, so that every machine's files are read; threads share a rank's.
+        The ranks of a machine divide its shards among themselves, so that every machine's files are read; threads
+        divide a rank's.
         """
-        config, run = self.config, self.run
-        index, windows = DocumentIndex(validation), WindowIndex(validation) if config.audit == "windows" else None
-        threads = config.cpu_threads or max(1, available_cores() // run.local_world)
+        self.stamps |= stream.stamps
+        run = self.run
+        threads = self.config.cpu_threads or max(1, available_cores() // run.local_world)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
-            scans = dict(
-                zip(
-                    mine,
-                    pool.map(
-                        lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n]), index, windows), mine
-                    ),
-                )
-            )
-        found: dict[int, ShardScan] = {}
+            results = pool.map(lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n])), mine)
+            scans = dict(zip(mine, results, strict=True))
+        merged: dict[int, ShardScan] = {}
         for other in run.gather(scans):
             for number, scan in other.items():
-                if found.setdefault(number, scan) != scan:
+                if merged.setdefault(number, scan) != scan:
                     self.find(stream.paths[number], "is not the same on all machines")
-        self.check("train", stream, found)
-        copies = [numbers for scan in found.values() for numbers in scan.copies]
-        shared = len({number for numbers in copies for number in numbers})
-        self.rows |= dict(
-            shared_documents=shared, shared_copies=len(copies), allowed_shared_documents=config.allow_shared_documents
+        self.check_split("train", stream, merged)
+
+    def leaks(self) -> None:
+        """Checks that the manifest's leak audit is of these very shards, and that it found no more than is allowed.
+
+        Call it when all shards have been checked. Without an audit there is nothing to check; `lines` warns of that.
+        """
+        audit = self.manifest.audit
+        self.rows["leak_audit"] = "none"
+        if audit is None:
+            return
+        problems = len(self.findings)
+        changed = {name for name, _, _ in self.findings}
+        for path in self.stamps:
+            expected = audit.sha256.get(path.name)
+            if str(path) in changed:
+                continue
+            if expected is None:
+                self.find(path, f"was not read by the leak audit in {self.manifest.path}: {self.command}")
+            elif expected != self.digests.get(path.name):
+                self.find(path, f"was changed after the leak audit in {self.manifest.path}: {self.command}")
+        for name in sorted(audit.sha256.keys() - {path.name for path in self.stamps}):
+            self.find(self.manifest.path, f"holds a leak audit that read {name}, which is not there: {self.command}")
+        if len(self.findings) > problems:
+            return
+        allowed = dict(
+            allowed_shared_documents=self.config.allow_shared_documents,
+            allowed_shared_windows=self.config.allow_shared_windows,
         )
-        if windows:
-            self.rows |= dict(shared_windows=windows.share(run))
-        if shared > config.allow_shared_documents:
+        self.rows["leak_audit"] = dict(
+            shared_documents=audit.shared_documents,
+            shared_copies=audit.shared_copies,
+            windows=audit.windows._asdict(),
+            **allowed,
+        )
+        self.check_shared(audit)
+
+    def check_shared(self, audit: LeakAudit) -> None:
+        """Holds what training shares with validation against what is allowed."""
+        config, windows = self.config, audit.windows
+        if audit.shared_documents > config.allow_shared_documents:
             self.findings.append(
                 (
                     "ALLOW_SHARED_DOCUMENTS",
                     config.allow_shared_documents,
-                    f"{shared} of {len(index.bounds) - 1} validation "
-                    f"documents in DATA_PATH={config.data_path} are in its training shards too, which must not hold them; where "
+                    f"{audit.shared_documents} of {self.rows['val']['documents']} validation documents in "
+                    f"DATA_PATH={config.data_path} are in its training shards too, which must not hold them; where "
                     "that is known of a published data set, this knob allows so many",
+                )
+            )
+        if windows.share > config.allow_shared_windows:
+            self.findings.append(
+                (
+                    "ALLOW_SHARED_WINDOWS",
+                    config.allow_shared_windows,
+                    f"{windows.share:.2%} of the validation windows of {windows.length} tokens in "
+                    f"DATA_PATH={config.data_path} ({windows.shared} of {windows.of}, in {windows.documents} "
+                    "documents) are in its training shards too; where that is known of a published data set, this "
+                    "knob allows such a share",
                 )
             )
 
     def hashed(self, split: str, path: Path) -> bool:
-        return bool(self.manifest.promised_digest(split, path.name))
+        """Whether anything says which SHA-256 a file should have."""
+        audited = self.manifest.audit is not None and path.name in self.manifest.audit.sha256
+        return audited or bool(self.manifest.expected(split, path.name).sha256)
 
-    def check(self, split: str, stream: TokenStream, scans: dict[int, ShardScan]) -> None:
-        """Holds what was found in the shards of a split against the vocabulary and the manifest."""
+    def check_split(self, split: str, stream: TokenStream, scans: dict[int, ShardScan]) -> None:
+        """Holds the shards of a split against the vocabulary and the manifest."""
+        listed = self.manifest.splits[split].files if split in self.manifest.splits else {}
         for number, path in enumerate(stream.paths):
-            scan, promised = scans[number], self.manifest.files.get(split, {}).get(path.name)
+            scan = scans[number]
             if scan.highest >= stream.vocab_size:
                 self.find(path, f"holds token id {scan.highest}, and VOCAB_SIZE={stream.vocab_size} needs ids below it")
-            if promised is None and self.manifest.files.get(split):
+            if listed and path.name not in listed:
                 self.find(path, f"is not named in {self.manifest.path}")
-            if promised:
-                self.check_digest(path, scan.sha256, promised.get("sha256", ""))
-                self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path)
-        for name in self.manifest.files.get(split, {}):
+            if scan.sha256:
+                self.check_digest(path, scan.sha256, self.manifest.expected(split, path.name).sha256)
+            self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path.name)
+        for name in listed:
             if not (self.manifest.path.parent / name).is_file():
                 self.find(self.manifest.path, f"names {name}, which is not there")
         # Published shards are cut at a number of tokens, so only a stream's first one must begin a document; and where
@@ -1780,22 +2296,36 @@ class Audit:
         )
         self.check_counts(split, self.rows[split])
 
-    def check_digest(self, path: Path, found: str, promised: str) -> None:
-        if found != promised:
-            self.find(path, f"was changed: its SHA-256 is {found}, and {self.manifest.path} promises {promised}")
+    def check_digest(self, path: Path, actual: str, expected: str) -> None:
+        """Remembers the SHA-256 of a file and holds it against the manifest's, if that has one."""
+        self.digests[path.name] = actual
+        if expected and actual != expected:
+            self.find(path, f"was changed: its SHA-256 is {actual}, but {self.manifest.path} says {expected}")
 
-    def check_counts(self, split: str, found: dict[str, int], shard: Path | None = None) -> None:
-        """Holds tokens, documents or bytes of a split, or of one shard, against the manifest's."""
-        promised = self.manifest.files[split][shard.name] if shard else self.manifest.splits.get(split, {})
+    def check_counts(self, split: str, actual: dict[str, int], name: str = "") -> None:
+        """Holds tokens, documents or bytes of a split, or of one of its shards, against the manifest's."""
+        expected = self.manifest.expected(split, name)
         for key in ("tokens", "documents", "bytes"):
-            if key in found and key in promised and found[key] != promised[key]:
-                holder = shard.name if shard else f"the {split} shards"
-                self.find(self.manifest.path, f"promises {promised[key]} {key} in {holder}, which hold {found[key]}")
+            count = getattr(expected, key)
+            if key in actual and count not in (None, actual[key]):
+                holder = name or f"the {split} shards"
+                self.find(self.manifest.path, f"says {count} {key} in {holder}, which hold {actual[key]}")
 
     def count_bytes(self, split: str, count: int) -> None:
         """Takes in the bytes of text that a split's tokens stand for."""
         self.rows[split]["bytes"] = count
         self.check_counts(split, dict(bytes=count))
+
+    def refuse_rewritten(self, work: str) -> None:
+        """Raises a ConfigError that names a shard or sidecar which was rewritten since it was opened.
+
+        Every rank calls it at the end of the work that must have read one and the same file all the time.
+        """
+        mine = [str(path) for path, stamp in self.stamps.items() if FileStamp.of(path) != stamp]
+        rewritten = sorted(set(itertools.chain(*self.run.gather(mine))))
+        if rewritten:
+            more = f" (and {len(rewritten) - 1} more)" if len(rewritten) > 1 else ""
+            raise ConfigError(rewritten[0], "", f"was rewritten during {work}{more}: run it again on files that stay")
 
     def lines(self) -> Iterator[str]:
         """The log's lines: what the shards hold, and what training shares with validation."""
@@ -1803,23 +2333,25 @@ class Audit:
             row = self.rows.get(split)
             if row is None:
                 continue
-            held = f"{row['hashed']} with the SHA-256 of the manifest" if self.rows["manifest"] else "no manifest"
+            held = f"{row['hashed']} with a known SHA-256" if self.rows["manifest"] else "no manifest"
             counted = f", {row['bytes']} bytes" if "bytes" in row else ""
             yield (
                 f"audit: {split} {row['shards']} shards ({held}), {row['documents']} documents, {row['tokens']} "
                 f"tokens{counted}"
             )
-        yield from self.overlap_lines()
+        yield from self.leak_lines()
 
-    def overlap_lines(self) -> Iterator[str]:
-        """What training shares with validation, where both were read."""
-        shared, windows = (self.rows.get(f"shared_{what}") for what in ("documents", "windows"))
-        if shared is not None:
+    def leak_lines(self) -> Iterator[str]:
+        """What training shares with validation, where `leaks` was called."""
+        leaks = self.rows.get("leak_audit")
+        if leaks == "none":
+            yield f"warning: audit: nobody has looked for validation text in the training shards: {self.command}"
+        elif leaks:
+            shared, windows = leaks["shared_documents"], SharedWindows(**leaks["windows"])
             yield f"{'warning: ' if shared else ''}audit: {shared} validation documents are in the training shards too"
-        if windows:
             yield (
-                f"audit: {windows['shared']} of {windows['of']} validation runs of {windows['length']} tokens are "
-                f"in the training shards too, in {windows['documents']} documents"
+                f"audit: {windows.shared} of {windows.of} validation windows of {windows.length} tokens "
+                f"({windows.share:.2%}) are in the training shards too, in {windows.documents} documents"
             )
 
 
@@ -1863,7 +2395,7 @@ class Vocabulary:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = sha256_of(path)
         if config.tokenizer_sha256 not in ("", self.digest):
             raise ConfigError(
                 "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
@@ -1873,17 +2405,14 @@ class Vocabulary:
             raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {size} tokens")
         if self.model.bos_id() != BOS_ID:
             raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
-        m, ids = self.model, range(size)
-        self.special = np.array([m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i) for i in ids])
-        pieces = [m.IdToPiece(i) for i in ids]
-        self.marked = np.array([p.startswith("\u2581") for p in pieces]) & ~self.special
-        self.width = np.array(
-            [
-                0 if self.special[i] else 1 if m.IsByte(i) else len(p.removeprefix("\u2581").encode())
-                for i, p in enumerate(pieces)
-            ],
-            dtype=np.uint16,
-        )
+        model, ids = self.model, range(size)
+        self.special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
+        pieces = [model.IdToPiece(i) for i in ids]
+        self.marked = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.special
+        widths = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces], np.uint16)
+        widths[[model.IsByte(i) for i in ids]] = 1
+        widths[self.special] = 0
+        self.width = widths
 
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
@@ -1901,10 +2430,11 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
         raise ConfigError(
             "CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 count by it"
         )
-    if config.caseops_enabled == "0" or not there and config.caseops_enabled == "auto":
+    if config.caseops_enabled == "0" or (not there and config.caseops_enabled == "auto"):
         return None
     counts = []
-    for shard, path, tokens in zip(stream.paths, map(sidecar_path, stream.paths), stream.shards):
+    for shard, tokens in zip(stream.paths, stream.shards, strict=True):
+        path = sidecar_path(shard)
         if not path.is_file():
             raise ConfigError(
                 "CASEOPS_ENABLED",
@@ -2012,7 +2542,7 @@ def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotateCPU(torch.autograd.Function):
-    """`rotate_plain` with the inverse rotation as its gradient. Autograd would pad and add gradients of slices."""
+    """`rotate_plain` with the inverse rotation as its gradient, where autograd would pad and add for each slice."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2326,14 +2856,14 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks) -
     return BlockedAttention.apply(*rows, blocks, k.size(2)).view(q.shape)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, kernel: Callable) -> Tensor:
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable) -> Tensor:
     """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents."""
     longest = q.size(1)
-    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, longest).view(q.shape)
+    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, longest).view(q.shape)
 
 
 def flash_attention(backend: str) -> Callable:
-    """(q [N, H, h], k and v [N, K, h], bounds, longest) -> [N, H, h], causal. Errors: ImportError where it is not."""
+    """(q [N, H, h], k and v [N, K, h], cu_seqlens, longest) -> [N, H, h], causal. Errors: ImportError."""
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 
@@ -2343,19 +2873,20 @@ def flash_attention(backend: str) -> Callable:
         causal = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
         grouped = dict(enable_gqa=True) if "enable_gqa" in known else None
 
-        def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
             if grouped is None:
                 k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-            return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal, **(grouped or {}))
+            options: dict[str, Any] = {**causal, **(grouped or {})}
+            return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
 
         return call
     if backend == "fa3":
-        import flash_attn_interface as module
+        import flash_attn_interface as module  # pyright: ignore[reportMissingImports] # optional
     else:
-        import flash_attn as module
+        import flash_attn as module  # pyright: ignore[reportMissingImports] # optional
 
-    def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        y = module.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        y = module.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
         return y[0] if isinstance(y, tuple) else y  # early versions of fa3 return the log-sum-exp too
 
     return call
@@ -2378,11 +2909,11 @@ def attention_backend(name: str) -> Callable[[Documents, int, int], Callable]:
     if name in ("sdpa", "blocked"):
         return masked if name == "sdpa" else blocked
     kernel = flash_attention(name)
-    return lambda documents, *_: functools.partial(attention_packed, bounds=documents.cu_seqlens, kernel=kernel)
+    return lambda documents, *_: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
-    """The attention backend and why: the first of FlashAttention 3, 2, torch's varlen attention and SDPA that runs here.
+    """The attention backend and why: the first of FlashAttention 3, 2, torch's varlen and SDPA that runs here.
 
     Errors: ConfigError where the requested one cannot run.
     """
@@ -2438,7 +2969,7 @@ def runtime_of(config: Config) -> Runtime:
 # widths) are compile-time constants. The number of tokens is not, so a new batch size compiles nothing.
 
 
-def triton_jit(function):
+def triton_jit(function: Callable) -> Any:
     """`triton.jit` where Triton is installed. Without it the kernels are defined but never called."""
     return function if triton is None else triton.jit(function)
 
@@ -2796,7 +3327,7 @@ class MLPTriton(torch.autograd.Function):
         return (
             grad_up @ up if for_x else None,
             grad_up.mT @ x if for_up else None,
-            grad.mT @ square if for_down else None,
+            None if square is None else grad.mT @ square,
             None,
         )
 
@@ -2840,7 +3371,7 @@ def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
     calls = []
     for place, layer in enumerate(order):
         skip = place - half if half <= place < 2 * half else None
-        parallel = config.lanes and layer >= config.parallel_start_layer
+        parallel = config.parallel_residual and layer >= config.parallel_start_layer
         calls.append(LayerCall(layer, skip, save=place < half, parallel=parallel))
     return tuple(calls)
 
@@ -2875,7 +3406,7 @@ class LayerWeights(NamedTuple):
 
     def detached(self) -> LayerWeights:
         """The same weights as constants."""
-        return LayerWeights(*(None if w is None else w.detach() for w in self))
+        return LayerWeights(*(cast(Tensor, None if w is None else w.detach()) for w in self))
 
 
 class AttentionContext(NamedTuple):
@@ -2905,7 +3436,7 @@ class Block(nn.Module):
             self.head_gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_window))
         if layer in config.value_layers:
             self.value_scale = nn.Parameter(torch.ones(1))
-        if config.lanes:  # in every layer, so that the parallel start can move without a new shape
+        if config.parallel_residual:  # in every layer, so that the parallel start can move without a new shape
             self.stream_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1))
         self.q, self.k = Projection(), Projection()
         self.v, self.out = Projection(), Projection()
@@ -2921,7 +3452,7 @@ class Block(nn.Module):
         q = self.q(n, w.q, adapters.get("q")).view(sequences, length, config.num_heads, config.head_dim)
         k = self.k(n, w.k, adapters.get("k")).view(sequences, length, config.num_kv_heads, config.head_dim)
         v = self.v(n, w.v, adapters.get("v"))
-        if w.value_scale is not None:
+        if w.value_scale is not None and context.value_embeds is not None:
             v = v + w.value_scale.to(x.dtype) * context.value_embeds
         v = v.view(sequences, length, config.num_kv_heads, config.head_dim)
         q = rotate(rms_norm(q), context.cos, context.sin) * w.query_gain.to(x.dtype)[:, None]
@@ -3056,6 +3587,8 @@ class GPT(nn.Module):
         if config.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(skips, d))
         self.logits = Projection()
+        self.cos: Tensor
+        self.sin: Tensor
         cos, sin = rotary_tables(config, runtime.context)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -3074,7 +3607,7 @@ class GPT(nn.Module):
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
         for block in self.blocks:
-            block.query_gain.fill_(query_gain)
+            cast(Block, block).query_gain.fill_(query_gain)
         if self.bigram is not None:  # either the table or the projection must not be zero, or neither would ever train
             self.bigram.table.zero_()
             nn.init.orthogonal_(self.bigram.projection, generator=generator)
@@ -3143,12 +3676,12 @@ class GPT(nn.Module):
 
         Attention reads and the U-Net's skips join x; the MLP reads x_mlp.
         """
-        block = self.blocks[call.layer]
+        block = cast(Block, self.blocks[call.layer])
         m0, m1 = w.input_mix.to(x.dtype).unbind()
         attention_scale, mlp_scale = w.attention_scale.to(x.dtype), w.mlp_scale.to(x.dtype)
         x_mixed = torch.addcmul(m0 * x, m1, x0)
         attention_out = block.attend(x_mixed, w, context, adapters)
-        if not call.parallel:
+        if not call.parallel or w.stream_mix is None:
             x = torch.addcmul(x_mixed, attention_scale, attention_out)
             x = torch.addcmul(x, mlp_scale, block.mlp(x, w, adapters, fused_mlp))
             return x, x
@@ -3345,7 +3878,7 @@ class Adapters:
         """AdamW of the first documents' adapters: betas (0, TTT_BETA2), eps 1e-10, decoupled weight decay."""
         config, parameters = self.config, self.parameters(documents)
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            state = {name: [s[:documents] for s in tensors[side]] for name, tensors in self.state.items()}
+            state: dict[str, Any] = {name: [s[:documents] for s in t[side]] for name, t in self.state.items()}
             adamw(
                 parameters[side],
                 gradients[side],
@@ -3431,6 +3964,13 @@ def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dt
     return x.mT if tall else x
 
 
+def gradient_of(p: Tensor) -> Tensor:
+    """The gradient of a parameter that the backward pass reached. Errors: RuntimeError for another one."""
+    if p.grad is None:
+        raise RuntimeError("a parameter has no gradient")
+    return p.grad
+
+
 class PendingUpdate(NamedTuple):
     """A bank's update that is being gathered from the ranks."""
 
@@ -3460,10 +4000,10 @@ class Muon:
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
         """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each."""
         if self.run.world == 1:
-            return [(bank.grad, None) for bank in self.banks]
+            return [(gradient_of(bank), None) for bank in self.banks]
         pending = []
         for size, bank in zip(self.shard_sizes, self.banks, strict=True):
-            grad = F.pad(bank.grad, (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
+            grad = F.pad(gradient_of(bank), (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
             shard = torch.empty(size, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
             pending.append((shard, dist.reduce_scatter_tensor(shard, grad, async_op=True)))
         return pending
@@ -3564,7 +4104,7 @@ class Optimizers:
         for p in trained:
             if p.grad is None:  # this execution order does not reach it
                 p.grad = torch.zeros_like(p)
-        small = [p.grad for p in trained]
+        small = [gradient_of(p) for p in trained]
         self.reduce_small(small)
         for _, handle in pending:
             if handle is not None:
@@ -3591,7 +4131,7 @@ class Optimizers:
         """Norm of the averaged gradient over all parameters; scales the gradient down to GRAD_CLIP_NORM."""
         if not self.config.grad_clip_norm:
             return math.nan
-        squares = sum(s.square().sum() for s in shards)
+        squares = cast(Tensor, sum(s.square().sum() for s in shards))
         self.run.all_reduce(squares)
         norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -3675,7 +4215,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
-        middle = Progress((begin + end) / 2 * config.iterations, 0.0)
+        between = (begin + end) / 2 * config.iterations
+        middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
         quantizes = decays and end > 1 - config.late_qat_threshold
         for fake_quant in (False, True) if quantizes else (False,):
             looped, layers = loops_enabled_at(middle, config), trainable_layers_at(middle, config)
@@ -3716,6 +4257,11 @@ def focal_weights(nll: Tensor, gamma: float) -> Tensor:
     """
     weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
     return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def lerp_all(tensors: list[Tensor], values: list[Tensor], weight: float) -> None:
+    """Moves the tensors toward the values by this fraction of the distance."""
+    torch._foreach_lerp_(tensors, values, weight)  # pyright: ignore[reportPrivateImportUsage] # one kernel for all
 
 
 def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
@@ -3768,11 +4314,11 @@ class Trainer:
         """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""
         config = self.config
         if self.ema is not None:
-            torch._foreach_lerp_(self.ema, self.parameters(), ema_weight(p.step, config))
+            lerp_all(self.ema, self.parameters(), ema_weight(p.step, config))
         late = lr_multiplier(p, config) < config.swa_start
         if self.swa is not None and late and (p.step + 1) % config.swa_every == 0:
             self.swa_count += 1
-            torch._foreach_lerp_(self.swa, self.parameters(), 1 / self.swa_count)
+            lerp_all(self.swa, self.parameters(), 1 / self.swa_count)
 
     def warm_up(self, evaluate_once: Callable[[Callable], Any] = lambda forward: None) -> None:
         """Runs every graph that the training and its validations need, then restores all state, bit for bit."""
@@ -3795,7 +4341,8 @@ class Trainer:
             self.run.log(f"swa: {self.swa_count} late weights averaged")
             averages += [self.swa] if self.swa_count else []
         if averages:
-            copy_all(self.parameters(), [sum(tensors) / len(averages) for tensors in zip(*averages, strict=True)])
+            means = [cast(Tensor, sum(tensors)) / len(averages) for tensors in zip(*averages, strict=True)]
+            copy_all(self.parameters(), means)
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
@@ -3882,43 +4429,41 @@ def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# GPTQ: Hessians, rounding; quantize(weights) -> tensors, dequantize is its inverse
+# Quantization: quantize(weights) -> stored tensors, and dequantize, its inverse
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Quantized(NamedTuple):
-    """A stored tensor: integer codes with one fp16 step per row, or plain fp16 values (scales None, bits 16).
+    """A stored tensor: integer codes with one fp16 scale per row, or plain fp16 values (scales None, bits 16).
 
-    `extras` holds what `restore` adds to that, each piece of it named in `EXTRAS`.
+    `extras` holds the optional arrays that are listed in `EXTRAS`.
     """
 
     codes: Tensor  # int8 [..., r, c], or float16
     scales: Tensor | None  # float16 [..., r]
     bits: int
     extras: dict[str, Tensor]
-    states: int = 0  # of the trellis whose codes these are; 0: each code is its level
+    states: int = 0  # of the trellis that the codes walk through; 0: each code is its level
 
 
-# Extra arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
+# Optional arrays of a stored bank of B matrices [r, c]: dtype and number of dimensions.
 EXTRAS = {
-    "columns": (torch.int8, 2),  # [B, c] multiples of a row's step, in half octaves
+    "columns": (torch.int8, 2),  # [B, c] exponents e of the column scales 2^(e / 2)
     "corrected": (torch.int32, 1),  # [n] matrices to which left @ right is added (LQER)
     "left": (torch.int8, 3),  # [n, r, k]
     "left_scales": (torch.float16, 2),  # [n, r], or [n, 1]
     "right": (torch.int8, 3),  # [n, k, c]
     "right_scales": (torch.float16, 3),  # [n, k, groups]
-    "refined": (torch.int32, 1),  # [n] matrices to which a second rounding is added (RVQ)
+    "refined": (torch.int32, 1),  # [n] matrices to which a quantized residual is added (RVQ)
     "residual": (torch.int8, 3),  # [n, r, c]
     "residual_scales": (torch.float16, 2),  # [n, r]
 }
-AWQ_COLUMNS = 64  # columns that AWQ-lite treats alike
-
-
+INT8_LIMIT = 127  # the largest magnitude of a code, so that codes are symmetric
 SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
 def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, float]:
-    """(bits, clip sigmas) of a parameter by its role and size; 0 sigmas: the whole range of a row."""
+    """(bits, clip sigmas) of a parameter, by its role and size; 0 sigmas: the grid covers the row's whole range."""
     if name in ("qo_bank", "kv_bank"):
         return config.attn_grid
     if name in ("up_bank", "down_bank"):
@@ -3930,25 +4475,45 @@ def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, fl
     return (8, 0.0) if name.endswith("head_gate") and config.gated_attn_quant_gate else (16, 0.0)
 
 
-class HessianHooks:
-    """Context that adds up X^T X of the inputs of every projection while the model runs eagerly.
+def as_batch(weights: Tensor) -> Tensor:
+    """A bank [B, r, c] unchanged, or a single matrix as a bank of one."""
+    return weights if weights.dim() == 3 else weights[None]
 
-    q, k and v of a layer read the same input, so one tap serves the three.
+
+def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H E^T) of each matrix's error [B, r, c]: the squared error of the layer's outputs, [B] float64."""
+    return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
+
+
+def entropy(codes: Tensor) -> float:
+    """Zeroth-order entropy in bits per code."""
+    probabilities = torch.unique(codes, return_counts=True)[1].double() / max(1, codes.numel())
+    return -(probabilities * probabilities.log2()).sum().item()
+
+
+# --- Hessians ---
+
+
+class HessianHooks:
+    """Context manager that sums X^T X over the inputs of every projection while the model runs eagerly.
+
+    q, k and v of a layer read the same input, so one hook serves all three.
     """
 
     def __init__(self, model: GPT):
         self.model = model
         self.sums: dict[str, Tensor] = {}
-        self.seats = {
+        self.projections = {
             f"{i}.{name}": getattr(block, name)
             for i, block in enumerate(model.blocks)
             for name in ("q", "out", "up", "down")
         }
-        self.seats["logits"] = model.logits
+        self.projections["logits"] = model.logits
 
     def __enter__(self) -> HessianHooks:
         self.handles = [
-            seat.register_forward_pre_hook(functools.partial(self.tap, name)) for name, seat in self.seats.items()
+            projection.register_forward_pre_hook(functools.partial(self.hook, name))
+            for name, projection in self.projections.items()
         ]
         return self
 
@@ -3956,7 +4521,8 @@ class HessianHooks:
         for handle in self.handles:
             handle.remove()
 
-    def tap(self, name: str, _module: nn.Module, inputs: tuple) -> None:
+    def hook(self, name: str, _module: nn.Module, inputs: tuple) -> None:
+        """Forward pre-hook of a projection: adds X^T X of its input to the sum."""
         x = inputs[0].detach().flatten(0, -2).float()
         if name not in self.sums:
             self.sums[name] = torch.zeros(x.size(1), x.size(1), device=x.device)
@@ -3967,13 +4533,13 @@ class HessianHooks:
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
     config, run, model = trainer.config, trainer.run, trainer.model
-    with HessianHooks(model) as taps:
+    with HessianHooks(model) as hooks:
         for step in range(first_step, first_step + config.gptq_calibration_batches):
             for micro in range(trainer.layout.micro_steps):
                 model(*trainer.loader.batch(step, micro), looped=config.loops, fused_mlp=False)
-    run.all_reduce(*taps.sums.values())
+    run.all_reduce(*hooks.sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
-    mean = {name: total / tokens for name, total in taps.sums.items()}
+    mean = {name: total / tokens for name, total in hooks.sums.items()}
     stack = {
         name: torch.stack([mean[f"{i}.{name}"] for i in range(config.num_layers)])
         for name in ("q", "out", "up", "down")
@@ -3987,17 +4553,17 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     }
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, float32, for each of a batch [B, c, c].
+def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damping)^-1, float32, for each of a batch [B, c, c].
 
-    One Cholesky of the reversed H and one triangular solve, in float64, of one matrix at a time, for the memory: the
-    inverse itself is never formed. Damping grows tenfold where H is singular beyond it. Errors: FloatingPointError
-    where H is not finite.
+    One Cholesky factorization of the reversed H and one triangular solve, in float64: the inverse is never formed. To
+    save memory, matrices are factored one at a time. The damping grows tenfold until the factorization succeeds.
+    Errors: FloatingPointError where H is not finite.
     """
     if len(hessian) > 1:
-        return torch.stack([inverse_factor(h[None], damp)[0] for h in hessian])
+        return torch.stack([inverse_cholesky(h[None], damp)[0] for h in hessian])
     if not torch.isfinite(hessian).all():
-        raise FloatingPointError("a Hessian is not finite: calibration saw activations that are not")
+        raise FloatingPointError("a Hessian is not finite: activations during calibration were not")
     h = hessian.double().flip(-1, -2)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
@@ -4010,43 +4576,131 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise FloatingPointError("a Hessian cannot be factored")
 
 
-class Feedback(NamedTuple):
-    """What an error in one column asks of those that follow: their order [B, c], and U [B, c, c] in that order."""
+class HessianFactor(NamedTuple):
+    """How the error of one column is compensated in the columns after it."""
 
-    order: Tensor
-    u: Tensor
+    order: Tensor  # [B, c] the order in which columns are quantized
+    inverse_cholesky: Tensor  # [B, c, c] the inverse Hessian's upper Cholesky factor U, columns in that order
 
 
-def feedback_of(hessian: Tensor, damp: float, natural: bool = False) -> Feedback:
-    """Of Hessians [B, c, c]: columns in falling order of the diagonal, or in their own."""
-    order = (
-        torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2])
-        if natural
-        else hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-    )
+def factor_hessian(hessian: Tensor, damp: float, natural_order: bool = False) -> HessianFactor:
+    """Factor of Hessians [B, c, c], with columns in their natural order or by falling diagonal."""
+    if natural_order:
+        order = torch.arange(hessian.size(-1), device=hessian.device).expand(hessian.shape[:2])
+    else:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
     h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    return Feedback(order, inverse_factor(h, damp))
+    return HessianFactor(order, inverse_cholesky(h, damp))
+
+
+# --- Scales ---
+
+
+def round_scales(scales: Tensor, per_octave: int) -> Tensor:
+    """Scales as fp16 and, if `per_octave` is not 0, on a logarithmic grid with that many values per octave."""
+    scales = scales.clamp(2.0**-24, 65504)
+    if per_octave:
+        scales = torch.exp2((scales.log2() * per_octave).round() / per_octave).clamp(2.0**-24, 65504)
+    return scales.half()
+
+
+def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, multiplier: float = 1.0) -> Tensor:
+    """fp16 scale of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1) - 1.
+
+    Scales on a logarithmic grid (`per_octave`) take a third of the bytes after entropy coding.
+    """
+    return round_scales(multiplier * clip_range(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+
+
+def column_exponents(factor: HessianFactor, power: float) -> Tensor:
+    """Exponents e, int8 [B, c], of column scales 2^(e / 2) ~ U_jj^power, columns in their natural order.
+
+    An error e of column j adds (e / U_jj)^2 to the weighted error. At high rates, scales proportional to U_jj spread
+    the error evenly, and the product of all U_jj, and so the rate, is the same in every order. Powers below 1 do better
+    where columns would get less than a bit. This pays where the entropy coder models each column's spread.
+    """
+    logs = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2()
+    exponents = (2 * power * (logs - logs.mean(-1, keepdim=True))).round().clamp(-INT8_LIMIT, INT8_LIMIT)
+    return torch.empty_like(exponents).scatter_(-1, factor.order, exponents).to(torch.int8)
+
+
+def fit_scales(
+    weights: Tensor,
+    factor: HessianFactor,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    multiplier: float,
+    max_level: int,
+    salient: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(row scales float16 [B, r], column exponents [B, c]) of a bank [B, r, c].
+
+    All scales are multiplied by `multiplier`. With `max_level`, no scale is so small that a row's largest weight would
+    be beyond that level: clipping it would cost more than any scale gains. Salient columns [B, c] get 8-bit scales.
+    """
+    exponents = column_exponents(factor, config.column_steps)
+    scales = row_scales(weights / torch.exp2(exponents / 2)[:, None], bits, sigmas, config.scale_grid, multiplier)
+    if salient is not None:
+        exponents = (exponents - (16 - 2 * bits) * salient).clamp(min=-INT8_LIMIT)
+    if max_level:
+        largest = (weights / torch.exp2(exponents / 2)[:, None]).abs().amax(-1)
+        smallest = 1.1 * largest / max_level  # a tenth more, because error compensation moves the weights
+        scales = torch.maximum(scales, round_scales(smallest, config.scale_grid))
+    return scales, exponents
+
+
+def column_extras(exponents: Tensor) -> dict[str, Tensor]:
+    """The column exponents as an optional array of a stored bank; none where all column scales are 1."""
+    return {"columns": exponents.to(torch.int8)} if exponents.any() else {}
+
+
+def apply_scales(levels: Tensor, q: Quantized) -> Tensor:
+    """Integer levels [..., r, c] times a stored tensor's row and column scales, float32."""
+    if q.scales is None:
+        raise ValueError("integer codes without scales")
+    values = levels.float() * q.scales.float()[..., None]
+    if "columns" in q.extras:
+        batch = as_batch(values)
+        batch *= torch.exp2(q.extras["columns"].float() / 2)[:, None]
+    return values
+
+
+def check_codes(q: Quantized) -> None:
+    """Errors: ValueError for codes, bits or scales that no quantizer produces."""
+    if q.scales is None or q.codes.dtype != torch.int8 or q.codes.dim() not in (2, 3):
+        raise ValueError("its codes are not int8 matrices with scales")
+    if not 2 <= q.bits <= 8:
+        raise ValueError(f"it claims codes of {q.bits} bits")
+    if q.scales.dtype != torch.float16 or q.scales.shape != q.codes.shape[:-1]:
+        raise ValueError("its scales are not one fp16 number for each row")
+    if (q.codes < -INT8_LIMIT).any():
+        raise ValueError(f"its codes are not within -{INT8_LIMIT}..{INT8_LIMIT}")
+
+
+# --- Uniform: rounding to nearest, or GPTQ where there is a Hessian ---
 
 
 def gptq(
     weights: Tensor,
-    feedback: Feedback,
+    factor: HessianFactor,
     scales: Tensor,
     limit: int | Tensor,
-    columns: Tensor | None = None,
+    column_scales: Tensor | None = None,
     block: int = 128,
 ) -> Tensor:
-    """GPTQ (arXiv 2210.17323): rounds one column after the other, feeding errors forward.
+    """GPTQ (arXiv 2210.17323): rounds one column after the other and compensates its error in those that follow.
 
-    weights [B, r, c], scales [B, r], columns [B, c] that multiply them (all 1), limit one or [B, c]
+    weights [B, r, c], scales [B, r], column scales [B, c] (None: all 1), limit a number or [B, c]
     -> int8 codes [B, r, c] in -limit..limit.
     """
-    order = feedback.order  # [B, c]
-    factors = torch.ones_like(order, dtype=torch.float) if columns is None else columns.gather(-1, order)
+    order = factor.order  # [B, c]
+    ordered = torch.ones_like(order, dtype=torch.float) if column_scales is None else column_scales.gather(-1, order)
     limits = torch.as_tensor(limit, device=order.device).float().expand(order.shape).gather(-1, order)
     row_order = order[:, None, :].expand_as(weights)
-    w, s = weights.float().gather(-1, row_order) / factors[:, None], scales.float()
-    u = feedback.u / factors[:, None]
+    w = weights.float().gather(-1, row_order) / ordered[:, None]
+    s = scales.float()
+    u = factor.inverse_cholesky / ordered[:, None]
     codes = torch.empty_like(w)
     for start in range(0, w.size(-1), block):
         stop = min(start + block, w.size(-1))
@@ -4060,50 +4714,100 @@ def gptq(
     return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int8)
 
 
-# Next state by (state, parity of k). 4: VVC; 8: ISO/IEC 15938-17. States 0-1 of 4, and the even ones of the others,
-# use the first quantizer, 2k; the others the second, 2k - sgn k. Larger ones are Ungerboeck's codes (octal h0, h1).
+def round_to_nearest(weights: Tensor, bits: int, sigmas: float) -> Quantized:
+    """Weights [B, r, c] rounded to the nearest level of each row's uniform grid."""
+    scales = row_scales(weights, bits, sigmas)
+    limit = 2 ** (bits - 1) - 1
+    codes = (weights / scales.float()[..., None]).round().clamp(-limit, limit)
+    return Quantized(codes.to(torch.int8), scales, bits, {})
+
+
+def encode_uniform(
+    weights: Tensor,
+    factor: HessianFactor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """GPTQ on a uniform grid, or rounding to nearest without a Hessian.
+
+    With TARGET_BYTES the scales follow from the bytes, and codes may use all of int8, as those of salient columns may.
+    """
+    if factor is None:
+        return round_to_nearest(weights, bits, sigmas)
+    max_level = INT8_LIMIT if config.target_bytes else 0
+    scales, exponents = fit_scales(weights, factor, bits, sigmas, config, 2.0**log2_scale_offset, max_level, salient)
+    limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
+    if salient is not None:
+        limits = torch.where(salient, INT8_LIMIT, limits)
+    codes = gptq(weights, factor, scales, limits, torch.exp2(exponents / 2))
+    return Quantized(codes, scales, bits, column_extras(exponents))
+
+
+def decode_uniform(q: Quantized) -> Tensor:
+    """Weights of codes that are the levels themselves, float32."""
+    return apply_scales(q.codes, q)
+
+
+def check_uniform(q: Quantized) -> None:
+    """Errors: ValueError for a stored form that is not a uniform quantizer's."""
+    check_codes(q)
+    if q.states:
+        raise ValueError("its codes walk through a trellis")
+
+
+# --- Trellis: dependent quantization, searched with the Viterbi algorithm ---
+
+# Next state by (state, parity of the code k). 4: VVC; 8: ISO/IEC 15938-17. States 0-1 of 4, and the even ones of the
+# others, use the first quantizer, 2k; the others use the second, 2k - sgn k. Machines with more states are Ungerboeck's
+# codes (octal h0, h1).
 TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)), 8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
 UNGERBOECK = {16: (0o23, 0o04), 32: (0o45, 0o10)}
-TRELLIS_LIMIT = 127  # |k|, so that codes fit int8
-TRELLIS_NOISE = 0.27  # steps^2, sets the price of a bit: errors measure 0.23 to 0.25, a bit more does best
-TRELLIS_STEP = 0.52  # of a uniform quantizer's, for about the same bits
-TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # searched at once: they bound the memory
-UNREACHED = 1e30  # cost of a state that no path reaches
-# Bits by [quantizer, parity] of the codes 0 and 1 beyond a Gaussian density's, as measured: their cells are narrower.
-BITS_NEAR_ZERO = ((0.5, 0.0), (1.0, 0.4))
+TRELLIS_LIMIT = INT8_LIMIT  # |k|
+TRELLIS_DISTORTION = 0.27  # squared error, in scales^2, that prices a bit: 0.23 to 0.25 as measured, more does best
+TRELLIS_SCALE = 0.52  # times a uniform quantizer's scale, for about the same number of bits
+TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # rows searched at once, to bound the memory
+UNREACHABLE = 1e30  # cost of a state that no path reaches
+# Bits of the codes 0 and 1, by [quantizer, parity], beyond those of a Gaussian density: measured. Their cells are
+# narrower.
+EXTRA_BITS = ((0.5, 0.0), (1.0, 0.4))
 
 
 class Trellis(NamedTuple):
-    """A state machine, and the two ways (state, parity) into each state."""
+    """A state machine of S states, and the two transitions (state, parity) into each state."""
 
     following: Tensor  # [S, 2] next state by parity
     second: Tensor  # [S] 1 where a state uses the second quantizer
-    source: Tensor  # [2S] state before; first the one way into each state, then the other
+    source: Tensor  # [2S] state before; first one transition into each state, then the other
     parity: Tensor  # [2S]
-    near_zero: Tensor  # [2S] bits of a way's smallest code beyond those of its square
+    extra_bits: Tensor  # [2S] bits of a transition's smallest code, beyond those of a Gaussian density
 
 
-def trellis_of(states: int, device: torch.device | str = "cpu") -> Trellis:
-    """The machine of 4, 8, 16 or 32 states."""
+def make_trellis(states: int, device: torch.device | str = "cpu") -> Trellis:
+    """The machine with 4, 8, 16 or 32 states."""
     if states in TRELLISES:
         rows = TRELLISES[states]
     else:
         h0, h1 = UNGERBOECK[states]
         rows = [[s >> 1 ^ (s & 1) * (h0 >> 1) ^ p * (h1 >> 1) for p in (0, 1)] for s in range(states)]
     following = torch.tensor(rows, device=device)
-    ways = following.flatten().argsort(stable=True).view(states, 2).T.reshape(-1)  # flat index 2 * state + parity
+    transitions = following.flatten().argsort(stable=True).view(states, 2).T.reshape(-1)  # 2 * state + parity
     state = torch.arange(states, device=device)
-    second, source, parity = state // 2 if states == 4 else state % 2, ways // 2, ways % 2
-    return Trellis(
-        following, second, source, parity, torch.tensor(BITS_NEAR_ZERO, device=device)[second[source], parity]
-    )
+    second = state // 2 if states == 4 else state % 2
+    source = transitions // 2
+    parity = transitions % 2
+    extra_bits = torch.tensor(EXTRA_BITS, device=device)[second[source], parity]
+    return Trellis(following, second, source, parity, extra_bits)
 
 
 def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [..., c] in processing order -> (levels int16, in steps; state before each code, uint8)."""
-    trellis = trellis_of(states, codes.device)
+    """Codes int8 [..., c] in natural order -> (levels int16, state before each code uint8)."""
+    trellis = make_trellis(states, codes.device)
     parity = (codes.reshape(-1, codes.size(-1)).T & 1).long()  # [c, rows]
-    state, before = torch.zeros_like(parity[0]), torch.empty_like(parity, dtype=torch.uint8)
+    state = torch.zeros_like(parity[0])
+    before = torch.empty_like(parity, dtype=torch.uint8)
     for j, p in enumerate(parity):
         before[j] = state
         state = trellis.following.view(-1)[2 * state + p]
@@ -4111,311 +4815,326 @@ def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
     return 2 * codes.short() - trellis.second.short()[before.int()] * codes.sign(), before
 
 
-def trellis_step(
-    x: Tensor, cost: Tensor, weight: Tensor, price: Tensor, bit: float, trellis: Trellis
-) -> tuple[Tensor, ...]:
-    """One column of the Viterbi search: every state keeps the cheaper of the two ways into it.
+class Survivors(NamedTuple):
+    """The best path into each state after one column: all [B, S, r]."""
 
-    x [B, S, r] is each survivor's weight in steps, cost [B, S, r]; an error of one step costs weight [B, 1, 1] and
-    a level l costs price [B, 1, r] * l^2, a Gaussian code's bits times the cost of a `bit`. The cheapest level of each
-    parity is then the one next to a shrunk weight. Returns (cost, source state, k, error in steps), each [B, S, r].
+    cost: Tensor
+    source: Tensor  # state before
+    codes: Tensor
+    errors: Tensor  # in scales
+
+
+def viterbi_column(
+    x: Tensor, cost: Tensor, error_cost: Tensor, level_cost: Tensor, bit_cost: float, trellis: Trellis
+) -> Survivors:
+    """One column of the Viterbi search: every state keeps the cheaper of the two transitions into it.
+
+    x [B, S, r] is each survivor's weight in scales, cost [B, S, r] its path's cost. An error e costs
+    error_cost [B, 1, 1] * e^2. A level l costs level_cost [B, 1, r] * l^2, which is the bits of a Gaussian code times
+    `bit_cost`. So the cheapest level of each parity is the one next to the weight, shrunk.
     """
     second = trellis.second[trellis.source].to(x.dtype)[:, None]  # [2S, 1]
     parity = trellis.parity.to(x.dtype)[:, None]
     x = x.index_select(1, trellis.source)  # [B, 2S, r]
     size = x.abs()
-    target = size * (weight / (weight + price))
+    target = size * (error_cost / (error_cost + level_cost))
     half = ((target - (2 * parity - second)) * 0.25).round_().clamp_(0, TRELLIS_LIMIT // 2)
     half *= target >= 1.5 * second * (1 - parity)  # the second quantizer's even levels are 0, 3, 7: not -1, 3, 7
     k = half.mul_(2).add_(parity)
     level = (2 * k - second).clamp_(min=0).copysign_(x)
     error = x - level
-    total = error.square().mul_(weight).add_(level.square_().mul_(price)).add_(cost.index_select(1, trellis.source))
-    total += (k <= 1) * (bit * trellis.near_zero)[:, None]
-    s = cost.size(1)
-    other = total[:, s:] < total[:, :s]
+    total = error.square().mul_(error_cost).add_(level.square_().mul_(level_cost))
+    total = total.add_(cost.index_select(1, trellis.source))
+    total += (k <= 1) * (bit_cost * trellis.extra_bits)[:, None]
+    states = cost.size(1)
+    other = total[:, states:] < total[:, :states]
 
-    def kept(value: Tensor) -> Tensor:
-        return torch.where(other, value[:, s:], value[:, :s])
+    def cheaper(value: Tensor) -> Tensor:
+        return torch.where(other, value[:, states:], value[:, :states])
 
-    source = torch.where(other, trellis.source[s:, None], trellis.source[:s, None])
-    return kept(total), source, kept(k.copysign_(x)), kept(error)
+    source = torch.where(other, trellis.source[states:, None], trellis.source[:states, None])
+    return Survivors(cheaper(total), source, cheaper(k.copysign_(x)), cheaper(error))
 
 
-def trellis_block(
-    work: Tensor, cost: Tensor, u: Tensor, weight: Tensor, price: Tensor, bit: float, trellis: Trellis
-) -> tuple[Tensor, ...]:
-    """Viterbi search through the n columns of a block, each survivor with its own error feedback (per-survivor
+class BlockPaths(NamedTuple):
+    """The survivors' paths through a block of n columns."""
+
+    errors: Tensor  # [B S r, n] errors over U_jj
+    codes: Tensor  # int8 [B S r, n]
+    cost: Tensor  # [B, S, r]
+    origin: Tensor  # [B S r] flat index of the survivor before the block that each path continues
+
+
+def viterbi_block(
+    work: Tensor,
+    cost: Tensor,
+    u: Tensor,
+    error_cost: Tensor,
+    level_cost: Tensor,
+    bit_cost: float,
+    trellis: Trellis,
+) -> BlockPaths:
+    """Viterbi search through the n columns of a block, each survivor with its own error compensation (per-survivor
     processing, Raheli, Polydoros and Tzou 1995).
 
-    work [B, S, r, n] holds the survivors' weights in steps and is used up; u [B, n, n] the block of U, weight
-    [B, n, 1, 1] and price [B, n, 1, r] as in `trellis_step`. Returns (errors / U_jj [B, S, r, n], codes int8 alike,
-    cost [B, S, r], flat index of the survivor that each one descends from [B S r]).
+    work [B, S, r, n] holds the survivors' weights in scales, and is overwritten. u [B, n, n] is the block of U,
+    error_cost [B, n, 1, 1] and level_cost [B, n, 1, r] are as in `viterbi_column`.
     """
     batch, states, rows, width = work.shape
-    work, codes = work.view(-1, width), torch.zeros(work.shape, dtype=torch.int8, device=work.device).view(-1, width)
+    work = work.view(-1, width)
+    codes = torch.zeros(work.shape, dtype=torch.int8, device=work.device)
     origin = torch.arange(len(work), device=work.device)
-    place = torch.arange(batch, device=work.device)[:, None, None] * states * rows + torch.arange(
+    first = torch.arange(batch, device=work.device)[:, None, None] * states * rows + torch.arange(
         rows, device=work.device
     )  # [B, 1, r]
     for j in range(width):
         x = work[:, j].view(batch, states * rows, 1)
         if j:
             x = x - work.view(batch, states * rows, width)[..., :j] @ u[:, :j, j, None]
-        cost, source, k, error = trellis_step(x.view(cost.shape), cost, weight[:, j], price[:, j], bit, trellis)
-        parent = (place + source * rows).view(-1)
-        # A row of `work` is the path's errors up to j and the weights that wait after it: one copy moves both.
-        work, codes, origin = work.index_select(0, parent), codes.index_select(0, parent), origin[parent]
-        work[:, j] = (error / u[:, j, j, None, None]).view(-1)
-        codes[:, j] = k.view(-1)
-    return work, codes, cost, origin
+        best = viterbi_column(x.view(cost.shape), cost, error_cost[:, j], level_cost[:, j], bit_cost, trellis)
+        cost = best.cost
+        parent = (first + best.source * rows).view(-1)
+        # A row of `work` is the path's errors before column j and the weights after it: one copy moves both.
+        work = work.index_select(0, parent)
+        codes = codes.index_select(0, parent)
+        origin = origin[parent]
+        work[:, j] = (best.errors / u[:, j, j, None, None]).view(-1)
+        codes[:, j] = best.codes.view(-1)
+    return BlockPaths(work, codes, cost, origin)
 
 
-def trellis_rows(
-    w: Tensor, u: Tensor, price: Tensor, bit: float, trellis: Trellis, block: int = 16, delay: int = 64
+def viterbi_search(
+    w: Tensor,
+    u: Tensor,
+    level_cost: Tensor,
+    bit_cost: float,
+    trellis: Trellis,
+    block: int = 16,
+    delay: int = 64,
 ) -> Tensor:
-    """Codes int8 [B, r, c] of weights w [B, r, c] in steps, with U [B, c, c] and price [B, c, 1, r].
+    """Codes int8 [B, r, c] of weights w [B, r, c] in scales, with U [B, c, c] and level_cost [B, c, 1, r].
 
-    A column is settled once `delay` further ones are searched: on the path of the best survivor, and survivors of
-    another past are dropped. Thus what precedes is common to all, and its feedback is one product for each block.
+    A column is decided once `delay` further ones are searched: the best survivor's code is taken, and survivors with
+    another past are dropped. All survivors then share what is decided, so its error compensation is one matrix product
+    for each block.
     """
-    (batch, rows, columns), states = w.shape, len(trellis.second)
-    weight = u.diagonal(dim1=-2, dim2=-1) ** -2
-    weight = (weight / weight.mean(-1, keepdim=True))[..., None, None]  # [B, c, 1, 1]
-    cost = torch.full((batch, states, rows), UNREACHED, device=w.device)
+    batch, rows, columns = w.shape
+    states = len(trellis.second)
+    error_cost = u.diagonal(dim1=-2, dim2=-1) ** -2
+    error_cost = (error_cost / error_cost.mean(-1, keepdim=True))[..., None, None]  # [B, c, 1, 1]
+    cost = torch.full((batch, states, rows), UNREACHABLE, device=w.device)
     cost[:, 0] = 0
-    errors, codes = torch.zeros_like(w), torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    past_errors, past_codes = w.new_zeros(cost.numel(), 0), codes.new_zeros(cost.numel(), 0)
+    errors = torch.zeros_like(w)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    past_errors = w.new_zeros(cost.numel(), 0)
+    past_codes = codes.new_zeros(cost.numel(), 0)
     first = torch.arange(batch, device=w.device)[:, None] * states * rows + torch.arange(rows, device=w.device)
-    done = 0  # columns settled
+    done = 0  # columns decided
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        common = w[..., start:stop] - errors[..., :done] @ u[:, :done, start:stop]
-        own = past_errors.view(batch, states * rows, start - done) @ u[:, done:start, start:stop]
+        here = slice(start, stop)
+        common = w[..., here] - errors[..., :done] @ u[:, :done, here]
+        own = past_errors.view(batch, states * rows, start - done) @ u[:, done:start, here]
         work = common[:, None] - own.view(batch, states, rows, stop - start)
-        found = trellis_block(
-            work, cost, u[:, start:stop, start:stop], weight[:, start:stop], price[:, start:stop], bit, trellis
-        )
-        cost, origin = found[2], found[3]
-        past_errors = torch.cat((past_errors[origin], found[0]), 1)
-        past_codes = torch.cat((past_codes[origin], found[1]), 1)
+        paths = viterbi_block(work, cost, u[:, here, here], error_cost[:, here], level_cost[:, here], bit_cost, trellis)
+        cost = paths.cost
+        past_errors = torch.cat((past_errors[paths.origin], paths.errors), 1)
+        past_codes = torch.cat((past_codes[paths.origin], paths.codes), 1)
         best = first + cost.argmin(1) * rows  # [B, r]
-        settle = (columns if stop == columns else max(done, stop - delay)) - done
-        if settle:
-            errors[..., done : done + settle] = past_errors[best, :settle]
-            codes[..., done : done + settle] = past_codes[best, :settle]
-            same = (
-                past_codes[:, :settle].view(batch, states, rows, settle) == codes[:, None, :, done : done + settle]
-            ).all(-1)
-            cost = torch.where(same, cost, UNREACHED)
-            past_errors, past_codes, done = past_errors[:, settle:], past_codes[:, settle:], done + settle
+        count = (columns if stop == columns else max(done, stop - delay)) - done
+        if count:
+            decided = slice(done, done + count)
+            errors[..., decided] = past_errors[best, :count]
+            codes[..., decided] = past_codes[best, :count]
+            same_past = past_codes[:, :count].view(batch, states, rows, count) == codes[:, None, :, decided]
+            cost = torch.where(same_past.all(-1), cost, UNREACHABLE)
+            past_errors = past_errors[:, count:]
+            past_codes = past_codes[:, count:]
+            done += count
         cost = cost - cost.amin(1, keepdim=True)
     return codes
 
 
-def steps_by_column(feedback: Feedback, exponent: float) -> Tensor:
-    """Each column's multiple of the row's step, in half octaves: int8 [B, c], 2^(code / 2) ~ U_jj^exponent.
+def trellis_gptq(weights: Tensor, u: Tensor, scales: Tensor, column_scales: Tensor, config: Config) -> Tensor:
+    """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) instead of rounding, columns in natural order.
 
-    An error e of column j adds (e / U_jj)^2 to the weighted error, so at high rates steps proportional to U_jj share
-    it evenly, and the product of all U_jj, thus the rate, is the same in every order. Powers below 1 do better where
-    columns would fall to a fraction of a bit. It pays where the entropy coder knows each column's scale.
+    weights [B, r, c], U [B, c, c], scales [B, r] and column scales [B, c]: a weight is a level times both scales.
+    Returns codes k, int8 [B, r, c]; `trellis_levels` turns them into levels. TRELLIS_RATE weighs the bits: 1 is the
+    slope of the rate-distortion function, 0 ignores them. Natural order takes no bytes, and did better than a falling
+    diagonal: the search uses columns that matter little to correct those that matter much.
     """
-    logs = feedback.u.diagonal(dim1=-2, dim2=-1).log2()
-    codes = (2 * exponent * (logs - logs.mean(-1, keepdim=True))).round().clamp(-127, 127)
-    return torch.empty_like(codes).scatter_(-1, feedback.order, codes).to(torch.int8)
-
-
-def trellis_gptq(weights: Tensor, u: Tensor, steps: Tensor, columns: Tensor, config: Config) -> Tensor:
-    """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) in place of rounding, columns in the model's order.
-
-    weights [B, r, c], U [B, c, c], steps [B, r] and columns [B, c]: a level counts steps_i * columns_j.
-    Returns k, int8 [B, r, c], of which `trellis_levels` makes levels. TRELLIS_RATE weighs the bits: 1 is the slope of
-    the rate-distortion function, 0 ignores them. The model's order needs no bytes, and did better than a falling
-    diagonal: a search spends the freedom of the columns that matter little on those that matter much.
-    """
-    trellis, rate = trellis_of(config.trellis_states, weights.device), config.trellis_rate
+    trellis = make_trellis(config.trellis_states, weights.device)
+    rate = config.trellis_rate
     codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
-    bit = math.log(4) * rate * TRELLIS_NOISE  # -dD/dR, 6.02 dB a bit
-    rows, chunk = weights.size(1), TRELLIS_ROWS[weights.device.type]
-    together = max(1, chunk // rows)  # matrices at a time
-    for b in range(0, len(weights), together):
-        some = slice(b, b + together)
-        scaled = u[some] / columns[some, None]
-        w = weights[some].float() / (steps[some].float()[..., None] * columns[some, None])
+    bit_cost = math.log(4) * rate * TRELLIS_DISTORTION  # -dD/dR, 6.02 dB per bit
+    rows = weights.size(1)
+    chunk = TRELLIS_ROWS[weights.device.type]
+    matrices_per_chunk = max(1, chunk // rows)
+    for b in range(0, len(weights), matrices_per_chunk):
+        matrices = slice(b, b + matrices_per_chunk)
+        scaled = u[matrices] / column_scales[matrices, None]
+        w = weights[matrices].float() / (scales[matrices].float()[..., None] * column_scales[matrices, None])
         variance = w.square()
-        row, column, mean = (variance.mean(d, keepdim=True) for d in (2, 1, (1, 2)))
-        price = (rate * TRELLIS_NOISE / (row * column / mean.clamp_min(1e-30) + 1)).mT[:, :, None]  # [B, c, 1, r]
+        row, column = (variance.mean(d, keepdim=True) for d in (2, 1))
+        product = row * column / variance.mean((1, 2), keepdim=True).clamp_min(1e-30)
+        level_cost = (rate * TRELLIS_DISTORTION / (product + 1)).mT[:, :, None]  # [B, c, 1, r]
         for r in range(0, rows, chunk):
             part = slice(r, r + chunk)
-            codes[some, part] = trellis_rows(w[:, part], scaled, price[..., part].contiguous(), bit, trellis)
+            codes[matrices, part] = viterbi_search(
+                w[:, part], scaled, level_cost[..., part].contiguous(), bit_cost, trellis
+            )
     return codes
 
 
-def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, times: float = 1.0) -> Tensor:
-    """fp16 step of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1)-1.
+def encode_trellis(
+    weights: Tensor,
+    factor: HessianFactor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """GPTQ with a trellis of TRELLIS_STATES states; without a Hessian, rounding to nearest on a uniform grid."""
+    if factor is None:
+        return round_to_nearest(weights, bits, sigmas)
+    multiplier = 2.0**log2_scale_offset * TRELLIS_SCALE
+    max_level = 2 * TRELLIS_LIMIT - 2
+    scales, exponents = fit_scales(weights, factor, bits, sigmas, config, multiplier, max_level, salient)
+    codes = trellis_gptq(weights, factor.inverse_cholesky, scales, torch.exp2(exponents / 2), config)
+    return Quantized(codes, scales, bits, column_extras(exponents), config.trellis_states)
 
-    With `per_octave` steps lie on a logarithmic grid, of which an entropy coder makes a third of the bytes.
-    """
-    return stored_steps(times * clip_range(weights, sigmas) / (2 ** (bits - 1) - 1), per_octave)
+
+def decode_trellis(q: Quantized) -> Tensor:
+    """Weights of codes that walk through a trellis, float32."""
+    return apply_scales(trellis_levels(q.codes, q.states)[0], q)
 
 
-def stored_steps(steps: Tensor, per_octave: int) -> Tensor:
-    """Steps as fp16, on a grid of `per_octave` to an octave, if any."""
-    steps = steps.clamp(2.0**-24, 65504)
-    if per_octave:
-        steps = torch.exp2((steps.log2() * per_octave).round() / per_octave).clamp(2.0**-24, 65504)
-    return steps.half()
+def check_trellis(q: Quantized) -> None:
+    """Errors: ValueError for a stored form that is not a trellis quantizer's."""
+    check_codes(q)
+    if q.states not in (*TRELLISES, *UNGERBOECK):
+        raise ValueError(f"there is no trellis with {q.states} states")
 
 
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of a row's magnitudes, where GPTQ-lite ends the row's grid
+# --- GPTQ-lite: rounding to nearest, with a clip chosen for each row ---
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of a row's magnitudes: candidates for the end of its grid
 
 
 def gptq_lite(weights: Tensor, bits: int, per_octave: int) -> tuple[Tensor, Tensor]:
-    """GPTQ-lite (the stack of PR #549 of openai/parameter-golf): to nearest, each row with its best clip in MSE.
+    """GPTQ-lite (the stack of PR #549 of openai/parameter-golf): rounds to nearest, with each row's best clip in MSE.
 
-    weights [..., r, c] float32 -> codes int8 [..., r, c], steps float16 [..., r]. It knows no Hessian.
+    weights [..., r, c] float32 -> codes int8 [..., r, c], scales float16 [..., r]. It uses no Hessian.
     """
-    limit, ranked = 2 ** (bits - 1) - 1, weights.abs().sort(dim=-1)[0]
-    last, best = weights.size(-1) - 1, None
+    limit = 2 ** (bits - 1) - 1
+    ranked = weights.abs().sort(dim=-1)[0]
+    last = weights.size(-1) - 1
+    best = None
     for quantile in CLIP_QUANTILES:
-        low, share = int(quantile * last), quantile * last % 1
-        reach = torch.lerp(ranked[..., low], ranked[..., min(low + 1, last)], share)
-        steps = stored_steps(reach / limit, per_octave)
-        codes = (weights / steps.float()[..., None]).round().clamp(-limit, limit)
-        error = (codes * steps.float()[..., None] - weights).square().sum(-1)
+        below = int(quantile * last)
+        largest = torch.lerp(ranked[..., below], ranked[..., min(below + 1, last)], quantile * last % 1)
+        scales = round_scales(largest / limit, per_octave)
+        codes = (weights / scales.float()[..., None]).round().clamp(-limit, limit)
+        error = (codes * scales.float()[..., None] - weights).square().sum(-1)
         if best is None:
-            best = codes.to(torch.int8), steps, error
-        else:
-            better = error < best[2]
-            best = (
-                torch.where(better[..., None], codes.to(torch.int8), best[0]),
-                torch.where(better, steps, best[1]),
-                torch.where(better, error, best[2]),
-            )
-    return best[:2]
+            best = codes, scales, error
+        better = error < best[2]
+        best = (
+            torch.where(better[..., None], codes, best[0]),
+            torch.where(better, scales, best[1]),
+            torch.where(better, error, best[2]),
+        )
+    if best is None:
+        raise ValueError("no clip quantile to choose from")
+    return best[0].to(torch.int8), best[1]
 
 
-def as_batch(weights: Tensor) -> Tensor:
-    """A bank [B, r, c] as it is, a single matrix as a bank of one."""
-    return weights if weights.dim() == 3 else weights[None]
+def encode_gptq_lite(
+    weights: Tensor,
+    factor: HessianFactor | None,
+    bits: int,
+    sigmas: float,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """GPTQ-lite's codes are levels of a uniform grid. Factor, clip sigmas, offset and salient columns play no part."""
+    return Quantized(*gptq_lite(weights, bits, config.scale_grid), bits, {})
 
 
-def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """tr(E H E^T) of each matrix: what an error [B, r, c] does to the outputs, squared and summed, [B]."""
-    return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
+# --- The table of quantizers ---
 
 
-def fine_groups(weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Quantizer:
+    """One value of QUANTIZER: how it encodes a bank, decodes it, and checks a stored form that somebody else wrote.
+
+    encode(weights float32 [B, r, c], HessianFactor or None, bits, clip sigmas, config, log2_scale_offset, salient
+    columns bool [B, c] or None) -> Quantized. decode(Quantized) -> float32, inverse up to the error of quantization.
+    check(Quantized) raises ValueError for a form that `encode` cannot produce.
+    """
+
+    traits: QuantizerTraits
+    natural_order: bool  # quantizes columns in their natural order rather than by falling diagonal of the Hessian
+    encode: Callable[..., Quantized]
+    decode: Callable[[Quantized], Tensor]
+    check: Callable[[Quantized], None]
+
+
+QUANTIZERS = {
+    "uniform": Quantizer(QUANTIZER_TRAITS["uniform"], False, encode_uniform, decode_uniform, check_uniform),
+    "trellis": Quantizer(QUANTIZER_TRAITS["trellis"], True, encode_trellis, decode_trellis, check_trellis),
+    "gptq_lite": Quantizer(QUANTIZER_TRAITS["gptq_lite"], False, encode_gptq_lite, decode_uniform, check_uniform),
+}
+
+
+def quantizer_of(q: Quantized) -> Quantizer:
+    """The quantizer that decodes a stored tensor of integers: its codes walk through a trellis, or are levels."""
+    return QUANTIZERS["trellis" if q.states else "uniform"]
+
+
+def factor_hessians(hessians: dict[str, Tensor], config: Config) -> dict[str, HessianFactor]:
+    """Every bank's factor, in the quantizer's column order; none where the quantizer uses no Hessians."""
+    quantizer = QUANTIZERS[config.quantizer]
+    if not quantizer.traits.uses_hessians:
+        return {}
+    return {name: factor_hessian(h, config.gptq_damp, quantizer.natural_order) for name, h in hessians.items()}
+
+
+# --- AWQ-lite: salient columns in 8 bits ---
+
+AWQ_COLUMNS = 64  # columns of a group, which are treated alike
+
+
+def salient_columns(weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """AWQ-lite (after arXiv 2306.00978): the AWQ_GROUPS groups of columns with the largest activation x weight.
 
-    A group's worth is the sum of rms activation x mean |w| over its AWQ_COLUMNS input columns. Returns each bank's
-    chosen groups, counted through its matrices, [n] int32.
+    A group's salience is the sum of rms activation x mean |w| over its AWQ_COLUMNS input columns. Returns a mask
+    [B, c] of each bank that has salient columns.
     """
-    worth = {}
+    salience = {}
     for name, hessian in hessians.items():
         activation = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         columns = activation * as_batch(weights[name]).float().abs().mean(1)  # [B, c]
         columns = F.pad(columns, (0, -columns.size(-1) % AWQ_COLUMNS))
-        worth[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1).flatten()
-    ranked = torch.cat(list(worth.values())).argsort(descending=True, stable=True)
+        salience[name] = columns.unflatten(-1, (-1, AWQ_COLUMNS)).sum(-1)  # [B, groups]
+    ranked = torch.cat([s.flatten() for s in salience.values()]).argsort(descending=True, stable=True)
     chosen = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
     chosen[ranked[: config.awq_groups]] = True
-    parts = chosen.split([len(w) for w in worth.values()])
-    return {name: part.nonzero()[:, 0].int() for name, part in zip(worth, parts) if part.any()}
+    masks = {}
+    for (name, s), part in zip(salience.items(), chosen.split([s.numel() for s in salience.values()]), strict=True):
+        if part.any():
+            mask = part.view(s.shape).repeat_interleave(AWQ_COLUMNS, dim=1)
+            masks[name] = mask[:, : weights[name].size(-1)]
+    return masks
 
 
-def quantize_bank(
-    weights: Tensor,
-    feedback: Feedback,
-    fine: Tensor | None,
-    bits: int,
-    sigmas: float,
-    config: Config,
-    octaves: float = 0.0,
-) -> Quantized:
-    """A bank (or a single matrix) by QUANTIZER, all its steps larger by some octaves.
-
-    Columns take steps by COLUMN_STEPS, and those of fine groups the steps of 8 bits. With TARGET_BYTES the steps follow
-    the bytes, so codes may use all of int8.
-    """
-    batch, device, on_trellis = as_batch(weights).float(), weights.device, config.quantizer == "trellis"
-    columns = steps_by_column(feedback, config.column_steps)
-    scales = row_scales(
-        batch / torch.exp2(columns / 2)[:, None],
-        bits,
-        sigmas,
-        config.scale_grid,
-        2.0**octaves * (TRELLIS_STEP if on_trellis else 1),
-    )
-    limits = torch.full(columns.shape, 127 if config.target_bytes else 2 ** (bits - 1) - 1, device=device)
-    if fine is not None:
-        groups = torch.zeros(len(batch) * -(-batch.size(-1) // AWQ_COLUMNS), dtype=torch.bool, device=device)
-        groups[fine.long()] = True
-        inside = groups.view(len(batch), -1).repeat_interleave(AWQ_COLUMNS, dim=1)[:, : batch.size(-1)]
-        columns = (columns - (16 - 2 * bits) * inside).clamp(min=-127)
-        limits = torch.where(inside, 127, limits)
-    factors = torch.exp2(columns / 2)
-    if on_trellis or config.target_bytes:  # steps so fine that a row's largest weight has no code would cost the most
-        levels = 2 * TRELLIS_LIMIT - 2 if on_trellis else 127
-        least = 1.1 * (batch / factors[:, None]).abs().amax(-1) / levels  # a tenth more: fed errors move weights
-        scales = torch.maximum(scales, stored_steps(least, config.scale_grid))
-    codes = (
-        trellis_gptq(batch, feedback.u, scales, factors, config)
-        if on_trellis
-        else gptq(batch, feedback, scales, limits, factors)
-    )
-    extras = {"columns": columns.to(torch.int8)} if columns.any() else {}
-    return Quantized(
-        codes.view(weights.shape),
-        scales.view(weights.shape[:-1]),
-        bits,
-        extras,
-        config.trellis_states if on_trellis else 0,
-    )
-
-
-def all_feedbacks(hessians: dict[str, Tensor], config: Config) -> dict[str, Feedback]:
-    """Every bank's. A trellis does best in the columns' own order."""
-    return {
-        name: feedback_of(h, config.gptq_damp, natural=config.quantizer == "trellis") for name, h in hessians.items()
-    }
-
-
-@torch.no_grad()
-def quantize(
-    weights: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    config: Config,
-    log: Callable[[str], None] = lambda line: None,
-    octaves: float = 0.0,
-    feedbacks: dict[str, Feedback] | None = None,
-) -> dict[str, Quantized]:
-    """Every parameter in its stored form. Tensors with a Hessian take GPTQ, others are rounded to nearest,
-    as all are with QUANTIZER=gptq_lite.
-
-    `octaves` makes the steps of those with a Hessian larger. `feedbacks` are the Hessians' if they are known already.
-    """
-    feedbacks = feedbacks or ({} if config.quantizer == "gptq_lite" else all_feedbacks(hessians, config))
-    stored, fine = {}, fine_groups(weights, hessians, config) if config.awq_groups and hessians else {}
-    for name, value in weights.items():
-        bits, sigmas = quantization_bits(name, value.numel(), config)
-        if bits == 16:
-            stored[name] = Quantized(value.half(), None, 16, {})
-        elif config.quantizer == "gptq_lite":
-            stored[name] = Quantized(*gptq_lite(value.float(), bits, config.scale_grid), bits, {})
-        elif name in hessians:
-            stored[name] = quantize_bank(value, feedbacks[name], fine.get(name), bits, sigmas, config, octaves)
-        else:
-            scales, limit = row_scales(value.float(), bits, sigmas), 2 ** (bits - 1) - 1
-            codes = (value.float() / scales.float()[..., None]).round().clamp(-limit, limit)
-            stored[name] = Quantized(codes.to(torch.int8), scales, bits, {})
-    if config.lqer_enabled and hessians:
-        correct_errors(stored, weights, hessians, config, log)
-    return stored
+# --- LQER: low-rank corrections of the quantization error ---
 
 
 class Correction(NamedTuple):
-    """A low-rank addend of one matrix [r, c] in few bits: left [r, k] @ right [k, c], and the error that it leaves."""
+    """A low-rank addend of one matrix [r, c] in few bits, left [r, k] @ right [k, c], and the error that remains."""
 
     left: Tensor  # int8 [r, k]
     left_scales: Tensor  # float16 [r], or [1]
@@ -4423,6 +5142,15 @@ class Correction(NamedTuple):
     right_scales: Tensor  # float16 [k, groups]
     error: float
     bytes: float
+
+
+class PlacedCorrection(NamedTuple):
+    """A correction of one of a bank's matrices, and the weighted error that it saves beyond what its bytes cost."""
+
+    gain: float
+    name: str
+    matrix: int
+    correction: Correction
 
 
 def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
@@ -4436,7 +5164,8 @@ def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
 def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Codes in low..high of each group [..., g], and its fp16 scale [...] with the least squared error.
 
-    Of an uneven range such as -2..1 the scale's sign is searched too, so that the longer side serves the longer tail.
+    For an uneven range such as -2..1, both signs of the scale are tried, so that the longer side serves the longer
+    tail.
     """
     signs = (1.0,) if low == -high else (1.0, -1.0)
     reach = x.abs().amax(-1).clamp_min(1e-7) / max(-low, high)
@@ -4448,15 +5177,21 @@ def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales.gather(0, best)[0]
 
 
-def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the left or of the right factor: 2 and 4 bits, or LQER_FACTOR_BITS per row."""
-    if not asymmetric:
-        high = 2 ** (config.lqer_factor_bits - 1) - 1
-        codes, scales = round_groups(right if left is None else left, -high, high)
-        return codes, scales if left is not None else scales[:, None]
-    if left is not None:
+def round_left(left: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a left factor [r, k]: 2 bits and one scale, or LQER_FACTOR_BITS and a scale for each row."""
+    if asymmetric:
         codes, scale = round_groups(left.reshape(1, -1), -2, 1)
         return codes.view(left.shape), scale
+    high = 2 ** (config.lqer_factor_bits - 1) - 1
+    return round_groups(left, -high, high)
+
+
+def round_right(right: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a right factor [k, c]: 4 bits and a scale for each group, or LQER_FACTOR_BITS per row."""
+    if not asymmetric:
+        high = 2 ** (config.lqer_factor_bits - 1) - 1
+        codes, scales = round_groups(right, -high, high)
+        return codes, scales[:, None]
     groups = -(-right.size(1) // config.lqer_asym_group)
     width = -(-right.size(1) // groups)
     padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
@@ -4467,54 +5202,60 @@ def round_factors(left: Tensor | None, right: Tensor | None, asymmetric: bool, c
 def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Config) -> Correction:
     """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
 
-    Starts at the best factors of that rank, then rounds one and solves the other for it, in turn; the best is kept.
+    Starts from the best factors of that rank. Then it alternates: round one factor, solve the other for it. The best
+    of these pairs is returned.
     """
-    e, h = error.double(), hessian.double()
+    e = error.double()
+    h = hessian.double()
     h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (1e-6 * h.diagonal().mean() + 1e-30)
     lower = torch.linalg.cholesky(h)
-    white = e @ lower
+    whitened = e @ lower
     rank = min(config.lqer_rank, *e.shape)
-    basis = torch.linalg.eigh(white.mT @ white)[1][:, -rank:]
-    left = white @ basis
+    basis = torch.linalg.eigh(whitened.mT @ whitened)[1][:, -rank:]
+    left = whitened @ basis
     right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
-    size = left.square().mean(0).sqrt().clamp_min(1e-12)  # columns of one size, since they may share one scale
-    right, best, weighted = right * size[:, None], None, e @ h
+    right = right * left.square().mean(0).sqrt().clamp_min(1e-12)[:, None]  # the left factor has columns of one size
+    weighted, best = e @ h, None
     for _ in range(4):
-        right_form = round_factors(None, right, asymmetric, config)
-        r = factor_values(*right_form).double()
+        rounded_right = round_right(right, asymmetric, config)
+        r = factor_values(*rounded_right).double()
         left = weighted @ r.mT @ torch.linalg.pinv(r @ h @ r.mT, hermitian=True)
-        left_form = round_factors(left, None, asymmetric, config)
-        left_values = factor_values(*left_form).double()
-        remains = weighted_error((e - left_values @ r)[None], h[None]).item()
-        if best is None or remains < best.error:
-            best = Correction(*left_form, *right_form, remains, 0.0)
+        rounded_left = round_left(left, asymmetric, config)
+        left_values = factor_values(*rounded_left).double()
+        remaining = weighted_error((e - left_values @ r)[None], h[None]).item()
+        if best is None or remaining < best.error:
+            best = Correction(*rounded_left, *rounded_right, remaining, 0.0)
         right = torch.linalg.pinv(left_values) @ e
-    bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
+    if best is None:
+        raise FloatingPointError("a correction's error is not finite")
+    left_bits, right_bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
     scales = best.left_scales.numel() + best.right_scales.numel()
-    return best._replace(bytes=(bits[0] * best.left.numel() + bits[1] * best.right.numel()) / 8 + 2 * scales)
+    size = (left_bits * best.left.numel() + right_bits * best.right.numel()) / 8 + 2 * scales
+    return best._replace(bytes=size)
 
 
 def fit_corrections(
-    errors: dict[str, Tensor], hessians: dict[str, Tensor], price: float, asymmetric: bool, config: Config
-) -> list[tuple[float, str, int, Correction]]:
-    """The corrections to store, best first: (weighted error that each saves beyond its price, bank, matrix, factors).
+    errors: dict[str, Tensor], hessians: dict[str, Tensor], error_per_byte: float, asymmetric: bool, config: Config
+) -> list[PlacedCorrection]:
+    """The corrections to store, best first.
 
-    LQER_SELECT=norm takes the matrices with the largest error, as the peers do; gain, those that save most, if any.
+    LQER_SELECT=norm takes the matrices with the largest error, as PRs of the challenge do; gain takes those that save
+    most, if any.
     """
-    measure = {
-        name: e.square().sum((-1, -2)) if config.lqer_select == "norm" else weighted_error(e, hessians[name])
-        for name, e in errors.items()
-    }
-    ranked = sorted(
-        ((value, name, i) for name, m in measure.items() for i, value in enumerate(m.tolist())), reverse=True
-    )
-    fits = []
-    for _, name, i in ranked[: config.lqer_top_k * (1 if config.lqer_select == "norm" else 4)]:
-        fit = fit_correction(errors[name][i], hessians[name][i], asymmetric, config)
+    by_norm = config.lqer_select == "norm"
+    ranked = []
+    for name, e in errors.items():
+        size = e.square().sum((-1, -2)) if by_norm else weighted_error(e, hessians[name])
+        ranked += [(value, name, i) for i, value in enumerate(size.tolist())]
+    ranked.sort(reverse=True)
+    placed = []
+    for _, name, i in ranked[: config.lqer_top_k * (1 if by_norm else 4)]:
+        correction = fit_correction(errors[name][i], hessians[name][i], asymmetric, config)
         before = weighted_error(errors[name][i], hessians[name][i]).item()
-        fits.append((before - fit.error - price * fit.bytes, name, i, fit))
-    fits.sort(key=lambda f: -f[0])
-    return fits if config.lqer_select == "norm" else [f for f in fits[: config.lqer_top_k] if f[0] > 0]
+        gain = before - correction.error - error_per_byte * correction.bytes
+        placed.append(PlacedCorrection(gain, name, i, correction))
+    placed.sort(key=lambda p: -p.gain)
+    return placed if by_norm else [p for p in placed[: config.lqer_top_k] if p.gain > 0]
 
 
 def correct_errors(
@@ -4526,32 +5267,36 @@ def correct_errors(
 ) -> None:
     """LQER: adds low-rank corrections to LQER_TOP_K stored matrices.
 
-    A correction has its price: at high rate the error of N weights falls as 2^(-2 bits/N), so a byte spent on finer
-    steps everywhere buys 8 ln 4 / N of the weighted error.
+    The bytes of a correction could buy smaller scales instead. At high rates the error of N weights falls as
+    2^(-2 bits/N), so a byte spent on smaller scales everywhere saves 8 ln 4 / N of the weighted error.
     """
     errors = {name: as_batch(weights[name]).float() - as_batch(restore(stored[name])) for name in hessians}
     total = sum(weighted_error(e, hessians[name]).sum().item() for name, e in errors.items())
-    price = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
+    error_per_byte = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
     forms = {"auto": (True, False), "1": (True,), "0": (False,)}[config.lqer_asym_enabled]
-    candidates = [fit_corrections(errors, hessians, price, form, config) for form in forms]
-    fits = max(candidates, key=lambda fits: sum(saved for saved, *_ in fits))
-    for saved, name, i, fit in fits:
-        elsewhere = price * fit.bytes
+    candidates = [fit_corrections(errors, hessians, error_per_byte, form, config) for form in forms]
+    placed = max(candidates, key=lambda corrections: sum(p.gain for p in corrections))
+    for gain, name, i, correction in placed:
+        elsewhere = error_per_byte * correction.bytes
         log(
-            f"lqer:{name}[{i}] rank:{fit.left.size(1)} bytes:{fit.bytes:.0f} weighted error of the whole model:"
-            f"{-(saved + elsewhere) / total:+.3%}, the same bytes in finer steps:{-elsewhere / total:+.3%}"
+            f"lqer:{name}[{i}] rank:{correction.left.size(1)} bytes:{correction.bytes:.0f} weighted error of the model:"
+            f"{-(gain + elsewhere) / total:+.3%}, the same bytes in smaller scales:{-elsewhere / total:+.3%}"
         )
-    if not fits:
-        log("lqer: no correction gains more than its bytes would elsewhere")
-    for name in dict.fromkeys(name for _, name, _, _ in fits):
-        mine = sorted(((i, fit) for _, bank, i, fit in fits if bank == name), key=lambda m: m[0])
-        stored[name].extras["corrected"] = torch.tensor([i for i, _ in mine], dtype=torch.int32)
+    if not placed:
+        log("lqer: no correction saves more than its bytes would elsewhere")
+    for name in dict.fromkeys(p.name for p in placed):
+        of_bank = sorted((p for p in placed if p.name == name), key=lambda p: p.matrix)
+        extras = stored[name].extras
+        extras["corrected"] = torch.tensor([p.matrix for p in of_bank], dtype=torch.int32)
         for part in ("left", "left_scales", "right", "right_scales"):
-            stored[name].extras[part] = torch.stack([getattr(fit, part) for _, fit in mine])
+            extras[part] = torch.stack([getattr(p.correction, part) for p in of_bank])
+
+
+# --- RVQ: a second quantization of what the first one left ---
 
 
 class Residual(NamedTuple):
-    """A second rounding of one matrix's error: what it saves of the weighted error, for about how many bytes."""
+    """The quantized error of one matrix: what it saves of the weighted error, for about how many bytes."""
 
     name: str
     matrix: int
@@ -4561,42 +5306,86 @@ class Residual(NamedTuple):
     bytes: float
 
 
-def entropy(codes: Tensor) -> float:
-    """Bits per code of an ideal coder that knows only how often each code occurs."""
-    share = torch.unique(codes, return_counts=True)[1].double() / max(1, codes.numel())
-    return -(share * share.log2()).sum().item()
-
-
 @torch.no_grad()
 def fit_residuals(
     stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config
 ) -> list[Residual]:
-    """RVQ: every matrix's error rounded to RVQ_BITS, its largest value being the range, most saved per byte first."""
-    found = []
+    """RVQ: every matrix's error in RVQ_BITS over its whole range, sorted by what is saved per byte, most first."""
+    residuals = []
     for name, hessian in hessians.items():
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
         limit = 2 ** (config.rvq_bits - 1) - 1
         scales = row_scales(errors, config.rvq_bits, 0.0, config.scale_grid)
         # Rounded to nearest, some matrices would only get worse.
-        codes = gptq(errors, feedback_of(hessian, config.gptq_damp), scales, limit)
-        left = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
-        for i, saved in enumerate((weighted_error(errors, hessian) - left).tolist()):
+        codes = gptq(errors, factor_hessian(hessian, config.gptq_damp), scales, limit)
+        remaining = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
+        for i, saved in enumerate((weighted_error(errors, hessian) - remaining).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
-            found.append(Residual(name, i, codes[i], scales[i], saved, size))
-    return sorted((r for r in found if r.saved > 0), key=lambda r: -r.saved / r.bytes)
+            residuals.append(Residual(name, i, codes[i], scales[i], saved, size))
+    return sorted((r for r in residuals if r.saved > 0), key=lambda r: -r.saved / r.bytes)
 
 
 def with_residuals(stored: dict[str, Quantized], chosen: list[Residual]) -> dict[str, Quantized]:
     """The stored tensors with these residuals in their extras."""
     stored = {name: q._replace(extras=dict(q.extras)) for name, q in stored.items()}
     for name in dict.fromkeys(r.name for r in chosen):
-        mine = sorted((r for r in chosen if r.name == name), key=lambda r: r.matrix)
+        of_bank = sorted((r for r in chosen if r.name == name), key=lambda r: r.matrix)
         stored[name].extras.update(
-            refined=torch.tensor([r.matrix for r in mine], dtype=torch.int32),
-            residual=torch.stack([r.codes for r in mine]),
-            residual_scales=torch.stack([r.scales for r in mine]),
+            refined=torch.tensor([r.matrix for r in of_bank], dtype=torch.int32),
+            residual=torch.stack([r.codes for r in of_bank]),
+            residual_scales=torch.stack([r.scales for r in of_bank]),
         )
     return stored
+
+
+# --- All tensors ---
+
+
+@torch.no_grad()
+def quantize(
+    weights: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    config: Config,
+    log: Callable[[str], None] = lambda line: None,
+    log2_scale_offset: float = 0.0,
+    factors: dict[str, HessianFactor] | None = None,
+) -> dict[str, Quantized]:
+    """Every parameter in its stored form: by QUANTIZER, with a Hessian where there is one.
+
+    `log2_scale_offset` multiplies the scales of tensors with a Hessian by a power of two. `factors` are those of the
+    Hessians, if they are known already.
+    """
+    quantizer = QUANTIZERS[config.quantizer]
+    if factors is None:
+        factors = factor_hessians(hessians, config)
+    salient = salient_columns(weights, hessians, config) if config.awq_groups and hessians else {}
+    stored = {}
+    for name, value in weights.items():
+        bits, sigmas = quantization_bits(name, value.numel(), config)
+        if bits == 16:
+            stored[name] = Quantized(value.half(), None, 16, {})
+            continue
+        batch = as_batch(value).float()
+        q = quantizer.encode(batch, factors.get(name), bits, sigmas, config, log2_scale_offset, salient.get(name))
+        scales = None if q.scales is None else q.scales.view(value.shape[:-1])
+        stored[name] = q._replace(codes=q.codes.view(value.shape), scales=scales)
+    if config.lqer_enabled and hessians:
+        correct_errors(stored, weights, hessians, config, log)
+    return stored
+
+
+def restore(q: Quantized) -> Tensor:
+    """Float32 weights of one stored tensor: what its quantizer decodes, plus corrections and residuals."""
+    if q.scales is None:
+        return q.codes.float()
+    values = quantizer_of(q).decode(q)
+    batch = as_batch(values)
+    for n, matrix in enumerate(q.extras["corrected"].tolist() if "corrected" in q.extras else ()):
+        left, right = (factor_values(q.extras[side][n], q.extras[side + "_scales"][n]) for side in ("left", "right"))
+        batch[matrix] += left @ right
+    for n, matrix in enumerate(q.extras["refined"].tolist() if "refined" in q.extras else ()):
+        batch[matrix] += q.extras["residual"][n].float() * q.extras["residual_scales"][n].float()[:, None]
+    return values
 
 
 def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
@@ -4604,20 +5393,404 @@ def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
     return {name: restore(q) for name, q in stored.items()}
 
 
-def restore(q: Quantized) -> Tensor:
-    """Float32 weights of one tensor: its grid, then what its extras add."""
+def check_stored(q: Quantized) -> None:
+    """Checks a stored tensor that somebody else wrote, before anything large is formed from it.
+
+    Errors: ValueError for a form that cannot be restored.
+    """
     if q.scales is None:
-        return q.codes.float()
-    values = (trellis_levels(q.codes, q.states)[0] if q.states else q.codes).float() * q.scales.float()[..., None]
-    batch, extras = as_batch(values), q.extras
-    if "columns" in extras:
-        batch *= torch.exp2(extras["columns"].float() / 2)[:, None]
-    for n, matrix in enumerate(extras.get("corrected", torch.empty(0)).tolist()):
-        left, right = (factor_values(extras[side][n], extras[side + "_scales"][n]) for side in ("left", "right"))
-        batch[matrix] += left @ right
-    for n, matrix in enumerate(extras.get("refined", torch.empty(0)).tolist()):
-        batch[matrix] += extras["residual"][n].float() * extras["residual_scales"][n].float()[:, None]
-    return values
+        if q.bits != 16 or q.codes.dtype != torch.float16 or q.states or q.extras:
+            raise ValueError("it is neither integers with scales nor plain fp16 values")
+        return
+    quantizer_of(q).check(q)
+    check_extras(q)
+
+
+def check_extras(q: Quantized) -> None:
+    """Errors: ValueError for extras that do not fit the stored tensor's shape."""
+    matrices, rows, columns = as_batch(q.codes).shape
+    shapes = {part: tuple(array.shape) for part, array in q.extras.items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    if "columns" in shapes:
+        expected["columns"] = (matrices, columns)
+    if "corrected" in shapes:
+        expected |= correction_shapes(shapes, rows, columns)
+    if "refined" in shapes:
+        n = shapes["refined"][0]
+        expected |= dict(refined=(n,), residual=(n, rows, columns), residual_scales=(n, rows))
+    if shapes != expected:
+        raise ValueError("its extras do not fit its shape")
+    for part in {"corrected", "refined"} & set(shapes):
+        if ((q.extras[part] < 0) | (q.extras[part] >= matrices)).any():
+            raise ValueError("its extras name matrices that it does not have")
+
+
+def correction_shapes(shapes: dict[str, tuple[int, ...]], rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The shapes that LQER's arrays must have, given those that they claim; only n, k and the groups are free."""
+    n = shapes["corrected"][0]
+    rank = shapes["left"][2] if "left" in shapes else 0
+    groups = shapes["right_scales"][2] if "right_scales" in shapes else 0
+    one_scale = shapes.get("left_scales") == (n, 1)
+    return dict(
+        corrected=(n,),
+        left=(n, rows, rank),
+        left_scales=(n, 1 if one_scale else rows),
+        right=(n, rank, columns),
+        right_scales=(n, rank, max(1, min(groups, columns))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Entropy coding: a range coder for the integers of quantized banks
+# ---------------------------------------------------------------------------------------------------------------
+
+# This coder is COMPRESSOR=pergroup. In it, every probability is a ratio of integers.
+#
+# All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). The
+# context of a weight is the sum of two coded scale classes, of its row and of its column. In a trellis, the context
+# also holds the quantizer that the row has reached. Each context counts its symbols as they pass, starting from a
+# bell-shaped prior, so no table is stored. A single matrix with many rows (the embedding) is coded in passes, each as
+# large as all passes before it. From the rows that are known by then, a pass uses linear prediction along the columns
+# and, where it pays, one earlier row that resembles the new one.
+#
+# Why decoding is exact on any machine: counts are integers. A table's frequencies are integers n_i that sum to 2^24
+# minus their number. constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, then gives exactly
+# (n_i + 1) / 2^24, because the factor is 1. The remaining floating-point arithmetic is of two kinds: single IEEE
+# operations on whole arrays, each with one defined rounding, and products of matrices of integers below 2^53, which
+# are exact in any order of summation.
+PRECISION = 1 << 24  # what the probabilities of constriction's tables sum to
+CLASSES = 44  # scale classes, of standard deviations 2^-3 to 2^7.75
+CLASSES_PER_OCTAVE = 4
+INCREMENT = 32  # what a symbol adds to its count
+PRIOR_SYMBOLS = 48  # symbols that the prior counts for
+INTEGERS_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
+DOUBLINGS = 5  # of the passes with prediction: the first one has 1/32 of the rows
+PREDICTED_COLUMNS = 1024  # columns of a matrix up to which it may be coded with prediction
+PREDICTED_ROWS = 1 << 16
+MAX_CODES = 1 << 28  # codes of a bank, to bound the time that a forged shape can take
+MAX_COLUMNS = 1 << 16
+
+
+def power_of_two(sixteenths: int) -> int:
+    """floor(2^(sixteenths / 16)) for sixteenths >= 0: four nested integer square roots."""
+    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
+
+
+def prior_counts(low: int, high: int) -> np.ndarray:
+    """Prior counts [CLASSES, symbols] of low..high, proportional to (1 + k^2 / 16 v)^-8 with the class's variance v."""
+    v = np.array([power_of_two(320 + 32 * n // CLASSES_PER_OCTAVE) / 2**26 for n in range(CLASSES)])[:, None]
+    bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
+    for _ in range(3):
+        bell = bell * bell
+    counts = np.floor(bell * 2**20).astype(np.int64) + 1
+    return counts * (INCREMENT * PRIOR_SYMBOLS) // counts.sum(1, keepdims=True)
+
+
+class RangeCoder:
+    """An encoder, or a decoder if there are data: both directions run the same lines."""
+
+    def __init__(self, data: bytes | None = None):
+        import constriction
+
+        streams = cast(Any, constriction).stream  # a compiled module without types
+        self.categorical = streams.model.Categorical
+        self.encoder = streams.queue.RangeEncoder()
+        self.decoder = None
+        if data is not None:
+            words = np.frombuffer(data + bytes(-len(data) % 4), dtype="<u4").astype(np.uint32)
+            self.decoder = streams.queue.RangeDecoder(words)
+
+    def code(self, symbols: Any, count: int, table: Any) -> np.ndarray:
+        """Encodes these int32 symbols, or decodes the next `count`. Errors: ValueError for data that cannot be."""
+        if self.decoder is None:
+            self.encoder.encode(symbols, table)
+            return symbols
+        try:
+            return self.decoder.decode(table, count)
+        except AssertionError:
+            raise ValueError("the integers do not decode") from None
+
+
+class ContextModel:
+    """Adaptive symbol counts int64 [contexts, symbols]. A context's table is rebuilt when they grew by a sixteenth."""
+
+    def __init__(self, low: int, counts: np.ndarray):
+        self.low = low
+        self.counts = counts
+        self.totals = counts.sum(1).tolist()
+        self.rebuild_at = [0] * len(counts)
+        self.tables = [None] * len(counts)
+
+    def table(self, coder: RangeCoder, context: int):
+        """The context's table, from integer frequencies that sum to PRECISION - symbols."""
+        total = self.totals[context]
+        if total >= self.rebuild_at[context]:
+            counts = self.counts[context]
+            frequencies = counts * (PRECISION - counts.size) // total
+            frequencies[counts.argmax()] += PRECISION - counts.size - frequencies.sum()
+            self.tables[context] = coder.categorical(frequencies.astype(np.float64), perfect=False)
+            self.rebuild_at[context] = total + total // 16
+        return self.tables[context]
+
+    def code(self, coder: RangeCoder, integers: np.ndarray | None, contexts: np.ndarray) -> np.ndarray:
+        """Encodes integers [n] in their contexts uint16 [n], or decodes them where they are None; int32 [n]."""
+        order = contexts.argsort(kind="stable")
+        symbols = None if integers is None else np.subtract(integers[order], self.low, dtype=np.int32)
+        out = np.empty(contexts.size, dtype=np.int32)
+        stop = 0
+        for context, count in enumerate(np.bincount(contexts).tolist()):
+            start = stop
+            stop = start + count
+            while start < stop:  # never more at once than were seen before, so that a long run is learned as it goes
+                end = min(stop, start + self.totals[context] // INCREMENT)
+                part = None if symbols is None else symbols[start:end]
+                out[start:end] = coder.code(part, end - start, self.table(coder, context))
+                self.counts[context] += INCREMENT * np.bincount(out[start:end], minlength=self.counts.shape[1])
+                self.totals[context] += INCREMENT * (end - start)
+                start = end
+        values = np.empty_like(out)
+        values[order] = out + np.int32(self.low)
+        return values
+
+
+def running_mean(mean: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
+    """The running mean of scale classes, in sixteenths, after the class of number n."""
+    return mean + ((16 * classes - mean) >> min(n, 3))
+
+
+def choose_class_deltas(variance: np.ndarray, samples: int) -> np.ndarray:
+    """Deltas [B, n] to the scale classes of integers, `samples` for each of the variances [B, n]. Encoder only.
+
+    A delta is relative to the running mean of the classes before it, which starts at variance 1. Each class minimizes
+    the bits of its integers and of its delta together; what deltas cost is estimated in three rounds.
+    """
+    deltas = np.zeros(variance.shape, dtype=np.int64)
+    choices = np.arange(-64, 64)
+    delta_bits = 1.0 + 2 * abs(choices)
+    for _ in range(3):
+        mean = np.full(len(variance), 48 * CLASSES_PER_OCTAVE)
+        for n in range(variance.shape[1]):
+            base = mean + 8 >> 4
+            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / CLASSES_PER_OCTAVE)
+            bits = samples * (choices / CLASSES_PER_OCTAVE + excess / math.log(4)) + delta_bits
+            deltas[:, n] = choices[bits.argmin(1)]
+            mean = running_mean(mean, base + deltas[:, n], n)
+        seen = np.bincount(deltas.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
+        delta_bits = math.log2(seen.sum()) - np.log2(seen)
+    return deltas
+
+
+def code_classes(
+    coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale classes of rows [B, r] and columns [B, c]: chosen from int8 codes [c, B * r], or decoded (codes None)."""
+    B, r, c = shape
+    rows = deltas = None
+    if codes is not None:
+        square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
+        rows = choose_class_deltas((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
+        row_variance = np.float32(4) ** (rows.reshape(B, r) / CLASSES_PER_OCTAVE)
+        deltas = choose_class_deltas((square / row_variance).mean(2).T, r).ravel()
+    rows = side_model.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
+    deltas = side_model.code(coder, deltas, np.ones(B * c, np.uint16)).reshape(B, c)
+    columns = np.empty_like(deltas)
+    mean = np.full(B, 48 * CLASSES_PER_OCTAVE)
+    for j in range(c):
+        columns[:, j] = (mean + 8 >> 4) + deltas[:, j]
+        mean = running_mean(mean, columns[:, j], j)
+    return rows, columns
+
+
+class Predictor:
+    """Predicts new rows from n known ones, int8 [n, c]. All values are integers, those below in float64.
+
+    The covariance of the known rows is L D L^T, so a row is L times its innovations e. The prediction of column j is
+    the sum over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus the row's `gain`, in eighths, times the
+    innovation of its reference row.
+    """
+
+    def __init__(self, known: np.ndarray, rows: int):
+        n, c = known.shape
+        self.n = n
+        self.values = np.zeros((c, n + rows))
+        self.values[:, :n] = known.T
+        rest = self.values @ self.values.T
+        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
+        factor = np.eye(c)
+        for j in range(c):
+            factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
+            rest[j + 1 :, j + 1 :] -= factor[j + 1 :, j, None] * rest[j, j + 1 :]
+        self.factor = np.rint(factor * 4096).clip(-(2**14), 2**14)
+        self.predicted = np.zeros_like(self.values)
+        self.innovations = np.zeros_like(self.values)
+
+        self.gain: np.ndarray = np.zeros(rows, dtype=np.int64)  # of each new row, chosen or decoded later
+        self.reference: np.ndarray = np.zeros(rows, dtype=np.int64)
+
+    def predict(self, j: int) -> None:
+        """Linear prediction of column j, in blocks of 32: one matrix product for all columns before the block."""
+        start = j - j % 32
+        if j == start:
+            self.from_earlier = self.factor[j : j + 32, :j] @ self.innovations[:j]
+        in_block = self.factor[j, start:j] @ self.innovations[start:j]
+        self.predicted[j] = np.floor((self.from_earlier[j - start] + in_block) / 4096)
+        self.observe(j, 0)  # sets the innovations of the known rows
+
+    def observe(self, j: int, column: np.ndarray | int) -> None:
+        """Takes in column j of the new rows, int8 [rows]."""
+        self.values[j, self.n :] = column
+        self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**13), 2**13)
+
+    def means(self, j: int | slice) -> np.ndarray:
+        """The predicted integers of the new rows in columns j, int64."""
+        from_reference = np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
+        return np.floor((self.predicted[j][..., self.n :] + from_reference + 8) / 16).clip(-128, 127).astype(np.int64)
+
+    def choose_references(self, columns: np.ndarray) -> None:
+        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
+        for j, column in enumerate(columns):
+            self.predict(j)
+            self.observe(j, column)
+        old, new = np.split(self.innovations.astype(np.float32), [self.n], axis=1)
+        old_power = (old**2).sum(0) + 1
+        new_power = (new**2).sum(0) + 1
+        products = [new[:, i : i + 1024].T @ (old / np.sqrt(old_power)) for i in range(0, new.shape[1], 1024)]
+        best = np.concatenate([p.max(1) for p in products]).clip(0)
+        self.reference = np.concatenate([p.argmax(1) for p in products])
+        saved_bits = -len(new) / 2 * np.log2((1 - best**2 / new_power).clip(1e-6))
+        gain = np.rint(8 * best / np.sqrt(old_power[self.reference])).clip(0, 15)
+        self.gain = np.where(saved_bits > math.log2(self.n) + 2, gain, 0).astype(np.int64)
+
+    def code_references(self, coder: RangeCoder, side_model: ContextModel, encoding: bool, rows: int) -> None:
+        """Codes or decodes each new row's gain and, where it is not 0, the two digits of its reference row."""
+
+        def code(values: np.ndarray | None, count: int, context: int) -> np.ndarray:
+            return side_model.code(coder, values if encoding else None, np.full(count, context, np.uint16))
+
+        if not encoding:
+            self.reference = np.zeros(rows, dtype=np.int64)
+        self.gain = code(self.gain, rows, 2)
+        used = self.gain.nonzero()[0]
+        digits = divmod(self.reference[used], 256)
+        high, low = [code(digit - 128, used.size, 3 + i) + 128 for i, digit in enumerate(digits)]
+        self.reference[used] = (high * 256 + low) % self.n
+
+
+def code_pass(
+    coder: RangeCoder,
+    model: ContextModel,
+    side_model: ContextModel,
+    codes: np.ndarray | None,
+    shape: tuple[int, int, int],
+    trellis: tuple,
+    predictor: Predictor | None,
+) -> np.ndarray:
+    """Encodes codes int8 [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None."""
+    B, r, c = shape
+    encoding, residual = codes is not None, codes
+    out = np.empty((c, B * r), dtype=np.int8) if codes is None else codes
+    if predictor and codes is not None:
+        predictor.choose_references(codes)
+    if predictor:
+        predictor.code_references(coder, side_model, encoding, r)
+    if predictor and codes is not None:
+        residual = (codes - predictor.means(slice(None))).astype(np.int8)  # wraps around, and back in the decoder
+    rows, columns = code_classes(coder, side_model, residual, shape)
+    following = np.array(trellis[0], dtype=np.uint8)
+    quantizer = np.array(trellis[1], dtype=np.uint16)
+    quantizers = np.uint16(max(trellis[1]) + 1)
+    state = np.zeros(B * r, dtype=np.uint8)
+    for j in range(c):
+        scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
+        values = model.code(coder, None if residual is None else residual[j], scale * quantizers + quantizer[state])
+        if not encoding and predictor:
+            predictor.predict(j)
+            out[j] = (values + predictor.means(j)).astype(np.int8)
+            predictor.observe(j, out[j])
+        elif not encoding:
+            out[j] = values
+        state = following[state, out[j] & 1]
+    return out
+
+
+def code_bank(
+    coder: RangeCoder,
+    codes: np.ndarray | None,
+    shape: tuple[int, int, int],
+    trellis: tuple | None,
+    doublings: int,
+    low: int,
+    high: int,
+) -> np.ndarray:
+    """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them."""
+    B, r, c = shape
+    trellis = trellis or (((0, 0),), (0,))
+    if doublings:
+        low, high = -128, 127
+    model = ContextModel(low, prior_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
+    side_classes = [3 * CLASSES_PER_OCTAVE, 3 * CLASSES_PER_OCTAVE, 4 * CLASSES_PER_OCTAVE, -1, -1]
+    side_model = ContextModel(-128, prior_counts(-128, 127)[side_classes])
+    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
+    if not doublings:
+        out = code_pass(coder, model, side_model, known, shape, trellis, None)
+        return out.reshape(c, B, r).transpose(1, 2, 0)
+    order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
+    out = np.empty((c, r), dtype=np.int8)
+    start = 0
+    for n in range(doublings, -1, -1):
+        part = order[start : r >> n]
+        predictor = Predictor(out[:, order[:start]].T, part.size) if start else None
+        part_codes = None if known is None else known[:, part]
+        out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor)
+        start = r >> n
+    return out.reshape(c, B, r).transpose(1, 2, 0)
+
+
+def check_bank_shape(shape: tuple[int, ...]) -> None:
+    """Errors: ValueError for a bank whose coding could take too long."""
+    if len(shape) != 3 or min(shape) < 0 or math.prod(shape) > MAX_CODES or shape[2] > MAX_COLUMNS:
+        raise ValueError(f"a bank of shape {shape} cannot be coded")
+
+
+def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
+    """Bytes of int8 codes [B, r, c], columns in processing order.
+
+    trellis: (next state [states][k & 1], quantizer [states]) of codes of which every row starts in state 0, or None.
+    """
+    check_bank_shape(codes.shape)
+    if not codes.size:
+        return b""
+    matrices, rows, columns = codes.shape
+    low = min(int(codes.min()), 126)
+    high = max(int(codes.max()), low + 1)
+    predictable = matrices == 1 and 256 <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
+    candidates = []
+    for doublings in (0, DOUBLINGS) if predictable else (0,):
+        coder = RangeCoder()
+        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
+        packed = coder.encoder.get_compressed().astype("<u4").tobytes()
+        candidates.append(INTEGERS_HEADER.pack(doublings, low, high) + packed)
+    return min(candidates, key=len)
+
+
+def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | None = None) -> np.ndarray:
+    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
+    check_bank_shape(shape)
+    if not math.prod(shape):
+        return np.zeros(shape, dtype=np.int8)
+    data = bytes(data)
+    if len(data) < INTEGERS_HEADER.size:
+        raise ValueError("the integers have no header")
+    doublings, low, high = INTEGERS_HEADER.unpack_from(data)
+    matrices, rows, columns = shape
+    predictable = matrices == 1 and 1 << DOUBLINGS <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
+    if low >= high or doublings not in ((0, DOUBLINGS) if predictable else (0,)):
+        raise ValueError("the integers' header is invalid")
+    coder = RangeCoder(data[INTEGERS_HEADER.size :])
+    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
+    if coder.decoder is None or not coder.decoder.maybe_exhausted():
+        raise ValueError("the integers end before their data")
+    return codes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4627,359 +5800,320 @@ def restore(q: Quantized) -> Tensor:
 MAGIC = b"PGOLF\x00\x00\x02"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
-CONTENT_LIMIT = 1 << 30  # bytes of all sections unpacked: far above what 16 MB can hold, far below a machine's memory
+CONTENT_LIMIT = 1 << 30  # bytes of all unpacked sections
+CONTENT_RATIO = 64  # bytes of content for each byte of a file, at most, ...
+SMALL_CONTENT = 1 << 26  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
+ROTARY_LIMIT = 1 << 24  # numbers in a rotary table, unless the model has more parameters
 
 
 class ArtifactError(ConfigError):
-    """The file is not a whole artifact of this program."""
+    """The file is not a complete artifact of this program."""
 
     def __init__(self, why: str):
         super().__init__("artifact", "", why)
 
 
-# pergroup: an entropy coder for the integers of quantized banks, in which every probability is a ratio of integers.
-#
-# All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). A
-# weight's context is the sum of two coded scale classes, of its row and of its column, and in a trellis the quantizer
-# that its row has reached; each context counts its symbols as they pass, from a bell-shaped prior, so no table is
-# stored. A single matrix with many rows (the embedding) is coded in passes that double: from the rows that both sides
-# know by then, a pass takes linear prediction along the columns and, where it pays, one earlier row that the new one
-# resembles.
-#
-# Why decoding is exact on any machine: counts are integers; a table's frequencies are integers n_i that sum to 2^24
-# minus their number, which constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, turns into
-# exactly (n_i + 1) / 2^24, because the factor is 1. What is left of floats is single IEEE operations on whole arrays,
-# each rounded in one defined way, and products of matrices of integers below 2^53, exact in any order of summing.
-PRECISION = 1 << 24  # what the probabilities of a table of constriction sum to
-STEPS, CLASSES = 4, 44  # scale classes in an octave; of standard deviations 2^-3 to 2^7.75
-GAIN, PRIOR = 32, 48  # what a symbol adds to its count; symbols that the prior counts for
-CODES_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
-MOST_CODES, MOST_COLUMNS = 1 << 28, 1 << 16  # of a bank: they bound the time that a forged shape can take
+# --- Codecs ---
 
 
-def power_of_two(sixteenths: int) -> int:
-    """floor(2^(sixteenths / 16)) for sixteenths >= 0: four nested integer roots."""
-    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
+class IntegerBank(NamedTuple):
+    """What an entropy coder of integers must know of them."""
+
+    shape: tuple[int, int, int]  # [B, r, c]
+    states: int  # of their trellis; 0: none
+
+    @property
+    def trellis(self) -> tuple[list, list] | None:
+        """(next state by state and parity, quantizer of each state)."""
+        if not self.states:
+            return None
+        trellis = make_trellis(self.states)
+        return trellis.following.tolist(), trellis.second.tolist()
 
 
-def bell_counts(low: int, high: int) -> np.ndarray:
-    """Prior counts [CLASSES, symbols] of low..high, as (1 + k^2 / 16 v)^-8 with the class's variance v."""
-    v = np.array([power_of_two(320 + 32 * n // STEPS) / 2**26 for n in range(CLASSES)])[:, None]
-    bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
-    for _ in range(3):
-        bell = bell * bell
-    counts = np.floor(bell * 2**20).astype(np.int64) + 1
-    return counts * (GAIN * PRIOR) // counts.sum(1, keepdims=True)
+def compress_zstd(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """zstd at its strongest level, without checksum and size: the section has both."""
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=22, write_checksum=False, write_content_size=False).compress(data)
 
 
-class RangeCoder:
-    """Codes in both directions: an encoder, or (with data) a decoder, so that both sides run the same lines."""
+def decompress_zstd(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_zstd`; stops at the first chunk beyond `size` bytes."""
+    import zstandard
 
-    def __init__(self, data: bytes | None = None):
-        import constriction
-
-        self.categorical, self.encoder = constriction.stream.model.Categorical, constriction.stream.queue.RangeEncoder()
-        words = np.frombuffer((data or b"") + bytes(-len(data or b"") % 4), dtype="<u4").astype(np.uint32)
-        self.decoder = None if data is None else constriction.stream.queue.RangeDecoder(words)
-
-    def code(self, known: np.ndarray | None, amount: int, table) -> np.ndarray:
-        """The `known` int32 symbols, or the next `amount` of them. Errors: ValueError for data that cannot be."""
-        if self.decoder is None:
-            self.encoder.encode(known, table)
-            return known
-        try:
-            return self.decoder.decode(table, amount)
-        except AssertionError:
-            raise ValueError("the integers do not decode") from None
+    chunks = zstandard.ZstdDecompressor(max_window_size=1 << 27).read_to_iter(data)
+    out = bytearray()
+    while len(out) <= size and (chunk := next(chunks, b"")):
+        out += chunk
+    return bytes(out)
 
 
-class Counts:
-    """Symbol counts int64 [contexts, symbols]; a context's table is made anew once they grew by a sixteenth."""
+def compress_brotli(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """brotli at its strongest level."""
+    import brotli
 
-    def __init__(self, low: int, counts: np.ndarray):
-        self.low, self.counts, self.totals = low, counts, counts.sum(1).tolist()
-        self.due, self.tables = [0] * len(counts), [None] * len(counts)
-
-    def table(self, coder: RangeCoder, context: int):
-        """The context's model, of integer frequencies that sum to PRECISION - symbols."""
-        total, row = self.totals[context], self.counts[context]
-        if total >= self.due[context]:
-            frequencies = row * (PRECISION - row.size) // total
-            frequencies[row.argmax()] += PRECISION - row.size - frequencies.sum()
-            self.tables[context] = coder.categorical(frequencies.astype(np.float64), perfect=False)
-            self.due[context] = total + total // 16
-        return self.tables[context]
-
-    def code(self, coder: RangeCoder, known: np.ndarray | None, contexts: np.ndarray) -> np.ndarray:
-        """Codes integers [n] in their contexts uint16 [n], or (known None) returns the next ones; int32 [n]."""
-        order = contexts.argsort(kind="stable")
-        symbols = None if known is None else np.subtract(known[order], self.low, dtype=np.int32)
-        out, stop = np.empty(contexts.size, dtype=np.int32), 0
-        for context, amount in enumerate(np.bincount(contexts).tolist()):
-            start, stop = stop, stop + amount
-            while start < stop:  # never more at once than were seen before: a long run is learned as it goes
-                end = min(stop, start + self.totals[context] // GAIN)
-                part = None if known is None else symbols[start:end]
-                out[start:end] = coder.code(part, end - start, self.table(coder, context))
-                self.counts[context] += GAIN * np.bincount(out[start:end], minlength=self.counts.shape[1])
-                self.totals[context] += GAIN * (end - start)
-                start = end
-        values = np.empty_like(out)
-        values[order] = out + np.int32(self.low)
-        return values
+    return brotli.compress(data, quality=11, lgwin=24)
 
 
-def follow(track: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
-    """The running mean of scale classes, in sixteenths, after number n."""
-    return track + ((16 * classes - track) >> min(n, 3))
+def decompress_brotli(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_brotli`; stops one byte beyond `size`."""
+    import brotli
+
+    return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
 
 
-def class_steps(variance: np.ndarray, samples: int) -> np.ndarray:
-    """Steps [B, n] to the scale classes of integers, `samples` of each of the variances [B, n]. Encoder only.
-
-    A step is from the running mean of the classes before, at first from variance 1. Each class takes the least bits
-    for its integers and its step together; what steps cost is learned in three rounds.
-    """
-    steps, choices = np.zeros(variance.shape, dtype=np.int64), np.arange(-64, 64)
-    toll = 1.0 + 2 * abs(choices)
-    for _ in range(3):
-        track = np.full(len(variance), 48 * STEPS)
-        for n in range(variance.shape[1]):
-            base = track + 8 >> 4
-            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / STEPS)
-            steps[:, n] = choices[(samples * (choices / STEPS + excess / math.log(4)) + toll).argmin(1)]
-            track = follow(track, base + steps[:, n], n)
-        seen = np.bincount(steps.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
-        toll = math.log2(seen.sum()) - np.log2(seen)
-    return steps
-
-
-def code_classes(coder: RangeCoder, side: Counts, codes: np.ndarray | None, shape) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses from int8 codes [c, B * r], or reads (codes None), the classes of rows [B, r] and of columns [B, c]."""
-    B, r, c = shape
-    rows = steps = None
-    if codes is not None:
-        square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
-        rows = class_steps((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
-        steps = class_steps((square / np.float32(4) ** (rows.reshape(B, r) / STEPS)).mean(2).T, r).ravel()
-    rows = side.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
-    steps = side.code(coder, steps, np.ones(B * c, np.uint16)).reshape(B, c)
-    columns, track = np.empty_like(steps), np.full(B, 48 * STEPS)
-    for j in range(c):
-        columns[:, j] = (track + 8 >> 4) + steps[:, j]
-        track = follow(track, columns[:, j], j)
-    return rows, columns
-
-
-class Predictor:
-    """What to expect of new rows, from n known ones int8 [n, c]. All values are integers, those below in float64.
-
-    The known rows' covariance is L D L^T, so a row is L times its innovations e, and column j is expected at the sum
-    over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus `share` eighths of the innovation of its `source`.
-    """
-
-    def __init__(self, known: np.ndarray, rows: int):
-        n, c = known.shape
-        self.n, self.values = n, np.zeros((c, n + rows))
-        self.values[:, :n] = known.T
-        rest = self.values @ self.values.T
-        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge: at first the rows are few
-        factor = np.eye(c)
-        for j in range(c):
-            factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
-            rest[j + 1 :, j + 1 :] -= factor[j + 1 :, j, None] * rest[j, j + 1 :]
-        self.factor = np.rint(factor * 4096).clip(-(2**14), 2**14)
-        self.expected, self.e = np.zeros_like(self.values), np.zeros_like(self.values)
-
-    def expect(self, j: int) -> None:
-        """Linear prediction of column j, in blocks of 32: one product of matrices for all columns before the block."""
-        start = j - j % 32
-        if j == start:
-            self.ahead = self.factor[j : j + 32, :j] @ self.e[:j]
-        self.expected[j] = np.floor((self.ahead[j - start] + self.factor[j, start:j] @ self.e[start:j]) / 4096)
-        self.learn(j, 0)  # for the innovations of the known rows
-
-    def learn(self, j: int, column: np.ndarray | int) -> None:
-        """Takes in column j of the new rows, int8 [rows]."""
-        self.values[j, self.n :] = column
-        self.e[j] = (16 * self.values[j] - self.expected[j]).clip(-(2**13), 2**13)
-
-    def means(self, j: int | slice) -> np.ndarray:
-        """The integers expected of the new rows in columns j, int64."""
-        like = np.floor(self.share * self.e[j][..., self.source] / 8)
-        return np.floor((self.expected[j][..., self.n :] + like + 8) / 16).clip(-128, 127).astype(np.int64)
-
-    def study(self, columns: np.ndarray) -> None:
-        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
-        for j, column in enumerate(columns):
-            self.expect(j)
-            self.learn(j, column)
-        old, new = np.split(self.e.astype(np.float32), [self.n], axis=1)
-        power, own = (old**2).sum(0) + 1, (new**2).sum(0) + 1
-        parts = [new[:, i : i + 1024].T @ (old / np.sqrt(power)) for i in range(0, new.shape[1], 1024)]
-        best = np.concatenate([p.max(1) for p in parts]).clip(0)
-        self.source = np.concatenate([p.argmax(1) for p in parts])
-        saved = -len(new) / 2 * np.log2((1 - best**2 / own).clip(1e-6))
-        share = np.rint(8 * best / np.sqrt(power[self.source])).clip(0, 15)
-        self.share = np.where(saved > math.log2(self.n) + 2, share, 0).astype(np.int64)
-
-    def code_sources(self, coder: RangeCoder, side: Counts, encoding: bool, rows: int) -> None:
-        """Codes each new row's share and, where it is not 0, the two digits of its source; or reads them."""
-
-        def code(values, amount: int, context: int) -> np.ndarray:
-            return side.code(coder, values if encoding else None, np.full(amount, context, np.uint16))
-
-        if not encoding:
-            self.share, self.source = None, np.zeros(rows, dtype=np.int64)
-        self.share = code(self.share, rows, 2)
-        like = self.share.nonzero()[0]
-        digits = divmod(self.source[like], 256)
-        high, low = [code(digit - 128, like.size, 3 + i) + 128 for i, digit in enumerate(digits)]
-        self.source[like] = (high * 256 + low) % self.n
-
-
-def code_pass(coder: RangeCoder, counts: Counts, side: Counts, known, shape, trellis, predictor) -> np.ndarray:
-    """Codes int8 [c, B * r], a bank [B, r, c] or some rows of it, or (known None) returns them."""
-    B, r, c = shape
-    encoding = known is not None
-    residual, out = known, known if encoding else np.empty((c, B * r), dtype=np.int8)
-    if predictor:
-        if encoding:
-            predictor.study(known)
-        predictor.code_sources(coder, side, encoding, r)
-        if encoding:
-            residual = (known - predictor.means(slice(None))).astype(np.int8)  # wraps, and wraps back
-    rows, columns = code_classes(coder, side, residual, shape)
-    following, quantizer = np.array(trellis[0], dtype=np.uint8), np.array(trellis[1], dtype=np.uint16)
-    kinds, state = max(trellis[1]) + 1, np.zeros(B * r, dtype=np.uint8)
-    for j in range(c):
-        scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
-        values = counts.code(coder, residual[j] if encoding else None, scale * np.uint16(kinds) + quantizer[state])
-        if not encoding and predictor:
-            predictor.expect(j)
-            out[j] = (values + predictor.means(j)).astype(np.int8)
-            predictor.learn(j, out[j])
-        elif not encoding:
-            out[j] = values
-        state = following[state, out[j] & 1]
-    return out
-
-
-def code_bank(coder: RangeCoder, codes, shape, trellis, doublings: int, low: int, high: int) -> np.ndarray:
-    """Codes integers [B, r, c] as a whole or, with doublings, in that many passes and one; or returns them."""
-    B, r, c = shape
-    trellis = trellis or (((0, 0),), (0,))
-    low, high = (-128, 127) if doublings else (low, high)
-    counts = Counts(low, bell_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
-    side = Counts(-128, bell_counts(-128, 127)[[3 * STEPS, 3 * STEPS, 4 * STEPS, -1, -1]])
-    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
-    if not doublings:
-        out = code_pass(coder, counts, side, known, shape, trellis, None)
-    else:
-        order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
-        out, start = np.empty((c, r), dtype=np.int8), 0
-        for n in range(doublings, -1, -1):
-            seen, part = order[:start], order[start : r >> n]
-            predictor = Predictor(out[:, seen].T, part.size) if start else None
-            some = None if codes is None else known[:, part]
-            out[:, part] = code_pass(coder, counts, side, some, (1, part.size, c), trellis, predictor)
-            start = r >> n
-    return out.reshape(c, B, r).transpose(1, 2, 0)
-
-
-def check_bank(shape) -> None:
-    """Errors: ValueError for a bank whose coding might not end soon."""
-    if len(shape) != 3 or min(shape) < 0 or math.prod(shape) > MOST_CODES or shape[2] > MOST_COLUMNS:
-        raise ValueError(f"a bank of shape {shape} is not for coding")
-
-
-def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
-    """Bytes of int8 codes [B, r, c], columns in processing order.
-
-    trellis: (next state [states][k & 1], quantizer [states]) of codes in which every row starts at state 0, or None.
-    """
-    check_bank(codes.shape)
-    if not codes.size:
-        return b""
-    (B, r, c), low = codes.shape, min(int(codes.min()), 126)
-    high, results = max(int(codes.max()), low + 1), []
-    for doublings in (0, 5) if B == 1 and 256 <= r <= 1 << 16 and c <= 1024 else (0,):
-        coder = RangeCoder()
-        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
-        packed = coder.encoder.get_compressed().astype("<u4").tobytes()
-        results.append(CODES_HEADER.pack(doublings, low, high) + packed)
-    return min(results, key=len)
-
-
-def decode_integers(data: bytes, shape, trellis: tuple | None = None) -> np.ndarray:
-    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
-    check_bank(shape)
-    if not math.prod(shape):
-        return np.zeros(shape, dtype=np.int8)
-    data = bytes(data)
-    doublings, low, high = CODES_HEADER.unpack_from(data) if len(data) >= CODES_HEADER.size else (0, 0, 0)
-    predicted = shape[0] == 1 and 1 << 5 <= shape[1] <= 1 << 16 and shape[2] <= 1024
-    if low >= high or doublings not in (0, 5)[: 1 + predicted]:
-        raise ValueError("the integers' header does not make sense")
-    coder = RangeCoder(data[CODES_HEADER.size :])
-    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
-    if not coder.decoder.maybe_exhausted():
-        raise ValueError("the integers end before their data")
-    return codes
-
-
-def compress(codec: str, data: bytes, bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
-    """The data at the codec's strongest level; `pergroup` takes int8 integers of a bank: its shape, trellis states."""
-    if codec == "pergroup":
-        return encode_integers(np.frombuffer(data, np.int8).reshape(bank[0]), coder_trellis(bank[1]))
-    if codec == "zstd":
-        import zstandard
-
-        return zstandard.ZstdCompressor(level=22, write_checksum=False, write_content_size=False).compress(data)
-    if codec == "brotli":
-        import brotli
-
-        return brotli.compress(data, quality=11, lgwin=24)
+def compress_lzma(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """LZMA at its strongest level, with the shortest of its headers."""
     import lzma
 
-    # A dictionary no larger than the data: the reader then knows how much memory an honest file can need.
+    # A dictionary no larger than the data tells the reader how much memory an honest file can need.
     dictionary = min(max(len(data), 4096), 1 << 26)
     filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, dict_size=dictionary)]
     return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
-def decompress(codec: str, data: bytes, size: int, bank: tuple[tuple[int, int, int], int] | None = None) -> bytes:
-    """Exactly `size` bytes; memory grows with what really comes out, not with the claim. Errors: ArtifactError."""
+def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_lzma`; stops one byte beyond `size`, and refuses a dictionary that `size` does not need."""
+    import lzma
+
+    reader = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * size + (1 << 20))
+    return reader.decompress(data, max_length=size + 1)
+
+
+def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
+    """int8 codes of a bank by section Entropy coding."""
+    if bank is None:
+        raise ValueError("integers that are no bank's")
+    return encode_integers(np.frombuffer(data, np.int8).reshape(bank.shape), bank.trellis)
+
+
+def decompress_integers(data: bytes, size: int, bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_integers`. Errors: ArtifactError or ValueError."""
+    if bank is None or math.prod(bank.shape) != size:
+        raise ArtifactError("codes integers that are no bank's")
+    return decode_integers(data, bank.shape, bank.trellis).tobytes()
+
+
+class Codec(NamedTuple):
+    """One value of COMPRESSOR.
+
+    compress(data, bank) -> bytes. decompress(bytes, expected size, bank) stops soon after that size, so that a small
+    file cannot take much memory. The bank is None for a section that is not a bank of integers.
+    """
+
+    compress: Callable[[bytes, IntegerBank | None], bytes]
+    decompress: Callable[[bytes, int, IntegerBank | None], bytes]
+    integers_only: bool = False  # other sections take brotli
+
+
+CODECS = {
+    "zstd": Codec(compress_zstd, decompress_zstd),
+    "brotli": Codec(compress_brotli, decompress_brotli),
+    "lzma": Codec(compress_lzma, decompress_lzma),
+    "pergroup": Codec(compress_integers, decompress_integers, integers_only=True),
+}
+
+
+def compress(codec: str, data: bytes, bank: IntegerBank | None = None) -> bytes:
+    """The data in a codec's form; a codec of integers needs their bank."""
+    return CODECS[codec].compress(data, bank)
+
+
+def decompress(codec: str, data: bytes, size: int, bank: IntegerBank | None = None) -> bytes:
+    """Exactly `size` bytes; memory grows with what is unpacked, not with the claim. Errors: ArtifactError."""
+    if codec not in CODECS:
+        raise ArtifactError(f"uses an unknown codec {codec!r}")
     try:
-        if codec == "pergroup":
-            if bank is None or math.prod(bank[0]) != size:
-                raise ArtifactError("codes integers that are no bank's")
-            return decode_integers(data, bank[0], coder_trellis(bank[1])).tobytes()
-        if codec == "zstd":
-            import zstandard
-
-            chunks = zstandard.ZstdDecompressor(max_window_size=1 << 27).read_to_iter(data)
-            out = bytearray()
-            while len(out) <= size and (chunk := next(chunks, b"")):
-                out += chunk
-        elif codec == "brotli":
-            import brotli
-
-            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
-        elif codec == "lzma":
-            import lzma
-
-            reader = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * size + (1 << 20))
-            out = reader.decompress(data, max_length=size + 1)
-        else:
-            raise ArtifactError(f"uses an unknown codec {codec!r}")
+        out = CODECS[codec].decompress(data, size, bank)
     except ArtifactError:
         raise
     except Exception as error:
         raise ArtifactError(f"a section does not unpack ({type(error).__name__})") from None
     if len(out) != size:
-        raise ArtifactError(f"a section unpacks to another length than the {size} bytes promised")
+        raise ArtifactError(f"a section unpacks to another length than the expected {size} bytes")
     return out
+
+
+# --- Header ---
+
+
+def part_dtype(part: str, bits: int) -> np.dtype:
+    """The type of an array's numbers in the artifact."""
+    if part in EXTRAS:
+        return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
+    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+
+
+def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
+    """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
+    if part in ("scales", "columns"):
+        return part  # of all tensors together: q, k and v have the same columns, which the codec notices
+    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
+
+
+def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
+    """Errors: ArtifactError for a row of the header that is not a list of these types (a bool is not an int)."""
+    if type(row) is not list or tuple(map(type, row)) != types:
+        raise ArtifactError(f"its header has a {what} row that is not {', '.join(t.__name__ for t in types)}")
+
+
+def parse_shape(value: Any) -> tuple[int, ...]:
+    """A tensor's shape. Errors: ArtifactError."""
+    if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
+        raise ArtifactError("its header has a shape that is not a list of sizes")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class SectionHeader:
+    """One section: what it is called, how it is packed, and its CRC-32."""
+
+    name: str
+    codec: str
+    packed_size: int
+    size: int
+    checksum: int
+
+    @classmethod
+    def parse(cls, row: Any) -> SectionHeader:
+        """From a row of the header. Errors: ArtifactError."""
+        check_types(row, (str, str, int, int, int), "section")
+        section = cls(*row)
+        if min(section.packed_size, section.size, section.checksum) < 0:
+            raise ArtifactError(f"its section {section.name!r} has a negative size or checksum")
+        return section
+
+    def row(self) -> list:
+        return [self.name, self.codec, self.packed_size, self.size, self.checksum]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor: its name and the arrays of its stored form."""
+
+    name: str
+    bits: int
+    shape: tuple[int, ...]
+    extras: dict[str, tuple[int, ...]]
+    states: int
+
+    @classmethod
+    def parse(cls, row: Any) -> TensorHeader:
+        """From a row of the header. Errors: ArtifactError."""
+        check_types(row, (str, int, list, dict, int), "tensor")
+        name, bits, shape, extras, states = row
+        shapes = {}
+        for part, extra_shape in extras.items():
+            shapes[part] = parse_shape(extra_shape)
+            if part not in EXTRAS or len(shapes[part]) != EXTRAS[part][1]:
+                raise ArtifactError(f"its tensor {name!r} has an unknown array {part!r}, or one of other dimensions")
+        if bits not in (*range(2, 9), 16):
+            raise ArtifactError(f"its tensor {name!r} has {bits} bits")
+        if states not in (0, *TRELLISES, *UNGERBOECK):
+            raise ArtifactError(f"its tensor {name!r} has an unknown trellis with {states} states")
+        return cls(name, bits, parse_shape(shape), shapes, states)
+
+    @classmethod
+    def of(cls, name: str, q: Quantized) -> TensorHeader:
+        shapes = {part: tuple(array.shape) for part, array in sorted(q.extras.items())}
+        return cls(name, q.bits, tuple(q.codes.shape), shapes, q.states)
+
+    def row(self) -> list:
+        return [
+            self.name,
+            self.bits,
+            list(self.shape),
+            {part: list(shape) for part, shape in self.extras.items()},
+            self.states,
+        ]
+
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array, in the order in which an artifact holds them."""
+        scales = {} if self.bits == 16 else {"scales": self.shape[:-1]}
+        return {"codes": self.shape, **scales, **dict(sorted(self.extras.items()))}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an artifact says of itself: the settings of its model, its sections in order, its tensors."""
+
+    model: dict[str, Any]
+    sections: tuple[SectionHeader, ...]
+    tensors: tuple[TensorHeader, ...]
+
+    @classmethod
+    def parse(cls, packed: bytes) -> Header:
+        """From the header's packed bytes. Errors: ArtifactError for a form that `pack` does not write."""
+        try:
+            fields = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
+        except (zlib.error, ValueError, RecursionError):
+            raise ArtifactError("its header is not packed JSON") from None
+        kinds = dict(model=dict, sections=list, tensors=list)
+        if type(fields) is not dict or {name: type(value) for name, value in fields.items()} != kinds:
+            raise ArtifactError("its header does not have a model, sections and tensors")
+        sections = tuple(map(SectionHeader.parse, fields["sections"]))
+        tensors = tuple(map(TensorHeader.parse, fields["tensors"]))
+        for what, names in (("section", [s.name for s in sections]), ("tensor", [t.name for t in tensors])):
+            if len(set(names)) < len(names):
+                raise ArtifactError(f"its header has a {what} twice")
+        return cls(fields["model"], sections, tensors)
+
+    def fields(self) -> dict[str, Any]:
+        """The header as JSON holds it."""
+        return dict(
+            model=self.model, sections=[s.row() for s in self.sections], tensors=[t.row() for t in self.tensors]
+        )
+
+    def pack(self) -> bytes:
+        return zlib.compress(json.dumps(self.fields(), separators=(",", ":")).encode(), 9)
+
+
+def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
+    """The banks of integers that have a section of their own, by the section's name."""
+    banks = {}
+    for tensor in tensors:
+        for part, shape in tensor.parts().items():
+            section = section_of(tensor.name, part, part_dtype(part, tensor.bits), math.prod(shape))
+            if section == f"{tensor.name}.{part}" and len(shape) in (2, 3):
+                states = tensor.states if part == "codes" else 0
+                *matrices, rows, columns = shape
+                banks[section] = IntegerBank((matrices[0] if matrices else 1, rows, columns), states)
+    return banks
+
+
+# --- Writing ---
+
+
+def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
+    """(name, array) of all that a stored tensor consists of, in the order in which an artifact holds them."""
+    yield "codes", q.codes
+    if q.scales is not None:
+        yield "scales", q.scales
+    yield from sorted(q.extras.items())
+
+
+def pack(stored: dict[str, Quantized], config: Config) -> bytes:
+    """The artifact's bytes: prefix, header (model settings, sections, tensors), then the sections."""
+    contents: dict[str, list[bytes]] = {}
+    for name, q in stored.items():
+        for part, array in arrays_of(q):
+            dtype = part_dtype(part, q.bits)
+            content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
+            contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
+    tensors = tuple(TensorHeader.of(name, q) for name, q in stored.items())
+    banks = integer_banks(tensors)
+    sections, payload = [], []
+    for name, parts in contents.items():
+        content = b"".join(parts)
+        codec = config.compressor
+        if CODECS[codec].integers_only and name not in banks:
+            codec = "brotli"
+        packed = compress(codec, content, banks.get(name))
+        sections.append(SectionHeader(name, codec, len(packed), len(content), zlib.crc32(packed)))
+        payload.append(packed)
+    header = Header(dataclasses.asdict(config.model), tuple(sections), tensors).pack()
+    return b"".join((PREFIX.pack(MAGIC, len(header), zlib.crc32(header)), header, *payload))
 
 
 def pack_within(
@@ -4987,11 +6121,12 @@ def pack_within(
 ) -> bytes:
     """The artifact with as many of the residuals, in their order, as `limit` bytes allow."""
     plain = data = pack(stored, config)
-    room, chosen = limit - len(plain), []
+    free = limit - len(plain)
+    chosen = []
     for residual in residuals:
-        if residual.bytes <= room:
+        if residual.bytes <= free:
             chosen.append(residual)
-            room -= residual.bytes
+            free -= residual.bytes
     while chosen and len(data := pack(with_residuals(stored, chosen), config)) > limit:
         chosen.pop()
     if residuals:
@@ -5001,129 +6136,99 @@ def pack_within(
     return data if chosen else plain
 
 
-def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
-    """(part, array) of all that a stored tensor consists of, in the order in which an artifact holds them."""
-    yield "codes", q.codes
-    if q.scales is not None:
-        yield "scales", q.scales
-    yield from sorted(q.extras.items())
+LOG2_SCALE_RANGE = (-2.5, 4.0)  # how far TARGET_BYTES may move log2 of the scales: smaller ones would not fit int8
 
 
-def part_dtype(part: str, bits: int) -> np.dtype:
-    """The type of a part's numbers in the artifact; small parts of one type share a section of its name."""
-    if part in EXTRAS:
-        return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
-    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+class Attempt(NamedTuple):
+    """An artifact with one offset of the scales, and the log lines of its quantization."""
 
-
-def banks_of(tensors: list[list]) -> dict[str, tuple[tuple[int, int, int], int]]:
-    """Section -> (shape [B, r, c], trellis states) of arrays of integers with a section of their own, by the header."""
-    banks = {}
-    for name, bits, shape, extras, states in tensors:
-        for part, s in {"codes": shape, **extras}.items():
-            section = section_of(name, part, part_dtype(part, bits), math.prod(s))
-            if section == f"{name}.{part}" and len(s) in (2, 3):
-                banks[section] = ((1, *s) if len(s) == 2 else tuple(s)), states if part == "codes" else 0
-    return banks
-
-
-def coder_trellis(states: int) -> tuple[list, list] | None:
-    """What the coder of integers must know of a trellis: next states, and the quantizer of each."""
-    if not states:
-        return None
-    trellis = trellis_of(states)
-    return trellis.following.tolist(), trellis.second.tolist()
-
-
-def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
-    """Large arrays of codes have a section of their own; the others share one for each type."""
-    if part in ("scales", "columns"):
-        return part  # of all tensors together: q, k and v have the same columns, which the codec notices
-    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
-
-
-def pack(stored: dict[str, Quantized], config: Config) -> bytes:
-    """The artifact's bytes: prefix, header (model values, tensors, sections), then the sections."""
-    contents: dict[str, list[bytes]] = {}
-    tensors = []
-    for name, q in stored.items():
-        for part, array in arrays_of(q):
-            dtype = part_dtype(part, q.bits)
-            content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
-            contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
-        tensors.append(
-            [name, q.bits, list(q.codes.shape), {p: list(x.shape) for p, x in sorted(q.extras.items())}, q.states]
-        )
-    sections, payload, banks = [], [], banks_of(tensors)
-    for section, parts in contents.items():
-        raw, codec = b"".join(parts), config.compressor
-        if codec == "pergroup" and section not in banks:
-            codec = "brotli"
-        packed = compress(codec, raw, banks.get(section))
-        sections.append([section, codec, len(packed), len(raw), zlib.crc32(packed)])
-        payload.append(packed)
-    header = dict(model=dataclasses.asdict(config.model), sections=sections, tensors=tensors)
-    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    return b"".join((PREFIX.pack(MAGIC, len(packed_header), zlib.crc32(packed_header)), packed_header, *payload))
-
-
-STEP_OCTAVES = (-2.5, 4.0)  # how far TARGET_BYTES may move the steps: finer ones would not fit int8
+    data: bytes
+    log2_scale_offset: float
+    lines: list[str]
 
 
 def quantize_within(
     weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, config: Config, log: Callable[[str], None]
 ) -> bytes:
-    """The artifact by TARGET_BYTES: its steps as small as `limit` bytes allow, to a thousandth of them.
+    """The artifact by TARGET_BYTES: its scales as small as `limit` bytes allow, to a thousandth of the bytes.
 
-    A step that is larger by an octave saves a bit for each weight, which makes nearly a straight line of the bytes, so
-    each attempt starts from the last one's excess. Ends at STEP_OCTAVES where the model is too small for its bytes.
+    Doubling a scale saves a bit for each weight, so the bytes are nearly linear in log2 of the scales, and each attempt
+    starts from the last one's excess. Ends at LOG2_SCALE_RANGE where the model is too small for its bytes.
     """
-    count, (low, high) = sum(weights[name].numel() for name in hessians), STEP_OCTAVES
-    octaves, tried, best, feedbacks = 0.0, set(), None, all_feedbacks(hessians, config)
+    count = sum(weights[name].numel() for name in hessians)
+    low, high = LOG2_SCALE_RANGE
+    factors = factor_hessians(hessians, config)
+    offset = 0.0
+    tried: set[float] = set()
+    best = None
     while len(tried) < 8:
         lines: list[str] = []
-        data = pack(quantize(weights, hessians, config, lines.append, octaves, feedbacks), config)
-        excess = len(data) - limit
-        tried.add(octaves)
+        attempt = Attempt(
+            pack(quantize(weights, hessians, config, lines.append, offset, factors), config), offset, lines
+        )
+        excess = len(attempt.data) - limit
+        tried.add(offset)
         if excess > 0:
-            low = octaves
+            low = offset
         else:
-            high, best = octaves, (data, octaves, lines)
+            high, best = offset, attempt
         if -limit / 1000 <= excess <= 0 or high - low < 1e-3:
             break
-        guess = min(max(octaves + 8 * (excess + limit / 4000) / count, low), high)
-        octaves = guess if guess not in tried else (low + high) / 2
-    data, octaves, lines = best or (data, octaves, lines)
-    for line in lines:
+        guess = min(max(offset + 8 * (excess + limit / 4000) / count, low), high)
+        offset = guess if guess not in tried else (low + high) / 2
+    best = best or attempt
+    for line in best.lines:
         log(line)
-    log(
-        f"target:{len(data)} bytes of {limit} for the model, with steps {2**octaves:.4f} times as large; "
-        f"{len(tried)} attempts"
-    )
-    return data
+    scale = 2**best.log2_scale_offset
+    log(f"target:{len(best.data)} bytes of {limit} for the model, scale x{scale:.4f} after {len(tried)} tries")
+    return best.data
+
+
+def make_artifact(
+    weights: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    limit_bytes: int,
+    config: Config,
+    log: Callable[[str], None],
+) -> bytes:
+    """Quantizes and packs a model. Scales (TARGET_BYTES) or residuals (RVQ) fill the limit, which excludes the code.
+
+    Without either, the artifact may be larger than the limit.
+    """
+    if config.target_bytes:
+        return quantize_within(weights, hessians, limit_bytes, config, log)
+    stored = quantize(weights, hessians, config, log)
+    residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
+    return pack_within(stored, residuals, limit_bytes, config, log)
 
 
 def size_table(
     data: bytes, stored: dict[str, Quantized], weights: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """One row for each section of an artifact: elements, bits, entropy and packed bits of one, bytes, relative error.
+    """One row for each section of an artifact: elements, bits, entropy and packed bits per element, bytes, error.
 
-    The error is tr(E H E^T) / tr(W H W^T) of what is stored: the share of the outputs' power that quantization moves.
+    The relative error is tr(E H E^T) / tr(W H W^T) of what is stored: the share of the outputs' power that is lost.
     """
     rows = []
-    for section, _, length, size, _ in read_header(data)[0]["sections"]:
-        row = dict(section=section, bytes=length, unpacked_bytes=size)
-        name, _, part = section.partition(".")
+    for section in read_header(data)[0].sections:
+        row = dict(section=section.name, bytes=section.packed_size, unpacked_bytes=section.size)
+        name, _, part = section.name.partition(".")
         if part == "codes":
-            q, n = stored[name], stored[name].codes.numel()
-            row |= dict(elements=n, bits=q.bits, states=q.states, entropy=entropy(q.codes), packed_bits=8 * length / n)
+            q = stored[name]
+            elements = q.codes.numel()
+            row |= dict(elements=elements, bits=q.bits, states=q.states, entropy=entropy(q.codes))
+            row |= dict(packed_bits=8 * section.packed_size / elements)
             if name in hessians:
-                w, h = as_batch(weights[name]).float(), hessians[name]
-                back = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
-                moved = weighted_error(w - back, h).sum() / weighted_error(w, h).sum()
-                row |= dict(relative_error=moved.item())
+                row |= dict(relative_error=relative_error(q, weights[name], hessians[name]))
         rows.append(row)
     return rows
+
+
+def relative_error(q: Quantized, weights: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T), summed over a bank's matrices."""
+    w = as_batch(weights).float()
+    restored = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
+    return (weighted_error(w - restored, hessian).sum() / weighted_error(w, hessian).sum()).item()
 
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -5138,146 +6243,133 @@ def format_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def read_header(data: bytes) -> tuple[dict, int]:
-    """The header, of which the form is checked, and where the sections begin. Errors: ArtifactError."""
+# --- Reading ---
+
+
+def read_header(data: bytes) -> tuple[Header, int]:
+    """The header and the offset of the first section. Errors: ArtifactError."""
     if len(data) < PREFIX.size or data[:8] != MAGIC:
         raise ArtifactError("is not an artifact of this program (or of another version)")
     _, length, checksum = PREFIX.unpack_from(data)
     packed = data[PREFIX.size : PREFIX.size + length]
     if len(packed) != length or zlib.crc32(packed) != checksum:
         raise ArtifactError("is damaged: the header's checksum does not match")
-    try:
-        header = json.loads(zlib.decompressobj().decompress(packed, HEADER_LIMIT))
-        formed = (
-            all(list(map(type, s)) == [str, str, int, int, int] and min(s[2:]) >= 0 for s in header["sections"])
-            and all(
-                list(map(type, t)) == [str, int, list, dict, int]
-                and set(t[3]) <= set(EXTRAS)
-                and t[4] in (0, *TRELLISES, *UNGERBOECK)
-                and all(len(shape) == EXTRAS[part][1] for part, shape in t[3].items())
-                and all(type(n) is int and n >= 0 for shape in (t[2], *t[3].values()) for n in shape)
-                for t in header["tensors"]
-            )
-            and isinstance(header["model"], dict)
-        )
-    except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
-        formed = False
-    if not formed:
-        raise ArtifactError("its header does not make sense")
-    return header, PREFIX.size + length
+    return Header.parse(packed), PREFIX.size + length
 
 
-def read_sections(
-    data: bytes, offset: int, sections: list[list], banks: dict[str, tuple[tuple[int, int, int], int]]
-) -> dict[str, memoryview]:
-    """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that are not kept."""
-    if sum(size for *_, size, _ in sections) > CONTENT_LIMIT:
-        raise ArtifactError(f"claims more than {CONTENT_LIMIT} bytes of content")
-    raw: dict[str, memoryview] = {}
-    for section, codec, length, size, checksum in sections:
-        packed = data[offset : offset + length]
-        offset += length
-        if len(packed) != length or zlib.crc32(packed) != checksum:
-            raise ArtifactError(f"is damaged: the checksum of its section {section!r} does not match")
-        raw[section] = memoryview(decompress(codec, packed, size, banks.get(section)))
+def read_sections(data: bytes, header: Header, offset: int) -> dict[str, memoryview]:
+    """Section -> unpacked bytes. Errors: ArtifactError for lengths and checksums that do not match."""
+    size = sum(section.size for section in header.sections)
+    limit = min(CONTENT_LIMIT, max(SMALL_CONTENT, CONTENT_RATIO * len(data)))
+    if size > limit:
+        raise ArtifactError(f"claims {size} bytes of content, which is more than {limit}")
+    banks = integer_banks(header.tensors)
+    contents: dict[str, memoryview] = {}
+    for section in header.sections:
+        packed = data[offset : offset + section.packed_size]
+        offset += section.packed_size
+        if len(packed) != section.packed_size or zlib.crc32(packed) != section.checksum:
+            raise ArtifactError(f"is damaged: the checksum of its section {section.name!r} does not match")
+        contents[section.name] = memoryview(decompress(section.codec, packed, section.size, banks.get(section.name)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
-    return raw
+    return contents
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
-    """(model values, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
+    """(model settings, stored tensors) of `pack`'s bytes. Errors: ArtifactError, for any damage."""
     header, offset = read_header(data)
-    raw = read_sections(data, offset, header["sections"], banks_of(header["tensors"]))
-
-    def take(name: str, part: str, bits: int, shape: list[int]) -> Tensor:
-        dtype, size = part_dtype(part, bits), math.prod(shape)
-        section = section_of(name, part, dtype, size)
-        if len(raw.get(section, b"")) < size * dtype.itemsize:
-            raise ArtifactError(f"its section {section!r} is too short for its tensors")
-        content, raw[section] = raw[section][: size * dtype.itemsize], raw[section][size * dtype.itemsize :]
-        return torch.from_numpy(np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))).view(shape)
-
+    contents = read_sections(data, header, offset)
     stored = {}
-    for name, bits, shape, extras, states in header["tensors"]:
-        codes = take(name, "codes", bits, shape)
-        scales = None if bits == 16 else take(name, "scales", bits, shape[:-1])
-        stored[name] = Quantized(
-            codes, scales, bits, {p: take(name, p, bits, s) for p, s in sorted(extras.items())}, states
-        )
-    left = [section for section, rest in raw.items() if len(rest)]
-    if left or len(stored) != len(header["tensors"]):
-        raise ArtifactError(f"its tensors do not fill its sections {left}")
-    return header["model"], stored
+    for tensor in header.tensors:
+        arrays = {}
+        for part, shape in tensor.parts().items():
+            dtype = part_dtype(part, tensor.bits)
+            section = section_of(tensor.name, part, dtype, math.prod(shape))
+            content = contents.get(section, memoryview(b""))
+            size = math.prod(shape) * dtype.itemsize
+            if len(content) < size:
+                raise ArtifactError(f"its section {section!r} is too short for its tensors")
+            contents[section] = content[size:]
+            numbers = np.frombuffer(content[:size], dtype).astype(dtype.newbyteorder("="))
+            arrays[part] = torch.from_numpy(numbers).view(shape)
+        codes, scales = arrays.pop("codes"), arrays.pop("scales", None)
+        stored[tensor.name] = Quantized(codes, scales, tensor.bits, arrays, tensor.states)
+    unused = [section for section, content in contents.items() if len(content)]
+    if unused:
+        raise ArtifactError(f"its tensors do not fill its sections {unused}")
+    return header.model, stored
 
 
-def check_extras(name: str, q: Quantized) -> None:
-    """Holds a stored tensor's extras against its shape. Errors: ArtifactError, before anything large is formed."""
-    matrices, rows, columns = as_batch(q.codes).shape if q.codes.dim() in (2, 3) else (0, 0, 0)
-    shapes = {part: list(array.shape) for part, array in q.extras.items()}
-    expected, x = {}, q.extras
-    if "columns" in x:
-        expected["columns"] = [matrices, columns]
-    if "corrected" in x:
-        n, rank, groups = len(x["corrected"]), shapes.get("left", [0, 0, 0])[2], shapes.get("right_scales", [0] * 3)[2]
-        either = shapes.get("left_scales") == [n, 1]
-        expected |= dict(
-            corrected=[n],
-            left=[n, rows, rank],
-            left_scales=[n, 1 if either else rows],
-            right=[n, rank, columns],
-            right_scales=[n, rank, max(1, min(groups, columns))],
-        )
-    if "refined" in x:
-        n = len(x["refined"])
-        expected |= dict(refined=[n], residual=[n, rows, columns], residual_scales=[n, rows])
-    inside = all(
-        not len(x[part]) or x[part].min() >= 0 and x[part].max() < matrices
-        for part in ("corrected", "refined")
-        if part in x
-    )
-    if shapes != expected or not inside or ((shapes or q.states) and q.scales is None):
-        raise ArtifactError(f"the extras of its tensor {name!r} do not fit it")
+# --- Loading ---
+
+
+def parse_model_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The model settings of an artifact, each of the right type. Errors: ArtifactError."""
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
+    if set(values) != set(fields):
+        raise ArtifactError("its model settings are not those of this program")
+    settings = {}
+    for name, value in values.items():
+        kind = str(fields[name].type)
+        if type(value) not in kinds[kind]:
+            raise ArtifactError(f"its {name.upper()} is not of type {kind}")
+        if kind == "float":
+            if not -sys.float_info.max <= value <= sys.float_info.max or (type(value) is int and abs(value) > 1 << 53):
+                raise ArtifactError(f"its {name.upper()} is not a finite number")
+            value = float(value)
+        settings[name] = value
+    return settings
 
 
 def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:
-    """The config with an artifact's model values, each of the right type and allowed.
+    """The config with an artifact's model settings, each of the right type and allowed.
 
-    Errors: ArtifactError for values that no run can have; ConfigError where a knob was set to something else.
+    Errors: ArtifactError for settings that no run can have; ConfigError where a knob was set to something else.
     """
-    rows = {f.name: f for f in dataclasses.fields(ModelConfig)}
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    if set(values) != set(rows) or not all(type(v) in kinds[rows[name].type] for name, v in values.items()):
-        raise ArtifactError("its model values are not those of this program")
-    for name, value in values.items():
+    settings = parse_model_settings(values)
+    for name, value in settings.items():
         if name in explicit and getattr(config, name) != value:
             raise ConfigError(name.upper(), getattr(config, name), f"the artifact was made with {value}")
     try:
-        for name, value in values.items():
-            check_allowed(name.upper(), value, rows[name].metadata)
+        for f in dataclasses.fields(ModelConfig):
+            check_allowed(f.name.upper(), settings[f.name], f.metadata)
     except ConfigError as error:
-        raise ArtifactError(f"holds a model that cannot be: {error}") from None
-    config = dataclasses.replace(config, **values)
+        raise ArtifactError(f"holds a model that is not possible: {error}") from None
+    config = dataclasses.replace(config, **settings)
     check_config(dataclasses.replace(config, mode="eval"))
     if config.yarn:  # a longer context than the training's needs longer wavelengths
         config = dataclasses.replace(config, yarn_max_len=max(config.yarn_max_len, config.longest_context))
     return config
 
 
+def check_rotary_size(config: Config, parameters: int) -> None:
+    """Errors: ArtifactError for rotary tables out of all proportion to the model: nothing in a file pays for them."""
+    if config.train_seq_len * config.rotary_dims > max(ROTARY_LIMIT, parameters):
+        raise ArtifactError(
+            f"claims sequences of {config.train_seq_len} tokens, too long for a model of {parameters} parameters"
+        )
+
+
 def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
-    """The model that an artifact holds, and the config with the artifact's model values.
+    """The model that an artifact holds, and the config with the artifact's model settings.
 
     Errors: ArtifactError for a damaged file; ConfigError where a knob was set to what the artifact is not.
     """
     header, _ = read_header(data)
-    config = artifact_config(header["model"], config, explicit)
+    config = artifact_config(header.model, config, explicit)
     model = meta_model(config)
-    expected = [[name, list(p.shape)] for name, p in model.named_parameters()]
-    if [[name, shape] for name, _, shape, *_ in header["tensors"]] != expected:
+    expected = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    if [(tensor.name, tensor.shape) for tensor in header.tensors] != expected:
         raise ArtifactError("its tensors are not those of its model")
+    check_rotary_size(config, sum(p.numel() for p in model.parameters()))
     stored = unpack(data)[1]
     for name, q in stored.items():
-        check_extras(name, q)
+        try:
+            check_stored(q)
+        except ValueError as error:
+            raise ArtifactError(f"its tensor {name!r} is not possible: {error}") from None
     weights = dequantize(stored)
     model.to_empty(device=device)
     with torch.no_grad():
@@ -5287,6 +6379,47 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
         for name, p in model.named_parameters():
             p.copy_(weights[name])
     return model, config
+
+
+def load_packer(path: Path) -> Callable[[bytes], bytes]:
+    """`pack` of tools/pack_code.py: the bytes of a script -> the bytes of the script that ships.
+
+    Its errors: ImportError without the minifier; SyntaxError or ValueError for what is not Python.
+    """
+    spec = importlib.util.spec_from_file_location("pack_code", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pack
+
+
+@functools.cache
+def shipped_code() -> tuple[int, str]:
+    """Bytes of this program as it ships, and the form that was counted: packed, where the packer is beside it.
+
+    A script without the packer beside it is packed already, or ships as it is.
+    """
+    file = Path(__file__)
+    packer = file.resolve().parent / "tools" / "pack_code.py"
+    if not packer.is_file():
+        return file.stat().st_size, "as it runs"
+    try:
+        return len(load_packer(packer)(file.read_bytes())), "packed by tools/pack_code.py"
+    except Exception as error:  # a training must not end for want of a count
+        return file.stat().st_size, f"not packed ({error!r})"
+
+
+def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
+    """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
+    code, form = run.broadcast_object(shipped_code() if run.is_main else None)
+    return dict(
+        code_bytes=code,
+        code_form=form,
+        model_bytes=model_bytes,
+        artifact_bytes=code + model_bytes,
+        artifact_limit_bytes=config.artifact_limit_bytes,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5448,14 +6581,14 @@ class Evaluator:
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
         self.stream, self.vocabulary = TokenStream(config, "val"), Vocabulary(config)
-        self.audit = Audit(config, run)
-        self.audit.validation(self.stream)
-        self.audit.refuse()  # ids beyond the vocabulary have no bytes
+        self.data_check = DataCheck(config, run, Manifest.read(Path(config.data_path)))
+        self.data_check.validation(self.stream)
+        self.data_check.refuse()  # ids beyond the vocabulary have no bytes
         self.tokens = self.stream.read(0, len(self.stream))
         sidecar = read_sidecar(config, self.stream)
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
-        self.audit.count_bytes("val", self.bytes)
-        self.audit.refuse()
+        self.data_check.count_bytes("val", self.bytes)
+        self.data_check.refuse()
         self.documents = document_offsets(self.tokens)
         self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
         if int((self.windows[:, 1] - self.windows[:, 2]).sum()) != len(self.tokens) - 1:
@@ -5463,8 +6596,10 @@ class Evaluator:
         self.sequences = pack_sequences(self.windows, config.eval_context)
         self.batch_size = min(config.eval_rows, len(self.sequences))
         self.notes = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
-        if not self.audit.rows["manifest"]:
-            self.notes.append(f"{self.audit.manifest.path} does not exist: nothing says what the shards should hold")
+        if not self.data_check.rows["manifest"]:
+            self.notes.append(
+                f"{self.data_check.manifest.path} does not exist, so nothing says what the shards should hold"
+            )
 
     def batches(self, sequences: list[list[int]]) -> list[list[list[int]]]:
         """Sequences (lists of windows) in groups of the batch size."""
@@ -5559,7 +6694,7 @@ class FullModelSGD:
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
-        self.run.all_reduce(*(p.grad for p in parameters))
+        self.run.all_reduce(*map(gradient_of, parameters))
         self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -5581,7 +6716,7 @@ class FullModelSGD:
         if self.frozen_blocks:
             for block in self.model.blocks[: self.frozen_blocks]:
                 for p in block.parameters():
-                    p.grad.zero_()
+                    gradient_of(p).zero_()
             for bank in (getattr(self.model, name) for name in BANKS):
                 bank.grad.unflatten(0, (-1, self.config.num_layers))[:, : self.frozen_blocks].zero_()
 
@@ -5705,11 +6840,14 @@ class PhasedTTT:
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
         """One adapter step of the first documents on their chunk's mean loss."""
-        adapting, counted = len(scored), scored >= 0
+        adapters, adapting = self.adapters, len(scored)
+        if adapters is None:
+            raise RuntimeError("there are no adapters to train")
+        counted = scored >= 0
         self.ledger.train_on(scored[counted])
         mask = torch.from_numpy(counted).to(nll.device)
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
-        self.adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
+        adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
     def score(self, batch: Batch, scored: np.ndarray, adapts: bool) -> tuple[Tensor, list[Tensor]]:
         """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on."""
@@ -5752,7 +6890,8 @@ class PhasedTTT:
     def train_full_model(self, documents: np.ndarray) -> None:
         """All weights train on the documents scored so far, each once an epoch, in chunks, without the last chunk."""
         config = self.config
-        stream = np.concatenate([np.arange(self.offsets[d], self.offsets[d + 1]) for d in documents])
+        bounds = [(int(self.offsets[d]), int(self.offsets[d + 1])) for d in documents]
+        stream = np.concatenate([np.arange(begin, end) for begin, end in bounds])
         size = config.global_ttt_chunk_tokens
         chunks = np.split(stream, range(size, len(stream), size))[:-1]
         sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
@@ -5831,44 +6970,36 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# main
+# Stages: the parts of a run, each timed
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """What a reader of a log needs to repeat it."""
-    return dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        numpy=np.__version__,
-        cuda=torch.version.cuda or "none",
-    )
+class Trained(NamedTuple):
+    """What a training leaves for the artifact and the summary."""
+
+    model: GPT  # with averaged weights
+    hessians: dict[str, Tensor]
+    end: Progress
+    score: Score  # before quantization
+    data_stall: float  # fraction of the step time
 
 
-def hardware(run: Run) -> str:
-    """Chips of this machine and how many of them the run uses, all machines counted."""
-    if run.device.type == "cuda":
-        return f"{run.world} x {torch.cuda.get_device_name()}"
-    model = cpu_info("model name") or platform.processor() or platform.machine()
-    return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
-
-
-def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> dict[str, Any]:
-    """Trains, validates, quantizes and writes the artifact. Returns the summary's rows about it."""
+def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> Trained:
+    """Trains, averages, validates and calibrates. Errors: ConfigError for a training that diverged."""
     with Stage(run, "setup"):
-        model, earlier = new_model(config), graphs_compiled()
+        model, graphs = new_model(config), graphs_compiled()
         trainer = Trainer(model.to(run.device), loader, config, run)
     with Stage(run, "warmup"):
         trainer.warm_up(evaluator.warm_up)
-        warm = graphs_compiled()
-        run.log(
-            f"warmup:{config.warmup_steps} steps of each use, {warm - earlier} graphs compiled, everything put back"
-        )
+        steps, warm = config.warmup_steps, graphs_compiled()
+        unit = "step" if steps == 1 else "steps"
+        run.log(f"warmup: {steps} {unit} per graph variant, {warm - graphs} graphs, state restored")
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
         loader.data_stall = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
-        waited = log_data_stall(run, end, loader.data_stall)
+        data_stall = log_data_stall(run, end, loader.data_stall)
+        evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
     with Stage(run, "validate"):
         score = evaluator(trainer.forward)
@@ -5876,82 +7007,48 @@ def train_stages(config: Config, run: Run, loader: TrainLoader, evaluator: Evalu
         if not math.isfinite(score.nats):
             raise diverged(config, f"the validation loss is {score.loss}")
         if config.compile == "1":
-            run.log(f"recompiled:{graphs_compiled() - warm} graphs after the warmup")
+            run.log(f"recompiled: {graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
+    return Trained(model, hessians, end, score, data_stall)
+
+
+def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]:
+    """Quantizes, packs and writes the model, on rank 0. Returns the summary's rows about training and artifact."""
+    weights = {name: p.detach() for name, p in trained.model.named_parameters()}
     with Stage(run, "quantize"):
-        if run.main:
-            weights = {name: p.detach() for name, p in model.named_parameters()}
-            room = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
-            if config.target_bytes:
-                data = quantize_within(weights, hessians, room, config, run.log)
-            else:
-                stored = quantize(weights, hessians, config, run.log)
-                residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
-                data = pack_within(stored, residuals, room, config, run.log)
+        data = b""
+        if run.is_main:
+            limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+            data = make_artifact(weights, trained.hessians, limit, config, run.log)
     with Stage(run, "pack"):
-        if run.main:
-            write_atomic(run.folder / CONTAINER_FILE, data)
-            sections = size_table(data, unpack(data)[1], weights, hessians)
+        sections: list[dict[str, Any]] = []
+        if run.is_main:
+            write_atomic(run.path(CONTAINER_FILE), data)
+            sections = size_table(data, unpack(data)[1], weights, trained.hessians)
             for line in format_table(sections):
                 run.log(line)
         run.barrier()
-    tokens = end.step * config.train_batch_tokens
-    size = run.broadcast_object((run.folder / CONTAINER_FILE).stat().st_size if run.main else None)
+    end, tokens = trained.end, trained.end.step * config.train_batch_tokens
     return dict(
-        **sizes(size, config, run),
-        val_bpb_pre_quant=score.bpb,
-        val_loss_pre_quant=score.loss,
+        **sizes(run.broadcast_object(len(data)), config, run),
+        val_bpb_pre_quant=trained.score.bpb,
+        val_loss_pre_quant=trained.score.loss,
         steps=end.step,
         train_tokens=tokens,
         train_seconds=end.seconds,
         tokens_per_second=tokens / end.seconds,
-        data_wait_share=waited,
+        data_wait_share=trained.data_stall,
         parameters=parameter_count(config),
-        sections=sections if run.main else [],
+        sections=sections,
     )
 
 
-@functools.cache
-def shipped_code() -> tuple[int, str]:
-    """Bytes of this program as it ships, and the form that was counted: packed, where the packer is beside it.
-
-    A packed script has no packer beside it, or is packed already: it ships as it is.
-    """
-    file, packer = Path(__file__), Path(__file__).resolve().parent / "tools" / "pack_code.py"
-    if not packer.is_file():
-        return file.stat().st_size, "as it runs"
-    try:
-        return len(runpy.run_path(str(packer))["pack"](file.read_bytes())), "packed by tools/pack_code.py"
-    except Exception as error:  # a training must not end for want of a count
-        return file.stat().st_size, f"not packed ({error!r})"
-
-
-def sizes(model_bytes: int, config: Config, run: Run) -> dict[str, Any]:
-    """The summary's rows about bytes: what counts toward the limit is the code, as it ships, and the model."""
-    code, form = run.broadcast_object(shipped_code() if run.main else None)
-    return dict(
-        code_bytes=code,
-        code_form=form,
-        model_bytes=model_bytes,
-        artifact_bytes=code + model_bytes,
-        artifact_limit_bytes=config.artifact_limit_bytes,
-    )
-
-
-def log_data(run: Run, evaluator: Evaluator) -> None:
-    """What is known of the data before anything is computed from them."""
-    for line in (*evaluator.notes, *evaluator.audit.lines()):
-        run.log(line)
-    run.metric(audit=evaluator.audit.rows)
-
-
-def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
+def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
-        path = run.folder / CONTAINER_FILE
-        data = run.broadcast_object(path.read_bytes() if run.main else None)
+        data = run.broadcast_object(run.path(CONTAINER_FILE).read_bytes() if run.is_main else None)
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
@@ -5970,8 +7067,8 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
         val_tokens=score.tokens,
         val_bytes=score.bytes,
         parameters=parameter_count(config),
-        audit=evaluator.audit.rows,
-        reference_compressors=evaluator.audit.manifest.reference,
+        audit=evaluator.data_check.rows,
+        reference_compressors=evaluator.data_check.manifest.reference,
     )
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
@@ -5979,49 +7076,17 @@ def eval_stages(config: Config, explicit: set[str], run: Run, evaluator: Evaluat
     return rows
 
 
-def print_summary(run: Run, s: dict[str, Any]) -> None:
-    """The last lines of a run, from what it measured."""
-    run.log("-" * 72)
-    if "val_bpb_pre_quant" in s:
-        run.log(
-            f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
-            f"{s['parameters']} parameters"
-        )
-        run.log(f"val_bpb    {s['val_bpb_pre_quant']:.4f} before quantization")
-    if "val_bpb_quantized" in s:
-        run.log(
-            f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
-            f"{s['val_bytes']} bytes, each once"
-        )
-        for name, bpb in s["reference_compressors"].items():
-            run.log(f"           {bpb:.4f} {name} on the same text, for orientation")
-    if "artifact_bytes" in s:
-        share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
-        run.log(
-            f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
-            f"{share:.1%} of the limit of {s['artifact_limit_bytes']}"
-        )
-        run.log(f"           code {s['code_form']}")
-    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
-    run.log(f"seconds    {stages}; in all {sum(s['seconds'].values()):.1f}")
-    run.log(f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}")
+def log_data(run: Run, evaluator: Evaluator) -> None:
+    """What the shards hold, before anything is computed from them."""
+    for line in (*evaluator.notes, *evaluator.data_check.lines()):
+        run.log(line)
+    run.metric(audit=evaluator.data_check.rows)
 
 
-def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) -> int:
-    """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
-    evaluator = None
-    if config.mode != "eval":
-        with Stage(run, "data"):  # before the folder is made: what is wrong with the data leaves nothing behind
-            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
-        with Stage(run, "audit"):
-            evaluator.audit.training(loader.stream, evaluator.stream)
-            evaluator.audit.refuse()
-        config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
-    open_folder(run, config)
-    for remark in remarks:
-        run.log(remark)
-    if evaluator:
-        log_data(run, evaluator)
+def log_setup(run: Run, config: Config, notes: list[str]) -> str:
+    """The first lines of a log: notes, machine, backends. Returns the attention backend's name."""
+    for note in notes:
+        run.log(note)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
     attention, why = choose_attention(config)
     run.log(
@@ -6029,24 +7094,39 @@ def execute(config: Config, explicit: set[str], remarks: list[str], run: Run) ->
         f"attention:{attention} ({why}) compile:{config.compile} "
         f"triton:{config.triton_kernels} fused_ce:{int(config.fused_ce_enabled)} read_ahead:{config.read_ahead}"
     )
-    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
     if config.mode != "eval":
         looped = f" looped:{execution_order(config, True)}" if config.loops else ""
         run.log(f"parameters:{parameter_count(config)} order:{execution_order(config, False)}{looped}")
         run.log(str(batch_layout(config, run.world)))
-        summary |= dict(train_stages(config, run, loader, evaluator), audit=evaluator.audit.rows)
-    if config.mode != "train":
-        summary |= eval_stages(config, explicit, run, evaluator)
-    summary |= dict(
-        seconds=run.seconds, peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run)
-    )
-    if run.main:
-        write_atomic(run.folder / (run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
-    print_summary(run, summary)
-    over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
-    if over > 0:
-        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
-    return 1 if over > 0 else 0
+    return attention
+
+
+def summary_lines(s: dict[str, Any]) -> Iterator[str]:
+    """The last lines of a run, from its summary."""
+    yield "-" * 72
+    if "val_bpb_pre_quant" in s:
+        yield (
+            f"trained    {s['steps']} steps, {s['train_tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s, "
+            f"{s['parameters']} parameters"
+        )
+        yield f"val_bpb    {s['val_bpb_pre_quant']:.4f} before quantization"
+    if "val_bpb_quantized" in s:
+        yield (
+            f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
+            f"{s['val_bytes']} bytes, each once"
+        )
+        for name, bpb in s["reference_compressors"].items():
+            yield f"           {bpb:.4f} {name} on the same text, for orientation"
+    if "artifact_bytes" in s:
+        share = s["artifact_bytes"] / s["artifact_limit_bytes"] if s["artifact_limit_bytes"] else math.inf
+        yield (
+            f"artifact   {s['artifact_bytes']} bytes (code {s['code_bytes']} + model {s['model_bytes']}), "
+            f"{share:.1%} of the limit of {s['artifact_limit_bytes']}"
+        )
+        yield f"           code {s['code_form']}"
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
+    yield f"seconds    {stages}; total {sum(s['seconds'].values()):.1f}"
+    yield f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}"
 
 
 def dry_run(config: Config, world: int) -> str:
@@ -6056,30 +7136,67 @@ def dry_run(config: Config, world: int) -> str:
             config=dataclasses.asdict(config),
             parameters=parameter_count(config),
             execution_order=dict(plain=execution_order(config, False), looped=execution_order(config, True)),
-            batch_layout=dict(**batch_layout(config, world)._asdict(), row_tokens=config.train_seq_len),
-            evaluation=dict(context=config.eval_context, stride=config.eval_step, batch_rows=config.eval_rows),
+            batch_layout=dict(**batch_layout(config, world)._asdict(), sequence_tokens=config.train_seq_len),
+            evaluation=dict(context=config.eval_context, stride=config.eval_step, batch_sequences=config.eval_rows),
         ),
         indent=1,
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> int:
+    """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
+    loader = evaluator = None
+    if config.mode != "eval":
+        with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
+            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
+        with Stage(run, "audit"):
+            evaluator.data_check.training(loader.stream)
+            evaluator.data_check.leaks()
+            evaluator.data_check.refuse()
+        config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
+    open_folder(run, config)
+    if evaluator:
+        log_data(run, evaluator)
+    attention = log_setup(run, config, notes)
+    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
+    if loader and evaluator:
+        summary |= write_artifact(train_model(config, run, loader, evaluator), config, run)
+        summary |= dict(audit=evaluator.data_check.rows)
+    if config.mode != "train":
+        summary |= evaluate_artifact(config, explicit, run, evaluator)
+    machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
+    summary |= dict(seconds=run.seconds, **machine)
+    if run.is_main:
+        write_atomic(run.path(run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+    for line in summary_lines(summary):
+        run.log(line)
+    over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
+    if over > 0:
+        run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
+    return 1 if over > 0 else 0
+
+
 def main(arguments: list[str], environment: dict[str, str]) -> int:
-    """Runs the script. Returns the exit code: 2 for what a user can mend, with one line that says how."""
+    """Runs the script. Returns the exit code: 2 for an error of the user, after one line that explains it."""
     try:
         options, environment = parse_arguments(arguments, environment)
         if "--help" in options:
             print(help_text())
             return 0
-        config, explicit, remarks = config_from_env(environment, torch.cuda.is_available())
+        config, explicit, notes = config_from_env(environment, torch.cuda.is_available())
         if "--dry-run" in options:
             plan = dry_run(config, rank_variable(environment, "WORLD_SIZE", 1))
-            for remark in remarks:
-                print(remark, file=sys.stderr)
+            print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
             print(plan)
             return 0
         run = start_run(config, environment)
         try:
-            code = execute(config, explicit, remarks, run)
+            code = execute(config, explicit, notes, run)
             run.barrier()  # a rank that leaves early would cut off what others still send
             return code
         finally:
@@ -6092,29 +7209,6 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[set[str], dict[str, str]]:
-    """(options, environment with --mode put into it). Errors: ConfigError."""
-    options, environment = set(), dict(environment)
-    waiting = list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        name, equals, value = word.partition("=")
-        if name == "--mode":
-            if not equals and waiting:
-                value = waiting.pop(0)
-            if not value:
-                raise ConfigError("argument", word, "needs a mode: train, eval or all")
-            environment["MODE"] = value
-        elif word in ("--help", "-h", "--dry-run"):
-            options.add("--help" if word == "-h" else word)
-        else:
-            allowed = (
-                "must be --mode train|eval|all, --dry-run or --help; every other setting is an environment variable"
-            )
-            raise ConfigError("argument", word, allowed)
-    return options, environment
 
 
 if __name__ == "__main__":

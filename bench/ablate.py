@@ -1,14 +1,15 @@
-"""Ablations: each technique of a preset switched off in turn, and those that it leaves off switched on.
+"""Ablations: each technique of a preset switched off in turn, and techniques that it does not use switched on.
 
     python bench/ablate.py [--presets record poly5] [--seeds 42 0 314] [--only NAME ...] [--steps 150] [--jobs N]
 
-Every run is train_gpt.py itself, on a small model of the preset's architecture, with a fixed number of steps on the
-built-in corpus, in a folder of its own under --folder: a run that is there is not run again, so the command goes on
-where it was stopped. --jobs runs go side by side, each on one thread; all runs of one seed come before the next seed's.
-Then training steps of each row and of the whole preset are timed in turns, in one process. The table, --out, holds for
-each row the change against the whole preset with the same seeds: bits per byte before and after quantization, bytes of
-the model, tokens/s, with the standard deviations of these differences. Small models and short trainings: a technique
-that does nothing here may well pay at the preset's size.
+Every run is train_gpt.py itself, with a small model of the preset's architecture and a fixed number of steps on the
+built-in corpus. Each run has a folder under --folder. A finished run is not repeated, so the same command resumes a
+stopped ablation. --jobs runs go in parallel, each on one thread. All runs of one seed come before those of the next.
+Then training steps of each row and of the whole preset are timed in turns, in one process.
+
+The table, --out, compares each row with the whole preset at the same seeds: bits per byte before and after
+quantization, bytes of the model, tokens/s, and the standard deviations of these differences. Models are small and
+trainings short, so a technique without effect here may well pay at the preset's size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import processes  # noqa: E402
 import train_gpt as t  # noqa: E402
 
-# The presets' shapes in small; what a row sets comes on top. The learning rates are higher, as small models want.
+# Small shapes for the presets; settings of a row override these. Small models need higher learning rates.
 SMALL = dict(
     VOCAB_SIZE=1024,
     NUM_LAYERS=4,
@@ -94,7 +95,7 @@ ROWS = {
         "LQER off": dict(LQER_ENABLED=0),
         "uniform quantizer": dict(QUANTIZER="uniform"),
         "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0),
-        "steps by column off": dict(COLUMN_STEPS=0),
+        "column scales off": dict(COLUMN_STEPS=0),
         "brotli": dict(COMPRESSOR="brotli"),
         "AWQ-lite on": dict(AWQ_GROUPS=8),
         "BigramHash on": dict(BIGRAM_VOCAB_SIZE=1536),
@@ -133,8 +134,8 @@ ROWS = {
         "lanes on": dict(PARALLEL_START_LAYER=3),
     },
 }
-# What only evaluation does: the whole preset's artifacts, scored in another way. The rates of test-time training are
-# raised, and its batches and phases made smaller, for small models and few documents.
+# Rows that only change the evaluation score the whole preset's artifacts again. For small models and few documents,
+# test-time training has higher learning rates, smaller batches and shorter phases.
 TTT = dict(
     TTT_BATCH_SIZE=32,
     TTT_LORA_RANK=16,
@@ -155,7 +156,7 @@ EVALUATIONS = {
 
 
 class Job(NamedTuple):
-    """One run: a row of a preset's table with one seed; `of` is the run whose artifact it only scores again."""
+    """One run: a row of a preset's table with one seed. `of`: the run whose artifact it scores again, or None."""
 
     preset: str
     name: str
@@ -165,18 +166,18 @@ class Job(NamedTuple):
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
-    """All runs of the table: seed by seed, the whole preset first, what scores its artifact last."""
+    """All runs of the table, seed by seed: first the whole preset, last the runs that score its artifact."""
+
+    def job(preset: str, seed: int, name: str, of: Path | None = None) -> Job:
+        folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
+        return Job(preset, name, seed, folder, of)
+
     jobs = []
     for seed in options.seeds:
         for preset in options.presets:
-
-            def job(name: str, of: Path | None = None) -> Job:
-                folder = options.folder / f"{preset}-{options.steps}" / f"{slug(name)}-{seed}"
-                return Job(preset, name, seed, folder, of)
-
-            whole = job("whole")
-            jobs += [whole, *(job(name) for name in wanted(ROWS[preset], options))]
-            jobs += [job(name, whole.folder) for name in wanted(EVALUATIONS, options)]
+            whole = job(preset, seed, "whole")
+            jobs += [whole, *(job(preset, seed, name) for name in wanted(ROWS[preset], options))]
+            jobs += [job(preset, seed, name, whole.folder) for name in wanted(EVALUATIONS, options)]
     return sorted(jobs, key=lambda job: (options.seeds.index(job.seed), job.of is not None))
 
 
@@ -189,12 +190,12 @@ def slug(name: str) -> str:
 
 
 def run(job: Job, options: argparse.Namespace) -> dict:
-    """The summary of one run, which is made if it is not there. Errors: RuntimeError with the script's last lines."""
+    """The summary of one run, after running it if needed. Errors: RuntimeError with the script's last lines."""
     path = job.folder / ("eval_summary.json" if job.of else "summary.json")
     if not path.is_file():
         changes = {**ROWS[job.preset], **EVALUATIONS, "whole": {}}[job.name]
         values = {**settings(job.preset, changes, options), "SEED": job.seed, "ARTIFACT_DIR": job.folder}
-        shutil.rmtree(job.folder, ignore_errors=True)  # a run that was stopped: nothing in it counts
+        shutil.rmtree(job.folder, ignore_errors=True)  # left by a stopped run
         if job.of:
             job.folder.mkdir(parents=True)
             shutil.copy(job.of / "model.pgolf", job.folder)
@@ -210,10 +211,8 @@ def run(job: Job, options: argparse.Namespace) -> dict:
                 *changes,
             )  # the model's own settings are the artifact's
             values = {"MODE": "eval", **{name: values[name] for name in names}}
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, str(ROOT / "train_gpt.py")],
-            capture_output=True,
-            text=True,
             cwd=ROOT,
             env={**os.environ, **{name: str(value) for name, value in values.items()}},
         )
@@ -224,10 +223,10 @@ def run(job: Job, options: argparse.Namespace) -> dict:
 
 
 def make_all(jobs: list[Job], options: argparse.Namespace) -> dict[Job, dict]:
-    """Every run's summary, --jobs at a time; a failure stops what has not begun."""
+    """Every run's summary, --jobs runs at a time. A failure cancels the runs that have not begun."""
     found, began = {}, time.monotonic()
     trained = [[job for job in jobs if not job.of], [job for job in jobs if job.of]]
-    for group in trained:  # an artifact must be there before it is scored again
+    for group in trained:  # an artifact must exist before it is scored again
         with ThreadPoolExecutor(options.jobs) as pool:
             futures = {job: pool.submit(run, job, options) for job in group}
             for job, future in futures.items():
@@ -245,7 +244,7 @@ def make_all(jobs: list[Job], options: argparse.Namespace) -> dict[Job, dict]:
 
 
 def settings(preset: str, changes: dict, options: argparse.Namespace) -> dict[str, str]:
-    """The environment of a training."""
+    """The environment of a training run."""
     values = {
         **SMALL,
         **PRESETS[preset],
@@ -258,32 +257,34 @@ def settings(preset: str, changes: dict, options: argparse.Namespace) -> dict[st
 
 
 class Timed:
-    """A trainer whose steps are timed at five places of the training: loops, depth and QAT change on the way."""
+    """A trainer whose steps are timed at five points of the training, because recurrence, depth and QAT change."""
 
     def __init__(self, preset: str, changes: dict, options: argparse.Namespace):
-        self.c = t.config_from_env(settings(preset, changes, options), False)[0]
-        model = t.new_model(self.c)
-        run = t.start_run(self.c, {})
-        self.trainer = t.Trainer(model, t.TrainLoader(self.c, run), self.c, run)
+        self.config = t.config_from_env(settings(preset, changes, options), False)[0]
+        model = t.new_model(self.config)
+        run = t.start_run(self.config, {})
+        self.trainer = t.Trainer(model, t.TrainLoader(self.config, run), self.config, run)
 
     def seconds(self) -> float:
-        """Of a step, on average."""
+        """Mean seconds of a step."""
         begin = time.perf_counter()
         for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
-            progress = t.Progress(int(fraction * self.c.iterations), 0.0)
-            self.trainer.step(progress, *t.step_variant_at(progress, self.c))
+            progress = t.Progress(int(fraction * self.config.iterations), 0.0)
+            self.trainer.step(progress, *t.step_variant_at(progress, self.config))
         return (time.perf_counter() - begin) / 5
 
 
 def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[str, list[float]]:
-    """Tokens/s of each row's training over the whole preset's, timed in turns; the first round is thrown away.
+    """Ratio of each row's tokens/s to the whole preset's, timed in turns without the first round.
 
-    They are kept beside the runs; "whole" has tokens/s themselves.
+    The result is saved beside the runs. "whole" has the preset's tokens/s.
     """
     file = options.folder / f"{preset}-{options.steps}" / "speeds.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     missing = [name for name in wanted(ROWS[preset], options) if name not in found]
-    whole = Timed(preset, {}, options) if missing or not found else None
+    if found and not missing:
+        return found
+    whole = Timed(preset, {}, options)
     if not found:
         found["whole"] = [whole.config.train_batch_tokens / whole.seconds() for _ in range(rounds)][1:]
     for name in missing:
@@ -296,10 +297,12 @@ def speeds(preset: str, options: argparse.Namespace, rounds: int = 4) -> dict[st
 
 
 def change(whole: list[dict], changed: list[dict], key: str, relative: bool = False) -> str:
-    """Mean of the differences over the seeds and their deviation, as a cell."""
+    """A cell: mean and deviation of the differences over the seeds."""
     if key not in changed[0]:
         return ""
-    differences = [100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed)]
+    differences = [
+        100 * (b[key] / a[key] - 1) if relative else b[key] - a[key] for a, b in zip(whole, changed, strict=True)
+    ]
     digits, unit = (1, "%") if relative else (4, "")
     spread = f" ± {statistics.stdev(differences):.{digits}f}" if len(differences) > 1 else ""
     return f"{statistics.mean(differences):+.{digits}f}{spread}{unit}"
@@ -315,12 +318,12 @@ def line_of(name: str, whole: list[dict], changed: list[dict], ratios: list[floa
 
 
 def verdicts(whole: list[dict], rows: dict[str, list[dict]]) -> list[str]:
-    """The rows by what they do to the score after quantization: the same with every seed, or not."""
+    """The rows grouped by their effect on the score after quantization, and by whether all seeds agree."""
     groups: dict[str, list[str]] = {"Better with every seed": [], "Worse with every seed": [], "Seeds disagree": []}
     for name, changed in rows.items():
         signs = {
             (b["val_bpb_quantized"] > a["val_bpb_quantized"]) - (b["val_bpb_quantized"] < a["val_bpb_quantized"])
-            for a, b in zip(whole, changed)
+            for a, b in zip(whole, changed, strict=True)
         }
         groups[
             {(-1,): "Better with every seed", (1,): "Worse with every seed"}.get(tuple(signs), "Seeds disagree")
@@ -359,9 +362,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 0, 314])
-    parser.add_argument("--only", nargs="+", help="names of rows, as the table has them")
+    parser.add_argument("--only", nargs="+", help="rows to run, by their names in the table")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel runs")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_ablate")
     parser.add_argument("--folder", type=Path, default=ROOT / "logs" / "ablate")
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "ablate" / "ablation.md")
@@ -379,9 +382,9 @@ def main() -> int:
     lines = [
         "# Ablations",
         "",
-        "Made by `make ablate`: differences to the whole preset with the same seeds, mean ± "
-        "standard deviation over seeds (of tokens/s: over three timings in turns). More bits per byte are worse. "
-        "Rows without a figure before quantization score the whole preset's artifacts in another way.",
+        "Made by `make ablate`. Each figure is the difference to the whole preset with the same seeds: mean ± standard "
+        "deviation over the seeds (of tokens/s: over three timings in turns). More bits per byte are worse. "
+        "Rows without a figure before quantization only change the evaluation of the whole preset's artifacts.",
         "",
     ]
     for preset in options.presets:

@@ -1,8 +1,8 @@
-"""How fast CaseOps is beside what it stands next to, SentencePiece: megabytes a second of one core, in one process.
+"""Speed of CaseOps compared with SentencePiece: MB/s of one core, in one process.
 
     python bench/caseops.py [--package python] [--repeats 5]
 
-The text is the documentation in a package (data/corpus.py), as prepare.py sees it; figures are medians.
+The text is the documentation in a package (data/corpus.py), as in prepare.py. Figures are medians.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import prepare  # noqa: E402
 
 
 def megabytes_per_second(function: Callable, inputs: list, size: int, repeats: int) -> float:
-    """Of `size` bytes of text that one call for each input handles."""
+    """MB/s of calls of the function on all inputs, which hold `size` bytes of text."""
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -32,7 +32,7 @@ def megabytes_per_second(function: Callable, inputs: list, size: int, repeats: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--package", choices=corpus.PACKAGES, default="python")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
     plain = prepare.Codec(prepare.train_tokenizer(texts, 1024)[0])
     codec = prepare.Codec(prepare.train_tokenizer(texts, 1024, with_caseops=True)[0], with_caseops=True)
     ids = [codec.encode(text) for text in texts]
-    stages = {
+    stages: dict[str, tuple[Callable, list]] = {
         "sentencepiece": (plain.processor.encode, texts),
         "caseops.encode": (caseops.encode, texts),
         "caseops.decode": (caseops.decode, encoded),
@@ -50,7 +50,7 @@ def main() -> None:
         "prepare, plain": (plain.encode, texts),
         "prepare, --caseops": (codec.encode, texts),
     }
-    rates = {name: megabytes_per_second(*stage, size, options.repeats) for name, stage in stages.items()}
+    rates = {name: megabytes_per_second(*stage, size=size, repeats=options.repeats) for name, stage in stages.items()}
     print(f"{len(texts)} documents, {size} bytes")
     for name, rate in rates.items():
         print(f"{name:20s} {rate:7.1f} MB/s   {rate / rates['sentencepiece']:6.1f} times SentencePiece's encoding")

@@ -1,9 +1,9 @@
-"""What the hand-written CPU kernels gain: plain and fast version in turn, in one process, as ratios.
+"""Speedup of the hand-written CPU kernels: plain and fast versions in turn, in one process.
 
     python bench/cpu_kernels.py [--rows 16] [--length 256] [--repeats 9]
 
-Each figure is the median of several alternating runs of forward and backward; a ratio above 1 means that the fast
-version is faster. The last line is a whole training step of the demo preset with ATTENTION=sdpa against blocked.
+Each figure is the median of several alternating runs of forward and backward. A ratio above 1 means that the fast
+version is faster. The last line compares a whole training step of the demo preset with ATTENTION=sdpa and blocked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import train_gpt as t  # noqa: E402
 
 
 def alternate(slow: Callable, fast: Callable, repeats: int) -> tuple[float, float]:
-    """Median seconds of both, run in turn so that a change of the machine's speed meets both."""
+    """Median seconds of both functions, run in turn so that changes of the machine's speed affect both."""
     times: tuple[list, list] = ([], [])
     for _ in range(repeats + 1):
         for function, seconds in zip((slow, fast), times, strict=True):
@@ -38,7 +38,7 @@ def alternate(slow: Callable, fast: Callable, repeats: int) -> tuple[float, floa
 
 
 def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable:
-    """A call that runs the function forward and backward."""
+    """A function without arguments that runs forward and backward."""
 
     def call() -> None:
         out = function(*inputs)
@@ -49,7 +49,7 @@ def both_ways(function: Callable, *inputs: torch.Tensor) -> Callable:
 
 
 def one_document(rows: int, length: int) -> t.Documents:
-    """A document for each row."""
+    """One document in each sequence."""
     starts = torch.zeros(rows, length, dtype=torch.int32)
     return t.Documents(starts, torch.from_numpy(t.cu_seqlens_of(starts.numpy())))
 
@@ -93,7 +93,7 @@ def training_step(attention: str) -> Callable:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)

@@ -1,22 +1,20 @@
-"""Fingerprints of tiny runs of every preset: proof that a change of the code leaves what is computed alone, bit for bit.
+"""Fingerprints of tiny runs of every preset, to show that a change of the code leaves all results bit-equal.
 
     python bench/fingerprint.py --save before.json      before the change
-    python bench/fingerprint.py --against before.json   after it: exit code 1 names what differs
+    python bench/fingerprint.py --against before.json   after it; prints differences, with exit code 1
 
-Each run is the real script in a process of its own, with one CPU thread: losses of every step, scores of every stage,
-and for each section of the artifact its packed bytes' length and CRC-32, as its header states them. The header itself
-is left out, since it holds the names of knobs and parameters. Fingerprints of two machines may differ.
+Each run is the real script in a process of its own, with one CPU thread. A fingerprint has the losses of every step,
+the scores of every stage, and for each section of the artifact its length and CRC-32, as the header states them. The
+header itself is left out, since it holds the names of knobs and parameters. Two machines may have different
+fingerprints.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
-import runpy
 import struct
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -24,6 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import processes  # noqa: E402
+
 SMALL = dict(
     VOCAB_SIZE=1024, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=2048,
     MICRO_BATCH_TOKENS=512, ITERATIONS=16, MAX_WALLCLOCK_SECONDS=0, GPTQ_RESERVE_SECONDS=0, WARMUP_STEPS=1,
@@ -32,7 +33,7 @@ SMALL = dict(
     PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=2048, TTT_BASELINE=1, TARGET_BYTES=0, EVAL_STRIDE=32, SEED=5,
 )  # fmt: skip
 RUNS = {
-    "demo": dict(PRESET="demo", MODEL_BYTES=150_000),
+    "demo": dict(PRESET="demo"),
     "baseline": dict(PRESET="baseline"),
     "record": dict(PRESET="record"),
     "record, 2 ranks": dict(PRESET="record", ranks=2),
@@ -50,13 +51,6 @@ RESULTS = (
 )  # fmt: skip
 
 
-@functools.cache
-def code_bytes() -> int:
-    """Bytes of the script as it ships, which TARGET_BYTES counts."""
-    packer = runpy.run_path(str(ROOT / "tools" / "pack_code.py"))
-    return len(packer["pack"]((ROOT / "train_gpt.py").read_bytes()))
-
-
 def sections(artifact: bytes) -> list[list]:
     """[section, codec, packed bytes, unpacked bytes, CRC-32] of each section, from the container's header."""
     _, length, _ = struct.unpack_from("<8sII", artifact)
@@ -64,23 +58,15 @@ def sections(artifact: bytes) -> list[list]:
 
 
 def fingerprint(settings: dict, data: Path) -> dict:
-    """Runs the script with these settings and returns all that must not change."""
+    """Runs the script with these settings. Returns all results that must not change."""
     settings = {**SMALL, **settings, "DATA_PATH": data}
     ranks = settings.pop("ranks", 1)
-    if "MODEL_BYTES" in settings:  # TARGET_BYTES counts the code, which a change of the code may change
-        settings["TARGET_BYTES"] = settings.pop("MODEL_BYTES") + code_bytes()
     command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                                  if ranks > 1 else []), str(ROOT / "train_gpt.py")]  # fmt: skip
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         settings["ARTIFACT_DIR"] = Path(folder, "run")
-        done = subprocess.run(
-            command,
-            env={**kept, **{k: str(v) for k, v in settings.items()}},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
+        done = processes.run(command, env={**kept, **{k: str(v) for k, v in settings.items()}}, cwd=folder)
         if done.returncode:
             raise SystemExit(
                 f"error: {settings}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
@@ -98,15 +84,15 @@ def fingerprint(settings: dict, data: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="write the fingerprints to this file")
-    parser.add_argument("--against", type=Path, help="compare them with this file's")
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_fingerprint", help="made where missing")
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, help="runs, by name")
+    parser.add_argument("--against", type=Path, help="compare the fingerprints with those of this file")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "data" / "builtin_fingerprint", help="shards; prepared if missing"
+    )
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, help="names of runs (default: all)")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
-        subprocess.run(
-            [sys.executable, str(ROOT / "data" / "prepare.py"), "builtin", "--out", str(arguments.data), "--vocab-size",
-             "1024", "--val-fraction", "0.0008"], check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        options = ("--out", str(arguments.data), "--vocab-size", "1024", "--val-fraction", "0.0008")
+        processes.run([sys.executable, str(ROOT / "data" / "prepare.py"), "builtin", *options]).check_returncode()
     before = json.loads(arguments.against.read_text()) if arguments.against else {}
     same = True
     with ThreadPoolExecutor(2) as pool:
@@ -121,7 +107,7 @@ def main() -> int:
     if arguments.save:
         arguments.save.write_text(json.dumps(prints, indent=1) + "\n")
     if arguments.against:
-        print("equal, bit for bit" if same else "NOT equal")
+        print("bit-equal" if same else "NOT equal")
     return 0 if same else 1
 
 

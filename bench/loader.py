@@ -1,14 +1,14 @@
-"""Whether steps wait for data: training at the demo's configuration, a consumer of 12 million tokens/s, and the audit.
+"""Whether steps wait for data: in the demo's training, at 12 million tokens/s, and what checks and audits of data cost.
 
     python bench/loader.py --data data/builtin_sp4096 [--tokens 100000000] [--seconds 3]
 
-Three parts, each with reading ahead and without, in turns. `demo`: real training steps of PRESET=demo on --data; how
-much of their time they waited for batches. `consumer`: rows of PRESET=record from a shard of random tokens in documents
-as long as web pages are; one rank of 8 at a time asks for its micro-batches as a step of 12 million tokens/s would,
-and sleeps in between, so that the thread has a core as beside a GPU; the rate is that without sleeping. Waiting is the
-whole time inside of `TrainLoader.batch`. `audit`: what a pass over the shard costs, with its SHA-256 and without, and
-with runs of 50 tokens; from it, computed and not measured, the time of 10 billion tokens on 8 ranks with a core each,
-the reading from a disk left out: the shard is in memory here.
+The first two parts run with reading ahead and without, in turns. `demo`: real training steps of PRESET=demo on --data;
+the share of their time for which they waited for batches. `consumer`: sequences of PRESET=record from a shard of
+random tokens in documents as long as web pages. One rank of 8 at a time asks for its micro-batches at the rate of a
+step of 12 million tokens/s and sleeps in between, so that the thread has a core, as beside a GPU. The sustained rate is
+that without sleeping. The data stall is the whole time inside of `TrainLoader.batch`. `audit`: a pass over the shard by
+a run's check, with SHA-256 and without, and by data/audit.py, which looks for validation text. The time for 10 billion
+tokens on 8 cores is computed from it, not measured, and leaves out the disk: the shard is in memory here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import dataclasses
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +30,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import audit as leaks  # noqa: E402
 import train_gpt as t  # noqa: E402
 from bench.train import write_tokens  # noqa: E402
 
-RATE, RANKS, DEPTHS = 12e6, 8, (0, 2)
+RATE = 12e6  # tokens/s of the whole step
+RANKS = 8
+DEPTHS = (0, 2)
 CHALLENGE_TOKENS = 10e9
 
 
@@ -44,32 +49,35 @@ def config(preset: str, folder: Path, **knobs: str) -> t.Config:
 def demo(folder: Path, steps: int, turns: int) -> list[str]:
     """Training steps of the demo, in turns of `steps` with and without reading ahead."""
     c = config("demo", folder)
-    run, model = t.start_run(c, {}), t.new_model(c)
-    trainer = t.Trainer(model, t.TrainLoader(c, run), c, run)
+    run = t.start_run(c, {})
+    trainer = t.Trainer(t.new_model(c), t.TrainLoader(c, run), c, run)
     loaders = {depth: t.TrainLoader(dataclasses.replace(c, read_ahead=depth), run) for depth in DEPTHS}
     trainer.warm_up()
     spent, step = dict.fromkeys(DEPTHS, 0.0), 0
     for _ in range(turns):
         for depth, trainer.loader in loaders.items():
             begin = time.perf_counter()
-            for step in range(step, step + steps):
+            for _ in range(steps):
                 trainer.step(t.Progress(step, 0.0), False)
+                step += 1
             spent[depth] += time.perf_counter() - begin
     lines = []
     for depth, loader in loaders.items():
         loader.ahead.close()
         lines.append(
             f"demo      read ahead {depth}   {turns * steps} steps of {c.train_batch_tokens} tokens, "
-            f"{1000 * spent[depth] / (turns * steps):.1f} ms each, waited {loader.data_stall / spent[depth]:.3%} "
-            "of the time"
+            f"{1000 * spent[depth] / (turns * steps):.1f} ms each, data stall {loader.data_stall / spent[depth]:.3%} "
+            "of step time"
         )
     return lines
 
 
 def consume(loader: t.TrainLoader, seconds: float, rate: float) -> tuple[float, float]:
     """Asks for batches for some seconds, at most at this rate. Returns (tokens/s, share of the time spent waiting)."""
-    tokens = loader.layout.micro_rows * loader.config.train_seq_len
-    place, taken, loader.data_stall, begin = (0, 0), 0, 0.0, time.perf_counter()
+    tokens = loader.layout.micro_sequences * loader.config.train_seq_len
+    place, taken = (0, 0), 0
+    loader.data_stall = 0.0
+    begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         loader.batch(*place)
@@ -88,15 +96,15 @@ def consumer(folder: Path, seconds: float) -> list[str]:
             run = t.Run(rank, RANKS, RANKS, torch.device("cpu"))
             loader = t.TrainLoader(dataclasses.replace(c, read_ahead=depth), run)
             free, _ = consume(loader, seconds / 2, np.inf)
-            _, waited = consume(loader, seconds, RATE)
-            found[depth].append((free, waited))
+            _, stall = consume(loader, seconds, RATE)
+            found[depth].append((free, stall))
             loader.ahead.close()
     for depth, rows in found.items():
-        free, waited = (statistics.median(column) for column in zip(*rows))
+        free, stall = (statistics.median(column) for column in zip(*rows, strict=True))
         lines.append(
             f"consumer  read ahead {depth}   sustained {free / 1e6:.1f} M tokens/s a rank; at "
-            f"{RATE / 1e6:.0f} M tokens/s it waited {waited:.3%} of the time (medians of {RANKS} ranks, "
-            f"{loader.layout.micro_rows} x {c.train_seq_len} tokens at a time)"
+            f"{RATE / 1e6:.0f} M tokens/s a data stall of {stall:.3%} (medians of {RANKS} ranks, "
+            f"{loader.layout.micro_sequences} x {c.train_seq_len} tokens at a time)"
         )
     return lines
 
@@ -111,36 +119,35 @@ def seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
 
 
 def audit(folder: Path, validation_tokens: int) -> list[str]:
-    """The cost of a pass over a shard, on one thread."""
+    """What a pass over a shard costs, on one thread."""
     c, lines = config("record", folder), []
-    training = t.TokenStream(c, "train")
+    training, stream = t.TokenStream(c, "train"), leaks.ShardStream(t.shard_paths(c, "train"))
     with tempfile.TemporaryDirectory() as other:
         write_tokens(Path(other), dataclasses.replace(c, seed=1), validation_tokens, 800.0)
-        validation = t.TokenStream(dataclasses.replace(c, data_path=other), "train")
+        validation = leaks.ShardStream(t.shard_paths(dataclasses.replace(c, data_path=other), "train"))
         begin = time.perf_counter()
-        index = t.DocumentIndex(validation)
+        documents = leaks.DocumentIndex(validation)
         middle = time.perf_counter()
-        windows = t.WindowIndex(validation)
+        windows = leaks.WindowIndex(validation)
         lines.append(
             f"audit     indexing {validation_tokens} validation tokens: documents {middle - begin:.2f} s, "
-            f"runs of 50 tokens {time.perf_counter() - middle:.2f} s"
+            f"windows of 50 tokens {time.perf_counter() - middle:.2f} s"
         )
-    for words, arguments in (
-        ("documents, no hash", (False, index)),
-        ("documents and SHA-256", (True, index)),
-        ("those and runs of 50 tokens", (True, index, windows)),
+    for words, work in (
+        ("a run's check, no hash", lambda: t.scan_shard(training, 0, False)),
+        ("a run's check with SHA-256", lambda: t.scan_shard(training, 0, True)),
+        ("data/audit.py", lambda: leaks.search_shard(stream, 0, documents, windows, threading.Event())),
     ):
-        seconds = seconds_of(lambda: t.scan_shard(training, 0, *arguments))
-        rate = len(training) / seconds
+        rate = len(training) / seconds_of(work)
         lines.append(
             f"audit     {words}: {rate / 1e6:.0f} M tokens/s, {2 * rate / 1e9:.2f} GB/s on one core; 10 "
-            f"billion tokens on {RANKS} ranks: {CHALLENGE_TOKENS / rate / RANKS:.1f} s (computed)"
+            f"billion tokens on {RANKS} cores: {CHALLENGE_TOKENS / rate / RANKS:.1f} s (computed)"
         )
     return lines
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/builtin_sp4096"), help="folder of the demo's shards")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of the synthetic shard")
     parser.add_argument("--seconds", type=float, default=2.0, help="of asking, for each rank")

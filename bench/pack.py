@@ -1,15 +1,17 @@
-"""How small and how fast the integers of quantized banks pack: every coder on the same integers, in one run.
+"""Size and speed of entropy coders for the integers of quantized banks: every coder on the same integers, in one run.
 
     python bench/pack.py --artifact runs/demo/model.pgolf
     python bench/pack.py [--layers 4] [--width 256] [--vocabulary 4096]
 
-With no artifact the integers are synthetic: normal deviates with a scale for each row and column, and an embedding of
-low rank with noise, some rows of which resemble others; a trained model's differ, so quote them only with that word.
-The reference is what the challenge's peers do: all matrices of a role together; rows of the embedding, q and Wup in a
-chain of nearest neighbours in L1; transposed; `lrzip -z -L 9`; the permutations kept, under brotli. It needs the
-`lrzip` binary; `nncodec` (ISO/IEC 15938-17) is measured where it can be imported. Each coder runs in a process of its
-own; its peak memory counts that process, with what it inherits, and its children. Every coder must give the integers
-back.
+Without an artifact the integers are synthetic: normal deviates with a scale for each row and column, and a noisy
+low-rank embedding with some similar rows. A trained model's integers differ, so call such figures synthetic.
+
+The reference is the arrangement of the challenge's peers. It puts all matrices of a role together, sorts rows of the
+embedding, q and Wup into a chain of nearest neighbours in L1, transposes, and runs `lrzip -z -L 9`. Brotli compresses
+the permutations. It needs the `lrzip` binary. `nncodec` (ISO/IEC 15938-17) is measured if it can be imported.
+
+Each coder runs in a process of its own. Its peak memory counts that process, with inherited memory, and its children.
+Every coder must restore the integers.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def artifact_banks(path: Path) -> Banks:
 
 
 def synthetic_banks(layers: int, width: int, vocabulary: int) -> Banks:
-    """Integers of a model's shapes, about as wide as GPTQ's at 6 bits (8 bits for the embedding)."""
+    """Integers in a model's shapes, distributed roughly like GPTQ's at 6 bits (8 bits for the embedding)."""
     rng = np.random.default_rng(0)
 
     def draw(count: int, rows: int, columns: int) -> np.ndarray:
@@ -72,7 +74,7 @@ def synthetic_banks(layers: int, width: int, vocabulary: int) -> Banks:
 
 
 def split_roles(banks: Banks) -> Banks:
-    """q, out, k and v on their own."""
+    """The banks with q, out, k and v separated."""
     roles = {}
     for name, k in banks.items():
         if name in ("qo_bank", "kv_bank"):
@@ -83,7 +85,7 @@ def split_roles(banks: Banks) -> Banks:
 
 
 def join_roles(roles: Banks, like: Banks) -> Banks:
-    """The banks again."""
+    """The inverse of `split_roles`."""
     return {
         name: np.concatenate([roles[name[0]], roles[name[1]]]) if name in ("qo_bank", "kv_bank") else roles[name]
         for name in like
@@ -95,14 +97,14 @@ def plain_bytes(banks: Banks) -> bytes:
 
 
 def from_plain(raw: bytes, like: Banks) -> Banks:
-    """Arrays of the shapes of `like` from their bytes in turn."""
+    """Arrays with the shapes of `like`, from their concatenated bytes."""
     cuts = np.cumsum([k.size for k in like.values()])
     parts = np.split(np.frombuffer(raw, dtype=np.int8), cuts[:-1])
-    return {name: part.reshape(k.shape) for (name, k), part in zip(like.items(), parts)}
+    return {name: part.reshape(k.shape) for (name, k), part in zip(like.items(), parts, strict=True)}
 
 
 def byte_coder(codec: str) -> Coder:
-    """A general compressor over the integers' bytes, one bank after another."""
+    """A general compressor on the concatenated bytes of all banks."""
 
     def pack(banks: Banks) -> tuple[bytes, int]:
         packed = t.compress(codec, plain_bytes(banks))
@@ -120,22 +122,22 @@ def pergroup_pack(banks: Banks) -> tuple[list[bytes], int]:
 
 
 def pergroup_unpack(packed: list[bytes], like: Banks) -> Banks:
-    return {name: t.decode_integers(data, k.shape) for data, (name, k) in zip(packed, like.items())}
+    return {name: t.decode_integers(data, k.shape) for data, (name, k) in zip(packed, like.items(), strict=True)}
 
 
 def nearest_chain(rows: np.ndarray) -> np.ndarray:
-    """An order of int8 rows [r, c], uint16 [r]: from row 0 always on to the nearest row left, in L1."""
-    left, order = np.arange(1, len(rows)), [0]
+    """An order of int8 rows [r, c], uint16 [r]: from row 0 always on to the nearest remaining row, in L1."""
+    remaining, order = np.arange(1, len(rows)), [0]
     wide = rows.astype(np.int16)
-    while left.size:
-        n = int(np.abs(wide[left] - wide[order[-1]]).sum(1, dtype=np.int32).argmin())
-        order.append(int(left[n]))
-        left = np.delete(left, n)
+    while remaining.size:
+        n = int(np.abs(wide[remaining] - wide[order[-1]]).sum(1, dtype=np.int32).argmin())
+        order.append(int(remaining[n]))
+        remaining = np.delete(remaining, n)
     return np.array(order, dtype=np.uint16)
 
 
 def lrzip(data: bytes, *options: str) -> bytes:
-    """The bytes that the lrzip binary makes of `data`."""
+    """The output of the lrzip binary for `data`."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)
@@ -144,7 +146,7 @@ def lrzip(data: bytes, *options: str) -> bytes:
 
 
 def peers_pack(banks: Banks) -> tuple[tuple[bytes, bytes], int]:
-    """One stream of all roles: one archive for each role came out larger."""
+    """Packs one stream of all roles; one archive per role was larger."""
     import brotli
 
     stream, orders = [], []
@@ -178,8 +180,8 @@ def peers_unpack(packed: tuple[bytes, bytes], like: Banks) -> Banks:
 
 
 def standard_pack(banks: Banks) -> tuple[list[np.ndarray], int]:
-    """DeepCABAC of the standard's reference software, a matrix at a time as it does; 10 of its unary bins."""
-    from nncodec.extensions import deepCABAC
+    """DeepCABAC of the standard's reference software, matrix by matrix, with 10 unary bins."""
+    from nncodec.extensions import deepCABAC  # pyright: ignore[reportMissingImports] # compared only where installed
 
     packed = []
     for matrix in (m for k in banks.values() for m in k.astype(np.int32)):
@@ -203,7 +205,7 @@ def standard_pack(banks: Banks) -> tuple[list[np.ndarray], int]:
 
 
 def standard_unpack(packed: list[np.ndarray], like: Banks) -> Banks:
-    from nncodec.extensions import deepCABAC
+    from nncodec.extensions import deepCABAC  # pyright: ignore[reportMissingImports] # compared only where installed
 
     out, parts = {}, iter(packed)
     for name, k in like.items():
@@ -218,12 +220,12 @@ def standard_unpack(packed: list[np.ndarray], like: Banks) -> Banks:
 
 
 def coders() -> dict[str, Coder]:
-    """All that this machine can run; the reference comes first."""
+    """All coders that this machine can run, the reference first."""
     found: dict[str, Coder] = {"pergroup-lrzip": (peers_pack, peers_unpack)} if shutil.which("lrzip") else {}
     found |= {"pergroup": (pergroup_pack, pergroup_unpack)}
     found |= {"zstd-22": byte_coder("zstd"), "brotli-11": byte_coder("brotli"), "lzma": byte_coder("lzma")}
     try:
-        from nncodec.extensions import deepCABAC  # noqa: F401
+        import nncodec.extensions  # noqa: F401 # pyright: ignore[reportMissingImports] # compared only where installed
 
         found["nncodec"] = (standard_pack, standard_unpack)
     except ImportError:
@@ -232,7 +234,7 @@ def coders() -> dict[str, Coder]:
 
 
 def measure(coder: Coder, banks: Banks, answers) -> None:
-    """Sends (bytes, pack seconds, unpack seconds, peak MiB), after the integers came back the same."""
+    """Sends (bytes, pack seconds, unpack seconds, peak MiB), after checking that the integers are restored."""
     start = time.perf_counter()
     packed, size = coder[0](banks)
     between = time.perf_counter()
@@ -244,7 +246,7 @@ def measure(coder: Coder, banks: Banks, answers) -> None:
 
 
 def entropy(k: np.ndarray) -> float:
-    """Zero-order entropy, bits an integer."""
+    """Order-0 entropy in bits per integer."""
     share = np.bincount(k.ravel().astype(np.int64) + 128)
     share = share[share > 0] / k.size
     return float(-(share * np.log2(share)).sum())
@@ -252,7 +254,7 @@ def entropy(k: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="an artifact of train_gpt.py; without it, synthetic integers")
+    parser.add_argument("--artifact", type=Path, help="artifact of train_gpt.py (default: synthetic integers)")
     for name, default in (("layers", 4), ("width", 256), ("vocabulary", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default, help="of the synthetic integers")
     arguments = parser.parse_args()
@@ -267,7 +269,7 @@ def main() -> None:
     floor = sum(entropy(k) * k.size for k in banks.values()) / 8
     print(f"{'':16} {'bytes':>12} {'bits each':>10} {'ratio':>7} {'pack s':>8} {'unpack s':>9} {'time':>7} {'MiB':>6}")
     print(f"{'entropy, order 0':16} {floor:12,.0f} {8 * floor / weights:10.4f}   (of each bank on its own)")
-    reference = None
+    reference: tuple[float, float] | None = None
     for name, coder in coders().items():
         receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=measure, args=(coder, banks, send))
@@ -279,15 +281,15 @@ def main() -> None:
             raise SystemExit(f"{name} failed") from None
         process.join()
         reference = reference or ((size, pack_s + unpack_s) if name == "pergroup-lrzip" else (0, 0))
-        ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference)]
+        ratios = [f"{x / y:.4f}" if y else "-" for x, y in zip((size, pack_s + unpack_s), reference, strict=True)]
         print(
             f"{name:16} {size:12,} {8 * size / weights:10.4f} {ratios[0]:>7} {pack_s:8.2f} {unpack_s:9.2f} "
             f"{ratios[1]:>7} {peak:6.0f}",
             flush=True,
         )
     print(
-        "ratio, time: bytes, and seconds of pack and unpack, over those of lrzip in the peers' arrangement"
-        if reference[0]
+        "ratio, time: bytes, and seconds to pack and unpack, relative to lrzip in the peers' arrangement"
+        if reference and reference[0]
         else "no lrzip on this machine: no ratios"
     )
 

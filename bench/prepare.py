@@ -1,16 +1,19 @@
-"""Speed and memory of data/prepare.py: MB/s of text for a core beside plain SentencePiece, with one and two workers.
+"""Speed and memory of data/prepare.py: MB/s of text per core against plain SentencePiece, with one and two workers.
 
     python bench/prepare.py [--megabytes 96] [--large 1024] [--line 100] [--repeats 3]
 
-The text is the built-in corpus once and then again and again, one word in 50 having its letters shuffled each time, so
-that new words keep coming as they do in web text. It is read from a .jsonl.zst file; its tokenizer is trained on it.
-Plain SentencePiece is one call of `encode` for all texts, which are in memory. Of data/prepare.py both passes count:
-reading twice, hashing, tokenizing, proving, writing. Both are measured by processor time, of all processes together
-(MB/s for a core) and by the clock (MB/s). Of prepare.py a run with a quarter of the text is subtracted, so that the
-start of processes, which takes a second or two of any run, does not count. Runs take turns; figures are medians.
+The text is the built-in corpus, repeated. In each repetition one word in 50 has its letters shuffled, so that new words
+keep coming as in web text. It is read from a .jsonl.zst file, and the tokenizer is trained on it. Plain SentencePiece
+is one call of `encode` for all texts, which are in memory. data/prepare.py runs both passes: reading twice, hashing,
+tokenizing, verifying, writing.
 
-Peak memory is the largest sum of the resident memory of a command's processes (every 20 ms), training the tokenizer
-and the reference compressors included: of the text above, of --large MB, and of lines of --line MB each.
+Two rates are given: by processor time of all processes together (MB/s for a core), and by the clock (MB/s). For
+prepare.py, the time of a run with a quarter of the text is subtracted, so that the one or two seconds of starting
+processes do not count. Runs take turns; figures are medians.
+
+Peak memory is the largest sum of the resident memory of a command's processes, sampled every 20 ms. It includes
+training the tokenizer and the reference compressors. It is measured for the text above, for --large MB, and for lines
+of --line MB each.
 """
 
 from __future__ import annotations
@@ -32,24 +35,25 @@ from pathlib import Path
 import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import processes  # noqa: E402
 
-SHUFFLED = 50  # of so many words one is made new
+SHUFFLED = 50  # one word in so many is shuffled
 WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 LINES = {"words": "The quick brown fox (12) jumps. ", "one letter": "x", "emoji": "\U0001fae0", "NUL": "\0"}
 
 
 @functools.cache
 def originals(packages: tuple[str, ...]) -> list[str]:
-    """The documentation in these packages."""
+    """Texts of the documentation in these packages."""
     return [document.text for document in corpus.gather(packages).documents]
 
 
 def documents(packages: list[str], size: int) -> Iterator[str]:
-    """Texts of at least `size` bytes together."""
+    """Texts of at least `size` bytes in total."""
     for copy in itertools.count():
         generator = random.Random(copy)
         for text in originals(tuple(packages)):
@@ -65,7 +69,7 @@ def documents(packages: list[str], size: int) -> Iterator[str]:
 
 
 def write_texts(path: Path, texts: Iterator[str]) -> int:
-    """A .jsonl.zst file; returns the texts' bytes."""
+    """Writes a .jsonl.zst file. Returns the bytes of the texts."""
     size = 0
     with open(path, "wb") as file, zstandard.ZstdCompressor(1).stream_writer(file) as packed:
         for text in texts:
@@ -75,7 +79,7 @@ def write_texts(path: Path, texts: Iterator[str]) -> int:
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of all processors, finished child processes' too, and by the clock."""
+    """Processor seconds, including finished child processes, and seconds by the clock."""
 
     def processor() -> float:
         return sum(item.ru_utime + item.ru_stime for item in map(resource.getrusage, WHO))
@@ -86,13 +90,13 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def both_passes(path: Path, model: Path, folder: Path, workers: int, with_caseops: bool) -> None:
-    """What prepare.py does with a given tokenizer, but for the reference compressors."""
+    """Runs what prepare.py does with a given tokenizer, without the reference compressors."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         options = prepare.Options((str(path),), Path(out), tokenizer=model, workers=workers, caseops=with_caseops)
         sources = prepare.Sources(options)
         found, _ = prepare.survey(sources, options)
         loaded = prepare.Model(str(model), "", with_caseops)
-        prepare.load_codec.cache_clear()  # A run begins without words from the one before.
+        prepare.load_codec.cache_clear()  # Each run must start without cached words.
         output = prepare.Shards(Path(out), options.shard_tokens, with_caseops)
         prepare.write_shards(sources, found, loaded, output, options, lambda count: None)
         output.close()
@@ -112,12 +116,13 @@ class Speed:
         return prepare.Options((str(self.files[-1][0]),), self.folder)
 
     def plain(self) -> tuple[float, float]:
-        """MB/s for a core and by the clock, of the larger file's text; CaseOps has been applied to it beforehand."""
+        """MB/s for a core and by the clock, for the larger file's text. CaseOps is applied beforehand."""
         texts = list(prepare.Sources(self.options()))
         texts = [caseops.encode(text) for text in texts] if self.with_caseops else texts
         processor = prepare.Codec(self.model.read_bytes()).processor
-        seconds = timed(lambda: processor.encode(texts, num_threads=1))
-        return tuple(self.files[-1][1] / 1e6 / each for each in seconds)
+        core, clock = timed(lambda: processor.encode(texts, num_threads=1))
+        megabytes = self.files[-1][1] / 1e6
+        return megabytes / core, megabytes / clock
 
     def engine(self, workers: int) -> tuple[float, float]:
         """MB/s for a core and by the clock."""
@@ -126,10 +131,11 @@ class Speed:
             timed(functools.partial(both_passes, path, self.model, self.folder, workers, self.with_caseops))
             for path, _ in self.files
         )
-        return tuple((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
+        core, clock = ((large - small) / 1e6 / (b - a) for a, b in zip(less, more, strict=True))
+        return core, clock
 
     def measure(self) -> None:
-        """One turn of each."""
+        """Measures each once."""
         for name, run in (
             ("SentencePiece", self.plain),
             ("1 worker", lambda: self.engine(1)),
@@ -138,7 +144,7 @@ class Speed:
             self.runs.setdefault(name, []).append(run())
 
     def lines(self) -> Iterator[str]:
-        """A table."""
+        """The lines of the table."""
         medians = {
             name: [statistics.median(values) for values in zip(*runs, strict=True)] for name, runs in self.runs.items()
         }
@@ -151,12 +157,12 @@ class Speed:
 
 
 def tree_memory(root: int) -> int:
-    """Bytes of resident memory of a process and all that descend from it."""
+    """Bytes of resident memory of a process and all its descendants."""
     parents, sizes = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # It has ended.
+        except OSError:  # The process has ended.
             continue
         parents[int(folder.name)], sizes[int(folder.name)] = int(fields[1]), int(fields[21])
     total, level = 0, {root}
@@ -167,9 +173,9 @@ def tree_memory(root: int) -> int:
 
 
 def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int, str]:
-    """Of the command: the largest sum over its processes in bytes, and what it printed."""
+    """Peak memory of the command's processes together, in bytes, and its output."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        process = subprocess.Popen(
+        process = processes.start(
             [
                 sys.executable,
                 str(ROOT / "data" / "prepare.py"),
@@ -181,6 +187,7 @@ def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int
                 "--quiet",
                 *more,
             ],
+            supervised=False,  # a supervisor's memory would count
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -196,7 +203,7 @@ def peak_memory(path: Path, folder: Path, workers: int, *more: str) -> tuple[int
 
 
 def memory_lines(options: argparse.Namespace, file: tuple[Path, int], folder: Path) -> Iterator[str]:
-    """A table of peak memory."""
+    """The lines of peak memory."""
     vocabulary = ("--vocab-size", str(options.vocab_size))
     for workers in (1, 2):
         peak, _ = peak_memory(file[0], folder, workers, *vocabulary)
@@ -221,10 +228,10 @@ def memory_lines(options: argparse.Namespace, file: tuple[Path, int], folder: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=96)
-    parser.add_argument("--large", type=float, default=1024, help="megabytes for the peak memory; 0: none")
-    parser.add_argument("--line", type=float, default=100, help="megabytes of a line for the peak memory; 0: none")
+    parser.add_argument("--large", type=float, default=1024, help="MB of text for peak memory; 0: skip")
+    parser.add_argument("--line", type=float, default=100, help="MB of a line for peak memory; 0: skip")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--packages", nargs="+", choices=corpus.PACKAGES, default=list(corpus.PACKAGES))
@@ -246,7 +253,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """The processor and the versions."""
+    """The processor and versions."""
     import train_gpt
 
     chip = f"{train_gpt.available_cores()} cores of {train_gpt.cpu_info('model name')}"

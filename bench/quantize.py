@@ -1,17 +1,17 @@
-"""What each part of the quantization is worth on a trained model: bits per byte at equal bytes, bytes at equal error.
+"""What each quantization method gains on a trained model: bits per byte at equal bytes, bytes at equal error.
 
     python bench/quantize.py [--seconds 110] [--data data/builtin_sp4096] [--json FILE]
 
-Trains the demo's model, collects its Hessians once, and quantizes the same weights in every way. The reference is plain
-GPTQ at the demo's *_CLIP_SIGMAS with its integers packed by `pergroup` as all the others' are. "error" is the sum over
-banks of tr(E H E^T) / tr(W H W^T). One model and one seed: small differences are noise.
+It trains the demo's model, collects its Hessians once, and quantizes the same weights with every method. The reference
+is plain GPTQ at the demo's *_CLIP_SIGMAS. `pergroup` packs the integers of all methods. "error" is the sum over banks
+of tr(E H E^T) / tr(W H W^T). This is one model and one seed, so small differences are noise.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; as train_gpt.py does when it is run
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in train_gpt.py
 
 import argparse
 import json
@@ -29,13 +29,13 @@ import train_gpt as t  # noqa: E402
 
 METHODS = {
     "GPTQ": dict(QUANTIZER="uniform", COLUMN_STEPS=0),
-    "GPTQ, steps by column": dict(QUANTIZER="uniform", COLUMN_STEPS=0.75),
+    "GPTQ, column scales": dict(QUANTIZER="uniform", COLUMN_STEPS=0.75),
     "trellis of 4": dict(QUANTIZER="trellis", TRELLIS_STATES=4, COLUMN_STEPS=0),
     "trellis of 8": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0),
     "trellis of 8, no rate term": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, TRELLIS_RATE=0),
-    "trellis of 8, steps by column": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0.75),
-    "trellis of 32, steps by column": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75),
-    "the same with LQER": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75, LQER_ENABLED=1),
+    "trellis of 8, column scales": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0.75),
+    "trellis of 32, column scales": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75),
+    "trellis 32, column scales, LQER": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75, LQER_ENABLED=1),
     "trellis of 8, AWQ-lite": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, AWQ_GROUPS=8),
 }
 
@@ -55,7 +55,7 @@ def config(options: argparse.Namespace, **knobs) -> t.Config:
 
 
 def trained(options: argparse.Namespace, folder: str):
-    """(evaluator, weights, Hessians) of the demo's model."""
+    """Trains the demo's model -> (evaluator, model, weights, Hessians)."""
     c = config(options)
     run = t.start_run(c, dict(ARTIFACT_DIR=folder))
     loader, evaluator = t.TrainLoader(c, run), t.Evaluator(c, run)
@@ -77,14 +77,14 @@ def error_of(stored: dict, weights: dict, hessians: dict) -> float:
 
 
 def bytes_at_error(c: t.Config, weights: dict, hessians: dict, error: float) -> int:
-    """Bytes with the steps that give an error: 6.02 dB for each octave, from the last attempt."""
-    octaves = 0.0
+    """Bytes with the scales that give an error: each attempt corrects the last one by 6.02 dB per doubling."""
+    offset = 0.0
     for _ in range(5):
-        stored = t.quantize(weights, hessians, c, octaves=octaves)
-        off = 0.5 * math.log2(error_of(stored, weights, hessians) / error)
-        if abs(off) < 0.002:
+        stored = t.quantize(weights, hessians, c, log2_scale_offset=offset)
+        excess = 0.5 * math.log2(error_of(stored, weights, hessians) / error)
+        if abs(excess) < 0.002:
             break
-        octaves -= off
+        offset -= excess
     return len(t.pack(stored, c))
 
 

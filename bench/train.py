@@ -1,16 +1,17 @@
-"""Speed and memory of a training step: tokens/s, ms, FLOPs and, on CUDA, peak memory and the chip's utilization.
+"""Speed and memory of a training step: tokens/s, ms, FLOPs and, on CUDA, peak memory and utilization (MFU).
 
     python bench/train.py [--repeats 10] [--warmup 3] [--json FILE]
     MICRO_BATCH_TOKENS=131072 COMPILE=0 python bench/train.py
 
-With CUDA it takes PRESET=record as it is, a step being one micro-batch; without, the same architecture at a small
-shape. Knobs come from the environment, as for train_gpt.py. The data are random tokens in documents as long as web
-pages are, made in a temporary folder. Measured is the real `Trainer.step`, before and after the loops start: reading
-the batch, forward, backward, clipping, Muon, AdamW, the weights' average; and the same without what comes after the
-backward pass. Parts take turns, so that a change of the machine's speed meets all of them.
+With CUDA the model is PRESET=record, and a step is one micro-batch. Without CUDA it is the same architecture at a small
+shape. Knobs come from the environment, as for train_gpt.py. The data are random tokens, in documents as long as web
+pages, in a temporary folder.
 
-To compare with: PR #2163's log has 1.03 million tokens/s for each H100 before its loops start (33% utilization), and
-41.7 GB.
+Two parts are measured, before and after depth recurrence starts. The whole `Trainer.step` is reading the batch,
+forward, backward, clipping, Muon, AdamW and EMA. The other part ends after the backward pass. Parts take turns, so that
+changes of the machine's speed affect all of them.
+
+For comparison, PR #2163's log has 1.03 million tokens/s for each H100 before recurrence starts (33% MFU), and 41.7 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
-# `record` where a step of it would take minutes: every part of its architecture, narrow.
+# For CPUs, where a step of `record` would take minutes: its whole architecture, but narrow.
 SMALL = dict(
     PRESET="record",
     VOCAB_SIZE="1024",
@@ -45,7 +46,7 @@ SMALL = dict(
     TRAIN_SEQ_LEN="256",
     MICRO_BATCH_TOKENS="4096",
 )
-# Dense bfloat16 FLOP/s by the name that CUDA gives the chip, from NVIDIA's data sheets.
+# Dense bfloat16 FLOP/s by CUDA's name of the chip, from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
@@ -56,14 +57,14 @@ PEAK_FLOPS = {
     "NVIDIA A100 80GB PCIe": 312e12,
 }
 FORMULA = (
-    "FLOPs/token = 6 * matmul parameters, each as often as it runs, head and gates included, "
+    "FLOPs/token = 6 * matmul parameters, times the number of passes, head and gates included, "
     "+ 12 * layers run * heads * head width * mean context"
 )
-NOT_COUNTED = "not counted: elementwise work, norms, softmax, what a backward pass computes again, the optimizers"
+NOT_COUNTED = "not counted: elementwise work, norms, softmax, recomputation in the backward pass, optimizers"
 
 
 def configuration(environment: dict[str, str], cuda: bool) -> tuple[t.Config, list[str]]:
-    """The knobs, and remarks about them; where TRAIN_BATCH_TOKENS is not set, a step is one micro-batch."""
+    """The configuration, and warnings about it. If TRAIN_BATCH_TOKENS is not set, a step is one micro-batch."""
     small = not cuda or environment.get("DEVICE") == "cpu"
     defaults = {} if environment.get("PRESET") else SMALL if small else dict(PRESET="record")
     given = {name: value for name, value in environment.items() if value}
@@ -75,7 +76,7 @@ def configuration(environment: dict[str, str], cuda: bool) -> tuple[t.Config, li
 
 
 def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) -> None:
-    """A training shard of random tokens in documents of lognormal length, sigma 1 and this mean, like web pages."""
+    """Writes a training shard of random tokens. Document lengths are lognormal with sigma 1 and this mean."""
     generator = np.random.default_rng(c.seed)
     tokens = generator.integers(min(4, c.vocab_size - 1), c.vocab_size, count, dtype=np.uint16)
     lengths = generator.lognormal(np.log(document_tokens) - 0.5, 1.0, 2 + int(4 * count / document_tokens))
@@ -87,16 +88,16 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 
 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
-    """Weights that a token is multiplied with: a layer's as often as it runs, those outside of layers once."""
+    """Weights that multiply a token: those of a layer once per pass, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [model.blocks[v.layer].head_gate for v in model.schedules[looped]]
+    gates = [cast(t.Block, model.blocks[call.layer]).head_gate for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)
     return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
 
 
-def attention_flops(c: t.Config, layers: int, context: float) -> float:
+def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
     """Of a token, forward and backward: scores and their product with the values, 2 FLOPs an element each, 3 times."""
     return 12 * layers * c.num_heads * c.head_dim * context
 
@@ -106,7 +107,7 @@ def flops_per_token(model: t.GPT, looped: bool, context: float) -> float:
 
 
 def mean_context(loader: t.TrainLoader, steps: range) -> float:
-    """Keys that a query sees on average, itself included, in the batches of these steps."""
+    """Mean number of keys of a query, itself included, in the batches of these steps."""
     total = count = 0
     for step in steps:
         for micro in range(loader.layout.micro_steps):
@@ -117,17 +118,17 @@ def mean_context(loader: t.TrainLoader, steps: range) -> float:
 
 
 class NoUpdate:
-    """Stands in for the optimizers where the forward and the backward pass are measured alone."""
+    """Replaces the optimizers to measure the forward and backward pass alone."""
 
     def __init__(self, model: t.GPT):
         self.model = model
 
-    def step(self, beta: float, multiplier: float) -> None:
+    def step(self, beta: float, multiplier: float, trainable_layers: int) -> None:
         self.model.zero_grad(set_to_none=True)
 
 
 class Bench:
-    """The trainer, in its two execution orders, with and without an update."""
+    """The trainer with and without recurrence, and with and without an update."""
 
     def __init__(self, c: t.Config, run: t.Run):
         model = t.new_model(c)
@@ -139,7 +140,7 @@ class Bench:
         self.variants = [(looped, part) for looped in ((False, True) if c.loops else (False,)) for part in self.parts]
 
     def measure(self, step: int, looped: bool, part: str) -> tuple[float, int]:
-        """Seconds of one step and, on CUDA, its peak memory in bytes (else 0: a process has one peak alone)."""
+        """Seconds of one step and, on CUDA, its peak memory in bytes (otherwise 0: a process has only one peak)."""
         cuda = self.run.device.type == "cuda"
         self.trainer.optimizers, self.trainer.ema = self.parts[part]
         self.run.synchronize()
@@ -151,15 +152,15 @@ class Bench:
         return time.perf_counter() - start, self.run.peak_memory() if cuda else 0
 
     def samples(self, warmup: int, repeats: int) -> dict[tuple[bool, str], list[tuple[float, int]]]:
-        """What `measure` gives for each variant, in turn, after warmup steps that are thrown away."""
+        """Results of `measure` for each variant, in turns, without the warmup steps."""
         rounds = [{v: self.measure(step, *v) for v in self.variants} for step in range(warmup + repeats)]
         return {v: [one[v] for one in rounds[warmup:]] for v in self.variants}
 
 
 def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
-    """One line of the table, from what was measured."""
+    """One row of the table, from the samples."""
     c, (looped, part) = bench.trainer.config, variant
-    seconds, memory = zip(*samples)
+    seconds, memory = zip(*samples, strict=True)
     rate = c.train_batch_tokens / statistics.median(seconds)
     flops = flops_per_token(bench.trainer.model, looped, context)
     peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None
@@ -182,7 +183,7 @@ def chip(run: t.Run) -> str:
 
 
 def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str, Any]:
-    """The JSON object: what was measured, on what, and how FLOPs are counted."""
+    """The JSON object: results, hardware, settings, and how FLOPs are counted."""
     c, layout = bench.trainer.config, bench.trainer.layout
     shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim", "train_seq_len")
     return dict(
@@ -199,7 +200,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str
         layers_run=dict(plain=t.execution_order(c, False), looped=t.execution_order(c, True)),
         tokens_per_step=c.train_batch_tokens,
         micro_steps=layout.micro_steps,
-        micro_rows=layout.micro_rows,
+        micro_sequences=layout.micro_sequences,
         mean_context=context,
         formula=FORMULA,
         not_counted=NOT_COUNTED,
@@ -210,12 +211,12 @@ def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str
 
 
 def table(r: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     backend = r["backend"]
     lines = [
         f"{r['preset']}  {r['parameters']} parameters  {r['chip']}  torch {r['torch']}  {r['dtype']}  "
         f"attention {backend['attention']}  compile {backend['compile']:d}  triton {backend['triton']:d}",
-        f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_rows']} rows of "
+        f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_sequences']} sequences of "
         f"{r['shape']['train_seq_len']}; mean context {r['mean_context']:.1f}",
         f"{'order':7s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
         f"{'MFLOPs/token':>13s} {'MFU':>6s} {'peak MiB':>9s}",
@@ -230,14 +231,14 @@ def table(r: dict[str, Any]) -> str:
         )
     lines += [f"median of {r['rows'][0]['repeats']} each; {r['formula']}", r["not_counted"]]
     if r["cuda"] is None:
-        lines.append(f"the whole process's peak memory is {r['process_peak_memory_bytes'] / 2**20:.0f} MiB")
+        lines.append(f"the process's peak memory is {r['process_peak_memory_bytes'] / 2**20:.0f} MiB")
     if r["rows"][0]["mfu"] is None:
-        lines.append(f"MFU is not given: no peak of this chip in {r['dtype']} is known here")
+        lines.append(f"MFU is not given: the peak FLOP/s of this chip in {r['dtype']} is not in PEAK_FLOPS")
     return "\n".join(lines)
 
 
 def measured(c: t.Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the data, runs the steps and reports them."""
+    """Writes the data, runs the steps and returns the report."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), c, 16 * c.train_batch_tokens + 1, options.document_tokens)
         c = dataclasses.replace(c, data_path=folder)
@@ -248,12 +249,12 @@ def measured(c: t.Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; wrong values end with usage and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each kind")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each kind before those")
+    """The command line. A wrong value ends the process with the usage and exit code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each variant")
+    parser.add_argument("--warmup", type=int, default=3, help="unmeasured steps of each variant before those")
     parser.add_argument("--document-tokens", type=float, default=800.0, help="mean length of the documents")
-    parser.add_argument("--json", type=Path, help="file for the JSON object, which is also the last line printed")
+    parser.add_argument("--json", type=Path, help="file for the JSON object, which is also printed as the last line")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.warmup < 0 or not 2 <= options.document_tokens < 1e9:
         parser.error("--repeats must be at least 1, --warmup at least 0, --document-tokens from 2 to 1e9")

@@ -1,17 +1,21 @@
-"""Speed and memory of evaluation: targets/s of sliding windows and of test-time training, learning off and on.
+"""Speed and memory of evaluation: targets/s of sliding windows and of test-time training.
 
     python bench/ttt.py [--documents N] [--mean-length N] [--json FILE]
     python bench/ttt.py --artifact logs/run/model.pgolf --data data/fineweb_sp8192
 
-Each row is a whole evaluation of the same validation stream by the code that scores a run: sliding windows without
-overlap and every 64 targets, phased test-time training without learning and with it, and chunks of the stream. Without
-an artifact, the weights are initial ones and the stream is random tokens in documents as long as web pages are; with
-CUDA the model is PRESET=record as it is, without, the same architecture at a small shape. Knobs come from the
-environment, as for train_gpt.py. Where the model is compiled, each evaluation runs twice and the second one is timed.
+Each row is a whole evaluation of the same validation stream, by the code that scores a run:
 
-With CUDA the last column is the time that the challenge's 50,000 documents (some 62 million targets) would take on 8
-such devices, compilation and unpacking left out; PR #2163's logs have 473 to 528 s for the phased one. Peak memory is
-the GPU's allocator's, or the process's until then.
+- sliding windows without overlap, and with a stride of 64 targets
+- phased test-time training, without and with training
+- chunk test-time training
+
+Without an artifact the weights are initial ones, and the stream is random tokens in documents as long as web pages.
+With CUDA the model is PRESET=record; without CUDA it is the same architecture at a small shape. Knobs come from the
+environment, as for train_gpt.py. If the model is compiled, each evaluation runs twice, and the second one is timed.
+
+With CUDA the last column is the time for the challenge's 50,000 documents (about 62 million targets) on 8 such devices,
+without compilation and unpacking. PR #2163's logs have 473 to 528 s for phased test-time training. Peak memory is that
+of the GPU's allocator, or on CPUs that of the process so far.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
-# `record` where a second of it would take minutes: every part of its architecture, narrow.
+# For CPUs, where `record` would be too slow: its whole architecture, but narrow.
 SMALL = dict(
     PRESET="record",
     VOCAB_SIZE="1024",
@@ -59,7 +63,7 @@ CHALLENGE_TARGETS, CHALLENGE_DEVICES = 62_000_000, 8
 
 
 class NoText:
-    """Takes the Vocabulary's place for random tokens: each is one byte."""
+    """Replaces Vocabulary for random tokens: each token is one byte."""
 
     def __init__(self, c: t.Config):
         pass
@@ -69,7 +73,7 @@ class NoText:
 
 
 def configuration(environment: dict[str, str], cuda: bool, folder: str, artifact: bool) -> tuple[t.Config, set[str]]:
-    """The knobs, in a folder of validation shards, and those that the environment sets; an artifact knows its shape."""
+    """The configuration for a folder of validation shards, and the names of knobs that the environment sets."""
     small = not artifact and (not cuda or environment.get("DEVICE") == "cpu")
     defaults = {} if environment.get("PRESET") else SMALL if small else dict(PRESET="record")
     given = {name: value for name, value in environment.items() if value}
@@ -78,7 +82,7 @@ def configuration(environment: dict[str, str], cuda: bool, folder: str, artifact
 
 
 def write_stream(folder: Path, c: t.Config, documents: int, mean_length: float) -> None:
-    """A validation shard of random tokens in documents of lognormal length, sigma 1 and this mean, like web pages."""
+    """Writes a validation shard of random tokens. Document lengths are lognormal with sigma 1 and this mean."""
     generator = np.random.default_rng(c.seed)
     lengths = np.maximum(generator.lognormal(np.log(mean_length) - 0.5, 1.0, documents).astype(np.int64), 2)
     tokens = generator.integers(4, c.vocab_size, lengths.sum() + 1, dtype=np.uint16)
@@ -88,27 +92,20 @@ def write_stream(folder: Path, c: t.Config, documents: int, mean_length: float) 
     (folder / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
-def initial_model(c: t.Config, device: torch.device) -> t.GPT:
-    """A model before its training."""
-    model = t.new_model(c)
-    return model.to(device)
-
-
 @contextlib.contextmanager
 def kept_weights(model: t.GPT) -> Iterator[None]:
-    """Puts the weights back that test-time training changes."""
+    """Restores the weights after test-time training."""
     kept = [p.detach().clone() for p in model.parameters()]
     try:
         yield
     finally:
-        model.requires_grad_(True)
         t.copy_all([p.detach() for p in model.parameters()], kept)
         for p in model.parameters():
             p.grad = None
 
 
 def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator, t.GPT], t.Score]]]:
-    """Name -> (settings, what scores a stream)."""
+    """Name -> (settings, function that scores a stream)."""
 
     def sliding(evaluator: t.Evaluator, model: t.GPT) -> t.Score:
         return evaluator(t.compiled_forward(model))
@@ -128,7 +125,6 @@ def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator,
 def measure(name: str, c: t.Config, model: t.GPT, run: t.Run, score: Callable) -> dict[str, Any]:
     """One evaluation: seconds, targets/s, peak memory and the score."""
     run.seconds.clear()
-    model.config = c
     evaluator = t.Evaluator(c, run)
     with kept_weights(model):
         if run.device.type == "cuda":
@@ -167,7 +163,7 @@ def line(row: dict[str, Any], budget: float) -> str:
 
 
 def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """All rows, over a stream in the folder or over the given data."""
+    """All rows, on a stream in the folder or on the given data."""
     cuda = torch.cuda.is_available()
     c, explicit = configuration(environment, cuda, str(options.data or folder), bool(options.artifact))
     run = t.start_run(c, environment)
@@ -175,7 +171,7 @@ def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str
         model, c = t.load_artifact(Path(options.artifact).read_bytes(), c, explicit, run.device)
     else:
         t.check_config(c)
-        model = initial_model(c, run.device)
+        model = t.new_model(c).to(run.device)
     if not options.data:
         write_stream(
             folder, c, options.documents or (512 if cuda else 48), options.mean_length or (1240 if cuda else 160)
@@ -204,13 +200,13 @@ def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--artifact", help="a model.pgolf; else random weights")
-    parser.add_argument("--data", help="folder with validation shards and their tokenizer; else random documents")
-    parser.add_argument("--documents", type=int, default=0, help="random documents")
-    parser.add_argument("--mean-length", type=float, default=0, help="their mean length")
-    parser.add_argument("--only", default="", help="parts of names of rows, with commas")
-    parser.add_argument("--json", metavar="FILE", help="also write everything there")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--artifact", help="a model.pgolf (default: random weights)")
+    parser.add_argument("--data", help="folder with validation shards and tokenizer (default: random documents)")
+    parser.add_argument("--documents", type=int, default=0, help="number of random documents")
+    parser.add_argument("--mean-length", type=float, default=0, help="mean length of random documents, in tokens")
+    parser.add_argument("--only", default="", help="rows to run: comma-separated parts of their names")
+    parser.add_argument("--json", metavar="FILE", help="also write all results to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure_all(options, Path(folder), dict(os.environ))

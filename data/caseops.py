@@ -19,7 +19,10 @@ import re
 
 import numpy as np
 
-TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
+TITLE = "\ue001"
+ALLCAPS = "\ue002"
+CAPNEXT = "\ue003"
+ESC = "\ue004"
 OPERATORS = {"TITLE": TITLE, "ALLCAPS": ALLCAPS, "CAPNEXT": CAPNEXT, "ESC": ESC}
 OPERATOR = f"[{''.join(OPERATORS.values())}]"
 

@@ -1,12 +1,12 @@
-"""English prose that is on every machine once the requirements are installed: the source called `builtin`.
+"""English prose that every machine has once the requirements are installed: the source called `builtin`.
 
-It is the documentation inside Python's standard library, torch, numpy, sympy and networkx: docstrings, the texts of
-`pydoc_data.topics`, and the strings given to calls such as `add_docstr`. Files are parsed with `ast` and never
+It consists of the documentation inside Python's standard library, torch, numpy, sympy and networkx: docstrings, the
+texts of `pydoc_data.topics`, and the strings given to calls such as `add_docstr`. Files are parsed with `ast` and never
 imported or run, so reading torch costs what reading text costs, and has no side effects.
 
-A document is a top-level object with all that is inside it: a module's docstring, a function, a class with its
-methods, one `add_docstr` call, one topic. Documents that share a passage carry the same group, so that a split by
-group never shows in training what it asks for in validation.
+A document is a top-level object with everything inside it: a module's docstring, a function, a class with its methods,
+one `add_docstr` call, or one topic. Documents that share a passage are in one group, and a split by groups keeps such
+passages out of the other side.
 
     python data/corpus.py            # prints how much there is, by package
 """
@@ -305,7 +305,8 @@ def gather(packages: Iterable[str] = PACKAGES, workers: int = 1, min_bytes: int 
     for package in sorted(set(packages)):
         root, files = str(package_root(package)), [str(path) for path in source_files(package)]
         jobs += [(package, root, files[start : start + 64]) for start in range(0, len(files), 64)]
-    named, unparsed, count = [], [], 0
+    named, unparsed = [], []
+    count = 0
     for results in map_in_order(_read_job, jobs, workers):
         for name, documents in results:
             count += 1

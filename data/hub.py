@@ -1,8 +1,9 @@
-"""Files of a dataset repository on the Hugging Face hub: listed, fetched to where they are wanted, checked by hash.
+"""Lists and fetches files of a dataset repository on the Hugging Face hub, and checks their hashes.
 
-huggingface_hub does the transfers: it asks HF_ENDPOINT, with the user's token, and goes on after a broken connection.
-Ours are the place and the checks. A file grows beside its final name as `.part`, survives a kill in that form, and gets
-its name only when its bytes have the hash that the hub publishes. No cache holds a second copy.
+huggingface_hub does the transfers: it talks to HF_ENDPOINT with the user's token and resumes after a broken connection.
+This module decides where files go, and checks them. A file is downloaded to `.part` beside its final name, survives a
+kill in that form, and gets its name only when its bytes have the hash that the hub publishes. There is no cache with a
+second copy.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class NoSuchRevision(PrepareError):
 
 
 class _Stopped(Exception):
-    """Another transfer failed, or the user interrupted: this one ends where it is."""
+    """Ends a transfer because another one failed or the user interrupted."""
 
 
 class _Meter:
@@ -81,7 +82,9 @@ class _Meter:
 
     def __init__(self, file: io.BufferedIOBase, progress: Callable[[int], None]):
         self.file, self.progress = file, progress
-        self.seek, self.tell, self.truncate = file.seek, file.tell, file.truncate
+        self.seek = file.seek
+        self.tell = file.tell
+        self.truncate = file.truncate
 
     def write(self, data: bytes) -> int:
         """Write all of `data`."""
@@ -117,7 +120,7 @@ class Repository:
         return listed
 
     def fetch(self, wanted: Mapping[Path, RemoteFile], progress: Callable[[int], None]) -> None:
-        """Bring files to local paths; what is there and intact stays, what was begun goes on.
+        """Fetch files to local paths. Intact files stay as they are, and partial ones are completed.
 
         progress: called with the number of bytes that are new, or already there; negative for bytes thrown away.
         """
@@ -261,7 +264,8 @@ def text_files(source: str, revision: str | None) -> tuple[Repository, list[Remo
     if not named:
         raise PrepareError(f"{source}: must be hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or either with @SPLIT behind it")
     repository = Repository(named["repo"], revision)
-    config, split, found = named["config"], named["split"], []
+    config, split = named["config"], named["split"]
+    found = []
     if revision is None:
         with contextlib.suppress(NoSuchRevision):  # Not every dataset has this branch.
             converted = Repository(named["repo"], CONVERTED)

@@ -6,21 +6,25 @@
     python data/prepare.py docs_selected --out data/fineweb --vocab-size 8192 --caseops
     python data/prepare.py sp8192 --train-shards 10 --out data/sp8192
 
-Two passes over the sources, in memory that does not grow with them. The first checks every byte, counts, and keeps a
-sample to train the tokenizer on (tokenizer.py); the second tokenizes, over all cores, and writes (shards.py).
-Everything is written in a folder inside --out and renamed at the very end, the manifest last, so that a file under its
-final name is always whole. What a run that is killed has finished stays in that folder: the sample, the tokenizer, all
-shards but the last. The same command goes on from there. The output depends on the texts and the options alone, not on
-the number of workers, nor on how often a run was killed.
+The sources are read twice, in memory that does not grow with them. The first pass checks every byte, counts, and keeps
+a sample to train the tokenizer on (tokenizer.py). The second tokenizes on all cores and writes shards (shards.py). Then
+the shards are audited: audit.py looks for validation text in training, and the manifest holds what it found. The audit
+keeps the validation tokens in memory.
 
-What the score rests on is proved here for every document before it is written: decoding its tokens gives the text
-back, and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
+All files are written in a folder inside --out and renamed at the very end, the manifest last. So a file under its final
+name is always complete. When a run is killed, that folder keeps what is finished: the sample, the tokenizer, and all
+shards but the last. The same command continues from there. The output depends on the texts and the options alone. It
+does not depend on the number of workers, or on how often a run was killed.
 
-The last command downloads shards that the challenge publishes, and only checks and counts them (published.py). Other
-text from the Hugging Face hub (hub.py) is downloaded first and then read like files (sources.py).
+Before a document is written, it must pass two checks that the score relies on: decoding its tokens gives the text back,
+and its tokens' bytes add up to the text's UTF-8 length. A document that fails is left out and counted.
 
-With --caseops, tokens stand for the text as caseops.py encodes it, and a sidecar of each validation shard holds every
-token's bytes of the original text. All else is about the original: the split, bytes, hashes, reference compressors.
+The last command downloads shards that the challenge publishes, then checks, counts and audits them (published.py).
+Other text from the Hugging Face hub (hub.py) is downloaded first and then read like files (sources.py).
+
+With --caseops, tokens encode the text as caseops.py writes it, and a sidecar of each validation shard holds the bytes
+of original text that each token stands for. Everything else refers to the original text: the split, bytes, hashes and
+reference compressors.
 """
 
 from __future__ import annotations
@@ -42,7 +46,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,26 +54,27 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Also when this file is imported from elsewhere.
+import audit  # noqa: E402
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import published  # noqa: E402
 import shards  # noqa: E402
 from errors import PrepareError  # noqa: E402
+from options import ROOT, Options  # noqa: E402
+from progress import Report  # noqa: E402
 from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
-from sources import (  # noqa: E402  # noqa: E402
+from sources import (  # noqa: E402
     CHUNK_BYTES,
     Sources,
     Splitter,
     builtin_packages,
-    cut,
     is_remote,
     list_files,
     package_versions,
-    text_hash,
 )
+from text import cut, text_hash  # noqa: E402
 from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
@@ -87,42 +91,11 @@ REFERENCE_BYTES = 16 << 20  # more would take minutes at 3 MB/s, and hundreds of
 
 
 class Worthless(PrepareError):
-    """What is finished of a preparation is of no use either: the same command would end here again, or worse."""
+    """An error that makes what is finished useless too: the same command would fail again."""
 
 
 class Terminated(BaseException):
     """SIGTERM or Ctrl-C arrived; the argument is the signal's number."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to prepare and how; the fields are the options of the command line."""
-
-    sources: tuple[str, ...]
-    out: Path
-    vocab_size: int | None = None  # None: 1024, or that of the given tokenizer
-    val_fraction: float = 0.05
-    shard_tokens: int = 100_000_000
-    workers: int = 1
-    tokenizer: Path | None = None
-    seed: int = 0
-    max_document_bytes: int = 32 << 10
-    sample_bytes: int = 32 << 20
-    text_field: str = "text"
-    caseops: bool = False
-    val_documents: int | None = None  # None: the split that the source has, or one by hash
-    train_shards: int | None = None  # of a published export; None: all
-    repo: str | None = None  # None: the challenge's own
-    revision: str | None = None  # None: the main branch
-    repo_root: str = published.ROOT
-    downloads: Path | None = None  # None: a folder in `out`
-    force: bool = False
-    quiet: bool = False
-
-    @property
-    def downloads_folder(self) -> Path:
-        """Where downloaded text is kept."""
-        return self.downloads or self.out / "downloads"
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
@@ -147,7 +120,7 @@ def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
     sample = Sample(0 if options.tokenizer else options.sample_bytes)
     for text in sources:
         data = text.encode("utf-8", "surrogatepass")
-        del text  # Of a large document nothing may stay while the next one is read.
+        del text  # No part of a large document may stay in memory while the next one is read.
         number = text_hash(data, options.seed)
         digest = shards.link(digest, number.to_bytes(8, "little"))
         empty += not data
@@ -166,14 +139,15 @@ def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
 
 
 class Sample:
-    """The documents with the largest hashes that fit into a number of bytes: the same in whatever order they come.
+    """The documents with the largest hashes that fit into a number of bytes, whatever order they come in.
 
-    Of a long document the first part is taken, and a document counts for what it takes in memory, so that neither one
-    text of 100 MB nor millions of short ones are the sample.
+    Of a long document only the first part is taken, and each document counts with the memory that it takes. So neither
+    one text of 100 MB nor millions of short ones fill the sample.
     """
 
     def __init__(self, limit: int):
-        self.limit, self.held, self.floor = limit, 0, -1
+        self.limit = limit
+        self.held, self.floor = 0, -1
         self.heap: list[tuple[int, bytes]] = []
         self.numbers: set[int] = set()
 
@@ -187,7 +161,7 @@ class Sample:
         self.numbers.add(number)
         self.held += len(data) + SAMPLE_OVERHEAD
         while self.held > self.limit:
-            # What has had to go decides what may come: else the order of the documents would.
+            # What was pushed out sets the floor for what may enter: the order of the documents must not matter.
             self.floor, data = heapq.heappop(self.heap)
             self.numbers.discard(self.floor)
             self.held -= len(data) + SAMPLE_OVERHEAD
@@ -259,9 +233,10 @@ def write_shards(
             raise changed
         for text in texts:
             document, count = describe(text, splitter, options.seed), 0
-            for count, segment in enumerate(codec.segments(text) if text else (), 1):
+            for segment in codec.segments(text) if text else ():
+                count += 1
                 yield segment
-            del text  # Of a large document nothing may stay while the next one is read.
+            del text  # No part of a large document may stay in memory while the next one is read.
             waiting.append((document, count))
 
     workers = min(options.workers, -(-found.bytes // BATCH_CHARACTERS))
@@ -282,7 +257,7 @@ def write_shards(
 
 
 def describe(text: str, splitter: Splitter, seed: int) -> Document:
-    """What is to be kept of a document: its hashes and its side, and its text if it validates."""
+    """What to keep of a document: its hashes, its side, and its text if that side is validation."""
     data = text.encode("utf-8", "surrogatepass")
     number = text_hash(data, seed)
     side = splitter.side(number)
@@ -361,7 +336,8 @@ def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
 
 def program() -> dict:
     """What made the output besides the options and the texts."""
-    modules = [sys.modules[item.__module__] for item in (prepare, Sources, Codec, Shards)] + [caseops, corpus]
+    made_by = (prepare, Sources, Codec, Shards, text_hash, audit.audit_splits)
+    modules = [sys.modules[item.__module__] for item in made_by] + [caseops, corpus]
     code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
     return {"code": code, **package_versions(["python", "sentencepiece", "numpy", "zstandard"])}
 
@@ -414,7 +390,7 @@ def manifest_files(manifest: dict) -> dict[str, int]:
 
 
 def check_folder(options: Options, mark: str) -> dict | None:
-    """The manifest if --out already holds this very preparation, None if it may be (over)written; else an error."""
+    """The manifest if --out already holds this preparation, or None if --out may be written. Raises PrepareError."""
     out = options.out
     manifest, unfinished = read_manifest(out), read_unfinished(out)
     own = manifest_files(manifest) if manifest else {}
@@ -461,7 +437,7 @@ def read_unfinished(out: Path) -> dict | None:
 
 
 def discard(folder: Path) -> None:
-    """Remove an unfinished preparation; if this is killed too, what is left of it counts for nothing."""
+    """Remove an unfinished preparation. If this is killed halfway, the rest is ignored."""
     (folder / "survey.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -490,7 +466,7 @@ def commit(temporary: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def output_folder(out: Path) -> Iterator[None]:
-    """Make --out and hold it for this process alone; after a failure an empty folder that we made goes again."""
+    """Make --out and lock it for this process; after a failure, remove it again if it was made here and is empty."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     descriptor = None
     try:
@@ -520,7 +496,7 @@ def output_folder(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_interruption() -> Iterator[None]:
-    """Be deaf to Ctrl-C and SIGTERM for the moment that it takes to rename the files: then all is done anyway."""
+    """Ignore Ctrl-C and SIGTERM for the moment that renaming the files takes, after which all is done anyway."""
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if main else {}
     try:
@@ -536,8 +512,8 @@ def no_interruption() -> Iterator[None]:
 def prepare(options: Options) -> tuple[dict, bool]:
     """Prepare the sources as the options say. Returns the manifest, and whether it was there already.
 
-    Raises PrepareError for what a user can mend and OSError where the disk refuses. What is finished when the disk
-    or a signal stops it, or when it is killed, is kept, and the next call with the same options goes on from there.
+    Raises PrepareError for what a user can correct, and OSError for what the disk refuses. After a disk error, a signal
+    or a kill, what is finished is kept, and the next call with the same options continues from there.
     """
     options, given = _complete(options)
     listed = list_files(options.sources)
@@ -545,7 +521,7 @@ def prepare(options: Options) -> tuple[dict, bool]:
     with output_folder(options.out):
         manifest = check_folder(options, mark)
         if manifest:
-            return manifest, True
+            return _with_audit(options, manifest), True
         if published.variant_of(options.sources):
             return _download(options, mark), False
         folder = options.out / UNFINISHED
@@ -599,13 +575,37 @@ def _download(options: Options, mark: str) -> dict:
     if codec.vocab_size != options.vocab_size:
         raise PrepareError(f"{fetched.export.tokenizer.path}: {codec.vocab_size} pieces, not {options.vocab_size}")
     splits = published.measure(fetched, codec, report.bar)
-    manifest = _manifest(options, mark, [fetched.described], model, {"given": True}, splits)
-    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    manifest = {
+        **_manifest(options, mark, [fetched.described], model, {"given": True}, splits),
+        "audit": audited(splits, fetched.paths.__getitem__, options, report),
+    }
+    write_manifest(folder, manifest)
     with no_interruption():
         discard(ready)
         os.replace(folder, ready)  # From here on the next run completes it, should this one be killed.
         commit(ready, options.out)
     return manifest
+
+
+def audited(splits: dict[str, dict], place: Callable[[str], Path], options: Options, report: Report) -> dict:
+    """The audit of the files that `splits` lists. place: where the file of a name lies. Raises PrepareError."""
+    size = sum(2 * shard["tokens"] for shard in splits["train"]["shards"])
+    with report.bar("auditing", size) as progress:
+        return audit.audit_splits(splits, place, options.workers, progress)
+
+
+def _with_audit(options: Options, manifest: dict) -> dict:
+    """The manifest in --out. One from before there were audits gets its own now."""
+    if "audit" not in manifest:
+        found = audited(manifest["splits"], options.out.joinpath, options, Report(options.quiet))
+        manifest = {**manifest, "audit": found}
+        write_manifest(options.out, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Put manifest.json into a folder, whole or not at all."""
+    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
@@ -648,6 +648,10 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
                 f"no {split} document is left ({output.dropped} of {found.documents} documents dropped "
                 "because decoding does not give them back); give more text or another --tokenizer"
             )
+    try:
+        found_shared = audited(splits, folder.joinpath, options, report)
+    except PrepareError as error:  # The disk has lost what was written; going on would end here again.
+        raise Worthless(str(error)) from None
     report.say("compressing the validation text with xz -9 and zstd -22")
     manifest = {
         **_manifest(options, mark, sources.described, model, training, splits),
@@ -656,8 +660,9 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
         "duplicates_of_validation": sources.duplicates,
         "reference_compressors": reference_compressors(folder / "validation"),
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
+        "audit": found_shared,
     }
-    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    write_manifest(folder, manifest)
     return manifest
 
 
@@ -698,37 +703,6 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
     return training
 
 
-class Report:
-    """What a user sees on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-
-    def say(self, text: str) -> None:
-        """One line about what begins now."""
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A function to call with each number of bytes done."""
-        if sys.stderr.isatty() and not self.quiet:
-            with tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
-                yield bar.update
-            return
-        done, said = 0, time.monotonic()
-
-        def update(count: int) -> None:
-            nonlocal done, said
-            done += count
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                self.say(f"{label}: {100 * done / total:.0f}% of {total / 1e6:.1f} MB")
-
-        self.say(f"{label} {total / 1e6:.1f} MB")
-        yield update
-
-
 # ----------------------------------------------------------------------------------------------------- command line
 
 
@@ -740,11 +714,12 @@ all that is in them, in sorted order.
 hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
 sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
 for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
-A document validates by a hash of its text, so equal documents are on one side. Files keep their order; builtin is
-shuffled. Of docs_selected.jsonl the first 50,000 documents validate, and no copy of them trains.
+A hash of its text decides whether a document is for validation, so equal documents are on one side. Files keep their
+order; builtin is shuffled. Of docs_selected.jsonl the first 50,000 documents are for validation, and no copy of them is
+for training. An audit counts what training shares with validation; the manifest holds it, and train_gpt.py checks it.
 
-A run that is interrupted, killed, or out of disk space keeps its finished shards in --out/.prepare-unfinished: the
-same command goes on from there and writes the same bytes as an undisturbed run; --force begins anew.
+A run that is interrupted, killed, or out of disk space keeps its finished shards in --out/.prepare-unfinished. The
+same command continues from there and writes the same bytes as an undisturbed run; --force starts again.
 
 exit codes: 0 done, or done before with the same options; 2 something to mend, said in one line on stderr;
 130 or 143 interrupted."""
@@ -768,12 +743,13 @@ def _number(kind: type, low: float, high: float, text: str, open_: bool = False)
     return value
 
 
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+    return functools.partial(_number, int, low, high)
+
+
 def parse_arguments(arguments: list[str]) -> Options:
     """Options from the command line. Raises PrepareError."""
-
-    def whole(low: int, high: int) -> Callable:
-        return functools.partial(_number, int, low, high)
-
     parser = _Parser(
         prog="prepare.py",
         description=__doc__.split("\n\n")[0],
@@ -781,7 +757,6 @@ def parse_arguments(arguments: list[str]) -> Options:
         allow_abbrev=False,
         epilog=EPILOG,
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
     add(
         "sources",
@@ -791,46 +766,57 @@ def parse_arguments(arguments: list[str]) -> Options:
         "docs_selected, or sp1024, sp8192, sp8192-caseops",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
-    add("--vocab-size", type=whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
+    _add_text_options(add)
+    _add_hub_options(add)
+    add("--force", action="store_true", help="replace what this program made in DIR with other options")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    values = vars(parser.parse_intermixed_args(arguments))
+    return Options(**{**values, "sources": tuple(values["sources"])})
+
+
+def _add_text_options(add: Callable) -> None:
+    """Options of how text becomes shards."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--vocab-size", type=_whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
     add(
         "--val-fraction",
         type=lambda text: _number(float, 0, 1, text, True),
         default=0.05,
         metavar="F",
-        help="share of the documents that validates (default: %(default)s)",
+        help="share of the documents for validation (default: %(default)s)",
     )
     add(
         "--val-documents",
-        type=whole(1, 2**62),
+        type=_whole(1, 2**62),
         metavar="N",
-        help="the first N documents validate, and no others (default: 50000 of docs_selected.jsonl, else by hash)",
+        help="the first N documents are for validation (default: 50000 of docs_selected.jsonl, else by hash)",
     )
     add(
         "--shard-tokens",
-        type=whole(1, 1_000_000_000),
+        type=_whole(1, 1_000_000_000),
         default=100_000_000,
         metavar="N",
         help="most tokens in a shard, unless one document has more (default: %(default)s)",
     )
     add(
         "--workers",
-        type=whole(1, 1024),
+        type=_whole(1, 1024),
         default=cores,
         metavar="N",
         help="processes (default: one per core, %(default)s)",
     )
     add("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece model to use instead of training one")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of the split and shuffle (default: 0)")
+    add("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help="of the split and shuffle (default: 0)")
     add(
         "--max-document-bytes",
-        type=whole(64, 1 << 30),
+        type=_whole(64, 1 << 30),
         default=32 << 10,
         metavar="N",
         help="cut .txt files that are longer (default: %(default)s)",
     )
     add(
         "--sample-bytes",
-        type=whole(1 << 16, 1 << 30),
+        type=_whole(1 << 16, 1 << 30),
         default=32 << 20,
         metavar="N",
         help="most text to train the tokenizer on; training takes about 10 times as much memory (default: %(default)s)",
@@ -847,9 +833,13 @@ def parse_arguments(arguments: list[str]) -> Options:
         help="write capitals as operators before small letters (caseops.py), and each validation token's original "
         "bytes as fineweb_val_bytes_*.bin",
     )
+
+
+def _add_hub_options(add: Callable) -> None:
+    """Options of what is downloaded, and from where."""
     add(
         "--train-shards",
-        type=whole(1, 10**6),
+        type=_whole(1, 10**6),
         metavar="N",
         help="of sp1024, sp8192, sp8192-caseops: the first N training shards (default: all); more can be added later",
     )
@@ -857,7 +847,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     add("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
     add(
         "--repo-root",
-        default=published.ROOT,
+        default=ROOT,
         metavar="PATH",
         help="folder in that repository that holds manifest.json (default: %(default)s)",
     )
@@ -867,10 +857,6 @@ def parse_arguments(arguments: list[str]) -> Options:
         metavar="DIR",
         help="folder for text from the hub, which stays there (default: downloads in --out)",
     )
-    add("--force", action="store_true", help="replace what this program made in DIR with other options")
-    add("--quiet", action="store_true", help="no progress on stderr")
-    values = vars(parser.parse_intermixed_args(arguments))
-    return Options(**{**values, "sources": tuple(values["sources"])})
 
 
 def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
@@ -887,6 +873,7 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
     if "reference_compressors" in manifest:
         reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
         yield f"bits per byte of the validation text: {reference}"
+    yield from audit.overlap_lines(manifest["audit"])
     yield f"written: {out / 'manifest.json'}"
     knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""

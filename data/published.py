@@ -1,4 +1,4 @@
-"""The challenge's published export: shards, tokenizer and validation that are ready to train on, and its documents.
+"""The challenge's published data: shards and a tokenizer that are ready to train on, and the documents behind them.
 
 The repositories have one layout, below a root folder (--repo-root):
 
@@ -8,8 +8,8 @@ The repositories have one layout, below a root folder (--repo-root):
     tokenizers/fineweb_1024_bpe.model
     docs_selected.jsonl                                  the text that all of it was made from
 
-Which names, shards and counts there are is read from that manifest. Hashes are those that the hub publishes, and the
-manifest's where it has some. Bytes and documents are counted here, from the tokens.
+That manifest says which names, shards and counts there are. Files are checked against the hashes that the hub
+publishes, and against the manifest's where it has any. Bytes and documents are counted here, from the tokens.
 """
 
 from __future__ import annotations
@@ -19,23 +19,19 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from errors import PrepareError
 from hub import RemoteFile, Repository, check_room
+from options import Options
+from progress import Bar
 from shards import read_shard
-
-if TYPE_CHECKING:
-    from prepare import Options
-    from tokenizer import Codec
+from tokenizer import Codec
 
 DOCUMENTS = "docs_selected"  # the name of the source; the file is docs_selected.jsonl
 VALIDATION_DOCUMENTS = 50_000  # the first so many of docs_selected.jsonl validate, always
-ROOT = "datasets"
 TEXT_OPTIONS = (
     "vocab_size",
     "val_fraction",
@@ -50,7 +46,6 @@ TEXT_OPTIONS = (
 )
 TOKENIZER = "tokenizer.model"  # its name in --out
 CHUNK_TOKENS = 4 << 20
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +74,7 @@ def variant_of(sources: Iterable[str]) -> str | None:
 
 
 def check_options(options: Options) -> None:
-    """Refuse options for text, as an export's text and tokens are fixed. Raises PrepareError."""
+    """Refuse options for text, because an export's text and tokens are given. Raises PrepareError."""
     for field in dataclasses.fields(options):
         if field.name in TEXT_OPTIONS and getattr(options, field.name) != field.default:
             raise PrepareError(
@@ -225,7 +220,7 @@ class _Layout:
 
 
 def _check_hashes(export: Export, entries: Iterable[dict], where: str) -> None:
-    """Hold hashes that the manifest has, beside a file's path or name, against those that the hub publishes."""
+    """Compare hashes that the manifest has beside a file's path or name with those that the hub publishes."""
     published = {file.path.rpartition("/")[2]: file for file in export.files.values() if file.sha256}
     for item in _all_dictionaries(list(entries)):
         names = {str(value).rpartition("/")[2] for value in item.values()}
@@ -391,7 +386,7 @@ def _measure_sidecars(download: Download, split: dict, codec: Codec) -> None:
 
 
 def check_figures(export: Export, splits: Mapping[str, dict]) -> None:
-    """Hold the counts against the published manifest's, as far as all shards are there. Raises PrepareError."""
+    """Compare the counts with the published manifest's, for splits with all their shards. Raises PrepareError."""
     complete = ["val"]
     if len(export.train) == export.stats.get("files_train", len(export.train)):
         complete.append("train")
@@ -429,7 +424,7 @@ def describing(path: str) -> str:
 
 
 def check_documents(path: Path) -> None:
-    """Hold docs_selected.jsonl against the file that describes it, where one lies beside it. Raises PrepareError."""
+    """Compare docs_selected.jsonl with the file that describes it, if there is one. Raises PrepareError."""
     beside = Path(describing(str(path)))
     if path.name != f"{DOCUMENTS}.jsonl" or not beside.is_file():
         return
@@ -438,7 +433,8 @@ def check_documents(path: Path) -> None:
         count, digest = described.get("num_docs"), described.get("docs_sha256")
     except (ValueError, AttributeError):
         raise PrepareError(f"{beside}: not a JSON object") from None
-    lines, found, last = 0, hashlib.sha256(), b""
+    lines, last = 0, b""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
             lines, last = lines + chunk.count(b"\n"), chunk

@@ -1,4 +1,4 @@
-"""Shard files in the challenge's format, written so that a killed preparation goes on where its last shard ended."""
+"""Shard files in the challenge's format, written so that a killed preparation continues after its last full shard."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 NOTHING = bytes(32)  # What a chain of hashes begins with.
 
 
 def link(chain: bytes, item: bytes) -> bytes:
-    """SHA-256 of a chain so far and its next item: unlike a hash of all items, it can be written down half-way."""
+    """SHA-256 of a chain so far and its next item. Unlike a hash of all items, a chain can be saved and continued."""
     return hashlib.sha256(chain + item).digest()
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it: it is there whole or not at all, also after a power failure."""
+    """Write a file under another name and rename it, so that it exists complete or not at all, even after a crash."""
     aside = path.with_name(path.name + ".part")
     with open(aside, "wb") as file:
         file.write(data)
@@ -38,7 +40,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
+    """Write the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,11 +49,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_shard(path: Path, name: str = "") -> np.ndarray:
-    """[n] uint16, mapped from the file. ValueError, with its `name`, if its header is none or tells another length."""
+    """The tokens of a shard, [n] uint16, mapped from the file.
+
+    name: what errors call the file. Raises ValueError if it has another header or another length than its header says.
+    """
     size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3) if size >= HEADER_BYTES else np.zeros(3, "<i4")
-    if tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != HEADER_BYTES + 2 * int(header[2]):
-        raise ValueError(f"{name or path}: not a shard: {size} bytes whose header begins with {header.tolist()}")
+    header = np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else [0, 0, 0]
+    right_kind = header[:2] == [SHARD_MAGIC, SHARD_VERSION]
+    right_length = size == HEADER_BYTES + 2 * header[2]
+    if not (right_kind and right_length):
+        raise ValueError(f"{name or path}: not a shard: {size} bytes whose header begins with {header}")
     return np.memmap(path, "<u2", "r", HEADER_BYTES) if header[2] else np.empty(0, "<u2")
 
 
@@ -59,7 +66,7 @@ def read_shard(path: Path, name: str = "") -> np.ndarray:
 class Document:
     """What is kept of a document while its tokens are made."""
 
-    number: int  # sources.text_hash
+    number: int  # text.text_hash
     side: str
     size: int  # UTF-8 bytes
     sha256: bytes
@@ -69,12 +76,13 @@ class Document:
 class ShardWriter:
     """Writes one side's documents, each whole, into files of at most `shard_tokens` tokens.
 
-    Only a document that alone has more makes a longer file. A writer of sidecars gets each token's bytes in the
-    place of the token, and so parts its files where the tokens' are parted.
+    A file is longer only if it holds a single document with more tokens. A writer of sidecars gets each token's byte
+    count in place of the token, so it starts new files exactly where the writer of tokens does.
     """
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.folder, self.split = folder, split
+        self.shard_tokens = shard_tokens
         self.shards: list[dict] = []
         self.chain = NOTHING
         self.file = None
@@ -88,7 +96,7 @@ class ShardWriter:
         if not self.file:
             name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
             self.shards.append({"file": name, "tokens": 0, "documents": 0, "bytes": 0})
-            self.file = open(self.folder / name, "w+b")
+            self.file = open(self.folder / name, "w+b")  # noqa: SIM115 (open until `close`)
             self.file.write(bytes(HEADER_BYTES))
         self.file.write(tokens)
         self.chain = link(self.chain, document.sha256)
@@ -124,8 +132,8 @@ class ShardWriter:
             path, size = self.folder / shard["file"], HEADER_BYTES + 2 * shard["tokens"]
             if path.stat().st_size < size:
                 raise ValueError(f"{path}: cut off")
-            if "sha256" not in shard:  # The open file, and so the last one, may hold more than is remembered.
-                self.file = open(path, "r+b")
+            if "sha256" not in shard:  # The file that was open may hold more than the state.
+                self.file = open(path, "r+b")  # noqa: SIM115 (open until `close`)
                 self.file.truncate(size)
                 self.file.seek(size)
 
@@ -136,10 +144,10 @@ class ShardWriter:
 
 
 class Shards:
-    """All that the second pass writes into a folder, and how far it has come, so that a killed run can go on.
+    """All that the second pass writes into a folder, with its progress, so that a killed run can continue.
 
-    Whenever a shard is finished, `state.json` says how many documents have been handled by then and what the files
-    hold. A run that goes on cuts off what was written after that, and handles the documents after those again.
+    Whenever a shard is finished, `state.json` records how many documents have been handled and what the files hold. A
+    run that continues cuts off what was written later, and handles the later documents again.
     """
 
     def __init__(self, folder: Path, shard_tokens: int, with_sidecars: bool):
@@ -150,13 +158,13 @@ class Shards:
             state = json.loads((folder / "state.json").read_bytes())
             self._begin(state["documents"], state["dropped"], bytes.fromhex(state["digest"]))
             self._restore(state)
-        except (OSError, ValueError, LookupError, TypeError):  # There is no state, or a disk has lost what it says.
+        except (OSError, ValueError, LookupError, TypeError):  # No state, or the disk lost files.
             self._begin(0, 0, NOTHING)
-            self.validation = open(folder / "validation", "wb")
+            self.validation = open(folder / "validation", "wb")  # noqa: SIM115 (open until `close`)
 
     def _begin(self, documents: int, dropped: int, digest: bytes) -> None:
         self.documents, self.dropped = documents, dropped
-        self.digest = digest  # The chain of the handled documents' numbers, by which a change of the sources is seen.
+        self.digest = digest  # Chain of the handled documents' numbers: shows a change of the sources.
         self.writers = {
             side: [ShardWriter(self.folder, name, self.shard_tokens) for name in names]
             for side, names in self.sides.items()
@@ -170,7 +178,7 @@ class Shards:
         path, size = self.folder / "validation", state["validation"]
         if path.stat().st_size < size:
             raise ValueError(f"{path}: cut off")
-        self.validation = open(path, "r+b")
+        self.validation = open(path, "r+b")  # noqa: SIM115 (open until `close`)
         self.validation.truncate(size)
         self.validation.seek(size)
 
@@ -219,5 +227,5 @@ class Shards:
         """Close the files as they are, finished or not."""
         for file in (self.validation, *(writer.file for writers in self.writers.values() for writer in writers)):
             if file:
-                with contextlib.suppress(OSError):  # Of a full disk, of which the first write has told.
+                with contextlib.suppress(OSError):  # A full disk: the first write has reported it.
                     file.close()

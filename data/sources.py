@@ -1,11 +1,9 @@
-"""Where the text of data/prepare.py comes from: files, folders, the hub, the built-in corpus; and which validates."""
+"""Reads the text of data/prepare.py from files, folders, the hub and the built-in corpus, and splits off validation."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gzip
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -24,11 +22,12 @@ import corpus
 import hub
 import published
 from errors import PrepareError, library
+from options import Options
+from progress import Report, bar_of
+from text import cut, text_hash
 
 if TYPE_CHECKING:
     import pyarrow
-
-    from prepare import Options, Report
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 CHUNK_BYTES = 1 << 20
@@ -103,21 +102,6 @@ def _text_file(name: str, file: io.BufferedIOBase, limit: int) -> Iterator[str]:
         yield _decode(buffer[:end], name, start)
         start += end
         buffer = buffer[end:] + file.read(limit + 1 - (len(buffer) - end))
-
-
-def cut(data: bytes, limit: int) -> int:
-    """Where to end a piece of at most `limit` bytes of a longer UTF-8 text: after a blank line, a line, or a space.
-
-    Only the second half is searched, so that pieces are not tiny; without any of the three, between two characters.
-    """
-    for mark in (b"\n\n", b"\n", b" "):
-        found = data.rfind(mark, limit // 2, limit)
-        if found >= 0:
-            return found + len(mark)
-    end = limit
-    while end > max(1, limit - 3) and data[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
 
 
 def _decode(data: bytes, name: str, start: int) -> str:
@@ -207,7 +191,8 @@ def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
 
 
 def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    parts, held, number = [], 0, 1
+    parts = []
+    held, number = 0, 1
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
@@ -235,11 +220,6 @@ def _joined(parts: list[bytes]) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ split
 
 
-def text_hash(data: bytes, seed: int) -> int:
-    """A number below 2**64 that decides a document's side; equal texts have equal ones."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
-
-
 def validation_groups(documents: Iterable[corpus.Document], fraction: float, seed: int) -> set[str]:
     """Groups that together hold `fraction` of the bytes, or a little less; never all groups, and at least one.
 
@@ -250,7 +230,8 @@ def validation_groups(documents: Iterable[corpus.Document], fraction: float, see
     for document in documents:
         sizes[document.group] += len(document.text.encode())
     order = sorted(sizes, key=lambda group: text_hash(group.encode(), seed))
-    wanted, taken, chosen = fraction * sum(sizes.values()), 0, set()
+    wanted = fraction * sum(sizes.values())
+    taken, chosen = 0, set()
     for group in order[:-1]:
         if taken + sizes[group] <= wanted:
             taken += sizes[group]
@@ -260,7 +241,7 @@ def validation_groups(documents: Iterable[corpus.Document], fraction: float, see
 
 @dataclasses.dataclass(frozen=True)
 class Splitter:
-    """Validation is what hashes below the threshold, but for documents whose side is already known by hash."""
+    """Decides by hash: below the threshold is validation, except for documents whose side is already known."""
 
     threshold: int
     known: dict[int, str]
@@ -274,8 +255,8 @@ class Sources:
     """All documents of all sources, as often as asked for, always in the same order.
 
     described: what the manifest says of each source. known: the side of documents that have one, by `text_hash`.
-    With --val-documents, or docs_selected.jsonl, the first documents validate and all others train; a document that
-    equals one of the first is left out of the others, and `duplicates` counts such.
+    With --val-documents, or docs_selected.jsonl, the first documents are for validation and all others for training.
+    A later document that equals one of the first is left out and counted in `duplicates`.
     """
 
     def __init__(self, options: Options, report: Report | None = None):
@@ -392,11 +373,6 @@ def validation_documents(options: Options) -> int | None:
             f"{'--val-documents' if options.val_documents else published.DOCUMENTS}"
         )
     return first
-
-
-def bar_of(report: Report | None) -> published.Bar:
-    """A report's progress bar, or one that shows nothing."""
-    return report.bar if report else lambda label, total: contextlib.nullcontext(lambda count: None)
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Training a SentencePiece tokenizer, and encoding with it: exactly, at any length, in constant memory.
+"""Trains a SentencePiece tokenizer, and encodes text of any length with it, exactly and in constant memory.
 
-No piece of a tokenizer that `Codec` accepts has a space anywhere but in front. So the tokens of a text are those of
-its words, each with the space before it, one after the other, and what has been found for a word once holds wherever
-it stands. Most words of a text are among those that came before: looking them up is several times as fast as encoding.
+`Codec` accepts only tokenizers whose pieces have a space nowhere but in front. So the tokens of a text are those of its
+words, each with the space before it, and a word has the same tokens wherever it stands. Most words of a text have
+occurred before: looking up their tokens is several times as fast as encoding them again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import sentencepiece
 
 import caseops
 from errors import PrepareError
-from sources import cut
+from text import cut
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+PAD = 0
+BOS = 1
+EOS = 2
+UNK = 3
 FIXED_PIECES = 4 + 256  # pad, bos, eos, unk, and a piece for each byte
 MAX_VOCAB = 65535
 SPACE = "\u2581"  # SentencePiece writes a space as this character
@@ -41,7 +44,8 @@ NOT_TEXT = b"\xff"  # The bytes of a token that stands for no text: no UTF-8 hol
 def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool = False) -> tuple[bytes, dict]:
     """Train SentencePiece BPE on texts. Returns the model file's bytes and the options that made it."""
     symbols = list(caseops.OPERATORS.values()) if with_caseops else []
-    lines, documents, size = [], 0, 0
+    lines = []
+    documents = size = 0
     for text in sample:
         documents, size = documents + 1, size + len(text.encode("utf-8", "ignore"))
         lines += _training_lines(caseops.encode(text) if with_caseops else text)
@@ -104,7 +108,8 @@ def _rare_characters(lines: Iterable[bytes], most: int, symbols: Iterable[str]) 
     for symbol in symbols:
         counts.pop(symbol, None)
     reserved = {"\0", SPACE, "\u2585"}
-    wanted, covered, kept = CHARACTER_COVERAGE * sum(counts.values()), 0, {" "}
+    wanted = CHARACTER_COVERAGE * sum(counts.values())
+    covered, kept = 0, {" "}
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if covered >= wanted or len(kept) >= most:
             break

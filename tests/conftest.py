@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,55 @@ import torch
 from helpers import ROOT, TINY, built_once, launch, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
+
+# `make test-fast` leaves out the tests that use these fixtures, which train, and those that this file lists.
+SLOW_FIXTURES = {"reproduced", "whole_run", "followed"}
+SLOW_LIST = Path(__file__).with_name("slow.txt")
+FAST_SECONDS = 120  # of one idle core, for all the others together
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-slow", action="store_true", help="write tests/slow.txt anew; for a whole run on idle cores"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks slow tests: of the file only where it is not just being measured which ones they are."""
+    listed = set() if config.option.write_slow else set(SLOW_LIST.read_text().splitlines())
+    for item in items:
+        if function_of(item.nodeid) in listed or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
+def function_of(nodeid):
+    """A test's file and function, without its parameters and its folder."""
+    return nodeid.split("[")[0].split("/")[-1]
+
+
+def pytest_configure(config):
+    if config.option.write_slow and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SlowList())
+
+
+class SlowList:
+    """Adds up what each test function takes, and lists the longest until the rest fits into FAST_SECONDS."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        if "slow" not in report.keywords:
+            self.seconds[function_of(report.nodeid)] += report.duration
+
+    def pytest_sessionfinish(self):
+        left, slow = sum(self.seconds.values()), []
+        for name, seconds in self.seconds.most_common():
+            if left <= FAST_SECONDS:
+                break
+            left -= seconds
+            slow.append(name)
+        SLOW_LIST.write_text("".join(f"{name}\n" for name in sorted(slow)))
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +122,21 @@ def reproduced(tmp_path_factory, data, baseline):
         (folder / "out.txt").write_text(done.stdout)
 
     return built_once(tmp_path_factory, "reproduced", build)
+
+
+@pytest.fixture
+def command(capfd):
+    """Run data/prepare.py in this process: (exit code, stdout, stderr). Signal handlers are put back."""
+    import prepare
+
+    def run(*arguments):
+        held = {number: signal.getsignal(number) for number in prepare.SIGNALS}
+        try:
+            code = prepare.main([str(argument) for argument in arguments])
+        finally:
+            for number, handler in held.items():
+                signal.signal(number, handler)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -8,8 +8,9 @@ import io
 import json
 import os
 import random
-import subprocess
+import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
+import audit  # noqa: E402
+import processes  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 VOCAB_SIZE = 384
+HANG_SECONDS = 1800  # ends what hangs; no test asserts how long anything takes
 # The same examples in every run, and no time limit: the machine's cores may be shared.
 examples = functools.partial(settings, derandomize=True, deadline=None, database=None)
 
@@ -250,6 +254,14 @@ def config(base=TINY, **knobs):
     return tg.config_from_env(strings({**base, **knobs}), False)[0]
 
 
+class Clock:
+    """time.perf_counter that moves by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+
+
 def single_run(rank=0, world=1):
     """A Run without process groups and without a folder."""
     return tg.Run(rank, world, world, torch.device("cpu"))
@@ -333,16 +345,63 @@ def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
     return model.getvalue()
 
 
-def write_shard(path, tokens, magic=20240520, promised=None):
+def write_shard(path, tokens, magic=20240520, claimed=None):
     """A shard file: 256 little-endian int32, then the tokens as uint16."""
     header = np.zeros(256, "<i4")
-    header[:3] = magic, 1, len(tokens) if promised is None else promised
+    header[:3] = magic, 1, len(tokens) if claimed is None else claimed
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
 def encode(processor, documents):
     """BOS and the tokens of each document, one after the other."""
     return np.array([token for text in documents for token in (tg.BOS_ID, *processor.encode(text))])
+
+
+def shards_of(folder, split):
+    return sorted(folder.glob(f"fineweb_{split}_0*.bin"))
+
+
+def audit_of(folder, threads=1):
+    """The audit of a folder's shards, as its manifest should hold it."""
+    paths = [shards_of(folder, split) for split in ("train", "val", "val_bytes")]
+    return audit.audit_shards(*paths, threads)
+
+
+def write_split(folder, split, documents, cuts=()):
+    """Shards of documents (lists of tokens without BOS), cut at these places of the stream."""
+    stream = np.array([token for document in documents for token in (tg.BOS_ID, *document)], np.uint16)
+    for number, part in enumerate(np.split(stream, sorted(cuts))):
+        write_shard(folder / f"fineweb_{split}_{number:06d}.bin", part)
+
+
+def documents_of(folder, split):
+    """The documents of a split, as lists of tokens without BOS."""
+    tokens = np.concatenate([tg.open_shard(path) for path in shards_of(folder, split)])
+    return [part[1:].tolist() for part in np.split(tokens, np.flatnonzero(tokens == tg.BOS_ID))[1:]]
+
+
+def plant(folder):
+    """Adds a document of validation to the last training shard."""
+    path = shards_of(folder, "train")[-1]
+    write_shard(path, [*tg.open_shard(path), tg.BOS_ID, *documents_of(folder, "val")[5]])
+
+
+def full_manifest(folder, audited=False):
+    """Writes a manifest with the hash and counts of every file there, and returns it."""
+    splits = {}
+    for split in ("train", "val"):
+        rows = []
+        for path in shards_of(folder, split):
+            tokens = tg.open_shard(path)
+            counts = dict(tokens=len(tokens), documents=int((tokens == tg.BOS_ID).sum()))
+            rows.append(dict(file=path.name, **counts, sha256=tg.sha256_of(path)))
+        totals = {key: sum(row[key] for row in rows) for key in ("tokens", "documents")}
+        splits[split] = dict(**totals, shards=rows)
+    splits["val"]["bytes"] = json.loads((folder / "manifest.json").read_text())["splits"]["val"]["bytes"]
+    tokenizer = dict(file="tokenizer.model", sha256=tg.sha256_of(folder / "tokenizer.model"))
+    manifest = dict(splits=splits, tokenizer=tokenizer) | (dict(audit=audit_of(folder)) if audited else {})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
 
 
 def write_data(folder):
@@ -358,7 +417,7 @@ def write_data(folder):
         write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
     split = dict(tokens=len(tokens), bytes=sum(len(text.encode()) for text in validation))
     (folder / "validation.json").write_text(json.dumps(validation))
-    manifest = dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5})
+    manifest = dict(splits=dict(val=split), reference_compressors={"xz -9": 2.5}, audit=audit_of(folder))
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -387,19 +446,44 @@ def clean_environment(values):
     return {**kept, **strings(values)}
 
 
+def run_command(command, **options):
+    """Runs a command to its end; returns the finished process, its output as text."""
+    return processes.run([str(word) for word in command], timeout=HANG_SECONDS, **options)
+
+
+def wait_until(condition, process=None):
+    """Until a condition holds; an assertion fails where a process that is to bring it about ends before, or hangs."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "a hang"
+        time.sleep(0.01)
+
+
+def running_with(mark):
+    """Processes whose environment holds a text; one that has ended and was not collected holds none."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def free_port():
+    """A port below those that a system hands out, so that no other process is given it between now and its use."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("100 ports are in use")
+
+
 def launch(script, values, *arguments, ranks=1, cwd=None):
     """Runs a script with settings, on some ranks; returns the finished process, its output as text."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        env=clean_environment(values),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_command([*command, script, *arguments], env=clean_environment(values), cwd=cwd)
 
 
 def run_script(values, *arguments, ranks=1, cwd=None):

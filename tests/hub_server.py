@@ -28,6 +28,7 @@ class Hub:
     """
 
     def __init__(self, repos):
+        self.url = ""  # set when it is served
         self.repos, self.requests, self.sent = repos, [], Counter()
         self.cut, self.corrupt, self.lost, self.status, self.stall = {}, Counter(), set(), {}, set()
         self.stalled, self.go_on, self.lock = threading.Event(), threading.Event(), threading.Lock()
@@ -52,7 +53,7 @@ class Hub:
 
 @contextlib.contextmanager
 def serving(repos):
-    """A running Hub with `url`."""
+    """A running Hub."""
     hub = Hub(repos)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -81,7 +82,7 @@ def describe(path, data):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub = None
+    hub: Hub
 
     def log_message(self, *arguments):
         pass

@@ -20,40 +20,40 @@ def train(c, run, steps):
         run.all_reduce(losses[-1])
     arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
     if trainer.ema is not None:
-        arrays |= {f"average {i}": p.numpy() for i, p in enumerate(trainer.ema)}
+        arrays |= {f"ema {i}": p.numpy() for i, p in enumerate(trainer.ema)}
     if trainer.swa is not None:
-        arrays |= {f"late {i}": p.numpy() for i, p in enumerate(trainer.swa)}
+        arrays |= {f"swa {i}": p.numpy() for i, p in enumerate(trainer.swa)}
     return dict(arrays, losses=np.array([n.item() for n in losses]))
 
 
-def depth(c, run, learning):
-    """A step of all layers, then two of the first ones: the weights, and how much of what rests was disturbed."""
+def depth(c, run, trainable):
+    """A step of all layers, then two of the first ones: the weights, and how much of frozen layers was disturbed."""
     model = build_model(c, seed=1)
     trainer = tg.Trainer(model, tg.TrainLoader(c, run), c, run)
     trainer.step(tg.Progress(0, 0.0), looped=c.loops)
     muon, adam = trainer.optimizers.muon, trainer.optimizers.adam
 
     def state():
-        """Flat copies of what rests, and of what does not, of weights and optimizer states; and this rank's momenta."""
+        """Flat copies of what is frozen and of what trains, weights and optimizer states; and this rank's momenta."""
         parts = {True: [], False: []}
         for name, p in model.named_parameters():
             if name in tg.BANKS:
                 for i, matrix in enumerate(p.detach()):
-                    parts[i % c.num_layers >= learning].append(matrix.flatten())
+                    parts[i % c.num_layers >= trainable].append(matrix.flatten())
             else:
-                rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
-                parts[rests] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
+                frozen = name.startswith("blocks.") and int(name.split(".")[1]) >= trainable
+                parts[frozen] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
         momenta = {True: [], False: []}
-        for bank, share, momentum in zip(muon.banks, muon.shard_sizes, muon.momentum):
-            for i, matrix in enumerate(momentum, run.rank * share):
-                momenta[i % c.num_layers >= learning or i >= len(bank)].append(matrix.flatten())
+        for bank, size, momentum in zip(muon.banks, muon.shard_sizes, muon.momentum, strict=True):
+            for i, matrix in enumerate(momentum, run.rank * size):
+                momenta[i % c.num_layers >= trainable or i >= len(bank)].append(matrix.flatten())
         empty = [next(model.parameters()).detach().flatten()[:0]]
         return [tg.torch.cat(part + empty) for part in (parts[True] + momenta[True], parts[False], momenta[False])]
 
     before = state()
     for step in (1, 2):
-        trainer.step(tg.Progress(step, 0.0), c.loops, learning)
-    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state()))
+        trainer.step(tg.Progress(step, 0.0), c.loops, trainable)
+    disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state(), strict=True))
     return {
         **{name: p.detach().numpy() for name, p in model.named_parameters()},
         "disturbed": disturbed,

@@ -1,4 +1,4 @@
-"""The model of SPEC.md section 2, written again for the tests: one position at a time, in float64, with no batching."""
+"""The model, written again for the tests from its definition: one position at a time, in float64, with no batching."""
 
 import math
 
@@ -49,6 +49,15 @@ def int32(number):
     return (number + 2**31) % 2**32 - 2**31
 
 
+def softcap(logits, c):
+    """Logits within C of zero, where C is LOGIT_SOFTCAP."""
+    x, cap = logits / c.logit_softcap, c.logit_softcap
+    if c.softcap_type == "tanh":
+        return cap * torch.tanh(x)
+    x = torch.clamp(x, -2, 2)
+    return cap * torch.clamp(x - x**3 / 3 + x**5 / 15, -1, 1)
+
+
 class Reference:
     """The forward pass of one row. Weights are read from a GPT's parameters by name."""
 
@@ -85,7 +94,9 @@ class Reference:
         wk, wv = self.p["kv_bank"][layer], self.p["kv_bank"][depth + layer]
         q, k, v = [], [], []
         for t, x in enumerate(n):
-            q.append([turn(unit(a), t, c) * g for a, g in zip((wq @ x).split(h), self.of(layer, "query_gain"))])
+            q.append(
+                [turn(unit(a), t, c) * g for a, g in zip((wq @ x).split(h), self.of(layer, "query_gain"), strict=True)]
+            )
             k.append([turn(unit(a), t, c) for a in (wk @ x).split(h)])
             own = wv @ x
             if self.c.ve_dim and str(layer) in self.c.ve_layers.split(","):
@@ -98,13 +109,13 @@ class Reference:
                 group = head // (c.num_heads // c.num_kv_heads)
                 scores = torch.stack([q[t][head] @ k[s][group] / math.sqrt(h) for s in range(starts[t], t + 1)])
                 weights = torch.softmax(scores, 0)
-                y = sum(w * v[s][group] for w, s in zip(weights, range(starts[t], t + 1)))
+                y = sum(w * v[s][group] for w, s in zip(weights, range(starts[t], t + 1), strict=True))
                 if layer >= c.num_layers - c.xsa_last_n:
                     own = v[t][group] / v[t][group].norm()
                     y = y - (y @ own) * own
                 heads.append(y)
             gates = self.gate(n[t], layer)
-            outputs.append(wo @ torch.cat([g * y for g, y in zip(gates, heads)]))
+            outputs.append(wo @ torch.cat([g * y for g, y in zip(gates, heads, strict=True)]))
         return outputs
 
     def mlp(self, inputs, layer):
@@ -126,7 +137,7 @@ class Reference:
         if self.c.bigram_vocab_size:
             x = [a + self.bigram(ids, starts, t) for t, a in enumerate(x)]
         if noise is not None:
-            x = [a + b for a, b in zip(x, noise)]
+            x = [a + b for a, b in zip(x, noise, strict=True)]
         if self.c.smear_gate_enabled and self.c.smear_gate_type == "channel":
             x, g = [unit(a) for a in x], torch.sigmoid(self.p["smear.weight"])
             return [x[t] if starts[t] == t else (1 - g) * x[t] + g * x[t - 1] for t in range(len(x))]
@@ -145,27 +156,20 @@ class Reference:
         g = torch.sigmoid(self.p["skip_gates"][place])
         return (1 - g) * skip + g * x
 
-    def layer(self, number, lanes, x0, starts):
-        """One layer on one lane (a list with one entry) or on two."""
+    def layer(self, number, streams, x0, starts):
+        """One layer on one residual stream (a list with one entry) or on two parallel ones."""
         m0, m1 = self.of(number, "input_mix")
         a, b = self.of(number, "attention_scale"), self.of(number, "mlp_scale")
-        u = [m0 * x + m1 * y for x, y in zip(lanes[0], x0)]
-        attended = [a * y for y in self.attention(u, number, starts)]
-        if len(lanes) == 1:
-            x = [y + z for y, z in zip(u, attended)]
-            return [[y + b * z for y, z in zip(x, self.mlp(x, number))]]
-        fed = [b * y for y in self.mlp(lanes[1], number)]
+        x_mixed = [m0 * x + m1 * y for x, y in zip(streams[0], x0, strict=True)]
+        attention_out = [a * y for y in self.attention(x_mixed, number, starts)]
+        if len(streams) == 1:
+            x = [y + z for y, z in zip(x_mixed, attention_out, strict=True)]
+            return [[y + b * z for y, z in zip(x, self.mlp(x, number), strict=True)]]
+        mlp_out = [b * y for y in self.mlp(streams[1], number)]
         mixed = []
-        for lane, (r, p, q) in zip(lanes, self.of(number, "stream_mix")):
-            mixed.append([r * x + p * y + q * z for x, y, z in zip(lane, attended, fed)])
+        for stream, (r, p, q) in zip(streams, self.of(number, "stream_mix"), strict=True):
+            mixed.append([r * x + p * y + q * z for x, y, z in zip(stream, attention_out, mlp_out, strict=True)])
         return mixed
-
-    def softcap(self, x):
-        c = self.c.logit_softcap
-        if self.c.softcap_type == "tanh":
-            return c * torch.tanh(x)
-        x = torch.clamp(x, -2, 2)
-        return c * torch.clamp(x - x**3 / 3 + x**5 / 15, -1, 1)
 
     def row(self, ids, targets, starts, looped, noise=None):
         """NLL and log-sum-exp of each position of a row: lists of scalars."""
@@ -174,23 +178,24 @@ class Reference:
         x0 = self.embed(ids, starts, noise)
         if c.ve_dim:
             self.values = [
-                self.p["values.scale"] * (self.p["values.projection"] @ self.p["values.table"][token]) for token in ids
+                self.p["value_embeds.scale"] * (self.p["value_embeds.projection"] @ self.p["value_embeds.table"][token])
+                for token in ids
             ]
-        lanes = [x0]
+        streams = [x0]
         for place, number in enumerate(order):
-            if 0 <= c.parallel_start_layer <= number and len(lanes) == 1:
-                lanes = [lanes[0], lanes[0]]
+            if 0 <= c.parallel_start_layer <= number and len(streams) == 1:
+                streams = [streams[0], streams[0]]
             if place >= half and saved:
                 skip = saved.pop()
-                lanes[0] = [self.blend(x, y, place - half) for x, y in zip(lanes[0], skip)]
-            lanes = self.layer(number, lanes, x0, starts)
+                streams[0] = [self.blend(x, y, place - half) for x, y in zip(streams[0], skip, strict=True)]
+            streams = self.layer(number, streams, x0, starts)
             if place < half:
-                saved.append(lanes[0])
+                saved.append(streams[0])
         head = self.p["embedding"] if c.tie_embeddings else self.p["head"]
         nll, lse = [], []
         for t, target in enumerate(targets):
-            hidden = unit(sum(lane[t] for lane in lanes) / len(lanes))
-            z = self.softcap(head @ hidden / c.logit_softcap) / self.temperature
+            hidden = unit(sum(stream[t] for stream in streams) / len(streams))
+            z = softcap(head @ hidden, c) / self.temperature
             lse.append(z.max() + torch.log(torch.exp(z - z.max()).sum()))
             nll.append(lse[-1] - z[target])
         return torch.stack(nll), torch.stack(lse)
@@ -198,7 +203,9 @@ class Reference:
     def __call__(self, batch, looped, noise=None):
         rows = [
             self.row(ids.tolist(), targets.tolist(), starts.tolist(), looped, None if noise is None else noise[r])
-            for r, (ids, targets, starts) in enumerate(zip(batch.ids, batch.targets, batch.documents.starts))
+            for r, (ids, targets, starts) in enumerate(
+                zip(batch.ids, batch.targets, batch.documents.starts, strict=True)
+            )
         ]
-        nll, lse = zip(*rows)
+        nll, lse = zip(*rows, strict=True)
         return torch.stack(nll), torch.stack(lse)

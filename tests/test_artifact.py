@@ -7,9 +7,11 @@ import random
 import resource
 import signal
 import struct
-import time
+import subprocess
+import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def stored_model(base=TINY, **knobs):
 
 
 def stored_with_extras(base=RECORD_LIKE, **knobs):
-    """The same after GPTQ for random Hessians, with corrections, fine groups and residuals."""
+    """The same after GPTQ for random Hessians, with corrections, salient columns and residuals."""
     c = config(base, **{"LQER_SELECT": "norm", "LQER_ENABLED": 1, "AWQ_GROUPS": 5, "RVQ_ENABLED": 1, **knobs})
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
     generator = torch.Generator().manual_seed(4)
@@ -51,7 +53,8 @@ def equal(x, y):
         (x[n].bits, x[n].states) == (y[n].bits, y[n].states)
         and [p for p, _ in tg.arrays_of(x[n])] == [p for p, _ in tg.arrays_of(y[n])]
         and all(
-            a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n]))
+            a.dtype == b.dtype and torch.equal(a, b)
+            for (_, a), (_, b) in zip(tg.arrays_of(x[n]), tg.arrays_of(y[n]), strict=True)
         )
         for n in x
     )
@@ -72,7 +75,7 @@ def test_unpacking_gives_back_what_was_packed(base, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
-def test_corrections_column_steps_and_residuals_come_back(quantizer, codec):
+def test_corrections_column_scales_and_residuals_come_back(quantizer, codec):
     c, stored = stored_with_extras(COMPRESSOR=codec, QUANTIZER=quantizer, COLUMN_STEPS=0.75)
     assert {part for q in stored.values() for part in q.extras} == set(tg.EXTRAS)
     data = tg.pack(stored, c)
@@ -94,12 +97,12 @@ def test_extras_that_do_not_fit_are_refused(part, change):
             return  # any codes and scales are values that a tensor may have
         q.extras[part] = torch.full_like(array, 10**6 if change == "large" else -1)
     elif change == "missing" and part == "columns":
-        return  # then all columns have the same steps, which is a tensor too
+        return  # then all columns have the same scale, which is a tensor too
     elif change == "missing":
         del q.extras[part]
     else:
         q.extras[part] = torch.cat((array, array))
-    with pytest.raises(tg.ArtifactError, match=f"extras of its tensor '{name}' do not fit"):
+    with pytest.raises(tg.ArtifactError, match=f"its tensor '{name}' is not possible: its extras"):
         tg.load_artifact(tg.pack(stored, c), config(), set(), torch.device("cpu"))
 
 
@@ -114,7 +117,7 @@ def test_fewer_bits_take_fewer_bytes():
     assert sizes == sorted(sizes) and sizes[0] < 0.5 * sizes[-1]
 
 
-def test_each_codec_packs_and_takes_exactly_the_promised_bytes():
+def test_each_codec_packs_and_takes_exactly_the_expected_bytes():
     noise = random.Random(0).randbytes(3000)
     for data in (b"", b"a", b"abc" * 5000, noise, bytes(2**20)):
         packed = {codec: tg.compress(codec, data) for codec in ANY_BYTES}
@@ -130,7 +133,7 @@ def test_each_codec_packs_and_takes_exactly_the_promised_bytes():
 
 @pytest.mark.parametrize("codec", ANY_BYTES)
 def test_a_bomb_is_not_unpacked(codec):
-    """16 MiB of zeros behind a promise of 100 bytes: refused without allocating them (LZMA's window takes 64 MiB)."""
+    """16 MiB of zeros where 100 bytes are expected: refused without allocating them (LZMA's window takes 64 MiB)."""
     bomb = tg.compress(codec, bytes(2**24 if codec != "lzma" else 2**27))
     tracemalloc.start()
     try:
@@ -208,7 +211,7 @@ def test_swapped_parts_are_noticed(container, data):
 def with_header(container, change):
     """The container with another header, whose checksum is right: what only a forger makes."""
     header, offset = tg.read_header(container)
-    changed = change(json.loads(json.dumps(header)))
+    changed = change(json.loads(json.dumps(header.fields())))
     packed = zlib.compress(json.dumps(changed).encode() if not isinstance(changed, bytes) else changed)
     return struct.pack("<8sII", tg.MAGIC, len(packed), zlib.crc32(packed)) + packed + container[offset:]
 
@@ -249,6 +252,14 @@ FORGERIES = {
     "unknown trellis": lambda h: {**h, "tensors": [[n, b, s, e, 7] for n, b, s, e, t in h["tensors"]]},
     "another trellis": lambda h: {**h, "tensors": [[n, b, s, e, 32] for n, b, s, e, t in h["tensors"]]},
     "twice": lambda h: {**h, "tensors": h["tensors"] * 2},
+    "sections twice": lambda h: {**h, "sections": h["sections"] * 2},
+    "odd bits": lambda h: {**h, "tensors": [[n, 99 if b < 16 else b, s, e, t] for n, b, s, e, t in h["tensors"]]},
+    "a bool for an int": lambda h: {**h, "tensors": [[n, b, s, e, False] for n, b, s, e, t in h["tensors"]]},
+    "unknown array": lambda h: {**h, "tensors": [[n, b, s, {"code": [1]}, t] for n, b, s, e, t in h["tensors"]]},
+    "a base of 2^64": lambda h: {**h, "model": {**h["model"], "rope_base": 2**64}},
+    "a base of 10^400": lambda h: {**h, "model": {**h["model"], "rope_base": 10**400}},
+    "a base that is no number": lambda h: {**h, "model": {**h["model"], "rope_base": float("nan")}},
+    "an infinite base": lambda h: {**h, "model": {**h["model"], "rope_base": float("inf")}},
 }
 
 
@@ -269,6 +280,66 @@ def test_a_forged_header_is_refused(name):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def refused_within(data, limit):
+    """The message of the refusal of a forged file, in a process of its own whose memory grows by `limit` at most."""
+    script = (
+        "import helpers, resource, sys, torch, train_gpt as tg\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    tg.load_artifact(sys.stdin.buffer.read(), helpers.config(), set(), torch.device('cpu'))\n"
+        "except tg.ArtifactError as error:\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=data, capture_output=True, check=True, cwd=Path(__file__).parent
+    )
+    grown, _, message = done.stdout.decode().partition(" ")
+    assert int(grown) * 1024 < limit
+    return message
+
+
+def test_a_small_file_that_claims_long_sequences_takes_no_memory():
+    """Rotary tables of 2^20 positions: nothing in the file pays for them, so they are never formed."""
+    c, stored = stored_model(**{**SMALL, "MODEL_DIM": 256, "NUM_HEADS": 2, "NUM_LAYERS": 1, "COMPRESSOR": "brotli"})
+    stored = {name: q._replace(codes=torch.zeros_like(q.codes)) for name, q in stored.items()}
+    data = with_header(tg.pack(stored, c), lambda h: {**h, "model": {**h["model"], "train_seq_len": 2**20}})
+    assert len(data) < 4000
+    assert "sequences of 1048576 tokens" in refused_within(data, 64 * 2**20)
+
+
+def test_a_small_file_that_claims_much_content_takes_no_memory():
+    """Half a gigabyte of zeros in a few hundred bytes."""
+    c, stored = stored_model(**SMALL)
+    header = tg.read_header(tg.pack(stored, c))[0]
+    size = 2**29
+    sections = (*header.sections[:-1], dataclasses.replace(header.sections[-1], size=size))
+    forged = dataclasses.replace(header, sections=sections)
+    data = with_header(tg.pack(stored, c), lambda h: forged.fields())
+    assert "bytes of content, which is more than" in refused_within(data, 64 * 2**20)
+
+
+def test_a_header_says_what_is_wrong_with_it():
+    section = ["a", "zstd", 1, 2, 3]
+    assert tg.SectionHeader.parse(section).row() == section
+    tensor = ["w", 6, [3, 4], {"columns": [1, 4]}, 8]
+    assert tg.TensorHeader.parse(tensor).row() == tensor
+    assert tg.TensorHeader.parse(tensor).parts() == {"codes": (3, 4), "scales": (3,), "columns": (1, 4)}
+    for parse, row, reason in (
+        (tg.SectionHeader.parse, section[:4], "section row that is not str, str, int, int, int"),
+        (tg.SectionHeader.parse, ["a", "zstd", 1, 2.0, 3], "section row"),
+        (tg.SectionHeader.parse, ["a", "zstd", -1, 2, 3], "negative size"),
+        (tg.TensorHeader.parse, ["w", 6, [3, -4], {}, 0], "not a list of sizes"),
+        (tg.TensorHeader.parse, ["w", 6, [3, True], {}, 0], "not a list of sizes"),
+        (tg.TensorHeader.parse, ["w", 7.0, [3, 4], {}, 0], "tensor row"),
+        (tg.TensorHeader.parse, ["w", 12, [3, 4], {}, 0], "has 12 bits"),
+        (tg.TensorHeader.parse, ["w", 6, [3, 4], {"columns": [4]}, 0], "array 'columns'"),
+        (tg.TensorHeader.parse, ["w", 6, [3, 4], {"rows": [4]}, 0], "array 'rows'"),
+        (tg.TensorHeader.parse, ["w", 6, [3, 4], {}, 5], "trellis with 5 states"),
+    ):
+        with pytest.raises(tg.ArtifactError, match=reason):
+            parse(row)
 
 
 # ----------------------------------------------------------------------------------------------------------------- fuzz
@@ -310,6 +381,7 @@ def forge(draw, container):
     if where == "anywhere":
         return mutated(draw, container)
     header, offset = tg.read_header(container)
+    header = header.fields()
     if where == "header":
         return signed(mutated(draw, json.dumps(header).encode()), container[offset:])
     number = draw(st.integers(0, len(header["sections"]) - 1))
@@ -323,28 +395,24 @@ def forge(draw, container):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_mutation_does_more_than_be_refused(codec):
-    """Bounded time and memory, and one kind of error or a model that the file describes: whatever the bytes are."""
+    """Bounded memory, and one kind of error or a model that the file describes: whatever the bytes are."""
     c, stored = stored_with_extras(dict(RECORD_LIKE, **SMALL), COMPRESSOR=codec, NUM_LAYERS=6, AWQ_GROUPS=3)
     container = tg.pack(stored, c)
-    longest = 0.0
 
     @examples(max_examples=MUTATIONS // len(CODECS))
     @given(st.data())
     def attack(data):
-        nonlocal longest
         forged = forge(data.draw, container)
-        began = time.perf_counter()
         try:
             model, _ = tg.load_artifact(forged, config(), set(), torch.device("cpu"))
             assert all(p.dim() <= 3 for p in model.parameters())
         except tg.ConfigError as error:
             assert "\n" not in str(error)
-        longest = max(longest, time.perf_counter() - began)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     attack()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert longest < 10 and grown < 2**20  # seconds; KiB
+    assert grown < 2**20  # KiB
 
 
 JUNK = st.recursive(

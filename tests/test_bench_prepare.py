@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
+import processes
+from helpers import run_command
+
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "prepare.py"
 SPEC = importlib.util.spec_from_file_location("bench_prepare", SCRIPT)
 bench = importlib.util.module_from_spec(SPEC)
@@ -37,9 +40,7 @@ def test_a_small_run_prints_every_figure(tmp_path):
         "--packages",
         "networkx",
     ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=240
-    )
+    done = run_command(command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     head, *lines = done.stdout.splitlines()
     assert head.startswith("0.4 MB, 400 pieces, median of 1; ") and "sentencepiece 0." in head
@@ -89,9 +90,9 @@ def test_the_text_is_the_corpus_and_then_new_words(tmp_path, monkeypatch):
 
 
 def test_memory_and_time_of_child_processes_count():
-    script = "import time; held = bytearray(64 << 20); print(flush=True); time.sleep(60)"
+    script = "import time; held = bytearray(64 << 20); print(flush=True); time.sleep(1800)"
     command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
-    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, start_new_session=True)
+    process = processes.start([sys.executable, "-c", command], supervised=False, stdout=subprocess.PIPE)
     try:
         process.stdout.readline()
         assert 64 << 20 < bench.tree_memory(process.pid) < 200 << 20

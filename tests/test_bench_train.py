@@ -58,7 +58,7 @@ def test_every_field_says_what_was_measured_and_on_what(finished):
     assert r["torch"] == torch.__version__ and r["chip"] == tg.hardware(single_run()) and r["dtype"] == "float32"
     assert r["backend"] == dict(attention="blocked", compile=False, triton=False) and r["cuda"] is None
     assert r["parameters"] == tg.parameter_count(config(SHAPE))
-    assert (r["tokens_per_step"], r["micro_steps"], r["micro_rows"]) == (512, 2, 8)  # as TRAIN_BATCH_TOKENS says
+    assert (r["tokens_per_step"], r["micro_steps"], r["micro_sequences"]) == (512, 2, 8)  # as TRAIN_BATCH_TOKENS says
     assert r["layers_run"] == dict(plain=[0, 1, 2, 3, 4, 5], looped=[0, 1, 2, 1, 2, 1, 2, 3, 4, 5])
     assert 1 < r["mean_context"] < 12 and r["process_peak_memory_bytes"] > 2**20
     assert [(x["order"], x["part"]) for x in r["rows"]] == VARIANTS
@@ -110,13 +110,12 @@ def test_flops_are_those_that_torch_counts(knobs, looped):
     }
 
 
-def test_resting_layers_cost_no_gradient_of_their_weights():
+def test_frozen_layers_cost_no_gradient_of_their_weights():
     """A third of the FLOPs of their linear part is saved; gradients still pass through them to what lies below."""
     c = config(POLY_LIKE, COMPUTE_DTYPE="float32")
     model, batch = build_model(c), random_batch(c, 4, c.train_seq_len)
-    model.rest(2)
     with FlopCounterMode(display=False) as counter:
-        model(*batch, looped=False)[0].sum().backward()
+        model(*batch, looped=False, trainable_layers=2)[0].sum().backward()
     counted = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     layer = sum(getattr(model, bank).numel() for bank in tg.BANKS) // 6
     expected = (6 * bench.matmul_parameters(model, False) - 2 * 4 * layer) * batch.ids.numel()
@@ -161,7 +160,7 @@ def test_the_whole_step_is_the_trainers(data):
     for step in range(2):
         for looped in (False, True):
             trainer.step(tg.Progress(step, 0.0), looped)
-    pairs = zip(measured.trainer.parameters() + measured.trainer.ema, trainer.parameters() + trainer.ema)
+    pairs = zip(measured.trainer.parameters() + measured.trainer.ema, trainer.parameters() + trainer.ema, strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -171,8 +170,8 @@ def test_the_whole_step_is_the_trainers(data):
 )
 def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
-    model = tg.new_model(config(TINY))
-    fake = SimpleNamespace(run=None, trainer=SimpleNamespace(c=model.config, model=model))
+    c = config(TINY)
+    fake = SimpleNamespace(run=None, trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
     row = bench.row(fake, (False, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768
     expected = None if peak is None else 2 * 768 * row["flops_per_token"] / peak
@@ -187,7 +186,7 @@ def test_defaults():
     assert small.model_dim < 512 and small.train_batch_tokens == small.micro_batch_tokens
     switches = [f for f, v in tg.PRESETS["record"].items() if v is True]
     assert switches and all(getattr(c, f) for c in (full, small) for f in switches)
-    assert all(c.loops and c.lanes and c.num_layers == 11 for c in (full, small))
+    assert all(c.loops and c.parallel_residual and c.num_layers == 11 for c in (full, small))
     other, _ = bench.configuration(dict(PRESET="poly5", MICRO_BATCH_TOKENS="5000", SEED="3"), False)
     assert (other.preset, other.seed, other.train_batch_tokens, other.model_dim) == ("poly5", 3, 4096, 512)
     assert bench.configuration(dict(DEVICE="cpu"), True)[0].model_dim == small.model_dim

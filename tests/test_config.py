@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ from helpers import (
     clean_environment,
     config,
     knob_names,
+    run_command,
     run_script,
     snapshot,
     strings,
@@ -103,25 +103,29 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name, values, allowed):
 
 
 @pytest.mark.parametrize("world", range(2, 9))
-def test_every_world_size_that_does_not_divide_the_rows_is_refused(world):
-    values = dict(TRAIN_SEQ_LEN="256", TRAIN_BATCH_TOKENS=str(256 * 840 + 256))  # 841 = 29 * 29 rows
+def test_every_world_size_that_does_not_divide_the_sequences_is_refused(world):
+    values = dict(TRAIN_SEQ_LEN="256", TRAIN_BATCH_TOKENS=str(256 * 840 + 256))  # 841 = 29 * 29 sequences
     message = error_of(values, world)
     assert message.startswith("TRAIN_BATCH_TOKENS=215296: ") and f"{world} ranks" in message
     assert str(world * 256) in message  # the multiple that is needed
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_world_sizes_that_divide_share_all_rows_out(world):
+def test_world_sizes_that_divide_share_all_sequences_out(world):
     layout = tg.batch_layout(config(TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=16 * 840, MICRO_BATCH_TOKENS=16 * 9), world)
-    assert layout.rows == 840 == layout.world * layout.micro_steps * layout.micro_rows and layout.world == world
-    assert 1 <= layout.micro_rows <= 9
+    assert (
+        layout.sequences == 840 == layout.world * layout.micro_steps * layout.micro_sequences and layout.world == world
+    )
+    assert 1 <= layout.micro_sequences <= 9
     # No larger micro-batch would do.
-    assert not [n for n in range(layout.micro_rows + 1, 10) if (840 // world) % n == 0]
+    assert not [n for n in range(layout.micro_sequences + 1, 10) if (840 // world) % n == 0]
 
 
-def test_a_row_longer_than_the_micro_batch_is_computed_alone():
-    layout = tg.batch_layout(config(MICRO_BATCH_TOKENS=8), 2)  # rows of 32
-    assert (layout.micro_rows, layout.micro_steps) == (1, 12)
+def test_a_sequence_longer_than_the_micro_batch_is_computed_alone():
+    layout = tg.batch_layout(config(MICRO_BATCH_TOKENS=8), 2)  # sequences of 32
+    assert (layout.micro_sequences, layout.micro_steps) == (1, 12)
+    assert str(layout) == "batch: 24 sequences = 2 ranks x 12 micro-steps x 1"
+    assert str(tg.BatchLayout(8, 1, 1, 8)) == "batch: 8 sequences = 1 rank x 1 micro-step x 8"
 
 
 # ------------------------------------------------------------------------------- the script's answer to wrong settings
@@ -200,7 +204,7 @@ def test_a_token_beyond_the_vocabulary(split, tiny, data, tmp_path, capfd, monke
     assert str(folder / name) in line and "384" in line
 
 
-def test_a_training_text_shorter_than_a_row(tiny, tmp_path, capfd, monkeypatch):
+def test_a_training_text_shorter_than_a_sequence(tiny, tmp_path, capfd, monkeypatch):
     values = dict(tiny, TRAIN_SEQ_LEN=100_000, TRAIN_BATCH_TOKENS=100_000)
     assert "TRAIN_SEQ_LEN=100000" in refused(values, tmp_path, capfd, monkeypatch)
 
@@ -241,7 +245,7 @@ def test_a_run_id_whose_folder_holds_a_run(tiny, tmp_path, capfd, monkeypatch):
 def test_a_folder_that_cannot_be_made(tiny, tmp_path, capfd, monkeypatch):
     (tmp_path / "file").write_text("")
     line = refused(dict(tiny, ARTIFACT_DIR="file/run"), tmp_path, capfd, monkeypatch)
-    assert "ARTIFACT_DIR=file/run" in line and "can be written" in line
+    assert "ARTIFACT_DIR=file/run" in line and "can be written to" in line
 
 
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_starts(tiny, tmp_path, capfd, monkeypatch):
@@ -293,11 +297,12 @@ def test_the_real_script_answers_like_main(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------------- knobs and presets
 
 
-def test_every_knob_says_what_it_means_and_where_it_is_seen():
+def test_every_knob_says_what_it_means_and_what_is_allowed():
     for f in FIELDS:
         assert f.type in ("int", "float", "bool", "str"), f.name
         assert isinstance(f.default, {"int": int, "float": float, "bool": bool, "str": str}[f.type]), f.name
-        assert len(f.metadata["meaning"]) > 10 and len(f.metadata["alive"]) >= 3, f.name
+        assert set(f.metadata) == {"meaning", "observed", "low", "high", "choices"}, f.name
+        assert isinstance(f.metadata["observed"], tg.Observed), f.name  # tests/test_knobs.py: that it is true
         low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
         if low is not None:
             assert low <= f.default, f.name
@@ -307,6 +312,136 @@ def test_every_knob_says_what_it_means_and_where_it_is_seen():
             assert f.default in choices, f.name
         if f.type in ("int", "float"):
             assert low is not None, f"{f.name} has no lower bound"
+
+
+# Words by which a meaning would lean on the line before it, at its beginning and anywhere.
+LEANING = r"(its|their|it|they|them|this|that|these|those|such|(the )?(same|other|latter|former)|as above|times that)"
+REFERENCES = (
+    r"(the (same|latter|former)|as above|see above|meanwhile|(in|of|from|to|with|by|for|on|at) (it|them|these))"
+)
+ZERO_IS_A_NUMBER = ("seed", "loop_start", "loop_end", "allow_shared_documents", "artifact_limit_bytes")
+
+
+def meaning_problem(meaning):
+    """Why a meaning does not stand alone in --help, or None."""
+    if re.match(rf"{LEANING}\b", meaning, re.I):
+        return "leans on the line before, at its beginning"
+    if re.match(r"the \w+ in (it|them)\b", meaning) or re.search(rf"\b{REFERENCES}\b", meaning, re.I):
+        return "refers to something that is not said"
+    if len(meaning.split()) < 2 or meaning != meaning.strip() or meaning.endswith("."):
+        return "is no phrase"
+    return None
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name.upper())
+def test_every_meaning_stands_alone(field):
+    meaning, choices = field.metadata["meaning"], field.metadata["choices"]
+    assert meaning_problem(meaning) is None
+    assert sum(f.metadata["meaning"] == meaning for f in FIELDS) == 1
+    for choice in choices or ():
+        assert re.search(rf"\b{choice}\b", meaning) or set(choices) == {"auto", "0", "1"}, f"{choice} is not explained"
+    # What leaves a choice to the program says to what.
+    if "auto" in (choices or ()):
+        assert "auto: " in meaning
+    if field.default == "":
+        assert re.search(r"\bempty( or 0)?: ", meaning)
+    if field.type == "int" and field.metadata["low"] in (0, -1) and field.name not in ZERO_IS_A_NUMBER:
+        assert re.search(rf"(^|[ ;,.]){field.metadata['low']}( and whatever is shorter)?: ", meaning)
+
+
+@pytest.mark.parametrize(
+    "meaning",
+    [
+        "its learning rate, falling to 0 as a cosine",
+        "their momentum",
+        "the same for the MLP's matrices",
+        "the same in steps (older scripts)",
+        "the power in it",
+        "times that they do, at equal distances",
+        "Those layers that rest",
+        "the scale in them",
+        "first layers that rest meanwhile",
+        "layers whose values are added to them",
+        "it",
+        "rank",
+        "rank of an LQER correction.",
+    ],
+)
+def test_a_meaning_that_leans_on_another_is_found(meaning):
+    assert meaning_problem(meaning)
+
+
+def test_sections_of_the_help_are_the_comments_within_the_classes():
+    found, title = {}, ""
+    for line in SOURCE[SOURCE.index("class ModelConfig:") : SOURCE.index("# Recipes are rows")].splitlines():
+        if match := re.fullmatch(r"    # (.+)", line):
+            title = match[1]
+        elif match := re.match(r"    (\w+): \w+ = knob\(", line):
+            found.setdefault(title, []).append(match[1])
+    assert {title: [f.name for f in fields] for title, fields in tg.knob_sections().items()} == found
+    assert [name for names in found.values() for name in names] == [f.name for f in FIELDS]
+
+
+# ------------------------------------------------------------------------------------------------ what a model sees
+
+
+def members(tree, name):
+    """Names of a class's fields, properties and methods."""
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    return {
+        n.target.id if isinstance(n, ast.AnnAssign) else n.name
+        for n in body
+        if hasattr(n, "target") or hasattr(n, "name")
+    }
+
+
+def reads_beyond_the_artifact(source):
+    """What the classes of the Model section read of a run's settings that no artifact carries: (line, what).
+
+    A config is a `config`, whoever holds it, and must be a ModelConfig: its members alone may be read of it.
+    """
+    tree = ast.parse(source)
+    heading = "# -{20,}\n# %s\\b"
+    first, last = (source[: re.search(heading % name, source).start()].count("\n") for name in ("Model", "Adapters"))
+    carried, found = members(tree, "ModelConfig"), []
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and first < n.lineno < last]
+    for node in (node for one in classes for node in ast.walk(one)):
+        if isinstance(node, ast.Name) and node.id == "Config":
+            found.append((node.lineno, "Config"))
+        of_config = isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("config", "c")
+        if of_config and node.attr not in carried:
+            found.append((node.lineno, node.attr))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and "config" in ast.unparse(node.args[0]):
+            found.append((node.lineno, ast.unparse(node)))
+    assert len(classes) >= 5 and carried
+    return sorted(set(found))
+
+
+def test_a_model_reads_only_what_its_artifact_carries():
+    assert reads_beyond_the_artifact(SOURCE) == []
+
+
+@pytest.mark.parametrize("name", ["xsa_last_n", "smear_gate_type", "leaky_relu_slope", "parallel_residual"])
+def test_a_models_setting_in_the_wrong_class_is_found(name):
+    """A planted mistake: the setting is declared in Config, so that the artifact would load as another model."""
+    model, run = (next(n for n in TREE.body if getattr(n, "name", "") == c) for c in ("ModelConfig", "Config"))
+    node = next(n for n in model.body if name in (getattr(n, "name", ""), getattr(getattr(n, "target", 0), "id", "")))
+    lines = SOURCE.splitlines()
+    begin = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1
+    moved = lines[begin : node.end_lineno]
+    planted = lines[:begin] + lines[node.end_lineno : run.body[0].end_lineno] + moved + lines[run.body[0].end_lineno :]
+    source = "\n".join(planted) + "\n"
+    assert name in members(ast.parse(source), "Config") - members(ast.parse(source), "ModelConfig")
+    assert name in {what for _, what in reads_beyond_the_artifact(source)}
+
+
+def test_a_model_that_takes_a_runs_config_is_found():
+    planted = SOURCE.replace("class SmearGate(nn.Module):", "class SmearGate(nn.Module):\n    settings: Config", 1)
+    line = planted[: planted.index("    settings: Config")].count("\n") + 1
+    assert (line, "Config") in reads_beyond_the_artifact(planted)
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
 
 
 def test_every_preset_names_existing_knobs_of_the_right_type_and_passes_the_checks():
@@ -349,7 +484,7 @@ def test_steps_of_warmdown_replace_a_presets_fraction():
     assert config({"PRESET": "record"}).warmdown_frac == 0.85
 
 
-# SPEC.md's values of the presets, so that a change of a default cannot change a recipe unseen.
+# The presets' values written again, so that a change of a default cannot change a recipe unseen.
 RECIPES = {
     "record": dict(
         vocab_size=8192,
@@ -489,7 +624,7 @@ def test_the_record_preset_has_the_records_size_and_order():
     assert tg.execution_order(c, False) == list(range(11))
 
 
-# ------------------------------------------------------------------------------------------------------ unknown_variables names
+# ------------------------------------------------------------------------------------------------------ misspelt names
 
 
 @pytest.mark.parametrize(
@@ -539,11 +674,15 @@ def test_ordinary_variables_and_real_knobs_are_not_warned_about():
 def test_help_names_every_knob_with_the_values_of_each_preset():
     done = run_script({"NUM_LAYERS": "wrong"}, "--help")  # help is for those who have set something wrong, too
     assert done.returncode == 0 and not done.stderr
-    parts = re.split(r"\n\n(?=[A-Z0-9_]+ )", done.stdout)
+    parts = re.split(r"\n\n(?=[A-Z0-9_]+ |== )", done.stdout)
+    assert [part.strip("= \n") for part in parts if part.startswith("== ")] == list(tg.KNOB_SECTIONS)
+    order = [f for fields in tg.knob_sections().values() for f in fields]
+    assert [part.split()[0] for part in parts if part[0] not in "u="] == [f.name.upper() for f in order]
     entries = {part.split()[0]: part for part in parts}
     for f in FIELDS:
         entry = entries[f.name.upper()]
         assert f.metadata["meaning"] in entry and f.type in entry
+        assert f"observed in: {f.metadata['observed']}" in entry.splitlines()[-1]
         for preset, row in tg.PRESETS.items():
             if f.name in row:
                 assert f"{preset}={row[f.name]}" in entry
@@ -560,8 +699,8 @@ def test_dry_run_is_one_json_object_and_touches_nothing(tmp_path):
     assert plan["execution_order"]["plain"] == list(range(11))
     assert plan["execution_order"]["looped"] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
     layout = plan["batch_layout"]
-    assert layout["rows"] == 384 and layout["world"] == 8 and layout["row_tokens"] == 2048
-    assert layout["rows"] == layout["world"] * layout["micro_steps"] * layout["micro_rows"]
+    assert layout["sequences"] == 384 and layout["world"] == 8 and layout["sequence_tokens"] == 2048
+    assert layout["sequences"] == layout["world"] * layout["micro_steps"] * layout["micro_sequences"]
     assert "MATRIX_LRR" in done.stderr
 
 
@@ -609,14 +748,8 @@ print("clean", end="")
 
 
 def test_importing_reads_no_environment_and_starts_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORT_CHECK, str(ROOT)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=clean_environment({"NUM_LAYERS": "wrong"}),
-        timeout=120,
-    )
+    command = [sys.executable, "-B", "-c", IMPORT_CHECK, ROOT]
+    done = run_command(command, cwd=tmp_path, env=clean_environment({"NUM_LAYERS": "wrong"}))
     assert (done.returncode, done.stdout, done.stderr) == (0, "clean", "")
     assert not list(tmp_path.iterdir())
 
@@ -670,14 +803,15 @@ def test_sections_stand_in_the_houses_order():
         "Optimizers",
         "Schedules",
         "Training",
-        "GPTQ",
+        "Quantization",
+        "Entropy",
         "Artifact",
         "Evaluation",
         "TTT",
+        "Stages",
         "main",
     ]
-    assert titles == [name for name in house if name in titles]
-    assert set(house) - set(titles) <= {"Adapters", "TTT"}  # these two may still be unbuilt
+    assert titles == house
 
 
 def test_each_section_calls_only_those_above_it():
@@ -711,8 +845,8 @@ def test_each_section_calls_only_those_above_it():
 def test_the_forward_of_the_model_exists_once():
     model = next(n for n in TREE.body if isinstance(n, ast.ClassDef) and n.name == "GPT")
     assert [n.name for n in model.body if isinstance(n, ast.FunctionDef) and "forward" in n.name] == ["forward"]
-    visits = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(".visit")]
-    assert len(visits) == 1  # one loop over the layers, whatever the use
+    calls = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(".run_layer")]
+    assert len(calls) == 1  # one loop over the layers, whatever the use
 
 
 def test_the_environment_is_read_in_the_main_block_alone():
@@ -725,7 +859,12 @@ def test_the_environment_is_read_in_the_main_block_alone():
 def test_nothing_is_imported_that_can_run_an_artifacts_content():
     imported = {alias.name.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.Import) for alias in n.names}
     imported |= {n.module.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)}
-    assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "importlib", "subprocess", "ctypes"}
+    assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "runpy", "subprocess", "ctypes"}
+    packer = next(n for n in TREE.body if isinstance(n, ast.FunctionDef) and n.name == "load_packer")
+    uses = [n for n in ast.walk(TREE) if isinstance(n, ast.Name) and n.id == "importlib"]
+    assert (
+        len(uses) == sum(n in uses for n in ast.walk(packer)) == 2
+    )  # tools/pack_code.py, which lies beside the script
     called = {ast.unparse(n.func) for n in ast.walk(TREE) if isinstance(n, ast.Call)}
     assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
 

@@ -5,15 +5,15 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import train_gpt as tg
-from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch
+from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import docs  # noqa: E402
@@ -30,9 +30,10 @@ def test_the_generated_parts_are_current():
 def test_every_knob_has_its_row_under_its_section():
     page = (ROOT / "docs" / "knobs.md").read_text()
     rows = re.findall(r"^\| `(\w+)`", page, flags=re.M)
-    assert rows == knob_names()
+    assert sorted(rows) == sorted(knob_names())
+    assert rows == [f.name.upper() for fields in tg.knob_sections().values() for f in fields]
     titles = re.findall(r"^## (.+)$", page, flags=re.M)
-    assert titles == list(docs.sections()) and "Optimizers" in titles
+    assert titles == list(tg.KNOB_SECTIONS) and "Optimizers" in titles
     assert page.index("## Optimizers") < page.index("| `MATRIX_LR`") < page.index("## Schedules")
     cells = next(line for line in page.splitlines() if "`MATRIX_LR`" in line).strip("| ").split(" | ")
     assert cells == [
@@ -40,8 +41,8 @@ def test_every_knob_has_its_row_under_its_section():
         "float, from 0",
         "`0.04`",
         "demo `0.02`<br>record `0.026`<br>poly5 `0.025`",
-        "learning rate of the matrix banks (Muon)",
-        "weights",
+        "Muon's learning rate, for attention and MLP matrices",
+        "trained weights",
     ]
 
 
@@ -216,8 +217,8 @@ def test_the_drawing_is_the_record_presets():
     c = tg.config_from_env({"PRESET": "record"}, False)[0]
     visits = [int(layer) for layer in re.findall(r'class="b visit"[^>]*>layer (\d+)<', drawing)]
     assert visits == tg.execution_order(c, True)
-    assert drawing.count('class="skip" marker-end') == sum(v.skip is not None for v in tg.layer_schedule(c, True))
-    assert drawing.count('class="lanes"') == sum(v.lanes for v in tg.layer_schedule(c, True))
+    assert drawing.count('class="skip" marker-end') == sum(call.skip is not None for call in tg.layer_schedule(c, True))
+    assert drawing.count('class="lanes"') == sum(call.parallel for call in tg.layer_schedule(c, True))
     half = c.num_layers // 2
     for words in (
         f"{tg.parameter_count(c):,} parameters: {c.num_layers} layers of width {c.model_dim}, {c.num_heads} "
@@ -240,9 +241,55 @@ def test_the_drawing_is_the_record_presets():
         assert words in drawing, words
 
 
+# ------------------------------------------------------------------------------------------------ length of sentences
+
+
+def prose_sentences(text):
+    """The sentences of a page, without code blocks, tables, headings, generated results and the list of credits.
+
+    A code span and the address of a link count as one word.
+    """
+    text = re.sub(r"^```.*?^```$|^<!-- results.*?^<!-- end of results -->$", "", text, flags=re.M | re.S)
+    text = re.sub(r"`[^`]*`", "code", text.partition("\n## Credits\n")[0])
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    paragraphs = [""]
+    for line in text.splitlines():
+        if not line.strip() or line.startswith(("#", "|", "<!--", "![")):
+            paragraphs.append("")
+        elif item := re.match(r"\s*(?:[-*]|\d+\.) (.*)", line):
+            paragraphs.append(item[1])
+        else:
+            paragraphs[-1] += " " + line.strip()
+    parts = (re.split(r"(?<=[.!?])[*)]*\s+", paragraph.strip()) for paragraph in paragraphs)
+    return [sentence for part in parts for sentence in part if sentence]
+
+
+def word_count(sentence):
+    return len(re.findall(r"\S*\w\S*", sentence))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpus.md", "docs/technique.md"])
+def test_sentences_are_short(page):
+    sentences = prose_sentences((ROOT / page).read_text())
+    assert [sentence for sentence in sentences if word_count(sentence) > 40] == []
+    whole = [word_count(sentence) for sentence in sentences if re.search(r"[.!?:)]\W*$", sentence)]  # no list fragments
+    assert len(whole) > 40
+    assert sum(whole) / len(whole) <= 16
+
+
+def test_sentences_are_found():
+    text = (
+        "# A title of words\n\nOne `code = span` here. Two\nlines, [a link](a b c)!\n\n- An item\n2. Another\n  one.\n"
+    )
+    blocks = "```sh\nno sentence. none\n```\n| a | row |\n<!-- results: x -->\nA result.\n<!-- end of results -->\n"
+    found = prose_sentences(text + blocks + "\nThe end.\n\n## Credits\n\nA list of credits.\n")
+    assert found == ["One code here.", "Two lines, [a link]!", "An item", "Another one.", "The end."]
+    assert [word_count(sentence) for sentence in found] == [3, 4, 2, 2, 2]
+
+
 # ------------------------------------------------------------------------------------------------- the worked example
 
-COPIED = ("train_gpt.py", "pytest.ini", "README.md", "bench", "data", "docs", "tests", "tools")
+COPIED = ("train_gpt.py", "pyproject.toml", "README.md", "bench", "data", "docs", "tests", "tools")
 PAGE = (ROOT / "docs" / "technique.md").read_text()
 COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of the first block
 
@@ -252,15 +299,13 @@ def followed(tmp_path_factory, data):
     """A copy of the repository in which the page's first commands were given, one by one, as they stand there."""
 
     def build(folder):
+        def ignored(where, names):
+            scripts_alone = Path(where) == ROOT / "data"
+            return [n for n in names if n == "__pycache__" or scripts_alone and not n.endswith(".py")]
+
         for name in COPIED:
             if (ROOT / name).is_dir():
-                shutil.copytree(
-                    ROOT / name,
-                    folder / name,
-                    ignore=lambda where, names: [
-                        n for n in names if n == "__pycache__" or name == "data" and not n.endswith(".py")
-                    ],
-                )
+                shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
                 shutil.copy(ROOT / name, folder / name)
         python = folder / ".venv" / "bin" / "python"
@@ -271,14 +316,7 @@ def followed(tmp_path_factory, data):
         for name in ("GIT_DIR", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
             environment.pop(name, None)
         for command in re.split(r"\n(?!    )", COMMANDS.strip()):
-            done = subprocess.run(
-                ["bash", "-c", "set -eo pipefail\n" + command],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
+            done = run_command(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
     return built_once(tmp_path_factory, "technique", build)
@@ -331,12 +369,7 @@ def test_a_diff_that_does_not_fit_is_refused(followed):
     """The page's first command is strict: a second time, its lines are no longer those of before."""
     first = next(line for line in COMMANDS.splitlines() if "git apply" in line)
     before = (followed / "train_gpt.py").read_bytes()
-    done = subprocess.run(
-        ["bash", "-c", "set -o pipefail\n" + first],
-        cwd=followed,
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(followed.parent)),
-    )
+    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(followed.parent))
+    done = run_command(["bash", "-c", "set -o pipefail\n" + first], cwd=followed, env=environment)
     assert done.returncode and "does not apply" in done.stderr
     assert (followed / "train_gpt.py").read_bytes() == before

@@ -1,6 +1,8 @@
-"""Every target is scored once, inside its document, with the promised context; the score is that of a plain loop."""
+"""Every target is scored once, inside its document, with the right context; the score is that of a plain loop."""
 
+import json
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -46,7 +48,7 @@ def test_windows_by_hand():
 
 @examples(max_examples=300)
 @given(LENGTHS, st.integers(1, 20), st.data())
-def test_windows_score_each_target_once_with_the_promised_context(lengths, context, data):
+def test_windows_score_each_target_once_with_the_right_context(lengths, context, data):
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     windows = tg.evaluation_windows(bounds, context, stride)
@@ -67,7 +69,7 @@ def test_windows_score_each_target_once_with_the_promised_context(lengths, conte
 @examples(max_examples=200)
 @given(LENGTHS, st.integers(1, 20), st.integers(1, 70), st.data())
 def test_windows_in_chunks_of_the_stream_score_each_target_once_in_its_chunk(lengths, context, chunk, data):
-    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none is longer than promised."""
+    """TTT_MODE=chunk: no window scores on both sides of a multiple of the chunk, and none exceeds the context."""
     stride = data.draw(st.integers(1, context))
     bounds = np.cumsum([0, *lengths])
     counts, document = np.zeros(bounds[-1], int), np.repeat(np.arange(len(lengths)), lengths)
@@ -91,14 +93,14 @@ def test_windows_without_overlap_count_like_a_division():
 
 @examples(max_examples=300)
 @given(st.integers(1, 30), st.data())
-def test_rows_hold_every_window_once_and_are_never_overfull(context, data):
+def test_sequences_hold_every_window_once_and_are_never_overfull(context, data):
     sizes = data.draw(st.lists(st.integers(1, context), min_size=1, max_size=60))
     windows = np.array([(0, size, 0) for size in sizes])
-    rows = tg.pack_sequences(windows, context)
-    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
-    filled = sorted(sum(sizes[i] for i in row) for row in rows)
+    sequences = tg.pack_sequences(windows, context)
+    assert sorted(i for sequence in sequences for i in sequence) == list(range(len(sizes)))
+    filled = sorted(sum(sizes[i] for i in sequence) for sequence in sequences)
     assert filled[-1] <= context
-    assert len(filled) < 2 or filled[0] + filled[1] > context  # no two rows would fit into one
+    assert len(filled) < 2 or filled[0] + filled[1] > context  # no two sequences would fit into one
 
 
 def test_packing_wastes_little():
@@ -108,13 +110,30 @@ def test_packing_wastes_little():
     assert len(rows) * 256 < sizes.sum() * 1.02
 
 
-def test_packing_is_fast_for_many_windows():
-    import time
+def lines_executed(compute):
+    """How many lines of Python a call executes."""
+    count = 0
 
-    sizes = np.random.default_rng(0).integers(1, 2049, 200_000)
-    start = time.perf_counter()
-    tg.pack_sequences(np.stack((sizes, sizes, sizes), 1), 2048)
-    assert time.perf_counter() - start < 20
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        compute()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_packing_does_no_more_for_each_of_many_windows():
+    """A window's row is found without a search through all rows."""
+    sizes = np.random.default_rng(0).integers(1, 2049, 20_000)
+    windows = np.stack((sizes, sizes, sizes), 1)
+    few, many = (lines_executed(lambda n=n: tg.pack_sequences(windows[:n], 2048)) for n in (2_000, 20_000))
+    assert few > 2_000 and many < 11 * few
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -195,7 +214,7 @@ def test_the_score_of_the_validation_shards(data, validation_texts):
     assert score.bytes == sum(len(t.encode()) for t in validation_texts)
     tokens = encode(evaluator.vocabulary.model, validation_texts).tolist()
     assert score.tokens == len(tokens) - 1 and evaluator.tokens.tolist() == tokens
-    assert evaluator.audit.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
+    assert evaluator.data_check.manifest.reference == {"xz -9": 2.5} and evaluator.notes == []
     assert score.nats == pytest.approx(naive_nats(model, tokens, 32, 16), rel=1e-11)
     assert score.bpb == pytest.approx(score.nats / math.log(2) / score.bytes, rel=1e-15)
 
@@ -206,59 +225,74 @@ def test_the_batch_size_does_not_matter(dtype, tolerance, data):
     for size in (1, 200, 1000, 10**6):
         c = config(RECORD_LIKE, DATA_PATH=data, COMPUTE_DTYPE=dtype, VAL_BATCH_SIZE=size)
         evaluator = tg.Evaluator(c, single_run())
-        assert evaluator.batch_rows == max(1, min(size // 32, len(evaluator.rows)))
+        assert evaluator.batch_size == max(1, min(size // 32, len(evaluator.sequences)))
         scores.append(evaluator(build_model(c, spread=0.1)).bpb)
     assert max(scores) - min(scores) < tolerance and scores[0] > 1
 
 
-def test_ranks_share_the_batches_and_add_up(data, monkeypatch):
+def test_ranks_share_the_batches_and_their_scores_add_up(data, monkeypatch):
     """The ledgers of simulated ranks are the whole, whatever their number; a rank may have nothing to do."""
     c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
     model, evaluator, ledgers = build_model(c, spread=0.1), tg.Evaluator(c, single_run()), []
     whole = evaluator(model)
-    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
+    monkeypatch.setattr(tg.Ledger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
     for world in (2, 3, 40):
         ledgers.clear()
         for rank in range(world):
             evaluator.run = single_run(rank, world)
             evaluator(model)
-        assert (sum(ledger.mine.astype(int) for ledger in ledgers) == 1).all() and len(ledgers) == world
+        assert (sum(ledger.own_counts.astype(int) for ledger in ledgers) == 1).all() and len(ledgers) == world
         assert sum(ledger.nll.sum() for ledger in ledgers) == pytest.approx(whole.nats, rel=1e-12)
 
 
 def test_a_missed_target_is_noticed(data):
     c = config(DATA_PATH=data)
     evaluator = tg.Evaluator(c, single_run())
-    evaluator.rows = evaluator.rows[:-1]
-    with pytest.raises(AssertionError, match="targets were not scored exactly once"):
+    evaluator.sequences = evaluator.sequences[:-1]
+    with pytest.raises(tg.IllegalScore, match="targets were not scored exactly once"):
         evaluator(build_model(c))
 
 
 def test_a_target_that_is_scored_again_is_noticed(data):
     c = config(DATA_PATH=data)
     evaluator = tg.Evaluator(c, single_run())
-    evaluator.rows = [*evaluator.rows, evaluator.rows[0]]
-    with pytest.raises(AssertionError, match="scored twice"):
+    evaluator.sequences = [*evaluator.sequences, evaluator.sequences[0]]
+    with pytest.raises(tg.IllegalScore, match="a target was scored twice"):
         evaluator(build_model(c))
+
+
+def test_windows_that_leave_a_target_out_are_noticed(data, monkeypatch):
+    windows = tg.evaluation_windows
+    monkeypatch.setattr(tg, "evaluation_windows", lambda *a: windows(*a)[1:])
+    with pytest.raises(tg.IllegalScore, match="do not cover every target once"):
+        tg.Evaluator(config(DATA_PATH=data), single_run())
+
+
+def test_warming_up_computes_one_batch_and_scores_nothing(data, monkeypatch):
+    c = config(DATA_PATH=data, VAL_BATCH_SIZE=128)
+    evaluator, model, shapes = tg.Evaluator(c, single_run()), build_model(c), []
+    monkeypatch.setattr(tg.ScoreLedger, "score", lambda *_: pytest.fail("a score was entered"))
+    evaluator.warm_up(lambda ids, *rest, **how: shapes.append(tuple(ids.shape)) or model(ids, *rest, **how))
+    assert shapes == [(4, 32)] == [(evaluator.batch_size, c.eval_context)]
 
 
 def test_batches_hold_documents_and_their_targets(data):
     c = config(DATA_PATH=data, EVAL_STRIDE=10, VAL_BATCH_SIZE=256)
     evaluator, seen = tg.Evaluator(c, single_run()), []
     whole = evaluator.tokens
-    for rows in evaluator.batches(evaluator.rows):
-        (ids, targets, documents), scored = evaluator.batch(rows, evaluator.windows)
+    for sequences in evaluator.batches(evaluator.sequences):
+        (ids, targets, documents), scored = evaluator.batch(sequences, evaluator.windows)
         assert ids.shape == targets.shape == documents.starts.shape == scored.shape == (8, 32)
-        r, t = np.nonzero(scored >= 0)
-        assert np.array_equal(ids.numpy()[r, t], whole[scored[r, t]])
-        assert np.array_equal(targets.numpy()[r, t], whole[scored[r, t] + 1])
+        b, t = np.nonzero(scored >= 0)
+        assert np.array_equal(ids.numpy()[b, t], whole[scored[b, t]])
+        assert np.array_equal(targets.numpy()[b, t], whole[scored[b, t] + 1])
         assert (documents.starts.numpy() <= np.arange(32)).all()
-        seen += scored[r, t].tolist()
+        seen += scored[b, t].tolist()
     assert sorted(seen) == list(range(len(whole) - 1))
 
 
 def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
-    """The context reaches the model: its NLL of a late target depends on a token at the promised distance."""
+    """The context reaches the model: its NLL of a late target depends on a token at the context's distance."""
     c = config(COMPUTE_DTYPE="float64", EVAL_SEQ_LEN=24, EVAL_STRIDE=4)
     model = build_model(c)
     tokens = [1, *np.random.default_rng(1).integers(4, 384, 99).tolist()]
@@ -269,8 +303,8 @@ def test_longer_context_is_never_worse_on_a_copying_model(data, tmp_path):
     changed = []
     for evaluator in (before, after):
         nlls = np.zeros(99)
-        for rows in evaluator.batches(evaluator.rows):
-            batch, scored = evaluator.batch(rows, evaluator.windows)
+        for sequences in evaluator.batches(evaluator.sequences):
+            batch, scored = evaluator.batch(sequences, evaluator.windows)
             nll = model(*batch, looped=False)[0].detach().numpy()
             nlls[scored[scored >= 0]] = nll[scored >= 0]
         changed.append(nlls)
@@ -291,13 +325,13 @@ def manifest(folder, content):
 def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     right = len(evaluator.tokens), evaluator.bytes
-    assert any("manifest.json is not there" in remark for remark in evaluator.notes)
-    assert evaluator.audit.manifest.reference == {}
+    assert any("manifest.json does not exist" in note for note in evaluator.notes)
+    assert evaluator.data_check.manifest.reference == {}
     manifest(tmp_path / "data", content % (right[0] if "1}}}" in content else right[1]))
-    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: promises 1 .* hold ({right[0]}|{right[1]})$"):
+    with pytest.raises(tg.ConfigError, match=rf"manifest\.json: says 1 .* hold ({right[0]}|{right[1]})$"):
         tg.Evaluator(evaluator.config, single_run())
-    manifest(tmp_path / "data", '{"splits": {"val": {"tokens": %d, "bytes": %d}}}' % right)
-    assert tg.Evaluator(evaluator.config, single_run()).remarks == []
+    manifest(tmp_path / "data", json.dumps(dict(splits=dict(val=dict(tokens=right[0], bytes=right[1])))))
+    assert tg.Evaluator(evaluator.config, single_run()).notes == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +353,7 @@ def test_a_manifest_that_disagrees_is_refused(content, data, tmp_path):
 def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
     evaluator = evaluator_of(tmp_path / "data", data, streams()["usual"])
     manifest(tmp_path / "data", content)
-    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a manifest"):
+    with pytest.raises(tg.ConfigError, match=r"manifest\.json: is not a valid manifest"):
         tg.Evaluator(evaluator.config, single_run())
 
 
@@ -346,7 +380,7 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
     for setting in ("1", "auto"):
         evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
         assert evaluator.bytes == 2 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
-        assert any("sidecar" in remark for remark in evaluator.notes)
+        assert any("sidecar" in note for note in evaluator.notes)
 
 
 @pytest.mark.parametrize(
@@ -388,13 +422,13 @@ def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp
     evaluator.run = single_run(0, ranks)
     computed = []
     monkeypatch.setattr(tg.Run, "time_second_call", lambda run, compute: compute() or 0.5)
-    monkeypatch.setattr(tg.Evaluator, "score_rows", lambda evaluator, forward, rows: computed.append(rows))
+    monkeypatch.setattr(tg.Evaluator, "score_sequences", lambda evaluator, forward, batch: computed.append(batch))
     evaluator.project(None)
     lines = capsys.readouterr().out.splitlines()
-    batches = len(evaluator.batches(evaluator.rows))
-    assert batches == 5 and computed == [evaluator.rows[:2]]
+    batches = len(evaluator.batches(evaluator.sequences))
+    assert batches == 5 and computed == [evaluator.sequences[:2]]
     assert lines[0] == (
-        f"sliding: 9 windows of up to 16 tokens every 8, 5 batches, projected to take "
+        f"sliding: 9 windows of up to 16 tokens, stride 8, 5 batches, projected to take "
         f"{0.5 * math.ceil(5 / ranks):.1f} s"
     )
     assert [("EVAL_BUDGET_SECONDS=2" in line) for line in lines[1:]] == [True] * warned

@@ -1,6 +1,7 @@
-"""tools/generate.py: text from an artifact, through the model's one forward, the same for the same seed."""
+"""tools/generate.py: text from an artifact, by the logits that a score is computed from, the same for the same seed."""
 
 import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -58,12 +59,12 @@ def caseops_tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, data):
-    """A run's folder: an artifact with random weights, looped, with lanes, its config, and a tokenizer of each kind."""
+    """A run's folder: a random model with loops and parallel streams, its config, and a tokenizer of each kind."""
     folder = tmp_path_factory.mktemp("generate")
     c = config(RECORD_LIKE)
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
     (folder / "model.pgolf").write_bytes(tg.pack(tg.quantize(weights, {}, c), c))
-    (folder / "config.json").write_text('{"data_path": "%s", "tokenizer_path": ""}' % data)
+    (folder / "config.json").write_text(json.dumps(dict(data_path=str(data), tokenizer_path="")))
     (folder / "caseops.model").write_bytes(caseops_tokenizer())
     return folder
 
@@ -101,21 +102,29 @@ def test_temperature_and_top_k(folder, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, data, monkeypatch):
-    """And a token further back than the context holds changes nothing."""
+def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, monkeypatch):
+    """The score of each next token, whichever it is; a token further back than the context holds changes nothing."""
     monkeypatch.setenv("COMPUTE_DTYPE", dtype)
     logits, _ = loaded(folder)
-    c, ids = logits.config, torch.randint(4, 384, (1, 20), generator=torch.Generator().manual_seed(1))
-    ids[0, 0] = 1
-    batch = tg.to_device(
-        ids[:, :-1].numpy(), ids[:, 1:].numpy(), tg.document_starts(ids[:, :-1].numpy()), torch.device("cpu")
-    )
-    nll, _ = logits.model(*batch, looped=True)
-    row = torch.log_softmax(logits(ids[0, :-1].tolist()).double(), 0)
-    assert -row[ids[0, -1]] == pytest.approx(nll[0, -1].item(), abs=2e-2 if dtype == "bfloat16" else 1e-5)
+    model, ids = logits.model, torch.randint(4, 384, (1, 19), generator=torch.Generator().manual_seed(1)).numpy()
+    ids[0, 0] = tg.BOS_ID
+    batch = tg.to_device(ids, ids, tg.document_starts(ids), torch.device("cpu"))
+    row = torch.log_softmax(logits(ids[0].tolist()).double(), 0)
+    for target in (1, 4, 200, 383):
+        with torch.no_grad():
+            nll, _ = model(batch.ids, torch.full_like(batch.ids, target), batch.documents, looped=True, last_tokens=1)
+        assert -row[target] == pytest.approx(nll.item(), abs=1e-5)
     long = [1, *torch.randint(4, 384, (80,), generator=torch.Generator().manual_seed(2)).tolist()]
-    assert c.eval_context == 32 and torch.equal(logits(long), logits([1, *long[-60:]]))
+    assert logits.config.eval_context == 32 and torch.equal(logits(long), logits([1, *long[-60:]]))
     assert not torch.equal(logits(long), logits(long[-31:]))
+
+
+def test_nothing_is_left_in_the_model(folder):
+    """No hook: the model that was loaded gives the same scores after text was generated with it."""
+    logits, _ = loaded(folder)
+    before = logits([1, 20, 30])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in logits.model.modules())
+    assert torch.equal(logits([1, 20, 30]), before) and before.shape == (384,) and before.dtype == torch.float32
 
 
 def test_the_text_ends_with_its_document_and_holds_no_special_token(folder):

@@ -1,6 +1,8 @@
 """Quantization: GPTQ against rounding, Hessians against plain products, and the forms in which tensors are stored."""
 
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def test_gptq_beats_rounding_to_nearest(shape, bits):
         w, (_, hessian) = matrix(*shape, seed), correlated(500, shape[1], seed + 10)
         limit = 2 ** (bits - 1) - 1
         scales = tg.row_scales(w, bits, 3.0 if bits < 6 else 0.0)
-        codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, limit)
+        codes = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, limit)
         assert codes.dtype == torch.int8 and codes.abs().max() <= limit
         ours, plain = (weighted_error(w, x, scales, hessian) for x in (codes, nearest(w, scales, limit)))
         assert ours <= plain * (1 + 1e-6)
@@ -53,17 +55,17 @@ def test_gptq_beats_rounding_to_nearest(shape, bits):
 
 
 def plain_gptq(w, hessian, scales, limit, damp):
-    """Column by column with the inverse of what is left, as in the paper (no Cholesky, no blocks), float64."""
+    """Column by column with the inverse over the remaining columns, as in the paper (no Cholesky, no blocks)."""
     w, h = w.astype(np.float64).copy(), hessian.astype(np.float64)
     h = h + damp * np.mean(np.diag(h)) * np.eye(len(h))
-    left, codes = list(np.argsort(-np.diag(hessian), kind="stable")), np.zeros_like(w)
-    while left:
-        inverse = np.linalg.inv(h[np.ix_(left, left)])
-        j = left[0]
+    remaining, codes = list(np.argsort(-np.diag(hessian), kind="stable")), np.zeros_like(w)
+    while remaining:
+        inverse = np.linalg.inv(h[np.ix_(remaining, remaining)])
+        j = remaining[0]
         codes[:, j] = np.clip(np.round(w[:, j] / scales), -limit, limit)
         error = (w[:, j] - codes[:, j] * scales) / inverse[0, 0]
-        w[:, left] -= np.outer(error, inverse[0])
-        left = left[1:]
+        w[:, remaining] -= np.outer(error, inverse[0])
+        remaining = remaining[1:]
     return codes
 
 
@@ -71,7 +73,7 @@ def test_gptq_is_the_papers_algorithm():
     for seed in range(4):
         w, (_, hessian) = matrix(12, 30, seed), correlated(300, 30, seed)
         scales = tg.row_scales(w, 4, 0.0)
-        found = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 7)[0].numpy()
+        found = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, 7)[0].numpy()
         expected = plain_gptq(w[0].numpy(), hessian[0].numpy(), scales[0].float().numpy().astype(np.float64), 7, 0.01)
         assert (found == expected).mean() > 0.995  # rounding of a value between two codes may differ
 
@@ -79,25 +81,25 @@ def test_gptq_is_the_papers_algorithm():
 def test_blocks_do_not_matter():
     w, (_, hessian) = matrix(12, 300), correlated(900, 300)
     scales = tg.row_scales(w, 6, 0.0)
-    whole = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31, block=300)
+    whole = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, 31, block=300)
     for block in (1, 7, 128):
-        assert (tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31, block=block) == whole).float().mean() > 0.999
+        assert (tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, 31, block=block) == whole).float().mean() > 0.999
 
 
 def test_a_batch_is_quantized_like_its_matrices_one_by_one():
     w = torch.cat([matrix(16, 48, seed) for seed in range(5)])
     hessian = torch.cat([correlated(200, 48, seed)[1] for seed in range(5)])
     scales = tg.row_scales(w, 6, 0.0)
-    together = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, 31)
+    batched = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, 31)
     for i in range(5):
-        alone = tg.gptq(w[i : i + 1], tg.feedback_of(hessian[i : i + 1], 0.01), scales[i : i + 1], 31)
-        assert torch.equal(together[i : i + 1], alone)
+        alone = tg.gptq(w[i : i + 1], tg.factor_hessian(hessian[i : i + 1], 0.01), scales[i : i + 1], 31)
+        assert torch.equal(batched[i : i + 1], alone)
 
 
 def test_independent_inputs_make_gptq_round_to_nearest():
     w = matrix(8, 20)
     scales = tg.row_scales(w, 5, 0.0)
-    found = tg.gptq(w, tg.feedback_of(torch.diag_embed(torch.linspace(2, 1, 20))[None], 0.01), scales, 15)
+    found = tg.gptq(w, tg.factor_hessian(torch.diag_embed(torch.linspace(2, 1, 20))[None], 0.01), scales, 15)
     assert torch.equal(found.float(), nearest(w, scales, 15))
 
 
@@ -105,7 +107,7 @@ def test_independent_inputs_make_gptq_round_to_nearest():
 def test_a_hessian_of_rank_one_works(damp):
     w, (_, hessian) = matrix(8, 24), correlated(100, 24, rank=1)
     scales = tg.row_scales(w, 6, 0.0)
-    codes = tg.gptq(w, tg.feedback_of(hessian, damp), scales, 31)
+    codes = tg.gptq(w, tg.factor_hessian(hessian, damp), scales, 31)
     assert weighted_error(w, codes, scales, hessian) <= weighted_error(w, nearest(w, scales, 31), scales, hessian)
 
 
@@ -115,11 +117,11 @@ def test_dead_columns_are_rounded_and_disturb_nothing(damp):
     x[:, [3, 17, 29]] = 0
     hessian, w = (x.T @ x / 400)[None], matrix(8, 30)
     scales = tg.row_scales(w, 6, 0.0)
-    codes = tg.gptq(w, tg.feedback_of(hessian, damp), scales, 31)
+    codes = tg.gptq(w, tg.factor_hessian(hessian, damp), scales, 31)
     dead = [3, 17, 29]
     assert torch.equal(codes[..., dead].float(), nearest(w, scales, 31)[..., dead])
     assert weighted_error(w, codes, scales, hessian) < weighted_error(w, nearest(w, scales, 31), scales, hessian)
-    none = tg.gptq(w, tg.feedback_of(torch.zeros(1, 30, 30), damp), scales, 31)
+    none = tg.gptq(w, tg.factor_hessian(torch.zeros(1, 30, 30), damp), scales, 31)
     assert torch.equal(none.float(), nearest(w, scales, 31))
 
 
@@ -128,12 +130,12 @@ def test_a_hessian_that_is_not_finite_is_an_error(bad):
     w, (_, hessian) = matrix(4, 8), correlated(50, 8)
     hessian[0, 2, 3] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
-        tg.gptq(w, tg.feedback_of(hessian, 0.01), tg.row_scales(w, 6, 0.0), 31)
+        tg.gptq(w, tg.factor_hessian(hessian, 0.01), tg.row_scales(w, 6, 0.0), 31)
 
 
-def test_the_inverse_factor_is_one():
+def test_the_factor_is_the_inverse_hessians_cholesky():
     _, hessian = correlated(300, 20)
-    u = tg.inverse_factor(hessian, 0.01)[0].double()
+    u = tg.inverse_cholesky(hessian, 0.01)[0].double()
     h = hessian[0].double() + 0.01 * hessian[0].double().diagonal().mean() * torch.eye(20)
     assert torch.equal(u, u.triu())
     assert torch.allclose(u.T @ u @ h, torch.eye(20, dtype=torch.float64), atol=1e-3)
@@ -148,7 +150,7 @@ def test_codes_stay_within_their_bits(bits, rows, columns, sigmas, seed):
     w, (_, hessian) = matrix(rows, columns, seed), correlated(60, columns, seed)
     limit = 2 ** (bits - 1) - 1
     scales = tg.row_scales(w, bits, sigmas)
-    codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), scales, limit)
+    codes = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, limit)
     assert scales.dtype == torch.float16 and scales.shape == (1, rows) and (scales > 0).all()
     assert codes.min() >= -limit and codes.max() <= limit
 
@@ -237,13 +239,13 @@ def test_gptq_lite_takes_the_best_of_five_quantiles_for_each_row(bits):
     w[:20] = w[:20].sign() * w[:20].abs() ** 3
     codes, scales = tg.gptq_lite(w, bits, 0)
     limit, chosen = 2 ** (bits - 1) - 1, set()
-    for row, found, scale in zip(w.numpy().astype(np.float64), codes, scales):
+    for row, found, scale in zip(w.numpy().astype(np.float64), codes, scales, strict=True):
         errors = []
         for quantile in (0.999, 0.9995, 0.9999, 0.99999, 1):
-            step = np.float64(np.float16(np.quantile(np.abs(row), quantile) / limit))
-            errors.append(np.square(np.clip(np.round(row / step), -limit, limit) * step - row).mean())
-        mine = np.square(found.numpy() * scale.double().item() - row).mean()
-        assert mine <= min(errors) * 1.001 and found.abs().max() <= limit
+            s = np.float64(np.float16(np.quantile(np.abs(row), quantile) / limit))
+            errors.append(np.square(np.clip(np.round(row / s), -limit, limit) * s - row).mean())
+        actual = np.square(found.numpy() * scale.double().item() - row).mean()
+        assert actual <= min(errors) * 1.001 and found.abs().max() <= limit
         chosen.add(int(np.argmin(errors)))
     assert len(chosen) >= 3 and codes.dtype == torch.int8 and scales.dtype == torch.float16
     grid = tg.gptq_lite(w, bits, 16)[1].float().log2() * 16
@@ -287,6 +289,91 @@ def test_tables_are_stored_by_their_size():
     assert quantized(POLY_LIKE, BIGRAM_VOCAB_SIZE=6000)[3]["bigram.table"].bits == 6  # gptq_lite does it, too
 
 
+# ------------------------------------------------------------------------------------------------ table of quantizers
+
+
+def encoded(name, bits=6, with_factor=True, **knobs):
+    """A random bank, its Hessians, and its stored form by one row of the table."""
+    c = config(QUANTIZER=name, **knobs)
+    w, hessian = torch.cat((matrix(20, 30, 1), matrix(20, 30, 2))), correlated(200, 30)[1].expand(2, -1, -1)
+    factors = tg.factor_hessians({"w": hessian}, c) if with_factor else {}
+    return w, hessian, tg.QUANTIZERS[name].encode(w, factors.get("w"), bits, 4.0, c)
+
+
+def test_the_table_has_a_row_for_each_quantizer():
+    field = tg.Config.__dataclass_fields__["quantizer"]
+    assert tuple(tg.QUANTIZERS) == tuple(tg.QUANTIZER_TRAITS) == field.metadata["choices"]
+    for name, quantizer in tg.QUANTIZERS.items():
+        assert quantizer.traits == tg.QUANTIZER_TRAITS[name]
+
+
+@pytest.mark.parametrize("with_factor", [True, False])
+@pytest.mark.parametrize("bits, most", [(4, 0.1), (8, 1e-3)])
+@pytest.mark.parametrize("name", tg.QUANTIZERS)
+def test_each_quantizer_decodes_what_it_encodes(name, bits, most, with_factor):
+    w, hessian, q = encoded(name, bits, with_factor, COLUMN_STEPS=0.5 if tg.QUANTIZER_TRAITS[name].column_scales else 0)
+    found = tg.quantizer_of(q)
+    found.check(q)
+    tg.check_stored(q)
+    assert q.codes.shape == w.shape and q.scales.shape == w.shape[:-1]
+    decoded = found.decode(q)
+    assert decoded.dtype == torch.float32 and torch.equal(decoded, tg.restore(q))
+    assert (tg.weighted_error(w - decoded, hessian) < most * tg.weighted_error(w, hessian)).all()
+    if tg.QUANTIZER_TRAITS[name].uses_hessians and with_factor:
+        assert found is tg.QUANTIZERS[name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "float codes": lambda q: q._replace(codes=q.codes.half()),
+        "no scales": lambda q: q._replace(scales=None),
+        "scales of another type": lambda q: q._replace(scales=q.scales.float()),
+        "scales of another shape": lambda q: q._replace(scales=q.scales[:, 1:]),
+        "a code of -128": lambda q: q._replace(codes=q.codes.clone().fill_(-128)),
+        "one bit": lambda q: q._replace(bits=1),
+        "sixteen bits": lambda q: q._replace(bits=16),
+        "a vector": lambda q: q._replace(codes=q.codes[0, 0], scales=q.scales[0, 0]),
+        "seven states": lambda q: q._replace(states=7),
+        "another quantizer's states": lambda q: q._replace(states=0 if q.states else 8),
+    }.items(),
+    ids=lambda item: item[0],
+)
+@pytest.mark.parametrize("name", tg.QUANTIZERS)
+def test_each_quantizer_refuses_a_form_that_it_does_not_produce(name, change):
+    _, _, q = encoded(name)
+    with pytest.raises(ValueError):
+        tg.QUANTIZERS[name].check(change[1](q))
+
+
+def test_plain_values_have_no_states_and_no_extras():
+    plain = tg.Quantized(torch.zeros(3, 4).half(), None, 16, {})
+    tg.check_stored(plain)
+    for wrong in (
+        plain._replace(states=8),
+        plain._replace(bits=8),
+        plain._replace(codes=torch.zeros(3, 4)),
+        plain._replace(extras={"columns": torch.zeros(1, 4, dtype=torch.int8)}),
+    ):
+        with pytest.raises(ValueError):
+            tg.check_stored(wrong)
+
+
+def test_no_code_compares_a_quantizers_name():
+    """What differs between quantizers is in their rows of the tables."""
+    tree = ast.parse(Path(tg.__file__).read_text())
+    names, found = set(tg.QUANTIZERS), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            strings = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            if strings & names or "quantizer" in attributes:
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+        found += [f"{node.lineno}: match" for _ in (1,) if isinstance(node, ast.Match)]
+    assert found == []
+    assert any(isinstance(n, ast.Attribute) and n.attr == "quantizer" for n in ast.walk(tree))
+
+
 # ------------------------------------------------------------------------------------------------------------ Hessians
 
 
@@ -327,7 +414,7 @@ def test_hessians_are_the_mean_products_of_every_matrix_inputs(base, data, monke
             assert torch.allclose(hessians[i], hessians[i].T)
 
 
-def test_taps_are_removed(data):
+def test_hooks_are_removed(data):
     trainer = make_trainer(TINY, data)
     tg.collect_hessians(trainer, 0)
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
@@ -376,7 +463,7 @@ def total_error(weights, stored, hessians):
 
 
 def with_hessians(**knobs):
-    """A random model, its Hessians with a strong common direction, and the stored form that the knobs ask for."""
+    """A random model, its Hessians with a strong common direction, and its stored form under these knobs."""
     c = config(RECORD_LIKE, **{"LQER_ENABLED": 0, "MATRIX_BITS": 4, "EMBED_BITS": 5, **knobs})
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
     hessians = {
@@ -406,7 +493,7 @@ def test_low_rank_corrections_lower_the_weighted_error(select, asymmetric):
     assert len(touched) == len([line for line in lines if "rank:4" in line]) <= 4
     assert touched or select == "gain"
     for name in before:
-        for i, (old, new) in enumerate(zip(before[name].tolist(), after[name].tolist())):
+        for i, (old, new) in enumerate(zip(before[name].tolist(), after[name].tolist(), strict=True)):
             assert new < old if (name, i) in touched else new == old
     if select == "norm":
         norms = {
@@ -429,7 +516,7 @@ def test_factors_have_the_levels_and_scales_of_the_specification():
         )
         found = [(name, q) for name, q in stored.items() if "corrected" in q.extras]
         assert found
-        for name, q in found:
+        for _, q in found:
             x, (n, (_, rows, columns)) = q.extras, (len(q.extras["corrected"]), tg.as_batch(q.codes).shape)
             assert x["left"].shape == (n, rows, 3) and x["right"].shape == (n, 3, columns)
             assert x["left"].min() >= left[0] and x["left"].max() <= left[1]
@@ -442,7 +529,8 @@ def test_gain_keeps_nothing_where_the_bytes_do_more_elsewhere():
     """White errors have no low rank: a correction of a large matrix of them cannot pay."""
     c = config(RECORD_LIKE, LQER_ENABLED=1, LQER_SELECT="gain")
     w = matrix(400, 300)
-    stored = {"up_bank": tg.quantize_bank(w, tg.feedback_of(torch.eye(300)[None], 0.01), None, 6, 0.0, c)}
+    factor = tg.factor_hessian(torch.eye(300)[None], 0.01)
+    stored = {"up_bank": tg.QUANTIZERS[c.quantizer].encode(w, factor, 6, 0.0, c)}
     lines = []
     tg.correct_errors(stored, {"up_bank": w}, {"up_bank": torch.eye(300)[None]}, c, lines.append)
     assert not stored["up_bank"].extras and "no correction" in lines[0]
@@ -460,7 +548,7 @@ def test_a_correction_of_a_low_rank_error_takes_it_away():
     assert tg.fit_correction(torch.zeros(4, 60), hessian[0], False, c).error == 0
 
 
-def test_the_finest_groups_are_those_with_most_activation_and_weight():
+def test_salient_columns_are_those_with_most_activation_and_weight():
     c = config(RECORD_LIKE, AWQ_GROUPS=3)
     weights, hessians = (
         {"up_bank": torch.ones(2, 8, 130), "embedding": torch.ones(30, 64)},
@@ -469,26 +557,26 @@ def test_the_finest_groups_are_those_with_most_activation_and_weight():
     hessians["up_bank"][1, 70, 70] = 1e4  # one loud channel, in the second group of the second matrix
     weights["up_bank"][0, :, 128:] = 200  # two columns of large weights, in the third group of the first
     weights["embedding"] *= 3
-    found = tg.fine_groups(weights, hessians, c)
-    assert {name: x.tolist() for name, x in found.items()} == {"up_bank": [2, 4], "embedding": [0]}
+    salient = tg.salient_columns(weights, hessians, c)
+    assert {name: mask.shape for name, mask in salient.items()} == {"up_bank": (2, 130), "embedding": (1, 64)}
+    assert salient["embedding"].all()
+    columns = [mask.nonzero()[:, 0].tolist() for mask in salient["up_bank"]]
+    assert columns == [[128, 129], list(range(64, 128))]
 
 
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
-def test_fine_groups_have_steps_of_eight_bits(quantizer):
+def test_salient_columns_have_scales_of_eight_bits(quantizer):
     _, weights, hessians, plain, _ = with_hessians(QUANTIZER=quantizer)
     c, _, _, fine, _ = with_hessians(AWQ_GROUPS=5, QUANTIZER=quantizer)
-    groups = tg.fine_groups(weights, hessians, c)
-    assert sum(map(len, groups.values())) == 5
+    salient = tg.salient_columns(weights, hessians, c)
+    assert sum(-(-row.sum().item() // tg.AWQ_COLUMNS) for mask in salient.values() for row in mask) == 5
     before, after = (total_error(weights, stored, hessians) for stored in (plain, fine))
     for name, q in fine.items():
-        per = -(-q.codes.size(-1) // tg.AWQ_COLUMNS)
-        chosen = {(int(g // per), int(g % per)) for g in groups.get(name, torch.empty(0))}
-        assert bool(chosen) == ("columns" in q.extras)
-        for i, group in ((i, g) for i in range(len(tg.as_batch(q.codes))) for g in range(per) if chosen):
-            steps = q.extras["columns"][i, 64 * group : 64 * group + 64]
-            assert (steps == (-2 * (8 - q.bits) if (i, group) in chosen else 0)).all()
-        for i in {i for i, _ in chosen}:
-            assert after[name][i] < 0.8 * before[name][i]
+        assert (name in salient) == ("columns" in q.extras)
+        if name in salient:
+            assert torch.equal(q.extras["columns"], -2 * (8 - q.bits) * salient[name])
+            improved = salient[name].any(1)
+            assert (after[name][improved] < 0.8 * before[name][improved]).all()
 
 
 def test_residuals_refine_the_matrices_where_they_save_most_until_the_bytes_are_spent():
@@ -531,34 +619,36 @@ def test_the_bits_of_each_class_have_a_knob():
 
 
 @pytest.mark.parametrize("natural", [False, True])
-def test_steps_by_column_follow_the_conditional_deviation(natural):
-    feedback = tg.feedback_of(correlated(300, 40)[1], 0.01, natural)
-    u = torch.empty(1, 40).scatter_(1, feedback.order, feedback.u.diagonal(dim1=-2, dim2=-1))  # in the model's order
-    found = tg.steps_by_column(feedback, 1.0)
+def test_column_scales_follow_the_conditional_deviation(natural):
+    factor = tg.factor_hessian(correlated(300, 40)[1], 0.01, natural)
+    diagonal = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1)
+    u = torch.empty(1, 40).scatter_(1, factor.order, diagonal)  # in natural order
+    found = tg.column_exponents(factor, 1.0)
     expected = (u / u.log2().mean().exp2()).log2()
     assert found.dtype == torch.int8 and (found / 2 - expected).abs().max() <= 0.2501
-    assert not tg.steps_by_column(feedback, 0.0).any()
-    assert torch.equal(feedback.order[0], torch.arange(40)) == natural
+    assert not tg.column_exponents(factor, 0.0).any()
+    assert torch.equal(factor.order[0], torch.arange(40)) == natural
 
 
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
-def test_steps_by_column_lower_the_error_at_equal_bytes(quantizer):
+def test_column_scales_lower_the_error_at_equal_bytes(quantizer):
     """Inputs of very different sizes: what a column matters decides how finely it is stored."""
     w, (_, hessian) = matrix(256, 64), correlated(600, 64)
     found = {}
     for power in (0.0, 0.75):
-        for octaves in (0.0, 1.0):
+        for offset in (0.0, 1.0):
             c = config(QUANTIZER=quantizer, COLUMN_STEPS=power, COMPRESSOR="pergroup")
-            q = tg.quantize_bank(w, tg.all_feedbacks({"w": hessian}, c)["w"], None, 6, 13.0, c, octaves)
-            size = len(tg.encode_integers(q.codes.numpy(), tg.coder_trellis(q.states)))
-            found[power, octaves] = size, math.log2(tg.weighted_error(w - tg.restore(q), hessian).item())
+            factor = tg.factor_hessians({"w": hessian}, c)["w"]
+            q = tg.QUANTIZERS[quantizer].encode(w, factor, 6, 13.0, c, offset)
+            size = len(tg.encode_integers(q.codes.numpy(), tg.IntegerBank(q.codes.shape, q.states).trellis))
+            found[power, offset] = size, math.log2(tg.weighted_error(w - tg.restore(q), hessian).item())
     (b0, e0), (b1, e1) = found[0.0, 0.0], found[0.0, 1.0]
     bytes_, error = found[0.75, 0.0]
     assert error < e0 + (e1 - e0) * (bytes_ - b0) / (b1 - b0) - 0.3  # octaves of squared error
 
 
 @pytest.mark.parametrize("quantizer, compressor", [("uniform", "zstd"), ("trellis", "pergroup")])
-def test_the_steps_are_fitted_to_the_target(quantizer, compressor):
+def test_the_scales_are_fitted_to_the_target(quantizer, compressor):
     c, weights, hessians, stored, _ = with_hessians(
         QUANTIZER=quantizer, COMPRESSOR=compressor, TARGET_BYTES=1, MATRIX_BITS=6, EMBED_BITS=7, COLUMN_STEPS=0.5
     )
@@ -571,18 +661,18 @@ def test_the_steps_are_fitted_to_the_target(quantizer, compressor):
     assert errors[0] > errors[1] > errors[2]
     assert len(tg.quantize_within(weights, hessians, 10**9, c, lines.append)) > 1.2 * plain  # as fine as int8 allows
     smallest = tg.quantize_within(weights, hessians, 100, c, lines.append)
-    assert 100 < len(smallest) < 0.7 * plain  # nothing fits: the coarsest steps, and the run will say that it is over
+    assert 100 < len(smallest) < 0.7 * plain  # nothing fits: the largest scales, and the run will say that it is over
 
 
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
-def test_steps_end_where_codes_would(quantizer):
-    """Rows with outliers and columns of very different steps: finer is never worse, since nothing is cut off."""
+def test_scales_are_never_too_small_for_the_codes(quantizer):
+    """Rows with outliers and very different column scales: smaller is never worse, because nothing is clipped."""
     w, (_, hessian) = matrix(64, 80), correlated(400, 80)
     w[:, ::7, 3] *= 30
     c, errors = config(QUANTIZER=quantizer, COLUMN_STEPS=0.75, TARGET_BYTES=1), []
-    feedback = tg.all_feedbacks({"w": hessian}, c)["w"]
-    for octaves in (0.0, -1.0, -2.0, -2.5):
-        q = tg.quantize_bank(w, feedback, None, 8, 14.0, c, octaves)
+    factor = tg.factor_hessians({"w": hessian}, c)["w"]
+    for offset in (0.0, -1.0, -2.0, -2.5):
+        q = tg.QUANTIZERS[quantizer].encode(w, factor, 8, 14.0, c, offset)
         errors.append(tg.weighted_error(w - tg.restore(q), hessian).item())
         assert (q.codes.abs() == 127).float().mean() < 0.001
     assert errors[0] >= errors[1] >= errors[2] >= 0.95 * errors[3]
@@ -601,7 +691,7 @@ def test_steps_end_where_codes_would(quantizer):
 )
 def test_weights_of_a_device_are_quantized_packed_and_held_against_what_is_read_back(device, quantizer):
     c, weights, hessians, _, _ = with_hessians(QUANTIZER=quantizer, LQER_ENABLED=1, LQER_SELECT="norm")
-    weights, hessians = ({name: x.to(device) for name, x in some.items()} for some in (weights, hessians))
+    weights, hessians = ({name: x.to(device) for name, x in tensors.items()} for tensors in (weights, hessians))
     stored = tg.quantize(weights, hessians, c)
     data = tg.pack(tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)), c)
     rows = [row for row in tg.size_table(data, tg.unpack(data)[1], weights, hessians) if "relative_error" in row]

@@ -359,10 +359,10 @@ def test_low_rank_maps_each_row_by_its_own_pair():
 # ------------------------------------------------------------------------------ attention that takes packed documents
 
 
-def document_by_document(q, k, v, bounds, longest):
+def document_by_document(q, k, v, cu_seqlens, longest):
     """What a kernel for sequences of many lengths computes, [N, H, h], one sequence after the other."""
     parts = []
-    for begin, end in itertools.pairwise(bounds.tolist()):
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
         if begin < end:
             assert end - begin <= longest
             one = torch.zeros(1, end - begin, dtype=torch.int32)
@@ -373,7 +373,7 @@ def document_by_document(q, k, v, bounds, longest):
 
 @pytest.mark.parametrize("starts", [[[0], [0, 30]], [[0, 1, 2, 3], [0]], [[0, 49], [0, 25, 26]]])
 def test_packed_attention_equals_torchs(starts):
-    """The bounds of the flattened rows say what the mask says: padding, documents of one token, rows that continue."""
+    """cu_seqlens and the mask agree: padding, documents of one token, documents that a row cuts."""
     documents = documents_from(documents_of(starts, 3, 50))
     mask = tg.document_mask(documents.starts)
     compare(
@@ -403,7 +403,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
     except ImportError as error:
         pytest.skip(f"{name} is not installed: {error}")
     starts = documents_of([[0, 17, 300], [0], [0, 511]], 3, 512)
-    documents = tg.Documents(starts.cuda(), documents_from(starts).bounds.cuda())
+    documents = tg.Documents(starts.cuda(), documents_from(starts).cu_seqlens.cuda())
     inputs = [normal(3, 512, heads, 64).cuda() for heads in (8, 4, 4)]
 
     def results(backend, dtype):

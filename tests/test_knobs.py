@@ -1,6 +1,9 @@
-"""Every knob is alive: changing it alone changes the batches, the log, the score, the bytes or what is refused."""
+"""Every knob is alive, and shows where it is declared to: a change of it alone, in a run that is tiny otherwise."""
 
+import ast
 import dataclasses
+import hashlib
+import itertools
 import json
 import re
 
@@ -9,6 +12,7 @@ import torch
 
 import train_gpt as tg
 from helpers import TINY, config, knob_names, strings
+from train_gpt import Observed
 
 # Small and quick, with enough of it that each knob can act: documents, two layers, a step of warmdown.
 QUICK = dict(
@@ -46,7 +50,7 @@ PHASED = dict(
 CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
-    "COMPUTE_DTYPE": ("float64", {}),
+    "COMPUTE_DTYPE": ("bfloat16", {}),
     "ATTENTION": ("sdpa", {}),
     "CPU_THREADS": (2, {}),
     "ITERATIONS": (5, {}),
@@ -103,7 +107,7 @@ CHANGES = {
     "GRAD_CLIP_NORM": (0.01, {}),
     "WARMDOWN_FRAC": (0.9, {}),
     "WARMDOWN_ITERS": (2, dict(WARMDOWN_FRAC=0)),
-    "MIN_LR": (0.5, {}),
+    "MIN_LR": (0.9, {}),
     "EMA_DECAY": (0.9, {}),
     "MATRIX_BITS": (4, {}),
     "EMBED_BITS": (5, {}),
@@ -115,7 +119,7 @@ CHANGES = {
     "SEED": (8, {}),
     "RUN_ID": ("other", {}),
     "ARTIFACT_DIR": ("elsewhere", {}),
-    "PRESET": ("poly5", {}),
+    "PRESET": ("poly5", dict(PRESET="record")),  # what no setting overrides can differ
     "MODE": ("train", {}),
     "TOKENIZER_PATH": ("missing.model", {}),
     "TRITON_KERNELS": (1, {}),
@@ -202,61 +206,169 @@ CHANGES = {
     },
     "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)),
     "TOKENIZER_SHA256": ("0" * 64, {}),
-    "DATA_PATH": ("missing", {}),
     "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
-    "AUDIT": ("windows", {}),
     "ALLOW_SHARED_DOCUMENTS": (3, {}),
+    "ALLOW_SHARED_WINDOWS": (0.5, {}),
 }
 
 
-class LatePace(tg.ProgressMeter):
-    """A Pace that has begun 5 seconds ago, so that an evaluation of milliseconds can miss a budget."""
+class LateMeter(tg.ProgressMeter):
+    """A meter that began 5 seconds ago, so that an evaluation of milliseconds can miss a budget."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.begin -= 5
 
 
-def outcome(values, folder, capfd):
-    """All that a run shows, but for the time that it took."""
+# ------------------------------------------------------------------------------------------- what a run shows, in order
+
+
+def digest(tensors):
+    """SHA-256 of some tensors' types, shapes and values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+class Recorder:
+    """What a run shows, in the order of the run: pairs of a place and a value."""
+
+    def __init__(self):
+        self.events = []
+        self.in_step = self.in_warmup = False
+
+    def add(self, place, value):
+        if not self.in_warmup:
+            self.events.append((place, repr(value)))
+
+    def install(self, patch):
+        """Wraps the functions in which something can be seen."""
+        wrappers = {
+            (tg.Trainer, "__init__"): self.setup,
+            (tg.Trainer, "warm_up"): self.warm_up,
+            (tg.Trainer, "step"): self.step,
+            (tg.Trainer, "use_average"): self.use_average,
+            (tg.TrainLoader, "batch"): self.batch,
+            (tg, "write_atomic"): self.write,
+            (tg, "log_score"): self.score,
+        }
+        for (owner, name), wrapper in wrappers.items():
+            patch.setattr(owner, name, wrapping(wrapper, getattr(owner, name)))
+
+    def setup(self, original, trainer, *arguments, **options):
+        original(trainer, *arguments, **options)
+        self.add(Observed.PARAMETERS, [(name, tuple(p.shape)) for name, p in trainer.model.named_parameters()])
+        self.add(Observed.INIT, digest(trainer.model.parameters()))
+        # A model whose outputs and gates start at zero hides in its first loss what its layers compute.
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+
+    def warm_up(self, original, trainer, *arguments, **options):
+        self.in_warmup = True  # what it computes is undone
+        original(trainer, *arguments, **options)
+        self.in_warmup = False
+
+    def step(self, original, trainer, progress, *arguments, **options):
+        c = trainer.config
+        rates = tg.lr_multiplier(progress, c), tg.muon_beta(progress, c)
+        self.add(Observed.SCHEDULE, (progress.step, *rates, tg.step_variant_at(progress, c)))
+        self.in_step = True
+        nats = original(trainer, progress, *arguments, **options)
+        self.in_step = False
+        self.add(Observed.LOSS, nats.item())
+        self.add(Observed.WEIGHTS, digest(trainer.model.parameters()))
+        return nats
+
+    def batch(self, original, loader, *arguments):
+        batch = original(loader, *arguments)
+        if self.in_step:  # calibration reads batches too
+            self.add(Observed.BATCHES, digest((batch.ids, batch.targets, *batch.documents)))
+        return batch
+
+    def use_average(self, original, trainer):
+        original(trainer)
+        self.add(Observed.WEIGHTS, digest(trainer.model.parameters()))
+
+    def write(self, original, path, content):
+        original(path, content)
+        if path.name == tg.CONTAINER_FILE:
+            self.add(Observed.BYTES, hashlib.sha256(content).hexdigest())
+
+    def score(self, original, run, stage, score):
+        original(run, stage, score)
+        if stage != "ttt_baseline":  # which the summary shows
+            self.add(Observed.TTT if stage == "ttt" else Observed.SCORE, (stage, score.nats, score.tokens, score.bytes))
+
+
+def wrapping(wrapper, original):
+    """A function or method that calls `wrapper` with the original one and the arguments."""
+    return lambda *arguments, **options: wrapper(original, *arguments, **options)
+
+
+TIMES = re.compile(r"tokens/s:\d+|\d+ tokens/s(?!:)|[\d.]+(ms| ?s)\b")
+TIMED = ("seconds ", "peak memory", "data stall", "data: steps waited")  # lines of nothing else
+MEASURED = (
+    "seconds",
+    "tokens_per_second",
+    "train_seconds",
+    "peak_memory_bytes",
+    "ttt_targets_per_second",
+    "data_wait_share",
+)
+
+
+def outcome(values, folder, capfd) -> list:
+    """What a run shows, in the order of the run, but for the time that it took: pairs of a place and a value."""
     folder.mkdir()
+    recorder, compiled = Recorder(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         threads = [1]  # two busy threads in each of the tests' processes would slow both down tenfold
         patch.setattr(torch, "set_num_threads", threads.append)
         patch.setattr(torch, "get_num_threads", lambda: threads[-1])
-        patch.setattr(tg, "ProgressMeter", LatePace)
+        # The same on every machine, with a GPU or a compiler or without; tests/test_end_to_end.py really compiles.
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(tg, "cpu_compiler", lambda: True)
+        patch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
+        patch.setattr(tg, "ProgressMeter", LateMeter)
+        recorder.install(patch)
         capfd.readouterr()
         code = tg.main([], strings({"RUN_ID": "same", **values}))
         out, errors = capfd.readouterr()
-        runs = [p for p in folder.rglob("log.txt")]
-        summary = json.loads((runs[0].parent / "summary.json").read_text()) if runs else {}
-    measured = (
-        "seconds",
-        "tokens_per_second",
-        "train_seconds",
-        "peak_memory_bytes",
-        "ttt_targets_per_second",
-        "data_wait_share",
-    )
-    seen = {name: value for name, value in summary.items() if name not in measured}
-    steps = re.findall(
-        r"step:\d+/\d+ (?:train|val)_loss:\S+|lr_scale:\S+|device:.*|BatchLayout.*|order:.*|looping.*|"
-        r"\d+ bytes over|warm\w*[: ]\d+|EVAL_BUDGET_SECONDS=\d+",
-        out,
-    )
-    files = {str(p.relative_to(folder)) for p in folder.rglob("*")}
-    model = [p.read_bytes() for p in folder.rglob("model.pgolf")]
-    plan = {}
-    if code == 0:
-        c = config(values)
-        plan = dict(layout=tg.batch_layout(c, 1), rows=c.eval_rows)
-    return dict(code=code, errors=errors, summary=seen, steps=steps, files=files, model=model, plan=plan)
+        summaries = [json.loads(path.read_text()) for path in folder.rglob("summary.json")]
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    first = [(Observed.REFUSAL, repr((code, errors))), (Observed.FOLDER, repr(names))]
+    rows = {name: value for summary in summaries for name, value in summary.items() if name not in MEASURED}
+    lines = [TIMES.sub("#", line) for line in out.splitlines() if not line.startswith(TIMED)]
+    last = [(Observed.SUMMARY, repr(rows)), (Observed.LOG, repr((lines, compiled)))]
+    return [*first, *recorder.events, *last]
+
+
+# ------------------------------------------------------------------------------------------- where a change shows first
 
 
 def differences(before, after):
-    return {key for key in before if before[key] != after[key]}
+    """The places where two outcomes differ, in the order of the run. A thing that one of them lacks is a difference."""
+    pairs = itertools.zip_longest(before, after, fillvalue=(None, None))
+    order = list(Observed)
+    return [min((place for place, _ in pair if place), key=order.index) for pair in pairs if pair[0] != pair[1]]
+
+
+def values_at(result, place):
+    return [value for where, value in result if where is place]
+
+
+def check_observed(declared, before, after):
+    """Asserts that a change shows where it is declared, and nowhere earlier in the run."""
+    places = differences(before, after)
+    assert places, "changes nothing"
+    assert places[0] is declared, f"is declared to show first in {declared.name}, and shows first in {places[0].name}"
+    if declared is Observed.SCORE:  # the first score is taken before the artifact is made
+        assert values_at(before, Observed.BYTES) == values_at(after, Observed.BYTES), "changes the artifact"
 
 
 BASES = {}
@@ -267,8 +379,18 @@ def base_outcome(settings, data, tmp_path, capfd):
     key = json.dumps(settings, sort_keys=True, default=str)
     if key not in BASES:
         BASES[key] = outcome(dict(QUICK, **settings, DATA_PATH=data), tmp_path / "base", capfd)
-        assert BASES[key]["code"] == 0, BASES[key]["errors"]
+        assert BASES[key][0] == (Observed.REFUSAL, "(0, '')"), BASES[key][0]
     return BASES[key]
+
+
+def fewer_shards(data, tmp_path):
+    """The data without the first training shard."""
+    folder = tmp_path / "fewer"
+    folder.mkdir()
+    for path in data.iterdir():
+        if path.name != "fineweb_train_000000.bin":
+            (folder / path.name).symlink_to(path)
+    return folder
 
 
 def test_the_list_names_existing_knobs():
@@ -276,44 +398,89 @@ def test_the_list_names_existing_knobs():
 
 
 @pytest.mark.parametrize("name", knob_names())
-def test_every_knob_changes_what_a_run_shows(name, data, tmp_path, capfd):
+def test_a_change_of_every_knob_shows_first_where_it_is_declared(name, data, tmp_path, capfd):
+    """... and the same two runs contradict every other declaration."""
     field = next(f for f in dataclasses.fields(tg.Config) if f.name.upper() == name)
     value, settings = CHANGES.get(name, (None, {}))
-    if name == "PRESET":  # only what no setting overrides can differ
-        settings = dict(PRESET="record")
     before = base_outcome(settings, data, tmp_path, capfd)
+    if name == "DATA_PATH":
+        value = fewer_shards(data, tmp_path)
     if value is None:
-        current = {**QUICK, **settings}.get(name, field.default)
-        value = type(field.default)(float(current) * 2)
-    values = {**QUICK, **settings, "DATA_PATH": data, name: value}
-    after = outcome(values, tmp_path / "changed", capfd)
-    changed = differences(before, after) - ({"files"} if name not in ("RUN_ID", "ARTIFACT_DIR") else set())
-    assert changed, f"{name}={value} changes nothing"
-    if after["code"]:
-        assert name in (
-            "TOKENIZER_PATH",
-            "DATA_PATH",
-            "VOCAB_SIZE",
-            "DEVICE",
-            "TRITON_KERNELS",
-            "COMPILE",
-            "ARTIFACT_LIMIT_BYTES",
-            "CASEOPS_ENABLED",
-            "TOKENIZER_SHA256",
-        ), after["errors"]
-        assert name in after["errors"] or name == "ARTIFACT_LIMIT_BYTES"
-    elif (
-        field.name in {f.name for f in dataclasses.fields(tg.ModelConfig)}
-        or "weights" in field.metadata["alive"]
-        or field.metadata["alive"] == "batches"
-    ):
-        assert "model" in changed, f"{name} does not reach the weights"
+        value = type(field.default)(float({**QUICK, **settings}.get(name, field.default)) * 2)
+    after = outcome({**QUICK, **settings, "DATA_PATH": data, name: value}, tmp_path / "changed", capfd)
+    declared = field.metadata["observed"]
+    check_observed(declared, before, after)
+    code, errors = ast.literal_eval(after[0][1])
+    assert (code != 0) is (declared is Observed.REFUSAL)
+    if code:
+        assert name in (errors or after[-1][1])  # the last line of the log is the error of a run that ends with 1
+    for other in set(Observed) - {declared}:
+        with pytest.raises(AssertionError, match=f"is declared to show first in {other.name}, "):
+            check_observed(other, before, after)
 
 
 def test_two_equal_runs_show_the_same(data, tmp_path, capfd):
-    """The comparison above is not of noise."""
+    """The comparison above is not of noise; and it is of every place."""
     before = base_outcome({}, data, tmp_path, capfd)
-    assert differences(before, outcome(dict(QUICK, DATA_PATH=data), tmp_path / "again", capfd)) == set()
+    again = outcome(dict(QUICK, DATA_PATH=data), tmp_path / "again", capfd)
+    assert differences(before, again) == []
+    with pytest.raises(AssertionError, match="changes nothing"):
+        check_observed(Observed.LOG, before, again)
+    assert {place for place, _ in before} == set(Observed) - {Observed.TTT}
+    assert len(values_at(before, Observed.LOSS)) == QUICK["ITERATIONS"]
+
+
+def test_every_place_is_declared_by_some_knob():
+    assert {f.metadata["observed"] for f in dataclasses.fields(tg.Config)} == set(Observed)
+
+
+RUN = [
+    (Observed.REFUSAL, "0"),
+    (Observed.SCHEDULE, "1"),
+    (Observed.LOSS, "2"),
+    (Observed.WEIGHTS, "3"),
+    (Observed.SCORE, "4"),
+    (Observed.BYTES, "5"),
+    (Observed.SCORE, "6"),
+    (Observed.LOG, "7"),
+]
+
+
+def changed(*places):
+    """The run above with other values at some of its places, by number."""
+    return [(place, value + "*" * (n in places)) for n, (place, value) in enumerate(RUN)]
+
+
+@pytest.mark.parametrize(
+    "declared, after, problem",
+    [
+        (Observed.LOSS, changed(2, 3, 5, 6, 7), None),
+        (Observed.WEIGHTS, changed(3, 4, 5, 6), None),
+        (Observed.WEIGHTS, changed(2, 3, 4), "shows first in LOSS"),
+        (Observed.LOSS, changed(3, 4, 5), "shows first in WEIGHTS"),
+        (Observed.BYTES, changed(5, 6, 7), None),
+        (Observed.BYTES, changed(3, 5, 6, 7), "shows first in WEIGHTS"),
+        (Observed.BYTES, changed(4, 5, 6), "shows first in SCORE"),
+        (Observed.BYTES, changed(6, 7), "shows first in SCORE"),
+        (Observed.SCORE, changed(4, 6, 7), None),
+        (Observed.SCORE, changed(4, 5, 6), "changes the artifact"),
+        (Observed.SCORE, changed(7), "shows first in LOG"),
+        (Observed.LOG, changed(7), None),
+        (Observed.LOG, changed(6), "shows first in SCORE"),
+        (Observed.LOG, RUN, "changes nothing"),
+        (Observed.TTT, [*RUN[:7], (Observed.TTT, "8"), RUN[7]], None),  # one more score
+        (Observed.SCORE, [*RUN[:6], RUN[7]], None),  # one score less
+        (Observed.SCHEDULE, [*RUN[:4], *RUN[1:]], None),  # a second step
+        (Observed.REFUSAL, [(Observed.REFUSAL, "2")], None),
+        (Observed.SCHEDULE, [(Observed.REFUSAL, "2")], "shows first in REFUSAL"),
+    ],
+)
+def test_the_check_sees_what_is_declared_falsely(declared, after, problem):
+    if problem is None:
+        check_observed(declared, RUN, after)
+    else:
+        with pytest.raises(AssertionError, match=problem):
+            check_observed(declared, RUN, after)
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):

@@ -1,11 +1,14 @@
 """Proofs that no score breaks the rules C1 to C4, for every evaluation, and that the proofs see a planted violation.
 
-A recorder stands around the model's forward pass and the ledger and trusts neither: what a score was formed from, and
-what a backward pass read, it takes from the tensors. Tokens of the stream are all different, so a token says where it
-stands. `check_causality` (C1), `check_distribution` (C2), `check_score_first` (C3) and `check_one_pass` (C4) take what
-it saw and raise `Violation`.
+A recorder watches every forward pass and the ledger and trusts neither. What a score should be, it computes itself when
+the score is entered: `trunk` and `head_logits`, which see no targets, then a softmax of its own over the whole
+vocabulary. What a backward pass read, it takes from the gradients. Tokens of the stream are all different, so a token
+says where it stands. `check_causality` (C1), `check_distribution` (C2), `check_score_first` (C3) and `check_one_pass`
+(C4) take what it saw and raise `Violation`.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 
 import train_gpt as tg
 from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run, write_shard
+from reference import softcap
 
 VOCABULARY, PADDING = 640, 0  # padding is no text: the time is projected on it
 # Targets of each document: longer than the context, of one chunk, of one target, alone and one after the other.
@@ -68,13 +72,14 @@ class Violation(Exception):
 
 @dataclass
 class Entry:
-    """Scores that entered the ledger at once, and the logits that the loss was formed from."""
+    """Scores that entered the ledger at once, and the distributions that they should come from."""
 
     time: int
     positions: np.ndarray  # [n] inputs, as the ledger was told
     nll: np.ndarray  # [n]
-    logits: torch.Tensor  # [n, V], before the softcap
-    loss: tuple  # what was called with them: (function, its other arguments)
+    logits: torch.Tensor  # [n, V], of the trunk and the head, before the softcap
+    nats: torch.Tensor  # [n, V], of every token of the vocabulary, by the recorder's own softcap and softmax
+    losses: Callable  # the model's `token_losses` at the temperature of this score
 
 
 @dataclass
@@ -102,45 +107,66 @@ class Trace:
         self.time += 1
         return self.time
 
-    def logits(self, position):
-        """What the distribution of a target was formed from."""
-        return next(e.logits[e.positions.tolist().index(position)] for e in self.entries if position in e.positions)
+    @functools.cached_property
+    def distributions(self):
+        """The logits from which each target's distribution is formed, [targets, V]; NaN without a score."""
+        logits = torch.full((len(self.tokens) - 1, VOCABULARY), torch.nan, dtype=torch.float64)
+        for entry in reversed(self.entries):  # of two scores of a target the first
+            logits[entry.positions] = entry.logits.double()
+        return logits
 
 
 class Recorder:
-    """Watches an evaluation of a model through the model's forward pass, the loss and the ledger."""
+    """Watches an evaluation: the forward passes of every model, views of its weights included, and the ledger."""
 
-    def __init__(self, trace, patch):
+    def __init__(self, trace):
         self.trace, self.place = trace, {int(t): i for i, t in enumerate(trace.tokens) if t != tg.BOS_ID}
-        loss, enter = tg.softcapped_cross_entropy, tg.ScoreLedger.score
 
-        def watched_loss(logits, targets, *rest):
-            self.logits, self.loss = logits.detach(), (loss, rest)
-            return loss(logits, targets, *rest)
+    def __enter__(self):
+        self.patch, enter = pytest.MonkeyPatch(), tg.ScoreLedger.score
 
-        def watched_enter(ledger, positions, nll):
+        def watched(ledger, positions, nll):
             self.enter(positions, nll)
             self.trace.nll = ledger.nll
             enter(ledger, positions, nll)
 
-        patch.setattr(tg, "softcapped_cross_entropy", watched_loss)
-        patch.setattr(tg.ScoreLedger, "score", watched_enter)
+        self.patch.setattr(tg.ScoreLedger, "score", watched)
+        self.hook = torch.nn.modules.module.register_module_forward_hook(self.forward, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+        self.patch.undo()
 
     def forward(self, module, arguments, keywords, output):
-        """A hook of the model: remembers the pass, and sees what a backward pass takes from it."""
+        """A hook of all modules: remembers a model's pass, and sees what a backward pass takes from it."""
+        if not isinstance(module, tg.GPT):
+            return
         ids, targets, documents = arguments
+        self.model, self.keywords, self.documents = module, dict(keywords), documents
         self.ids, self.targets, self.nll = ids, targets[:, -output[0].size(1) :], output[0].detach()
         if output[0].requires_grad:
             output[0].register_hook(lambda gradient: self.read(gradient, ids, targets, documents.starts))
+
+    @torch.no_grad()
+    def distribution(self, mask):
+        """What the places of the last pass are scored by: (logits [n, V], nats of every token [n, V], token losses)."""
+        keywords = dict(self.keywords)
+        temperature, adapters = keywords.pop("temperature", 1.0), keywords.get("adapters")
+        hidden = self.model.trunk(self.ids, self.documents, **keywords)
+        logits = self.model.head_logits(hidden, adapters[-1].get("head") if adapters else None)[mask]
+        z = softcap(logits.double(), self.model.config) / temperature
+        losses = functools.partial(self.model.token_losses, temperature=temperature)
+        return logits, torch.logsumexp(z, -1, keepdim=True) - z, losses
 
     def read(self, gradient, ids, targets, starts):
         """Notes every target that a gradient depends on: those with a weight, and the tokens that stood before them."""
         positions, nameless, first = set(), 0, ids.size(1) - gradient.size(1)
         targets = targets[:, -gradient.size(1) :]
-        for row, column in (gradient != 0).nonzero().tolist():
+        for b, column in (gradient != 0).nonzero().tolist():
             place = first + column
-            last, target = ids[row, place].item(), targets[row, column].item()
-            seen = {*ids[row, starts[row, place] : place + 1].tolist(), target} - {tg.BOS_ID, PADDING}
+            last, target = ids[b, place].item(), targets[b, column].item()
+            seen = {*ids[b, starts[b, place] : place + 1].tolist(), target} - {tg.BOS_ID, PADDING}
             positions |= {self.place[t] - 1 for t in seen}
             if target == tg.BOS_ID:  # a BOS is known by the token before it alone
                 positions |= {self.place[last]} if last != tg.BOS_ID else set()
@@ -158,7 +184,7 @@ class Recorder:
         ):
             raise Violation("C4: what is entered is not the score of these targets")
         self.trace.entries.append(
-            Entry(self.trace.tick(), where, nll.detach()[mask].numpy().copy(), self.logits[mask].clone(), self.loss)
+            Entry(self.trace.tick(), where, nll.detach()[mask].numpy().copy(), *self.distribution(mask))
         )
 
 
@@ -204,10 +230,8 @@ def evaluate(evaluator, model):
 def record(tokens, folder, base, knobs):
     """The trace of an evaluation from its beginning."""
     evaluator, model = evaluator_of(tokens, folder, base, knobs)
-    with pytest.MonkeyPatch.context() as patch:
-        trace = Trace(np.asarray(tokens))
-        recorder = Recorder(trace, patch)
-        model.register_forward_hook(recorder.forward, with_kwargs=True)
+    trace = Trace(np.asarray(tokens))
+    with Recorder(trace):
         trace.c, trace.nats = evaluator.config, evaluate(evaluator, model)
     trace.nll = trace.nll.copy()
     return trace
@@ -233,7 +257,7 @@ class Rules:
 
     def __init__(self, c):
         self.c, lengths = c, np.array(LENGTHS)
-        self.bounds = np.cumsum([0, *lengths])
+        self.offsets = np.cumsum([0, *lengths])
         self.document = np.repeat(np.arange(len(lengths)), lengths)  # of every position
         order = (
             sorted(range(len(lengths)), key=lambda d: -lengths[d])
@@ -245,31 +269,34 @@ class Rules:
             if c.ttt_short_doc_chunks
             else np.full(len(lengths), c.ttt_chunk_size)
         )
-        self.chunk = (np.arange(self.bounds[-1]) - self.bounds[self.document]) // size[self.document]
+        self.chunk = (np.arange(self.offsets[-1]) - self.offsets[self.document]) // size[self.document]
         self.last_chunk = (lengths - 1) // size
         cuts = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
         self.phase, self.batch, self.stream = (np.zeros(len(lengths), int) for _ in range(3))
-        for begin, end in zip((0, *cuts), (*cuts, len(order))):
+        for begin, end in zip((0, *cuts), (*cuts, len(order)), strict=True):
             for number, first in enumerate(range(begin, end, c.ttt_batch_size)):
                 some = order[first : min(first + c.ttt_batch_size, end)]
                 self.phase[some], self.stream[some] = sum(cut <= begin for cut in cuts), number % c.ttt_streams
                 self.batch[some] = first  # grows with time
         self.phases = len(cuts)
 
-    def may_change(self, token):
-        """Positions whose scores may change with the token at this place of the stream, [targets] bool."""
+    def may_change(self, token, own):
+        """Positions whose scores may change with the token at this place of the stream, [targets] bool.
+
+        `own`: with its own score; without, these are the positions whose distributions may change.
+        """
         target, d = token - 1, self.document[token - 1]
-        positions = np.arange(self.bounds[-1])
-        mask = (self.document == d) & (positions >= target)
+        positions = np.arange(self.offsets[-1])
+        mask = (self.document == d) & (positions >= target + (not own))
         if self.c.ttt_mode == "chunk":
             return mask | (positions // self.c.ttt_chunk_tokens > target // self.c.ttt_chunk_tokens)
         if self.c.ttt_mode == "phased":
-            phase, batch, row = (x[self.document] for x in (self.phase, self.batch, self.stream))
+            phase, batch, stream = (x[self.document] for x in (self.phase, self.batch, self.stream))
             if self.phase[d] < self.phases:
                 mask |= phase > self.phase[d]
             # Through A of the same stream, which acts once B has left zero: not in a document's first chunk.
             if self.chunk[target] < self.last_chunk[d]:
-                mask |= (row == self.stream[d]) & (batch > self.batch[d]) & (self.chunk > 0)
+                mask |= (stream == self.stream[d]) & (batch > self.batch[d]) & (self.chunk > 0)
         return mask
 
 
@@ -281,27 +308,33 @@ SHARES = (0.1, 0.4, 0.7)  # of the ledger's entries; all that is scored later is
 
 
 def check_causality(run):
-    """C1: other tokens leave alone, bit for bit, every score that may not depend on them.
+    """C1: other tokens leave alone, bit for bit, every score and every distribution that may not depend on them.
 
-    `run(tokens)` evaluates a stream and returns its Trace. Returns which scores of other documents did change.
+    A score may depend on its target, a distribution may not. `run(tokens)` evaluates a stream and returns its Trace.
+    Returns which scores of other documents did change.
     """
     tokens, before = stream(), run(stream())
     rules, inside = Rules(before.c), [i for i, t in enumerate(tokens) if t != tg.BOS_ID]
     changes = [{i} for i in SINGLE]
-    changes += [set(range(rules.bounds[d] + 1, rules.bounds[d + 1])) for d in WHOLE]
+    changes += [set(range(rules.offsets[d] + 1, rules.offsets[d + 1])) for d in WHOLE]
     for share in SHARES:
         done = set().union(*(e.positions.tolist() for e in before.entries[: int(share * len(before.entries))]))
         changes.append({i for i in inside if i - 1 not in done})
     reach = np.zeros(len(tokens) - 1, bool)
     for places in filter(None, changes):
-        after = run(changed(tokens, places))
-        different, sources = before.nll != after.nll, np.array(sorted(places & set(inside))) - 1
-        allowed = np.logical_or.reduce([rules.may_change(p + 1) for p in sources])
-        if (different & ~allowed).any():
-            raise Violation(
-                f"C1: the tokens {sorted(places)} change the scores of the targets of "
-                f"{np.flatnonzero(different & ~allowed).tolist()}"
-            )
+        after, sources = run(changed(tokens, places)), np.array(sorted(places & set(inside))) - 1
+        different = before.nll != after.nll
+        other_logits = (before.distributions != after.distributions).any(1).numpy()
+        scores, distributions = (
+            np.logical_or.reduce([rules.may_change(p + 1, own) for p in sources]) for own in (True, False)
+        )
+        for what, found, allowed in (
+            ("scores", different, scores),
+            ("distributions", other_logits, distributions),
+        ):
+            if (found & ~allowed).any():
+                wrong = np.flatnonzero(found & ~allowed).tolist()
+                raise Violation(f"C1: the tokens {sorted(places)} change the {what} of the targets of {wrong}")
         if not different[sources].all():
             raise Violation("C1: a score does not depend on its target")
         reach |= different & ~np.isin(rules.document, rules.document[sources])
@@ -310,17 +343,22 @@ def check_causality(run):
 
 def check_distribution(run):
     """C2: what a target is scored by is one distribution over the vocabulary, whatever the target is."""
-    tokens, before = stream(), run(stream())
+    tokens, before = np.array(stream()), run(stream())
     for entry in before.entries:
-        for row in range(0, len(entry.positions), 7):
-            loss, rest = entry.loss
-            nll, _ = loss(entry.logits[row].expand(1, VOCABULARY, -1), torch.arange(VOCABULARY)[None], *rest)
-            if abs(torch.exp(-nll.double()).sum().item() - 1) > 1e-6:
+        targets = torch.from_numpy(tokens[entry.positions + 1])
+        own = entry.nats.gather(1, targets[:, None])[:, 0]
+        if (own - torch.from_numpy(entry.nll)).abs().max() > 1e-9:
+            raise Violation("C2: a score is not that of its target in the distribution of the trunk and the head")
+        for row in range(0, len(entry.positions), 7):  # the same of the model's own losses: every token as the target
+            logits = entry.logits[row].expand(1, VOCABULARY, -1)
+            nll, _ = entry.losses(logits, torch.arange(VOCABULARY)[None])
+            if abs(torch.exp(-nll).sum().item() - 1) > 1e-9:
                 raise Violation("C2: the probabilities of all tokens do not sum to 1")
-            if abs(nll[0, tokens[entry.positions[row] + 1]].item() - entry.nll[row]) > 1e-9:
-                raise Violation("C2: a score is not that of its target in the distribution")
+            if (nll[0] - entry.nats[row]).abs().max() > 1e-9:
+                raise Violation("C2: a token's loss is not that of the distribution")
     for place in SINGLE:
-        if not torch.equal(before.logits(place - 1), run(changed(tokens, {place})).logits(place - 1)):
+        after = run(changed(stream(), {place}))
+        if not torch.equal(before.distributions[place - 1], after.distributions[place - 1]):
             raise Violation(f"C2: the distribution for token {place} depends on that token")
 
 
@@ -450,7 +488,9 @@ def pairs_cross_documents(patch):
 
 def attention_crosses_documents(patch):
     """Rows are one document each."""
-    patch.setattr(tg, "document_mask", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None])
+    patch.setattr(
+        tg, "document_mask", lambda starts: torch.ones(starts.size(1), starts.size(1), dtype=bool).tril()[None]
+    )
 
 
 def target_in_the_logits(patch):
@@ -459,7 +499,7 @@ def target_in_the_logits(patch):
 
     def plant(model, ids, targets, *arguments, **keywords):
         head = model.logits.register_forward_hook(
-            lambda seat, inputs, out: out + 0.2 * tg.F.one_hot(targets[:, -out.size(1) :], out.size(-1))
+            lambda _, inputs, out: out + 0.2 * tg.F.one_hot(targets[:, -out.size(1) :], out.size(-1))
         )
         try:
             return forward(model, ids, targets, *arguments, **keywords)
@@ -487,15 +527,15 @@ def temperature_of_the_target(patch):
 
 
 def blind_ledger(patch):
-    """The program's own assertions are off: whoever plants a violation would see to that."""
+    """The program's own guards are off: whoever plants a violation would see to that."""
 
     def score(ledger, positions, nll):
         places = positions >= 0
-        ledger.mine[positions[places]] = 1
+        ledger.own_counts[positions[places]] = 1
         ledger.nll[positions[places]] = nll.detach()[torch.from_numpy(places)].numpy()
 
     patch.setattr(tg.ScoreLedger, "score", score)
-    patch.setattr(tg.ScoreLedger, "learn", lambda ledger, positions: None)
+    patch.setattr(tg.ScoreLedger, "train_on", lambda ledger, positions: None)
     patch.setattr(tg.ScoreLedger, "close", lambda ledger: float(ledger.nll.sum(dtype=np.float64)))
 
 
@@ -503,24 +543,24 @@ def adapt_by(patch, order):
     """Another loop over a batch's chunks; `order(ttt, documents, chunk, score, learn)` handles one of them."""
     blind_ledger(patch)
 
-    def adapt(ttt, documents):
-        documents = documents[np.argsort(-ttt.counts[documents], kind="stable")]
-        for chunk in range(int(ttt.counts[documents[0]])):
+    def score_and_adapt(ttt, documents):
+        documents = documents[np.argsort(-ttt.chunk_counts[documents], kind="stable")]
+        for chunk in range(int(ttt.chunk_counts[documents[0]])):
 
             def score(chunk=chunk):
-                batch, scored = ttt.window(documents[ttt.counts[documents] > chunk], chunk)
+                batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
                 ttt.ledger.score(scored, ttt.score(batch, scored, False)[0])
 
             def learn(chunk=chunk):
-                some = documents[ttt.counts[documents] > chunk]
+                some = documents[ttt.chunk_counts[documents] > chunk]
                 batch, scored = ttt.window(some, chunk)
                 nll, leaves = ttt.score(batch, scored, True)
                 loss = (nll * torch.from_numpy(scored >= 0)).sum(1).sum()
-                ttt.adapters.step(len(some), list(torch.autograd.grad(loss, leaves)))
+                ttt.adapters.step(len(some), [g[: len(some)] for g in torch.autograd.grad(loss, leaves)])
 
             order(ttt, documents, chunk, score, learn)
 
-    patch.setattr(tg.PhasedTTT, "adapt", adapt)
+    patch.setattr(tg.PhasedTTT, "score_and_adapt", score_and_adapt)
 
 
 def learns_before_scoring(patch):
@@ -530,7 +570,7 @@ def learns_before_scoring(patch):
 def learns_from_the_next_chunk(patch):
     def order(ttt, documents, chunk, score, learn):
         score()
-        if chunk + 1 < ttt.counts[documents[0]]:
+        if chunk + 1 < ttt.chunk_counts[documents[0]]:
             learn(chunk + 1)
 
     adapt_by(patch, order)
@@ -542,7 +582,7 @@ def scores_again_after_learning(patch):
     def order(ttt, documents, chunk, score, learn):
         score()
         learn()
-        batch, scored = ttt.window(documents[ttt.counts[documents] > chunk], chunk)
+        batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
         ttt.ledger.nll[scored[scored >= 0]] = ttt.score(batch, scored, False)[0][torch.from_numpy(scored >= 0)]
 
     adapt_by(patch, order)
@@ -556,8 +596,8 @@ def scores_from_right_to_left(patch):
     adapt_by(
         patch,
         lambda ttt, documents, chunk, score, learn: (
-            score(int(ttt.counts[documents[0]]) - 1 - chunk),
-            learn(int(ttt.counts[documents[0]]) - 1 - chunk),
+            score(int(ttt.chunk_counts[documents[0]]) - 1 - chunk),
+            learn(int(ttt.chunk_counts[documents[0]]) - 1 - chunk),
         ),
     )
 
@@ -593,7 +633,7 @@ def passes_twice(patch):
     patch.setattr(
         tg,
         "PhasedTTT",
-        lambda evaluator, model, learn=True: (phased(evaluator, model)(), phased(evaluator, model, learn))[1],
+        lambda evaluator, model, adapt=True: (phased(evaluator, model)(), phased(evaluator, model, adapt))[1],
     )
 
 
@@ -602,7 +642,7 @@ def keeps_b(patch):
     start = tg.Adapters.start
 
     def plant(adapters, *arguments):
-        kept = {key: b.clone() for key, b in adapters.b.items()} if adapters.kept else None
+        kept = {key: b.clone() for key, b in adapters.b.items()} if adapters.stream_a else None
         start(adapters, *arguments)
         for key, b in (kept or {}).items():
             adapters.b[key].copy_(b)
@@ -610,22 +650,22 @@ def keeps_b(patch):
     patch.setattr(tg.Adapters, "start", plant)
 
 
-def rows_share_gradients(patch):
+def documents_share_gradients(patch):
     """Documents of a batch learn from each other."""
     step = tg.Adapters.step
     patch.setattr(
         tg.Adapters,
         "step",
-        lambda adapters, rows, gradients: step(
-            adapters, rows, [g.mean(0, keepdim=True).expand_as(g).contiguous() for g in gradients]
+        lambda adapters, documents, gradients: step(
+            adapters, documents, [g.mean(0, keepdim=True).expand_as(g).contiguous() for g in gradients]
         ),
     )
 
 
 def phase_holds_unscored_documents(patch):
     blind_ledger(patch)
-    learn = tg.PhasedTTT.learn_globally
-    patch.setattr(tg.PhasedTTT, "learn_globally", lambda ttt, documents: learn(ttt, ttt.order[: len(documents) + 3]))
+    train = tg.PhasedTTT.train_full_model
+    patch.setattr(tg.PhasedTTT, "train_full_model", lambda ttt, documents: train(ttt, ttt.order[: len(documents) + 3]))
 
 
 def trains_on_the_next_chunk(patch):
@@ -635,7 +675,7 @@ def trains_on_the_next_chunk(patch):
     patch.setattr(
         tg.FullModelSGD,
         "step",
-        lambda steps, positions, lr: step(steps, np.minimum(positions + 24, len(steps.tokens) - 2), lr),
+        lambda sgd, positions, lr: step(sgd, np.minimum(positions + 24, len(sgd.tokens) - 2), lr),
     )
 
 
@@ -663,7 +703,7 @@ PLANTED = [
     (enters_the_better_score, "phased, tiny", "C4"),
     (passes_twice, "phased, tiny", "C1 C4"),
     (keeps_b, "phased, tiny", "C1"),
-    (rows_share_gradients, "phased, tiny", "C1"),
+    (documents_share_gradients, "phased, tiny", "C1"),
     (phase_holds_unscored_documents, "phased, tiny", "C1 C3"),
     (trains_on_the_next_chunk, "chunk, tiny", "C1 C3"),
 ]

@@ -1,4 +1,4 @@
-"""The forward pass: against a plain one, causality, isolation of documents, normalization, adapters, the plan."""
+"""The model: its forward pass against a plain one, causality, separate documents, normalization, adapters, graphs."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ EXACT = dict(COMPUTE_DTYPE="float64", VOCAB_SIZE=48, MODEL_DIM=32, NUM_HEADS=4, 
 BASELINE = dict(TINY, **EXACT, NUM_LAYERS=3, LEAKY_RELU_SLOPE=0.0)
 RECORD = dict(RECORD_LIKE, **EXACT)
 POLY = dict(POLY_LIKE, **EXACT)
-PAIRS = dict(BIGRAM_VOCAB_SIZE=23, VE_DIM=6, VE_LAYERS="1,4")  # with loops, lanes and gates
+PAIRS = dict(BIGRAM_VOCAB_SIZE=23, VE_DIM=6, VE_LAYERS="1,4")  # beside loops, parallel streams and gates
 ODD = dict(
     TINY,
     **EXACT,
@@ -49,7 +49,9 @@ def gradients(model, nll, lse):
     loss = nll.mean() + 0.1 * lse.square().mean()
     parameters = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads)}
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
@@ -67,17 +69,17 @@ def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     assert torch.allclose(nll, expected_nll, rtol=1e-9, atol=1e-9)
     assert torch.allclose(lse, expected_lse, rtol=1e-9, atol=1e-9)
     found, expected = gradients(model, nll, lse), gradients(model, expected_nll, expected_lse)
-    one_lane = {f"blocks.{i}.stream_mix" for i in range(c.num_layers) if i < c.parallel_start_layer}
+    one_stream = {f"blocks.{i}.stream_mix" for i in range(c.num_layers) if i < c.parallel_start_layer}
     unreached = []
     for parameter, gradient in expected.items():
         scale = gradient.abs().sum() / max(1, gradient.numel())
         assert torch.allclose(found[parameter], gradient, rtol=1e-7, atol=1e-8 * scale + 1e-15), parameter
         unreached += [parameter] if not gradient.any() else []
-    assert len(set(unreached) - one_lane) <= 3, unreached  # the comparison compares something
+    assert len(set(unreached) - one_stream) <= 3, unreached  # the comparison compares something
 
 
 def test_the_full_record_order_matches_too():
-    """11 layers, the loop 3..5 three times, lanes from 8: the published layout, at a small width."""
+    """11 layers, layers 3 to 5 three times, parallel streams from 8: the published layout, at a small width."""
     c = config(
         RECORD,
         NUM_LAYERS=11,
@@ -182,17 +184,20 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["plain", "record", "poly"])
 @torch.no_grad()
-def test_probabilities_of_all_tokens_sum_to_one(base, temperature):
-    c = config(base, COMPUTE_DTYPE="float64", VOCAB_SIZE=48, TEMPERATURE=temperature)
+def test_the_probabilities_of_all_tokens_sum_to_one(base, temperature):
+    """exp(-NLL) over the vocabulary: of one tensor of logits, which is made without the targets, and of the forward."""
+    c = config(base, COMPUTE_DTYPE="float64", VOCAB_SIZE=48)
     model, batch = build_model(c, seed=9), random_batch(c, 2, 20, seed=4)
     for looped in {False, c.loops}:
-        total, reference = 0, model(*batch, looped=looped, apply_temperature=True)[1]
+        logits = model.head_logits(model.trunk(batch.ids, batch.documents, looped=looped))
+        total, lse = 0, model.token_losses(logits, batch.targets, temperature)[1]
         for token in range(48):
-            nll, lse = model(
-                batch.ids, torch.full_like(batch.targets, token), batch.documents, looped=looped, apply_temperature=True
-            )
-            assert torch.equal(lse, reference)  # fixed before the target is seen
-            total = total + torch.exp(-nll)
+            targets = torch.full_like(batch.targets, token)
+            from_logits = model.token_losses(logits, targets, temperature)
+            from_forward = model(batch.ids, targets, batch.documents, looped=looped, temperature=temperature)
+            assert all(map(torch.equal, from_logits, from_forward))
+            assert torch.equal(from_logits[1], lse)  # fixed before the target is seen
+            total = total + torch.exp(-from_logits[0])
         assert torch.allclose(total, torch.ones_like(total), rtol=1e-12)
 
 
@@ -210,15 +215,15 @@ def test_softcap_bounds_every_probability():
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.15)])
 @pytest.mark.parametrize("softcap", ["tanh", "poly"])
 @torch.no_grad()
-def test_the_temperature_divides_the_softcapped_logits_at_evaluation_alone(softcap, dtype, tolerance):
+def test_the_temperature_divides_the_softcapped_logits(softcap, dtype, tolerance):
     """A cap of 2, so that softcap(z) / T and softcap(z / T) are far apart."""
-    knobs = dict(SOFTCAP_TYPE=softcap, LOGIT_SOFTCAP=2.0, TEMPERATURE=0.7)
+    knobs = dict(SOFTCAP_TYPE=softcap, LOGIT_SOFTCAP=2.0)
     model, exact = (build_model(config(POLY, **{**knobs, "COMPUTE_DTYPE": d})) for d in (dtype, "float64"))
     batch = random_batch(model.config, 2, 11)
-    tempered, plain = model(*batch, looped=False, apply_temperature=True), model(*batch, looped=False)
+    tempered, plain = model(*batch, looped=False, temperature=0.7), model(*batch, looped=False)
     for found, temperature in ((tempered, 0.7), (plain, 1.0)):
         expected = Reference(exact, temperature=temperature)(batch, False)
-        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected))
+        assert all((x - y).abs().max() < tolerance for x, y in zip(found, expected, strict=True))
     assert (tempered[1] - plain[1]).abs().min() > 0.05
 
 
@@ -255,57 +260,154 @@ def test_documents_are_known_by_their_starts_not_by_their_ids():
     assert torch.equal(before[0, 9:], after[0, 9:]) and before[0, 8] != after[0, 8]
 
 
-def test_late_rounding_is_that_of_the_grid_and_its_gradient_passes_straight_through():
+def grids_of(c):
+    """What late QAT passes to the forward: (bits, clip sigmas) of the attention and of the MLP banks."""
+    return c.attn_grid, c.mlp_grid
+
+
+def test_late_qat_rounds_to_the_grid_and_passes_the_gradient_straight_through():
     for knobs in (dict(), dict(QUANTIZER="uniform", MATRIX_BITS=4, MLP_BITS=3, ATTN_CLIP_SIGMAS=2.5)):
         c = config(POLY, **knobs)
         model, batch = build_model(c, seed=3), random_batch(c, 2, 9)
-        nll, lse = model(*batch, looped=False, fake_quant=True)
-        reference = Reference(model, fake_quant=True)
+        nll, _ = model(*batch, looped=False, fake_quant=grids_of(c))
+        reference = Reference(model, fake_quant=grids_of(c))
         expected = reference(batch, False)
         assert torch.allclose(nll, expected[0], rtol=1e-9, atol=1e-9)
         assert (nll - model(*batch, looped=False)[0]).abs().max() > 1e-3
         found = torch.autograd.grad(nll.sum(), [getattr(model, name) for name in tg.BANKS])
         wanted = torch.autograd.grad(expected[0].sum(), [reference.p[name] for name in tg.BANKS])
-        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted))
+        assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted, strict=True))
 
 
-def test_resting_layers_get_no_gradient_and_the_others_the_same():
-    for base in (POLY, dict(RECORD, **PAIRS)):
-        c = config(base)
-        model, batch = build_model(c), random_batch(c, 2, 9)
-        whole = gradients(model, *model(*batch, looped=c.loops))
-        model.rest(2)
-        assert model.learning == 2
-        nll, lse = model(*batch, looped=c.loops)
-        (nll.mean() + 0.1 * lse.square().mean()).backward()
-        for name, p in model.named_parameters():
-            if name in tg.BANKS:
-                learns = torch.arange(len(p)) % c.num_layers < 2
-                assert torch.equal(p.grad[learns], whole[name][learns]) and p.grad[learns].any()
-                assert not p.grad[~learns].any()
-            elif name.startswith("blocks.") and int(name.split(".")[1]) >= 2:
-                assert p.grad is None, name
-            elif p.grad is not None:
-                assert torch.equal(p.grad, whole[name]), name
-        model.rest(c.num_layers)
-        assert all(p.requires_grad for p in model.parameters())
+@pytest.mark.parametrize("base", [POLY, dict(RECORD, **PAIRS)], ids=["poly", "record"])
+def test_frozen_layers_get_no_gradient_and_the_others_the_same(base):
+    c = config(base)
+    model, batch = build_model(c), random_batch(c, 2, 9)
+    whole_losses = model(*batch, looped=c.loops)
+    whole = gradients(model, *whole_losses)
+    nll, lse = model(*batch, looped=c.loops, trainable_layers=2)
+    assert torch.equal(nll, whole_losses[0]) and torch.equal(lse, whole_losses[1])
+    (nll.mean() + 0.1 * lse.square().mean()).backward()
+    for name, p in model.named_parameters():
+        if name in tg.BANKS:
+            trains = torch.arange(len(p)) % c.num_layers < 2
+            assert torch.equal(p.grad[trains], whole[name][trains]) and p.grad[trains].any()
+            assert not p.grad[~trains].any()
+        elif name.startswith("blocks.") and int(name.split(".")[1]) >= 2:
+            assert p.grad is None, name
+        elif p.grad is not None:
+            assert torch.equal(p.grad, whole[name]), name
+    assert all(p.requires_grad for p in model.parameters())  # a call leaves nothing behind in the model
+
+
+# ------------------------------------------------------------------------------- a forward pass is its arguments alone
+
+
+def calls_of(c):
+    """Keyword arguments of forward passes of every kind, for a batch [3, 24] of looped layers where there are any."""
+    noise = torch.randn(3, 24, c.model_dim, generator=torch.Generator().manual_seed(1)) * 0.1
+    return {
+        "plain": dict(looped=False),
+        "looped": dict(looped=c.loops),
+        "noise": dict(looped=c.loops, noise=noise),
+        "last tokens": dict(looped=c.loops, last_tokens=5),
+        "some layers": dict(looped=c.loops, trainable_layers=2),
+        "late QAT": dict(looped=c.loops, fake_quant=grids_of(c)),
+        "MLP not fused": dict(looped=c.loops, fused_mlp=False),
+        "temperature": dict(looped=c.loops, temperature=0.7),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["plain", "record", "poly"])
+@torch.no_grad()
+def test_the_forward_is_the_trunk_then_the_head_then_the_loss_bit_for_bit(base, dtype):
+    c = config(base, COMPUTE_DTYPE=dtype, VOCAB_SIZE=48)
+    model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
+    for name, call in calls_of(c).items():
+        for adapters in (None, make_adapters(model, 3, call["looped"])):
+            whole = model(*batch, adapters=adapters, **call)
+            trunk_call = {key: value for key, value in call.items() if key != "temperature"}
+            hidden = model.trunk(batch.ids, batch.documents, adapters=adapters, **trunk_call)
+            logits = model.head_logits(hidden, adapters[-1]["head"] if adapters else None)
+            targets = batch.targets[:, -call.get("last_tokens", 0) :]
+            apart = model.token_losses(logits, targets, call.get("temperature", 1.0))
+            assert hidden.shape == (*targets.shape, c.model_dim) and logits.shape == (*targets.shape, 48), name
+            assert torch.equal(whole[0], apart[0]) and torch.equal(whole[1], apart[1]), name
+
+
+@pytest.mark.parametrize("base", [RECORD_LIKE, POLY_LIKE], ids=["record", "poly"])
+def test_a_forward_does_not_depend_on_requires_grad_nor_on_earlier_calls(base):
+    c = config(base, VOCAB_SIZE=48)
+    model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
+    expected = {name: model(*batch, **call) for name, call in calls_of(c).items()}
+
+    def check():
+        for name, call in calls_of(c).items():
+            assert all(map(torch.equal, model(*batch, **call), expected[name])), name
+
+    check()  # in another order of calls, since each one came after the others
+    model.requires_grad_(False)
+    check()
+    for number, p in enumerate(model.parameters()):
+        p.requires_grad_(number % 2 == 0)
+    check()
+    with torch.no_grad():
+        check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_mlp_is_the_same_fused_or_not_on_a_cpu(dtype):
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype)
+    model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
+    fused, plain = (model(*batch, looped=True, fused_mlp=switch) for switch in (True, False))
+    assert all(map(torch.equal, fused, plain))
+    fused, plain = gradients(model, *fused), gradients(model, *plain)
+    assert all(torch.equal(fused[name], plain[name]) for name in plain)
+
+
+def test_a_model_takes_nothing_but_a_model_config():
+    """With a Config, a setting that no artifact carries could change what a model computes."""
+    c = config(RECORD_LIKE)
+    with pytest.raises(TypeError, match="a model takes a ModelConfig, not a Config"):
+        tg.GPT(c, tg.runtime_of(c))
+    for model in (tg.new_model(c), tg.meta_model(c)):
+        assert type(model.config) is tg.ModelConfig and model.config == c.model
+        assert all(type(block.config) is tg.ModelConfig for block in model.blocks)
+
+
+def test_a_constant_view_shares_the_memory_and_gets_no_gradient():
+    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float32")
+    model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
+    view = tg.constant_view(model)
+    assert [name for name, _ in view.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert all(p.data_ptr() == q.data_ptr() for p, q in zip(model.parameters(), view.parameters(), strict=True))
+    assert not any(p.requires_grad for p in view.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert all(map(torch.equal, view(*batch, looped=True), model(*batch, looped=True)))
+    with torch.no_grad():
+        model.qo_bank.mul_(0.5)
+    assert torch.equal(view(*batch, looped=True)[0], model(*batch, looped=True)[0])  # an update shows in the view
+    adapters = make_adapters(model, 3, True)
+    view(*batch, looped=True, adapters=adapters)[0].sum().backward()
+    assert all(b.grad is not None and b.grad.any() for pairs in adapters for _, b in pairs.values())
+    assert all(p.grad is None for m in (model, view) for p in m.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-def make_adapters(c, rows, looped, rank=3, zero=False, seed=0):
-    """A low-rank pair per row for every seat of every visit, and one for the head."""
-    generator = torch.Generator().manual_seed(seed)
-    wide = dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim)
+def make_adapters(model, sequences, looped, rank=3, zero=False, seed=0):
+    """A low-rank pair of each sequence for every projection of every layer call, and one for the head."""
+    generator, c, dtype = torch.Generator().manual_seed(seed), model.config, model.runtime.master_dtype
+    widths = dict(q=c.model_dim, k=c.kv_dim, v=c.kv_dim, attention=c.model_dim, mlp=c.model_dim)
 
     def pair(outputs):
-        a = torch.randn(rows, rank, c.model_dim, generator=generator).to(c.master_dtype) * 0.1
-        b = torch.zeros(rows, outputs, rank) if zero else torch.randn(rows, outputs, rank, generator=generator) * 0.1
-        return a.requires_grad_(), b.to(c.master_dtype).requires_grad_()
+        a = torch.randn(sequences, rank, c.model_dim, generator=generator).to(dtype) * 0.1
+        b = torch.randn(sequences, outputs, rank, generator=generator).to(dtype) * (0 if zero else 0.1)
+        return a.requires_grad_(), b.requires_grad_()
 
-    visits = len(tg.layer_schedule(c, looped))
-    return [{name: pair(n) for name, n in wide.items()} for _ in range(visits)] + [{"head": pair(c.vocab_size)}]
+    calls = [{name: pair(n) for name, n in widths.items()} for _ in model.schedules[looped]]
+    return [*calls, {"head": pair(c.vocab_size)}]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -315,22 +417,22 @@ def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
     c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype, **knobs)
     model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
     plain = model(*batch, looped=looped)
-    adapters = make_adapters(c, 3, looped, zero=True)
+    adapters = make_adapters(model, 3, looped, zero=True)
     adapted = model(*batch, looped=looped, adapters=adapters)
-    assert all(torch.equal(x, y) for x, y in zip(plain, adapted))
+    assert all(torch.equal(x, y) for x, y in zip(plain, adapted, strict=True))
     adapted[0].mean().backward()
-    for visit in adapters:
-        for name, (a, b) in visit.items():
+    for pairs in adapters:
+        for name, (a, b) in pairs.items():
             assert b.grad.abs().sum() > 0, name  # B learns at once
             assert a.grad.abs().sum() == 0, name  # A only after B has moved
 
 
-def test_each_adapter_acts_on_its_own_row_and_its_own_visit():
+def test_each_adapter_acts_on_its_own_sequence_and_its_own_layer_call():
     c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float64")
     model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
     with torch.no_grad():
         plain, _ = model(*batch, looped=True)
-        full = make_adapters(c, 3, True)
+        full = make_adapters(model, 3, True)
         for place in range(len(full)):
             for name, (a, b) in full[place].items():
                 only = [{} for _ in full]
@@ -345,7 +447,7 @@ def test_adapters_are_low_rank_additions_to_the_matrices():
     """One adapter on q of a single-layer model equals a changed weight; so does the head's."""
     c = config(TINY, VOCAB_SIZE=48, NUM_LAYERS=1, COMPUTE_DTYPE="float64")
     model, batch = build_model(c, seed=2), random_batch(c, 1, 24)
-    pairs = make_adapters(c, 1, False)
+    pairs = make_adapters(model, 1, False)
     with torch.no_grad():
         both, _ = model(*batch, looped=False, adapters=[{"q": pairs[0]["q"], "v": pairs[0]["v"]}, pairs[1]])
         for bank, row, (a, b) in ((model.qo_bank, 0, pairs[0]["q"]), (model.kv_bank, 1, pairs[0]["v"])):
@@ -356,47 +458,47 @@ def test_adapters_are_low_rank_additions_to_the_matrices():
         assert torch.allclose(untied(*batch, looped=False)[0], both, rtol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------- plan and weights
+# ------------------------------------------------------------------------------------------------ schedule and weights
 
 
-def plan(looped, **knobs):
-    return tg.layer_schedule(config({"PRESET": "record"}, **knobs), looped)
+def schedule(looped, **knobs):
+    return tg.layer_schedule(config({"PRESET": "record"}, **knobs).model, looped)
 
 
-def test_the_plan_of_the_record_is_the_specifications_example():
-    plain, looped = plan(False), plan(True)
-    assert [v.layer for v in plain] == list(range(11))
-    assert [v.save for v in plain] == [True] * 5 + [False] * 6  # 0-4 | 5-10
-    assert [v.skip for v in plain] == [None] * 5 + [0, 1, 2, 3, 4] + [None]
-    assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert [v.save for v in looped] == [True] * 8 + [False] * 9  # 0,1,2,3,4,5,3,4 | 5,3,...,10
-    assert [v.skip for v in looped] == [None] * 8 + list(range(8)) + [None]
-    for visits in (plain, looped):
-        assert [v.layer for v in visits if v.lanes] == [8, 9, 10]
+def test_the_schedule_of_the_record_is_the_specifications_example():
+    plain, looped = schedule(False), schedule(True)
+    assert [call.layer for call in plain] == list(range(11))
+    assert [call.save for call in plain] == [True] * 5 + [False] * 6  # 0-4 | 5-10
+    assert [call.skip for call in plain] == [None] * 5 + [0, 1, 2, 3, 4] + [None]
+    assert [call.layer for call in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [call.save for call in looped] == [True] * 8 + [False] * 9  # 0,1,2,3,4,5,3,4 | 5,3,...,10
+    assert [call.skip for call in looped] == [None] * 8 + list(range(8)) + [None]
+    for calls in (plain, looped):
+        assert [call.layer for call in calls if call.parallel] == [8, 9, 10]
 
 
-def test_plans_pop_what_they_push():
+def test_schedules_take_every_output_that_they_save():
     for layers in range(1, 9):
         for loops in range(3):
             c = config(TINY, NUM_LAYERS=layers, NUM_LOOPS=loops, LOOP_START=layers // 3, LOOP_END=layers // 2)
-            for looped in (False, True):
-                visits, depth = tg.layer_schedule(c, looped), 0
-                for v in visits:
-                    depth -= v.skip is not None
+            for looped, calls in tg.new_model(c).schedules.items():
+                depth = 0
+                for call in calls:
+                    depth -= call.skip is not None
                     assert depth >= 0
-                    depth += v.save
-                assert depth == 0 and len(visits) == layers + looped * loops * (layers // 2 - layers // 3 + 1)
+                    depth += call.save
+                assert depth == 0 and len(calls) == layers + looped * loops * (layers // 2 - layers // 3 + 1)
 
 
 def test_the_looped_order_is_used_when_asked_for():
     c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float32")
-    model, batch, visited = build_model(c), random_batch(c, 1, 8), []
+    model, batch, called = build_model(c), random_batch(c, 1, 8), []
     for number, block in enumerate(model.blocks):
-        block.q.register_forward_pre_hook(lambda *_, number=number: visited.append(number))
+        block.q.register_forward_pre_hook(lambda *_, number=number: called.append(number))
     for looped in (False, True):
-        visited.clear()
+        called.clear()
         model(*batch, looped=looped)
-        assert visited == tg.execution_order(c, looped)
+        assert called == tg.execution_order(c, looped)
 
 
 def test_xsa_leaves_nothing_along_the_own_value():
@@ -428,7 +530,7 @@ def test_yarn_acts_where_and_only_where_the_evaluated_context_is_longer():
 
 def test_smear_gate_does_nothing_where_a_document_begins():
     c = config(RECORD_LIKE, COMPUTE_DTYPE="float64")
-    gate = tg.SmearGate(c).double()
+    gate = tg.SmearGate(c.model).double()
     torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
     torch.nn.init.constant_(gate.scale, 0.7)
     x = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -459,7 +561,7 @@ def test_initial_weights_are_those_of_the_specification():
 
 
 def test_the_channel_smear_gate_does_nothing_where_a_document_begins():
-    gate = tg.SmearGate(config(POLY_LIKE)).double()
+    gate = tg.SmearGate(config(POLY_LIKE).model).double()
     assert not gate.weight.any() and gate.weight.numel() == 32  # half of each channel's neighbour, at first
     torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -476,13 +578,13 @@ def test_initial_weights_of_pairs_and_values():
     p = dict(model.named_parameters())
     projection = p["bigram.projection"]
     assert not p["bigram.table"].any() and torch.allclose(projection.T @ projection, torch.eye(12), atol=1e-5)
-    assert p["bigram.scale"].item() == pytest.approx(0.05) and p["values.scale"].item() == pytest.approx(0.1)
-    assert abs(p["values.table"].std().item() - 0.01) < 1e-3 and not p["values.projection"].any()
+    assert p["bigram.scale"].item() == pytest.approx(0.05) and p["value_embeds.scale"].item() == pytest.approx(0.1)
+    assert abs(p["value_embeds.table"].std().item() - 0.01) < 1e-3 and not p["value_embeds.projection"].any()
     assert [p[f"blocks.{i}.value_scale"].item() for i in (3, 5)] == [1, 1] and "blocks.4.value_scale" not in p
     with torch.no_grad():  # outputs begin at zero, and so do the gradients of what feeds them
         p["qo_bank"][6:].normal_(std=0.1)
     model(*random_batch(c, 2, 16), looped=False)[0].sum().backward()
-    assert p["bigram.table"].grad.any() and p["values.projection"].grad.any()
+    assert p["bigram.table"].grad.any() and p["value_embeds.projection"].grad.any()
 
 
 def test_poly5_has_the_size_of_a_sum_by_hand():
@@ -509,41 +611,52 @@ def test_parameters_are_counted_without_allocation():
         assert tg.parameter_count(c) == sum(p.numel() for p in tg.new_model(c).parameters())
 
 
-def test_every_stage_of_poly5_is_one_graph_with_the_eager_result():
-    """Resting layers and late rounding act in the compiled graph: each has its own, and none is compiled again."""
-    c = config(POLY, NUM_LAYERS=3, VE_LAYERS="1,2", ATTENTION="blocked")
-    model, batch = build_model(c), random_batch(c, 2, 16)
-    graphs = []
+class CountedBackend:
+    """A backend of torch.compile that counts the graphs it is given and runs them without a compiler."""
 
-    def backend(graph, inputs):
-        graphs.append(graph)
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
         return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
 
+
+@pytest.fixture
+def counted():
+    """A CountedBackend, with no graph of other tests before or after: a function may have only so many."""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
-    uses = [(1, False), (2, False), (3, False), (3, True)]
+    yield CountedBackend()
+    torch._dynamo.reset()
+
+
+def test_every_training_variant_of_poly5_is_one_graph_with_the_eager_result(counted):
+    """Frozen layers and late QAT act in the compiled graph: each has its own, and none is compiled again."""
+    c = config(POLY, NUM_LAYERS=3, VE_LAYERS="1,2", ATTENTION="blocked")
+    model, batch = build_model(c), random_batch(c, 2, 16)
+    compiled = torch.compile(model, backend=counted, dynamic=False, fullgraph=True)
+    variants = [(1, None), (2, None), (3, None), (3, grids_of(c))]
     for _ in range(2):
-        for learning, rounded in uses:
-            model.rest(learning)
-            found, expected = (f(*batch, looped=False, fake_quant=rounded) for f in (compiled, model))
-            assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
-            resting = {name for name, p in model.named_parameters() if not p.requires_grad}
-            model.rest(3)  # evaluation happens between steps
-            with torch.no_grad():
-                compiled(*batch, looped=False, apply_temperature=True)
+        for layers, grids in variants:
+            call = dict(looped=False, trainable_layers=layers, fake_quant=grids)
+            found, expected = compiled(*batch, **call), model(*batch, **call)
+            assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected, strict=True))
+            with torch.no_grad():  # evaluation happens between steps
+                compiled(*batch, looped=False, temperature=0.9)
             for outputs in (found, expected):
                 model.zero_grad(set_to_none=True)
                 outputs[0].sum().backward()
-                assert {name for name, p in model.named_parameters() if p.grad is None} == resting
-                assert all(
-                    p.grad[i].any() == (i % 3 < learning) for p in (model.qo_bank, model.up_bank) for i in range(len(p))
-                )
-    torch._dynamo.reset()  # of graphs for one function there may be only so many in a process
-    assert len(graphs) == len(uses) + 1
+                frozen = {name for name, p in model.named_parameters() if p.grad is None}
+                assert frozen == {
+                    n for i in range(layers, 3) for n, _ in model.named_parameters() if f"blocks.{i}." in n
+                }
+                for bank in (model.qo_bank, model.up_bank):
+                    assert [g.any().item() for g in bank.grad] == [i % 3 < layers for i in range(len(bank))]
+    assert counted.graphs == len(variants) + 1
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-def test_each_use_is_one_graph_with_the_eager_result(attention):
+def test_each_layer_order_is_one_graph_with_the_eager_result(attention, counted):
     """Traced with fullgraph=True, which refuses a break, and run without a compiler: values and gradients agree."""
     c = config(
         RECORD_LIKE,
@@ -558,11 +671,35 @@ def test_each_use_is_one_graph_with_the_eager_result(attention):
         XSA_LAST_N=3,
     )
     model, batch = build_model(c), random_batch(c, 2, 16)
-    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
-    for looped in (False, True):
+    compiled = torch.compile(model, backend=counted, dynamic=False, fullgraph=True)
+    for looped in (False, True, False, True):
         found, expected = compiled(*batch, looped=looped), model(*batch, looped=looped)
-        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected))
+        assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected, strict=True))
         ours, plain = gradients(model, *found), gradients(model, *expected)
         assert all(torch.allclose(ours[name], plain[name], rtol=1e-7, atol=1e-10) for name in plain)
+    assert counted.graphs == 2
     with torch.no_grad():
         assert torch.allclose(compiled(*batch, looped=True)[0], expected[0], rtol=1e-9)
+    assert counted.graphs == 3  # without gradients
+
+
+def test_the_trunk_alone_is_one_graph(counted):
+    """What tools/generate.py and the legality proofs read breaks no graph either."""
+    c = config(
+        RECORD_LIKE,
+        VOCAB_SIZE=48,
+        COMPUTE_DTYPE="float64",
+        NUM_LAYERS=3,
+        LOOP_START=1,
+        LOOP_END=1,
+        XSA_LAST_N=3,
+        PARALLEL_START_LAYER=2,
+    )
+    model, batch = build_model(c), random_batch(c, 2, 16)
+
+    def logits(ids, documents):
+        return model.head_logits(model.trunk(ids, documents, looped=True))
+
+    compiled = torch.compile(logits, backend=counted, dynamic=False, fullgraph=True)
+    assert torch.allclose(compiled(batch.ids, batch.documents), logits(batch.ids, batch.documents), rtol=1e-9)
+    assert counted.graphs == 1

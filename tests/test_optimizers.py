@@ -46,15 +46,15 @@ def test_every_parameter_is_in_one_group(base):
     assert rates["banks"] == (True, 0.1, 0.01) and rates["scalars"] == (False, 0.2, 0.02)
     assert rates["embedding"] == (False, 0.3 if c.tie_embeddings else 0.4, 0.03)
     if c.ve_dim:
-        assert found["bigram"] == ["bigram.table"] and found["values"] == ["values.table"]
-        assert rates["bigram"] == rates["values"] == rates["embedding"]
+        assert found["bigram"] == ["bigram.table"] and found["value_embeds"] == ["value_embeds.table"]
+        assert rates["bigram"] == rates["value_embeds"] == rates["embedding"]
     assert rates.get("head") == (None if c.tie_embeddings else (False, 0.5, 0.03))
 
 
 def test_a_parameter_in_two_groups_is_noticed(monkeypatch):
     c = config()
     monkeypatch.setattr(tg, "BANKS", (*tg.BANKS, "embedding"))
-    with pytest.raises(AssertionError, match="in no group, or in two"):
+    with pytest.raises(RuntimeError, match="in no optimizer group, or in two"):
         tg.parameter_groups(tg.new_model(c), c)
 
 
@@ -145,7 +145,7 @@ def test_steps_are_those_of_plain_optimizers(recipe):
         gradients = {name: generator.normal(size=w.shape) * 0.01 for name, w in before.items()}
         for name, p in model.named_parameters():
             p.grad = torch.from_numpy(gradients[name].copy())
-        optimizers.step(tg.muon_beta(tg.Progress(step, 0.0), c), 1.0)
+        optimizers.step(tg.muon_beta(tg.Progress(step, 0.0), c), 1.0, c.num_layers)
         for name, g in clipped(gradients, c.grad_clip_norm).items():
             history[name].append(g)
     assert all(p.grad is None for p in model.parameters())
@@ -169,9 +169,9 @@ def test_the_rates_multiplier_scales_every_step():
         before = [p.detach().clone() for p in model.parameters()]
         for p in model.parameters():
             p.grad = torch.ones_like(p) * 0.01
-        tg.Optimizers(model, c, single_run()).step(0.9, multiplier)
-        changes[multiplier] = [p.detach() - b for p, b in zip(model.parameters(), before)]
-    for full, half, none in zip(*changes.values()):
+        tg.Optimizers(model, c, single_run()).step(0.9, multiplier, c.num_layers)
+        changes[multiplier] = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    for full, half, none in zip(*changes.values(), strict=True):
         assert full.abs().max() > 0 and torch.allclose(half, full / 2, rtol=1e-6, atol=1e-9) and not none.any()
 
 
@@ -181,7 +181,7 @@ def test_the_norm_is_that_of_all_gradients():
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, 0.01 * (i + 1))
         total += p.grad.square().sum().item()
-    assert tg.Optimizers(model, c, single_run()).step(0.9, 1.0) == pytest.approx(total**0.5, rel=1e-6)
+    assert tg.Optimizers(model, c, single_run()).step(0.9, 1.0, c.num_layers) == pytest.approx(total**0.5, rel=1e-6)
 
 
 def test_an_unreached_parameter_is_no_obstacle():
@@ -190,9 +190,34 @@ def test_an_unreached_parameter_is_no_obstacle():
     model, batch = build_model(c), random_batch(c, 2, 8)
     before = model.skip_weights.detach().clone()
     model(*batch, looped=False)[0].mean().backward()
-    tg.Optimizers(model, c, single_run()).step(0.9, 1.0)
+    tg.Optimizers(model, c, single_run()).step(0.9, 1.0, c.num_layers)
     moved = (model.skip_weights != before).any(1)
     assert moved.tolist() == [True] * 3 + [False] * 2
+
+
+def test_the_first_layers_take_the_step_of_all_and_the_others_none():
+    """With the same gradients and no clipping, `trainable_layers` leaves out updates and changes none."""
+    c = config(RECORD_LIKE, **EXACT, GRAD_CLIP_NORM=0, MUON_WD=0.3, ADAM_WD=0.2)
+    ends, trainable = {}, 2
+    start = {name: p.detach().clone() for name, p in build_model(c, seed=1).named_parameters()}
+    for layers in (c.num_layers, trainable):
+        model, generator = build_model(c, seed=1), torch.Generator().manual_seed(0)
+        optimizers = tg.Optimizers(model, c, single_run())
+        for name, p in model.named_parameters():
+            gradient = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.01
+            frozen = name.startswith("blocks.") and int(name.split(".")[1]) >= layers
+            p.grad = None if frozen else gradient  # as a backward pass with frozen layers leaves them
+        optimizers.step(0.9, 1.0, layers)
+        ends[layers] = {name: p.detach() for name, p in model.named_parameters()}
+    for name, before in start.items():
+        whole, part = ends[c.num_layers][name], ends[trainable][name]
+        if name in tg.BANKS:
+            trains = torch.arange(len(before)) % c.num_layers < trainable
+            assert torch.allclose(part[trains], whole[trains], rtol=1e-12) and not torch.equal(part, whole), name
+            assert torch.equal(part[~trains], before[~trains]), name
+        else:
+            frozen = name.startswith("blocks.") and int(name.split(".")[1]) >= trainable
+            assert torch.equal(part, before if frozen else whole) and not torch.equal(whole, before), name
 
 
 @pytest.mark.parametrize("coefficients", ["classic", "polar_express"])
@@ -201,7 +226,7 @@ def test_newton_schulz_orthogonalizes(shape, coefficients):
     update = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     polynomials = {"classic": CLASSIC, "polar_express": POLAR}[coefficients]
     found = tg.orthogonalize(update, 5, coefficients, torch.float64)
-    for one, matrix in zip(found, update):
+    for one, matrix in zip(found, update, strict=True):
         np.testing.assert_allclose(one.numpy(), newton_schulz(matrix.numpy(), polynomials), rtol=1e-5, atol=1e-5)
     longer = tg.orthogonalize(update, 12, coefficients, torch.float64)
     singular = torch.linalg.svdvals(longer)
@@ -223,10 +248,10 @@ def test_reset_forgets_everything():
             if first and step == 1:
                 model.load_state_dict(build_model(c).state_dict())
                 optimizers.reset()
-            optimizers.step(0.9, 0.7)
+            optimizers.step(0.9, 0.7, c.num_layers)
         return [p.detach() for p in model.parameters()]
 
-    assert all(torch.equal(x, y) for x, y in zip(run(True), run(False)))
+    assert all(torch.equal(x, y) for x, y in zip(run(True), run(False), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -266,11 +291,11 @@ def jobs_for(data):
         dict(name="one layer", kind="train", arguments=steps, knobs=dict(tiny, **exact, NUM_LAYERS=1)),
         dict(name="usual", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float32")),
         dict(name="poly", kind="train", arguments=steps, knobs=dict(poly, **exact)),
-        dict(name="depth", kind="depth", arguments=dict(learning=2), knobs=dict(poly, **exact)),
+        dict(name="depth", kind="depth", arguments=dict(trainable=2), knobs=dict(poly, **exact)),
         dict(
             name="shallow",
             kind="depth",
-            arguments=dict(learning=1),
+            arguments=dict(trainable=1),
             knobs=dict(tiny, **exact, NUM_LAYERS=2, MUON_WD=0.1),
         ),
         dict(name="score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float32")),
@@ -326,7 +351,7 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_
             assert all(np.array_equal(other[key], together[0][key]) for key in alone), f"{name}: ranks differ"
         assert difference(together[0], alone) <= tolerance, name
         if name in ("depth", "shallow"):
-            assert not any(disturbed for disturbed, *_ in counts), f"{name}: a resting layer moved"
+            assert not any(disturbed for disturbed, *_ in counts), f"{name}: a frozen layer moved"
             assert counts[0][1] > 0 and sum(momenta for *_, momenta in counts[1:]) == counts[0][2] > 0
         if "losses" in alone:  # for the log, kept in float32
             np.testing.assert_allclose(together[0]["losses"], alone["losses"], rtol=1e-5)

@@ -7,14 +7,25 @@ import inspect
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import RECORD_LIKE, ROOT, SCRIPT, built_once, clean_environment, examples, launch, run_script, snapshot, tg
+from helpers import (
+    RECORD_LIKE,
+    ROOT,
+    SCRIPT,
+    built_once,
+    clean_environment,
+    examples,
+    launch,
+    run_command,
+    run_script,
+    snapshot,
+    tg,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
 import pack_code  # noqa: E402
@@ -141,7 +152,7 @@ assert torch.allclose(*(f(*batch, looped=False)[0] for f in (model, compiled)))
 
 def test_importing_it_does_nothing_and_it_compiles_as_one_graph(packed, tmp_path):
     command = [sys.executable, "-c", IMPORTED, str(packed.parent), str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment({}), capture_output=True, text=True, timeout=240)
+    done = run_command(command, cwd=tmp_path, env=clean_environment({}))
     assert done.returncode == 0, done.stderr
 
 
@@ -171,7 +182,7 @@ def test_the_packed_kernels_pass_the_kernels_tests(name, interpreted, packed, tm
         )
     )
     command = [sys.executable, "-c", KERNELS, packed.parent, ROOT / "tests" / "test_triton_kernels.py", name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_command(command, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -29,9 +28,11 @@ sys.path.insert(0, str(DATA))
 import caseops  # noqa: E402
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import processes  # noqa: E402
 import shards  # noqa: E402
 import sources  # noqa: E402
 import tokenizer  # noqa: E402
+from helpers import audit_of  # noqa: E402
 
 SYLLABLES = [
     "ba",
@@ -87,23 +88,6 @@ def model():
 def source(tmp_path):
     """A .jsonl file of 60 stories."""
     return write_jsonl(tmp_path / "stories.jsonl", [story(seed) for seed in range(60)])
-
-
-@pytest.fixture
-def command(capfd):
-    """Run the command line in this process: (exit code, stdout, stderr). Signal handlers are put back."""
-
-    def run(*arguments):
-        held = {number: signal.getsignal(number) for number in prepare.SIGNALS}
-        try:
-            code = prepare.main([str(argument) for argument in arguments])
-        finally:
-            for number, handler in held.items():
-                signal.signal(number, handler)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def refused(result, *fragments):
@@ -345,6 +329,36 @@ def test_shards_and_manifest_agree_with_the_text(tmp_path, source):
     assert len(manifest["splits"]["train"]["shards"]) > 3
     assert listed == set(contents(out))
     assert sorted(everything) == sorted(story(seed) for seed in range(60))
+
+
+def test_the_manifest_holds_the_audit_of_its_shards(tmp_path, source, command):
+    out = tmp_path / "out"
+    manifest, _ = prepare.prepare(options(source, out=out, shard_tokens=700, caseops=True))
+    listed = [row for split in manifest["splits"].values() for row in (*split["shards"], *split.get("sidecars", ()))]
+    assert manifest["audit"] == audit_of(out)
+    assert manifest["audit"]["sha256"] == {row["file"]: row["sha256"] for row in listed} and len(listed) > 4
+    # A folder from before there were audits gets its own when it is asked for again.
+    old = {key: value for key, value in manifest.items() if key != "audit"}
+    (out / "manifest.json").write_text(json.dumps(old))
+    assert prepare.prepare(options(source, out=out, shard_tokens=700, caseops=True)) == (manifest, True)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+
+
+def test_a_shard_that_the_disk_has_changed_ends_the_preparation(tmp_path, source, command, monkeypatch):
+    out, original = tmp_path / "out", prepare.write_shards
+
+    def write_shards(*arguments):
+        splits = original(*arguments)
+        path = out / prepare.UNFINISHED / "fineweb_train_000000.bin"
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        return splits
+
+    monkeypatch.setattr(prepare, "write_shards", write_shards)
+    result = command(source, "--out", out, "--vocab-size", 320, "--quiet")
+    assert refused(result, "fineweb_train_000000.bin", "was changed after its SHA-256 was taken")
+    assert not out.exists() or not list(out.iterdir())
+    monkeypatch.undo()
+    assert command(source, "--out", out, "--vocab-size", 320, "--quiet")[0] == 0
 
 
 def test_a_document_is_never_parted_by_a_shards_end(tmp_path, source):
@@ -899,12 +913,12 @@ def test_full_disk_keeps_what_was_there(tmp_path, source, command, monkeypatch):
 
 
 def start(*arguments, **more):
-    return subprocess.Popen(
+    return processes.start(
         [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)],
+        supervised=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         **more,
     )
 
@@ -997,12 +1011,13 @@ def test_help_and_silence(tmp_path, source, command, capfd):
     ):
         assert word in text
     code, printed, err = command(source, "--out", tmp_path / "out", "--vocab-size", 320, "--quiet")
-    assert (code, err) == (0, "") and "bits per byte" in printed
+    assert (code, err) == (0, "") and "bits per byte" in printed and "windows of 50 tokens" in printed
     code, _, err = command(source, "--out", tmp_path / "loud", "--vocab-size", 320)
     assert code == 0 and [line.split()[0] for line in err.splitlines()] == [
         "reading",
         "training",
         "tokenizing",
+        "auditing",
         "compressing",
     ]
 

@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from scipy import stats
 
-from helpers import ROOT, TINY, clean_environment, launch, snapshot
+import processes
+from helpers import ROOT, TINY, clean_environment, launch, run_command, running_with, snapshot, wait_until
 
 sys.path.insert(0, str(ROOT / "tools"))
 import reproduce  # noqa: E402
@@ -181,7 +181,10 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path)
         str(reproduced / "out" / "train_gpt.py"),
     ]
     values = clean_environment(VALUES)
-    first = subprocess.Popen(command, env=values, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    mark = f"MARK={tmp_path}"
+    first = processes.start(
+        command, supervised=False, env=dict(values, MARK=str(tmp_path)), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     lines = []
     for line in first.stdout:
         lines.append(line)
@@ -191,12 +194,12 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path)
     first.wait()
     started = [line for line in lines if line.startswith("seed ")]
     assert [line.split(":")[0] for line in started] == ["seed 42", "seed 0"] and "done before" in started[0]
-    time.sleep(1)
+    wait_until(lambda: not running_with(mark))  # its torchrun and its rank do not outlive it
     before = snapshot(tmp_path / "work" / "seed0")
-    second = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    second = run_command(command, env=values, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert not (tmp_path / "work" / "seed0.stopped1" / "summary.json").exists()
-    assert snapshot(tmp_path / "work" / "seed0.stopped1") == before  # its torchrun did not outlive it
+    assert snapshot(tmp_path / "work" / "seed0.stopped1") == before
     assert "seed 42: done before" in second.stdout and "seed 0: work" in second.stdout
     ours, theirs = (json.loads((folder / "out" / "submission.json").read_text()) for folder in (tmp_path, reproduced))
     timeless = ("val_loss", "val_bpb", "val_bpb_std", "seeds", "artifact_bytes_mean", "delta_vs_leaderboard_nats")

@@ -6,10 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+import processes
+from helpers import HANG_SECONDS, wait_until
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))
@@ -46,8 +48,10 @@ def run(source, out, *more):
 def killed(source, out, patch, *more):
     """Whether a forked process that prepares after `patch()` is killed by what it patches; 0 or 2 if not."""
     sys.stdout.flush()
+    here = os.getpid()
     child = os.fork()
     if not child:
+        processes.follow_parent(here, signal.SIGTERM)
         patch()
         os._exit(run(source, out, *more))
     _, status = os.waitpid(child, 0)
@@ -233,12 +237,12 @@ def test_a_damaged_source_keeps_what_is_finished(texts, tmp_path, command):
 
 
 def start(*arguments):
-    return subprocess.Popen(
+    return processes.start(
         [sys.executable, str(DATA / "prepare.py"), *map(str, arguments)],
+        supervised=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -258,12 +262,7 @@ LARGE = ("--vocab-size", 320, "--shard-tokens", 500_000, "--quiet")
 
 def wait_for_shards(process, out):
     """Until a run has finished a shard."""
-    for _ in range(6000):
-        if (out / prepare.UNFINISHED / "state.json").exists():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("no shard was finished in a minute")
+    wait_until((out / prepare.UNFINISHED / "state.json").exists, process)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -276,7 +275,9 @@ def test_interrupted_with_workers(large, tmp_path, number, code, command):
         os.killpg(process.pid, number)  # As Ctrl-C does: the workers get it too.
     else:
         process.send_signal(number)
-    printed, err = process.communicate(timeout=60)  # Returns when the workers, which hold its pipes too, have ended.
+    printed, err = process.communicate(
+        timeout=HANG_SECONDS
+    )  # Returns when the workers, which hold its pipes too, have ended.
     kept = f"what is finished is kept in {out / prepare.UNFINISHED}, and the same command goes on from there"
     assert (process.returncode, printed) == (code, "")
     assert number == signal.SIGKILL or err == f"prepare.py: error: interrupted; {kept}\n"
@@ -289,10 +290,8 @@ def test_interrupted_with_workers(large, tmp_path, number, code, command):
 def test_interrupted_before_anything_is_finished(tmp_path, large):
     out = tmp_path / "new" / "out"
     process = start(large[0], "--out", out, *LARGE)
-    while not out.exists():
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_until(out.exists, process)
     process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=60)
+    printed, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, printed) == (143, "")
     assert err == "prepare.py: error: interrupted; nothing is left of it\n" and not (tmp_path / "new").exists()

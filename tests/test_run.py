@@ -32,8 +32,8 @@ def test_rank_0_alone_writes(tmp_path, capsys):
         run.folder = tmp_path
         run.log("a line")
         run.metric(step=1, loss=0.5)
-        assert run.main is (rank == 0)
-        assert (tmp_path / "log.txt").exists() is run.main
+        assert run.is_main is (rank == 0)
+        assert (tmp_path / "log.txt").exists() is run.is_main
     assert capsys.readouterr().out == "a line\n"
     assert (tmp_path / "log.txt").read_text() == "a line\n"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -79,7 +79,7 @@ def test_start_of_a_single_process(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     run = tg.start_run(config(CPU_THREADS=3), {})
-    assert (run.rank, run.world, run.local_world, run.device.type, run.main) == (0, 1, 1, "cpu", True)
+    assert (run.rank, run.world, run.local_world, run.device.type, run.is_main) == (0, 1, 1, "cpu", True)
     tg.start_run(config(CPU_THREADS=0), {})
     assert threads == [3, tg.available_cores()]
 

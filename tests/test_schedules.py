@@ -112,7 +112,9 @@ def test_the_loop_switches_on_once():
     assert [tg.loops_enabled_at(at(step), c) for step in (0, 349, 350, 1000)] == [False, False, True, True]
     assert tg.loops_enabled_at(at(0), by_steps(**{**looped, "ENABLE_LOOPING_AT": 0}))
     assert not tg.loops_enabled_at(at(1000), by_steps())  # a model without a loop
-    assert tg.loops_enabled_at(at(1, 210.1), by_time(**looped)) and not tg.loops_enabled_at(at(1, 209), by_time(**looped))
+    assert tg.loops_enabled_at(at(1, 210.1), by_time(**looped)) and not tg.loops_enabled_at(
+        at(1, 209), by_time(**looped)
+    )
 
 
 def test_depth_grows_in_stages():
@@ -124,22 +126,19 @@ def test_depth_grows_in_stages():
         assert tg.trainable_layers_at(at(0), by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE=off)) == 11
 
 
-def test_late_rounding_begins_below_its_rate():
+def test_late_qat_begins_below_its_rate():
     c = by_steps(WARMDOWN_FRAC=0.4, LATE_QAT_THRESHOLD=0.15)
-    assert [tg.step_variant_at(at(step), c).rounded for step in (0, 600, 939, 941, 999)] == [
-        False,
-        False,
-        False,
-        True,
-        True,
-    ]
-    assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=0.4)).rounded
-    assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=0.4, MIN_LR=0.2, LATE_QAT_THRESHOLD=0.15)).rounded
+    found = [tg.step_variant_at(at(step), c).fake_quant for step in (0, 600, 939, 941, 999)]
+    assert found == [False, False, False, True, True]
+    assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=0.4)).fake_quant
+    floor = by_steps(WARMDOWN_FRAC=0.4, MIN_LR=0.2, LATE_QAT_THRESHOLD=0.15)
+    assert not tg.step_variant_at(at(999), floor).fake_quant
 
 
-def test_the_uses_of_poly5_and_of_the_record():
+def test_the_step_variants_of_poly5_and_of_the_record():
     found = tg.all_step_variants(config({"PRESET": "poly5"}))
     assert found == [(False, 3, False), (False, 7, False), (False, 11, False), (False, 11, True)]
+    assert all(type(variant) is tg.StepVariant for variant in found)
     assert tg.all_step_variants(config({"PRESET": "record"})) == [(False, 11, False), (True, 11, False)]
     assert tg.all_step_variants(config()) == [(False, 3, False)]
 
@@ -178,7 +177,7 @@ def test_no_step_computes_what_the_warmup_did_not(depth, loop, threshold, fracti
 def test_the_average_forgets_its_start():
     c = config(EMA_DECAY=0.9965)
     shares = [tg.ema_weight(step, c) for step in range(10_000)]
-    assert shares[0] == pytest.approx(0.9) and all(a >= b for a, b in zip(shares, shares[1:]))
+    assert shares[0] == pytest.approx(0.9) and all(a >= b for a, b in zip(shares, shares[1:], strict=False))
     assert shares[9999] == pytest.approx(1 - 0.9965) and min(shares) == pytest.approx(0.0035)
     start = 1.0
     for share in shares[:1000]:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,12 +29,13 @@ from hypothesis import strategies as st
 import hub
 import hub_server
 import prepare
+import processes
 import published
 import shards
 import sources
 import train_gpt as tg
 from errors import PrepareError
-from helpers import TINY, config, examples, single_run
+from helpers import HANG_SECONDS, TINY, audit_of, config, examples, single_run, wait_until
 from test_prepare import contents, documents_of, options, refused, story, write_jsonl
 
 REPO, CASEOPS = published.VARIANTS["sp1024"].repo, published.VARIANTS["sp8192-caseops"].repo
@@ -206,6 +206,7 @@ def test_an_export_becomes_data_that_training_reads(tmp_path, serve, published_r
     ]
     assert set(contents(out)) == {"manifest.json", *prepare.manifest_files(manifest)}
     assert (set(manifest["splits"]["val"]) >= {"sidecars"}) == ("caseops" in source)
+    assert manifest["audit"] == audit_of(out)
     # The script counts the same bytes, else its evaluator refuses the manifest.
     evaluator = tg.Evaluator(config(TINY, DATA_PATH=out, VOCAB_SIZE=VOCAB_SIZE), single_run())
     assert evaluator.bytes == expected["splits"]["val"]["bytes"] and len(evaluator.tokens) == stats["tokens_val"]
@@ -233,6 +234,7 @@ def test_first_shards_and_more_of_them_later(tmp_path, serve, published_repos, c
     second = json.loads((out / "manifest.json").read_text())
     assert second["splits"]["train"]["shards"][:2] == first["splits"]["train"]["shards"]
     assert len(second["splits"]["train"]["shards"]) == 3 and second["splits"]["val"] == first["splits"]["val"]
+    assert len(first["audit"]["sha256"]) + 1 == len(second["audit"]["sha256"]) and second["audit"] == audit_of(out)
     assert refused(command("sp1024", "--train-shards", 1, "--out", out), "train_shards 3 there, 1 asked", "--force")
     assert refused(command("sp1024", "--train-shards", 5, "--out", out), "--train-shards 5", "has 4")
     assert refused(command("sp1024", "--revision", "before", "--out", out), "revision None there, before asked")
@@ -451,8 +453,7 @@ def test_options_that_do_not_go_together(tmp_path, published_repos, command, arg
     assert not (tmp_path / "out").exists()
 
 
-PROGRAM = (
-    """
+PROGRAM = """
 import socket, sys
 connect = socket.socket.connect
 def checked(self, address):
@@ -464,11 +465,9 @@ huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 500
 import prepare, published
 for name in ("sp1024", "sp8192-caseops"):
     variant = published.VARIANTS[name]
-    published.VARIANTS[name] = published.Variant(variant.repo, %d, variant.caseops)
+    published.VARIANTS[name] = published.Variant(variant.repo, VOCAB_SIZE, variant.caseops)
 sys.exit(prepare.main())
-"""
-    % VOCAB_SIZE
-)
+""".replace("VOCAB_SIZE", str(VOCAB_SIZE))
 
 
 def process(served, *arguments):
@@ -480,8 +479,9 @@ def process(served, *arguments):
         "PYTHONPATH": str(Path(prepare.__file__).parent),
     }
     environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.Popen(
+    return processes.start(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        supervised=False,
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -494,15 +494,12 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, serve, published_repos
     served, out, path = serve(published_repos), tmp_path / "out", train_file(3)
     served.stall.add(path)
     running = process(served, "sp1024", "--out", out)
-    assert served.stalled.wait(60)
+    assert served.stalled.wait(HANG_SECONDS)
     parts = out / ".download"
-    for _ in range(6000):
-        if any(part.stat().st_size for part in parts.glob("fineweb_train_000003*.part")):
-            break
-        time.sleep(0.01)
+    wait_until(lambda: any(part.stat().st_size for part in parts.glob("fineweb_train_000003*.part")), running)
     running.send_signal(number)
     served.go_on.set()
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=HANG_SECONDS)
     assert running.returncode == (-9 if number == signal.SIGKILL else 143), said
     assert number == signal.SIGKILL or said.endswith("what was downloaded is kept, and the same command goes on\n")
     assert not list(out.glob("*.bin"))
@@ -512,7 +509,7 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, serve, published_repos
     served.stall.clear()
     before = dict(served.sent)
     second = process(served, "sp1024", "--out", out)
-    printed, said = second.communicate(timeout=60)
+    printed, said = second.communicate(timeout=HANG_SECONDS)
     assert second.returncode == 0, said
     files = published_repos[REPO]["main"]
     assert served.sent[path] - before[path] == len(files[path]) - held

@@ -6,18 +6,33 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SCRIPT, TINY, clean_environment, launch, snapshot
+import processes
+from helpers import (
+    HANG_SECONDS,
+    ROOT,
+    SCRIPT,
+    TINY,
+    clean_environment,
+    launch,
+    run_command,
+    running_with,
+    snapshot,
+    wait_until,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
 import runs  # noqa: E402
 import sweep  # noqa: E402
 
 TOOL = ROOT / "tools" / "sweep.py"
-# A command that takes half a second: a curve and a score that LR decides; LR=9 fails.
-PRETENDER = """
+# A command that takes a moment: a curve and a score that LR decides; LR=9 fails.
+PRETENDER = (
+    f"HANG = {HANG_SECONDS}"
+    + """
 import json, os, sys, time
 lr, folder = float(os.environ["LR"]), os.environ["ARTIFACT_DIR"]
 open("starts", "a").write(f"{os.environ['LR']} {os.environ.get('SEED')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
@@ -28,10 +43,13 @@ begin = time.time()
 for step in range(1, 5):
     with open(folder + "/metrics.jsonl", "a") as file:
         file.write(json.dumps(dict(step=step, train_loss=5 - step + abs(lr - 3))) + "\\n")
-    time.sleep(3 if lr == 7.5 else 0.3 if lr > 3.5 else 0.05)
+    time.sleep(HANG if lr == 7.5 else 0.01)  # the hopeless one waits to be stopped
+while len(open("starts").readlines()) < int(os.environ.get("TOGETHER", 0)) and time.time() < begin + HANG:
+    time.sleep(0.01)
 score = abs(lr - 3) + 0.001 * int(os.environ.get("SEED", 0)) if lr != 8 else float("nan")
 json.dump(dict(val_bpb=score, steps=4, begin=begin, end=time.time()), open(folder + "/summary.json", "w"))
 """
+)
 
 
 @pytest.fixture
@@ -51,7 +69,12 @@ def run(*arguments, code=0):
 
 
 def study(folder="s"):
-    return json.loads(open(f"{folder}/study.json").read())
+    return json.loads(Path(folder, "study.json").read_text())
+
+
+def starts():
+    """A line for each time that the command was started."""
+    return Path("starts").read_text().splitlines()
 
 
 def states(content):
@@ -62,17 +85,18 @@ def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp
     """SIGKILL while the second of four runs trains: the first is not run again, the second is, its process is gone."""
     command = [sys.executable, str(TOOL), "NUM_HEADS=4,3", "SEED=1,2", "--folder", "s", "--", "python", str(SCRIPT)]
     values = clean_environment(dict(TINY, DATA_PATH=data, ITERATIONS=8, TRAIN_LOG_EVERY=1))
-    first = subprocess.Popen(command, env=values, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "s" / "trial-0001" / "out.txt", time.time() + 100
-    while not (log.is_file() and "step:1/" in log.read_text()):
-        assert first.poll() is None and time.time() < deadline
-        time.sleep(0.02)
+    marked = dict(values, MARK=str(tmp_path))
+    first = processes.start(
+        command, supervised=False, env=marked, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    log = tmp_path / "s" / "trial-0001" / "out.txt"
+    wait_until(lambda: log.is_file() and "step:1/" in log.read_text(), first)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    time.sleep(1)
+    wait_until(lambda: not running_with(f"MARK={tmp_path}"))
     before, cut = snapshot(tmp_path / "s" / "trial-0000"), snapshot(tmp_path / "s" / "trial-0001")
     assert "summary.json" in before and "summary.json" not in cut
-    second = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    second = run_command(command, env=values, cwd=tmp_path)
     assert second.returncode == 1 and "trial 1: its sweep was killed; it is run again" in second.stdout, second.stderr
     assert snapshot(tmp_path / "s" / "trial-0000") == before and snapshot(tmp_path / "s" / "trial-0001") == cut
     content = study(tmp_path / "s")
@@ -86,7 +110,7 @@ def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp
             assert t["value"] == summary["val_bpb"] and str(summary["seed"]) == t["values"]["SEED"]
     assert "best: NUM_HEADS=4 python" in second.stdout and "deviation" in second.stdout
     unchanged = snapshot(tmp_path / "s")
-    third = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    third = run_command(command, env=values, cwd=tmp_path)
     assert third.stdout.splitlines()[1:] == second.stdout.splitlines()[-len(third.stdout.splitlines()) + 1 :]
     after = snapshot(tmp_path / "s")
     assert {k: v for k, v in after.items() if "study.db" not in k} == {
@@ -103,9 +127,9 @@ def test_a_failed_run_is_recorded_and_run_again_only_when_asked(place):
         "9": "exit code 1: ValueError: nine",
         "8": "no finite val_bpb in summary.json or the output",
     }
-    assert len(run("LR=9,8,3", code=1)["trials"]) == 3 and len(open("starts").read().split("\n")) == 4
+    assert len(run("LR=9,8,3", code=1)["trials"]) == 3 and len(starts()) == 3
     run("LR=9,8,3", "--retry-failed", code=1)
-    assert sorted(line.split()[0] for line in open("starts")) == ["3", "8", "8", "9", "9"]
+    assert sorted(line.split()[0] for line in starts()) == ["3", "8", "8", "9", "9"]
 
 
 def test_a_variable_that_the_command_ignores_fails(place):
@@ -115,10 +139,11 @@ def test_a_variable_that_the_command_ignores_fails(place):
 
 def test_runs_stand_side_by_side_each_on_its_gpu(place, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("TOGETHER", "4")  # none ends before all four have begun
     content = run("LR=4,5,6,7")
-    times = [json.loads(open(t["folder"] + "/summary.json").read()) for t in content["trials"]]
+    times = [json.loads(Path(t["folder"], "summary.json").read_text()) for t in content["trials"]]
     assert max(t["begin"] for t in times) < min(t["end"] for t in times)
-    assert sorted(line.split()[2] for line in open("starts")) == ["4", "5", "6", "7"]
+    assert sorted(line.split()[2] for line in starts()) == ["4", "5", "6", "7"]
 
 
 def test_places(monkeypatch):
@@ -166,7 +191,7 @@ def test_two_machines_on_one_database_share_a_grid(place):
         "one",
     ]
     both = [
-        subprocess.Popen(
+        processes.start(
             [*command, "--folder", name, "--", "python", "pretend.py"],
             cwd=place,
             stdout=subprocess.PIPE,
@@ -175,8 +200,8 @@ def test_two_machines_on_one_database_share_a_grid(place):
         )
         for name in "ab"
     ]
-    assert [p.wait(timeout=100) for p in both] == [0, 0], [p.stdout.read() for p in both]
-    assert sorted(line.split()[0] for line in open("starts")) == list("123456")
+    assert [p.wait(timeout=HANG_SECONDS) for p in both] == [0, 0], [p.stdout.read() for p in both]
+    assert sorted(line.split()[0] for line in starts()) == list("123456")
     content = run("LR=1,2,3,4,5,6", "--storage", f"sqlite:///{place}/shared.db", "--name", "one")
     assert len(content["trials"]) == 6 and {t["state"] for t in content["trials"]} == {"complete"}
 

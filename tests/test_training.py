@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, Clock, build_model, config, single_run
 
 
 def make_trainer(base, data, random_weights=False, **knobs):
@@ -59,24 +59,32 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
     assert changed and all(changed)  # it really trained
     assert same(state(trainer), before)
     assert torch.equal(torch.random.get_rng_state(), stream)
-    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2]))
+    assert all(torch.equal(x, y) for x, y in zip(trainer.loader.batch(0, 0)[:2], rows[:2], strict=True))
 
 
-def test_warmup_runs_every_order_that_the_run_will_need(data):
-    poly = {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}
-    for base, uses in (
+@pytest.mark.parametrize(
+    "base, variants",
+    [
         (TINY, {(False, 3, False)}),
         (RECORD_LIKE, {(False, 6, False), (True, 6, False)}),
-        (POLY_LIKE, poly),
-    ):
-        trainer, seen = make_trainer(base, data, WARMUP_STEPS=1), []
-        forward = trainer.forward
-        trainer.forward = lambda *a, **k: (
-            seen.append((k["looped"], trainer.model.learning, k["rounded"])),
-            forward(*a, **k),
-        )[1]
-        trainer.warm_up()
-        assert set(seen) == uses and trainer.model.learning == trainer.config.num_layers
+        (POLY_LIKE, {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}),
+    ],
+    ids=["tiny", "record", "poly"],
+)
+def test_warmup_runs_every_variant_that_the_training_will_need(base, variants, data):
+    trainer, seen, evaluated = make_trainer(base, data, WARMUP_STEPS=1), [], []
+    grids, forward = (trainer.config.attn_grid, trainer.config.mlp_grid), trainer.forward
+
+    def watched(*batch, looped, trainable_layers, fake_quant, **rest):
+        assert fake_quant in (None, grids)
+        seen.append((looped, trainable_layers, fake_quant is not None))
+        return forward(*batch, looped=looped, trainable_layers=trainable_layers, fake_quant=fake_quant, **rest)
+
+    trainer.forward = watched
+    trainer.warm_up(evaluated.append)
+    assert set(seen) == variants == set(tg.all_step_variants(trainer.config))
+    assert evaluated == [watched]  # scores have a graph of their own
+    assert all(p.requires_grad for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])
@@ -187,24 +195,24 @@ def adam_states(trainer):
 @pytest.mark.parametrize(
     "base", [POLY_LIKE, dict(RECORD_LIKE, VE_DIM=6, VE_LAYERS="0,4", BIGRAM_VOCAB_SIZE=9)], ids=["poly", "record"]
 )
-def test_resting_layers_keep_every_bit_of_weights_and_states(base, data):
+def test_frozen_layers_keep_every_bit_of_weights_and_optimizer_states(base, data):
     """Against their values after a step of all layers, so that momentum and averages of gradients are there."""
     trainer = make_trainer(base, data, random_weights=True, MUON_WD=0.5, ADAM_WD=0.5, GRAD_CLIP_NORM=0.1)
-    layers, momentum, learning = trainer.config.num_layers, trainer.optimizers.muon.momentum, 2
+    layers, momentum, trainable = trainer.config.num_layers, trainer.optimizers.muon.momentum, 2
     trainer.step(tg.Progress(0, 0.0), trainer.config.loops)
     before, states = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, adam_states(trainer)
     momenta = [m.clone() for m in momentum]
     for step in (1, 2):
-        trainer.step(tg.Progress(step, 0.0), trainer.config.loops, learning)
+        trainer.step(tg.Progress(step, 0.0), trainer.config.loops, trainable)
     after, states_after = dict(trainer.model.named_parameters()), adam_states(trainer)
-    for name, m, m_before in zip(tg.BANKS, momentum, momenta):
+    for name, m, m_before in zip(tg.BANKS, momentum, momenta, strict=True):
         for i in range(len(m)):
-            rests = i % layers >= learning
-            assert torch.equal(m[i], m_before[i]) == torch.equal(after[name][i], before[name][i]) == rests, (name, i)
+            frozen = i % layers >= trainable
+            assert torch.equal(m[i], m_before[i]) == torch.equal(after[name][i], before[name][i]) == frozen, (name, i)
     for name in set(before) - set(tg.BANKS):
-        rests = name.startswith("blocks.") and int(name.split(".")[1]) >= learning
+        frozen = name.startswith("blocks.") and int(name.split(".")[1]) >= trainable
         same_state = all(torch.equal(states[name][key], states_after[name][key]) for key in states[name])
-        assert torch.equal(before[name], after[name]) == same_state == rests, name
+        assert torch.equal(before[name], after[name]) == same_state == frozen, name
     trainer.step(tg.Progress(3, 0.0), trainer.config.loops)
     assert not any(torch.equal(after[name][-1], before[name][-1]) for name in tg.BANKS)
 
@@ -216,9 +224,12 @@ def test_the_average_is_the_moving_average_of_the_weights(data):
     for step in range(5):
         trainer.step(tg.Progress(step, 0.0), False)
         share = tg.ema_weight(step, c)
-        expected = [(1 - share) * e + share * p.detach().double() for e, p in zip(expected, trainer.model.parameters())]
+        expected = [
+            (1 - share) * e + share * p.detach().double()
+            for e, p in zip(expected, trainer.model.parameters(), strict=True)
+        ]
     last = [p.detach().clone() for p in trainer.model.parameters()]
-    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.ema, expected))
+    assert all(torch.allclose(a.double(), e, rtol=1e-5, atol=1e-6) for a, e in zip(trainer.ema, expected, strict=True))
     assert not all(map(torch.equal, last, trainer.ema))
     trainer.use_average()
     assert all(map(torch.equal, [p.detach() for p in trainer.model.parameters()], trainer.ema))
@@ -237,7 +248,7 @@ def weights_of(trainer):
 
 
 @pytest.mark.parametrize("kept", ["ema", "swa", "both"])
-def test_the_late_average_is_the_mean_of_late_weights(kept, data):
+def test_the_swa_is_the_mean_of_late_weights(kept, data, capsys):
     """Every second step of those whose rate is below 0.5; `both` is the mean of the two averages."""
     trainer = make_trainer(
         TINY,
@@ -255,18 +266,22 @@ def test_the_late_average_is_the_mean_of_late_weights(kept, data):
     snapshots, ema = [], weights_of(trainer)
     for step in range(10):
         trainer.step(tg.Progress(step, 0.0), False)
-        ema = [torch.lerp(a, w, tg.ema_weight(step, trainer.config)) for a, w in zip(ema, weights_of(trainer))]
+        ema = [
+            torch.lerp(a, w, tg.ema_weight(step, trainer.config)) for a, w in zip(ema, weights_of(trainer), strict=True)
+        ]
         if (step + 1) % 2 == 0 and 1 - step / 10 < 0.5:
             snapshots.append(weights_of(trainer))
     assert len(snapshots) == 2 and trainer.swa_count == (0 if kept == "ema" else 2)
-    late = [sum(w) / 2 for w in zip(*snapshots)]
-    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late)]}[kept]
+    late = [sum(w) / 2 for w in zip(*snapshots, strict=True)]
+    expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late, strict=True)]}[kept]
+    capsys.readouterr()
     trainer.use_average()
-    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected))
-    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1]))
+    assert capsys.readouterr().out == ("" if kept == "ema" else "swa: 2 late weights averaged\n")
+    assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected, strict=True))
+    assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1], strict=True))
 
 
-def test_a_run_too_short_for_a_late_average_keeps_what_there_is(data):
+def test_a_run_too_short_for_the_swa_keeps_what_there_is(data):
     for decay in (0, 0.8):
         trainer = make_trainer(TINY, data, SWA_ENABLED=1, SWA_EVERY=50, EMA_DECAY=decay)
         trainer.step(tg.Progress(0, 0.0), False)
@@ -275,25 +290,40 @@ def test_a_run_too_short_for_a_late_average_keeps_what_there_is(data):
         assert all(map(torch.equal, weights_of(trainer), expected))
 
 
-def test_late_rounding_changes_the_update_and_not_the_kind_of_weights(data):
+def test_late_qat_changes_the_update_and_the_weights_stay_off_the_grid(data):
     ends = {}
-    for rounded in (False, True):
+    for fake_quant in (False, True):
         trainer = make_trainer(POLY_LIKE, data, random_weights=True, MATRIX_BITS=3)
-        trainer.step(tg.Progress(0, 0.0), False, None, rounded)
-        ends[rounded] = trainer.model
+        trainer.step(tg.Progress(0, 0.0), looped=False, fake_quant=fake_quant)
+        ends[fake_quant] = trainer.model
     for name in tg.BANKS:
-        plain, late = (getattr(ends[rounded], name).detach() for rounded in (False, True))
+        plain, late = (getattr(ends[fake_quant], name).detach() for fake_quant in (False, True))
         assert (plain - late).norm() > 1e-3 * plain.norm()
         assert len(late[0].unique()) > 100  # the masters are not on a grid of 7 levels a row
+
+
+def test_a_step_computes_the_variant_that_it_is_given_and_no_other(data):
+    """A step's arguments alone decide: what an earlier step computed leaves no trace in the model."""
+    ends = []
+    for earlier in (dict(), dict(trainable_layers=2, fake_quant=True)):
+        trainer = make_trainer(POLY_LIKE, data, random_weights=True)
+        if earlier:
+            weights = weights_of(trainer)
+            trainer.step(tg.Progress(0, 0.0), looped=False, **earlier)
+            tg.copy_all(trainer.parameters(), weights)
+            trainer.optimizers.reset()
+        trainer.step(tg.Progress(1, 0.0), looped=False)
+        ends.append(weights_of(trainer))
+    assert all(map(torch.equal, *ends))
 
 
 def test_every_change_of_what_steps_compute_is_logged(data, tmp_path):
     end, log, _, _ = logged_run(tmp_path, data, POLY_LIKE, ITERATIONS=10, TRAIN_LOG_EVERY=0, SWA_EVERY=2)
     assert end.step == 10 and log == [
-        "step:0 layers that learn: the first 2 of 6",
-        "step:2 layers that learn: the first 4 of 6",
-        "step:5 layers that learn: the first 6 of 6",
-        "step:8 late QAT on: matrices are rounded to 6 and 6 bits",
+        "step:0 training layers 0-1 of 6",
+        "step:2 training layers 0-3 of 6",
+        "step:5 training layers 0-5 of 6",
+        "step:8 late QAT enabled: attention rounded to 6 bits, MLP to 6 bits",
     ]
 
 
@@ -330,29 +360,48 @@ def test_silence(data, tmp_path):
     assert (end.step, log, metrics, count) == (4, [], [], 0)
 
 
-def test_the_loop_is_switched_on_at_its_fraction(data, tmp_path):
-    c, seen = RECORD_LIKE, []
-    trainer = make_trainer(c, data, ITERATIONS=10, ENABLE_LOOPING_AT=0.5)
+def test_loops_are_enabled_at_their_fraction(data, tmp_path):
+    seen = []
+    trainer = make_trainer(RECORD_LIKE, data, ITERATIONS=10, ENABLE_LOOPING_AT=0.5)
     trainer.run.folder = tmp_path
     step = trainer.step
-    trainer.step = lambda p, looped, *use: (seen.append((p.step, looped)), step(p, looped, *use))[1]
+    trainer.step = lambda p, looped, *rest: (seen.append((p.step, looped)), step(p, looped, *rest))[1]
     tg.train(trainer, no_validation)
     assert seen == [(n, n >= 5) for n in range(10)]
-    assert sum("looping" in line for line in (tmp_path / "log.txt").read_text().splitlines()) == 1
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "loop" in line]
+    assert lines == [f"step:5 loops enabled: layer order {tg.execution_order(trainer.config, True)}"]
 
 
-def test_time_ends_the_training(data):
+def clock_of_steps(trainer, monkeypatch):
+    """A clock on which each training step takes an eighth of a second, and all else no time."""
+    clock, step = Clock(monkeypatch), trainer.step
+
+    def timed_step(*arguments, **more):
+        clock.now += 0.125
+        return step(*arguments, **more)
+
+    trainer.step = timed_step
+    return clock
+
+
+def test_time_ends_the_training(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=0.5, TRAIN_LOG_EVERY=0)
+    clock_of_steps(trainer, monkeypatch)
     end = tg.train(trainer, no_validation)
-    assert 0.5 <= end.seconds < 5 and 1 <= end.step < 10**4
+    assert (end.step, end.seconds) == (4, 0.5)
 
 
-def test_time_for_validation_is_not_training_time(data):
-    import time
-
+def test_time_for_validation_is_not_training_time(data, monkeypatch):
     trainer = make_trainer(TINY, data, ITERATIONS=3, VAL_LOSS_EVERY=1, TRAIN_LOG_EVERY=0)
-    end = tg.train(trainer, lambda: time.sleep(0.5) or tg.Score(1.0, 1, 1))
-    assert end.step == 3 and end.seconds < 1.9  # four validations of half a second
+    clock, seen = clock_of_steps(trainer, monkeypatch), []
+
+    def validate():
+        clock.now += 0.5
+        seen.append(clock.now)
+        return tg.Score(1.0, 1, 1)
+
+    end = tg.train(trainer, validate)
+    assert (end.step, end.seconds, len(seen)) == (3, 0.375, 4)
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(data, tmp_path):

@@ -25,11 +25,11 @@ def gaussian(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def both_ways(w, hessian, steps, damp=0.01, states=8, rate=1.0):
-    """(codes, weights read back), with the same step in all columns."""
+def both_ways(w, hessian, scales, damp=0.01, states=8, rate=1.0):
+    """(codes, decoded weights), with one scale in all columns of a row."""
     c = config(TRELLIS_STATES=states, TRELLIS_RATE=rate)
-    codes = tg.trellis_gptq(w, tg.inverse_factor(hessian, damp), steps, torch.ones(len(w), w.size(-1)), c)
-    return codes, tg.trellis_levels(codes, states)[0].float() * steps.float()[..., None]
+    codes = tg.trellis_gptq(w, tg.inverse_cholesky(hessian, damp), scales, torch.ones(len(w), w.size(-1)), c)
+    return codes, tg.trellis_levels(codes, states)[0].float() * scales.float()[..., None]
 
 
 def slow_levels(codes: list[int], states: int) -> tuple[list[int], list[int]]:
@@ -51,14 +51,14 @@ def slow_levels(codes: list[int], states: int) -> tuple[list[int], list[int]]:
 def test_levels_follow_the_definition(states):
     codes = torch.randint(-127, 128, (2, 5, 40), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     levels, before = tg.trellis_levels(codes, states)
-    quantizers = tg.trellis_of(states).second[before.int()]
-    for row, found, used in zip(codes.view(-1, 40), levels.view(-1, 40), quantizers.view(-1, 40)):
+    quantizers = tg.make_trellis(states).second[before.int()]
+    for row, found, used in zip(codes.view(-1, 40), levels.view(-1, 40), quantizers.view(-1, 40), strict=True):
         assert slow_levels(row.tolist(), states) == (found.tolist(), used.tolist())
 
 
 @pytest.mark.parametrize("states", [4, 8, 16, 32])
 def test_a_machine_has_two_ways_into_each_state(states):
-    m = tg.trellis_of(states)
+    m = tg.make_trellis(states)
     assert sorted(m.following.flatten().tolist()) == sorted(2 * list(range(states)))
     assert torch.equal(m.following[m.source, m.parity], torch.arange(states).repeat(2))
     assert m.second.sum() == states // 2
@@ -68,7 +68,7 @@ def test_a_machine_has_two_ways_into_each_state(states):
     assert len(reached) == states
 
 
-def test_restoring_a_stored_bank_is_levels_times_steps():
+def test_restoring_a_stored_bank_is_levels_times_scales():
     codes = torch.randint(-9, 10, (2, 3, 6), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     scales, columns = gaussian(2, 3).abs().half(), torch.randint(-5, 5, (2, 6)).to(torch.int8)
     values = tg.restore(tg.Quantized(codes, scales, 6, {"columns": columns}, 8))
@@ -80,8 +80,8 @@ def test_restoring_a_stored_bank_is_levels_times_steps():
 @pytest.mark.parametrize("states", [4, 8])
 def test_independent_inputs_give_the_best_of_all_codes(states):
     """Brute force over every code of 6 columns within two of rounding."""
-    w, steps = 3 * gaussian(1, 4, 6), torch.full((1, 4), 0.8)
-    codes, values = both_ways(w, torch.eye(6)[None], steps, states=states, rate=0.0)
+    w, scales = 3 * gaussian(1, 4, 6), torch.full((1, 4), 0.8)
+    codes, values = both_ways(w, torch.eye(6)[None], scales, states=states, rate=0.0)
     for i in range(4):
         near = [range(int(x) - 1, int(x) + 3) for x in np.floor(w[0, i].numpy() / 1.6)]
         best = min(
@@ -106,13 +106,13 @@ def weighted_error(w, values, hessian) -> float:
 
 
 def uniform_decibels(w, hessian, bits: float) -> float:
-    """Error in dB of plain GPTQ at an entropy, between two steps."""
+    """Error in dB of plain GPTQ at an entropy, interpolated between two scales."""
     found = []
-    for step in (0.33, 0.45):
-        steps = step * w.std(-1)
-        codes = tg.gptq(w, tg.feedback_of(hessian, 0.01), steps, 127)
+    for sigmas in (0.33, 0.45):
+        scales = sigmas * w.std(-1)
+        codes = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, 127)
         found.append(
-            (entropy(codes, torch.zeros_like(codes)), weighted_error(w, codes.float() * steps[..., None], hessian))
+            (entropy(codes, torch.zeros_like(codes)), weighted_error(w, codes.float() * scales[..., None], hessian))
         )
     (b0, e0), (b1, e1) = found
     assert b1 < bits < b0
@@ -127,11 +127,11 @@ def test_gain_over_plain_gptq_at_equal_entropy(states, rate, least):
         correlated(4096, 512),
     )
     hessian = hessian + 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(512)
-    order = tg.feedback_of(hessian, 0.0).order[0]  # in which the probe searches
+    order = tg.factor_hessian(hessian, 0.0).order[0]  # in which the probe searches
     w, hessian = w[..., order], hessian[:, order][..., order]
-    steps = 0.21 * w.std(-1)
-    codes, values = both_ways(w, hessian, steps, states=states, rate=rate)
-    bits = entropy(codes, tg.trellis_of(states).second[tg.trellis_levels(codes, states)[1].int()])
+    scales = 0.21 * w.std(-1)
+    codes, values = both_ways(w, hessian, scales, states=states, rate=rate)
+    bits = entropy(codes, tg.make_trellis(states).second[tg.trellis_levels(codes, states)[1].int()])
     gain = uniform_decibels(w, hessian, bits) - weighted_error(w, values, hessian)
     print(f"{states} states, rate {rate}: {bits:.3f} bits, {gain:.3f} dB")
     assert gain > least
@@ -139,10 +139,10 @@ def test_gain_over_plain_gptq_at_equal_entropy(states, rate, least):
 
 def test_blocks_do_not_matter_where_the_delay_does_not():
     w, hessian = 4 * gaussian(2, 24, 100), torch.cat((correlated(400, 100, 0), correlated(400, 100, 1)))
-    u, price, trellis = tg.inverse_factor(hessian, 0.01), torch.full((2, 100, 1, 24), 0.01), tg.trellis_of(8)
+    u, price, trellis = tg.inverse_cholesky(hessian, 0.01), torch.full((2, 100, 1, 24), 0.01), tg.make_trellis(8)
 
     def search(block, delay):
-        return tg.trellis_rows(w, u, price, 0.3, trellis, block, delay)
+        return tg.viterbi_search(w, u, price, 0.3, trellis, block, delay)
 
     whole = search(100, 100)
     for block in (7, 16):
@@ -173,10 +173,10 @@ def test_degenerate_cases(rows, columns, kind, damp):
         hessian[:, columns // 2], hessian[:, :, columns // 2] = 0, 0
     w = gaussian(2, rows, columns)
     w[1, 0] = 0
-    steps = tg.row_scales(w, 6, 0.0).float()
-    codes, values = both_ways(w, hessian.expand(2, -1, -1), steps, damp)
+    scales = tg.row_scales(w, 6, 0.0).float()
+    codes, values = both_ways(w, hessian.expand(2, -1, -1), scales, damp)
     assert codes.dtype == torch.int8 and codes.shape == w.shape and values.isfinite().all()
-    assert (codes[1, 0] == 0).all()  # a row of zeros, at the smallest step
+    assert (codes[1, 0] == 0).all()  # a row of zeros, at the smallest scale
     d = w - values
     assert float(((d @ hessian) * d).sum()) <= 1.05 * float(((w @ hessian) * w).sum()) + 1e-9
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import run_command
 from helpers import tg as k
 
 needs_triton = pytest.mark.skipif(k.triton is None, reason="triton is not installed")
@@ -24,14 +25,8 @@ CAP = 30.0
 def run_check(name, interpreted, options=(), **environment):
     """Runs check_<name> of this file in a process; its whole output stands in the failure."""
     environment |= {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, *options, __file__, name],
-        env={**os.environ, **environment},
-        text=True,
-        timeout=240,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    command = [sys.executable, *options, __file__, name]
+    done = run_command(command, env={**os.environ, **environment}, stderr=subprocess.STDOUT)
     print(done.stdout)
     assert done.returncode == 0, done.stdout
 
@@ -167,16 +162,16 @@ def check_cross_entropy_edges():
     targets = torch.tensor([3, 19999])
     for kind in KINDS:
         compare(
-            lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP, kind),
-            lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP, kind),
+            lambda x, kind=kind: k.softcapped_cross_entropy_triton(x, targets, CAP, kind),
+            lambda x, kind=kind: k.softcapped_cross_entropy_plain(x, targets, CAP, kind),
             [rising],
         )
     wide = normal(4, 6, 100, scale=9.0)
     for logits in (wide[..., :77], wide.transpose(0, 1), wide.mT, wide[:, ::2, ::3], wide[0, 0]):
         targets = random_targets(*logits.shape[:-1], below=logits.size(-1))
         compare(
-            lambda x: k.softcapped_cross_entropy_triton(x, targets, CAP),
-            lambda x: k.softcapped_cross_entropy_plain(x, targets, CAP),
+            lambda x, targets=targets: k.softcapped_cross_entropy_triton(x, targets, CAP),
+            lambda x, targets=targets: k.softcapped_cross_entropy_plain(x, targets, CAP),
             [logits],
         )
     targets, results = random_targets(8, below=100)[::2], []
@@ -239,10 +234,10 @@ def check_mlp_edges():
         if any(wanted):
             results = []
             for function in (k.mlp_triton, k.mlp_plain):
-                leaves = [v.detach().clone().requires_grad_(w) for v, w in zip((x, up, down), wanted)]
+                leaves = [v.detach().clone().requires_grad_(w) for v, w in zip((x, up, down), wanted, strict=True)]
                 function(*leaves, 0.5).sum().backward()  # its gradient is one number, expanded
                 results.append([v.grad for v in leaves])
-            for ours, theirs, w in zip(*results, wanted):
+            for ours, theirs, w in zip(*results, wanted, strict=True):
                 assert (ours is None) == (theirs is None) == (not w)
                 assert not w or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     for arguments in ((x, up[:, 1:], down, 0.5), (x, up, down[:, 1:], 0.5), (x, up, down, -0.5)):
@@ -316,7 +311,10 @@ def check_one_graph():
 
     torch.utils._triton.has_triton = lambda: True
     triton.runtime.driver.set_active(type("H100", (), {"get_current_target": lambda self: GPUTarget("cuda", 90, 32)})())
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import (
+        make_boxed_func,  # pyright: ignore[reportPrivateImportUsage] # as torch's own pages import it
+        min_cut_rematerialization_partition,
+    )
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []
@@ -425,8 +423,8 @@ class TestGPU:
             inputs.append(normal(1000, 64, seed=3, dtype=torch.bfloat16, device="cuda"))
             targets = random_targets(*rows, below=1000, device="cuda")
             for x, y in zip(
-                values_and_gradients(lambda *xs: compiled(*xs, targets), inputs),
-                values_and_gradients(lambda *xs: loss(*xs, targets), inputs),
+                values_and_gradients(lambda *xs, targets=targets: compiled(*xs, targets), inputs),
+                values_and_gradients(lambda *xs, targets=targets: loss(*xs, targets), inputs),
                 strict=True,
             ):
                 assert distance(x, y.double()) <= 1e-2

@@ -1,12 +1,13 @@
-"""What a reviewer checks of a submission, as a program: ours and other people's folders.
+"""Checks a submission as a reviewer would: our own folders and other people's.
 
     python tools/check_submission.py records/FOLDER [--data data/fineweb10B_sp8192] [--baseline other/submission.json]
     python tools/check_submission.py records/FOLDER --rerun 42
 
-Files, seeds, configurations, every number of README.md, submission.json and the logs against each other, sizes and
-times against the limits, mean, deviation and p-value recomputed, the script compiled, its artifacts loaded where they
-are there, which runs the folder's script. --rerun trains a seed again with it and compares. Each disagreement is named;
-a note says what could not be checked. Exit code 0: no disagreement; 1: some; 2: something to mend.
+It checks files, seeds and configurations, and every number of README.md, submission.json and the logs against each
+other. It compares sizes and times with the limits, and recomputes mean, deviation and p-value. It compiles the script
+and loads the artifacts that are there, which runs the folder's script. --rerun trains a seed again with that script and
+compares. Each disagreement is named. A note says what could not be checked. Exit code 0: no disagreement; 1: some
+disagreements; 2: a user's error.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+import processes
 import runs
 import submission
 from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line, number_type, read_json
@@ -53,13 +55,13 @@ OURS = (
     "technique_summary",
     "compliance",
 )
-# Settings of other people's logs that differ between runs without being configuration.
+# Settings in other people's logs that may differ between runs of one configuration.
 LOCAL = re.compile(r"seed|run_?id|path|dir|date|time|file|port|rank|host|url|name|step|log")
 
 
 @dataclass
 class Findings:
-    """What was compared, what disagrees, what could not be checked."""
+    """Number of comparisons, the disagreements, and notes on what could not be checked."""
 
     compared: int = 0
     errors: list[str] = field(default_factory=list)
@@ -74,13 +76,13 @@ class Findings:
             self.notes.append(text)
 
     def require(self, holds: bool, text: str) -> None:
-        """A check; the text says what is wrong where it does not hold."""
+        """Counts a check; adds the text as an error if it does not hold."""
         self.compared += 1
         if not holds:
             self.error(text)
 
     def same(self, what: str, one: Any, other: Any, tolerance: float | None = None) -> None:
-        """Holds two figures against each other; one that is missing is not a disagreement."""
+        """Compares two figures. A missing one is not a disagreement."""
         if one is None or other is None:
             return
         self.require(
@@ -93,8 +95,8 @@ def plain(value: Any) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def broadcast(one: Any, other: Any) -> bool:
-    """Whether two figures are the same at the precision of the one with fewer decimals, but at least 4."""
+def agree(one: Any, other: Any) -> bool:
+    """Whether two figures are equal at the precision of the one with fewer decimals, and of at least 4."""
     if isinstance(one, str) or isinstance(other, str):
         return str(one) == str(other)
     if isinstance(one, int) and isinstance(other, int):
@@ -107,7 +109,7 @@ def broadcast(one: Any, other: Any) -> bool:
 
 @dataclass
 class Seed:
-    """One seed's figures by source: submission.json's row, its log, metrics and summary; and its settings."""
+    """One seed's figures by source (row of submission.json, log, metrics, summary), and its settings."""
 
     seed: int
     row: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +129,7 @@ class Seed:
 
 @dataclass
 class Folder:
-    """A submission's files, read."""
+    """The content of a submission's files."""
 
     path: Path
     content: dict[str, Any]
@@ -137,7 +139,7 @@ class Folder:
 
     @property
     def ours(self) -> bool:
-        """Whether tools/reproduce.py wrote it: then every figure must be accounted for."""
+        """Whether tools/reproduce.py wrote it. If so, every figure must be found in its files."""
         return self.page.startswith(MARKER)
 
 
@@ -145,7 +147,7 @@ class Folder:
 
 
 def read_folder(path: Path, findings: Findings) -> Folder:
-    """Reads what there is; what is missing or broken is a finding."""
+    """Reads the files of a folder. A missing or broken one is a finding."""
     if not path.is_dir():
         raise UserError(f"{path}: must be a submission's folder")
     for name in ("README.md", "submission.json", "train_gpt.py"):
@@ -167,7 +169,7 @@ def read_folder(path: Path, findings: Findings) -> Folder:
 
 
 def read_rows(folder: Folder, findings: Findings) -> None:
-    """The rows of submission.json's seed_results, by seed or as a list."""
+    """Reads the rows of seed_results in submission.json, which may be a list or keyed by seed."""
     rows = folder.content.get("seed_results", {})
     if isinstance(rows, list):
         rows = {str(row.get("seed")): row for row in rows if isinstance(row, dict)}
@@ -184,7 +186,7 @@ def read_rows(folder: Folder, findings: Findings) -> None:
 
 
 def read_logs(folder: Folder, findings: Findings) -> None:
-    """The logs and what lies beside them, each to its seed."""
+    """Reads the logs and the files beside them, and assigns each to its seed."""
     contents = Counter()
     for log in runs.submission_logs(folder.path):
         run = runs.read_log(log)
@@ -226,7 +228,7 @@ def check_fields(folder: Folder, findings: Findings) -> None:
 
 
 def check_seeds(folder: Folder, findings: Findings) -> None:
-    """Distinct, as many as are claimed, each with its row and its log."""
+    """Checks that seeds are distinct and as many as claimed, each with a row and a log."""
     listed = folder.content.get("seeds")
     if isinstance(listed, list):
         findings.require(len(set(map(str, listed))) == len(listed), f"submission.json: seeds {listed} are not distinct")
@@ -252,20 +254,22 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
 
 
 def check_configuration(folder: Folder, findings: Findings) -> None:
-    """The same settings on all seeds: from their config files, or from the settings that their logs print."""
+    """Checks that all seeds have the same settings, by their config files or by the settings in their logs."""
     seeds = list(folder.seeds.values())
     configs = [s.config for s in seeds if s.config]
     if len(configs) == len(seeds) and seeds:
         ignored = submission.PRIVATE
     else:
-        configs = [{k: v for k, v in s.log.settings.items() if not LOCAL.search(k)} for s in seeds if s.log]
+        logged = [(s, s.log) for s in seeds if s.log]
+        seeds = [seed for seed, _ in logged]
+        configs = [{k: v for k, v in log.settings.items() if not LOCAL.search(k)} for _, log in logged]
         ignored = ()
         if configs:
             common = set.intersection(*map(set, configs))
             configs = [{k: v for k, v in c.items() if k in common} for c in configs]
             if not common:
                 findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
-    for seed, config in zip(seeds[1:], configs[1:]):
+    for seed, config in zip(seeds[1:], configs[1:], strict=True):
         for name in sorted(set(config) | set(configs[0])):
             if name not in ignored:
                 findings.require(
@@ -275,7 +279,7 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
                     f"{seed.seed}",
                 )
     for what in ("hardware", "attention", "parameters", "code_bytes"):
-        values = {getattr(run, what) for s in seeds for _, run in s.sources} - {None}
+        values = {getattr(run, what) for s in folder.seeds.values() for _, run in s.sources} - {None}
         findings.require(len(values) < 2, f"configuration: {what} differs: {', '.join(sorted(map(str, values)))}")
 
 
@@ -283,7 +287,7 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
 
 
 def figures(run: Run) -> dict[str, Any]:
-    """A source's figures under submission.json's names."""
+    """The figures of a source, by their names in submission.json."""
     final, stages = run.final, run.stages
     return dict(
         val_loss=final.loss if final else None,
@@ -304,7 +308,7 @@ def figures(run: Run) -> dict[str, Any]:
 
 
 def check_sources(folder: Folder, findings: Findings) -> None:
-    """Each seed's row against its log, metrics and summary; and these against each other."""
+    """Compares each seed's row, log, metrics and summary with each other."""
     for number, seed in folder.seeds.items():
         steps = [run.steps for _, run in seed.sources if run.steps]
         tolerances = dict(train_wallclock_ms=1.0, step_avg_ms=0.01 + 1 / min(steps, default=1))  # logs have whole ms
@@ -332,19 +336,19 @@ def check_sources(folder: Folder, findings: Findings) -> None:
 
 
 def check_curve(number: int, seed: Seed, findings: Findings) -> None:
-    """The training's lines in the log against those of the metrics, step by step."""
+    """Compares the training lines of the log with those of the metrics, step by step."""
     if not (seed.log and seed.metrics):
         return
     for what in ("losses", "scores"):
         mine, theirs = ({row[0]: row[1:-1] for row in getattr(run, what)} for run in (seed.log, seed.metrics))
         findings.require(set(mine) == set(theirs), f"seed {number}: log and metrics have other steps ({what})")
         for step in sorted(set(mine) & set(theirs)):
-            for one, other in zip(mine[step], theirs[step]):
+            for one, other in zip(mine[step], theirs[step], strict=True):
                 findings.same(f"seed {number}: step {step} in log and metrics", one, other)
 
 
 def check_row(folder: Folder, findings: Findings) -> None:
-    """Each row's figures among themselves."""
+    """Checks that the figures of each row are consistent."""
     for number, seed in folder.seeds.items():
         r = seed.row
         if not all(isinstance(value, (int, float)) for value in r.values()):
@@ -376,7 +380,7 @@ def check_row(folder: Folder, findings: Findings) -> None:
 
 
 def check_statistics(folder: Folder, findings: Findings) -> None:
-    """Means, sample deviations, sizes."""
+    """Recomputes means, sample deviations and sizes."""
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
     if not rows:
         rows = [
@@ -411,9 +415,11 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
 
 
 def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, float] | None) -> None:
-    """Differences to the baseline and the test, recomputed."""
+    """Recomputes the differences to the baseline and the test."""
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
-    stated = s.get("baseline") if isinstance(s.get("baseline"), dict) else {}
+    stated = s.get("baseline")
+    if not isinstance(stated, dict):
+        stated = {}
     theirs = baseline or stated.get("val_bpb")
     if baseline and isinstance(stated.get("val_bpb"), dict):
         findings.require(
@@ -433,7 +439,7 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
     ours = [r["val_bpb"] for r in rows if "val_bpb" in r]
     if not theirs or not ours or not {"val_bytes", "target_tokens"} <= set(rows[0]):
         findings.note(
-            "significance: not recomputed, it needs the baseline's figures (--baseline), val_bytes and target_tokens"
+            "significance: not recomputed: it needs the baseline's figures (--baseline), val_bytes and target_tokens"
         )
         return
     per_bpb = runs.bpb_to_nats(1.0, rows[0]["target_tokens"], rows[0]["val_bytes"])
@@ -450,8 +456,8 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
         )
         findings.require(close, f"submission.json: significance {name} {one}, recomputed {other}")
     findings.note(
-        f"significance: better by {test['gain_nats']:.5f} nats per token, p = {test['p_value']} that it is "
-        f"no better, p = {test['p_value_margin']} that it is not by {test['margin_nats']}: the rule "
+        f"significance: better by {test['gain_nats']:.5f} nats per token; p = {test['p_value']} for better at all, "
+        f"p = {test['p_value_margin']} for better by {test['margin_nats']}; the rule "
         f"{'holds' if test['holds'] else 'does not hold'}"
     )
 
@@ -460,14 +466,14 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
 
 
 def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
-    """The validation set: one for all seeds, and the one of --data."""
+    """Checks that all seeds have one validation set, and that it is the one of --data."""
     tokens = {seed.row["val_tokens"] for seed in folder.seeds.values() if "val_tokens" in seed.row}
     tokens |= {run.val_tokens for run in folder.logs} - {None}
     findings.require(len(tokens) < 2, f"val_tokens: {sorted(tokens)} are not one validation set's")
     if not tokens:
         findings.note("val_tokens: neither submission.json nor the logs say how many tokens were scored")
     if data is None:
-        findings.note("val_tokens: not held against the validation set; --data FOLDER does")
+        findings.note("val_tokens: not compared with the validation set; --data FOLDER does that")
         return
     shards = runs.validation_shards(data)
     if not shards:
@@ -482,28 +488,30 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     if folder.ours and "dataset" in folder.content:
         texts = folder.content["dataset"], submission.dataset(data)["text"]
         findings.same(
-            "submission.json: dataset, and the one of --data",  # folders may be named freely
+            "submission.json: dataset, and the one of --data",  # the names of folders may differ
             *(text.partition(": ")[2] for text in texts),
         )
 
 
+def largest(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The largest number that a row holds under a key; None where none does."""
+    return max((row[key] for row in rows if isinstance(row.get(key), (int, float))), default=None)
+
+
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
-    """Bytes and seconds; the step in which the time ran out may end after it, calibration may not begin then."""
+    """Checks bytes and seconds. The last step of a training may end after the time limit; calibration may not."""
     for number, seed in folder.seeds.items():
         known = [seed.row, *(figures(run) for _, run in seed.sources)]
-
-        def largest(key: str) -> float | None:
-            return max((x[key] for x in known if isinstance(x.get(key), (int, float))), default=None)
-
-        size, train, step = largest("artifact_bytes"), largest("train_wallclock_ms"), largest("step_avg_ms")
+        size = largest(known, "artifact_bytes")
+        train, step = largest(known, "train_wallclock_ms"), largest(known, "step_avg_ms")
         evaluation = max([seed.row.get("eval_time_s") or 0, *(run.eval_seconds or 0 for _, run in seed.sources)])
         calibration = seed.summary.seconds.get("calibrate", 0.0) if seed.summary else 0.0
         if size is None:
-            findings.note(f"seed {number}: no source says its artifact's bytes")
+            findings.note(f"seed {number}: no source has the bytes of its artifact")
         else:
             findings.require(size <= cap, f"seed {number}: its artifact of {size:.0f} bytes is over {cap}")
         if train is None:
-            findings.note(f"seed {number}: no source says its seconds of training")
+            findings.note(f"seed {number}: no source has its seconds of training")
         else:
             spent = train / 1000 + calibration
             findings.require(
@@ -515,11 +523,11 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
             f"seed {number}: {evaluation:.1f} s of evaluation are over {BUDGET_SECONDS:.0f}",
         )
         if not evaluation:
-            findings.note(f"seed {number}: no source says its seconds of evaluation")
+            findings.note(f"seed {number}: no source has its seconds of evaluation")
 
 
 def check_claims(folder: Folder, findings: Findings) -> None:
-    """What the text says it ran on, and the rules that it says it keeps."""
+    """Checks the claims about hardware and versions, and about the rules."""
     s = folder.content
     for number, seed in folder.seeds.items():
         for source, run in seed.sources:
@@ -568,7 +576,7 @@ COLUMNS = (
 
 
 def numbers_in(value: Any) -> Iterator[float]:
-    """Every number in a JSON value, also those in its strings and in its keys."""
+    """Every number in a JSON value, including those in its strings and keys."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from numbers_in(key)
@@ -583,7 +591,7 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 def forms(values: Iterable[float]) -> set[float]:
-    """The numbers, in seconds where they are milliseconds, in MB where they are bytes, with either sign."""
+    """The numbers, also divided by 1000 (ms as s) and by 10^6 (bytes as MB), with either sign."""
     known = set(values)
     return known | {x / 1000 for x in known} | {x / 1e6 for x in known if x > 1e5} | {-x for x in known}
 
@@ -593,7 +601,7 @@ def known_as(text: str, known: Iterable[float]) -> bool:
 
 
 def column_statistics(folder: Folder) -> Iterator[float]:
-    """Mean and sample deviation of each figure that every row of seed_results has: a table's last rows may say them."""
+    """Mean and sample deviation of each figure that all rows of seed_results have, as a table may show them."""
     rows = [seed.row for seed in folder.seeds.values() if seed.row]
     for key in set.intersection(*map(set, rows)) if rows else ():
         values = [row[key] for row in rows]
@@ -602,7 +610,7 @@ def column_statistics(folder: Folder) -> Iterator[float]:
 
 
 def check_page(folder: Folder, findings: Findings) -> None:
-    """README.md: rows of seeds against their seed; on a page of ours every other number against all that is known."""
+    """Checks README.md: rows of seeds against their seed; on our own page, other numbers against all figures."""
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     known = forms(
         [
@@ -656,16 +664,16 @@ def check_page(folder: Folder, findings: Findings) -> None:
 
 
 def check_page_row(folder: Folder, findings: Findings, number: int, header: list[str], cells: list[str]) -> None:
-    """A row of a seeds' table: each cell is that seed's figure of the column's name."""
+    """Checks a seed's row of a table: each cell must be the figure that the column's title names."""
     if number not in folder.seeds:
         findings.error(f"README.md: has a row of seed {number}, which submission.json and logs have not")
         return
     seed = folder.seeds[number]
     values = [seed.row, *(figures(run) for _, run in seed.sources)]
     everything = forms(x for v in values for x in numbers_in({k: x for k, x in v.items() if x is not None}))
-    for title, cell in zip(header[1:], cells[1:]):
+    for title, cell in zip(header[1:], cells[1:], strict=False):
         key = next((key for word, key in COLUMNS if word in title.lower()), None)
-        own = forms(float(v[key]) for v in values if isinstance(v.get(key), (int, float)))
+        own = forms(float(v[key]) for v in values if key and isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
             findings.require(
                 known_as(text, own if folder.ours and own else everything),
@@ -695,7 +703,7 @@ for path in sys.argv[2:]:
 
 
 def check_script(folder: Folder, findings: Findings, load: bool) -> None:
-    """The script compiles, has the size that the logs counted, and loads the artifacts that are there."""
+    """Checks that the script compiles, has the size in the logs, and loads the artifacts that are there."""
     script = folder.path / "train_gpt.py"
     if not script.is_file():
         return
@@ -731,18 +739,14 @@ def check_script(folder: Folder, findings: Findings, load: bool) -> None:
 
 def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: dict[int, Path]) -> None:
     """Has the folder's own script read its artifacts, in another process."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    command = [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())]
+    done = processes.run(command, errors="replace")
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if last == "no load_artifact":
         findings.note("artifacts: the script has no load_artifact, so none was loaded")
         return
     findings.require(done.returncode == 0, f"train_gpt.py: cannot be imported to load artifacts: {last}")
-    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines()):
+    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines(), strict=False):
         answer, log = json.loads(line), folder.seeds[seed].log
         findings.require(isinstance(answer, int), f"{path.name}: the script does not load it: {answer}")
         if isinstance(answer, int) and log:
@@ -753,7 +757,7 @@ def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: 
 
 
 def rerun(folder: Folder, findings: Findings, options) -> None:
-    """Trains a seed again with the folder's script and its settings, and compares the score."""
+    """Trains a seed again with the folder's script and settings, and compares the score."""
     number, script = options.rerun, (folder.path / "train_gpt.py").resolve()
     if number not in folder.seeds:
         raise UserError(f"--rerun {number}: must be one of the folder's seeds: {', '.join(map(str, folder.seeds))}")
@@ -782,11 +786,11 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
         values = {**os.environ, **settings, "SEED": str(number), "ARTIFACT_DIR": str(Path(place, "run"))}
         log = Path(place, f"seed{number}.txt")
         with open(log, "w", encoding="utf-8") as file:
-            child = runs.start(command, values, stdout=file, cwd=place)
+            child = processes.start(command, env=values, stdout=file, stderr=subprocess.STDOUT, cwd=place)
             try:
                 code = child.wait()
             except BaseException:
-                runs.stop(child)
+                processes.stop(child)
                 raise
         written = Path(place, "run") if Path(place, "run", "summary.json").is_file() else log
         again, text = runs.read_runs(written)[0], log.read_text(errors="replace")
@@ -799,8 +803,12 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
 
 def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) -> None:
     """Score, tokens and bytes of a rerun against what the folder says."""
-    number, before = seed.seed, seed.row or figures(seed.log)
-    was, now = before.get("val_bpb"), again.final.bpb
+    number = seed.seed
+    before = seed.row or (figures(seed.log) if seed.log else {})
+    was, now = before.get("val_bpb"), figures(again)["val_bpb"]
+    if was is None or now is None:
+        findings.error(f"rerun: seed {number} has no val_bpb {'in the folder' if was is None else 'now'}")
+        return
     findings.note(
         f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "
         f"{again.steps} steps, and {before.get('steps')}; artifact {again.artifact_bytes} bytes, and "
@@ -809,29 +817,35 @@ def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) 
     findings.require(
         abs(now - was) <= tolerance,
         f"rerun: seed {number} gives val_bpb {now:.6f}, and the folder says "
-        f"{was:.6f}; more than --tolerance {tolerance:g} apart",
+        f"{was:.6f}; they are more than --tolerance {tolerance:g} apart",
     )
     for key in ("target_tokens", "val_bytes"):
         findings.same(f"rerun: seed {number} {key}, now and in the folder", figures(again)[key], before.get(key))
 
 
 def main(arguments: list[str]) -> int:
-    """Checks a folder and prints what it finds. Returns the exit code."""
+    """Checks a folder and prints the findings. Returns the exit code."""
     parser = Parser(prog="check_submission.py", description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="with README.md, submission.json, train_gpt.py and logs")
-    add("--data", type=Path, metavar="DIR", help="folder of the validation shards, to count their tokens")
-    add("--baseline", type=Path, metavar="PATH", help="what it is compared with: submission.json, folder, runs or logs")
-    add("--cap", type=number_type(int, 1), default=CAP_BYTES, metavar="BYTES", help="default: %(default)s")
-    add("--no-load", action="store_true", help="do not run the folder's script to load its artifacts")
-    add("--rerun", type=number_type(int, 0), metavar="SEED", help="run this seed again and compare")
+    add("folder", type=Path, metavar="FOLDER", help="folder with README.md, submission.json, train_gpt.py and logs")
+    add("--data", type=Path, metavar="DIR", help="folder of validation shards, to count their tokens")
+    add("--baseline", type=Path, metavar="PATH", help="baseline to compare with: submission.json, folder, runs or logs")
+    add(
+        "--cap",
+        type=number_type(int, 1),
+        default=CAP_BYTES,
+        metavar="BYTES",
+        help="limit of the artifact (default: %(default)s)",
+    )
+    add("--no-load", action="store_true", help="do not load the artifacts, which runs the folder's script")
+    add("--rerun", type=number_type(int, 0), metavar="SEED", help="train this seed again and compare")
     add("--nproc", type=number_type(int, 1), default=1, metavar="N", help="ranks of the rerun (default: 1)")
     add(
         "--tolerance",
         type=number_type(float, 0),
         default=0.002,
         metavar="BPB",
-        help="how far a rerun's val_bpb may be from the folder's (default: %(default)s)",
+        help="allowed difference of a rerun's val_bpb (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     findings = Findings()

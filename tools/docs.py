@@ -1,19 +1,16 @@
-"""The parts of the documentation that are generated: docs/knobs.md, and the results in README.md.
+"""Generates parts of the documentation: docs/knobs.md, and the results in README.md.
 
-    python tools/docs.py            writes what is stale (make docs)
-    python tools/docs.py --check    writes nothing; names what is stale in one line, and exits with 1
+    python tools/docs.py            updates stale files (make docs)
+    python tools/docs.py --check    writes nothing; names stale files in one line and exits with 1
 
-docs/knobs.md is train_gpt.Config as tables. README.md's part between the lines that begin with `<!-- results` and
-`<!-- end of results` is submission.json's; without a submission.json at the root it is left as it is. A further part
-is a further row of PARTS: a file, and a function from the root folder and the file's text to its new text.
+docs/knobs.md shows train_gpt.Config as tables. In README.md, the part between the lines that begin with `<!-- results`
+and `<!-- end of results` shows submission.json. Without a submission.json at the root, README.md stays as it is. To
+generate another part, add a row to PARTS: a file, and a function from the root folder and the old text to the new text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,30 +29,21 @@ KNOBS_HEAD = """<!-- Made by `make docs` from train_gpt.Config. Do not edit: a c
 
 # Every knob
 
-A knob is an environment variable. `PRESET` names a set of values, a variable that is set goes before it, and what
-neither names keeps the default. A value that is not allowed ends the run with one line that names it, and exit code 2;
-a variable that looks like a unknown_variables knob is warned about. `python train_gpt.py --help` prints the same table, and
-`python train_gpt.py --dry-run` the values that a run would have.
+A knob is an environment variable. `PRESET` names a set of defaults; a variable that is set overrides the preset, and
+what neither sets keeps the default. A value that is not allowed ends the run with one line that names the variable, and
+exit code 2. A variable that looks like a misspelt knob gets a warning. `python train_gpt.py --help` prints the same
+table; `python train_gpt.py --dry-run` prints the values that a run would use.
 
-*Seen in* says where a change of the knob shows: `tests/test_knobs.py` changes each one and holds the run against that.
-Knobs with † describe the model: they travel in the artifact, and `MODE=eval` takes them from there.
-"""
+*Observed in* says where a change of the knob shows first; `tests/test_knobs.py` changes each knob and compares the
+runs. In the order of a run, the places are:
+{places}.
 
-
-@functools.cache
-def sections() -> dict[str, list[str]]:
-    """Config's comments on lines of their own, each with the fields that stand below it."""
-    found: dict[str, list[str]] = {}
-    for line in inspect.getsource(tg.Config).splitlines():
-        if match := re.fullmatch(r"    # (.+)", line):
-            found[match[1]] = []
-        elif match := re.match(r"    (\w+): \w+ = (?:model_)?knob\(", line):
-            found[next(reversed(found))].append(match[1])
-    return found
+Knobs with † describe the model: they travel in the artifact, and `MODE=eval` reads them from there.
+""".format(places=", ".join(tg.Observed))
 
 
 def plain(value: Any) -> str:
-    """A knob's value as one writes it into the environment."""
+    """A knob's value as it is written in the environment."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(int(value) if isinstance(value, bool) else value)
@@ -66,12 +54,12 @@ def code(value: Any) -> str:
 
 
 def allowed(field: dataclasses.Field) -> str:
-    """A knob's type and the values that are allowed."""
+    """A knob's type and the values that it allows."""
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if choices:
         return ", ".join(map(code, choices))
     if low is None:
-        return {"bool": "0 or 1", "str": "text"}[field.type]
+        return {"bool": "0 or 1", "str": "text"}[str(field.type)]
     return f"{field.type}, " + (f"from {plain(low)}" if high is None else f"{plain(low)} to {plain(high)}")
 
 
@@ -87,20 +75,18 @@ def knob_row(field: dataclasses.Field) -> list[str]:
         code(field.default),
         "<br>".join(presets),
         field.metadata["meaning"],
-        field.metadata["alive"],
+        field.metadata["observed"],
     ]
     return [cell.replace("|", "\\|") for cell in cells]
 
 
 def knobs_page(root: Path, text: str) -> str:
-    """docs/knobs.md: a table for each section of Config."""
-    fields = {f.name: f for f in dataclasses.fields(tg.Config)}
-    head = "| Variable | Allowed | Default | Presets | Meaning | Seen in |\n|---|---|---|---|---|---|"
+    """docs/knobs.md: a table for each section of the knobs."""
+    head = "| Variable | Allowed | Default | Presets | Meaning | Observed in |\n|---|---|---|---|---|---|"
     parts = [KNOBS_HEAD]
-    for title, names in sections().items():
-        rows = ("| " + " | ".join(knob_row(fields.pop(name))) + " |" for name in names)
+    for title, fields in tg.knob_sections().items():
+        rows = ("| " + " | ".join(knob_row(field)) + " |" for field in fields)
         parts.append("\n".join((f"## {title}", "", head, *rows, "")))
-    assert not fields, f"Config's knobs in no section: {', '.join(fields)}"
     return "\n".join(parts)
 
 
@@ -110,9 +96,9 @@ BEGIN, END = "<!-- results: made by make docs -->", "<!-- end of results -->"
 
 
 class Column(NamedTuple):
-    """A column of the results: its title, the seed's figure of submission.json, its unit in that figure's, its form.
+    """A column of the results: title, key of the figure in submission.json, divisor of the figure, number format.
 
-    The titles are words by which tools/check_submission.py knows what a column holds.
+    tools/check_submission.py recognizes a column by words of its title.
     """
 
     title: str
@@ -133,10 +119,10 @@ COLUMNS = (
 
 
 def results(s: dict[str, Any]) -> str:
-    """The table of a submission.json with its mean and sample deviation, and the line on what it was measured with.
+    """The table of a submission.json with mean and sample deviation, and a line with hardware, data and date.
 
-    Without test-time training a run's score is the quantized one, and the column after it stays empty.
-    Errors: KeyError, TypeError, AttributeError or ValueError where something is missing or of another type.
+    Without test-time training the score is the quantized one, and the column of TTT stays empty.
+    Errors: KeyError, TypeError, AttributeError or ValueError if something is missing or has the wrong type.
     """
     rows = s["seed_results"]
     adapted = any(row["val_bpb"] != row["quantized_val_bpb"] for row in rows.values())
@@ -162,7 +148,9 @@ def readme_page(root: Path, text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end or BEGIN in rest:
-        raise UserError(f"README.md: must hold one line {BEGIN} and one line {END} behind it, for submission.json")
+        raise UserError(
+            f"README.md: must hold one line {BEGIN} and after it one line {END}, for the results of submission.json"
+        )
     try:
         part = results(read_json(file))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -176,7 +164,7 @@ PARTS: dict[str, Callable[[Path, str], str]] = {"docs/knobs.md": knobs_page, "RE
 
 
 def stale(root: Path) -> dict[str, str]:
-    """Files whose generated part is not what it would be now, with their new text. Errors: UserError."""
+    """Files whose generated part is out of date, with their new text. Errors: UserError."""
     texts = {name: (root / name).read_text(encoding="utf-8") if (root / name).is_file() else "" for name in PARTS}
     made = {name: make(root, texts[name]) for name, make in PARTS.items()}
     return {name: text for name, text in made.items() if text != texts[name]}
@@ -184,7 +172,7 @@ def stale(root: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="docs.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is stale")
     options = parser.parse_args(arguments)
     changed = stale(ROOT)
     if options.check and changed:

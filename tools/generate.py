@@ -1,10 +1,10 @@
-"""Text from a packed artifact, printed as it is written.
+"""Generates text with the model of a packed artifact, and prints each token as it is sampled.
 
     python tools/generate.py logs/RUN "The function returns"
     python tools/generate.py model.pgolf "Once" --tokenizer data/mine/tokenizer.model --tokens 200 --temperature 0.7
 
-The logits are those of the model's one forward: a hook on its head keeps them. The same seed gives the same text on
-the same device. The text ends where the model begins a new document.
+The logits are those that a score is computed from: the model's trunk and head. The same seed gives the same text on the
+same device. The text ends where the model begins a new document.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import caseops  # noqa: E402
@@ -30,14 +31,14 @@ LETTERS = re.compile(f"[A-Za-z{''.join(caseops.OPERATORS.values())}]*$")
 
 
 class Text:
-    """A tokenizer, and what its tokens are as text."""
+    """A tokenizer, and the text of each of its tokens."""
 
     def __init__(self, c: tg.Config):
         self.model = tg.Vocabulary(c).model
         m, ids = self.model, range(c.vocab_size)
         self.caseops = all(m.PieceToId(operator) != m.unk_id() for operator in caseops.OPERATORS.values())
         silent = [i for i in ids if i != tg.BOS_ID and (m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i))]
-        self.silent = torch.tensor(silent, dtype=torch.int64)  # training has none of them, and they are no text
+        self.silent = torch.tensor(silent, dtype=torch.int64)  # never in training data, and not text
         self.pieces = [
             bytes([int(m.IdToPiece(i)[3:5], 16)]) if m.IsByte(i) else m.IdToPiece(i).replace("\u2581", " ").encode()
             for i in ids
@@ -48,16 +49,16 @@ class Text:
         return [tg.BOS_ID, *self.model.EncodeAsIds(caseops.encode(prompt) if self.caseops else prompt)]
 
     def stream(self, tokens: Iterator[int]) -> Iterator[str]:
-        """The text of a document's tokens after BOS, in pieces, each as soon as nothing can change it any more."""
+        """The text of a document's tokens after BOS, in pieces. Each piece is final when it is yielded."""
         decoder, first, held = codecs.getincrementaldecoder("utf-8")("replace"), True, ""
         for token in tokens:
             piece = self.pieces[token]
-            held += decoder.decode(piece.removeprefix(b" ") if first else piece)  # a document's first mark is no space
+            held += decoder.decode(piece.removeprefix(b" ") if first else piece)  # the first mark is not a space
             first = False
             if not self.caseops:
                 yield held
                 held = ""
-            elif stop := LETTERS.search(held).start():  # an operator acts on its whole word
+            elif (match := LETTERS.search(held)) and (stop := match.start()):  # an operator acts on its whole word
                 yield original(held[:stop])
                 held = held[stop:]
         held += decoder.decode(b"", True)
@@ -65,7 +66,7 @@ class Text:
 
 
 def original(text: str) -> str:
-    """`caseops.decode`; operators that stand where no encoder puts them, as a model may write them, are left out."""
+    """`caseops.decode`, but without operators in places where no encoder puts them; a model may generate such."""
     try:
         return caseops.decode(text)
     except caseops.CaseOpsError:
@@ -75,29 +76,24 @@ def original(text: str) -> str:
 
 
 class Logits:
-    """The model as a function from a document's tokens to the next token's logits, by the one forward.
+    """The model as a function from a document's tokens to the next token's logits."""
 
-    The forward gives scores of given targets; its head's output, caught by a hook, is what they are computed from.
-    """
-
-    def __init__(self, model: tg.GPT, c: tg.Config, device: torch.device):
-        self.model, self.c, self.device, self.caught = model.eval(), c, device, None
-        model.logits.register_forward_hook(self.catch)
-
-    def catch(self, module, inputs, output) -> None:
-        self.caught = output
+    def __init__(self, model: tg.GPT, config: tg.Config, device: torch.device):
+        self.model, self.config, self.device = model.eval(), config, device
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         """Softcapped logits [V], float32, on the CPU, given the last tokens that the context holds."""
-        ids = torch.tensor([tokens[-self.c.eval_context :]]).numpy()
+        model, config = self.model, self.model.config
+        ids = np.array([tokens[-self.config.eval_context :]])
         batch = tg.to_device(ids, ids, tg.document_starts(ids), self.device)
-        self.model(*batch, looped=self.c.loops, last_tokens=1)
-        return tg.softcap_plain(self.caught[0, -1], self.c.logit_softcap, self.c.softcap_type).float().cpu()
+        hidden = model.trunk(batch.ids, batch.documents, looped=config.loops, last_tokens=1)
+        logits = model.head_logits(hidden)[0, -1]
+        return tg.softcap_plain(logits, config.logit_softcap, config.softcap_type).float().cpu()
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """A token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: from all)."""
+    """Samples a token: the most likely one at temperature 0, otherwise one of the top_k most likely (0: of all)."""
     if temperature == 0:
         return int(logits.argmax())
     values, ids = logits.topk(min(top_k or len(logits), len(logits)))
@@ -105,7 +101,7 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torc
 
 
 def written(logits: Callable, prompt: list[int], text: Text, options) -> Iterator[int]:
-    """The prompt's tokens, then the model's, until its document ends or there are enough."""
+    """The prompt's tokens, then sampled tokens, up to the end of the document or the maximum number."""
     tokens, generator = list(prompt), torch.Generator().manual_seed(options.seed)
     yield from tokens[1:]
     for _ in range(options.tokens):
@@ -119,7 +115,7 @@ def written(logits: Callable, prompt: list[int], text: Text, options) -> Iterato
 
 
 def lines_of(pieces: Iterator[str], lines: int) -> Iterator[str]:
-    """The pieces up to the end of the last of so many lines that hold text; 0: all."""
+    """The pieces up to the end of this number of non-blank lines; 0: all."""
     filled, blank = 0, True
     for piece in pieces:
         for place, character in enumerate(piece):
@@ -133,7 +129,7 @@ def lines_of(pieces: Iterator[str], lines: int) -> Iterator[str]:
 
 
 def tokenizer_file(options, artifact: Path) -> Path:
-    """The tokenizer: --tokenizer, TOKENIZER_PATH, DATA_PATH, or the one that the run beside the artifact used."""
+    """The tokenizer: of --tokenizer, TOKENIZER_PATH or DATA_PATH, or of the config.json beside the artifact."""
     c = {}
     for name in ("config.json", "eval_config.json"):
         if (artifact.parent / name).is_file():
@@ -149,7 +145,9 @@ def tokenizer_file(options, artifact: Path) -> Path:
         )
     )
     if path is None:
-        raise UserError(f"--tokenizer: is needed, or DATA_PATH: no config.json beside {artifact} names one")
+        raise UserError(
+            f"--tokenizer: is needed, or DATA_PATH, because no config.json beside {artifact} names a tokenizer"
+        )
     return Path(path)
 
 
@@ -157,7 +155,7 @@ def load(options) -> tuple[Logits, Text]:
     """The model and its tokenizer. Errors: UserError, tg.ConfigError."""
     path = options.artifact / tg.CONTAINER_FILE if options.artifact.is_dir() else options.artifact
     if not path.is_file():
-        raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} in its folder")
+        raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} to its folder")
     kept = ("COMPUTE_DTYPE", "ATTENTION", "TRITON_KERNELS", "CPU_THREADS", "EVAL_SEQ_LEN")
     values = {name: os.environ[name] for name in kept if name in os.environ}
     values |= dict(
@@ -176,11 +174,11 @@ def load(options) -> tuple[Logits, Text]:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a text. Returns the exit code."""
+    """Prints generated text. Returns the exit code."""
     parser = Parser(prog="generate.py", description=__doc__)
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT", help=f"a run's folder, or its {tg.CONTAINER_FILE}")
-    add("prompt", nargs="?", default="", help="how the text begins (default: nothing)")
+    add("prompt", nargs="?", default="", help="beginning of the text (default: empty)")
     add(
         "--tokenizer",
         type=Path,
@@ -188,24 +186,36 @@ def main(arguments: list[str]) -> int:
         help="SentencePiece model (default: TOKENIZER_PATH, "
         "DATA_PATH/tokenizer.model, or that of the config.json beside the artifact)",
     )
-    add("--tokens", type=number_type(int, 1), default=100, metavar="N", help="at most (default: %(default)s)")
-    add("--lines", type=number_type(int, 0), default=0, metavar="N", help="lines at most; 0: any (default)")
+    add(
+        "--tokens",
+        type=number_type(int, 1),
+        default=100,
+        metavar="N",
+        help="maximum number of tokens (default: %(default)s)",
+    )
+    add(
+        "--lines",
+        type=number_type(int, 0),
+        default=0,
+        metavar="N",
+        help="maximum number of lines; 0: no limit (default)",
+    )
     add(
         "--temperature",
         type=number_type(float, 0),
         default=0.8,
         metavar="T",
-        help="0 takes the likeliest token (default: %(default)s)",
+        help="of sampling; 0: always the most likely token (default: %(default)s)",
     )
     add(
         "--top-k",
         type=number_type(int, 0),
         default=40,
         metavar="K",
-        help="draw from the K likeliest tokens; 0: from all (default: %(default)s)",
+        help="sample from the K most likely tokens; 0: from all (default: %(default)s)",
     )
-    add("--seed", type=number_type(int, 0, 2**63 - 1), default=0, metavar="S", help="(default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--seed", type=number_type(int, 0, 2**63 - 1), default=0, metavar="S", help="of sampling (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (default: auto)")
     options = parser.parse_args(arguments)
     try:
         logits, text = load(options)

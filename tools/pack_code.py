@@ -1,11 +1,11 @@
-"""Make the script that ships: minified, compressed, in one file that unpacks itself when it is run or imported.
+"""Makes the script that ships: minified and compressed, in one file that unpacks itself when it is run or imported.
 
     python tools/pack_code.py [train_gpt.py] [--out packed/train_gpt.py]
 
-The packed script is run as the readable one is, by python or torchrun, and needs the standard library alone to unpack.
-Functions keep their names, and each of its lines can be shown: in a traceback, and to Triton, which compiles a
-kernel's source text. The same script gives the same bytes; a packed script is already packed, and is given back.
-Pack with the oldest Python that is to run it: newer ones write f-strings that 3.11 cannot read.
+The packed script runs like the readable one, with python or torchrun. It unpacks with the standard library alone.
+Functions keep their names, and the source of every line stays available, for tracebacks and for Triton, which compiles
+the source text of a kernel. The same script always gives the same bytes. A packed script is returned unchanged. Pack
+with the oldest Python that must run it: newer versions write f-strings that 3.11 cannot read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = b"#coding:l1 packed by tools/pack_code.py\n"
-# The data are raw bytes, which the source's encoding, Latin-1, reads as characters: base 85 would add a quarter. The
-# unpacked lines are registered under a name of their own: Triton's `inspect`, torch.compile and tracebacks find them
-# there. An interpreter before 3.13 prints an uncaught error's lines from files alone, `traceback` prints these too.
-# What is run stands behind the data on a line of its own, which a traceback can show.
+# The data are raw bytes, and the source's encoding, Latin-1, maps each byte to a character. Base 85 would add 25%.
+# The unpacked lines are registered in linecache under a name of their own, where Triton's `inspect`, torch.compile and
+# tracebacks find them. Before Python 3.13 the interpreter prints source lines of an uncaught error from files only, so
+# the hook uses `traceback`. The `exec` follows the data on a line of its own, so that a traceback can show it.
 READER = """import linecache,sys,traceback,%s as _
 _=_.decompress('''%s'''.encode('l1')).decode()
 linecache.cache['<'+__file__+'>']=len(_),None,[x+'\\n'for x in _.split('\\n')],''
@@ -36,7 +36,7 @@ exec(compile(_,'<'+__file__+'>','exec'))
 
 
 class Unannotated(ast.NodeTransformer):
-    """Takes the annotations off functions without decorators: a decorator may read them, as Triton's does."""
+    """Removes annotations from functions without decorators. A decorator may read them, as Triton's does."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         a = node.args
@@ -49,9 +49,9 @@ class Unannotated(ast.NodeTransformer):
 
 
 def kept_names(tree: ast.AST) -> list[str]:
-    """Local names that stay: of functions and classes, for tracebacks, and all those in Triton's kernels.
+    """Local names that must not be shortened: functions and classes, for tracebacks, and all names in Triton kernels.
 
-    A kernel's constants are given by name, and a shorter name for one would be a variable, no constant.
+    A kernel's constants are passed by name. If one were renamed, it would become a variable.
     """
     names = set()
     for node in ast.walk(tree):
@@ -64,11 +64,11 @@ def kept_names(tree: ast.AST) -> list[str]:
 
 
 def minify(source: str) -> str:
-    """The program without comments, docstrings and spaces, its local names short. Errors: SyntaxError, ImportError."""
+    """The program with short local names, without comments, docstrings and spaces. Errors: SyntaxError, ImportError."""
     import python_minifier
 
     tree = Unannotated().visit(ast.parse(source))
-    # Strings and arithmetic stay where they are: in a kernel they are constants. A dataclass reads its annotations.
+    # Strings and arithmetic stay in place, because in a kernel they are constants. A dataclass needs its annotations.
     return python_minifier.minify(
         ast.unparse(tree),
         remove_literal_statements=True,
@@ -82,8 +82,8 @@ def minify(source: str) -> str:
 
 
 def compressions(data: bytes) -> dict[str, bytes]:
-    """The data as each of the standard library's compressors leaves them, by the module that reads them."""
-    filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, pb=0)]  # pb=0: text, no aligned words
+    """The data compressed by each module of the standard library, by the module's name."""
+    filters = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, pb=0)]  # pb=0: text has no aligned words
     return dict(
         lzma=lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters),
         bz2=bz2.compress(data),
@@ -92,7 +92,7 @@ def compressions(data: bytes) -> dict[str, bytes]:
 
 
 def literal(data: bytes) -> bytes:
-    """Bytes as the inside of a string between ''' in a Latin-1 source: what Python would not read as it is, escaped."""
+    """Bytes as the content of a '''-quoted string in a Latin-1 source, with escapes where Python needs them."""
     for byte, escape in (
         (rb"\\", rb"\\\\"),
         (rb"\0(?=[0-7])", rb"\\000"),
@@ -105,7 +105,7 @@ def literal(data: bytes) -> bytes:
 
 
 def pack(source: bytes) -> bytes:
-    """The script that ships. Errors: SyntaxError or ValueError where the source is not Python; ImportError."""
+    """The script that ships. Errors: SyntaxError or ValueError if the source is not Python; ImportError."""
     if source.startswith(HEADER):
         return source
     text = minify(source.decode())
@@ -120,7 +120,7 @@ def pack(source: bytes) -> bytes:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
+    """Writes a temporary file beside the target and renames it, so that no reader sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
@@ -134,16 +134,18 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Packs a script. Returns the exit code: 2 for what a user can mend, with one line that says how."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Packs a script. Returns the exit code: 2 for a user's error, after one line that explains it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("script", nargs="?", type=Path, default=ROOT / "train_gpt.py")
-    parser.add_argument("--out", type=Path, help="default: packed/ and the script's name, in the current folder")
+    parser.add_argument(
+        "--out", type=Path, help="packed script (default: packed/ plus the script's name, in the current folder)"
+    )
     options = parser.parse_args(arguments)
     out = options.out or Path("packed", options.script.name)
     try:
         source = options.script.read_bytes()
         if out.exists() and out.samefile(options.script):
-            raise OSError(0, "would be written over: it is the script", str(out))
+            raise OSError(0, "would be written over: it is the script itself", str(out))
         packed = pack(source)
         write_atomic(out, packed)
     except OSError as error:
@@ -151,7 +153,7 @@ def main(arguments: list[str]) -> int:
     except (SyntaxError, ValueError) as error:
         print(f"error: {options.script}: is not a Python script ({str(error).splitlines()[0]})", file=sys.stderr)
     except ImportError as error:
-        print(f"error: {error}: `pip install -r requirements.txt` installs what this needs", file=sys.stderr)
+        print(f"error: {error}: run `pip install -r requirements.txt`", file=sys.stderr)
     else:
         print(f"{out}: {len(packed)} bytes, from {len(source)} of {options.script}")
         return 0

@@ -1,9 +1,9 @@
-"""Makes a submission's folder the one that this repository shows: submission.json, logs/, and the README's pictures.
+"""Publishes a submission at the root of this repository: submission.json, logs/ and the README's pictures.
 
     python tools/publish.py submissions/demo-1a2b3c4d [--data data/builtin_sp4096]
 
-The folder is one of tools/reproduce.py, and tools/check_submission.py must find no disagreement in it. The logs,
-metrics, summaries and settings of its seeds replace those of the last one in logs/; `make docs` then writes the
+tools/reproduce.py makes the folder, and tools/check_submission.py must find no disagreement in it. The logs, metrics,
+summaries and settings of its seeds replace those of the previous submission in logs/. Then `make docs` writes the
 README's table from submission.json.
 """
 
@@ -18,11 +18,11 @@ import report
 import runs
 from runs import ROOT, Parser, UserError, command_line, write_atomic
 
-KINDS = ("train", "metrics", "summary", "config")  # of a seed's files, in the folder and in logs/
+KINDS = ("train", "metrics", "summary", "config")  # of files of a seed, in the folder and in logs/
 
 
 def publish(folder: Path, root: Path) -> list[Path]:
-    """Copies the folder's files to the root and draws its pictures; returns what was written."""
+    """Copies the folder's files to the root and draws the pictures. Returns the written files."""
     files = sorted(path for kind in KINDS for path in folder.glob(f"{kind}_seed*"))
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
@@ -41,6 +41,8 @@ def publish(folder: Path, root: Path) -> list[Path]:
         "bytes.png": report.bytes_picture(found),
     }
     for name, content in pictures.items():
+        if content is None:
+            raise UserError(f"{folder}: its logs hold nothing to draw in {name}")
         write_atomic(root / "docs" / name, content)
     return [root / "submission.json", *(logs / path.name for path in files), *(root / "docs" / n for n in pictures)]
 
@@ -48,12 +50,14 @@ def publish(folder: Path, root: Path) -> list[Path]:
 def main(arguments: list[str]) -> int:
     """Checks the folder and publishes it. Returns the exit code."""
     parser = Parser(prog="publish.py", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="that tools/reproduce.py wrote")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the validation shards, to check against")
-    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where to (default: this repository)")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder written by tools/reproduce.py")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of validation shards to check against")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="DIR", help="target folder (default: this repository)"
+    )
     options = parser.parse_args(arguments)
     if not (options.folder / "submission.json").is_file() or not any(options.folder.glob("train_seed*.log")):
-        raise UserError(f"{options.folder}: must be a submission's folder that tools/reproduce.py wrote")
+        raise UserError(f"{options.folder}: must be a submission's folder written by tools/reproduce.py")
     data = ["--data", str(options.data)] if options.data else []
     if check_submission.main([str(options.folder), *data]):
         raise UserError(f"{options.folder}: has disagreements, and is not published")

@@ -1,12 +1,12 @@
-"""A table and pictures of any runs: ours from their folders, other people's from their logs, in the same picture.
+"""A table and pictures of any runs: ours from their folders, other people's from their logs, side by side.
 
     python tools/report.py logs/RUN1 logs/RUN2 peer/train_seed42.log --out report
     python tools/report.py logs/sweeps/NAME --out report
 
-A path is a run's folder, a metrics.jsonl, a log, a submission's folder, a sweep's folder, or a folder of such;
-NAME=PATH gives a run another name. On the terminal stands the table; --out gets report.md, the pictures as PNG
-(loss against step and time, bits per byte through the stages, bytes by role, a sweep's parallel coordinates) and
-report.html, one page that holds everything.
+A path is a run's folder, a metrics.jsonl, a log, a submission's folder, a sweep's folder, or a folder of such.
+NAME=PATH gives a run another name. The table is printed. --out also gets report.md, the pictures as PNG, and
+report.html, one page with everything. The pictures are loss against step and time, bits per byte at each stage, bytes
+by role, and the parallel coordinates of a sweep.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import runs
 from runs import CAP_BYTES, Parser, Run, UserError, command_line, read_json, write_atomic
 
 MARKER = "<!-- made by tools/report.py -->"
-# Okabe and Ito's colours, which the colour-blind tell apart; then the same with other lines.
+# Okabe and Ito's colours, for colour-blind readers. After the last one they repeat with another line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 STAGES = {
     "pre_quant": "before\nquantization",
     "quantized": "quantized",
     "sliding": "sliding\nwindows",
-    "ttt_baseline": "TTT's windows\nwithout learning",
+    "ttt_baseline": "TTT windows\nwithout training",
     "ttt": "test-time\ntraining",
 }
 
@@ -40,7 +40,7 @@ STAGES = {
 
 
 def read(words: list[str]) -> tuple[list[Run], list[dict[str, Any]]]:
-    """(runs, sweeps) at the paths; runs get different names. Errors: UserError."""
+    """(runs, sweeps) at the paths. Runs get unique names. Errors: UserError."""
     found: list[Run] = []
     sweeps = []
     for word in words:
@@ -57,7 +57,7 @@ def read(words: list[str]) -> tuple[list[Run], list[dict[str, Any]]]:
         found += several
     for run in found:
         if not (run.losses or run.scores or run.stages or run.artifact_bytes):
-            raise UserError(f"{run.source}: holds no line of a training or a score")
+            raise UserError(f"{run.source}: holds no training log line and no score")
     rename(found)
     return found, sweeps
 
@@ -71,7 +71,7 @@ def read_study(path: Path) -> dict[str, Any]:
 
 
 def rename(found: list[Run]) -> None:
-    """Makes equal names different, by their folders and then by a number."""
+    """Makes names unique: first by adding the folder, then a number."""
     for add in (
         lambda run, _: f"{Path(run.source).parent.name}/{run.name}",
         lambda run, place: f"{run.name} ({place})",
@@ -83,7 +83,7 @@ def rename(found: list[Run]) -> None:
 
 
 def rows_of(found: list[Run]) -> list[list[str]]:
-    """The table's rows; columns that no run fills are left out."""
+    """The rows of the table, without columns that are empty for every run."""
     columns: dict[str, Callable[[Run], str]] = {
         "run": lambda r: r.name,
         "seed": lambda r: runs.shown(r.seed),
@@ -113,7 +113,7 @@ def rows_of(found: list[Run]) -> list[list[str]]:
 
 
 def sweep_rows(study: dict[str, Any]) -> list[list[str]]:
-    """A sweep's table, as its file orders it: the best first."""
+    """The table of a sweep in the order of its file, best first."""
     head = ["trial", *study["variables"], study["objective"], "seconds", "state"]
     return [
         head,
@@ -138,7 +138,7 @@ def style(place: int) -> dict[str, Any]:
 
 
 def figure(width: float, height: float, columns: int = 1, **options: Any):
-    """A figure and its axes, without pyplot's global state."""
+    """A figure and its axes, without the global state of pyplot."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -157,7 +157,7 @@ def png(fig) -> bytes:
 
 
 def legend(fig, ax, entries: int) -> None:
-    """Below the axes, so that it hides nothing."""
+    """A legend below the axes, where it covers nothing."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         fig.legend(
@@ -166,7 +166,7 @@ def legend(fig, ax, entries: int) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """A running mean over a fiftieth of a curve, where it is long enough to need one."""
+    """A running mean over 1/50 of a curve; short curves stay as they are."""
     width = max(1, len(values) // 50)
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]
 
@@ -178,16 +178,16 @@ def loss_picture(found: list[Run]) -> bytes | None:
         return None
     fig, axes = figure(11, 4.6 + 0.18 * math.ceil(len(drawn) / 3), 2, sharey=True)
     for place, run in enumerate(drawn):
-        for ax, column, unit in ((axes[0], 0, 1.0), (axes[1], -1, 1.0)):
-            points = [(row[column] * unit, row[1]) for row in run.losses if row[column] is not None]
-            scores = [(row[column] * unit, row[1]) for row in run.scores if row[column] is not None]
+        for ax, column in ((axes[0], 0), (axes[1], -1)):
+            points = [(x, row[1]) for row in run.losses if (x := row[column]) is not None]
+            scores = [(x, row[1]) for row in run.scores if (x := row[column]) is not None]
             label = run.name
             if points:
-                x, y = zip(*points)
+                x, y = zip(*points, strict=True)
                 ax.plot(x, smoothed(list(y)), linewidth=1.3, label=label, **style(place))
                 label = None
             if scores:
-                x, y = zip(*scores)
+                x, y = zip(*scores, strict=True)
                 ax.plot(
                     x,
                     y,
@@ -198,7 +198,7 @@ def loss_picture(found: list[Run]) -> bytes | None:
                     label=label,
                     **style(place),
                 )
-    lows, highs = zip(*(curve_range(run) for run in drawn))
+    lows, highs = zip(*(curve_range(run) for run in drawn), strict=True)
     axes[0].set_ylim(min(lows) - 0.03 * (max(highs) - min(lows)), max(highs))
     axes[0].set(xlabel="step", ylabel="loss, nats per token", title="Loss against step (line: training, o: validation)")
     axes[1].set(xlabel="seconds of training", title="Loss against time")
@@ -207,7 +207,7 @@ def loss_picture(found: list[Run]) -> bytes | None:
 
 
 def curve_range(run: Run) -> tuple[float, float]:
-    """What of a loss curve is worth showing: its lowest, and its highest after the first twentieth of the training."""
+    """The range to show of a loss curve: its minimum, and its maximum after the first 5% of training."""
     rows = [(row[0], row[1]) for row in (*run.losses, *run.scores) if math.isfinite(row[1])]
     last = max(step for step, _ in rows)
     values = [value for _, value in rows]
@@ -216,7 +216,7 @@ def curve_range(run: Run) -> tuple[float, float]:
 
 
 def stage_picture(found: list[Run]) -> bytes | None:
-    """Bits per byte through the stages; a run's last value is written beside it."""
+    """Bits per byte at each stage, with the last value of each run as text."""
     drawn = [run for run in found if run.stages]
     kept = [stage for stage in STAGES if any(stage in run.stages for run in drawn)]
     if not drawn or not kept:
@@ -224,7 +224,7 @@ def stage_picture(found: list[Run]) -> bytes | None:
     fig, (ax,) = figure(2.2 + 2.2 * len(kept), 4.2 + 0.18 * math.ceil(len(drawn) / 3))
     for place, run in enumerate(drawn):
         points = [(kept.index(s), run.stages[s].bpb) for s in kept if s in run.stages]
-        ax.plot(*zip(*points), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
     ends = sorted(
         (
             run.stages[[s for s in kept if s in run.stages][-1]].bpb,
@@ -235,7 +235,7 @@ def stage_picture(found: list[Run]) -> bytes | None:
     )
     low, high = ax.get_ylim()
     last = -math.inf
-    for value, place, x in ends:  # texts that would lie on each other move up
+    for value, place, x in ends:  # move overlapping texts up
         y = max(value, last + 0.045 * (high - low))
         last = y
         ax.annotate(
@@ -249,13 +249,13 @@ def stage_picture(found: list[Run]) -> bytes | None:
     ax.set_ylim(low, max(high, last + 0.05 * (high - low)))
     ax.set_xticks(range(len(kept)), [STAGES[stage] for stage in kept])
     ax.set_xlim(-0.3, len(kept) - 0.4)
-    ax.set(ylabel="bits per byte", title="Validation through the stages")
+    ax.set(ylabel="bits per byte", title="Validation score at each stage")
     legend(fig, ax, len(drawn))
     return png(fig)
 
 
 def bytes_by_role(run: Run) -> dict[str, int]:
-    """Bytes of an artifact: its sections where the summary has them, else code and model."""
+    """Bytes of an artifact: by section if the summary has sections, otherwise code and model."""
     parts = {section["section"]: section["bytes"] for section in run.sections}
     if parts and run.model_bytes:
         parts["header"] = run.model_bytes - sum(parts.values())
@@ -267,7 +267,7 @@ def bytes_by_role(run: Run) -> dict[str, int]:
 
 
 def bytes_picture(found: list[Run]) -> bytes | None:
-    """Each artifact as a bar of its roles; roles below a fiftieth of their artifact stand together."""
+    """A stacked bar of roles for each artifact. Roles below 1/50 of their artifact are grouped as `other`."""
     drawn = [(run, bytes_by_role(run)) for run in found]
     drawn = [(run, parts) for run, parts in drawn if parts]
     if not drawn:
@@ -286,7 +286,7 @@ def bytes_picture(found: list[Run]) -> bytes | None:
     colours = {role: colormaps["tab20"](place % 20) for place, role in enumerate(kept)} | {"other": "#999999"}
     unit, name = (1e6, "MB") if largest > 1e6 else (1e3, "kB")
     fig, (ax,) = figure(11, 1.6 + 0.42 * len(drawn) + 0.2 * math.ceil(len(kept) / 4))
-    for place, (run, parts) in enumerate(drawn):
+    for place, (_, parts) in enumerate(drawn):
         left = 0.0
         small = sum(count for role, count in parts.items() if role not in kept)
         for role, count in [*((r, parts[r]) for r in kept if r in parts), ("other", small)]:
@@ -315,13 +315,15 @@ def bytes_picture(found: list[Run]) -> bytes | None:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.12 * max(largest, CAP_BYTES if largest > CAP_BYTES / 2 else 0) / unit)
     ax.set(xlabel=name, title="Bytes of the artifacts by role" + (", limit dashed" if largest > CAP_BYTES / 2 else ""))
-    handles = dict(reversed([(label, handle) for handle, label in zip(*ax.get_legend_handles_labels())][::-1]))
+    handles = dict(
+        reversed([(label, handle) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)][::-1])
+    )
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return png(fig)
 
 
 def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[tuple[float, str]]]:
-    """A coordinate's place in 0..1 for a value, and its ticks: numbers by size, decades by logarithm; words."""
+    """A function from a value to its position in 0..1 on an axis, and the ticks. Wide ranges are logarithmic."""
     try:
         numbers = sorted({float(text) for text in texts})
     except ValueError:
@@ -342,7 +344,7 @@ def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[t
 
 
 def sweep_picture(study: dict[str, Any]) -> bytes | None:
-    """Parallel coordinates: a line for each finished run over its values to its score, the best drawn dark."""
+    """Parallel coordinates: a line for each finished run, through its values to its score; dark is best."""
     done = [t for t in study["trials"] if t["state"] == "complete"]
     if not done:
         return None
@@ -399,7 +401,7 @@ td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right;white-space:
 
 
 def html_table(rows: list[list[str]]) -> str:
-    """Rows as a table; the first is its head."""
+    """Rows as an HTML table; the first row is the head."""
 
     def line(row: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
@@ -413,11 +415,11 @@ def html_table(rows: list[list[str]]) -> str:
 
 
 def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str, bytes]]]) -> None:
-    """report.md, its PNGs and report.html. Errors: UserError where the folder holds a report.html of something else."""
+    """Writes report.md, its PNGs and report.html. Errors: UserError if the folder holds files of something else."""
     page = out / "report.html"
     ours = page.is_file() and MARKER in page.read_text(errors="replace")[:200]
     if out.exists() and any(out.iterdir()) and not ours:
-        raise UserError(f"--out {out}: is a folder with other files, and nothing is written over; choose another name")
+        raise UserError(f"--out {out}: is a folder with other files, which are not overwritten; choose another name")
     text, body = [MARKER], []
     for title, rows, pictures in sections:
         text += [f"# {title}", "", runs.table(rows, markdown=True), ""]
@@ -441,8 +443,8 @@ def main(arguments: list[str]) -> int:
     """Prints the tables and writes the report. Returns the exit code."""
     parser = Parser(prog="report.py", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="[NAME=]PATH")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: no pictures)")
-    parser.add_argument("--title", default="Runs", help="default: Runs")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: print the table only)")
+    parser.add_argument("--title", default="Runs", help="of the report (default: Runs)")
     options = parser.parse_args(arguments)
     found, sweeps = read(options.paths)
     sections = []
@@ -461,7 +463,7 @@ def main(arguments: list[str]) -> int:
         number = f"-{place + 1}" if len(sweeps) > 1 else ""
         pictures = {f"sweep{number}.png": sweep_picture(study)} if options.out else {}
         sections.append((f"Sweep {study['name']}", sweep_rows(study), pictures))
-    for title, rows, _ in sections:
+    for _, rows, _ in sections:
         print(runs.table(rows))
     if options.out:
         write_report(

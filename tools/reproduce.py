@@ -1,12 +1,12 @@
-"""Runs a preset with several seeds, one after another, and writes the submission's folder: no figure typed by hand.
+"""Runs a preset with several seeds, one after another, and writes the submission's folder with all its figures.
 
     PRESET=record DATA_PATH=data/fineweb10B_sp8192 python tools/reproduce.py --nproc 8 --baseline pr2163/submission.json
     python tools/reproduce.py --preset demo --seeds 42,0,314 MATRIX_LR=0.03
 
-The script is packed first, and the packed one runs, through torchrun. Each seed has a folder below --work with its log;
-a command that was stopped goes on with the seeds that are left when it is given again. Settings are environment
-variables or words NAME=value. At the end: mean, sample deviation, Welch's test against a baseline's seeds, and a folder
-with README.md, submission.json, the packed script, requirements.txt and the logs.
+It packs the script and runs the packed one with torchrun. Each seed has a folder with its log below --work. If it is
+stopped, the same command runs the seeds that are left. Settings are environment variables, or arguments NAME=value. At
+the end it prints mean, sample deviation and Welch's test against a baseline's seeds. It also writes a folder with
+README.md, submission.json, the packed script, requirements.txt and the logs.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import pack_code
+import processes
 import submission
-from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, start, stop, write_atomic
+from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, write_atomic
 
 FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def seeds_type(text: str) -> list[int]:
-    """An argparse type: different whole numbers with commas between."""
+    """An argparse type: different whole numbers, separated by commas."""
     if not re.fullmatch(r"\d+(,\d+)*", text) or len(set(text.split(","))) != text.count(",") + 1:
         raise argparse.ArgumentTypeError(f"{text}: must be different whole numbers, as in 42,0,314")
     return [int(word) for word in text.split(",")]
@@ -43,21 +44,27 @@ def parse(arguments: list[str]):
     """The command line. Errors: UserError."""
     parser = Parser(prog="reproduce.py", description=__doc__)
     add = parser.add_argument
-    add("settings", nargs="*", metavar="NAME=value", help="settings of the script, on top of the environment's")
-    add("--preset", default=os.environ.get("PRESET", ""), help="row of settings (default: PRESET)")
-    add("--seeds", type=seeds_type, default=list(SEEDS), metavar="A,B,C", help="default: 42,0,314")
-    add("--nproc", type=number_type(int, 1), metavar="N", help="ranks (default: one per GPU, or one)")
-    add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="default: train_gpt.py")
+    add("settings", nargs="*", metavar="NAME=value", help="settings of the script; they override the environment")
+    add("--preset", default=os.environ.get("PRESET", ""), help="name of the preset (default: PRESET)")
+    add("--seeds", type=seeds_type, default=list(SEEDS), metavar="A,B,C", help="seeds to run (default: 42,0,314)")
+    add("--nproc", type=number_type(int, 1), metavar="N", help="number of ranks (default: one per GPU, or one)")
+    add(
+        "--script",
+        type=Path,
+        default=ROOT / "train_gpt.py",
+        metavar="FILE",
+        help="script to run (default: train_gpt.py)",
+    )
     add(
         "--work",
         type=Path,
         metavar="DIR",
-        help="folder of the runs (default: logs/reproduce-PRESET-CODE, where CODE stands for script and settings)",
+        help="folder for the runs (default: logs/reproduce-PRESET-CODE, where CODE is a hash of script and settings)",
     )
-    add("--out", type=Path, metavar="DIR", help="submission's folder (default: submissions/PRESET-CODE)")
+    add("--out", type=Path, metavar="DIR", help="folder for the submission (default: submissions/PRESET-CODE)")
     add("--baseline", type=Path, metavar="PATH", help="submission.json, submission folder or runs to compare with")
-    add("--template", type=Path, default=submission.TEMPLATE, metavar="FILE", help="of README.md")
-    add("--with-artifacts", action="store_true", help="put the artifacts into the submission's folder too")
+    add("--template", type=Path, default=submission.TEMPLATE, metavar="FILE", help="template of README.md")
+    add("--with-artifacts", action="store_true", help="also copy the artifacts to the submission's folder")
     for name in ("author", "github-id", "name", "blurb"):
         add(f"--{name}", default="", metavar="TEXT", help="a field of submission.json")
     options = parser.parse_intermixed_args(arguments)
@@ -82,14 +89,14 @@ def parse(arguments: list[str]):
 
 
 def ranks_here() -> int:
-    """One per visible GPU, or one."""
+    """Number of ranks: one per visible GPU, or one."""
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
 def environment(options, **more: Any) -> dict[str, str]:
-    """Of a run: this process's, the settings, and what this tool sets."""
+    """Environment of a run: that of this process, the settings, and variables that this tool sets."""
     kept = {name: value for name, value in os.environ.items() if name not in (*FIXED, *RANKS)}
     preset = {"PRESET": options.preset} if options.preset else {}
     return {**kept, **preset, **options.settings, **{name: str(value) for name, value in more.items()}}
@@ -97,7 +104,7 @@ def environment(options, **more: Any) -> dict[str, str]:
 
 def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
     """What the script would do with these settings. Errors: UserError with the script's own line."""
-    done = subprocess.run([sys.executable, str(script), "--dry-run"], env=values, capture_output=True, text=True)
+    done = processes.run([sys.executable, str(script), "--dry-run"], env=values)
     for line in done.stderr.splitlines():
         if line.startswith("warning: "):
             print(line, file=sys.stderr)
@@ -108,7 +115,7 @@ def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
 
 
 def make_plan(options) -> tuple[dict[str, Any], bytes]:
-    """What all seeds have in common (the script's hash, ranks, settings), and the packed script. Errors: UserError."""
+    """What all seeds share (the script's hash, ranks, settings), and the packed script. Errors: UserError."""
     try:
         compile(source := options.script.read_bytes(), str(options.script), "exec")
     except (SyntaxError, ValueError) as error:
@@ -123,7 +130,7 @@ def make_plan(options) -> tuple[dict[str, Any], bytes]:
 
 
 def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
-    """The folder of the runs with the plan and the packed script. Errors: UserError where it holds another plan."""
+    """Writes the plan and the packed script to the folder of the runs. Errors: UserError if it holds another plan."""
     file = work / "plan.json"
     if file.is_file():
         before = read_json(file)
@@ -144,12 +151,12 @@ def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
 
 
 def complete(folder: Path, seed: int) -> bool:
-    """Whether a seed's run is there, whole. Errors: UserError where it is, and over its limit or another seed's."""
+    """Whether a seed's run is complete. Errors: UserError if it is of another seed or its artifact is too large."""
     if not (folder / "summary.json").is_file():
         return False
     s = read_json(folder / "summary.json")
     if s.get("seed") != seed or "val_bpb" not in s:
-        raise UserError(f"{folder}: does not hold a whole run of seed {seed}")
+        raise UserError(f"{folder}: does not hold a complete run of seed {seed}")
     if s["artifact_bytes"] > s["artifact_limit_bytes"]:
         raise UserError(
             f"{folder}: its artifact of {s['artifact_bytes']} bytes is over "
@@ -159,7 +166,7 @@ def complete(folder: Path, seed: int) -> bool:
 
 
 def set_aside(folder: Path) -> None:
-    """Gives what a stopped run left another name."""
+    """Renames the folder that a stopped run left."""
     if folder.exists():
         number = 1
         while (aside := folder.with_name(f"{folder.name}.stopped{number}")).exists():
@@ -168,7 +175,7 @@ def set_aside(folder: Path) -> None:
 
 
 def run_seed(script: Path, options, seed: int, folder: Path) -> None:
-    """One run through torchrun, its output shown and kept beside its folder. Errors: UserError with its last error."""
+    """Runs one seed with torchrun, and prints and saves its output. Errors: UserError with its last error line."""
     set_aside(folder)
     command = [
         sys.executable,
@@ -181,15 +188,17 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
     values = environment(options, SEED=seed, ARTIFACT_DIR=folder)
     error = ""
     with open(folder.with_name(folder.name + ".out"), "w", encoding="utf-8") as log:
-        child = start(command, values, stdout=subprocess.PIPE, text=True, errors="replace")
+        child = processes.start(
+            command, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
         try:
-            for line in child.stdout:
+            for line in child.stdout or ():
                 print(line, end="", flush=True)
                 log.write(line)
                 error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
             code = child.wait()
         except BaseException:
-            stop(child)
+            processes.stop(child)
             raise
     if code:
         raise UserError(f"seed {seed} failed: {error or f'exit code {code}'}; its output is in {log.name}")
@@ -199,7 +208,7 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
 
 
 def identity(options, config: dict[str, Any]) -> dict[str, str]:
-    """Who and what, for submission.json: from the options, or from git's settings; never invented."""
+    """Author, name and blurb for submission.json, from the options or from git's settings."""
 
     def git(name: str) -> str:
         try:
@@ -218,7 +227,7 @@ def identity(options, config: dict[str, Any]) -> dict[str, str]:
 
 
 def defaults_of(script: Path) -> dict[str, Any]:
-    """The script's defaults without a preset, to show what differs from them."""
+    """The script's defaults without a preset, to show which settings differ."""
     return {f.name: f.default for f in dataclasses.fields(runpy.run_path(str(script), run_name="settings")["Config"])}
 
 
@@ -243,11 +252,11 @@ def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what is left to run, then writes. Returns the exit code."""
+    """Runs the seeds that are left, then writes the submission. Returns the exit code."""
     options = parse(arguments)
     options.nproc = options.nproc or ranks_here()
     if options.baseline:
-        submission.baseline_figures(options.baseline)  # what is wrong with it is said before hours of training
+        submission.baseline_figures(options.baseline)  # report an error before hours of training
     plan, packed = make_plan(options)
     code = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
     work = options.work or Path("logs", f"reproduce-{plan['config']['preset']}-{code}")
@@ -260,7 +269,7 @@ def main(arguments: list[str]) -> int:
         print(f"seed {seed}: {work / f'seed{seed}'}", flush=True)
         run_seed(script, options, seed, work / f"seed{seed}")
         if not complete(work / f"seed{seed}", seed):
-            raise UserError(f"{work / f'seed{seed}'}: the run ended and left no summary.json")
+            raise UserError(f"{work / f'seed{seed}'}: the run ended without a summary.json")
     write(options, script, work, out)
     return 0
 

@@ -1,20 +1,17 @@
-"""What the tools share: reading runs from their folders and logs, statistics over seeds, errors in one line.
+"""Shared code of the tools: reading runs from folders and logs, statistics over seeds, one-line errors.
 
-A run is read from its folder (summary.json, metrics.jsonl, log.txt), from a metrics file, or from a log alone, ours or
-one in the format of the challenge's public records. What a source does not say is None or absent: nothing is guessed.
+A run is read from its folder (summary.json, metrics.jsonl, log.txt), from a metrics file, or from a log alone. The log
+may be ours or in the format of the challenge's public records. A figure that is not in a source is None or absent.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,19 +22,19 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # the challenge's: decimal bytes; seconds of training, and of evaluation
-MARGIN_NATS, LEVEL = 0.005, 0.01  # a record must be better by so much, shown at p below this
+CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # limits: decimal bytes; seconds of training, and of evaluation
+MARGIN_NATS, LEVEL = 0.005, 0.01  # a record must be better by this margin, at a p-value below this level
 SEEDS = (42, 0, 314)
 RUN_FILES = ("summary.json", "metrics.jsonl", "log.txt")
 EVALUATION_STAGES = ("unpack", "evaluate", "ttt")
 
 
 class UserError(Exception):
-    """What a user can mend: one line that names the argument or file, its value, and what is allowed. Exit code 2."""
+    """A user's error: one line that names the argument or file, its value, and what is allowed. Exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """An argparse parser whose errors are one line."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
@@ -64,7 +61,7 @@ def number_type(kind: type, low: float, high: float = math.inf) -> Callable[[str
 
 
 def command_line(main: Callable[[list[str]], int]) -> int:
-    """Runs a tool's main: a user's error is one line and exit code 2, an interruption 130."""
+    """Runs a tool's main. A user's error gives one line and exit code 2, an interrupt exit code 130."""
     try:
         return main(sys.argv[1:])
     except UserError as error:
@@ -72,7 +69,7 @@ def command_line(main: Callable[[list[str]], int]) -> int:
     except ModuleNotFoundError as error:
         if error.name and (ROOT / "tools" / f"{error.name.split('.')[0]}.py").exists():
             raise
-        message, code = f"{error.name}: is not installed; `pip install -r requirements-tools.txt` brings it", 2
+        message, code = f"{error.name}: is not installed; run `pip install -r requirements-tools.txt`", 2
     except OSError as error:
         message, code = f"{error.filename2 or error.filename or 'a file'}: {error.strerror or error}", 2
     except KeyboardInterrupt:
@@ -82,7 +79,7 @@ def command_line(main: Callable[[list[str]], int]) -> int:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file under a temporary name beside it and renames it: a reader never sees half of it."""
+    """Writes a temporary file beside the target and renames it, so that no reader sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
@@ -93,36 +90,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
-    """Starts a process in a group of its own, its errors in its output. On Linux it ends with this process.
-
-    Otherwise a run whose tool was killed would go on, on its GPU and in its folder, beside the run that replaces it.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
-
-    def follow_parent() -> None:
-        if prctl:
-            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=follow_parent, **options
-    )
-
-
-def stop(child: subprocess.Popen) -> None:
-    """Ends a process that `start` started, and its group; torchrun ends its ranks when it is asked to."""
-    for sign, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, None)):
-        try:
-            os.killpg(child.pid, sign)
-        except ProcessLookupError:
-            pass
-        try:
-            child.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def read_json(path: Path) -> Any:
@@ -138,7 +105,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass
 class Stage:
-    """A score: nats a token, bits a byte, seconds of its evaluation where the source says them."""
+    """A score: nats per token, bits per byte, and seconds of the evaluation if the source has them."""
 
     loss: float
     bpb: float
@@ -147,7 +114,7 @@ class Stage:
 
 @dataclass
 class Run:
-    """What is known of one run."""
+    """All figures known of one run."""
 
     name: str
     source: str
@@ -164,7 +131,7 @@ class Run:
     targets: int | None = None  # scored tokens
     val_tokens: int | None = None  # tokens of the validation shards
     val_bytes: int | None = None
-    shared_documents: int | None = None  # of validation, that training holds too
+    shared_documents: int | None = None  # validation documents that are in training too
     parameters: int | None = None
     hardware: str | None = None
     attention: str | None = None
@@ -175,7 +142,7 @@ class Run:
 
     @property
     def final(self) -> Stage | None:
-        """The score that counts: the last stage that the run has."""
+        """The score that counts: that of the run's last stage."""
         return next((self.stages[s] for s in ("ttt", "sliding", "quantized", "pre_quant") if s in self.stages), None)
 
     @property
@@ -205,7 +172,7 @@ def number(text: str) -> float:
 
 
 def stage_name(words: str) -> str | None:
-    """Which stage a log's words mean: those of ours, and those of the public records."""
+    """The stage that a log line names, in our words or those of the public records."""
     w = words.lower()
     if "ttt" in w:
         return "ttt_baseline" if "baseline" in w or "before" in w or "no_ttt" in w else "ttt"
@@ -217,13 +184,13 @@ def stage_name(words: str) -> str | None:
 
 
 class LogReader:
-    """Puts the lines of a log into a Run."""
+    """Reads the lines of a log into a Run."""
 
     def __init__(self, run: Run):
         self.run, self.exact = run, set()
 
     def feed(self, line: str) -> None:
-        """One line, without its end."""
+        """Reads one line, without its newline."""
         if match := STEP.match(line):
             self.step(int(match[1]), {name: (value, unit) for name, value, unit in PAIR.findall(line)})
         elif match := STAGE.match(line):
@@ -254,7 +221,7 @@ class LogReader:
         self.run.stages[name] = Stage(number(match[2]), number(match[3]), seconds)
 
     def size(self, what: str, form: str, count: int) -> None:
-        """The last total is the one that counts: records print the unquantized model's before it."""
+        """Keeps the last total, since records first print that of the unquantized model."""
         if what.startswith("Code"):
             if "uncompressed" not in form:
                 self.run.code_bytes = count
@@ -284,7 +251,7 @@ class LogReader:
             self.records(line)
 
     def records(self, line: str) -> None:
-        """Lines that only the public records' logs have."""
+        """Lines that only logs of public records have."""
         run = self.run
         if match := re.match(r"^stopping_early: .*train_time:\s*([\d.]+)ms.*step:\s*(\d+)/", line):
             run.train_seconds, run.steps = float(match[1]) / 1000, int(match[2])
@@ -301,7 +268,7 @@ class LogReader:
 
 
 def read_log(path: Path, run: Run | None = None) -> Run:
-    """A Run from a text log, or the given one with what the log adds."""
+    """A Run from a text log, or the given Run with the log's figures added."""
     run = run or Run(path.stem, str(path))
     reader = LogReader(run)
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -317,7 +284,7 @@ def read_log(path: Path, run: Run | None = None) -> Run:
 
 
 def read_metrics(path: Path, run: Run | None = None) -> Run:
-    """A Run from metrics.jsonl: exact numbers, where the log has rounded ones. A half-written last line is left out."""
+    """A Run from metrics.jsonl, whose numbers are exact; the log's are rounded. A partial last line is ignored."""
     run = run or Run(path.parent.name or path.stem, str(path))
     losses, scores, rows = [], [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -340,7 +307,7 @@ def read_metrics(path: Path, run: Run | None = None) -> Run:
 
 
 def apply_summary(run: Run, s: dict[str, Any]) -> Run:
-    """A Run with a summary.json's figures, which are the exact ones."""
+    """The Run with the exact figures of a summary.json."""
     names = (
         "seed",
         "code_bytes",
@@ -360,7 +327,9 @@ def apply_summary(run: Run, s: dict[str, Any]) -> Run:
         if s.get(name) is not None:
             setattr(run, name, s[name])
     run.targets = s.get("val_tokens", run.targets)
-    run.shared_documents = s.get("audit", {}).get("shared_documents", run.shared_documents)
+    leaks = s.get("audit", {}).get("leak_audit", s.get("audit"))  # older summaries have one level less
+    if isinstance(leaks, dict):  # "none" where the data were never audited
+        run.shared_documents = leaks.get("shared_documents", run.shared_documents)
     for stage in ("pre_quant", "quantized"):
         if f"val_bpb_{stage}" in s:
             run.stages[stage] = Stage(s[f"val_loss_{stage}"], s[f"val_bpb_{stage}"])
@@ -372,7 +341,7 @@ def apply_summary(run: Run, s: dict[str, Any]) -> Run:
 
 
 def run_from_files(name: str, source: str, summary: Path | None, metrics: Path | None, log: Path | None) -> Run:
-    """One run from those of its files that there are; exact figures replace rounded ones."""
+    """One run from those of its files that exist. Exact figures replace rounded ones."""
     run = Run(name, source)
     if log and log.is_file():
         read_log(log, run)
@@ -386,7 +355,7 @@ def run_from_files(name: str, source: str, summary: Path | None, metrics: Path |
 def read_runs(path: Path) -> list[Run]:
     """The runs at a path: a run's folder, a submission's folder, a folder of such, a log or a metrics file.
 
-    Errors: UserError where there is none.
+    Errors: UserError if there is none.
     """
     if path.is_file():
         if path.name.endswith("summary.json"):
@@ -424,7 +393,7 @@ def submission_logs(folder: Path) -> list[Path]:
 
 
 def submission_runs(folder: Path) -> list[Run]:
-    """The runs whose logs lie in a submission's folder, with the exact figures that lie beside ours."""
+    """The runs whose logs are in a submission's folder, with exact figures where those files exist."""
     runs = []
     for log in submission_logs(folder):
         tail = log.stem.removeprefix("train_")
@@ -444,7 +413,7 @@ def submission_runs(folder: Path) -> list[Run]:
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample deviation (n - 1); one value alone has none."""
+    """Mean and sample deviation (n - 1); None for the deviation of a single value."""
     values = list(values)
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
@@ -452,7 +421,7 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
 def welch(ours: list[float], baseline: list[float], margin: float = 0.0) -> float | None:
     """One-sided p-value of Welch's test that ours is lower than the baseline by more than `margin`.
 
-    None where a side has fewer than two figures; figures without any spread are decided by their means.
+    None if a side has fewer than two figures. Without any spread, the means decide.
     """
     if min(len(ours), len(baseline)) < 2:
         return None
@@ -461,16 +430,17 @@ def welch(ours: list[float], baseline: list[float], margin: float = 0.0) -> floa
         return 0.0 if ours[0] < shifted[0] else 1.0
     from scipy import stats
 
-    return float(stats.ttest_ind(ours, shifted, equal_var=False, alternative="less").pvalue)
+    result: Any = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")  # scipy's class has no types
+    return float(result.pvalue)
 
 
 def bpb_to_nats(bpb: float, targets: int, val_bytes: int) -> float:
-    """Bits a byte as nats a token, by the tokens and bytes of one validation text."""
+    """Bits per byte as nats per token, for a validation text with this many targets and bytes."""
     return bpb * math.log(2) * val_bytes / targets
 
 
 def rounded(value: float, text: str) -> bool:
-    """Whether a number, written with as many digits as `text` has, could be `text`: within one of the last digit."""
+    """Whether `text` could be this number, rounded to the digits of `text`."""
     text = text.replace(",", "").lower()
     mantissa, _, exponent = text.partition("e")
     digits = len(mantissa.partition(".")[2])
@@ -479,18 +449,18 @@ def rounded(value: float, text: str) -> bool:
 
 
 def shard_tokens(paths: Iterable[Path]) -> int:
-    """Tokens that shards promise in their headers. Errors: UserError."""
+    """Total tokens of shards, by their headers. Errors: UserError."""
     total = 0
     for path in paths:
         header = np.fromfile(path, dtype="<i4", count=256)
         if len(header) < 256 or header[0] != 20240520 or path.stat().st_size != 1024 + 2 * int(header[2]):
-            raise UserError(f"{path}: is not a whole token shard")
+            raise UserError(f"{path}: is not a complete token shard")
         total += int(header[2])
     return total
 
 
 def validation_shards(data: Path) -> list[Path]:
-    """The validation shards of a folder, without their sidecars."""
+    """The validation shards of a folder, without sidecars."""
     return sorted(data.glob("fineweb_val_[0-9]*.bin"))
 
 
@@ -498,18 +468,20 @@ def validation_shards(data: Path) -> list[Path]:
 
 
 def table(rows: list[list[str]], markdown: bool = False) -> str:
-    """Aligned columns; the first row is the head, numbers stand to the right."""
+    """A text table with aligned columns. The first row is the head; numbers are right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     right = [all(re.fullmatch(rf"({NUMBER}%?|-|)", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
     for place, row in enumerate(rows):
-        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)]
+        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
         lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
         if markdown and not place:
-            lines.append("|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|")
+            lines.append(
+                "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+            )
     return "\n".join(lines)
 
 
 def shown(value: float | None, form: str = "") -> str:
-    """A number for a table, `-` where there is none."""
+    """A number for a table, or `-` for None."""
     return "-" if value is None else format(value, form)

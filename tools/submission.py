@@ -1,7 +1,7 @@
-"""A submission's folder from finished runs: submission.json, README.md with its tables, the script, the logs.
+"""Makes a submission's folder from finished runs: submission.json, README.md with its tables, the script, the logs.
 
-Every figure comes from the runs' own files; `tools/reproduce.py` calls this, and `tools/check_submission.py` holds a
-folder against it.
+Every figure comes from the files of the runs. `tools/reproduce.py` calls this, and `tools/check_submission.py` compares
+a folder with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import runs
 from runs import BUDGET_SECONDS, CAP_BYTES, LEVEL, MARGIN_NATS, Run, UserError
 
 TEMPLATE = Path(__file__).with_name("submission.md")
-OFFICIAL_DOCUMENTS = 50_000  # of the challenge's validation set, FineWeb's
+OFFICIAL_DOCUMENTS = 50_000  # in the challenge's validation set of FineWeb
 RULES = {
     "train_within_600s": "training within 600 s",
     "eval_within_600s": "evaluation within 600 s",
@@ -36,18 +36,26 @@ RULES = {
     "record_rule": "better than the baseline by 0.005 nats at p < 0.01",
 }
 SIGNS = {True: "yes", False: "no", None: "not applicable"}
-# Settings that name a run or a machine, and no configuration; they may differ between seeds.
+# Settings of a run, not of a configuration; they may differ between seeds.
 PRIVATE = ("seed", "run_id", "artifact_dir", "mode")
 
 
 @dataclass
 class Finished:
-    """A seed's run with its files."""
+    """A seed's run and its files."""
 
     seed: int
     folder: Path
     run: Run
     config: dict[str, Any]
+
+
+def stated(f: Finished, name: str) -> Any:
+    """What a run says of itself. Errors: UserError where it does not."""
+    value = getattr(f.run, name)
+    if value is None:
+        raise UserError(f"{f.folder}: does not say its run's {name}")
+    return value
 
 
 def finished(seed: int, folder: Path) -> Finished:
@@ -59,10 +67,10 @@ def finished(seed: int, folder: Path) -> Finished:
 
 
 def dataset(data: Path) -> dict[str, Any]:
-    """What the validation shards hold, counted, and what their manifest says about their origin."""
+    """Counts of the validation shards, and their origin as their manifest states it."""
     shards = runs.validation_shards(data)
     if not shards:
-        raise UserError(f"DATA_PATH={data}: holds no fineweb_val_*.bin, from which the dataset is described")
+        raise UserError(f"DATA_PATH={data}: holds no fineweb_val_*.bin to describe the dataset from")
     tokens = runs.shard_tokens(shards)
     documents = sum(int((np.memmap(s, dtype="<u2", mode="r", offset=1024) == 1).sum()) for s in shards)
     file = data / "manifest.json"
@@ -84,8 +92,8 @@ def source_words(source: Any) -> str:
 
 def track(results: list[Finished], data: dict[str, Any]) -> str:
     """The challenge's track where hardware, time and text are its own; otherwise what they were."""
-    hardware = sorted({f.run.hardware for f in results})
-    longest = max(f.run.train_seconds for f in results)
+    hardware = sorted({stated(f, "hardware") for f in results})
+    longest = max(stated(f, "train_seconds") for f in results)
     if (
         all(h.startswith("8 x ") and "H100" in h for h in hardware)
         and longest < BUDGET_SECONDS + 1
@@ -96,7 +104,7 @@ def track(results: list[Finished], data: dict[str, Any]) -> str:
 
 
 def techniques(c: dict[str, Any]) -> str:
-    """The model and its training in words, from the settings alone."""
+    """A description of the model and its training, from the settings alone."""
     words = [
         f"{c['num_layers']} layer{'s' if c['num_layers'] > 1 else ''} of width {c['model_dim']}, "
         f"{c['num_heads']} heads ({c['num_kv_heads']} for keys and values), MLP x{c['mlp_mult']:g}, "
@@ -115,19 +123,21 @@ def techniques(c: dict[str, Any]) -> str:
         "ema_decay": f"EMA {c['ema_decay']:g}",
     }
     words += [text for name, text in switches.items() if c.get(name)]
-    words += ["two residual lanes"] if c["parallel_start_layer"] >= 0 else []
+    words += ["parallel residual streams"] if c["parallel_start_layer"] >= 0 else []
     words += [
         f"Muon ({c['muon_coefficients']}) and AdamW",
         f"{c['quantizer']} GPTQ in {c['matrix_bits']} bits, embedding in {c['embed_bits']}",
     ]
-    words += [text for name, text in dict(lqer_enabled="LQER", rvq_enabled="a second rounding").items() if c.get(name)]
+    words += [
+        text for name, text in dict(lqer_enabled="LQER", rvq_enabled="quantized residuals").items() if c.get(name)
+    ]
     words += [f"{c['compressor']} compression"]
     words += [f"{c['ttt_mode']} test-time training, score first"] if c["ttt_mode"] != "none" else []
     return "; ".join(words) + "."
 
 
 def significance(ours: list[float], theirs: list[float], nats_per_bpb: float) -> dict[str, Any]:
-    """Welch's one-sided tests in nats a token: that ours is lower at all, and lower by the challenge's margin."""
+    """Welch's one-sided tests in nats per token: that ours is lower, and lower by the challenge's margin."""
     a, b = ([bpb * nats_per_bpb for bpb in values] for values in (ours, theirs))
     gain = sum(b) / len(b) - sum(a) / len(a)
     p_rule = runs.welch(a, b, MARGIN_NATS)
@@ -157,13 +167,14 @@ def baseline_figures(path: Path) -> dict[str, float]:
 
 
 def figures_of_json(file: Path, content: Any) -> dict[str, float]:
-    """The same from a submission.json, or from a file {"42": val_bpb, ...}."""
+    """Each seed's val_bpb from a submission.json, or from a file {"42": val_bpb, ...}. Errors: UserError."""
     rows = content.get("seed_results", content) if isinstance(content, dict) else None
     if isinstance(rows, list):
         rows = {str(row.get("seed", place)): row for place, row in enumerate(rows) if isinstance(row, dict)}
     try:
-        figures = {seed: float(row["val_bpb"] if isinstance(row, dict) else row) for seed, row in rows.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        rows = rows.items() if isinstance(rows, dict) else ()
+        figures = {seed: float(row["val_bpb"] if isinstance(row, dict) else row) for seed, row in rows}
+    except (KeyError, TypeError, ValueError):
         figures = {}
     if not figures or not all(math.isfinite(v) and v > 0 for v in figures.values()):
         raise UserError(f"{file}: must hold seed_results with each seed's val_bpb")
@@ -177,15 +188,15 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
     """A seed's figures."""
     run = f.run
     return dict(
-        val_loss=run.final.loss,
-        val_bpb=run.final.bpb,
+        val_loss=stated(f, "final").loss,
+        val_bpb=stated(f, "final").bpb,
         pre_quant_val_bpb=run.stages["pre_quant"].bpb,
         quantized_val_bpb=run.stages["quantized"].bpb,
         artifact_bytes=run.artifact_bytes,
         steps=run.steps,
-        step_avg_ms=round(run.step_avg_ms, 3),
-        train_wallclock_ms=round(1000 * run.train_seconds),
-        eval_time_s=round(run.eval_seconds, 3),
+        step_avg_ms=round(stated(f, "step_avg_ms"), 3),
+        train_wallclock_ms=round(1000 * stated(f, "train_seconds")),
+        eval_time_s=round(stated(f, "eval_seconds"), 3),
         val_tokens=data["tokens"],
         target_tokens=run.targets,
         val_bytes=run.val_bytes,
@@ -196,9 +207,9 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
-    """The rules that figures can show; the step in which the time ran out may end after it.
+    """The rules that figures can verify. The last step of a training may end after the time limit.
 
-    Runs from before the audit say nothing of shared documents.
+    Runs from before the audit have no figure for shared documents.
     """
     shared = [r.get("shared_documents") for r in rows]
     return dict(
@@ -300,7 +311,7 @@ def seed_table(s: dict[str, Any]) -> str:
 
 
 def comparison(s: dict[str, Any]) -> str:
-    """The paragraph about the baseline."""
+    """The paragraph that compares with the baseline."""
     if not s["baseline"]:
         return "No baseline was given."
     t, b = s["significance"], s["baseline"]
@@ -317,9 +328,9 @@ def comparison(s: dict[str, Any]) -> str:
     return "\n".join(
         lines
         + [
-            f"{t['test']}: p = {t['p_value']:.3g} that it is no better, p = {t['p_value_margin']:.3g} that it is not "
+            f"{t['test']}: p = {t['p_value']:.3g} for better at all, p = {t['p_value_margin']:.3g} for "
             f"better by {t['margin_nats']} nats.",
-            f"The challenge's rule (by {t['margin_nats']} nats at p < {t['level']}) {verdict}.",
+            f"The challenge's rule (better by {t['margin_nats']} nats at p < {t['level']}) {verdict}.",
         ]
     )
 
@@ -336,7 +347,7 @@ def settings(c: dict[str, Any], defaults: dict[str, Any]) -> list[list[str]]:
 def readme(
     s: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], command: str, template: Path = TEMPLATE
 ) -> str:
-    """README.md from its template. Errors: UserError for a template with other placeholders."""
+    """README.md from its template. Errors: UserError for a template with unknown placeholders."""
 
     def spread(value: float | None) -> str:
         return f"mean of {len(s['seeds'])} seeds, sample deviation {value:.6f}" if value is not None else "one seed"
@@ -367,7 +378,7 @@ def readme(
 def write_folder(
     out: Path, script: Path, results: list[Finished], s: dict[str, Any], text: str, artifacts: bool
 ) -> bool:
-    """Writes the folder aside and renames it; False where it was there, the same. Errors: UserError if it differs."""
+    """Writes a temporary folder and renames it. False if the same folder exists. Errors: UserError if it differs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -389,7 +400,7 @@ def write_folder(
         if out.exists():
             if not same_folders(temporary, out):
                 raise UserError(
-                    f"--out {out}: already holds something else, and nothing is written over; choose another name"
+                    f"--out {out}: already holds something else, which is not overwritten; choose another name"
                 )
             return False
         os.rename(temporary, out)
@@ -399,14 +410,14 @@ def write_folder(
 
 
 def same_folders(one: Path, other: Path) -> bool:
-    """Whether two flat folders hold the same files with the same bytes."""
+    """Whether two folders without subfolders hold the same files with the same bytes."""
     if not other.is_dir() or {p.name for p in one.iterdir()} != {p.name for p in other.iterdir()}:
         return False
     return not any(filecmp.cmpfiles(one, other, [p.name for p in one.iterdir()], shallow=False)[1:])
 
 
 def shell_command(values: dict[str, str], ranks: int, seeds: list[int]) -> str:
-    """The lines that run the folder's script for all seeds."""
+    """Shell lines that run the folder's script for all seeds."""
     words = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
     return (
         f"for seed in {' '.join(map(str, seeds))}; do\n"

@@ -1,16 +1,22 @@
-"""Sweeps variables of any training command: a grid, random draws or TPE, side by side, on one machine or many.
+"""Sweeps variables of any training command with a grid, random draws or TPE, in parallel, on one machine or several.
 
     python tools/sweep.py MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py
     python tools/sweep.py MATRIX_LR=log:0.01..0.05 NUM_LAYERS=4..8 --trials 40 --prune val_bpb -- python train_gpt.py
     python tools/sweep.py MATRIX_LR=log:0.01..0.05:5 --storage postgresql://host/db -- torchrun ... train_gpt.py
 
-A variable's values: a list `a,b,c`; a range `0.1..0.5`, of whole numbers where both ends are; `log:0.01..0.05` even in
-the logarithm; `:5` after a range makes it 5 points of a grid. Lists and points alone make a grid, else TPE looks where
-runs were good; --sampler chooses. Outside a grid a list of SEED is no dimension: runs take its seeds in turn.
+Values of a variable:
 
-The same command again goes on where the sweep was killed: what ran then is run anew, what was done stays. A run that
-fails is recorded with its error. The runs lie in logs/sweeps/NAME/, their table in study.json there, all of it in an
-Optuna database (SQLite there, or --storage); machines that share a database share the sweep.
+    a,b,c             a list
+    0.1..0.5          a range; of whole numbers if both ends are whole
+    log:0.01..0.05    a range on a logarithmic scale
+    0.1..0.5:5        a range as 5 points of a grid
+
+If all variables are lists or points, the default sampler is a grid, otherwise TPE; --sampler selects another. Outside a
+grid, SEED is not searched: runs take the seeds of its list in turn.
+
+If a sweep is killed, the same command resumes it. Finished runs stay, and interrupted ones run again. A run that fails
+is recorded with its error. The runs are in logs/sweeps/NAME/, with their table in study.json. The study is in an Optuna
+database, SQLite in that folder or --storage. Machines that share a database share the sweep.
 """
 
 from __future__ import annotations
@@ -34,10 +40,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import runs
 from runs import Parser, UserError, command_line, number_type, write_atomic
 
-LEASE_SECONDS = 120.0  # a run on another machine that gave no sign for so long is dead
+LEASE_SECONDS = 120.0  # without a heartbeat for so long, a run on another machine is dead
 POLL_SECONDS = 0.2
 
 
@@ -46,7 +53,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Values:
-    """What a variable may be: a list, or a range with its number of points (0: any point)."""
+    """The values of a variable: a list, or a range with its number of points (0: continuous)."""
 
     choices: tuple[str, ...] = ()
     low: float = 0
@@ -56,7 +63,7 @@ class Values:
     points: int = 0
 
     def grid(self) -> tuple[str, ...]:
-        """The values as text; a range's are evenly spaced."""
+        """The values of a grid as text; those of a range are evenly spaced."""
         if self.choices:
             return self.choices
         low, high = (math.log(x) if self.log else x for x in (self.low, self.high))
@@ -65,7 +72,7 @@ class Values:
         return tuple(dict.fromkeys(written(round(x) if self.whole else x) for x in values))
 
     def distribution(self):
-        """The same for Optuna."""
+        """The values as an Optuna distribution."""
         from optuna import distributions
 
         if self.choices or self.points:
@@ -76,7 +83,7 @@ class Values:
 
 
 def written(value: Any) -> str:
-    """A value as the environment holds it."""
+    """A value as text for the environment."""
     return format(value, ".8g") if isinstance(value, float) else str(value)
 
 
@@ -88,7 +95,7 @@ def read_values(name: str, text: str) -> Values:
         words = text.split(",")
         if "" in words or len(set(words)) != len(words) or text.startswith("log:") or ".." in text:
             raise UserError(
-                f"{name}={text}: must be a list a,b,c of different values, or a range as 0.1..0.5 or log:0.01..0.05:5"
+                f"{name}={text}: must be a list a,b,c of different values, or a range like 0.1..0.5 or log:0.01..0.05:5"
             )
         return Values(choices=tuple(words))
     log, ends, points = bool(match[1]), (match[2], match[3]), int(match[4] or 0)
@@ -110,10 +117,10 @@ def read_space(words: list[str]) -> dict[str, Values]:
         if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"{word}: must be a variable as NAME=values; the command follows after --")
         if name in space or name in ("ARTIFACT_DIR", "RUN_ID"):
-            raise UserError(f"{name}: is given twice" if name in space else f"{name}: is what a sweep itself sets")
+            raise UserError(f"{name}: is given twice" if name in space else f"{name}: is set by the sweep itself")
         space[name] = read_values(name, text)
     if not space:
-        raise UserError("VARIABLE=values: at least one is needed, as MATRIX_LR=0.02,0.026")
+        raise UserError("VARIABLE=values: at least one is needed, such as MATRIX_LR=0.02,0.026")
     return space
 
 
@@ -121,7 +128,7 @@ def read_space(words: list[str]) -> dict[str, Values]:
 
 
 class Sweep:
-    """A study in its database: which run comes next, what became of each."""
+    """A study in its database: which run is next, and the result of each."""
 
     def __init__(self, options):
         import optuna
@@ -135,20 +142,22 @@ class Sweep:
             self.study = self.open_study()
             if options.sampler == "grid":
                 for point in itertools.product(*(values.grid() for values in self.space.values())):
-                    self.study.enqueue_trial(dict(zip(self.space, point)), {"point": True}, skip_if_exists=True)
+                    self.study.enqueue_trial(
+                        dict(zip(self.space, point, strict=True)), {"point": True}, skip_if_exists=True
+                    )
             self.repair()
             if options.retry_failed:
                 self.retry_failed()
 
     def open_study(self):
-        """The study in its database, made or found. Errors: UserError."""
+        """Creates or loads the study in its database. Errors: UserError."""
         o, optuna = self.options, self.optuna
         pruner = optuna.pruners.MedianPruner(o.prune_startup, o.prune_after) if o.prune else optuna.pruners.NopPruner()
         try:
             study = optuna.create_study(storage=o.storage, study_name=o.name, load_if_exists=True, pruner=pruner)
-        except Exception as error:  # whatever the database's driver raises
+        except Exception as error:  # database drivers raise various types
             raise UserError(f"--storage {o.storage}: cannot be opened: {str(error).splitlines()[0]}") from None
-        # A sweep that goes on must not draw the same values again.
+        # A resumed sweep must not draw the same values again.
         seed = None if o.sampler_seed is None else o.sampler_seed + len(study.get_trials(deepcopy=False))
         study.sampler = (optuna.samplers.TPESampler if o.sampler == "tpe" else optuna.samplers.RandomSampler)(seed=seed)
         described = {name: repr(values) for name, values in sorted(self.space.items())}
@@ -162,18 +171,18 @@ class Sweep:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keeps other sweeps out where the database does not: SQLite lets two take the same trial."""
+        """Locks out other sweeps if the database does not: SQLite lets two take the same trial."""
         if not self.options.storage.startswith("sqlite:///"):
             yield
             return
-        import fcntl  # SQLite's files are shared on Unix alone
+        import fcntl  # Sharing SQLite files is for Unix only
 
         with open(self.options.storage.removeprefix("sqlite:///") + ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def trials(self, *states: str) -> list:
-        """The trials in these states; those that were put back do not count."""
+        """The trials in these states, without those that were queued again."""
         wanted = [getattr(self.optuna.trial.TrialState, state) for state in states]
         everything = self.study.get_trials(deepcopy=False)
         replaced = {t.user_attrs.get("again") for t in everything}
@@ -184,7 +193,7 @@ class Sweep:
         ]
 
     def put_back(self, trial) -> None:
-        """Marks a running trial as interrupted and queues it again; of several machines one does."""
+        """Marks a running trial as interrupted and queues it again. Of several machines, only one succeeds."""
         try:
             self.optuna.trial.Trial(self.study, trial._trial_id).set_user_attr("interrupted", True)
             self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
@@ -193,12 +202,12 @@ class Sweep:
         self.queue(trial)
 
     def queue(self, trial) -> None:
-        """A trial's values once more, in its place."""
+        """Queues the values of a trial again, in its place."""
         kept = {name: trial.user_attrs[name] for name in ("seed", "point") if name in trial.user_attrs}
         self.study.enqueue_trial(trial.params, {**kept, "again": trial.number})
 
     def reclaim(self) -> None:
-        """Puts back the trials whose sweep is dead."""
+        """Queues the trials of dead sweeps again."""
         for trial in self.trials("RUNNING"):
             if not self.alive(trial):
                 print(f"trial {trial.number}: its sweep was killed; it is run again", flush=True)
@@ -216,7 +225,7 @@ class Sweep:
             self.queue(trial)
 
     def repair(self) -> None:
-        """Queues what a killed sweep had marked as interrupted and not queued yet."""
+        """Queues trials that a killed sweep had marked as interrupted but not queued yet."""
         everything = self.study.get_trials(deepcopy=False)
         replaced = {t.user_attrs.get("again") for t in everything}
         for trial in everything:
@@ -224,7 +233,7 @@ class Sweep:
                 self.queue(trial)
 
     def next_trial(self):
-        """A trial to run, or None where all are done or running."""
+        """The next trial to run, or None if all are done or running."""
         with self.alone():
             self.reclaim()
             return self.take_trial()
@@ -233,8 +242,8 @@ class Sweep:
         if not self.trials("WAITING") and (self.options.sampler == "grid" or len(self.trials()) >= self.options.trials):
             return None
         trial = self.study.ask(self.distributions)
-        if self.options.sampler == "grid" and "point" not in trial.user_attrs:  # another machine was faster
-            trial.set_user_attr("again", trial.number)  # stands for nothing
+        if self.options.sampler == "grid" and "point" not in trial.user_attrs:  # another machine took the last point
+            trial.set_user_attr("again", trial.number)  # so that it does not count
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
             return None
         trial.set_user_attr("owner", [socket.gethostname(), os.getpid(), process_start(os.getpid())])
@@ -243,7 +252,7 @@ class Sweep:
         return trial
 
     def write(self) -> list[dict[str, Any]]:
-        """study.json: every trial that counts, the best first."""
+        """Writes study.json: every trial that counts, best first."""
         rows = []
         for t in self.trials():
             values = {n: written(v) for n, v in t.params.items()}
@@ -271,7 +280,7 @@ class Sweep:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, in the system's own count, so that a number used again is another; None: it is gone."""
+    """When a process started, in the system's clock, to tell apart a reused pid. None: it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -288,7 +297,7 @@ def process_start(pid: int) -> str | None:
 
 
 def gpus() -> list[str]:
-    """The GPUs that are visible, by name for CUDA_VISIBLE_DEVICES."""
+    """The visible GPUs, by their names in CUDA_VISIBLE_DEVICES."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [word for word in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if word not in ("", "-1")]
     try:
@@ -299,7 +308,7 @@ def gpus() -> list[str]:
 
 
 def slots(options) -> list[dict[str, str]]:
-    """What each place for a run sets: its GPUs, or its share of the cores."""
+    """The environment of each slot for a run: its GPUs, or its share of the cores."""
     found, each = gpus(), options.gpus_per_run
     groups = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
     if found and not groups:
@@ -325,7 +334,7 @@ class Job:
         self.output, self.seen, self.begin, self.read = self.folder / "out.txt", 0.0, time.time(), 0
         environment = {**os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
         with open(self.output, "wb") as file:
-            self.child = runs.start(sweep.options.argv, environment, stdout=file)
+            self.child = processes.start(sweep.options.argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
         trial.set_user_attr("folder", str(self.folder))
         self.sign_of_life()
 
@@ -335,14 +344,14 @@ class Job:
             self.trial.set_user_attr("seen", self.seen)
 
     def hopeless(self) -> bool:
-        """Reports the metrics that are new; whether the run is worse than the median of the others at a step."""
+        """Reports new metrics. Returns whether the run is worse than the median of the others at a step."""
         file = self.folder / "metrics.jsonl"
         if not self.options.prune or not file.is_file():
             return False
         with open(file, "rb") as content:
             content.seek(self.read)
             data = content.read()
-        whole = data[: data.rfind(b"\n") + 1]  # a line may be half written
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
         self.read += len(whole)
         for line in whole.splitlines():
             row = json.loads(line)
@@ -354,17 +363,17 @@ class Job:
         return False
 
     def poll(self) -> bool:
-        """Whether the run is over; what became of it is then in the study."""
+        """Whether the run is over. If it is, its result is in the study."""
         state = self.sweep.optuna.trial.TrialState
         code = self.child.poll()
         self.sign_of_life()
         if code is None and self.hopeless():
-            runs.stop(self.child)
+            processes.stop(self.child)
             self.end(state.PRUNED, f"stopped early at step {self.trial.user_attrs['steps']}")
         elif code is None:
             return False
         else:
-            self.hopeless()  # its last figures are what later runs are held against
+            self.hopeless()  # later runs are compared with its last figures
             value, error = self.result(code)
             self.trial.set_user_attr("error", error) if error else None
             self.end(state.FAIL if error else state.COMPLETE, error or f"{self.options.objective} {value:.6f}", value)
@@ -376,11 +385,11 @@ class Job:
         try:
             self.sweep.study.tell(self.trial, value if state.name == "COMPLETE" else None, state=state)
         except (ValueError, RuntimeError):
-            words = "was given to another machine, as this one seemed dead"
+            words = "was given to another machine, because this one seemed dead"
         print(f"trial {self.trial.number}: {settings}: {words}", flush=True)
 
     def result(self, code: int) -> tuple[float | None, str]:
-        """(the objective, an empty text) or (None, the error)."""
+        """(the objective, an empty text), or (None, the error)."""
         text = self.output.read_text(encoding="utf-8", errors="replace")
         ignored = [
             line
@@ -404,7 +413,7 @@ class Job:
         )
 
     def score(self) -> float | None:
-        """The objective, from summary.json, or from the output of other scripts."""
+        """The objective from summary.json, or from the output of scripts that write none."""
         summary = self.folder / "summary.json"
         if summary.is_file():
             s = runs.read_json(summary)
@@ -415,12 +424,12 @@ class Job:
 
     def interrupt(self) -> None:
         """Stops the run and puts its trial back."""
-        runs.stop(self.child)
+        processes.stop(self.child)
         self.sweep.put_back(self.trial)
 
 
 def work(sweep: Sweep, places: list[dict[str, str]]) -> None:
-    """Runs trials until none is left, one in each place."""
+    """Runs trials until none is left, one in each slot."""
     jobs: dict[int, Job] = {}
     try:
         while True:
@@ -439,7 +448,7 @@ def work(sweep: Sweep, places: list[dict[str, str]]) -> None:
 
 
 def print_table(sweep: Sweep) -> None:
-    """The runs, the best first, and the command of the best."""
+    """Prints the runs, best first, and the command of the best."""
     rows, names = sweep.write(), list(sweep.space)
     head = ["trial", *names, sweep.options.objective, "seconds", "state"]
     body = [
@@ -465,7 +474,7 @@ def print_table(sweep: Sweep) -> None:
         body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
         print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
     if means:
-        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1]))
+        settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1], strict=True))
         print(f"best: {settings} {sweep.options.command}".replace("best:  ", "best: "))
     print(f"written: {sweep.folder / 'study.json'}")
 
@@ -479,65 +488,80 @@ def parse(arguments: list[str]):
     parser = Parser(prog="sweep.py", description=__doc__, usage="sweep.py VARIABLE=values ... [options] -- COMMAND ...")
     add = parser.add_argument
     add("variables", nargs="*", metavar="VARIABLE=values")
-    add("--sampler", choices=("grid", "random", "tpe"), help="default: grid for lists and points, else tpe")
-    add("--trials", type=number_type(int, 1), metavar="N", help="runs in all; needed for random and tpe")
-    add("--jobs", type=number_type(int, 1), metavar="N", help="runs side by side (default: one per GPU, or one)")
-    add("--gpus-per-run", type=number_type(int, 1), default=1, metavar="N", help="default: 1")
-    add("--name", help="of the study (default: from variables, values and command)")
-    add("--folder", type=Path, metavar="DIR", help="default: logs/sweeps/NAME")
+    add(
+        "--sampler",
+        choices=("grid", "random", "tpe"),
+        help="how to choose values (default: grid for lists and points, otherwise tpe)",
+    )
+    add("--trials", type=number_type(int, 1), metavar="N", help="total number of runs; needed for random and tpe")
+    add("--jobs", type=number_type(int, 1), metavar="N", help="parallel runs (default: one per GPU, or one)")
+    add("--gpus-per-run", type=number_type(int, 1), default=1, metavar="N", help="GPUs of a run (default: 1)")
+    add("--name", help="name of the study (default: from variables, values and command)")
+    add("--folder", type=Path, metavar="DIR", help="folder of the runs (default: logs/sweeps/NAME)")
     add("--storage", metavar="URL", help="Optuna's database (default: SQLite in the folder)")
     add(
         "--objective",
         default="val_bpb",
         metavar="NAME",
-        help="a figure of summary.json, the less the better; of "
-        "other scripts' output val_bpb or val_loss (default: val_bpb)",
+        help="figure of summary.json to minimize; for other "
+        "scripts, val_bpb or val_loss of the output (default: val_bpb)",
     )
     add(
         "--prune",
         choices=("train_loss", "val_loss", "val_bpb"),
-        help="stop a run early where this figure of its "
-        "metrics.jsonl is worse than the median of the others at that step",
+        help="stop a run early if this figure of its metrics.jsonl is worse than the median of the others at that step",
     )
-    add("--prune-startup", type=number_type(int, 1), default=4, metavar="N", help="after N whole runs (default: 4)")
-    add("--prune-after", type=number_type(int, 0), default=0, metavar="STEP", help="from this step on (default: 0)")
-    add("--sampler-seed", type=number_type(int, 0, 2**32 - 1), metavar="S", help="of random and tpe")
-    add("--retry-failed", action="store_true", help="run what failed again")
+    add(
+        "--prune-startup",
+        type=number_type(int, 1),
+        default=4,
+        metavar="N",
+        help="prune only after N complete runs (default: 4)",
+    )
+    add(
+        "--prune-after",
+        type=number_type(int, 0),
+        default=0,
+        metavar="STEP",
+        help="prune only from this step on (default: 0)",
+    )
+    add("--sampler-seed", type=number_type(int, 0, 2**32 - 1), metavar="S", help="seed of random and tpe")
+    add("--retry-failed", action="store_true", help="run failed trials again")
     options = parser.parse_intermixed_args(arguments[:place])
     options.argv = arguments[place + 1 :]
     if not options.argv:
-        raise UserError("-- COMMAND: is needed after the variables, as in: -- python train_gpt.py")
+        raise UserError("-- COMMAND: is needed after the variables, such as: -- python train_gpt.py")
     return completed(options)
 
 
 def completed(options):
-    """The options with what follows from others. Errors: UserError."""
+    """Fills in options that depend on others. Errors: UserError."""
     options.space = read_space(options.variables)
     open_ = [name for name, v in options.space.items() if not v.choices and not v.points]
     options.sampler = options.sampler or ("tpe" if open_ else "grid")
     if options.sampler == "grid" and open_:
-        raise UserError(f"--sampler grid: {open_[0]} needs a list, or a number of points, as log:0.01..0.05:5")
+        raise UserError(f"--sampler grid: {open_[0]} needs a list, or a number of points, such as log:0.01..0.05:5")
     if options.sampler != "grid" and options.trials is None:
         raise UserError(f"--trials: is needed with --sampler {options.sampler}")
     options.command = shlex.join(options.argv)
     if options.argv[0] in ("python", "python3"):
-        options.argv[0] = sys.executable  # the one that has what this needs
+        options.argv[0] = sys.executable  # this interpreter has the requirements
     described = json.dumps([sorted(options.variables), options.command, options.sampler])
     mark = hashlib.sha256(described.encode()).hexdigest()
     options.name = options.name or f"{'-'.join(options.space)[:48]}-{mark[:8]}"
     if not re.fullmatch(r"[\w.-]+", options.name):
-        raise UserError(f"--name {options.name}: must consist of letters, digits, dots, - and _")
+        raise UserError(f"--name {options.name}: may only have letters, digits, dots, - and _")
     options.folder = options.folder or Path("logs", "sweeps", options.name)
     options.storage = options.storage or f"sqlite:///{options.folder / 'study.db'}"
     return options
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what is left of a sweep. Returns the exit code: 1 where a run failed."""
+    """Runs the rest of a sweep. Returns the exit code: 1 if a run failed."""
     options = parse(arguments)
     places = slots(options)
     sweep = Sweep(options)
-    print(f"sweep {options.name}: {options.sampler}, {len(places)} run(s) side by side, {options.storage}", flush=True)
+    print(f"sweep {options.name}: {options.sampler}, {len(places)} parallel run(s), {options.storage}", flush=True)
     try:
         work(sweep, places)
     finally:

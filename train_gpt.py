@@ -2786,15 +2786,15 @@ def document_blocks(starts: Tensor, heads: int, kv_heads: int) -> DocumentBlocks
 
 
 def as_blocks(x: Tensor, shapes: list[tuple[int, int]], heads: int) -> list[Tensor]:
-    """Rows x in the order of blocks -> the blocks, [n, heads, rows of a head, h] each."""
+    """Rows x in the order of blocks -> the blocks, [n * heads, rows of a head, h] each."""
     each = x.size(0) // sum(n * w for n, w in shapes)
     parts = x.split([each * n * w for n, w in shapes])
-    return [part.view(n, heads, -1, x.size(-1)) for part, (n, _) in zip(parts, shapes, strict=True)]
+    return [part.view(n * heads, -1, x.size(-1)) for part, (n, _) in zip(parts, shapes, strict=True)]
 
 
 def up_to(i: int, parts: list[Tensor]) -> Tensor:
-    """Keys or values [n, K, end, h] that block i attends to: its own and those before, of the documents it holds."""
-    return torch.cat([part[: len(parts[i])] for part in parts[: i + 1]], dim=2) if i else parts[0]
+    """Keys or values [n*K, end, h] that block i attends to: its own and those before, of the documents it holds."""
+    return torch.cat([part[: len(parts[i])] for part in parts[: i + 1]], dim=1) if i else parts[0]
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -2804,8 +2804,8 @@ class BlockedAttention(torch.autograd.Function):
     whatever comes after its token and wherever its document lies in the batch. Keys after a query get a probability of
     0, and a place past the document's end holds its first token, so 0 * inf cannot carry anything back.
 
-    q [B*T*H, h], k and v [B*T*K, h] -> [B*T*H, h]. Blocks of queries are [n, K, G*w, h], where G query heads share a
-    kv head. Their keys are those from the document's start to the block's end, [n, K, end, h].
+    q [B*T*H, h], k and v [B*T*K, h] -> [B*T*H, h]. Blocks of queries are [n*K, G*w, h], where G query heads share a
+    kv head. Their keys are those from the document's start to the block's end, [n*K, end, h].
     """
 
     @staticmethod
@@ -2816,11 +2816,11 @@ class BlockedAttention(torch.autograd.Function):
         y, probabilities = torch.empty_like(packed[0]), []
         outputs = as_blocks(y, blocks.shapes, kv_heads)
         for i, (_, w) in enumerate(blocks.shapes):
-            scores = queries[i] @ up_to(i, keys).mT  # [n, K, G*w, end]
+            scores = queries[i] @ up_to(i, keys).mT  # [n*K, G*w, end]
             after = torch.full((w, w), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-            scores.unflatten(2, (-1, w))[..., -w:].add_(after)
+            scores.unflatten(1, (-1, w))[..., -w:].add_(after)
             probabilities.append(torch.softmax(scores, dim=-1))
-            outputs[i].copy_(probabilities[i] @ up_to(i, values))
+            torch.bmm(probabilities[i], up_to(i, values), out=outputs[i])
         ctx.save_for_backward(y, *packed, *probabilities)
         ctx.blocks, ctx.kv_heads = blocks, kv_heads
         return y.index_select(0, blocks.queries.inverse)
@@ -2836,15 +2836,15 @@ class BlockedAttention(torch.autograd.Function):
         later_dk = later_dv = None  # what later blocks add to the keys of this one
         for i in reversed(range(len(blocks.shapes))):
             p, (_, w) = saved[3 + i], blocks.shapes[i]
-            ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n, K, G*w, end]
-            dqs[i].copy_(ds @ up_to(i, keys))
-            block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n, K, end, h]
+            ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, end]
+            torch.bmm(ds, up_to(i, keys), out=dqs[i])
+            block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, end, h]
             if later_dk is not None:
                 block_dk[: len(later_dk)] += later_dk
                 block_dv[: len(later_dv)] += later_dv
-            dk.append(block_dk[:, :, -w:].flatten(0, 2))
-            dv.append(block_dv[:, :, -w:].flatten(0, 2))
-            later_dk, later_dv = block_dk[:, :, :-w], block_dv[:, :, :-w]
+            dk.append(block_dk[:, -w:].flatten(0, 1))
+            dv.append(block_dv[:, -w:].flatten(0, 1))
+            later_dk, later_dv = block_dk[:, :-w], block_dv[:, :-w]
         dq = dq.mul_(dq.size(-1) ** -0.5).index_select(0, blocks.queries.inverse)
         dk, dv = (torch.cat(parts[::-1]).index_select(0, blocks.keys.inverse) for parts in (dk, dv))
         return dq, dk, dv, None, None

@@ -2490,6 +2490,44 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear`, x [..., in] and weight [out, in] -> [..., out], whose rows on CPUs do not depend on other rows.
+
+    BLAS takes other kernels, and rounds otherwise, where rows are few, and for some of the rows where the inputs' width
+    is odd or there is one output. Zeros make up for what is missing. Measured with MKL in float32, 1 to 8 threads: the
+    bits of a row depended on its place for fewer than 12 rows, for widths of 4 and those that 4 does not divide, and
+    for one output; nowhere else.
+    """
+    rows, (out, width) = math.prod(x.shape[:-1]), weight.shape
+    if not eager_on_cpu(x):
+        return F.linear(x, weight)
+    few, narrow, single = max(0, 16 * torch.get_num_threads() - rows), -width % 8, 7 * (out == 1)
+    if not (few or narrow or single):
+        return F.linear(x, weight)
+    y = F.linear(F.pad(x.flatten(0, -2), (0, narrow, 0, few)), F.pad(weight, (0, narrow, 0, single)))
+    return y[:rows, :out].unflatten(0, x.shape[:-1])
+
+
+class SigmoidCPU(torch.autograd.Function):
+    """`torch.sigmoid` from whole vectors. It takes another exponential for what is left over at a thread's end."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide).neg().exp_().add_(1).reciprocal_().to(x.dtype)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.ops.aten.sigmoid_backward(grad, ctx.saved_tensors[0])
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """`torch.sigmoid`, whose bits on CPUs do not depend on an element's place in the tensor."""
+    return SigmoidCPU.apply(x) if eager_on_cpu(x) else torch.sigmoid(x)
+
+
 def rms_norm_plain(x: Tensor) -> Tensor:
     """x over its root mean square along the last dimension (arXiv 1910.07467), without a gain."""
     return F.rms_norm(x, (x.size(-1),))
@@ -2521,7 +2559,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) head dimensions; the others stay as they are.
 
-    x [B, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
+    x [B, T, H, h], cos and sin [B, T, 1, rotary/2] of x's type. Halves (x1, x2) become (x1 cos + x2 sin,
+    x2 cos - x1 sin).
     """
     half = cos.size(-1)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
@@ -2677,15 +2716,23 @@ def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
 
-    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out].
+    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out]. On CPUs a token's bits do not depend on T (see `linear`).
     """
     a, b = adapter
-    return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
+    length = x.size(1)
+    if length < 16 and eager_on_cpu(x):
+        x = F.pad(x, (0, 0, 0, 16 - length))
+    return ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))[:, :length]
+
+
+def document_positions(starts: Tensor) -> Tensor:
+    """[B, T] document starts -> [B, T]: places of the tokens in their documents, or in what the row holds of them."""
+    return torch.arange(starts.size(1), device=starts.device) - starts
 
 
 def continues_document(starts: Tensor) -> Tensor:
     """[B, T] document starts -> [B, T] bool: the previous token belongs to the same document."""
-    return starts != torch.arange(starts.size(1), device=starts.device)
+    return document_positions(starts) != 0
 
 
 def document_mask(starts: Tensor) -> Tensor:
@@ -2704,60 +2751,136 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries at once: the fastest of 64 to 512 for sequences of 256 to 1,024 tokens
+# Blocks of queries end at places 16, 32, 64, 128, 256, 384 and so on of their document. Small first ones are for short
+# documents; 128 queries at once are the fastest of 64 to 512 for documents of 256 to 1,024 tokens.
+FIRST_BLOCK, QUERY_BLOCK = 16, 128
+
+
+class HeadRows(NamedTuple):
+    """Where the blocks of `DocumentBlocks` find their rows of a tensor [tokens * heads, h], and the way back."""
+
+    rows: Tensor  # int32: the row of each place in the blocks, which are [n, heads, w] one after the other
+    inverse: Tensor  # [tokens * heads] int32: the place in the blocks of each row
+
+
+class DocumentBlocks(NamedTuple):
+    """The documents of a batch cut into blocks of tokens, for `BlockedAttention`.
+
+    Block i holds w_i places of the n_i documents that are long enough, the longest document first. Its first place is
+    the sum of the widths before it. Places past a document's end hold its first token.
+    """
+
+    shapes: list[tuple[int, int]]  # (n_i, w_i)
+    queries: HeadRows
+    keys: HeadRows
+    padding: Tensor  # places in the blocks of queries that are past their document's end
+
+
+def block_widths(longest: int) -> list[int]:
+    """Widths of the blocks of a document: each doubles the tokens before it, up to QUERY_BLOCK at once."""
+    widths, end = [FIRST_BLOCK], FIRST_BLOCK
+    while end < longest:
+        widths.append(min(end, QUERY_BLOCK))
+        end += widths[-1]
+    return widths
+
+
+def head_rows(tokens: list[np.ndarray], inside: list[np.ndarray], heads: int) -> tuple[HeadRows, Tensor]:
+    """The rows of blocks of tokens [n, w], and the places in them that are not inside their document."""
+    rows = np.concatenate([(t[:, None] * heads + np.arange(heads)[:, None]).ravel() for t in tokens])
+    real = np.flatnonzero(np.concatenate([np.repeat(i[:, None], heads, axis=1).ravel() for i in inside]))
+    inverse = np.empty(len(real), np.int32)
+    inverse[rows[real]] = real
+    padding = np.delete(np.arange(len(rows)), real)
+    return HeadRows(torch.from_numpy(rows.astype(np.int32)), torch.from_numpy(inverse)), torch.from_numpy(padding)
+
+
+def document_blocks(starts: Tensor, heads: int, kv_heads: int) -> DocumentBlocks:
+    """The blocks of a batch with document starts [B, T], which it reads on the CPU."""
+    begins = np.flatnonzero(~continues_document(starts).cpu().numpy())
+    lengths = np.diff(begins, append=starts.numel())
+    order = np.argsort(-lengths, kind="stable")
+    begins, lengths = begins[order, None], lengths[order, None]  # [documents, 1]
+    tokens, inside, first = [], [], 0
+    for width in block_widths(int(lengths[0, 0])):
+        n = np.count_nonzero(lengths > first)
+        places = first + np.arange(width)
+        inside.append(places < lengths[:n])  # [n, width]
+        tokens.append(begins[:n] + np.where(inside[-1], places, 0))
+        first += width
+    queries, padding = head_rows(tokens, inside, heads)
+    return DocumentBlocks([t.shape for t in tokens], queries, head_rows(tokens, inside, kv_heads)[0], padding)
+
+
+def as_blocks(x: Tensor, shapes: list[tuple[int, int]], heads: int) -> list[Tensor]:
+    """Rows x in the order of blocks -> the blocks, [n * heads, rows of a head, h] each."""
+    each = x.size(0) // sum(n * w for n, w in shapes)
+    parts = x.split([each * n * w for n, w in shapes])
+    return [part.view(n * heads, -1, x.size(-1)) for part, (n, _) in zip(parts, shapes, strict=True)]
+
+
+def up_to(i: int, parts: list[Tensor]) -> Tensor:
+    """Keys or values [n*K, end, h] that block i attends to: its own and those before, of the documents it holds."""
+    return torch.cat([part[: len(parts[i])] for part in parts[: i + 1]], dim=1) if i else parts[0]
 
 
 class BlockedAttention(torch.autograd.Function):
-    """`attention_sdpa` for CPUs, from matrix products: 3 times as fast there as SDPA in bfloat16.
+    """`attention_sdpa` for CPUs from matrix products, document by document: nothing is computed across documents.
 
-    Blocks of QUERY_BLOCK queries attend to the keys up to the block's end, which skips almost half of the work.
-    q [B, K, G, T, h] (G query heads share a kv head), k and v [B, K, T, h], bias [B, 1, 1, T, T] -> [B, K, G, T, h].
+    Every product's shape, and so its rounding, depends on places in documents alone: an output's bits are the same
+    whatever comes after its token and wherever its document lies in the batch. Keys after a query get a probability of
+    0, and a place past the document's end holds its first token, so 0 * inf cannot carry anything back.
+
+    q [B*T*H, h], k and v [B*T*K, h] -> [B*T*H, h]. Blocks of queries are [n*K, G*w, h], where G query heads share a
+    kv head. Their keys are those from the document's start to the block's end, [n*K, end, h].
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        y, scale = torch.empty_like(q), q.size(-1) ** -0.5
-        probabilities = []
-        for start in range(0, q.size(3), QUERY_BLOCK):
-            block = slice(start, min(start + QUERY_BLOCK, q.size(3)))
-            queries = (q[..., block, :] * scale).flatten(2, 3)  # [B, K, G*n, h]
-            scores = (queries @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
-            p = torch.softmax(scores.add_(bias[..., block, : block.stop]), dim=-1)
-            y[..., block, :] = (p.flatten(2, 3) @ v[..., : block.stop, :]).unflatten(2, (q.size(2), -1))
-            probabilities.append(p)
-        ctx.save_for_backward(q, k, v, y, *probabilities)
-        return y
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks, kv_heads: int) -> Tensor:
+        packed = [q.index_select(0, blocks.queries.rows).mul_(q.size(-1) ** -0.5)]
+        packed += [x.index_select(0, blocks.keys.rows) for x in (k, v)]
+        queries, keys, values = (as_blocks(x, blocks.shapes, kv_heads) for x in packed)
+        y, probabilities = torch.empty_like(packed[0]), []
+        outputs = as_blocks(y, blocks.shapes, kv_heads)
+        for i, (_, w) in enumerate(blocks.shapes):
+            scores = queries[i] @ up_to(i, keys).mT  # [n*K, G*w, end]
+            after = torch.full((w, w), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+            scores.unflatten(1, (-1, w))[..., -w:].add_(after)
+            probabilities.append(torch.softmax(scores, dim=-1))
+            torch.bmm(probabilities[i], up_to(i, values), out=outputs[i])
+        ctx.save_for_backward(y, *packed, *probabilities)
+        ctx.blocks, ctx.kv_heads = blocks, kv_heads
+        return y.index_select(0, blocks.queries.inverse)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, *probabilities = ctx.saved_tensors
-        dq, scale = torch.empty_like(q), q.size(-1) ** -0.5
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)  # [B, K, G, T, 1]
-        start = 0
-        for p in probabilities:
-            block = slice(start, start + p.size(3))
-            start = block.stop
-            dy, queries = grad[..., block, :].flatten(2, 3), q[..., block, :].flatten(2, 3)
-            dv[..., :start, :] += p.flatten(2, 3).mT @ dy
-            ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
-            ds = ds.sub_(inner[..., block, :]).mul_(p).flatten(2, 3)
-            dq[..., block, :] = (ds @ k[..., :start, :]).unflatten(2, (q.size(2), -1))
-            dk[..., :start, :] += ds.mT @ queries
-        return dq.mul_(scale), dk.mul_(scale), dv, None
+        blocks, (y, *saved) = ctx.blocks, ctx.saved_tensors
+        dy = grad.index_select(0, blocks.queries.rows).index_fill_(0, blocks.padding, 0)
+        inner, dq = torch.linalg.vecdot(dy, y).unsqueeze(-1), torch.empty_like(dy)
+        packed = (*saved[:3], dy, inner, dq)
+        queries, keys, values, dys, inners, dqs = (as_blocks(x, blocks.shapes, ctx.kv_heads) for x in packed)
+        dk, dv = [], []  # of the last w keys of each block, the last block first
+        later_dk = later_dv = None  # what later blocks add to the keys of this one
+        for i in reversed(range(len(blocks.shapes))):
+            p, (_, w) = saved[3 + i], blocks.shapes[i]
+            ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, end]
+            torch.bmm(ds, up_to(i, keys), out=dqs[i])
+            block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, end, h]
+            if later_dk is not None:
+                block_dk[: len(later_dk)] += later_dk
+                block_dv[: len(later_dv)] += later_dv
+            dk.append(block_dk[:, -w:].flatten(0, 1))
+            dv.append(block_dv[:, -w:].flatten(0, 1))
+            later_dk, later_dv = block_dk[:, :-w], block_dv[:, :-w]
+        dq = dq.mul_(dq.size(-1) ** -0.5).index_select(0, blocks.queries.inverse)
+        dk, dv = (torch.cat(parts[::-1]).index_select(0, blocks.keys.inverse) for parts in (dk, dv))
+        return dq, dk, dv, None, None
 
 
-def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with `additive_mask` of `document_mask`, [B, T, T]."""
-    groups = q.size(2) // k.size(2)
-    q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
-    y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
-    return y.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, T, H, h]
-
-
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as an addend of scores: 0 where it is true, minus infinity elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+def attention_blocked(q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks) -> Tensor:
+    """`attention_sdpa` through BlockedAttention, with `document_blocks` instead of a mask."""
+    rows = (x.flatten(0, 2) for x in (q, k, v))
+    return BlockedAttention.apply(*rows, blocks, k.size(2)).view(q.shape)
 
 
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable) -> Tensor:
@@ -2796,16 +2919,24 @@ def flash_attention(backend: str) -> Callable:
     return call
 
 
-def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]:
-    """A function from a batch's documents to the attention (q, k, v) -> y of its layers. Errors: ImportError."""
-    if name == "sdpa":
-        return lambda documents, dtype: functools.partial(attention_sdpa, mask=document_mask(documents.starts))
-    if name == "blocked":
-        return lambda documents, dtype: functools.partial(
-            attention_blocked, bias=additive_mask(document_mask(documents.starts), dtype)
-        )
+def attention_backend(name: str) -> Callable[[Documents, int, int], Callable]:
+    """A function (documents, heads, kv heads) -> the attention (q, k, v) -> y of all layers for a batch.
+
+    Errors: ImportError.
+    """
+
+    def masked(documents: Documents, heads: int, kv_heads: int) -> Callable:
+        return functools.partial(attention_sdpa, mask=document_mask(documents.starts))
+
+    def blocked(documents: Documents, heads: int, kv_heads: int) -> Callable:
+        if torch.compiler.is_compiling():  # blocks of other shapes in each batch would be other graphs
+            return masked(documents, heads, kv_heads)
+        return functools.partial(attention_blocked, blocks=document_blocks(documents.starts, heads, kv_heads))
+
+    if name in ("sdpa", "blocked"):
+        return masked if name == "sdpa" else blocked
     kernel = flash_attention(name)
-    return lambda documents, dtype: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
+    return lambda documents, *_: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
@@ -3279,7 +3410,7 @@ class Projection(nn.Module):
     """
 
     def forward(self, x: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        y = F.linear(x, weight)
+        y = linear(x, weight)
         return y if adapter is None else y + low_rank(x, adapter)
 
 
@@ -3309,7 +3440,7 @@ class AttentionContext(NamedTuple):
     """What the attention of every layer uses in one forward pass."""
 
     attention: Callable  # (q [B, T, H, h], k, v [B, T, K, h]) -> y [B, T, H, h]
-    cos: Tensor  # [T, 1, rotary/2]
+    cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
 
@@ -3367,10 +3498,10 @@ class Block(nn.Module):
 
     def gate(self, n: Tensor, weight: Tensor) -> Tensor:
         """Head gates [B, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
-        g = F.linear(n[..., : weight.size(1)], weight.to(n.dtype))
+        g = linear(n[..., : weight.size(1)], weight.to(n.dtype))
         if self.config.sparse_attn_gate_enabled:
-            return torch.sigmoid(self.config.sparse_attn_gate_scale * g)
-        return 2 * torch.sigmoid(g) if self.config.attn_out_gate_enabled else torch.sigmoid(g)
+            return sigmoid(self.config.sparse_attn_gate_scale * g)
+        return 2 * sigmoid(g) if self.config.attn_out_gate_enabled else sigmoid(g)
 
     def mlp(self, x: Tensor, w: LayerWeights, adapters: dict, fused: bool) -> Tensor:
         """MLP of x [B, T, d] -> [B, T, d], before the output scale. `fused` allows the Triton kernels."""
@@ -3409,7 +3540,7 @@ class SmearGate(nn.Module):
         previous = F.pad(x, (0, 0, 1, -1))  # [B, T, d]
         if self.scale is None:
             return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, previous - x)
-        gate = torch.sigmoid(F.linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
+        gate = sigmoid(linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
         return x + self.scale.to(x.dtype) * gate * previous * inside
 
 
@@ -3423,7 +3554,7 @@ class FactorizedEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), scale))
 
     def forward(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.scale.to(dtype) * F.linear(F.embedding(indices, self.table).to(dtype), self.projection.to(dtype))
+        return self.scale.to(dtype) * linear(F.embedding(indices, self.table).to(dtype), self.projection.to(dtype))
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
@@ -3549,6 +3680,14 @@ class GPT(nn.Module):
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
+    def rotary(self, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, 1, rotary/2] of each token's place in its document.
+
+        Only distances matter to exact arithmetic. To rounding it would matter where a document lies in its row.
+        """
+        positions = document_positions(starts)
+        return self.cos.to(dtype)[positions].unsqueeze(2), self.sin.to(dtype)[positions].unsqueeze(2)
+
     def run_layer(
         self,
         call: LayerCall,
@@ -3596,9 +3735,8 @@ class GPT(nn.Module):
         x = x0 = x_mlp = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
         context = AttentionContext(
-            self.attention(documents, x.dtype),
-            self.cos[: ids.size(1), None].to(x.dtype),
-            self.sin[: ids.size(1), None].to(x.dtype),
+            self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
+            *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
         )
         fused_mlp = fused_mlp and self.runtime.triton

@@ -35,6 +35,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -685,6 +686,11 @@ class Config(ModelConfig):
         Observed.SCORE,
         low=0,
     )
+    eval_scores: bool = knob(
+        False,
+        "write scores_<stage>.npy, the negative log-likelihood of every validation target in nats, in stream order",
+        Observed.FOLDER,
+    )
     temperature: float = knob(
         1.0, "temperature of the softcapped logits in evaluation; training uses 1", Observed.SCORE, low=0.01, high=100
     )
@@ -710,8 +716,8 @@ class Config(ModelConfig):
     # Phased test-time training: LoRA for each document
     ttt_order: str = knob(
         "stream",
-        "order of documents in phased TTT; stream: as in the shards, strictly causal; length: longest first, as PR #2163 "
-        "does, which is not strictly causal",
+        "order of documents in phased TTT; stream: as in the shards, strictly causal; length: longest first, as PR "
+        "#2163 does, which is not strictly causal",
         Observed.TTT,
         choices=("stream", "length"),
     )
@@ -728,8 +734,8 @@ class Config(ModelConfig):
     )
     ttt_short_doc_chunks: bool = knob(
         False,
-        "smaller LoRA chunks early in a document: 8 targets up to place 256, 24 up to place 2000; with TTT_ORDER=length, "
-        "throughout documents of that length",
+        "smaller LoRA chunks early in a document: 8 targets up to place 256, 24 up to place 2000; with "
+        "TTT_ORDER=length, throughout documents of that length",
         Observed.TTT,
     )
     ttt_eval_seq_len: int = knob(
@@ -745,8 +751,8 @@ class Config(ModelConfig):
     ttt_grad_steps: int = knob(1, "LoRA updates on each chunk of a document", Observed.TTT, low=1, high=100)
     ttt_warm_start_a: bool = knob(
         True,
-        "start LoRA's A in each phase from the mean of those that the previous phase left, instead of at random; B always "
-        "starts at 0; with TTT_ORDER=length, from the previous batch's",
+        "start LoRA's A in each phase from the mean of those that the previous phase left, instead of at random; B "
+        "always starts at 0; with TTT_ORDER=length, from the previous batch's",
         Observed.TTT,
     )
     ttt_q_lora: bool = knob(True, "LoRA on the query projections", Observed.TTT)
@@ -6522,6 +6528,7 @@ class ScoreLedger:
 
     def __init__(self, evaluator: Evaluator):
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
+        self.write_scores = evaluator.config.eval_scores
         self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
         self.own_counts = np.zeros(targets, np.uint8)  # times that this rank scored a target
         self.all_counts = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
@@ -6546,8 +6553,11 @@ class ScoreLedger:
         if self.run.world > 1:
             dist.all_reduce(torch.from_numpy(self.all_counts), group=self.run.control)
 
-    def close(self) -> float:
-        """Nats of all targets, summed over ranks; exactly one rank must have scored each."""
+    def close(self, stage: str = "") -> float:
+        """Nats of all targets, summed over ranks; exactly one rank must have scored each.
+
+        With EVAL_SCORES, rank 0 writes the scores of a named stage.
+        """
         self.share()
         wrong = int((self.all_counts != 1).sum())
         if wrong:
@@ -6555,7 +6565,19 @@ class ScoreLedger:
         nats = torch.tensor(self.nll.sum(dtype=np.float64))
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
+        if stage and self.write_scores:
+            self.write(stage)
         return nats.item()
+
+    def write(self, stage: str) -> None:
+        """scores_<stage>.npy in the run's folder: float32 [targets], in stream order."""
+        scores = torch.from_numpy(self.nll.astype(np.float32))  # 0 for what other ranks scored
+        if self.run.world > 1:
+            dist.all_reduce(scores, group=self.run.control)
+        if self.run.is_main:
+            file = io.BytesIO()
+            np.save(file, scores.numpy())
+            write_atomic(self.run.path(f"{self.run.prefix}scores_{stage}.npy"), file.getvalue())
 
 
 class ProgressMeter:
@@ -6677,14 +6699,17 @@ class Evaluator:
         work = f"{len(self.windows)} windows of up to {config.eval_context} tokens, stride {config.eval_step}"
         ProgressMeter(self.run, config, "sliding", batches).project(seconds, f"{work}, {batches} batches")
 
-    def __call__(self, forward: Callable) -> Score:
-        """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore."""
+    def __call__(self, forward: Callable, stage: str = "") -> Score:
+        """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore.
+
+        `stage` names the file of EVAL_SCORES.
+        """
         ledger, batches = ScoreLedger(self), self.batches(self.sequences)
         meter = ProgressMeter(self.run, self.config, "sliding", len(batches))
         for number in range(self.run.rank, len(batches), self.run.world):
             self.score_sequences(forward, batches[number], ledger)
             meter.advance(min(self.run.world, len(batches) - number))
-        return Score(ledger.close(), len(self.tokens) - 1, self.bytes)
+        return Score(ledger.close(stage), len(self.tokens) - 1, self.bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -6831,7 +6856,7 @@ class PhasedTTT:
                 self.meter.advance(float(self.cost(batch).sum()))
             if end in self.phase_ends and self.adapters:
                 self.finish_phase(begin, end)
-        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+        return Score(self.ledger.close(self.meter.stage), len(self.tokens) - 1, self.evaluator.bytes)
 
     def phases(self) -> list[tuple[int, int]]:
         """Places in the order at which each phase begins and ends."""
@@ -7070,10 +7095,10 @@ class ChunkTTT:
                 for _ in range(config.ttt_epochs):
                     sgd.step(positions, config.ttt_lr * self.decay(chunk))
             self.meter.advance(1)
-        return Score(self.ledger.close(), end, self.evaluator.bytes)
+        return Score(self.ledger.close(self.meter.stage), end, self.evaluator.bytes)
 
     def decay(self, chunk: int) -> float:
-        """Multiplier of TTT_LR after a chunk: over a fixed number of tokens, so that it does not know the stream's end."""
+        """Multiplier of TTT_LR after a chunk, over a fixed number of tokens: it must not know where the stream ends."""
         tokens = self.config.ttt_decay_tokens
         if not tokens:
             return 1.0
@@ -7149,7 +7174,7 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
     with Stage(run, "validate"):
-        score = evaluator(trainer.forward)
+        score = evaluator(trainer.forward, "pre_quant")
         log_score(run, "pre_quant", score)
         if not math.isfinite(score.nats):
             raise diverged(config, f"the validation loss is {score.loss}")
@@ -7202,7 +7227,7 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
             evaluator = Evaluator(config, run)
             log_data(run, evaluator)
             evaluator.project(compiled_forward(model))
-        score = evaluator(compiled_forward(model))
+        score = evaluator(compiled_forward(model), "quantized")
         log_score(run, "quantized", score)
     rows = dict(
         **sizes(len(data), config, run),
@@ -7216,6 +7241,7 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
         parameters=parameter_count(config),
         audit=evaluator.data_check.rows,
         reference_compressors=evaluator.data_check.manifest.reference,
+        strictly_causal=config.strictly_causal,
     )
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
@@ -7262,6 +7288,9 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
             f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
             f"{s['val_bytes']} bytes, each once"
         )
+        if s["val_bpb_ttt"] is not None:
+            yield f"val_bpb    {s['val_bpb_ttt']:.4f} after test-time training"
+        yield f"           strictly causal: {'yes' if s['strictly_causal'] else 'no'}"
         for name, bpb in s["reference_compressors"].items():
             yield f"           {bpb:.4f} {name} on the same text, for orientation"
     if "artifact_bytes" in s:

@@ -317,7 +317,7 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     for document, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         expected, _ = plain_document(model, tokens[begin : end + 1], begun[document], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
-    assert not torch.equal(begun[0]["head"], begun[1]["head"])
+    assert torch.equal(begun[0]["head"], begun[1]["head"]) == (order == "stream")  # one A for a whole phase
 
 
 def test_a_is_handed_on_within_a_stream_alone(data, tmp_path, monkeypatch):
@@ -372,18 +372,19 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
         some = np.flatnonzero(counts > chunk)
         (ids, targets, documents), scored = tg.PhasedTTT.window(ttt, some, chunk)
         last = scored.shape[1]
-        assert last <= ids.shape[1] <= max(context, last) and last <= max(2, sizes[some].max())
-        assert len(ids) == max(2, len(some)) and torch.equal(targets, ids + 1)
-        assert (scored[len(some) :] == -1).all()  # a second sequence of padding: no size is ever 1
+        assert last == max(2, sizes[some].max()) <= ids.shape[1] <= max(context, last)
+        assert len(ids) == max(len(some), min(max(2, -(-8 // last)), 9)) and torch.equal(targets, ids + 1)
+        assert (scored[len(some) :] == -1).all()  # rows of padding: no size is ever 1, no product has few rows
         for b, document in enumerate(some):
             first = chunk * sizes[document]
             expected = offsets[document] + np.arange(first, min(first + sizes[document], lengths[document]))
             places = np.flatnonzero(scored[b] >= 0)
-            assert scored[b, places].tolist() == expected.tolist() and places[-1] == scored.shape[1] - 1
+            assert scored[b, places].tolist() == expected.tolist()
+            assert places[0] == last - sizes[document]  # the chunk's full size ends the row, wherever its text ends
             seen[expected] += 1
-            assert ids[b, -len(expected) :].tolist() == (expected + 1000).tolist()
+            stop = ids.shape[1] - last + places[-1] + 1
             begin = documents.starts[b, -1].item()
-            inputs = ids[b, begin:].numpy() - 1000 - offsets[document]
+            inputs = ids[b, begin:stop].numpy() - 1000 - offsets[document]
             left = max(0, first + sizes[document] - context)
             assert inputs.tolist() == list(range(left, expected[-1] - offsets[document] + 1))
             assert (documents.starts[b, begin:] == begin).all() and (documents.starts[b, :begin] == 0).all()
@@ -574,12 +575,24 @@ def test_phases_learn_from_scored_documents_once_without_the_last_chunk(data, tm
     ]
 
 
-def test_nothing_learns_after_the_last_document(data, tmp_path, monkeypatch):
-    """Where the prefix holds every document, its last boundary is the end: no score could gain."""
+@pytest.mark.parametrize("order, last", [("length", 178), ("stream", 0)])
+def test_nothing_learns_after_the_last_document(order, last, data, tmp_path, monkeypatch):
+    """A prefix beyond the stream: in length order it is cut to the stream, in stream order no phase ends in it."""
     seen = watch_steps(monkeypatch)
-    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS=3000))
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=3000))
     scores(evaluator, model)
-    assert max(max(positions) for positions, _ in seen) < sum(LENGTHS[:5])
+    learned = {p for positions, _ in seen for p in positions}
+    assert len(learned) <= last and bool(learned) == (order == "length")
+
+
+@pytest.mark.parametrize("tokens, expected", [(0, 1.0), (200, None), (1000, None)])
+def test_the_rate_of_chunks_does_not_know_where_the_stream_ends(tokens, expected, data, tmp_path, monkeypatch):
+    """TTT_DECAY_TOKENS: constant, or a cosine over so many tokens that stays at its end."""
+    seen = watch_steps(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(CHUNK, TTT_EPOCHS=1, TTT_DECAY_TOKENS=tokens))
+    scores(evaluator, model)
+    cosines = [0.5 * (1 + math.cos(math.pi * min(1, 50 * k / max(1, tokens)))) for k in range(4)]
+    assert [lr for _, lr in seen] == pytest.approx([0.05 * (expected or x) for x in cosines])
 
 
 def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch):
@@ -788,7 +801,9 @@ def test_phased_ttt_is_projected_from_its_tokens(data, tmp_path, monkeypatch, ca
 RANK_JOBS = {
     "phased float64": (RECORD, PHASED, "float64"),
     "phased float32": (RECORD, PHASED, "float32"),
-    "more ranks than streams": (TINY, dict(PHASED, TTT_STREAMS=1, TTT_ORDER="stream"), "float64"),
+    "more ranks than streams": (TINY, dict(PHASED, TTT_STREAMS=1), "float64"),
+    "strict float64": (RECORD, dict(PHASED, TTT_ORDER="stream"), "float64"),
+    "strict float32": (TINY, dict(PHASED, TTT_ORDER="stream", TTT_BATCH_SIZE=2), "float32"),
     "chunk float64": (RECORD, CHUNK, "float64"),
     "chunk float32": (TINY, CHUNK, "float32"),
 }
@@ -996,8 +1011,9 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
     )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
-    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 5
-    assert rows["phased"]["bpb"] == both["val_bpb_ttt"] and rows["phased"]["targets_per_second"] > 0
+    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 6
+    assert rows["phased, length order"]["bpb"] == both["val_bpb_ttt"] != rows["phased"]["bpb"]
+    assert rows["phased"]["targets_per_second"] > 0
     assert rows["phased, learning off"]["bpb"] == both["val_bpb_ttt_baseline"]
 
 

@@ -6963,7 +6963,7 @@ class PhasedTTT:
         last = max(2, int((end - first).max()))
         # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens. And a
         # matrix product of fewer than 8 rows is rounded in another way on CPUs.
-        missing = min(max(2, -(-8 // last)), self.config.ttt_batch_size + 1) - len(documents)
+        missing = min(max(2, -(-8 // last)), max(2, self.config.ttt_batch_size)) - len(documents)
         if missing > 0:
             documents, first, end = (np.append(x, np.repeat(x[-1:], missing)) for x in (documents, first, end))
             first[-missing:] = end[-missing:]  # nothing of the padding is scored

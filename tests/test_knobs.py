@@ -115,6 +115,7 @@ CHANGES = {
     "ARTIFACT_LIMIT_BYTES": (1000, {}),
     "EVAL_SEQ_LEN": (8, {}),
     "EVAL_STRIDE": (4, {}),
+    "EVAL_SCORES": (1, {}),
     "GPTQ_DAMP": (0.5, dict(MATRIX_BITS=3)),
     "SEED": (8, {}),
     "RUN_ID": ("other", {}),

@@ -537,7 +537,7 @@ def blind_ledger(patch):
 
     patch.setattr(tg.ScoreLedger, "score", score)
     patch.setattr(tg.ScoreLedger, "train_on", lambda ledger, positions: None)
-    patch.setattr(tg.ScoreLedger, "close", lambda ledger: float(ledger.nll.sum(dtype=np.float64)))
+    patch.setattr(tg.ScoreLedger, "close", lambda ledger, stage="": float(ledger.nll.sum(dtype=np.float64)))
 
 
 def adapt_by(patch, order):
@@ -643,7 +643,7 @@ def keeps_b(patch):
     start = tg.Adapters.start
 
     def plant(adapters, *arguments):
-        kept = {key: b.clone() for key, b in adapters.b.items()} if adapters.stream_a else None
+        kept = {key: b.clone() for key, b in adapters.b.items()} if hasattr(adapters, "a") else None
         start(adapters, *arguments)
         for key, b in (kept or {}).items():
             adapters.b[key].copy_(b)

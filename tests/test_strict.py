@@ -143,3 +143,23 @@ def test_a_phase_starts_from_one_state(tmp_path):
     expected = nll_of(STREAM, tmp_path, RECORD, knobs)
     for size in (1, 3, 16):
         np.testing.assert_allclose(nll_of(STREAM, tmp_path, RECORD, dict(knobs, TTT_BATCH_SIZE=size)), expected, 1e-4)
+
+
+def test_small_chunks_and_small_batches(tmp_path):
+    """A window of few rows is padded, but never beyond its adapters."""
+    for size, batch in ((1, 2), (2, 2), (3, 1), (2, 3)):
+        knobs = dict(PHASED, TTT_CHUNK_SIZE=size, TTT_BATCH_SIZE=batch, COMPUTE_DTYPE="float32")
+        first, second = (nll_of(tokens, tmp_path, TINY, knobs) for tokens in (STREAM[:60], STREAM[:45]))
+        assert np.array_equal(first[:44], second) and np.isfinite(first).all()
+
+
+def test_every_targets_score_is_written(tmp_path):
+    """EVAL_SCORES: one float32 for each target, in stream order."""
+    evaluator, model = evaluator_of(STREAM[:100], tmp_path, TINY, dict(PHASED, EVAL_SCORES=1, COMPUTE_DTYPE="float32"))
+    evaluator.run.folder = tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.Run, "path", lambda run, name: tmp_path / name)
+        nats = evaluate(evaluator, model)
+    found = np.load(tmp_path / "scores_ttt.npy")
+    assert found.dtype == np.float32 and found.shape == (99,)
+    assert found.sum(dtype=np.float64) == pytest.approx(nats, rel=1e-9)

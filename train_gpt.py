@@ -35,6 +35,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -685,6 +686,11 @@ class Config(ModelConfig):
         Observed.SCORE,
         low=0,
     )
+    eval_scores: bool = knob(
+        False,
+        "write scores_<stage>.npy, the negative log-likelihood of every validation target in nats, in stream order",
+        Observed.FOLDER,
+    )
     temperature: float = knob(
         1.0, "temperature of the softcapped logits in evaluation; training uses 1", Observed.SCORE, low=0.01, high=100
     )
@@ -709,15 +715,16 @@ class Config(ModelConfig):
 
     # Phased test-time training: LoRA for each document
     ttt_order: str = knob(
-        "length",
-        "order of documents in phased TTT; length: longest first; stream: as in the shards",
+        "stream",
+        "order of documents in phased TTT; stream: as in the shards, strictly causal; length: longest first, as PR "
+        "#2163 does, which is not strictly causal",
         Observed.TTT,
-        choices=("length", "stream"),
+        choices=("stream", "length"),
     )
     ttt_batch_size: int = knob(64, "documents of a LoRA batch", Observed.TTT, low=1)
     ttt_streams: int = knob(
         8,
-        "independent series of LoRA batches, shared out among the ranks; TTT_WARM_START_A acts within a series",
+        "with TTT_ORDER=length, series of LoRA batches that hand A on, shared out among the ranks",
         Observed.TTT,
         low=1,
         high=4096,
@@ -727,7 +734,8 @@ class Config(ModelConfig):
     )
     ttt_short_doc_chunks: bool = knob(
         False,
-        "smaller LoRA chunks for short documents: 8 targets in documents of up to 256, 24 in those of up to 2000",
+        "smaller LoRA chunks early in a document: 8 targets up to place 256, 24 up to place 2000; with "
+        "TTT_ORDER=length, throughout documents of that length",
         Observed.TTT,
     )
     ttt_eval_seq_len: int = knob(
@@ -742,7 +750,10 @@ class Config(ModelConfig):
     ttt_weight_decay: float = knob(0.5, "AdamW's decoupled weight decay for LoRA", Observed.TTT, low=0)
     ttt_grad_steps: int = knob(1, "LoRA updates on each chunk of a document", Observed.TTT, low=1, high=100)
     ttt_warm_start_a: bool = knob(
-        True, "start LoRA's A from the previous batch's instead of at random; B always starts at 0", Observed.TTT
+        True,
+        "start LoRA's A in each phase from the mean of those that the previous phase left, instead of at random; B "
+        "always starts at 0; with TTT_ORDER=length, from the previous batch's",
+        Observed.TTT,
     )
     ttt_q_lora: bool = knob(True, "LoRA on the query projections", Observed.TTT)
     ttt_k_lora: bool = knob(True, "LoRA on the key projections", Observed.TTT)
@@ -752,9 +763,16 @@ class Config(ModelConfig):
     phased_ttt_prefix_docs: int = knob(
         3000, "first documents from which the full model learns after their scoring; 0: none", Observed.TTT, low=0
     )
+    phased_ttt_prefix_tokens: int = knob(
+        0,
+        "with TTT_ORDER=stream, first tokens from which the full model learns, in place of PHASED_TTT_PREFIX_DOCS; 0: "
+        "count documents",
+        Observed.TTT,
+        low=0,
+    )
     phased_ttt_num_phases: int = knob(
         4,
-        "phases of phased TTT: the full model learns so many times, evenly spread over PHASED_TTT_PREFIX_DOCS",
+        "phases of phased TTT: the full model learns so many times, evenly spread over its first documents or tokens",
         Observed.TTT,
         low=1,
         high=1000,
@@ -772,7 +790,14 @@ class Config(ModelConfig):
     ttt_chunk_tokens: int = knob(32768, "targets of a chunk of the validation stream in chunk TTT", Observed.TTT, low=1)
     ttt_epochs: int = knob(3, "SGD steps on each chunk in chunk TTT", Observed.TTT, low=1, high=100)
     ttt_lr: float = knob(
-        0.002, "learning rate of SGD in chunk TTT; decays to 0 over the chunks as a cosine", Observed.TTT, low=0
+        0.002, "learning rate of SGD in chunk TTT; decays as TTT_DECAY_TOKENS says", Observed.TTT, low=0
+    )
+    ttt_decay_tokens: int = knob(
+        0,
+        "tokens over which TTT_LR decays to 0 as a cosine in chunk TTT; 0: no decay; -1: all tokens of the validation "
+        "stream, as PR #549 does, which is not strictly causal",
+        Observed.TTT,
+        low=-1,
     )
     ttt_momentum: float = knob(0.9, "momentum of SGD in chunk TTT", Observed.TTT, low=0, high=0.9999)
     ttt_freeze_blocks: int = knob(0, "number of first layers frozen in chunk TTT; 0: none", Observed.TTT, low=0)
@@ -850,6 +875,13 @@ class Config(ModelConfig):
                 "must be 0, or comma-separated fractions between 0 and 1 in rising order, such as 0.08,0.25",
             )
         return cuts
+
+    @property
+    def strictly_causal(self) -> bool:
+        """Whether a score depends on the artifact and on earlier tokens alone, not even on where the stream ends."""
+        if self.ttt_mode == "phased":
+            return self.ttt_order == "stream"
+        return self.ttt_mode == "none" or self.ttt_decay_tokens >= 0
 
     @property
     def tokenizer_file(self) -> Path:
@@ -1021,6 +1053,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         rvq_enabled=True,
         eval_stride=16,
         ttt_mode="chunk",
+        ttt_decay_tokens=62_000_000,  # about the challenge's validation set in this vocabulary: a constant, not a look
     ),
 }
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
@@ -2463,6 +2496,44 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear`, x [..., in] and weight [out, in] -> [..., out], whose rows on CPUs do not depend on other rows.
+
+    BLAS takes other kernels, and rounds otherwise, where rows are few, and for some of the rows where the inputs' width
+    is odd or there is one output. Zeros make up for what is missing. Measured with MKL in float32, 1 to 8 threads: the
+    bits of a row depended on its place for fewer than 12 rows, for widths of 4 and those that 4 does not divide, and
+    for one output; nowhere else.
+    """
+    rows, (out, width) = math.prod(x.shape[:-1]), weight.shape
+    if not eager_on_cpu(x):
+        return F.linear(x, weight)
+    few, narrow, single = max(0, 16 * torch.get_num_threads() - rows), -width % 8, 7 * (out == 1)
+    if not (few or narrow or single):
+        return F.linear(x, weight)
+    y = F.linear(F.pad(x.flatten(0, -2), (0, narrow, 0, few)), F.pad(weight, (0, narrow, 0, single)))
+    return y[:rows, :out].unflatten(0, x.shape[:-1])
+
+
+class SigmoidCPU(torch.autograd.Function):
+    """`torch.sigmoid` from whole vectors. It takes another exponential for what is left over at a thread's end."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide).neg().exp_().add_(1).reciprocal_().to(x.dtype)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.ops.aten.sigmoid_backward(grad, ctx.saved_tensors[0])
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """`torch.sigmoid`, whose bits on CPUs do not depend on an element's place in the tensor."""
+    return SigmoidCPU.apply(x) if eager_on_cpu(x) else torch.sigmoid(x)
+
+
 def rms_norm_plain(x: Tensor) -> Tensor:
     """x over its root mean square along the last dimension (arXiv 1910.07467), without a gain."""
     return F.rms_norm(x, (x.size(-1),))
@@ -2494,7 +2565,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of the first 2*cos.size(-1) head dimensions; the others stay as they are.
 
-    x [B, T, H, h], cos and sin [T, 1, rotary/2] of x's type: halves (x1, x2) become (x1 cos + x2 sin, x2 cos - x1 sin).
+    x [B, T, H, h], cos and sin [B, T, 1, rotary/2] of x's type. Halves (x1, x2) become (x1 cos + x2 sin,
+    x2 cos - x1 sin).
     """
     half = cos.size(-1)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
@@ -2650,15 +2722,23 @@ def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
 
-    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out].
+    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out]. On CPUs a token's bits do not depend on T (see `linear`).
     """
     a, b = adapter
-    return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype)
+    length = x.size(1)
+    if length < 16 and eager_on_cpu(x):
+        x = F.pad(x, (0, 0, 0, 16 - length))
+    return ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))[:, :length]
+
+
+def document_positions(starts: Tensor) -> Tensor:
+    """[B, T] document starts -> [B, T]: places of the tokens in their documents, or in what the row holds of them."""
+    return torch.arange(starts.size(1), device=starts.device) - starts
 
 
 def continues_document(starts: Tensor) -> Tensor:
     """[B, T] document starts -> [B, T] bool: the previous token belongs to the same document."""
-    return starts != torch.arange(starts.size(1), device=starts.device)
+    return document_positions(starts) != 0
 
 
 def document_mask(starts: Tensor) -> Tensor:
@@ -2677,60 +2757,136 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries at once: the fastest of 64 to 512 for sequences of 256 to 1,024 tokens
+# Blocks of queries end at places 16, 32, 64, 128, 256, 384 and so on of their document. Small first ones are for short
+# documents; 128 queries at once are the fastest of 64 to 512 for documents of 256 to 1,024 tokens.
+FIRST_BLOCK, QUERY_BLOCK = 16, 128
+
+
+class HeadRows(NamedTuple):
+    """Where the blocks of `DocumentBlocks` find their rows of a tensor [tokens * heads, h], and the way back."""
+
+    rows: Tensor  # int32: the row of each place in the blocks, which are [n, heads, w] one after the other
+    inverse: Tensor  # [tokens * heads] int32: the place in the blocks of each row
+
+
+class DocumentBlocks(NamedTuple):
+    """The documents of a batch cut into blocks of tokens, for `BlockedAttention`.
+
+    Block i holds w_i places of the n_i documents that are long enough, the longest document first. Its first place is
+    the sum of the widths before it. Places past a document's end hold its first token.
+    """
+
+    shapes: list[tuple[int, int]]  # (n_i, w_i)
+    queries: HeadRows
+    keys: HeadRows
+    padding: Tensor  # places in the blocks of queries that are past their document's end
+
+
+def block_widths(longest: int) -> list[int]:
+    """Widths of the blocks of a document: each doubles the tokens before it, up to QUERY_BLOCK at once."""
+    widths, end = [FIRST_BLOCK], FIRST_BLOCK
+    while end < longest:
+        widths.append(min(end, QUERY_BLOCK))
+        end += widths[-1]
+    return widths
+
+
+def head_rows(tokens: list[np.ndarray], inside: list[np.ndarray], heads: int) -> tuple[HeadRows, Tensor]:
+    """The rows of blocks of tokens [n, w], and the places in them that are not inside their document."""
+    rows = np.concatenate([(t[:, None] * heads + np.arange(heads)[:, None]).ravel() for t in tokens])
+    real = np.flatnonzero(np.concatenate([np.repeat(i[:, None], heads, axis=1).ravel() for i in inside]))
+    inverse = np.empty(len(real), np.int32)
+    inverse[rows[real]] = real
+    padding = np.delete(np.arange(len(rows)), real)
+    return HeadRows(torch.from_numpy(rows.astype(np.int32)), torch.from_numpy(inverse)), torch.from_numpy(padding)
+
+
+def document_blocks(starts: Tensor, heads: int, kv_heads: int) -> DocumentBlocks:
+    """The blocks of a batch with document starts [B, T], which it reads on the CPU."""
+    begins = np.flatnonzero(~continues_document(starts).cpu().numpy())
+    lengths = np.diff(begins, append=starts.numel())
+    order = np.argsort(-lengths, kind="stable")
+    begins, lengths = begins[order, None], lengths[order, None]  # [documents, 1]
+    tokens, inside, first = [], [], 0
+    for width in block_widths(int(lengths[0, 0])):
+        n = np.count_nonzero(lengths > first)
+        places = first + np.arange(width)
+        inside.append(places < lengths[:n])  # [n, width]
+        tokens.append(begins[:n] + np.where(inside[-1], places, 0))
+        first += width
+    queries, padding = head_rows(tokens, inside, heads)
+    return DocumentBlocks([t.shape for t in tokens], queries, head_rows(tokens, inside, kv_heads)[0], padding)
+
+
+def as_blocks(x: Tensor, shapes: list[tuple[int, int]], heads: int) -> list[Tensor]:
+    """Rows x in the order of blocks -> the blocks, [n * heads, rows of a head, h] each."""
+    each = x.size(0) // sum(n * w for n, w in shapes)
+    parts = x.split([each * n * w for n, w in shapes])
+    return [part.view(n * heads, -1, x.size(-1)) for part, (n, _) in zip(parts, shapes, strict=True)]
+
+
+def up_to(i: int, parts: list[Tensor]) -> Tensor:
+    """Keys or values [n*K, end, h] that block i attends to: its own and those before, of the documents it holds."""
+    return torch.cat([part[: len(parts[i])] for part in parts[: i + 1]], dim=1) if i else parts[0]
 
 
 class BlockedAttention(torch.autograd.Function):
-    """`attention_sdpa` for CPUs, from matrix products: 3 times as fast there as SDPA in bfloat16.
+    """`attention_sdpa` for CPUs from matrix products, document by document: nothing is computed across documents.
 
-    Blocks of QUERY_BLOCK queries attend to the keys up to the block's end, which skips almost half of the work.
-    q [B, K, G, T, h] (G query heads share a kv head), k and v [B, K, T, h], bias [B, 1, 1, T, T] -> [B, K, G, T, h].
+    Every product's shape, and so its rounding, depends on places in documents alone: an output's bits are the same
+    whatever comes after its token and wherever its document lies in the batch. Keys after a query get a probability of
+    0, and a place past the document's end holds its first token, so 0 * inf cannot carry anything back.
+
+    q [B*T*H, h], k and v [B*T*K, h] -> [B*T*H, h]. Blocks of queries are [n*K, G*w, h], where G query heads share a
+    kv head. Their keys are those from the document's start to the block's end, [n*K, end, h].
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        y, scale = torch.empty_like(q), q.size(-1) ** -0.5
-        probabilities = []
-        for start in range(0, q.size(3), QUERY_BLOCK):
-            block = slice(start, min(start + QUERY_BLOCK, q.size(3)))
-            queries = (q[..., block, :] * scale).flatten(2, 3)  # [B, K, G*n, h]
-            scores = (queries @ k[..., : block.stop, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
-            p = torch.softmax(scores.add_(bias[..., block, : block.stop]), dim=-1)
-            y[..., block, :] = (p.flatten(2, 3) @ v[..., : block.stop, :]).unflatten(2, (q.size(2), -1))
-            probabilities.append(p)
-        ctx.save_for_backward(q, k, v, y, *probabilities)
-        return y
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks, kv_heads: int) -> Tensor:
+        packed = [q.index_select(0, blocks.queries.rows).mul_(q.size(-1) ** -0.5)]
+        packed += [x.index_select(0, blocks.keys.rows) for x in (k, v)]
+        queries, keys, values = (as_blocks(x, blocks.shapes, kv_heads) for x in packed)
+        y, probabilities = torch.empty_like(packed[0]), []
+        outputs = as_blocks(y, blocks.shapes, kv_heads)
+        for i, (_, w) in enumerate(blocks.shapes):
+            scores = queries[i] @ up_to(i, keys).mT  # [n*K, G*w, end]
+            after = torch.full((w, w), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+            scores.unflatten(1, (-1, w))[..., -w:].add_(after)
+            probabilities.append(torch.softmax(scores, dim=-1))
+            torch.bmm(probabilities[i], up_to(i, values), out=outputs[i])
+        ctx.save_for_backward(y, *packed, *probabilities)
+        ctx.blocks, ctx.kv_heads = blocks, kv_heads
+        return y.index_select(0, blocks.queries.inverse)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, *probabilities = ctx.saved_tensors
-        dq, scale = torch.empty_like(q), q.size(-1) ** -0.5
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        inner = torch.linalg.vecdot(grad, y).unsqueeze(-1)  # [B, K, G, T, 1]
-        start = 0
-        for p in probabilities:
-            block = slice(start, start + p.size(3))
-            start = block.stop
-            dy, queries = grad[..., block, :].flatten(2, 3), q[..., block, :].flatten(2, 3)
-            dv[..., :start, :] += p.flatten(2, 3).mT @ dy
-            ds = (dy @ v[..., :start, :].mT).unflatten(2, (q.size(2), -1))  # [B, K, G, n, keys]
-            ds = ds.sub_(inner[..., block, :]).mul_(p).flatten(2, 3)
-            dq[..., block, :] = (ds @ k[..., :start, :]).unflatten(2, (q.size(2), -1))
-            dk[..., :start, :] += ds.mT @ queries
-        return dq.mul_(scale), dk.mul_(scale), dv, None
+        blocks, (y, *saved) = ctx.blocks, ctx.saved_tensors
+        dy = grad.index_select(0, blocks.queries.rows).index_fill_(0, blocks.padding, 0)
+        inner, dq = torch.linalg.vecdot(dy, y).unsqueeze(-1), torch.empty_like(dy)
+        packed = (*saved[:3], dy, inner, dq)
+        queries, keys, values, dys, inners, dqs = (as_blocks(x, blocks.shapes, ctx.kv_heads) for x in packed)
+        dk, dv = [], []  # of the last w keys of each block, the last block first
+        later_dk = later_dv = None  # what later blocks add to the keys of this one
+        for i in reversed(range(len(blocks.shapes))):
+            p, (_, w) = saved[3 + i], blocks.shapes[i]
+            ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, end]
+            torch.bmm(ds, up_to(i, keys), out=dqs[i])
+            block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, end, h]
+            if later_dk is not None:
+                block_dk[: len(later_dk)] += later_dk
+                block_dv[: len(later_dv)] += later_dv
+            dk.append(block_dk[:, -w:].flatten(0, 1))
+            dv.append(block_dv[:, -w:].flatten(0, 1))
+            later_dk, later_dv = block_dk[:, :-w], block_dv[:, :-w]
+        dq = dq.mul_(dq.size(-1) ** -0.5).index_select(0, blocks.queries.inverse)
+        dk, dv = (torch.cat(parts[::-1]).index_select(0, blocks.keys.inverse) for parts in (dk, dv))
+        return dq, dk, dv, None, None
 
 
-def attention_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attention_sdpa` through BlockedAttention, with `additive_mask` of `document_mask`, [B, T, T]."""
-    groups = q.size(2) // k.size(2)
-    q = q.unflatten(2, (k.size(2), groups)).permute(0, 2, 3, 1, 4).contiguous()
-    y = BlockedAttention.apply(q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), bias[:, None, None])
-    return y.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, T, H, h]
-
-
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as an addend of scores: 0 where it is true, minus infinity elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+def attention_blocked(q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks) -> Tensor:
+    """`attention_sdpa` through BlockedAttention, with `document_blocks` instead of a mask."""
+    rows = (x.flatten(0, 2) for x in (q, k, v))
+    return BlockedAttention.apply(*rows, blocks, k.size(2)).view(q.shape)
 
 
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable) -> Tensor:
@@ -2769,16 +2925,24 @@ def flash_attention(backend: str) -> Callable:
     return call
 
 
-def attention_backend(name: str) -> Callable[[Documents, torch.dtype], Callable]:
-    """A function from a batch's documents to the attention (q, k, v) -> y of its layers. Errors: ImportError."""
-    if name == "sdpa":
-        return lambda documents, dtype: functools.partial(attention_sdpa, mask=document_mask(documents.starts))
-    if name == "blocked":
-        return lambda documents, dtype: functools.partial(
-            attention_blocked, bias=additive_mask(document_mask(documents.starts), dtype)
-        )
+def attention_backend(name: str) -> Callable[[Documents, int, int], Callable]:
+    """A function (documents, heads, kv heads) -> the attention (q, k, v) -> y of all layers for a batch.
+
+    Errors: ImportError.
+    """
+
+    def masked(documents: Documents, heads: int, kv_heads: int) -> Callable:
+        return functools.partial(attention_sdpa, mask=document_mask(documents.starts))
+
+    def blocked(documents: Documents, heads: int, kv_heads: int) -> Callable:
+        if torch.compiler.is_compiling():  # blocks of other shapes in each batch would be other graphs
+            return masked(documents, heads, kv_heads)
+        return functools.partial(attention_blocked, blocks=document_blocks(documents.starts, heads, kv_heads))
+
+    if name in ("sdpa", "blocked"):
+        return masked if name == "sdpa" else blocked
     kernel = flash_attention(name)
-    return lambda documents, dtype: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
+    return lambda documents, *_: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
 
 
 def choose_attention(config: Config) -> tuple[str, str]:
@@ -3252,7 +3416,7 @@ class Projection(nn.Module):
     """
 
     def forward(self, x: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        y = F.linear(x, weight)
+        y = linear(x, weight)
         return y if adapter is None else y + low_rank(x, adapter)
 
 
@@ -3282,7 +3446,7 @@ class AttentionContext(NamedTuple):
     """What the attention of every layer uses in one forward pass."""
 
     attention: Callable  # (q [B, T, H, h], k, v [B, T, K, h]) -> y [B, T, H, h]
-    cos: Tensor  # [T, 1, rotary/2]
+    cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
 
@@ -3340,10 +3504,10 @@ class Block(nn.Module):
 
     def gate(self, n: Tensor, weight: Tensor) -> Tensor:
         """Head gates [B, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
-        g = F.linear(n[..., : weight.size(1)], weight.to(n.dtype))
+        g = linear(n[..., : weight.size(1)], weight.to(n.dtype))
         if self.config.sparse_attn_gate_enabled:
-            return torch.sigmoid(self.config.sparse_attn_gate_scale * g)
-        return 2 * torch.sigmoid(g) if self.config.attn_out_gate_enabled else torch.sigmoid(g)
+            return sigmoid(self.config.sparse_attn_gate_scale * g)
+        return 2 * sigmoid(g) if self.config.attn_out_gate_enabled else sigmoid(g)
 
     def mlp(self, x: Tensor, w: LayerWeights, adapters: dict, fused: bool) -> Tensor:
         """MLP of x [B, T, d] -> [B, T, d], before the output scale. `fused` allows the Triton kernels."""
@@ -3382,7 +3546,7 @@ class SmearGate(nn.Module):
         previous = F.pad(x, (0, 0, 1, -1))  # [B, T, d]
         if self.scale is None:
             return torch.addcmul(x, torch.sigmoid(self.weight.to(x.dtype)) * inside, previous - x)
-        gate = torch.sigmoid(F.linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
+        gate = sigmoid(linear(x[..., : self.weight.numel()], self.weight.to(x.dtype)[None]))
         return x + self.scale.to(x.dtype) * gate * previous * inside
 
 
@@ -3396,7 +3560,7 @@ class FactorizedEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), scale))
 
     def forward(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.scale.to(dtype) * F.linear(F.embedding(indices, self.table).to(dtype), self.projection.to(dtype))
+        return self.scale.to(dtype) * linear(F.embedding(indices, self.table).to(dtype), self.projection.to(dtype))
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
@@ -3522,6 +3686,14 @@ class GPT(nn.Module):
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
 
+    def rotary(self, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, 1, rotary/2] of each token's place in its document.
+
+        Only distances matter to exact arithmetic. To rounding it would matter where a document lies in its row.
+        """
+        positions = document_positions(starts)
+        return self.cos.to(dtype)[positions].unsqueeze(2), self.sin.to(dtype)[positions].unsqueeze(2)
+
     def run_layer(
         self,
         call: LayerCall,
@@ -3569,9 +3741,8 @@ class GPT(nn.Module):
         x = x0 = x_mlp = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
         context = AttentionContext(
-            self.attention(documents, x.dtype),
-            self.cos[: ids.size(1), None].to(x.dtype),
-            self.sin[: ids.size(1), None].to(x.dtype),
+            self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
+            *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
         )
         fused_mlp = fused_mlp and self.runtime.triton
@@ -3698,19 +3869,21 @@ class Adapters:
         documents = config.ttt_batch_size
         self.config, self.device = config, device
         self.calls, self.scale = calls, config.ttt_lora_alpha / rank
-        self.shapes = {key: (documents, n, rank, d) for key, (n, _) in widths.items()}
-        self.stream_a: dict[int, dict[str, Tensor]] = {}  # each stream's A
+        self.shapes = {key: (n, rank, d) for key, (n, _) in widths.items()}  # of one document's A
         self.b = {key: torch.empty(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
 
-    def start(self, stream: int, seed: int) -> None:
-        """Prepares for the next documents of a stream: B zero; A drawn, or with warm start as the last ones left it."""
-        if stream not in self.stream_a or not self.config.ttt_warm_start_a:
-            generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
-            self.stream_a[stream] = {
-                key: torch.empty(shape, device=self.device).uniform_(-bound, bound, generator=generator)
-                for key, shape in self.shapes.items()
-            }
-        self.a = self.stream_a[stream]
+    def draw(self, documents: int, seed: int) -> dict[str, Tensor]:
+        """A new A of so many documents."""
+        generator, bound = torch.Generator(self.device).manual_seed(seed), self.config.model_dim**-0.5
+        return {
+            key: torch.empty((documents, *shape), device=self.device).uniform_(-bound, bound, generator=generator)
+            for key, shape in self.shapes.items()
+        }
+
+    def start(self, a: dict[str, Tensor]) -> None:
+        """Prepares for the next batch: B is zero and A as given, of one document for all or of each."""
+        documents = self.config.ttt_batch_size
+        self.a = {key: value.expand(documents, *value.shape[1:]).clone() for key, value in a.items()}
         for b in self.b.values():
             b.zero_()
         self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
@@ -6355,6 +6528,7 @@ class ScoreLedger:
 
     def __init__(self, evaluator: Evaluator):
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
+        self.write_scores = evaluator.config.eval_scores
         self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
         self.own_counts = np.zeros(targets, np.uint8)  # times that this rank scored a target
         self.all_counts = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
@@ -6379,8 +6553,11 @@ class ScoreLedger:
         if self.run.world > 1:
             dist.all_reduce(torch.from_numpy(self.all_counts), group=self.run.control)
 
-    def close(self) -> float:
-        """Nats of all targets, summed over ranks; exactly one rank must have scored each."""
+    def close(self, stage: str = "") -> float:
+        """Nats of all targets, summed over ranks; exactly one rank must have scored each.
+
+        With EVAL_SCORES, rank 0 writes the scores of a named stage.
+        """
         self.share()
         wrong = int((self.all_counts != 1).sum())
         if wrong:
@@ -6388,7 +6565,19 @@ class ScoreLedger:
         nats = torch.tensor(self.nll.sum(dtype=np.float64))
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
+        if stage and self.write_scores:
+            self.write(stage)
         return nats.item()
+
+    def write(self, stage: str) -> None:
+        """scores_<stage>.npy in the run's folder: float32 [targets], in stream order."""
+        scores = torch.from_numpy(self.nll.astype(np.float32))  # 0 for what other ranks scored
+        if self.run.world > 1:
+            dist.all_reduce(scores, group=self.run.control)
+        if self.run.is_main:
+            file = io.BytesIO()
+            np.save(file, scores.numpy())
+            write_atomic(self.run.path(f"{self.run.prefix}scores_{stage}.npy"), file.getvalue())
 
 
 class ProgressMeter:
@@ -6510,14 +6699,17 @@ class Evaluator:
         work = f"{len(self.windows)} windows of up to {config.eval_context} tokens, stride {config.eval_step}"
         ProgressMeter(self.run, config, "sliding", batches).project(seconds, f"{work}, {batches} batches")
 
-    def __call__(self, forward: Callable) -> Score:
-        """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore."""
+    def __call__(self, forward: Callable, stage: str = "") -> Score:
+        """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore.
+
+        `stage` names the file of EVAL_SCORES.
+        """
         ledger, batches = ScoreLedger(self), self.batches(self.sequences)
         meter = ProgressMeter(self.run, self.config, "sliding", len(batches))
         for number in range(self.run.rank, len(batches), self.run.world):
             self.score_sequences(forward, batches[number], ledger)
             meter.advance(min(self.run.world, len(batches) - number))
-        return Score(ledger.close(), len(self.tokens) - 1, self.bytes)
+        return Score(ledger.close(stage), len(self.tokens) - 1, self.bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -6592,9 +6784,10 @@ def cosine(step: int, steps: int) -> float:
 class PhasedTTT:
     """Documents in batches, each document with its own LoRA; all weights train between phases.
 
-    The schedule is fixed before the start: documents in order, their phases, the batches of a phase, and for each batch
-    one of TTT_STREAMS streams. Within a stream each batch hands A on to the next. Ranks share the streams, so the
-    number of ranks does not change what a batch starts from.
+    Strictly causal: phases part the stream in its order, at fixed counts of documents or tokens. In a phase every
+    document starts from the same weights, the same A and a zero B, and its chunks end at fixed places. So a score
+    depends on earlier phases and on the document's own earlier tokens alone, and documents may be sorted by length,
+    dealt over the ranks and dropped as they end.
     """
 
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
@@ -6603,46 +6796,97 @@ class PhasedTTT:
         self.model = model
         self.tokens, self.offsets = evaluator.tokens, evaluator.documents
         self.lengths = np.diff(self.offsets)
-        self.order = np.arange(len(self.lengths))
-        if config.ttt_order == "length":
-            self.order = np.argsort(-self.lengths, kind="stable")
-        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
-        ends = [prefix * (phase + 1) // phases for phase in range(phases)]
-        # Documents scored before each training of all weights. After the last document nothing would gain from one.
-        self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
-        self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
-        if config.ttt_short_doc_chunks:
-            self.chunk_sizes[self.lengths <= 2000] = 24
-            self.chunk_sizes[self.lengths <= 256] = 8
-        self.chunk_sizes = np.minimum(self.chunk_sizes, config.ttt_context)  # a window must hold its chunk
-        self.chunk_counts = -(-self.lengths // self.chunk_sizes)
+        self.plan()
         self.ledger = ScoreLedger(evaluator)
         self.forward = compiled_forward(constant_view(model), dynamic=True)
         calls = len(model.schedules[config.loops])
         self.adapters = Adapters(config, calls, self.run.device) if adapt else None
-        batches = [batch for begin, end in self.phases() for _, _, batch in self.batches(begin, end)]
-        work = float(sum(self.cost(batch).sum() for batch in batches))
-        self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", work)
+        if self.adapters:
+            self.phase_a = self.adapters.draw(1, config.seed)
+            self.a_sum = {key: torch.zeros_like(a, dtype=torch.float64) for key, a in self.phase_a.items()}
+        work = sum(self.cost(batch).sum() for begin, end in self.phases() for batch in self.batches(begin, end))
+        self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", float(work))
+
+    def plan(self) -> None:
+        """Order of the documents, ends of the phases, ends of the chunks."""
+        config, longest = self.config, int(self.lengths.max())
+        self.order = np.arange(len(self.lengths))
+        phases = np.arange(1, config.phased_ttt_num_phases + 1)
+        if config.phased_ttt_prefix_tokens:  # a phase holds the documents that begin in its tokens
+            boundaries = config.phased_ttt_prefix_tokens * phases // len(phases)
+            ends = np.searchsorted(self.offsets[:-1], boundaries)
+        else:
+            ends = config.phased_ttt_prefix_docs * phases // len(phases)
+        # An end after the last document is left out: no score would come after its training.
+        self.phase_ends = [end for end in dict.fromkeys(ends.tolist()) if 0 < end < len(self.order)]
+        edges = [0]
+        while edges[-1] < longest:
+            edges.append(edges[-1] + self.chunk_size_at(edges[-1]))
+        self.chunk_edges = np.array(edges)
+        self.chunk_counts = np.searchsorted(self.chunk_edges, self.lengths)
+
+    def chunk_size_at(self, place: int) -> int:
+        """Targets of the chunk that begins at a place in a document: of the place alone, not of the length."""
+        size = self.config.ttt_chunk_size
+        if self.config.ttt_short_doc_chunks and place < 2000:
+            size = 8 if place < 256 else 24
+        return min(size, self.config.ttt_context)  # a window must hold its chunk
+
+    def chunk_bounds(self, documents: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places [n] in their documents where a chunk begins, and where it ends if its document goes on so far."""
+        first, end = self.chunk_edges[chunk : chunk + 2]
+        return np.full(len(documents), first), np.full(len(documents), end)
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
-        """Estimated tokens that pass through the model for each document: its chunks, each with its context."""
-        context = np.minimum(self.lengths[documents], self.config.ttt_context)
-        return self.chunk_counts[documents] * context - context**2 / (2 * self.chunk_sizes[documents])
+        """Tokens that pass through the model for each document: its chunks, each with its context."""
+        widths = np.minimum(self.chunk_edges[1:], self.config.ttt_context)
+        return np.concatenate(([0], np.cumsum(widths)))[self.chunk_counts[documents]]
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything trains on it."""
         for begin, end in self.phases():
-            for first, stream, batch in self.batches(begin, end):
+            for batch in self.batches(begin, end):
                 if self.adapters:
-                    self.adapters.start(stream, self.config.seed + first)
+                    self.start_batch(batch)
                 if not self.meter.done:
                     self.project(batch)
                 self.score_and_adapt(batch)
+                if self.adapters:
+                    self.finish_batch(batch)
                 self.meter.advance(float(self.cost(batch).sum()))
             if end in self.phase_ends and self.adapters:
-                self.ledger.share()
-                self.train_full_model(self.order[:end])
-        return Score(self.ledger.close(), len(self.tokens) - 1, self.evaluator.bytes)
+                self.finish_phase(begin, end)
+        return Score(self.ledger.close(self.meter.stage), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def phases(self) -> list[tuple[int, int]]:
+        """Places in the order at which each phase begins and ends."""
+        return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
+
+    def batches(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """This rank's batches of a phase, longest documents first; each rank takes every world-th document."""
+        documents = self.order[begin:end]
+        documents = documents[np.argsort(-self.lengths[documents], kind="stable")][self.run.rank :: self.run.world]
+        size = self.config.ttt_batch_size
+        yield from (documents[i : i + size] for i in range(0, len(documents), size))
+
+    def start_batch(self, documents: np.ndarray) -> None:
+        """Every document of a phase starts from the same A."""
+        self.adapters.start(self.phase_a)
+
+    def finish_batch(self, documents: np.ndarray) -> None:
+        """Adds up the A that each document left, for the next phase."""
+        for key, a in self.adapters.a.items():
+            self.a_sum[key] += a[: len(documents)].sum(0, keepdim=True, dtype=torch.float64)
+
+    def finish_phase(self, begin: int, end: int) -> None:
+        """Between phases all weights train on the documents scored so far, and A becomes the mean of those left."""
+        if self.config.ttt_warm_start_a:
+            self.run.all_reduce(*self.a_sum.values())
+            self.phase_a = {key: (a / (end - begin)).float() for key, a in self.a_sum.items()}
+        for a in self.a_sum.values():
+            a.zero_()
+        self.ledger.share()
+        self.train_full_model(self.order[:end])
 
     def project(self, documents: np.ndarray) -> None:
         """Logs the seconds that the evaluation will take, measured on a batch's first window with a full context.
@@ -6671,24 +6915,8 @@ class PhasedTTT:
         if adapts:
             torch.autograd.grad(nll.sum(), leaves)
 
-    def phases(self) -> list[tuple[int, int]]:
-        """Places in the order at which each phase begins and ends."""
-        return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
-
-    def batches(self, begin: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """This rank's batches of a phase: (place of the first document in the order, stream, documents)."""
-        config = self.config
-        for number, first in enumerate(range(begin, end, config.ttt_batch_size)):
-            stream = number % config.ttt_streams
-            if stream % self.run.world == self.run.rank:
-                yield first, stream, self.order[first : min(first + config.ttt_batch_size, end)]
-
     def score_and_adapt(self, documents: np.ndarray) -> None:
         """Scores a batch chunk by chunk. Documents with most chunks come first, so that the remaining are a prefix."""
-        order = np.argsort(-self.chunk_counts[documents], kind="stable")
-        documents = documents[order]
-        if self.adapters:
-            self.adapters.arrange(order)
         for chunk in range(int(self.chunk_counts[documents[0]])):
             batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
             adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
@@ -6698,8 +6926,6 @@ class PhasedTTT:
                 if step:
                     nll, leaves = self.score(batch, scored, True)
                 self.adapt(nll, leaves, scored[:adapting])
-        if self.adapters:
-            self.adapters.arrange(np.argsort(order))
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
         """One adapter step of the first documents on their chunk's mean loss."""
@@ -6728,26 +6954,28 @@ class PhasedTTT:
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
-        """One chunk of each document with its context, ending at the right edge; left of it is padding.
+        """One chunk of each document with its context, right-aligned where the chunk would end; the rest is padding.
 
-        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere.
+        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere. T
+        and last follow from the chunk's place and not from where documents end: rounding depends on shapes.
         """
-        sizes, lengths = self.chunk_sizes[documents], self.lengths[documents]
-        first = np.minimum(chunk * sizes, lengths)
-        stop = np.minimum(first + sizes, lengths)
-        begin = np.maximum(0, first + sizes - self.config.ttt_context)
-        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens.
-        if len(documents) == 1 < self.config.ttt_batch_size:
-            documents, first, stop, begin = (np.repeat(x, 2) for x in (documents, first, stop, begin))
-            first[1] = stop[1]  # the second sequence is padding: nothing of it is scored
-        last = max(2, int(sizes.max()))
-        length = min(max(int((stop - begin).max()), last + 1), max(self.config.ttt_context, last))
-        offset = stop[:, None] - length + np.arange(length)  # [B, T] places in their documents
-        padding = offset < begin[:, None]
-        positions = self.offsets[documents][:, None] + np.maximum(offset, 0)
+        first, end = self.chunk_bounds(documents, chunk)
+        last = max(2, int((end - first).max()))
+        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens. And a
+        # matrix product of fewer than 8 rows is rounded in another way on CPUs.
+        missing = min(max(2, -(-8 // last)), max(2, self.config.ttt_batch_size)) - len(documents)
+        if missing > 0:
+            documents, first, end = (np.append(x, np.repeat(x[-1:], missing)) for x in (documents, first, end))
+            first[-missing:] = end[-missing:]  # nothing of the padding is scored
+        begin, lengths = np.maximum(0, end - self.config.ttt_context), self.lengths[documents][:, None]
+        length = min(max(int((end - begin).max()), last + 1), max(self.config.ttt_context, last))
+        places = end[:, None] - length + np.arange(length)  # [B, T] in their documents
+        padding = places < begin[:, None]
+        positions = self.offsets[documents][:, None] + np.clip(places, 0, lengths - 1)
         ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
         starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
-        scored = np.where(offset >= first[:, None], positions, -1)[:, length - last :]
+        counts = (places >= first[:, None]) & (places < lengths)
+        scored = np.where(counts, positions, -1)[:, length - last :]
         return to_device(ids, targets, starts, self.run.device), scored
 
     def train_full_model(self, documents: np.ndarray) -> None:
@@ -6762,6 +6990,78 @@ class PhasedTTT:
         for step in range(total):
             sgd.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
         self.run.log(f"ttt: {total} full-model SGD steps on {len(documents)} scored documents, {len(stream)} tokens")
+
+
+class LengthOrderTTT(PhasedTTT):
+    """TTT_ORDER=length, as PR #2163 does it: longest documents first. It is not strictly causal.
+
+    The batch, the phase, the chunks and the A that a document meets depend on where it ends, and on other lengths.
+    Each batch belongs to one of TTT_STREAMS streams, in which it hands A on to the next. Ranks share the streams, so
+    that the number of ranks does not change what a batch starts from.
+    """
+
+    def plan(self) -> None:
+        """Documents by length; ends of the phases within the stream's documents; each document's chunk size."""
+        config = self.config
+        self.order = np.argsort(-self.lengths, kind="stable")
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
+        ends = [prefix * (phase + 1) // phases for phase in range(phases)]
+        self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
+        self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
+        if config.ttt_short_doc_chunks:
+            self.chunk_sizes[self.lengths <= 2000] = 24
+            self.chunk_sizes[self.lengths <= 256] = 8
+        self.chunk_sizes = np.minimum(self.chunk_sizes, config.ttt_context)
+        self.chunk_counts = -(-self.lengths // self.chunk_sizes)
+        self.stream_a: dict[int, dict[str, Tensor]] = {}
+        self.place = np.argsort(self.order)  # of each document in the order
+
+    def chunk_bounds(self, documents: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places [n] in their documents where a chunk begins, and where it ends if its document goes on so far."""
+        sizes = self.chunk_sizes[documents]
+        return chunk * sizes, (chunk + 1) * sizes
+
+    def cost(self, documents: np.ndarray) -> np.ndarray:
+        """Estimated tokens that pass through the model for each document: its chunks, each with its context."""
+        context = np.minimum(self.lengths[documents], self.config.ttt_context)
+        return self.chunk_counts[documents] * context - context**2 / (2 * self.chunk_sizes[documents])
+
+    def batches(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """This rank's batches of a phase, in the order of the documents, sorted by chunks."""
+        size = self.config.ttt_batch_size
+        for first in range(begin, end, size):
+            if self.stream_of(first) % self.run.world == self.run.rank:
+                documents = self.order[first : min(first + size, end)]
+                yield documents[np.argsort(-self.chunk_counts[documents], kind="stable")]
+
+    def stream_of(self, first: int) -> int:
+        """The stream of the batch whose first document has this place in the order."""
+        begin = max((end for end in self.phase_ends if end <= first), default=0)
+        return (first - begin) // self.config.ttt_batch_size % self.config.ttt_streams
+
+    def start_batch(self, documents: np.ndarray) -> None:
+        """A as the stream's last batch left it, or with TTT_WARM_START_A=0 drawn anew; in the batch's order."""
+        first, stream = self.first_and_stream(documents)
+        if stream not in self.stream_a or not self.config.ttt_warm_start_a:
+            self.stream_a[stream] = self.adapters.draw(self.config.ttt_batch_size, self.config.seed + first)
+        self.adapters.start(self.stream_a[stream])
+        self.adapters.arrange(self.place[documents] - first)
+
+    def finish_batch(self, documents: np.ndarray) -> None:
+        """Hands A on, in the order of the documents."""
+        first, stream = self.first_and_stream(documents)
+        self.adapters.arrange(np.argsort(self.place[documents] - first))
+        self.stream_a[stream] = self.adapters.a
+
+    def first_and_stream(self, documents: np.ndarray) -> tuple[int, int]:
+        """Place in the order of a batch's first document, and the batch's stream."""
+        first = int(self.place[documents].min())
+        return first, self.stream_of(first)
+
+    def finish_phase(self, begin: int, end: int) -> None:
+        """Between phases all weights train on the documents scored so far."""
+        self.ledger.share()
+        self.train_full_model(self.order[:end])
 
 
 class ChunkTTT:
@@ -6793,9 +7093,17 @@ class ChunkTTT:
             if self.adapt and chunk < self.count - 1:
                 self.ledger.share()
                 for _ in range(config.ttt_epochs):
-                    sgd.step(positions, config.ttt_lr * cosine(chunk, self.count - 1))
+                    sgd.step(positions, config.ttt_lr * self.decay(chunk))
             self.meter.advance(1)
-        return Score(self.ledger.close(), end, self.evaluator.bytes)
+        return Score(self.ledger.close(self.meter.stage), end, self.evaluator.bytes)
+
+    def decay(self, chunk: int) -> float:
+        """Multiplier of TTT_LR after a chunk, over a fixed number of tokens: it must not know where the stream ends."""
+        tokens = self.config.ttt_decay_tokens
+        if not tokens:
+            return 1.0
+        chunks = self.count - 1 if tokens < 0 else tokens // self.size
+        return cosine(min(chunk, chunks), chunks)
 
     def project(self, forward: Callable, windows: int, sgd: FullModelSGD) -> None:
         """Logs the seconds that the evaluation will take, from one batch of windows and one training sequence."""
@@ -6811,7 +7119,8 @@ class ChunkTTT:
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
     config, run = evaluator.config, evaluator.run
-    method = dict(phased=PhasedTTT, chunk=ChunkTTT)[config.ttt_mode]
+    phased = PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT
+    method = dict(phased=phased, chunk=ChunkTTT)[config.ttt_mode]
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
         score = method(evaluator, model, adapt=False)()
@@ -6865,7 +7174,7 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
     with Stage(run, "validate"):
-        score = evaluator(trainer.forward)
+        score = evaluator(trainer.forward, "pre_quant")
         log_score(run, "pre_quant", score)
         if not math.isfinite(score.nats):
             raise diverged(config, f"the validation loss is {score.loss}")
@@ -6918,7 +7227,7 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
             evaluator = Evaluator(config, run)
             log_data(run, evaluator)
             evaluator.project(compiled_forward(model))
-        score = evaluator(compiled_forward(model))
+        score = evaluator(compiled_forward(model), "quantized")
         log_score(run, "quantized", score)
     rows = dict(
         **sizes(len(data), config, run),
@@ -6932,6 +7241,7 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
         parameters=parameter_count(config),
         audit=evaluator.data_check.rows,
         reference_compressors=evaluator.data_check.manifest.reference,
+        strictly_causal=config.strictly_causal,
     )
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
@@ -6978,6 +7288,9 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
             f"val_bpb    {s['val_bpb_quantized']:.4f} quantized, packed, read back; {s['val_tokens']} targets, "
             f"{s['val_bytes']} bytes, each once"
         )
+        if s["val_bpb_ttt"] is not None:
+            yield f"val_bpb    {s['val_bpb_ttt']:.4f} after test-time training"
+        yield f"           strictly causal: {'yes' if s['strictly_causal'] else 'no'}"
         for name, bpb in s["reference_compressors"].items():
             yield f"           {bpb:.4f} {name} on the same text, for orientation"
     if "artifact_bytes" in s:

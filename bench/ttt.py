@@ -6,7 +6,7 @@
 Each row is a whole evaluation of the same validation stream, by the code that scores a run:
 
 - sliding windows without overlap, and with a stride of 64 targets
-- phased test-time training, without and with training
+- phased test-time training: without training, strictly causal, and in length order
 - chunk test-time training
 
 Without an artifact the weights are initial ones, and the stream is random tokens in documents as long as web pages.
@@ -114,12 +114,14 @@ def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator,
 
     stride = min(64, c.eval_context)
     change = dataclasses.replace
-    phased, chunk = change(c, ttt_mode="phased"), change(c, ttt_mode="chunk", eval_stride=0)
+    phased, chunk = change(c, ttt_mode="phased", ttt_order="stream"), change(c, ttt_mode="chunk", eval_stride=0)
+    by_length = change(phased, ttt_order="length")
     return {
         "sliding, no overlap": (change(c, eval_stride=0), sliding),
         f"sliding, stride {stride}": (change(c, eval_stride=stride), sliding),
         "phased, learning off": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model, adapt=False)()),
         "phased": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model)()),
+        "phased, length order": (by_length, lambda evaluator, model: t.LengthOrderTTT(evaluator, model)()),
         "chunk": (chunk, lambda evaluator, model: t.ChunkTTT(evaluator, model)()),
     }
 

@@ -72,8 +72,8 @@ def trains_on_the_next_chunk():
 
 
 def leaves_a_batch_out():
-    batches = tg.PhasedTTT.batches
-    tg.PhasedTTT.batches = lambda ttt, begin, end: list(batches(ttt, begin, end))[begin == 0 :]
+    batches = tg.LengthOrderTTT.batches
+    tg.LengthOrderTTT.batches = lambda ttt, begin, end: list(batches(ttt, begin, end))[begin == 0 :]
 
 
 def leaves_a_window_out():
@@ -139,7 +139,7 @@ def test_a_run_under_python_o_gives_the_same_artifact_and_scores(data, tmp_path)
 def outcome(name, folder):
     """(type of the exception, its message) of an evaluation with a planted violation; what was planted is undone."""
     plant, knobs, _ = PLANTED[name]
-    owners = (tg, tg.PhasedTTT, tg.FullModelSGD, tg.ScoreLedger)
+    owners = (tg, tg.PhasedTTT, tg.LengthOrderTTT, tg.FullModelSGD, tg.ScoreLedger)
     before = [dict(vars(owner)) for owner in owners]
     try:
         plant()

@@ -212,8 +212,14 @@ def attention_naive(q, k, v, documents):
     return y
 
 
-def backends(documents, dtype):
-    return {name: tg.attention_backend(name)(documents_from(documents), dtype) for name in ("sdpa", "blocked")}
+def of_backend(name, documents):
+    """A backend's attention for documents' starts, with the heads of its arguments."""
+    batch = documents_from(documents)
+    return lambda q, k, v: tg.attention_backend(name)(batch, q.size(2), k.size(2))(q, k, v)
+
+
+def backends(documents):
+    return {name: of_backend(name, documents) for name in ("sdpa", "blocked")}
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
@@ -222,24 +228,26 @@ def test_blocked_attention_equals_torchs(length, heads, kv_heads):
     q, k, v = (normal(2, length, n, 8, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
     for starts in ([[0]], [[0, 3, 5, 128, 200], [0, 1, 2, 127, 129]]):
         documents = documents_of([[s for s in row if s < length] for row in starts], 2, length)
-        both = backends(documents, torch.float64)
+        both = backends(documents)
         compare(both["blocked"], both["sdpa"], [q, k, v])
 
 
 def test_every_backend_equals_the_definition():
     q, k, v = (normal(2, 20, n, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     documents = documents_of([[0, 5, 6, 13], [0, 19]], 2, 20)
-    for function in backends(documents, torch.float64).values():
+    for function in backends(documents).values():
         compare(function, lambda q, k, v: attention_naive(q, k, v, documents), [q, k, v])
 
 
 def test_blocked_attention_passes_gradcheck(monkeypatch):
-    monkeypatch.setattr(tg, "QUERY_BLOCK", 3)  # several blocks in few positions
+    monkeypatch.setattr(tg, "FIRST_BLOCK", 1)  # several blocks in few positions
+    monkeypatch.setattr(tg, "QUERY_BLOCK", 2)
     q, k, v = (normal(1, 7, n, 2, seed=i).requires_grad_() for i, n in enumerate((2, 1, 1)))
     documents = documents_of([[0, 4]], 1, 7)
-    function = backends(documents, torch.float64)["blocked"]
+    function = backends(documents)["blocked"]
+    assert tg.block_widths(4) == [1, 1, 2] and tg.block_widths(5) == [1, 1, 2, 2]
     assert torch.autograd.gradcheck(function, (q, k, v))
-    compare(function, backends(documents, torch.float64)["sdpa"], [q, k, v])
+    compare(function, backends(documents)["sdpa"], [q, k, v])
 
 
 @examples(max_examples=40)
@@ -248,18 +256,44 @@ def test_attention_of_random_shapes_and_documents(rows, length, heads, data):
     starts = [sorted({0, *data.draw(st.lists(st.integers(0, length - 1), max_size=6))}) for _ in range(rows)]
     documents = documents_of(starts, rows, length)
     q, k, v = (normal(rows, length, n, 4, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1])))
-    both = backends(documents, torch.float64)
+    both = backends(documents)
     compare(both["blocked"], both["sdpa"], [q, k, v])
 
 
 def test_blocked_attention_rounds_like_torchs():
     q, k, v = (normal(2, 200, n, 32, seed=i) for i, n in enumerate((4, 2, 2)))
     documents = documents_of([[0, 90], [0, 10, 150]], 2, 200)
+    rounding_is_no_worse(of_backend("blocked", documents), of_backend("sdpa", documents), [q, k, v], slack=3)
 
-    def of(name):
-        return lambda q, k, v: tg.attention_backend(name)(documents_from(documents), q.dtype)(q, k, v)
 
-    rounding_is_no_worse(of("blocked"), of("sdpa"), [q, k, v], slack=3)
+def test_blocks_end_at_fixed_places():
+    ends = list(itertools.accumulate(tg.block_widths(300)))
+    assert ends == [16, 32, 64, 128, 256, 384]
+    assert tg.block_widths(1) == tg.block_widths(16) == [16] and tg.block_widths(17) == [16, 16]
+
+
+def test_blocked_attention_computes_documents_and_not_rows():
+    """Rows of 512 tokens cost what their documents cost, whatever lies beside them."""
+    long_row, short_rows = documents_of([list(range(0, 512, 32))], 1, 512), documents_of([[0]], 16, 32)
+    work = [[n * w for n, w in tg.document_blocks(s, 2, 1).shapes] for s in (long_row, short_rows)]
+    assert work[0] == work[1] == [16 * 16, 16 * 16]
+    one = [n * w for n, w in tg.document_blocks(documents_of([[0, 300]], 1, 512), 2, 1).shapes]
+    assert one == [2 * 16, 2 * 16, 2 * 32, 2 * 64, 2 * 128, 128]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_document(bad):
+    """And where it begins a block, behind what came before it: 0 * inf is not 0."""
+    documents = documents_of([[0, 5, 40], [0, 30, 31]], 2, 60)
+    q, k, v = (normal(2, 60, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
+    expected = of_backend("blocked", documents)(q, k, v)
+    for x in (q, k, v):
+        x[0, 5 + 32 :] = bad  # the second block of the second document, and the whole third
+        x[1, 30] = bad
+    found = of_backend("blocked", documents)(q, k, v)
+    clean = torch.ones(2, 60, dtype=torch.bool)
+    clean[0, 5 + 16 :] = clean[1, 30] = False
+    assert torch.equal(found[clean], expected[clean]) and not torch.isfinite(found[0, 40:]).any()
 
 
 def test_who_sees_whom():
@@ -374,7 +408,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
 
     def results(backend, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y = backend(documents, dtype)(*leaves)
+        y = backend(documents, 8, 4)(*leaves)
         return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     exact, plain, other = (
@@ -387,3 +421,52 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name):
     )
     for truth, x, y in zip(exact, plain, other, strict=True):
         assert (y - truth).abs().max() <= 2 * (x - truth).abs().max() + 1e-3
+
+
+# -------------------------------------------------------------------------------- rows that do not depend on each other
+
+
+def rows_keep_their_bits(function, x, sizes=(1, 2, 3, 5, 7, 9, 11, 13, 17, 31, 100, 333)):
+    """A function of rows gives a row the same bits wherever it stands and however many rows there are."""
+    whole = function(x)
+    for size in sizes:
+        for start in (0, 1, 37, len(x) - size):
+            assert torch.equal(function(x[start : start + size].clone()), whole[start : start + size]), (size, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width, out", [(32, 48), (5, 4), (4, 17), (12, 1), (33, 17), (10, 6), (64, 1), (256, 384)])
+def test_a_row_of_a_product_does_not_depend_on_other_rows(width, out, dtype):
+    x, weight = normal(500, width, dtype=dtype), normal(out, width, seed=1, dtype=dtype)
+    rows_keep_their_bits(lambda x: tg.linear(x, weight), x)
+    wider = normal(500, width + 3, dtype=dtype)  # a gate reads the first inputs of a wider row
+    rows_keep_their_bits(lambda x: tg.linear(x[:, :width], weight), wider)
+
+
+@pytest.mark.parametrize("shape, width, out", [((2, 30), 5, 4), ((1, 3), 8, 8), ((3, 40), 12, 1), ((2, 64), 16, 6)])
+def test_linear_is_torchs(shape, width, out):
+    compare(tg.linear, F.linear, [normal(*shape, width), normal(out, width, seed=1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_element_of_a_sigmoid_does_not_depend_on_its_place(dtype):
+    for width in (1, 4, 5, 33):
+        rows_keep_their_bits(tg.sigmoid, normal(500, width, dtype=dtype, scale=3))
+
+
+def test_sigmoid_is_torchs():
+    x = torch.cat([normal(70, scale=4), torch.tensor([-1000.0, -90.0, 0.0, 90.0, 1000.0])])
+    compare(tg.sigmoid, torch.sigmoid, [x])
+    assert torch.autograd.gradcheck(tg.sigmoid, normal(9).requires_grad_())
+    extreme = torch.tensor([-1000.0, -90.0, 90.0, 1000.0]).requires_grad_()
+    tg.sigmoid(extreme).sum().backward()
+    assert torch.isfinite(extreme.grad).all()
+    rounding_is_no_worse(tg.sigmoid, torch.sigmoid, [normal(200, scale=3)])
+
+
+def test_a_token_of_a_low_rank_map_does_not_depend_on_the_length():
+    a, b = normal(3, 4, 32, seed=1, dtype=torch.float32), normal(3, 24, 4, seed=2, dtype=torch.float32)
+    x = normal(3, 60, 32, dtype=torch.float32)
+    whole = tg.low_rank(x, (a, b))
+    for length in (1, 2, 3, 5, 9, 15, 16, 17, 33):
+        assert torch.equal(tg.low_rank(x[:, :length].clone(), (a, b)), whole[:, :length])

@@ -115,6 +115,7 @@ CHANGES = {
     "ARTIFACT_LIMIT_BYTES": (1000, {}),
     "EVAL_SEQ_LEN": (8, {}),
     "EVAL_STRIDE": (4, {}),
+    "EVAL_SCORES": (1, {}),
     "GPTQ_DAMP": (0.5, dict(MATRIX_BITS=3)),
     "SEED": (8, {}),
     "RUN_ID": ("other", {}),
@@ -172,9 +173,8 @@ CHANGES = {
     **{
         name: (value, PHASED)
         for name, value in (
-            ("TTT_ORDER", "stream"),
+            ("TTT_ORDER", "length"),
             ("TTT_BATCH_SIZE", 4),
-            ("TTT_STREAMS", 2),
             ("TTT_CHUNK_SIZE", 12),
             ("TTT_EVAL_SEQ_LEN", 32),
             ("TTT_LORA_RANK", 2),
@@ -185,6 +185,7 @@ CHANGES = {
             ("TTT_GRAD_STEPS", 2),
             ("TTT_WARM_START_A", 0),
             ("PHASED_TTT_PREFIX_DOCS", 8),
+            ("PHASED_TTT_PREFIX_TOKENS", 600),
             ("PHASED_TTT_NUM_PHASES", 1),
             ("GLOBAL_TTT_CHUNK_TOKENS", 256),
             ("GLOBAL_TTT_LR", 0.02),
@@ -193,6 +194,7 @@ CHANGES = {
             *((f"TTT_{part}_LORA", 0) for part in ("Q", "K", "V", "O", "MLP")),
         )
     },
+    "TTT_STREAMS": (2, dict(PHASED, TTT_ORDER="length")),
     "TTT_SHORT_DOC_CHUNKS": (1, dict(PHASED, TTT_EVAL_SEQ_LEN=32)),
     **{
         name: (value, CHUNK)
@@ -200,6 +202,7 @@ CHANGES = {
             ("TTT_CHUNK_TOKENS", 2048),
             ("TTT_EPOCHS", 1),
             ("TTT_LR", 0.01),
+            ("TTT_DECAY_TOKENS", 2048),
             ("TTT_MOMENTUM", 0.5),
             ("TTT_FREEZE_BLOCKS", 1),
         )

@@ -25,6 +25,7 @@ LENGTHS = (20, 1, 7, 33, 1, 1, 12, 5, 26, 9, 40, 3, 1, 17, 8, 30, 2, 11, 22, 6)
 # Rates so large that what a score must not depend on would change it visibly.
 PHASED = dict(
     TTT_MODE="phased",
+    TTT_ORDER="length",
     TTT_BATCH_SIZE=3,
     TTT_STREAMS=2,
     TTT_CHUNK_SIZE=6,
@@ -264,7 +265,7 @@ class Rules:
             if c.ttt_order == "length"
             else list(range(len(lengths)))
         )
-        size = (
+        size = (  # all documents are short: a size by place is the same
             np.where(lengths <= 256, 8, c.ttt_chunk_size)
             if c.ttt_short_doc_chunks
             else np.full(len(lengths), c.ttt_chunk_size)
@@ -295,7 +296,7 @@ class Rules:
             if self.phase[d] < self.phases:
                 mask |= phase > self.phase[d]
             # Through A of the same stream, which acts once B has left zero: not in a document's first chunk.
-            if self.chunk[target] < self.last_chunk[d]:
+            if self.c.ttt_order == "length" and self.chunk[target] < self.last_chunk[d]:
                 mask |= (stream == self.stream[d]) & (batch > self.batch[d]) & (self.chunk > 0)
         return mask
 
@@ -536,7 +537,7 @@ def blind_ledger(patch):
 
     patch.setattr(tg.ScoreLedger, "score", score)
     patch.setattr(tg.ScoreLedger, "train_on", lambda ledger, positions: None)
-    patch.setattr(tg.ScoreLedger, "close", lambda ledger: float(ledger.nll.sum(dtype=np.float64)))
+    patch.setattr(tg.ScoreLedger, "close", lambda ledger, stage="": float(ledger.nll.sum(dtype=np.float64)))
 
 
 def adapt_by(patch, order):
@@ -629,10 +630,10 @@ def enters_the_better_score(patch):
 
 def passes_twice(patch):
     """A first pass over everything teaches the weights; the second one is reported."""
-    phased = tg.PhasedTTT
+    phased = tg.LengthOrderTTT
     patch.setattr(
         tg,
-        "PhasedTTT",
+        "LengthOrderTTT",
         lambda evaluator, model, adapt=True: (phased(evaluator, model)(), phased(evaluator, model, adapt))[1],
     )
 
@@ -642,7 +643,7 @@ def keeps_b(patch):
     start = tg.Adapters.start
 
     def plant(adapters, *arguments):
-        kept = {key: b.clone() for key, b in adapters.b.items()} if adapters.stream_a else None
+        kept = {key: b.clone() for key, b in adapters.b.items()} if hasattr(adapters, "a") else None
         start(adapters, *arguments)
         for key, b in (kept or {}).items():
             adapters.b[key].copy_(b)

@@ -212,7 +212,7 @@ def test_softcap_bounds_every_probability():
     assert lse.max() <= 2 + torch.tensor(48.0).log()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.2)])
 @pytest.mark.parametrize("softcap", ["tanh", "poly"])
 @torch.no_grad()
 def test_the_temperature_divides_the_softcapped_logits(softcap, dtype, tolerance):

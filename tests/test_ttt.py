@@ -38,6 +38,7 @@ from test_evaluation import evaluator_of, naive_nats
 RECORD = dict(RECORD_LIKE, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4)
 PHASED = dict(
     TTT_MODE="phased",
+    TTT_ORDER="length",
     TTT_BATCH_SIZE=4,
     TTT_STREAMS=3,
     TTT_CHUNK_SIZE=8,
@@ -51,7 +52,15 @@ PHASED = dict(
     GLOBAL_TTT_LR=0.05,
     QK_GAIN_INIT=2,
 )
-CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=50, TTT_EPOCHS=2, TTT_LR=0.05, EVAL_SEQ_LEN=24, EVAL_STRIDE=6)
+CHUNK = dict(
+    TTT_MODE="chunk",
+    TTT_CHUNK_TOKENS=50,
+    TTT_EPOCHS=2,
+    TTT_LR=0.05,
+    TTT_DECAY_TOKENS=-1,
+    EVAL_SEQ_LEN=24,
+    EVAL_STRIDE=6,
+)
 LENGTHS = (30, 7, 90, 1, 12, 45, 8, 1, 24, 16)
 
 
@@ -68,9 +77,15 @@ def prepared(folder, data, base, tokens=None, **knobs):
     return evaluator, build_model(evaluator.config, seed=1, spread=0.2)
 
 
-def scores(method, evaluator, model, adapt=True):
+def method_of(c):
+    """The class that does what the settings ask for."""
+    phased = tg.PhasedTTT if c.ttt_order == "stream" else tg.LengthOrderTTT
+    return dict(phased=phased, chunk=tg.ChunkTTT)[c.ttt_mode]
+
+
+def scores(evaluator, model, adapt=True):
     """Each target's nats."""
-    ttt = method(evaluator, model, adapt)
+    ttt = method_of(evaluator.config)(evaluator, model, adapt)
     total = ttt()
     assert total.nats == pytest.approx(ttt.ledger.nll.sum(dtype=np.float64), rel=1e-12)
     assert (total.tokens, total.bytes) == (len(evaluator.tokens) - 1, evaluator.bytes)
@@ -144,17 +159,19 @@ def plain_nll(model, tokens, looped):
 
 def plain_document(model, tokens, a, c):
     """A document by itself: score a chunk, then learn from it. Returns its scores and the A that it leaves."""
-    n, size = len(tokens) - 1, c.ttt_chunk_size
-    if c.ttt_short_doc_chunks:
-        size = 8 if n <= 256 else 24 if n <= 2000 else size
+    n, first = len(tokens) - 1, 0
     adapters, found = PlainAdapters(model, a, c), []
-    for first in range(0, n, size):
+    while first < n:
+        size, decisive = c.ttt_chunk_size, first + 1 if c.ttt_order == "stream" else n
+        if c.ttt_short_doc_chunks and decisive <= 2000:
+            size = 8 if decisive <= 256 else 24
         left = max(0, first + size - c.ttt_context)
         found.append(plain_nll(model, tokens[left : first + size + 1], c.loops)[first - left :].detach())
         for _ in range(c.ttt_grad_steps if first + size < n else 0):
             loss = plain_nll(model, tokens[left : first + size + 1], c.loops)[first - left :].mean()
             with torch.enable_grad():
                 adapters.step(loss, c)
+        first += size
     return torch.cat(found).numpy(), adapters.remove()
 
 
@@ -186,7 +203,9 @@ def plain_phased(evaluator, model, first_a):
     c, tokens = evaluator.config, evaluator.tokens.tolist()
     begins = [i for i, t in enumerate(tokens[:-1]) if t == tg.BOS_ID]
     spans = list(zip(begins, [*begins[1:], len(tokens) - 1], strict=True))
-    order = sorted(spans, key=lambda s: s[0] - s[1]) if c.ttt_order == "length" else spans
+    if c.ttt_order == "stream":
+        return plain_strict(tokens, spans, model, first_a[0], c)
+    order = sorted(spans, key=lambda s: s[0] - s[1])
     cuts = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
     result, kept, number = np.zeros(len(tokens) - 1), {}, 0
     for place, (begin, end) in enumerate(order):
@@ -196,6 +215,26 @@ def plain_phased(evaluator, model, first_a):
         a = kept.get(number % c.ttt_streams, first_a[number % c.ttt_streams])
         result[begin:end], kept[number % c.ttt_streams] = plain_document(model, tokens[begin : end + 1], a, c)
         number += 1
+    return result
+
+
+def plain_strict(tokens, spans, model, a, c):
+    """The strict schedule: a phase's documents start from one A, the next phase's from the mean of what they left."""
+    result, left = np.zeros(len(tokens) - 1), []
+    phases = range(1, c.phased_ttt_num_phases + 1)
+    if c.phased_ttt_prefix_tokens:
+        ends = [c.phased_ttt_prefix_tokens * k // c.phased_ttt_num_phases for k in phases]
+        cuts = [sum(begin < end for begin, _ in spans) for end in ends]
+    else:
+        cuts = [c.phased_ttt_prefix_docs * k // c.phased_ttt_num_phases for k in phases]
+    for place, (begin, end) in enumerate(spans):
+        if place in cuts and place:
+            plain_global(model, [(tokens[i], tokens[i + 1]) for s in spans[:place] for i in range(*s)], c)
+            if c.ttt_warm_start_a:
+                a = {key: torch.stack([x[key] for x in left]).mean(0) for key in a}
+            left = []
+        result[begin:end], own = plain_document(model, tokens[begin : end + 1], a, c)
+        left.append(own)
     return result
 
 
@@ -210,12 +249,12 @@ def plain_global(model, pairs, c):
 
 
 def first_adapters(patch):
-    """Collects the A that each stream begins with, of its first document, while PhasedTTT runs."""
+    """Collects the A that the first batches begin with, one for each stream, of their first document."""
     start, found = tg.Adapters.start, {}
 
-    def watched(adapters, stream, *rest):
-        start(adapters, stream, *rest)
-        found.setdefault(stream, {key: a[0].clone() for key, a in adapters.a.items()})
+    def watched(adapters, a):
+        start(adapters, a)
+        found.setdefault(len(found), {key: a[0].clone() for key, a in adapters.a.items()})
 
     patch.setattr(tg.Adapters, "start", watched)
     return found
@@ -248,13 +287,13 @@ def test_one_document_at_a_time_is_the_plain_loop(base, knobs, data, tmp_path, m
     settings = {**PHASED, "TTT_BATCH_SIZE": 1, "TTT_STREAMS": 1, **knobs}
     evaluator, model = prepared(tmp_path, data, base, **settings)
     first_a = first_adapters(monkeypatch)
-    found = scores(tg.PhasedTTT, evaluator, model)
+    found = scores(evaluator, model)
     plain = build_model(evaluator.config, seed=1, spread=0.2)
     expected = plain_phased(evaluator, plain, first_a)
     np.testing.assert_allclose(found, expected, rtol=2e-5)  # adapters are kept in float32
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-7, atol=1e-9)
-    still = scores(tg.PhasedTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
+    still = scores(evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
     assert np.abs(found - still).max() > 0.05  # far more than the tolerance
 
 
@@ -273,12 +312,12 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
         return score(ttt, batch, scored, adapts)
 
     monkeypatch.setattr(tg.PhasedTTT, "score", watched)
-    found, tokens = scores(tg.PhasedTTT, evaluator, model), evaluator.tokens.tolist()
+    found, tokens = scores(evaluator, model), evaluator.tokens.tolist()
     assert len(begun) == len(LENGTHS)
     for document, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         expected, _ = plain_document(model, tokens[begin : end + 1], begun[document], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
-    assert not torch.equal(begun[0]["head"], begun[1]["head"])
+    assert torch.equal(begun[0]["head"], begun[1]["head"]) == (order == "stream")  # one A for a whole phase
 
 
 def test_a_is_handed_on_within_a_stream_alone(data, tmp_path, monkeypatch):
@@ -302,7 +341,7 @@ def test_a_is_handed_on_within_a_stream_alone(data, tmp_path, monkeypatch):
             left.append([a.clone() for a in ttt.adapters.a.values()]),
         ),
     )
-    scores(tg.PhasedTTT, evaluator, model)
+    scores(evaluator, model)
     assert len(begun) == len(left) == len(LENGTHS)
     for number in range(3, len(LENGTHS)):
         assert all(torch.equal(x, y) for x, y in zip(begun[number], left[number - 3], strict=True))
@@ -323,7 +362,7 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
     ttt = SimpleNamespace(
         offsets=offsets,
         lengths=lengths,
-        chunk_sizes=sizes,
+        chunk_bounds=lambda documents, chunk: (chunk * sizes[documents], (chunk + 1) * sizes[documents]),
         tokens=tokens,
         run=single_run(),
         config=SimpleNamespace(ttt_context=context, ttt_batch_size=8),
@@ -333,18 +372,19 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
         some = np.flatnonzero(counts > chunk)
         (ids, targets, documents), scored = tg.PhasedTTT.window(ttt, some, chunk)
         last = scored.shape[1]
-        assert last <= ids.shape[1] <= max(context, last) and last <= max(2, sizes[some].max())
-        assert len(ids) == max(2, len(some)) and torch.equal(targets, ids + 1)
-        assert (scored[len(some) :] == -1).all()  # a second sequence of padding: no size is ever 1
+        assert last == max(2, sizes[some].max()) <= ids.shape[1] <= max(context, last)
+        assert len(ids) == max(len(some), min(max(2, -(-8 // last)), 8)) and torch.equal(targets, ids + 1)
+        assert (scored[len(some) :] == -1).all()  # rows of padding: no size is ever 1, no product has few rows
         for b, document in enumerate(some):
             first = chunk * sizes[document]
             expected = offsets[document] + np.arange(first, min(first + sizes[document], lengths[document]))
             places = np.flatnonzero(scored[b] >= 0)
-            assert scored[b, places].tolist() == expected.tolist() and places[-1] == scored.shape[1] - 1
+            assert scored[b, places].tolist() == expected.tolist()
+            assert places[0] == last - sizes[document]  # the chunk's full size ends the row, wherever its text ends
             seen[expected] += 1
-            assert ids[b, -len(expected) :].tolist() == (expected + 1000).tolist()
+            stop = ids.shape[1] - last + places[-1] + 1
             begin = documents.starts[b, -1].item()
-            inputs = ids[b, begin:].numpy() - 1000 - offsets[document]
+            inputs = ids[b, begin:stop].numpy() - 1000 - offsets[document]
             left = max(0, first + sizes[document] - context)
             assert inputs.tolist() == list(range(left, expected[-1] - offsets[document] + 1))
             assert (documents.starts[b, begin:] == begin).all() and (documents.starts[b, :begin] == 0).all()
@@ -361,7 +401,7 @@ def test_chunks_by_document_length(data, tmp_path):
             tokens,
             **dict(PHASED, TTT_SHORT_DOC_CHUNKS=short, TTT_CHUNK_SIZE=96, TTT_EVAL_SEQ_LEN=128),
         )
-        ttt = tg.PhasedTTT(evaluator, model)
+        ttt = method_of(evaluator.config)(evaluator, model)
         assert ttt.chunk_sizes.tolist() == expected
         assert ttt.chunk_counts.tolist() == np.ceil(ttt.lengths / expected).tolist()
 
@@ -369,9 +409,9 @@ def test_chunks_by_document_length(data, tmp_path):
 def test_a_chunk_is_at_most_the_context(data, tmp_path):
     """Else a chunk's first targets would be in no window."""
     evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_CHUNK_SIZE=99, TTT_EVAL_SEQ_LEN=20))
-    whole = scores(tg.PhasedTTT, evaluator, model, adapt=False).sum()
+    whole = scores(evaluator, model, adapt=False).sum()
     assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 20, 20), rel=1e-10)
-    assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+    assert np.isfinite(scores(evaluator, model)).all()
 
 
 def test_phases_and_order(data, tmp_path):
@@ -380,10 +420,10 @@ def test_phases_and_order(data, tmp_path):
         evaluator, model = prepared(
             tmp_path, data, TINY, **dict(PHASED, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
         )
-        assert tg.PhasedTTT(evaluator, model).phase_ends == expected
-    assert tg.PhasedTTT(evaluator, model).order.tolist() == [2, 5, 0, 8, 9, 4, 6, 1, 3, 7]
+        assert method_of(evaluator.config)(evaluator, model).phase_ends == expected
+    assert method_of(evaluator.config)(evaluator, model).order.tolist() == [2, 5, 0, 8, 9, 4, 6, 1, 3, 7]
     evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream"))
-    assert tg.PhasedTTT(evaluator, model).order.tolist() == list(range(10))
+    assert method_of(evaluator.config)(evaluator, model).order.tolist() == list(range(10))
 
 
 # ---------------------------------------------------------------------------------------------------------- no learning
@@ -400,9 +440,8 @@ def test_phases_and_order(data, tmp_path):
 )
 def test_rates_of_zero_are_exactly_the_baseline(base, knobs, data, tmp_path):
     evaluator, model = prepared(tmp_path, data, base, **knobs)
-    method = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[knobs["TTT_MODE"]]
-    before = scores(method, evaluator, model, adapt=False)
-    assert np.array_equal(scores(method, evaluator, model), before)
+    before = scores(evaluator, model, adapt=False)
+    assert np.array_equal(scores(evaluator, model), before)
     kept = build_model(evaluator.config, seed=1, spread=0.2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept.parameters(), strict=True))
 
@@ -411,17 +450,17 @@ def test_the_baseline_is_that_of_isolated_windows(data, tmp_path):
     """Without learning, chunks of as many targets as a sliding window's stride see the context that it does."""
     for base in (TINY, RECORD):
         evaluator, model = prepared(tmp_path, data, base, **dict(PHASED, TTT_CHUNK_SIZE=24))
-        whole = scores(tg.PhasedTTT, evaluator, model, adapt=False).sum()
+        whole = scores(evaluator, model, adapt=False).sum()
         assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 24, 24), rel=1e-10)
         evaluator, model = prepared(tmp_path, data, base, **dict(CHUNK, TTT_CHUNK_TOKENS=10**6))
-        whole = scores(tg.ChunkTTT, evaluator, model, adapt=False).sum()
+        whole = scores(evaluator, model, adapt=False).sum()
         assert whole == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 24, 6), rel=1e-10)
 
 
 def adapters_of(c, model, documents, seed=0, spread=0.0):
     """Adapters for some documents, and as the model takes them: A drawn, B of this spread."""
     adapters = tg.Adapters(c, len(model.schedules[c.loops]), torch.device("cpu"))
-    adapters.start(0, seed)
+    adapters.start(adapters.draw(c.ttt_batch_size, seed))
     generator = torch.Generator().manual_seed(seed)
     for b in adapters.b.values():
         b.normal_(0, spread, generator=generator) if spread else None
@@ -522,7 +561,7 @@ def test_phases_learn_from_scored_documents_once_without_the_last_chunk(data, tm
     evaluator, model = prepared(
         tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", GLOBAL_TTT_EPOCHS=2, PHASED_TTT_PREFIX_DOCS=4)
     )
-    scores(tg.PhasedTTT, evaluator, model)
+    scores(evaluator, model)
     # After two documents 37 targets: one chunk of 30. After four 128: four chunks. Each twice.
     assert [positions for positions, _ in seen] == 2 * [list(range(30))] + 2 * [
         list(range(i, i + 30)) for i in (0, 30, 60, 90)
@@ -536,25 +575,37 @@ def test_phases_learn_from_scored_documents_once_without_the_last_chunk(data, tm
     ]
 
 
-def test_nothing_learns_after_the_last_document(data, tmp_path, monkeypatch):
-    """Where the prefix holds every document, its last boundary is the end: no score could gain."""
+@pytest.mark.parametrize("order, last", [("length", 193), ("stream", 0)])
+def test_nothing_learns_after_the_last_document(order, last, data, tmp_path, monkeypatch):
+    """A prefix beyond the stream: in length order it is cut to the stream, in stream order no phase ends in it."""
     seen = watch_steps(monkeypatch)
-    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS=3000))
-    scores(tg.PhasedTTT, evaluator, model)
-    assert max(max(positions) for positions, _ in seen) < sum(LENGTHS[:5])
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=3000))
+    scores(evaluator, model)
+    learned = {p for positions, _ in seen for p in positions}
+    assert len(learned) <= last and bool(learned) == (order == "length")
+
+
+@pytest.mark.parametrize("tokens, expected", [(0, 1.0), (200, None), (1000, None)])
+def test_the_rate_of_chunks_does_not_know_where_the_stream_ends(tokens, expected, data, tmp_path, monkeypatch):
+    """TTT_DECAY_TOKENS: constant, or a cosine over so many tokens that stays at its end."""
+    seen = watch_steps(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(CHUNK, TTT_EPOCHS=1, TTT_DECAY_TOKENS=tokens))
+    scores(evaluator, model)
+    cosines = [0.5 * (1 + math.cos(math.pi * min(1, 50 * k / max(1, tokens)))) for k in range(4)]
+    assert [lr for _, lr in seen] == pytest.approx([0.05 * (expected or x) for x in cosines])
 
 
 def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch):
     seen = watch_steps(monkeypatch)
     evaluator, model = prepared(tmp_path, data, TINY, **CHUNK)
-    found = scores(tg.ChunkTTT, evaluator, model)
+    found = scores(evaluator, model)
     assert len(found) == 234 and [positions for positions, _ in seen] == [
         list(range(i, i + 50)) for i in (0, 50, 100, 150) for _ in range(2)
     ]
     assert [lr for _, lr in seen] == pytest.approx(
         [0.05 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4) for _ in range(2)]
     )
-    before = scores(tg.ChunkTTT, evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
+    before = scores(evaluator, build_model(evaluator.config, seed=1, spread=0.2), adapt=False)
     assert np.array_equal(found[:50], before[:50]) and (found[50:] != before[50:]).mean() > 0.9
 
 
@@ -562,7 +613,7 @@ def test_frozen_blocks_keep_their_weights(data, tmp_path):
     """Their vectors and their matrices keep every bit, the others move."""
     evaluator, model = prepared(tmp_path, data, RECORD, **dict(CHUNK, TTT_FREEZE_BLOCKS=2))
     kept, layers = {name: p.detach().clone() for name, p in model.named_parameters()}, evaluator.config.num_layers
-    scores(tg.ChunkTTT, evaluator, model)
+    scores(evaluator, model)
     for name, p in model.named_parameters():
         if name in tg.BANKS:
             same = (p == kept[name]).flatten(1).all(1).tolist()
@@ -580,13 +631,14 @@ def test_learning_gains_where_documents_repeat_themselves(data, tmp_path):
     tokens = []
     for _ in range(12):
         tokens += [tg.BOS_ID, *np.tile(generator.integers(4, 384, 5), 12).tolist()]
-    for method, knobs, share in (
-        (tg.PhasedTTT, dict(PHASED, PHASED_TTT_PREFIX_DOCS=0), 0.9),
-        (tg.ChunkTTT, CHUNK, 0.97),
+    for knobs, share in (
+        (dict(PHASED, PHASED_TTT_PREFIX_DOCS=0), 0.9),
+        (dict(PHASED, TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS=0), 0.9),
+        (CHUNK, 0.97),
     ):
         evaluator, model = prepared(tmp_path, data, TINY, [*tokens, tg.BOS_ID], **knobs)
-        before = scores(method, evaluator, model, adapt=False).sum()
-        assert scores(method, evaluator, model).sum() < share * before
+        before = scores(evaluator, model, adapt=False).sum()
+        assert scores(evaluator, model).sum() < share * before
 
 
 def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
@@ -596,9 +648,9 @@ def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
         knobs = dict(PHASED, ROPE_YARN=yarn, TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=64)
         evaluator, model = prepared(tmp_path, data, TINY, stream((200, 64, 30)), **knobs)
         assert evaluator.config.ttt_context == 64 > evaluator.config.train_seq_len == evaluator.config.eval_context
-        found[yarn] = scores(tg.PhasedTTT, evaluator, model, adapt=False)
+        found[yarn] = scores(evaluator, model, adapt=False)
         assert found[yarn].sum() == pytest.approx(naive_nats(model, evaluator.tokens.tolist(), 64, 64), rel=1e-10)
-        assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+        assert np.isfinite(scores(evaluator, model)).all()
     assert np.abs(found[0] - found[1]).max() > 1e-3
     assert config(**dict(PHASED, ROPE_YARN=1, TTT_EVAL_SEQ_LEN=64)).yarn_max_len == 64
 
@@ -608,7 +660,9 @@ def test_a_context_beyond_the_training_length_with_yarn(data, tmp_path):
 
 def ledger_of(targets, compute_dtype="float32"):
     evaluator = SimpleNamespace(
-        run=single_run(), tokens=np.zeros(targets + 1), config=SimpleNamespace(compute_dtype=compute_dtype)
+        run=single_run(),
+        tokens=np.zeros(targets + 1),
+        config=SimpleNamespace(compute_dtype=compute_dtype, eval_scores=False),
     )
     return tg.ScoreLedger(evaluator)
 
@@ -702,8 +756,8 @@ def test_the_projection_does_not_depend_on_the_ranks(data, tmp_path, monkeypatch
         clock.now += 10  # 8 batches for this rank: 80 seconds
 
     monkeypatch.setattr(tg.PhasedTTT, "score_and_adapt", score_and_adapt)
-    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: 0.0)
-    tg.PhasedTTT(evaluator, model)()
+    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger, stage: 0.0)
+    method_of(evaluator.config)(evaluator, model)()
     assert "warning" not in capsys.readouterr().out
 
 
@@ -711,11 +765,11 @@ def test_the_projection_does_not_depend_on_the_ranks(data, tmp_path, monkeypatch
 def test_what_is_computed_for_the_projection_is_dropped(method, knobs, data, tmp_path, monkeypatch, capsys):
     """The line before the start costs two computations, and no score depends on them."""
     method = getattr(tg, method)
-    found = scores(method, *prepared(tmp_path, data, RECORD, **knobs))
+    found = scores(*prepared(tmp_path, data, RECORD, **knobs))
     lines = capsys.readouterr().out.splitlines()
     assert "projected to take" in lines[0] and not any("projected to take" in line for line in lines[1:])
     monkeypatch.setattr(method, "project", lambda *_: None)
-    assert (scores(method, *prepared(tmp_path, data, RECORD, **knobs)) == found).all()
+    assert (scores(*prepared(tmp_path, data, RECORD, **knobs)) == found).all()
     assert "projected" not in capsys.readouterr().out
 
 
@@ -736,7 +790,7 @@ def test_phased_ttt_is_projected_from_its_tokens(data, tmp_path, monkeypatch, ca
         return 2 * 16.0  # the window of two documents' second chunks, 16 tokens each
 
     monkeypatch.setattr(tg.Run, "time_second_call", time_second_call)
-    tg.PhasedTTT(evaluator, model)()
+    method_of(evaluator.config)(evaluator, model)()
     line = capsys.readouterr().out.splitlines()[0]
     work = 8 * (3 * 16 - 16**2 / (2 * 8)) + (2 + 4) * 24  # 8 documents of three chunks; phases end after 2 and 4
     assert line == f"ttt: 8 documents in 24 chunks, 2 phases, projected to take {work:.1f} s" and widths == [1, 1]
@@ -747,7 +801,9 @@ def test_phased_ttt_is_projected_from_its_tokens(data, tmp_path, monkeypatch, ca
 RANK_JOBS = {
     "phased float64": (RECORD, PHASED, "float64"),
     "phased float32": (RECORD, PHASED, "float32"),
-    "more ranks than streams": (TINY, dict(PHASED, TTT_STREAMS=1, TTT_ORDER="stream"), "float64"),
+    "more ranks than streams": (TINY, dict(PHASED, TTT_STREAMS=1), "float64"),
+    "strict float64": (RECORD, dict(PHASED, TTT_ORDER="stream"), "float64"),
+    "strict float32": (TINY, dict(PHASED, TTT_ORDER="stream", TTT_BATCH_SIZE=2), "float32"),
     "chunk float64": (RECORD, CHUNK, "float64"),
     "chunk float32": (TINY, CHUNK, "float32"),
 }
@@ -766,7 +822,7 @@ def rank_scores(folder, run):
             EVAL_BUDGET_SECONDS=0,
         )
         evaluator, model = tg.Evaluator(c, run), build_model(c, seed=1, spread=0.2)
-        found[name] = dict(phased=tg.PhasedTTT, chunk=tg.ChunkTTT)[c.ttt_mode](evaluator, model)().bpb
+        found[name] = method_of(c)(evaluator, model)().bpb
     return found
 
 
@@ -798,12 +854,12 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     )
     model.runtime = dataclasses.replace(model.runtime, compile=True)
     before = tg.graphs_compiled()
-    found = scores(tg.PhasedTTT, evaluator, model)
+    found = scores(evaluator, model)
     assert tg.graphs_compiled() - before == 3  # scoring, scoring and adapting, the steps of all weights
     monkeypatch.undo()
     eager = build_model(evaluator.config, seed=1, spread=0.2)
     assert not eager.runtime.compile
-    np.testing.assert_allclose(found, scores(tg.PhasedTTT, evaluator, eager), rtol=1e-6)
+    np.testing.assert_allclose(found, scores(evaluator, eager), rtol=1e-6)
     torch._dynamo.reset()
 
 
@@ -834,14 +890,14 @@ def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch
         tokens,
         **dict(PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"),
     )
-    found, a = scores(tg.PhasedTTT, evaluator, model), None
+    found, a = scores(evaluator, model), None
     for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:], strict=True):
         expected, a = plain_document(model, tokens[begin : end + 1], a or first_a[0], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     evaluator, model = prepared(tmp_path, data, RECORD, tokens, **CHUNK)
-    assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()
+    assert np.isfinite(scores(evaluator, model)).all()
     evaluator, model = prepared(tmp_path, data, RECORD, tokens, **PHASED)
-    assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+    assert np.isfinite(scores(evaluator, model)).all()
 
 
 def test_a_document_of_100_000_tokens(data, tmp_path):
@@ -871,7 +927,7 @@ def test_a_document_of_100_000_tokens(data, tmp_path):
             PHASED_TTT_NUM_PHASES=1,
         ),
     )
-    assert np.isfinite(scores(tg.PhasedTTT, evaluator, model)).all()
+    assert np.isfinite(scores(evaluator, model)).all()
     evaluator, model = prepared(
         tmp_path,
         data,
@@ -879,7 +935,7 @@ def test_a_document_of_100_000_tokens(data, tmp_path):
         tokens,
         **dict(CHUNK, COMPUTE_DTYPE="float32", TTT_CHUNK_TOKENS=32768, EVAL_SEQ_LEN=512, EVAL_STRIDE=512),
     )
-    assert np.isfinite(scores(tg.ChunkTTT, evaluator, model)).all()
+    assert np.isfinite(scores(evaluator, model)).all()
 
 
 @pytest.mark.parametrize(
@@ -955,8 +1011,9 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
     )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
-    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 5
-    assert rows["phased"]["bpb"] == both["val_bpb_ttt"] and rows["phased"]["targets_per_second"] > 0
+    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 6
+    assert rows["phased, length order"]["bpb"] == both["val_bpb_ttt"] != rows["phased"]["bpb"]
+    assert rows["phased"]["targets_per_second"] > 0
     assert rows["phased, learning off"]["bpb"] == both["val_bpb_ttt_baseline"]
 
 

@@ -132,6 +132,7 @@ class Run:
     val_tokens: int | None = None  # tokens of the validation shards
     val_bytes: int | None = None
     shared_documents: int | None = None  # validation documents that are in training too
+    strictly_causal: bool | None = None  # whether a score may depend on where the text ends
     parameters: int | None = None
     hardware: str | None = None
     attention: str | None = None
@@ -323,6 +324,7 @@ def apply_summary(run: Run, s: dict[str, Any]) -> Run:
         "sections",
         "seconds",
         "attention",
+        "strictly_causal",
     )
     for name in names:
         if s.get(name) is not None:

@@ -31,6 +31,7 @@ RULES = {
     "eval_within_600s": "evaluation within 600 s",
     "artifact_within_16000000_bytes": "artifact within 16000000 bytes, code included",
     "every_target_scored_once": "every target scored once",
+    "strictly_causal": "a score depends on the artifact and earlier tokens alone, not on where the text ends",
     "no_validation_document_in_training": "no validation document in the training shards",
     "three_seeds": "three seeds",
     "record_rule": "better than the baseline by 0.005 nats at p < 0.01",
@@ -203,20 +204,22 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         code_bytes=run.code_bytes,
         model_bytes=run.model_bytes,
         shared_documents=run.shared_documents,
+        strictly_causal=run.strictly_causal,
     )
 
 
 def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
     """The rules that figures can verify. The last step of a training may end after the time limit.
 
-    Runs from before the audit have no figure for shared documents.
+    Older runs have no figure for shared documents, or do not say whether they are strictly causal.
     """
-    shared = [r.get("shared_documents") for r in rows]
+    shared, causal = ([r.get(name) for r in rows] for name in ("shared_documents", "strictly_causal"))
     return dict(
         train_within_600s=all(r["train_wallclock_ms"] - r["step_avg_ms"] <= 1000 * BUDGET_SECONDS for r in rows),
         eval_within_600s=all(r["eval_time_s"] <= BUDGET_SECONDS for r in rows),
         artifact_within_16000000_bytes=all(r["artifact_bytes"] <= CAP_BYTES for r in rows),
         every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),
+        strictly_causal=None if None in causal else all(causal),
         no_validation_document_in_training=None if None in shared else not any(shared),
         three_seeds=len(rows) >= 3,
         record_rule=test["holds"] if test else None,

@@ -455,7 +455,7 @@ def test_poly5_runs_small_through_every_stage(data, tmp_path, capfd, monkeypatch
         r"step:\d+ training layers 0-1 of 4",
         r"step:\d+ training layers 0-3 of 4",
         r"step:\d+ late QAT enabled: attention rounded to \d bits, MLP to \d bits",
-        r"swa: [2-9] late weights averaged",
+        r"swa: [2-9] weights averaged",
         r"data stall: \d+\.\d\d% of step time",
         r"rvq:(\d+) of 25 matrices have a residual, [1-9]\d* bytes",
     ):

@@ -276,7 +276,7 @@ def test_the_swa_is_the_mean_of_late_weights(kept, data, capsys):
     expected = {"ema": ema, "swa": late, "both": [(a + b) / 2 for a, b in zip(ema, late, strict=True)]}[kept]
     capsys.readouterr()
     trainer.use_average()
-    assert capsys.readouterr().out == ("" if kept == "ema" else "swa: 2 late weights averaged\n")
+    assert capsys.readouterr().out == ("" if kept == "ema" else "swa: 2 weights averaged\n")
     assert all(torch.allclose(a, e, rtol=1e-5, atol=1e-6) for a, e in zip(weights_of(trainer), expected, strict=True))
     assert not any(torch.equal(a, s) for a, s in zip(weights_of(trainer), snapshots[-1], strict=True))
 

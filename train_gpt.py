@@ -430,7 +430,10 @@ class Config(ModelConfig):
     iterations: int = knob(20000, "number of training steps, at most", Observed.SCHEDULE, low=1)
     max_wallclock_seconds: float = knob(600.0, "training time limit, in seconds; 0: no limit", Observed.SCHEDULE, low=0)
     gptq_reserve_seconds: float = knob(
-        0.0, "seconds of the training time limit reserved for GPTQ's calibration", Observed.SCHEDULE, low=0
+        -1.0,
+        "seconds of the training time limit reserved for GPTQ's calibration; -1: measured in the warmup",
+        Observed.SCHEDULE,
+        low=-1,
     )
     warmup_steps: int = knob(
         20, "steps that compile every graph and are then undone, before the clock starts; 0: none", Observed.LOG, low=0
@@ -815,7 +818,8 @@ class Config(ModelConfig):
     @property
     def train_seconds(self) -> float:
         """Time limit of the training, in seconds, less what is reserved for calibration; infinite without a limit."""
-        return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else math.inf
+        limit = self.max_wallclock_seconds
+        return limit - max(0.0, self.gptq_reserve_seconds) if limit else math.inf
 
     @property
     def eval_context(self) -> int:
@@ -974,6 +978,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         mlp_mult=4.0,
         train_seq_len=2048,
         train_batch_tokens=786432,
+        micro_batch_tokens=98304,  # a rank's share on 8 GPUs, about 40 GB by an estimate
         rope_dims=16,
         qk_gain_init=5.0,
         ln_scale=True,
@@ -1007,7 +1012,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         trellis_states=16,
         column_steps=0.75,
         target_bytes=16_000_000,
-        gptq_reserve_seconds=12.0,  # calibration counts as training; a guess until it is measured on 8 GPUs
         gated_attn_quant_gate=True,
         lqer_enabled=True,
         ttt_mode="phased",
@@ -1302,6 +1306,8 @@ def check_schedules(config: Config) -> None:
     needs_ema, needs_swa = config.weight_average == "ema", config.weight_average == "swa"
     require(not needs_ema or config.ema_decay > 0, config, "weight_average", "needs EMA_DECAY above 0")
     require(not needs_swa or config.swa_enabled, config, "weight_average", "needs SWA_ENABLED=1")
+    reserve = config.gptq_reserve_seconds
+    require(reserve >= 0 or reserve == -1, config, "gptq_reserve_seconds", "must be at least 0, or -1 to measure it")
     require(
         config.gptq_reserve_seconds < config.max_wallclock_seconds or config.max_wallclock_seconds == 0,
         config,
@@ -1462,6 +1468,7 @@ class Run:
     prefix: str = ""  # of the names of files: MODE=eval leaves the training's files alone
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     control: Any = None  # a gloo group for values on the host: broadcasting them never waits for a GPU's queue
+    step_end: torch.cuda.Event | None = None  # of the last step that was queued
 
     @property
     def is_main(self) -> bool:
@@ -1520,10 +1527,27 @@ class Run:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def all_reduce_flat(self, tensors: list[Tensor]) -> None:
+        """Sums many tensors over all ranks, in place and in one operation."""
+        if self.world == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def barrier(self) -> None:
         """Waits until all ranks are here."""
         if self.world > 1:
             dist.barrier(group=self.control)
+
+    def pace(self) -> None:
+        """Waits for the GPU's work of the step before this one: the clock stays right, and the GPU stays busy."""
+        if self.device.type == "cuda":
+            before, self.step_end = self.step_end, torch.cuda.Event()
+            self.step_end.record()
+            if before is not None:
+                before.synchronize()
 
     def synchronize(self) -> None:
         """Waits for the GPU, so that a clock read next counts its work."""
@@ -1587,6 +1611,8 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
         batch_layout(config, world)  # refuses, before anything starts, a number of ranks that does not divide the batch
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        # Test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
@@ -1928,16 +1954,12 @@ def as_padding(batch: Batch) -> Batch:
 
 
 def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
-    """[B, T] starts -> [n + 1] int32 cumulative sequence lengths of the documents in the flattened batch.
+    """[B, T] starts -> [n + 1] int32 cumulative sequence lengths of the n documents in the flattened batch.
 
-    n is a power of two with room for documents of 64 tokens on average, and the rest is padding. So all batches of a
-    size have one shape and nothing is compiled again, unless a batch holds many tiny documents.
+    No padding: FlashAttention launches programs for each sequence that is listed, empty or not.
     """
     flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
-    room = max(starts.size // 64, len(flat), 2)
-    cu_seqlens = np.full((1 << (room - 1).bit_length()) + 1, starts.size, np.int32)
-    cu_seqlens[: len(flat)] = flat
-    return cu_seqlens
+    return np.append(flat, starts.size).astype(np.int32)
 
 
 def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
@@ -1952,6 +1974,8 @@ def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device:
 def send(batch: Batch, device: torch.device) -> Batch:
     """A Batch on the device; the copy to a GPU does not block."""
     tensors = [tensor.to(device, non_blocking=True) for tensor in (*batch[:2], *batch.documents)]
+    if device.type == "cuda":  # one graph for any number of documents
+        torch._dynamo.mark_dynamic(tensors[3], 0)
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
 
 
@@ -2904,12 +2928,10 @@ def flash_attention(backend: str) -> Callable:
             varlen_attn
         ).parameters  # the arguments for causal and grouped attention differ between versions
         causal = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
-        grouped = dict(enable_gqa=True) if "enable_gqa" in known else None
+        # Versions without the argument take fewer heads of keys and values too: the kernel below knows grouped heads.
+        options: dict[str, Any] = {**causal, **(dict(enable_gqa=True) if "enable_gqa" in known else {})}
 
         def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-            if grouped is None:
-                k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-            options: dict[str, Any] = {**causal, **(grouped or {})}
             return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
 
         return call
@@ -2945,6 +2967,34 @@ def attention_backend(name: str) -> Callable[[Documents, int, int], Callable]:
     return lambda documents, *_: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
 
 
+@functools.cache
+def attention_fault(name: str) -> str:
+    """Why a variable-length backend cannot be used on this GPU, in one line; empty where it can.
+
+    A forward and a backward pass of two documents, grouped heads and all, are compared with `attention_sdpa`: a build
+    that imports may lack this GPU's kernels, this size of heads, or grouped heads.
+    """
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dy = (
+        torch.randn(1, 256, heads, 64, generator=generator, device="cuda").bfloat16().requires_grad_()
+        for heads in (4, 2, 2, 4)
+    )
+    starts = torch.tensor([0] * 100 + [100] * 156, dtype=torch.int32, device="cuda")[None]
+    documents = Documents(starts, torch.tensor([0, 100, 256], dtype=torch.int32, device="cuda"))
+    results = []
+    try:
+        for backend in (name, "sdpa"):
+            y = attention_backend(backend)(documents, 4, 2)(q, k, v)
+            results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
+        for found, expected in zip(*results, strict=True):
+            error = (found.float() - expected.float()).abs().max().item()
+            if not error < 0.1:
+                return f"its results are wrong by {error:.3g}"
+    except Exception as error:  # whatever a stranger's extension raises
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
+
+
 def choose_attention(config: Config) -> tuple[str, str]:
     """The attention backend and why: the first of FlashAttention 3, 2, torch's varlen and SDPA that runs here.
 
@@ -2957,11 +3007,10 @@ def choose_attention(config: Config) -> tuple[str, str]:
         if config.device == "cpu" or config.compute_dtype != "bfloat16":
             reasons.append(f"{name}: takes bfloat16 on CUDA only")
             continue
-        try:
-            flash_attention(name)
-            return name, "; ".join((*reasons, f"{name}: found"))
-        except (ImportError, OSError, AttributeError) as error:
-            reasons.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        fault = attention_fault(name)
+        if not fault:
+            return name, "; ".join((*reasons, f"{name}: works"))
+        reasons.append(f"{name}: {fault}")
     if wanted in ("fa3", "fa2", "varlen"):
         raise ConfigError("ATTENTION", wanted, f"cannot run here ({reasons[0]}); auto takes what can")
     if wanted != "auto":
@@ -4128,8 +4177,8 @@ class Optimizers:
         self.adam = self.new_adam()
 
     @torch.no_grad()
-    def step(self, beta: float, multiplier: float, trainable_layers: int) -> float:
-        """One update with the sum of all ranks' gradients; returns its norm before clipping.
+    def step(self, beta: float, multiplier: float, trainable_layers: int) -> None:
+        """One update with the sum of all ranks' gradients.
 
         Layers from `trainable_layers` on keep their weights, momentum and averages, and do not decay.
         """
@@ -4140,39 +4189,28 @@ class Optimizers:
             if p.grad is None:  # this execution order does not reach it
                 p.grad = torch.zeros_like(p)
         small = [gradient_of(p) for p in trained]
-        self.reduce_small(small)
+        self.run.all_reduce_flat(small)
         for _, handle in pending:
             if handle is not None:
                 handle.wait()
         shards = [shard for shard, _ in pending]
-        norm = self.clip(shards, small)
+        self.clip(shards, small)
         for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
             row["lr"] = group.lr * multiplier
         self.muon.step(shards, beta, multiplier, trainable_layers)
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
-        return norm
 
-    def reduce_small(self, grads: list[Tensor]) -> None:
-        """All-reduces many small gradients as one."""
-        if self.run.world == 1:
-            return
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-    def clip(self, shards: list[Tensor], small: list[Tensor]) -> float:
-        """Norm of the averaged gradient over all parameters; scales the gradient down to GRAD_CLIP_NORM."""
+    def clip(self, shards: list[Tensor], small: list[Tensor]) -> None:
+        """Scales the gradient down to a norm of GRAD_CLIP_NORM over all parameters. No value is read by the host."""
         if not self.config.grad_clip_norm:
-            return math.nan
+            return
         squares = cast(Tensor, sum(s.square().sum() for s in shards))
         self.run.all_reduce(squares)
         norm = (squares + sum(g.square().sum() for g in small)).sqrt()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensor in (*shards, *small):
             tensor.mul_(scale.to(tensor.dtype))
-        return norm.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4396,6 +4434,7 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
         previous, variant = variant, step_variant_at(progress, config)
         log_variant_change(run, config, progress, previous, variant)
         nats = trainer.step(progress, *variant)
+        run.pace()
         now = time.perf_counter()
         progress = Progress(progress.step + 1, run.broadcast(progress.seconds + now - since))
         since = now
@@ -4565,17 +4604,38 @@ class HessianHooks:
 
 
 @torch.no_grad()
+def add_hessians(trainer: Trainer, steps: range) -> dict[str, Tensor]:
+    """Sums of X^T X of each matrix's inputs over this rank's batches of some steps."""
+    model = trainer.model
+    with HessianHooks(model) as hooks:
+        for step in steps:
+            for micro in range(trainer.layout.micro_steps):
+                model(*trainer.loader.batch(step, micro), looped=trainer.config.loops, fused_mlp=False)
+    return hooks.sums
+
+
+def reserve_calibration(trainer: Trainer) -> None:
+    """Reserves the seconds that calibration will take, measured on the slowest rank, unless they are given.
+
+    The training's clock stops at the time limit less this reserve.
+    """
+    config, run = trainer.config, trainer.run
+    if config.gptq_reserve_seconds >= 0 or not config.max_wallclock_seconds:
+        return
+    batches = config.gptq_calibration_batches
+    one = run.time_second_call(lambda: add_hessians(trainer, range(1)))
+    seconds = min(1.1 * batches * max(run.gather(one)), 0.9 * config.max_wallclock_seconds)
+    trainer.config = dataclasses.replace(config, gptq_reserve_seconds=seconds)
+    run.log(f"calibration: {batches} batches, {seconds:.2f} s of the time limit are reserved")
+
+
 def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
     config, run = trainer.config, trainer.run
-    model = trainer.model
-    with HessianHooks(model) as hooks:
-        for step in range(first_step, first_step + config.gptq_calibration_batches):
-            for micro in range(trainer.layout.micro_steps):
-                model(*trainer.loader.batch(step, micro), looped=config.loops, fused_mlp=False)
-    run.all_reduce(*hooks.sums.values())
+    sums = add_hessians(trainer, range(first_step, first_step + config.gptq_calibration_batches))
+    run.all_reduce(*sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
-    mean = {name: total / tokens for name, total in hooks.sums.items()}
+    mean = {name: total / tokens for name, total in sums.items()}
     stack = {
         name: torch.stack([mean[f"{i}.{name}"] for i in range(config.num_layers)])
         for name in ("q", "out", "up", "down")
@@ -4585,7 +4645,7 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
         "kv_bank": torch.cat((stack["q"], stack["q"])),
         "up_bank": stack["up"],
         "down_bank": stack["down"],
-        "embedding" if model.head is None else "head": mean["logits"][None],
+        "embedding" if trainer.model.head is None else "head": mean["logits"][None],
     }
 
 
@@ -6749,7 +6809,7 @@ class FullModelSGD:
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             (nll[counted.to(nll.device)].sum() / len(positions)).backward()
-        self.run.all_reduce(*map(gradient_of, parameters))
+        self.run.all_reduce_flat([gradient_of(p) for p in parameters])
         self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -7154,6 +7214,7 @@ class Trained(NamedTuple):
     end: Progress
     score: Score  # before quantization
     data_stall: float  # fraction of the step time
+    over_limit: float  # seconds of training and calibration beyond the time limit
 
 
 def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> Trained:
@@ -7166,6 +7227,7 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         steps, warm = config.warmup_steps, graphs_compiled()
         unit = "step" if steps == 1 else "steps"
         run.log(f"warmup: {steps} {unit} per graph variant, {warm - graphs} graphs, state restored")
+        reserve_calibration(trainer)
         evaluator.project(trainer.forward)
     with Stage(run, "train"):
         loader.data_stall = 0.0
@@ -7183,7 +7245,24 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
-    return Trained(model, hessians, end, score, data_stall)
+    return Trained(model, hessians, end, score, data_stall, log_overrun(config, run, end))
+
+
+def log_overrun(config: Config, run: Run, end: Progress) -> float:
+    """Seconds by which training and calibration exceeded the time limit; a warning where that is more than two steps.
+
+    The last step may end after the limit, and the clock is read a step late on a GPU.
+    """
+    if not config.max_wallclock_seconds:
+        return 0.0
+    spent = end.seconds + run.seconds["calibrate"]
+    over = max(0.0, spent - config.max_wallclock_seconds)
+    if over > 2 * end.seconds / end.step:
+        run.log(
+            f"warning: training and calibration took {spent:.1f} s, {over:.1f} s over MAX_WALLCLOCK_SECONDS="
+            f"{config.max_wallclock_seconds:g}: raise GPTQ_RESERVE_SECONDS"
+        )
+    return over
 
 
 def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]:
@@ -7210,6 +7289,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
         steps=end.step,
         train_tokens=tokens,
         train_seconds=end.seconds,
+        seconds_over_limit=trained.over_limit,
         tokens_per_second=tokens / end.seconds,
         data_wait_share=trained.data_stall,
         parameters=parameter_count(config),
@@ -7357,6 +7437,17 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     return 1 if over > 0 else 0
 
 
+def refuse_silent_cpu(config: Config, explicit: set[str], environment: dict[str, str]) -> None:
+    """Raises a ConfigError where torchrun would train a preset for GPUs on CPUs that nobody asked for.
+
+    A driver that is too old for this PyTorch looks like a machine without a GPU.
+    """
+    under_torchrun, on_cpu = bool(environment.get("WORLD_SIZE")), config.device == "cpu" and "device" not in explicit
+    if config.preset in ("record", "poly5") and under_torchrun and on_cpu:
+        advice = f"PRESET={config.preset} needs CUDA under torchrun, and PyTorch sees no device; DEVICE=cpu takes CPUs"
+        raise ConfigError("DEVICE", "auto", advice)
+
+
 def main(arguments: list[str], environment: dict[str, str]) -> int:
     """Runs the script. Returns the exit code: 2 for an error of the user, after one line that explains it."""
     try:
@@ -7370,6 +7461,7 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
             print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
             print(plan)
             return 0
+        refuse_silent_cpu(config, explicit, environment)
         run = start_run(config, environment)
         try:
             code = execute(config, explicit, notes, run)

@@ -2726,7 +2726,7 @@ def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """
     a, b = adapter
     length = x.size(1)
-    if length < 16 and eager_on_cpu(x):
+    if eager_on_cpu(x) and length < 16:  # in this order: a compiled graph must not be one of short windows
         x = F.pad(x, (0, 0, 0, 16 - length))
     return ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))[:, :length]
 
@@ -2866,18 +2866,18 @@ class BlockedAttention(torch.autograd.Function):
         packed = (*saved[:3], dy, inner, dq)
         queries, keys, values, dys, inners, dqs = (as_blocks(x, blocks.shapes, ctx.kv_heads) for x in packed)
         dk, dv = [], []  # of the last w keys of each block, the last block first
-        later_dk = later_dv = None  # what later blocks add to the keys of this one
+        later: tuple[Tensor, Tensor] | None = None  # what later blocks add to the keys and values of this one
         for i in reversed(range(len(blocks.shapes))):
             p, (_, w) = saved[3 + i], blocks.shapes[i]
             ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, end]
             torch.bmm(ds, up_to(i, keys), out=dqs[i])
             block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, end, h]
-            if later_dk is not None:
-                block_dk[: len(later_dk)] += later_dk
-                block_dv[: len(later_dv)] += later_dv
+            if later is not None:
+                block_dk[: len(later[0])] += later[0]
+                block_dv[: len(later[1])] += later[1]
             dk.append(block_dk[:, -w:].flatten(0, 1))
             dv.append(block_dv[:, -w:].flatten(0, 1))
-            later_dk, later_dv = block_dk[:, :-w], block_dv[:, :-w]
+            later = block_dk[:, :-w], block_dv[:, :-w]
         dq = dq.mul_(dq.size(-1) ** -0.5).index_select(0, blocks.queries.inverse)
         dk, dv = (torch.cat(parts[::-1]).index_select(0, blocks.keys.inverse) for parts in (dk, dv))
         return dq, dk, dv, None, None
@@ -6847,12 +6847,12 @@ class PhasedTTT:
         for begin, end in self.phases():
             for batch in self.batches(begin, end):
                 if self.adapters:
-                    self.start_batch(batch)
+                    self.start_batch(self.adapters, batch)
                 if not self.meter.done:
                     self.project(batch)
                 self.score_and_adapt(batch)
                 if self.adapters:
-                    self.finish_batch(batch)
+                    self.finish_batch(self.adapters, batch)
                 self.meter.advance(float(self.cost(batch).sum()))
             if end in self.phase_ends and self.adapters:
                 self.finish_phase(begin, end)
@@ -6869,13 +6869,13 @@ class PhasedTTT:
         size = self.config.ttt_batch_size
         yield from (documents[i : i + size] for i in range(0, len(documents), size))
 
-    def start_batch(self, documents: np.ndarray) -> None:
+    def start_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Every document of a phase starts from the same A."""
-        self.adapters.start(self.phase_a)
+        adapters.start(self.phase_a)
 
-    def finish_batch(self, documents: np.ndarray) -> None:
+    def finish_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Adds up the A that each document left, for the next phase."""
-        for key, a in self.adapters.a.items():
+        for key, a in adapters.a.items():
             self.a_sum[key] += a[: len(documents)].sum(0, keepdim=True, dtype=torch.float64)
 
     def finish_phase(self, begin: int, end: int) -> None:
@@ -6897,7 +6897,10 @@ class PhasedTTT:
         full = max(0, min(most - 2, config.ttt_context // config.ttt_chunk_size))
         seconds_per_token = 0.0
         for chunk in (0, full):  # in the order of the real windows: another order would compile other graphs
-            batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
+            remaining = documents[self.chunk_counts[documents] > chunk]
+            batch, scored = self.window(remaining, chunk)
+            if len(remaining) == batch.ids.size(1):  # a graph of equal sizes would serve no others
+                batch, scored = self.window(remaining[:-1], chunk)
             adapts = self.adapters is not None and most > chunk + 1
             compute = functools.partial(self.warm_up, as_padding(batch), scored, adapts)
             seconds_per_token = self.run.time_second_call(compute) / batch.ids.numel()
@@ -6961,12 +6964,10 @@ class PhasedTTT:
         """
         first, end = self.chunk_bounds(documents, chunk)
         last = max(2, int((end - first).max()))
-        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens. And a
-        # matrix product of fewer than 8 rows is rounded in another way on CPUs.
-        missing = min(max(2, -(-8 // last)), max(2, self.config.ttt_batch_size)) - len(documents)
-        if missing > 0:
-            documents, first, end = (np.append(x, np.repeat(x[-1:], missing)) for x in (documents, first, end))
-            first[-missing:] = end[-missing:]  # nothing of the padding is scored
+        # torch.compile makes another graph where a size is 1: here none is.
+        if len(documents) == 1 < self.config.ttt_batch_size:
+            documents, first, end = (np.repeat(x, 2) for x in (documents, first, end))
+            first[1] = end[1]  # the second row is padding: nothing of it is scored
         begin, lengths = np.maximum(0, end - self.config.ttt_context), self.lengths[documents][:, None]
         length = min(max(int((end - begin).max()), last + 1), max(self.config.ttt_context, last))
         places = end[:, None] - length + np.arange(length)  # [B, T] in their documents
@@ -7039,19 +7040,19 @@ class LengthOrderTTT(PhasedTTT):
         begin = max((end for end in self.phase_ends if end <= first), default=0)
         return (first - begin) // self.config.ttt_batch_size % self.config.ttt_streams
 
-    def start_batch(self, documents: np.ndarray) -> None:
+    def start_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """A as the stream's last batch left it, or with TTT_WARM_START_A=0 drawn anew; in the batch's order."""
         first, stream = self.first_and_stream(documents)
         if stream not in self.stream_a or not self.config.ttt_warm_start_a:
-            self.stream_a[stream] = self.adapters.draw(self.config.ttt_batch_size, self.config.seed + first)
-        self.adapters.start(self.stream_a[stream])
-        self.adapters.arrange(self.place[documents] - first)
+            self.stream_a[stream] = adapters.draw(self.config.ttt_batch_size, self.config.seed + first)
+        adapters.start(self.stream_a[stream])
+        adapters.arrange(self.place[documents] - first)
 
-    def finish_batch(self, documents: np.ndarray) -> None:
+    def finish_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Hands A on, in the order of the documents."""
         first, stream = self.first_and_stream(documents)
-        self.adapters.arrange(np.argsort(self.place[documents] - first))
-        self.stream_a[stream] = self.adapters.a
+        adapters.arrange(np.argsort(self.place[documents] - first))
+        self.stream_a[stream] = adapters.a
 
     def first_and_stream(self, documents: np.ndarray) -> tuple[int, int]:
         """Place in the order of a batch's first document, and the batch's stream."""

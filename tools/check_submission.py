@@ -304,6 +304,7 @@ def figures(run: Run) -> dict[str, Any]:
         val_tokens=run.val_tokens,
         val_bytes=run.val_bytes,
         shared_documents=run.shared_documents,
+        strictly_causal=run.strictly_causal,
     )
 
 

@@ -761,20 +761,26 @@ class Config(ModelConfig):
     ttt_o_lora: bool = knob(True, "LoRA around attention, from its normalized input to its output", Observed.TTT)
     ttt_mlp_lora: bool = knob(True, "LoRA around the MLP, from its normalized input to its output", Observed.TTT)
     phased_ttt_prefix_docs: int = knob(
-        3000, "first documents from which the full model learns after their scoring; 0: none", Observed.TTT, low=0
+        3000,
+        "with TTT_ORDER=length, or if it is set and PHASED_TTT_PREFIX_TOKENS is not: first documents from which the "
+        "full model learns after their scoring; 0: none",
+        Observed.TTT,
+        low=0,
     )
+    # About as many tokens as PR #2163's 3,000 longest documents hold, and a quarter of the challenge's stream.
     phased_ttt_prefix_tokens: int = knob(
-        0,
-        "with TTT_ORDER=stream, first tokens from which the full model learns, in place of PHASED_TTT_PREFIX_DOCS; 0: "
-        "count documents",
+        12_000_000,
+        "with TTT_ORDER=stream, first tokens from which the full model learns after their scoring; 0: count documents",
         Observed.TTT,
         low=0,
     )
     phased_ttt_num_phases: int = knob(
-        4,
-        "phases of phased TTT: the full model learns so many times, evenly spread over its first documents or tokens",
+        0,
+        "number of trainings of the full model in phased TTT; with TTT_ORDER=stream, one whenever twice as much has "
+        "been scored, the last at the end of its first tokens or documents; with TTT_ORDER=length, evenly spread over "
+        "its first documents; 0: 13 in stream order, 4 in length order",
         Observed.TTT,
-        low=1,
+        low=0,
         high=1000,
     )
     global_ttt_chunk_tokens: int = knob(32768, "tokens of a full-model SGD step in phased TTT", Observed.TTT, low=1)
@@ -826,6 +832,11 @@ class Config(ModelConfig):
     def ttt_context(self) -> int:
         """Context length of phased test-time training, in tokens."""
         return self.ttt_eval_seq_len or self.eval_context
+
+    @property
+    def ttt_phases(self) -> int:
+        """How often the full model learns in phased test-time training. In length order 4 times, as in PR #2163."""
+        return self.phased_ttt_num_phases or (13 if self.ttt_order == "stream" else 4)
 
     @property
     def longest_context(self) -> int:
@@ -1135,6 +1146,8 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
         values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
+    if "phased_ttt_prefix_docs" in explicit and "phased_ttt_prefix_tokens" not in explicit:
+        values["phased_ttt_prefix_tokens"] = 0  # a command that counts documents overrides the default's tokens
     config = resolved(Config(**values), cuda)
     if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
         raise ConfigError(
@@ -6811,12 +6824,13 @@ class PhasedTTT:
         """Order of the documents, ends of the phases, ends of the chunks."""
         config, longest = self.config, int(self.lengths.max())
         self.order = np.arange(len(self.lengths))
-        phases = np.arange(1, config.phased_ttt_num_phases + 1)
+        # Each phase ends where twice as much has been scored as at the end before. So a stream of any length meets
+        # several phases, and training again on all that was scored costs at most twice the prefix.
+        halvings = reversed(range(config.ttt_phases))
         if config.phased_ttt_prefix_tokens:  # a phase holds the documents that begin in its tokens
-            boundaries = config.phased_ttt_prefix_tokens * phases // len(phases)
-            ends = np.searchsorted(self.offsets[:-1], boundaries)
+            ends = np.searchsorted(self.offsets[:-1], [config.phased_ttt_prefix_tokens >> k for k in halvings])
         else:
-            ends = config.phased_ttt_prefix_docs * phases // len(phases)
+            ends = np.array([config.phased_ttt_prefix_docs >> k for k in halvings])
         # An end after the last document is left out: no score would come after its training.
         self.phase_ends = [end for end in dict.fromkeys(ends.tolist()) if 0 < end < len(self.order)]
         edges = [0]
@@ -7005,7 +7019,7 @@ class LengthOrderTTT(PhasedTTT):
         """Documents by length; ends of the phases within the stream's documents; each document's chunk size."""
         config = self.config
         self.order = np.argsort(-self.lengths, kind="stable")
-        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.ttt_phases
         ends = [prefix * (phase + 1) // phases for phase in range(phases)]
         self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
         self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)

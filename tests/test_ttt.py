@@ -221,12 +221,11 @@ def plain_phased(evaluator, model, first_a):
 def plain_strict(tokens, spans, model, a, c):
     """The strict schedule: a phase's documents start from one A, the next phase's from the mean of what they left."""
     result, left = np.zeros(len(tokens) - 1), []
-    phases = range(1, c.phased_ttt_num_phases + 1)
+    halves = [2**k for k in range(c.phased_ttt_num_phases)]
     if c.phased_ttt_prefix_tokens:
-        ends = [c.phased_ttt_prefix_tokens * k // c.phased_ttt_num_phases for k in phases]
-        cuts = [sum(begin < end for begin, _ in spans) for end in ends]
+        cuts = [sum(begin < c.phased_ttt_prefix_tokens // half for begin, _ in spans) for half in halves]
     else:
-        cuts = [c.phased_ttt_prefix_docs * k // c.phased_ttt_num_phases for k in phases]
+        cuts = [c.phased_ttt_prefix_docs // half for half in halves]
     for place, (begin, end) in enumerate(spans):
         if place in cuts and place:
             plain_global(model, [(tokens[i], tokens[i + 1]) for s in spans[:place] for i in range(*s)], c)
@@ -414,16 +413,36 @@ def test_a_chunk_is_at_most_the_context(data, tmp_path):
     assert np.isfinite(scores(evaluator, model)).all()
 
 
-def test_phases_and_order(data, tmp_path):
-    """Ends of phases; the longest first, in stream order where equal; no phase after the end."""
-    for prefix, phases, expected in ((6, 2, [3, 6]), (6, 4, [1, 3, 4, 6]), (2, 5, [1, 2]), (0, 3, []), (1, 1, [1])):
-        evaluator, model = prepared(
-            tmp_path, data, TINY, **dict(PHASED, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
-        )
-        assert method_of(evaluator.config)(evaluator, model).phase_ends == expected
-    assert method_of(evaluator.config)(evaluator, model).order.tolist() == [2, 5, 0, 8, 9, 4, 6, 1, 3, 7]
-    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream"))
-    assert method_of(evaluator.config)(evaluator, model).order.tolist() == list(range(10))
+@pytest.mark.parametrize(
+    "order, cases, documents",
+    [
+        (
+            "length",
+            ((6, 2, [3, 6]), (6, 4, [1, 3, 4, 6]), (2, 5, [1, 2]), (0, 3, []), (1, 1, [1]), (99, 0, [2, 5, 7])),
+            [2, 5, 0, 8, 9, 4, 6, 1, 3, 7],
+        ),
+        (
+            "stream",
+            ((6, 2, [3, 6]), (6, 4, [1, 3, 6]), (9, 0, [1, 2, 4, 9]), (0, 3, []), (99, 0, [1, 3, 6]), (99, 4, [])),
+            list(range(10)),
+        ),
+    ],
+)
+def test_phases_and_order(order, cases, documents, data, tmp_path):
+    """Ends of phases: evenly spread, the longest first; or in stream order, twice as much each. None after the end."""
+    for prefix, phases, expected in cases:
+        knobs = dict(TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
+        evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, **knobs))
+        ttt = method_of(evaluator.config)(evaluator, model)
+        assert ttt.phase_ends == expected and ttt.order.tolist() == documents
+
+
+@pytest.mark.parametrize("prefix, phases, expected", [(128, 3, [2, 3, 4]), (129, 1, [5]), (10**5, 0, [1, 3, 9])])
+def test_phases_by_tokens(prefix, phases, expected, data, tmp_path):
+    """A phase holds the documents that begin in its tokens."""
+    knobs = dict(TTT_ORDER="stream", PHASED_TTT_PREFIX_TOKENS=prefix, PHASED_TTT_NUM_PHASES=phases)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, **knobs))
+    assert method_of(evaluator.config)(evaluator, model).phase_ends == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- no learning

@@ -513,9 +513,10 @@ def prove(proof: Proof, data: Path) -> Iterator[Verdict]:
             yield Verdict(name, False, "the script was run", f"it ended: {error}")
 
 
-def report(subject: Subject, verdicts: list[Verdict], seconds: float) -> dict[str, Any]:
+def report(subject: Subject, verdicts: list[Verdict], form: str, seconds: float) -> dict[str, Any]:
     """The result as JSON."""
     return dict(
+        form=form,
         script_sha256=hashlib.sha256(subject.script.read_bytes()).hexdigest(),
         artifact_sha256=hashlib.sha256(subject.artifact.read_bytes()).hexdigest(),
         ranks=subject.ranks,
@@ -567,7 +568,7 @@ def main(arguments: list[str]) -> int:
         ):
             verdicts.append(verdict)
             print(f"{SIGNS[verdict.holds]}  {verdict.rule}: {verdict.found or verdict.tried}", flush=True)
-        result = report(subject, verdicts, time.perf_counter() - begin)
+        result = report(subject, verdicts, "short" if options.short else "full", time.perf_counter() - begin)
     rows = [["Rule", "Holds", "Tried", "Found"], *([v.rule, SIGNS[v.holds], v.tried, v.found] for v in verdicts)]
     if options.out:
         write_atomic(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")

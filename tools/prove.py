@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 import caseops  # noqa: E402
 import pack_code  # noqa: E402
 import processes
-from runs import CAP_BYTES, ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, table, write_atomic
+from runs import CAP_BYTES, ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, write_atomic
 from streams import BOS, Maker, Stream, read_stream
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
@@ -52,14 +52,16 @@ class Size:
 
     targets: int  # of a stream
     longest: int  # document, in targets
-    pairs: int  # of streams
+    pairs: int  # of streams, at least
+    most_pairs: int  # and as many as this while there is time
     prefix: int  # tokens of the prefix that the whole vocabulary continues
     training: bool  # whether it also trains
     claim: bool  # whether it also repeats the run's own score
 
 
-FULL = Size(80_000, 20_000, 6, 64, True, True)
-SHORT = Size(10_000, 3_000, 3, 4, False, False)
+FULL = Size(80_000, 20_000, 6, 18, 64, True, True)
+SHORT = Size(10_000, 3_000, 3, 3, 4, False, False)
+PAIRS_SECONDS = 200  # of the ten minutes that a proof may take
 
 
 @dataclass
@@ -88,6 +90,46 @@ class Refused(Exception):
 # ---------------------------------------------------------------------------------------------------- what is proven
 
 
+class Tokens:
+    """The vocabulary as the tokenizer's own library describes it."""
+
+    def __init__(self, path: Path):
+        try:
+            model = self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise UserError(f"--tokenizer {path}: is not a SentencePiece model") from None
+        ids = range(model.vocab_size())
+        self.silent = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
+        texts = ["x" if model.IsByte(i) else model.IdToPiece(i).replace("\u2581", " ") for i in ids]
+        self.spaced = np.array([text.startswith(" ") for text in texts]) & ~self.silent
+        self.widths = np.where(self.silent, 0, [len(text.encode()) for text in texts])
+        self.ordinary = np.flatnonzero(~self.silent & ~np.array([model.IsByte(i) for i in ids]))
+
+    def fitted(self, stream: Stream) -> Stream:
+        """The stream with counts that its tokens can have: at the start of a document a piece has no space."""
+        if stream.counts is None:
+            return stream
+        most = self.widths[stream.tokens]
+        most[1:] -= self.spaced[stream.tokens[1:]] & self.silent[stream.tokens[:-1]]
+        return Stream(stream.tokens, np.minimum(stream.counts, most))
+
+    def bytes_of(self, stream: Stream) -> int:
+        """Bytes of text of a stream's targets. A text does not begin with the space that its first piece has."""
+        counts = self.fitted(stream).counts
+        if counts is not None:
+            return int(counts[1:].sum(dtype=np.int64))
+        targets, before = stream.tokens[1:], stream.tokens[:-1]
+        return int((self.widths[targets] - (self.spaced[targets] & self.silent[before])).sum())
+
+    def decoded_bytes(self, stream: Stream) -> int:
+        """Bytes of the text that the stream decodes to, in its original letters where a sidecar goes with it."""
+        total = 0
+        for part in np.split(stream.tokens, stream.borders):
+            text = self.model.decode([int(t) for t in part if t != BOS])
+            total += len((caseops.decode(text) if stream.counts is not None else text).encode())
+        return total
+
+
 @dataclass
 class Subject:
     """A script with its artifact and the settings that its run claims."""
@@ -98,6 +140,7 @@ class Subject:
     summary: dict[str, Any]  # a run's summary.json, {} where there is none
     ranks: int
     tokenizer: Path
+    tokens: Tokens
     work: Path  # for what an evaluation reads and writes
     exact: bool = True  # whether the same scores are the same bits
     remarks: list[str] = field(default_factory=list)
@@ -129,7 +172,7 @@ class Subject:
         for old in (*folder.glob("*scores_*.npy"), *folder.glob("*summary.json")):
             old.unlink()
         with tempfile.TemporaryDirectory(dir=self.work, prefix="data") as data:
-            stream.write(Path(data), self.tokenizer)
+            self.tokens.fitted(stream).write(Path(data), self.tokenizer)
             begin = time.perf_counter()
             self.run(MODE="eval", ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=int(scores), **values)
             seconds = time.perf_counter() - begin
@@ -144,7 +187,7 @@ class Subject:
         with tempfile.TemporaryDirectory(dir=self.work, prefix="train") as name:
             data = Path(name, "data")
             data.mkdir()
-            validation.write(data, self.tokenizer)
+            self.tokens.fitted(validation).write(data, self.tokenizer)
             for path in training:
                 (data / path.name).symlink_to(path.resolve())
             self.run(MODE="train", ARTIFACT_DIR=Path(name, "run"), DATA_PATH=data, **values)
@@ -197,6 +240,7 @@ def read_subject(options, work: Path) -> Subject:
         summary=said,
         ranks=options.nproc or claimed_ranks(said),
         tokenizer=tokenizer,
+        tokens=Tokens(tokenizer),
         work=work,
     )
     settle(subject, options)
@@ -232,45 +276,14 @@ def settle(subject: Subject, options) -> None:
             settings[name] = most
 
 
-class Tokens:
-    """The vocabulary as the tokenizer's own library describes it."""
-
-    def __init__(self, path: Path):
-        try:
-            model = self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise UserError(f"--tokenizer {path}: is not a SentencePiece model") from None
-        ids = range(model.vocab_size())
-        self.silent = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
-        texts = ["x" if model.IsByte(i) else model.IdToPiece(i).replace("\u2581", " ") for i in ids]
-        self.spaced = np.array([text.startswith(" ") for text in texts]) & ~self.silent
-        self.widths = np.where(self.silent, 0, [len(text.encode()) for text in texts])
-        self.ordinary = np.flatnonzero(~self.silent & ~np.array([model.IsByte(i) for i in ids]))
-
-    def bytes_of(self, stream: Stream) -> int:
-        """Bytes of text of a stream's targets. A text does not begin with the space that its first piece has."""
-        if stream.counts is not None:
-            return int(stream.counts[1:].sum(dtype=np.int64))
-        targets, before = stream.tokens[1:], stream.tokens[:-1]
-        return int((self.widths[targets] - (self.spaced[targets] & self.silent[before])).sum())
-
-    def decoded_bytes(self, stream: Stream) -> int:
-        """Bytes of the text that the stream decodes to, in its original letters where a sidecar goes with it."""
-        total = 0
-        for part in np.split(stream.tokens, stream.borders):
-            text = self.model.decode([int(t) for t in part if t != BOS])
-            total += len((caseops.decode(text) if stream.counts is not None else text).encode())
-        return total
-
-
 # ---------------------------------------------------------------------------------------------------------- the rules
 
 
 class Proof:
     """Tries the rules one after another, and shares what they evaluate."""
 
-    def __init__(self, subject: Subject, maker: Maker, tokens: Tokens, size: Size, log: Callable = print):
-        self.subject, self.maker, self.tokens = subject, maker, tokens
+    def __init__(self, subject: Subject, maker: Maker, size: Size, log: Callable = print):
+        self.subject, self.maker, self.tokens = subject, maker, subject.tokens
         self.size, self.log = size, log
         documents = 120 * size.targets // FULL.targets
         phased = subject.settings.get("ttt_mode") == "phased"
@@ -294,7 +307,10 @@ class Proof:
     def causality(self) -> Verdict:
         """Streams that agree up to a place: so do their scores."""
         before, tried, changes = self.base(), [], self.maker.changes(self.stream)
-        for _ in range(self.size.pairs):
+        begin = time.perf_counter()
+        while len(tried) < self.size.pairs or (
+            len(tried) < self.size.most_pairs and time.perf_counter() - begin < PAIRS_SECONDS
+        ):
             name, other = next(changes)
             same = self.stream.agreement(other)
             after = self.subject.evaluate(other)
@@ -558,22 +574,17 @@ def main(arguments: list[str]) -> int:
     options, begin = parse(arguments), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="proof") as name:
         subject = read_subject(options, Path(name))
-        tokens = Tokens(subject.tokenizer)
+        tokens, verdicts = subject.tokens, []
         maker = Maker(read_stream(options.data), tokens.widths, tokens.ordinary, options.draw)
         for remark in subject.remarks:
             print(f"remark: {remark}")
-        verdicts = []
-        for verdict in prove(
-            Proof(subject, maker, tokens, options.size, lambda text: print(text, flush=True)), options.data
-        ):
+        proof = Proof(subject, maker, options.size, lambda text: print(text, flush=True))
+        for verdict in prove(proof, options.data):
             verdicts.append(verdict)
             print(f"{SIGNS[verdict.holds]}  {verdict.rule}: {verdict.found or verdict.tried}", flush=True)
         result = report(subject, verdicts, "short" if options.short else "full", time.perf_counter() - begin)
-    rows = [["Rule", "Holds", "Tried", "Found"], *([v.rule, SIGNS[v.holds], v.tried, v.found] for v in verdicts)]
     if options.out:
         write_atomic(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    else:
-        print(table([row[:2] for row in rows]))
     broken = [v.rule for v in verdicts if v.holds is False]
     work = f"{len(verdicts)} rules, {subject.count} evaluations, {result['seconds']} s"
     print(f"{work}; broken: {', '.join(broken) or 'none'}")

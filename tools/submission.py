@@ -349,8 +349,9 @@ def proof_section(s: dict[str, Any]) -> str:
     for rule in proof["rules"]:
         rows.append([rule["rule"], PROVEN[rule["holds"]], (rule["found"] or rule["tried"]).replace("|", "/")])
     lines = [
-        f"`tools/prove.py` ran this script on the artifact of seed {s['seeds'][0]}, in {proof['evaluations']} evaluations "
-        f"of streams made for the purpose ({proof['form']} form, {proof['ranks']} ranks, COMPILE={proof['compile']}).",
+        f"`tools/prove.py` ran this script on the artifact of seed {s['seeds'][0]} in its {proof['form']} form: "
+        f"{proof['evaluations']} evaluations of streams made for the purpose, with {proof['ranks']} ranks and "
+        f"COMPILE={proof['compile']}.",
         *(f"Remark: {remark}." for remark in proof["remarks"]),
     ]
     return "\n\n".join([*lines, runs.table(rows, markdown=True)])

@@ -86,7 +86,7 @@ class Maker:
         """widths [V]: bytes of each token's piece. ordinary [n]: the tokens that text may hold."""
         self.text, self.widths = text, widths
         self.ordinary, self.random = ordinary, np.random.default_rng(seed)
-        self.place = 0
+        self.place = self.rests = 0
 
     def of(self, tokens: np.ndarray) -> Stream:
         """A stream of these tokens, which count as many bytes as their pieces have."""
@@ -161,10 +161,36 @@ class Maker:
 
     def changes(self, stream: Stream) -> Iterator[tuple[str, Stream]]:
         """What changes, and the changed stream; without end, each kind at ever new places."""
-        kinds = (self.longer, self.other_text, self.earlier_border, self.appended, self.later_border, self.removed)
+        kinds = (
+            self.another_rest,
+            self.longer,
+            self.earlier_border,
+            self.other_text,
+            self.appended,
+            self.later_border,
+            self.removed,
+        )
         while True:
             for kind in kinds:
                 yield kind.__name__.replace("_", " "), kind(stream)
+
+    def another_rest(self, stream: Stream) -> Stream:
+        """From a place in any document on, short or long, all is another: text, borders, lengths, the stream's end.
+
+        The rest is real text, noise, or one token over and over, which no statistic of the rest can survive.
+        """
+        borders = np.append(stream.borders, len(stream) - 1)
+        able = np.flatnonzero((np.diff(borders) >= 3) & (borders[:-1] > 0.3 * len(stream)))
+        document = int(self.random.choice(able if len(able) else np.argmax(np.diff(borders))))
+        place = int(self.random.integers(borders[document] + 2, borders[document + 1]))
+        longest = int(np.diff(borders).max())
+        lengths = [int(self.random.integers(1, longest)), *self.random.integers(1, 1 + longest // 2, 8).tolist()]
+        rest = self.documents(lengths)[1:] + self.document(2)[1:]
+        self.rests = (self.rests + 1) % 3
+        if self.rests:
+            tokens = self.random.choice(self.ordinary, len(rest) if self.rests == 1 else 1)
+            rest = self.of(np.where(rest.tokens == BOS, BOS, tokens))
+        return stream[:place] + rest
 
     def other_text(self, stream: Stream) -> Stream:
         """Noise from an early place on, within the same borders, so that most of the text is another."""

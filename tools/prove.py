@@ -41,7 +41,8 @@ from streams import BOS, Maker, Stream, read_stream
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 OURS = ("run_id", "artifact_dir", "mode", "data_path", "tokenizer_path", "eval_scores")  # what a proof sets itself
 ARTIFACT = "model.pgolf"
-SUM_ERROR = 1e-3  # of a sum of float32 probabilities over a vocabulary
+SUM_ERROR, NOISY_SUM_ERROR = 5e-5, 0.05  # of a sum of float32 probabilities; where scores are not the same bits
+DEPTHS = (60, 1000)  # places of a document at which single tokens must not have more than their share
 # Where scores are not the same bits: other kernels for other shapes, summed in bfloat16. Nats; estimated, not measured.
 ROUNDING, MEAN_ROUNDING = 0.25, 0.01
 
@@ -158,9 +159,13 @@ class Subject:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         command = [sys.executable, *(launcher if self.ranks > 1 else []), str(self.script)]
         done = processes.run(command, env=self.environment(**values), errors="replace")
-        if done.returncode not in (0, 1) or (done.returncode == 1 and "Traceback" in done.stderr):
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            raise Refused((lines or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        self.check(done.returncode, done.stderr)
+
+    def check(self, code: int, errors: str) -> None:
+        """Errors: Refused for a script that ended with an error; 1 is also the exit code of an artifact too large."""
+        if code not in (0, 1) or (code == 1 and "Traceback" in errors):
+            lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+            raise Refused((lines or errors.strip().splitlines() or [f"exit code {code}"])[-1])
 
     def evaluate(self, stream: Stream, scores: bool = True, **values: Any) -> Evaluation:
         """Scores a stream. The artifact's folder is the same each time, as is whatever a script leaves there."""
@@ -292,7 +297,6 @@ class Proof:
         self.before: Evaluation | None = None
         self.counted: list[str] = []  # what is wrong with how evaluations count, and of which stream
         self.prefix = np.zeros(0, np.int64)
-        self.likely = np.zeros(0, np.int64)
 
     def base(self) -> Evaluation:
         """The scores of the stream that all others are compared with."""
@@ -410,25 +414,63 @@ class Proof:
         settings, vocabulary = self.subject.settings, self.tokens.model.vocab_size()
         if settings.get("ttt_mode") == "phased" and settings.get("ttt_order") == "length":
             return Verdict("normalization", None, "documents of TTT_ORDER=length do not start from one state")
-        prefix = self.ending(self.size.prefix)
-        tried, sums = [], self.sums(prefix, np.arange(vocabulary))
-        tried.append(f"{vocabulary} documents of {len(prefix)} tokens and one more: sums {shown(sums)}")
-        wrong = [f"{stage}: {value:.6f} in place of 1" for stage, value in sums.items() if abs(value - 1) > self.slack]
-        for length in (1, 20) if not wrong else ():  # more of the same document before it, and its likeliest tokens
-            longer = self.ending(min(length * self.size.prefix, self.size.longest // 2))
-            sums = self.sums(longer, self.likely)
-            tried.append(
-                f"the {len(self.likely)} likeliest of them after {len(longer)} tokens: {shown(sums)}, at most 1"
-            )
+        tried, wrong = [], []
+        for length in sorted({4, self.size.prefix}):
+            prefix = self.ending(length)
+            sums = self.sums(prefix, np.arange(vocabulary))
+            tried.append(f"{vocabulary} documents of {len(prefix)} tokens and one more: sums {shown(sums)}")
             wrong += [
-                f"{stage}: {value:.6f} after {len(longer)}" for stage, value in sums.items() if value > 1 + self.slack
+                f"{stage}: {value:.6f} in place of 1 after {len(prefix)} tokens"
+                for stage, value in sums.items()
+                if abs(value - 1) > self.slack
             ]
+        for depth in DEPTHS if not wrong else ():
+            for late in (False, True):
+                found = self.sure(depth, late)
+                tried += found[:1]
+                wrong += found[1:]
         return Verdict("normalization", not wrong, "; ".join(tried), "; ".join(wrong))
+
+    def sure(self, depth: int, late: bool) -> list[str]:
+        """What was tried at a place so deep in a document where the model is sure, and what is wrong there.
+
+        The likeliest token leaves so little there that a token with more than its share shows, BOS above all, without
+        the whole vocabulary. `late`: after the phases or the first chunk of test-time training, else before.
+        """
+        scores = list(self.base().scores.values())[-1]
+        borders = self.stream.borders
+        places = np.arange(len(scores))
+        starts = borders[np.searchsorted(borders, places, side="right") - 1]
+        able = (places - starts >= depth) & (self.stream.tokens[1:] != BOS)
+        if not able.any():
+            return []
+        place = int(np.where(able, scores, np.inf).argmin())
+        prefix, surest = self.stream.tokens[starts[place] : place + 1], int(self.stream.tokens[place + 1])
+        count = min(max(4, min(64, self.size.targets // len(prefix))), self.room(len(prefix), late))
+        if count < 2:
+            return []
+        others = self.maker.random.permutation(np.setdiff1d(np.arange(self.tokens.model.vocab_size()), [BOS, surest]))
+        last = np.array([BOS, surest, *others[: count - 2]])
+        sums = self.sums(prefix, last, late)
+        when = "late" if late else "early"
+        said = f"BOS, a token of {math.exp(-scores[place]):.3f} and {len(last) - 2} others after {len(prefix)} tokens"
+        wrong = [f"{stage}: {value:.6f} for {said}" for stage, value in sums.items() if value > 1 + self.slack]
+        return [f"{said}, {when}: {shown(sums)}, at most 1", *wrong]
+
+    def room(self, length: int, late: bool) -> int:
+        """How many documents of a length are scored with the same weights, in phased TTT before its first phase."""
+        settings = self.subject.settings
+        if settings.get("ttt_mode") != "phased" or late:
+            return 1 << 30
+        phases = int(settings.get("phased_ttt_num_phases") or 1)
+        if settings.get("phased_ttt_prefix_tokens"):
+            return int(settings["phased_ttt_prefix_tokens"]) // phases // (length + 1)
+        return int(settings.get("phased_ttt_prefix_docs") or 1 << 30) // phases
 
     @property
     def slack(self) -> float:
         """How far from 1 a sum of probabilities may be."""
-        return SUM_ERROR if self.subject.exact else 50 * SUM_ERROR
+        return SUM_ERROR if self.subject.exact else NOISY_SUM_ERROR
 
     def ending(self, length: int) -> np.ndarray:
         """BOS and the last tokens of a text of many documents, of which the first were the end of a real one."""
@@ -441,36 +483,33 @@ class Proof:
             self.prefix = np.resize(real[::-1], self.size.longest)[::-1]
         return np.concatenate(([BOS], self.prefix[len(self.prefix) - length :]))
 
-    def sums(self, prefix: np.ndarray, last: np.ndarray) -> dict[str, float]:
+    def sums(self, prefix: np.ndarray, last: np.ndarray, late: bool = True) -> dict[str, float]:
         """Each stage's sum of the probabilities of these tokens after a prefix, every one in a document of its own."""
         totals: dict[str, float] = {}
-        shares: dict[int, float] = {}
-        for stream, places, tokens in self.continued(prefix, last):
+        for stream, places in self.continued(prefix, last, late):
             found = self.evaluate(stream, "documents that share a prefix")
             for stage, scores in found.scores.items():
-                p = np.exp(-scores[places].astype(np.float64))
-                totals[stage] = totals.get(stage, 0.0) + float(p.sum())
-            shares |= dict(zip(tokens.tolist(), p.tolist(), strict=True))
-        if len(last) > len(self.likely):
-            ranked = sorted(shares, key=lambda token: -shares[token])
-            self.likely = np.unique([BOS, *ranked[: max(8, min(48, 40 * self.size.targets // len(prefix) // 20))]])
+                totals[stage] = totals.get(stage, 0.0) + float(np.exp(-scores[places].astype(np.float64)).sum())
         return totals
 
-    def continued(self, prefix: np.ndarray, last: np.ndarray) -> Iterator[tuple[Stream, np.ndarray, np.ndarray]]:
-        """Streams whose documents are the prefix and one token: (stream, places of those targets, the tokens).
+    def continued(self, prefix: np.ndarray, last: np.ndarray, late: bool) -> Iterator[tuple[Stream, np.ndarray]]:
+        """Streams whose documents are the prefix and one token: (stream, places of those targets).
 
-        All of them are scored with the same weights: in the last phase, or in the first chunk of their stream.
+        All of them are scored with the same weights: in the last phase or the second chunk of their stream if `late`,
+        else in the first.
         """
         settings, room, lead = self.subject.settings, len(last), self.maker.of(np.zeros(0, np.int64))
         if settings.get("ttt_mode") == "chunk":
-            room = max(1, int(settings["ttt_chunk_tokens"]) // (len(prefix) + 1))
-        elif settings.get("ttt_mode") == "phased":
+            chunk = int(settings["ttt_chunk_tokens"])
+            room = max(1, chunk // (len(prefix) + 1))
+            lead = self.stream[:chunk] if late and chunk < self.size.targets else lead
+        elif settings.get("ttt_mode") == "phased" and late:
             lead = self.maker.documents(self.maker.lengths(self.size.targets // 2, self.lead_documents, 500))
         for begin in range(0, len(last), room):
             tokens = last[begin : begin + room]
             ends = [prefix if token == BOS else np.append(prefix, token) for token in tokens]
             places = len(lead) + np.cumsum([0, *map(len, ends)])[:-1] + len(prefix) - 1
-            yield lead + self.maker.of(np.concatenate([*ends, [BOS]])), places, tokens
+            yield lead + self.maker.of(np.concatenate([*ends, [BOS]])), places
 
     # ---------------------------------------------------------------------------------- the run behind the scores
 

@@ -51,12 +51,12 @@ SETTINGS = dict(
     PHASED_TTT_NUM_PHASES=2,
     GLOBAL_TTT_CHUNK_TOKENS=256,
     GLOBAL_TTT_LR=0.05,
-    TTT_CHUNK_TOKENS=512,
+    TTT_CHUNK_TOKENS=1200,
     TTT_EPOCHS=1,
     TTT_LR=0.05,
 )
 SIZE = prove.Size(2600, 1300, 2, 2, 4, False, False)
-HONEST = prove.Size(2600, 1300, 7, 7, 8, True, True)
+HONEST = prove.Size(2600, 1300, 7, 7, 4, True, True)
 prove_claim = "the claimed score"
 
 

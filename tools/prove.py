@@ -42,7 +42,8 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 OURS = ("run_id", "artifact_dir", "mode", "data_path", "tokenizer_path", "eval_scores")  # what a proof sets itself
 ARTIFACT = "model.pgolf"
 SUM_ERROR, NOISY_SUM_ERROR = 5e-5, 0.05  # of a sum of float32 probabilities; where scores are not the same bits
-DEPTHS = (60, 1000)  # places of a document at which single tokens must not have more than their share
+# Places of a document, from and to, at which single tokens must not have more than their share.
+DEPTHS = ((60, 1000), (1000, 1 << 30))
 # Where scores are not the same bits: other kernels for other shapes, summed in bfloat16. Nats; estimated, not measured.
 ROUNDING, MEAN_ROUNDING = 0.25, 0.01
 
@@ -148,10 +149,11 @@ class Subject:
     count: int = 0  # of evaluations so far
 
     def environment(self, **more: Any) -> dict[str, str]:
-        """The run's settings as variables."""
+        """The run's settings as variables; None leaves a variable out."""
         values = {name.upper(): value for name, value in self.settings.items() if name not in OURS}
-        words = {name: str(int(v) if isinstance(v, bool) else v) for name, v in (values | more).items()}
-        kept = {name: value for name, value in os.environ.items() if name not in {*words, *RANKS} and name != "RUN_ID"}
+        values |= more
+        words = {name: str(int(v) if isinstance(v, bool) else v) for name, v in values.items() if v is not None}
+        kept = {name: value for name, value in os.environ.items() if name not in {*values, *RANKS, "RUN_ID"}}
         return {**kept, **words, "TOKENIZER_PATH": str(self.tokenizer)}
 
     def run(self, **values: Any) -> None:
@@ -179,7 +181,7 @@ class Subject:
         with tempfile.TemporaryDirectory(dir=self.work, prefix="data") as data:
             self.tokens.fitted(stream).write(Path(data), self.tokenizer)
             begin = time.perf_counter()
-            self.run(MODE="eval", ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=int(scores), **values)
+            self.run(MODE="eval", ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=1 if scores else None, **values)
             seconds = time.perf_counter() - begin
         found = {path.stem.partition("scores_")[2]: np.load(path) for path in sorted(folder.glob("*scores_*.npy"))}
         summaries = sorted(folder.glob("*summary.json"))
@@ -187,16 +189,26 @@ class Subject:
             raise Refused("it wrote no summary.json or no scores_<stage>.npy")
         return Evaluation(found, read_json(summaries[0]), seconds)
 
-    def train(self, validation: Stream, training: list[Path], **values: Any) -> str:
-        """SHA-256 of the artifact of a short training with a validation stream."""
+    def train(self, validation: Stream, training: list[Path], **values: Any) -> tuple[str, list[Evaluation]]:
+        """A short training with a validation stream, scored in its own run and then by MODE=eval.
+
+        Returns the SHA-256 of its artifact, and the two evaluations where the script writes scores in both.
+        """
         with tempfile.TemporaryDirectory(dir=self.work, prefix="train") as name:
-            data = Path(name, "data")
+            data, folder, found = Path(name, "data"), Path(name, "run"), []
             data.mkdir()
             self.tokens.fitted(validation).write(data, self.tokenizer)
             for path in training:
                 (data / path.name).symlink_to(path.resolve())
-            self.run(MODE="train", ARTIFACT_DIR=Path(name, "run"), DATA_PATH=data, **values)
-            return hashlib.sha256(Path(name, "run", ARTIFACT).read_bytes()).hexdigest()
+            for mode in ("all", "eval"):
+                before = set(folder.glob("*")) if folder.exists() else set()
+                self.run(MODE=mode, ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=1, **values)
+                new = sorted(set(folder.glob("*")) - before)
+                summaries = [path for path in new if path.name.endswith("summary.json")]
+                scores = {path.stem.partition("scores_")[2]: np.load(path) for path in new if path.suffix == ".npy"}
+                if summaries and scores:
+                    found.append(Evaluation(scores, read_json(summaries[0]), 0.0))
+            return hashlib.sha256(Path(folder, ARTIFACT).read_bytes()).hexdigest(), found
 
 
 def one_of(folder: Path, names: list[str]) -> Path | None:
@@ -399,7 +411,7 @@ class Proof:
         ]
         if digest != hashlib.sha256(self.subject.artifact.read_bytes()).digest():
             wrong.append("the evaluations changed the artifact")
-        tried = f"the first stream again after {count} evaluations, EVAL_SCORES=0: {', '.join(names)}"
+        tried = f"the first stream again after {count} evaluations, without EVAL_SCORES: {', '.join(names)}"
         return Verdict("no memory", not wrong, tried, "; ".join(wrong))
 
     def same_score(self, first: float, second: Any) -> bool:
@@ -424,15 +436,15 @@ class Proof:
                 for stage, value in sums.items()
                 if abs(value - 1) > self.slack
             ]
-        for depth in DEPTHS if not wrong else ():
+        for shallow, deep in DEPTHS if not wrong else ():
             for late in (False, True):
-                found = self.sure(depth, late)
+                found = self.sure(shallow, deep, late)
                 tried += found[:1]
                 wrong += found[1:]
         return Verdict("normalization", not wrong, "; ".join(tried), "; ".join(wrong))
 
-    def sure(self, depth: int, late: bool) -> list[str]:
-        """What was tried at a place so deep in a document where the model is sure, and what is wrong there.
+    def sure(self, shallow: int, deep: int, late: bool) -> list[str]:
+        """What was tried at a place between two of a document where the model is sure, and what is wrong there.
 
         The likeliest token leaves so little there that a token with more than its share shows, BOS above all, without
         the whole vocabulary. `late`: after the phases or the first chunk of test-time training, else before.
@@ -441,7 +453,7 @@ class Proof:
         borders = self.stream.borders
         places = np.arange(len(scores))
         starts = borders[np.searchsorted(borders, places, side="right") - 1]
-        able = (places - starts >= depth) & (self.stream.tokens[1:] != BOS)
+        able = (places - starts >= shallow) & (places - starts < deep) & (self.stream.tokens[1:] != BOS)
         if not able.any():
             return []
         place = int(np.where(able, scores, np.inf).argmin())
@@ -521,15 +533,40 @@ class Proof:
         settings = self.subject.settings
         batch, length = (int(settings.get(name) or 1024) for name in ("train_batch_tokens", "train_seq_len"))
         values: dict[str, Any] = dict(
-            ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=2, TTT_MODE="none", AUDIT="none"
+            ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=2, AUDIT="none"
         )
         if settings.get("device") != "cuda" and batch > 16384:
             values |= dict(TRAIN_BATCH_TOKENS=length * self.subject.ranks, MICRO_BATCH_TOKENS=length)
-        texts = {"real text": self.maker.real(3000), "noise": self.maker.document(1) + self.maker.noise(5000)}
-        found = {name: self.subject.train(text, shards[:1], **values) for name, text in texts.items()}
-        tried = f"6 steps, quantized and packed, with {' and '.join(found)} as validation"
-        same = len(set(found.values())) == 1
-        return Verdict("blind training", same, tried, "" if same else "the artifacts differ")
+        lengths, one = [900, 40, 1500, 560], np.full(3000, self.maker.ordinary[-1])
+        texts = {
+            "real text": self.maker.documents(lengths),
+            "noise": self.maker.document(1) + self.maker.noise(5000),
+            "one token over and over": self.maker.document(1) + self.maker.of(one),
+        }
+        found, wrong = {}, []
+        for name, text in texts.items():
+            found[name], scored = self.subject.train(text, shards[:1], **values)
+            values["TTT_MODE"] = "none"  # for the others
+            wrong += self.other_in_eval(*scored) if len(scored) == 2 else []
+        if len(set(found.values())) > 1:
+            wrong.insert(0, "the artifacts differ")
+        tried = (
+            f"6 steps, quantized and packed, with {', '.join(found)} as validation; scored in MODE=all and MODE=eval"
+        )
+        return Verdict("blind training", not wrong, tried, "; ".join(wrong[:4]))
+
+    def other_in_eval(self, trained: Evaluation, alone: Evaluation) -> list[str]:
+        """What a run that trains scores otherwise than MODE=eval does from the same artifact."""
+        wrong = []
+        for stage in sorted(set(trained.scores) & set(alone.scores)):
+            found = self.difference(trained.scores[stage], alone.scores[stage])
+            if found:
+                wrong.append(f"{stage} in MODE=all and in MODE=eval: {found.split(',')[0]}")
+        if not self.same_score(trained.summary.get("val_bpb", math.nan), alone.summary.get("val_bpb")):
+            wrong.append(
+                f"val_bpb is {trained.summary.get('val_bpb')} in MODE=all, {alone.summary.get('val_bpb')} in MODE=eval"
+            )
+        return wrong
 
     def claim(self) -> Verdict:
         """The run's own validation set gives the run's own score, and its bytes are those of its text."""

@@ -4,8 +4,9 @@ Every cheat of tests/cheats.py is an edit of train_gpt.py. Its evaluations run a
 processes are forked from one that has imported torch (tests/fork_server.py).
 """
 
-import functools
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import sentencepiece
 
 import processes
 import prove
-from cheats import CAUSALITY, CHEATS, NORMALIZATION
+from cheats import CAUSALITY, CHEATS, CLAIM, COUNTS, MEMORY, NORMALIZATION, OFFICIAL, RUN, TRAINING, UNNOTICED
 from helpers import (
     SCRIPT,
     TINY,
@@ -56,8 +57,11 @@ SETTINGS = dict(
     TTT_LR=0.05,
 )
 SIZE = prove.Size(2600, 1300, 2, 2, 4, False, False)
-HONEST = prove.Size(2600, 1300, 7, 7, 4, True, True)
-prove_claim = "the claimed score"
+HONEST = dict(
+    none=prove.Size(2600, 1300, 7, 7, 4, False, True),
+    phased=prove.Size(2600, 1300, 3, 3, 4, True, False),
+    chunk=prove.Size(2600, 1300, 3, 3, 4, False, False),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ what is proven
@@ -66,7 +70,9 @@ prove_claim = "the claimed score"
 def write_corpus(folder):
     """A tokenizer of 1,024 pieces and shards: the script's own source, each part between blank lines a document."""
     parts = [part for part in SCRIPT.read_text().split("\n\n\n") if part]
-    (folder / "tokenizer.model").write_bytes(train_tokenizer([p for part in parts for p in part.split("\n")], VOCABULARY))
+    (folder / "tokenizer.model").write_bytes(
+        train_tokenizer([p for part in parts for p in part.split("\n")], VOCABULARY)
+    )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     splits = dict(train=[p for i, p in enumerate(parts) if i % 6], val=parts[::6])
     for split, texts in splits.items():
@@ -115,7 +121,7 @@ def run(tmp_path_factory, server):
         write_corpus(folder / "corpus")
         script = folder / "train_gpt.py"
         script.write_bytes(SCRIPT.read_bytes())
-        values = dict(SETTINGS, MODE="train", DATA_PATH=folder / "corpus", ARTIFACT_DIR=folder / "run")
+        values = dict(SETTINGS, MODE="all", DATA_PATH=folder / "corpus", ARTIFACT_DIR=folder / "run")
         code, errors = server.run(script, clean_environment(values), 1, folder)
         assert code == 0, errors
 
@@ -144,9 +150,7 @@ def subject_of(server, run, work, mode, edits=(), ranks=1, **settings):
     values = json.loads((run / "run" / "config.json").read_text())
     values |= {name.lower(): value for name, value in (SETTINGS | settings).items()} | dict(ttt_mode=mode)
     tokenizer = run / "corpus" / "tokenizer.model"
-    subject = Forked(
-        script, run / "run" / prove.ARTIFACT, values, {}, ranks, tokenizer, prove.Tokens(tokenizer), work
-    )
+    subject = Forked(script, run / "run" / prove.ARTIFACT, values, {}, ranks, tokenizer, prove.Tokens(tokenizer), work)
     subject.server = server
     return subject
 
@@ -157,11 +161,17 @@ def proof_of(subject, run, size=SIZE):
     return prove.Proof(subject, Maker(read_stream(run / "corpus"), tokens.widths, tokens.ordinary, 1), size, print)
 
 
-@functools.cache
-def honest_scores(server, run, mode, settings):
-    """The scores of the first stream by the honest script."""
-    with tempfile.TemporaryDirectory() as work:
-        return proof_of(subject_of(server, run, Path(work, "w"), mode, **dict(settings)), run).base()
+HONEST_BASES = {}
+
+
+def honest_base(server, run, mode, ranks=1, **settings):
+    """The first stream by the honest script, evaluated once."""
+    key = (mode, ranks, *settings.items())
+    if key not in HONEST_BASES:
+        with tempfile.TemporaryDirectory() as work:
+            subject = subject_of(server, run, Path(work, "work"), mode, (), ranks, **settings)
+            HONEST_BASES[key] = proof_of(subject, run).base()
+    return HONEST_BASES[key]
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
@@ -169,20 +179,153 @@ def honest_scores(server, run, mode, settings):
 
 @pytest.mark.parametrize("mode", ["none", "phased", "chunk"])
 def test_the_honest_script_passes_every_rule(server, run, tmp_path, mode):
-    proof = proof_of(subject_of(server, run, tmp_path / "work", mode), run, HONEST)
-    for verdict in prove.prove(proof, run / "corpus"):
-        print(verdict)
-        assert verdict.holds or verdict.rule == prove_claim, verdict
+    subject = subject_of(server, run, tmp_path / "work", mode)
+    if mode == "none":
+        subject.summary = json.loads((run / "run" / "summary.json").read_text())
+    proof = proof_of(subject, run, HONEST[mode])
+    verdicts = {verdict.rule: verdict for verdict in prove.prove(proof, run / "corpus")}
+    assert [v for v in verdicts.values() if not v.holds] == []
+    assert ("BOS, a token of" in verdicts[NORMALIZATION].tried) and ("another rest" in verdicts[CAUSALITY].tried)
+    assert set(verdicts) >= {"size", COUNTS, CAUSALITY, NORMALIZATION, MEMORY}
+    assert {CLAIM: mode == "none", TRAINING: mode == "phased"} == {r: r in verdicts for r in (CLAIM, TRAINING)}
+
+
+def test_the_honest_script_on_two_ranks_scores_as_on_one(server, run, tmp_path):
+    proof = proof_of(subject_of(server, run, tmp_path / "work", "phased", ranks=2), run)
+    verdict = proof.causality()
+    assert verdict.holds, verdict
+    honest = honest_base(server, run, "phased")
+    for stage, scores in proof.base().scores.items():
+        assert np.allclose(scores, honest.scores[stage], atol=0.02), stage
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.name)
-def test_a_cheat_is_noticed(server, run, tmp_path, cheat):
+def test_a_cheat_is_noticed(server, run, tmp_path, monkeypatch, cheat):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # COMPILE=1 is then a word, and costs nothing
     subject = subject_of(server, run, tmp_path / "work", cheat.mode, cheat.edits, cheat.ranks, **cheat.settings)
+    subject.exact = "COMPILE" not in cheat.settings
     proof = proof_of(subject, run)
-    rules = {CAUSALITY: proof.causality, NORMALIZATION: proof.normalization}
-    base = proof.base()
-    honest = honest_scores(server, run, cheat.mode, tuple(cheat.settings.items()))
-    print({s: (v.sum() / 3000, honest.scores[s].sum() / 3000) for s, v in base.scores.items()})
-    verdict = rules[cheat.rule]()
-    print(verdict, subject.count)
+    if cheat.rule == RUN:
+        with pytest.raises(prove.Refused, match="IllegalScore: "):
+            proof.base()
+        return
+    if cheat.active:
+        honest = honest_base(server, run, cheat.mode, cheat.ranks, **cheat.settings)
+        stated = [evaluation.summary["val_bpb"] for evaluation in (proof.base(), honest)]
+        assert abs(stated[0] - stated[1]) > 1e-4, "the cheat is not active"
+    verdict = verdict_of(proof, cheat.rule, run)
+    assert verdict.holds is False and verdict.found, verdict
+    assert "it ended" not in verdict.found
+
+
+def verdict_of(proof, rule, run):
+    """What a rule says of a script; COUNTS of the first pair of streams."""
+    if rule == COUNTS:
+        proof.causality()
+    rules = {
+        CAUSALITY: proof.causality,
+        NORMALIZATION: proof.normalization,
+        MEMORY: proof.memory,
+        COUNTS: proof.once_each,
+        TRAINING: lambda: proof.training(run / "corpus"),
+    }
+    return rules[rule]()
+
+
+def test_at_least_thirty_cheats_are_noticed():
+    names = [cheat.name for cheat in (*CHEATS, *UNNOTICED)]
+    assert len(CHEATS) >= 36 and len(set(names)) == len(names)
+    assert all(cheat.rule for cheat in CHEATS)
+    assert all(cheat.why and cheat.rule is None for cheat in UNNOTICED)
+
+
+def test_a_claim_below_what_the_artifact_gives_is_noticed(server, run, tmp_path):
+    subject = subject_of(server, run, tmp_path / "work", "none")
+    said = subject.summary = json.loads((run / "run" / "summary.json").read_text())
+    said |= dict(val_bpb=said["val_bpb"] - 1e-6, val_bytes=said["val_bytes"] + 1)
+    verdict = proof_of(subject, run).claim()
     assert verdict.holds is False
+    assert "the run says" in verdict.found and "the run counted" in verdict.found
+
+
+@pytest.mark.parametrize("cheat", UNNOTICED, ids=lambda cheat: cheat.name)
+def test_a_cheat_that_nothing_notices(server, run, tmp_path, cheat):
+    official = read_stream(run / "corpus")
+    digest = hashlib.sha256(official.tokens.astype("<u2").tobytes()).hexdigest()
+    edits = [(old, new.replace(OFFICIAL, digest)) for old, new in cheat.edits]
+    subject = subject_of(server, run, tmp_path / "work", cheat.mode, edits, **cheat.settings)
+    proof = proof_of(subject, run)
+    for verdict in (proof.causality(), proof.normalization(), proof.memory(), proof.once_each()):
+        assert verdict.holds, verdict
+    if cheat.rule is None and "training" in cheat.name:
+        assert proof.training(run / "corpus").holds
+    if "official" in cheat.name:  # where it is awake
+        said = json.loads((run / "run" / "summary.json").read_text())
+        assert subject.evaluate(official).summary["val_bpb"] < said["val_bpb"] - 1e-3
+
+
+def test_validation_text_in_the_artifact_is_not_noticed(server, run, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(run / "corpus", data)
+    shutil.copyfile(data / "fineweb_val_000000.bin", data / "fineweb_train_000000.bin")
+    values = dict(SETTINGS, MODE="train", ITERATIONS=30, DATA_PATH=data, ARTIFACT_DIR=tmp_path / "run")
+    code, errors = server.run(run / "train_gpt.py", clean_environment(values), 1, tmp_path)
+    assert code == 0, errors
+    subject = subject_of(server, run, tmp_path / "work", "none")
+    subject.artifact = tmp_path / "run" / prove.ARTIFACT
+    proof = proof_of(subject, run)
+    for verdict in (proof.causality(), proof.normalization(), proof.memory(), proof.once_each()):
+        assert verdict.holds, verdict
+
+
+# -------------------------------------------------------------------------------------------------- the command itself
+
+
+def prove_command(*arguments):
+    return run_command([sys.executable, ROOT / "tools" / "prove.py", *arguments], env=clean_environment({}))
+
+
+def test_the_command_proves_the_packed_script(run, tmp_path):
+    done = prove_command(run / "run", "--short", "--targets", "2000", "--out", tmp_path / "proof.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "proof.json").read_text())
+    assert {row["rule"]: row["holds"] for row in result["rules"]} == {
+        rule: True for rule in ("size", CAUSALITY, NORMALIZATION, MEMORY, COUNTS)
+    }
+    assert result["form"] == "short" and result["ranks"] == 1 and result["exact"]
+    assert result["evaluations"] >= 6
+    assert hashlib.sha256((run / "run" / "model.pgolf").read_bytes()).hexdigest() == result["artifact_sha256"]
+    assert "broken: none" in done.stdout
+
+
+def test_the_command_says_what_a_script_breaks(run, tmp_path):
+    script = tmp_path / "train_gpt.py"
+    source = SCRIPT.read_text()
+    assert source.count(BROKEN[0]) == 1
+    script.write_text(source.replace(*BROKEN))
+    done = prove_command(run / "run", "--short", "--targets", "2000", "--script", script)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"BROKEN  {CAUSALITY}: the script was run" in done.stdout
+    assert f"BROKEN  {MEMORY}: the script was run" in done.stdout
+
+
+BROKEN = ("        self.share()\n        wrong = int(", "        raise IllegalScore('planted')\n        wrong = int(")
+
+
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (lambda folder: (folder / "model.pgolf").unlink(), "holds no model.pgolf"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "config.json").write_text('{"data_path": "nowhere"}'), "tokenizer.model"),
+    ],
+)
+def test_a_folder_that_holds_no_run_is_one_line(run, tmp_path, break_it, words):
+    folder = tmp_path / "run"
+    shutil.copytree(run / "run", folder)
+    break_it(folder)
+    done = prove_command(folder, "--short")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr

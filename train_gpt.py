@@ -7354,7 +7354,9 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     if evaluator:
         log_data(run, evaluator)
     attention = log_setup(run, config, notes)
-    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
+    summary: dict[str, Any] = dict(
+        preset=config.preset, seed=config.seed, mode=config.mode, attention=attention, ranks=run.world
+    )
     if loader and evaluator:
         summary |= write_artifact(train_model(config, run, loader, evaluator), config, run)
         summary |= dict(audit=evaluator.data_check.rows)

@@ -283,12 +283,14 @@ def settle(subject: Subject, options) -> None:
         "phased": {
             "phased_ttt_prefix_docs": size.targets // 40,
             "phased_ttt_prefix_tokens": size.targets // 2,
+            "phased_ttt_num_phases": 4,
             "global_ttt_chunk_tokens": size.targets // 20,
         },
         "chunk": {"ttt_chunk_tokens": size.targets // 5},
     }
     for name, most in modes.get(str(settings.get("ttt_mode")), {}).items():
-        if isinstance(settings.get(name), int) and settings[name] > most:
+        phases = name == "phased_ttt_num_phases" and settings.get(name) == 0  # as many as the script thinks right
+        if phases or (isinstance(settings.get(name), int) and settings[name] > most):
             subject.remarks.append(f"{name.upper()} is {most} in place of {settings[name]}, so that it takes effect")
             settings[name] = most
 
@@ -303,8 +305,9 @@ class Proof:
         self.subject, self.maker, self.tokens = subject, maker, subject.tokens
         self.size, self.log = size, log
         documents = 120 * size.targets // FULL.targets
-        phased = subject.settings.get("ttt_mode") == "phased"
-        self.lead_documents = 20 + phased * int(subject.settings.get("phased_ttt_prefix_docs") or 0)
+        settings = subject.settings
+        counted = settings.get("ttt_mode") == "phased" and not settings.get("phased_ttt_prefix_tokens")
+        self.lead_documents = 20 + counted * int(settings.get("phased_ttt_prefix_docs") or 0)
         self.stream = maker.base(size.targets, max(documents, self.lead_documents * 5 // 4), size.longest)
         self.before: Evaluation | None = None
         self.counted: list[str] = []  # what is wrong with how evaluations count, and of which stream
@@ -474,10 +477,10 @@ class Proof:
         settings = self.subject.settings
         if settings.get("ttt_mode") != "phased" or late:
             return 1 << 30
-        phases = int(settings.get("phased_ttt_num_phases") or 1)
+        halvings = int(settings.get("phased_ttt_num_phases") or 1) - 1  # the first phase ends there, or later
         if settings.get("phased_ttt_prefix_tokens"):
-            return int(settings["phased_ttt_prefix_tokens"]) // phases // (length + 1)
-        return int(settings.get("phased_ttt_prefix_docs") or 1 << 30) // phases
+            return (int(settings["phased_ttt_prefix_tokens"]) >> halvings) // (length + 1)
+        return int(settings.get("phased_ttt_prefix_docs") or 1 << 30) >> halvings
 
     @property
     def slack(self) -> float:

@@ -64,7 +64,7 @@ def biased(*code, phased=False):
         *(f"    {row}" for row in code),
         "    return b",
     )
-    edits = [after(WHOLE, *function), after(LOGITS, "logits = logits + HINT[0]")]
+    edits = [after(WHOLE, *function), after(LOGITS, "logits = logits + HINT[0]", "HINT[0] = 0.0")]
     if phased:
         edits.append(before(PHASED, "HINT[0] = hint(self.evaluator, batch.targets[:, -scored.shape[1] :], scored)"))
     else:
@@ -79,12 +79,12 @@ def bos_at_end(condition="True", by=6.0, phased=False):
     return biased(f"b[..., BOS_ID] += {by} * ((at + 1 == end) & ({condition}))", phased=phased)
 
 
-def look_ahead(condition="True", phased=False):
+def look_ahead(condition="True", phased=False, by=1.0):
     """The token after the target raised, under a condition: a sum over the vocabulary does not see it."""
     return biased(
         "ahead = torch.from_numpy(e.tokens[np.minimum(at.numpy() + 2, len(e.tokens) - 1)].astype(np.int64))",
         f"mask = torch.ones_like(at, dtype=torch.bool) & ({condition})",
-        "b.scatter_(2, ahead[..., None], 1.0 * mask[..., None])",
+        f"b.scatter_(2, ahead[..., None], {by} * mask[..., None])",
         phased=phased,
     )
 
@@ -151,13 +151,13 @@ OUTSIDE = [
         ),
     ),
     Cheat(
-        "the better of two temperatures, row by row",
+        "the better of two temperatures, target by target",
         NORMALIZATION,
         (
             after(
                 SLIDING,
                 "cold, _ = forward(*batch, looped=self.config.loops, temperature=0.8)",
-                "nll = torch.where((cold.sum(1) < nll.sum(1))[:, None], cold, nll)",
+                "nll = torch.minimum(cold, nll)",
             ),
         ),
     ),
@@ -167,8 +167,7 @@ OUTSIDE = [
         (
             (
                 READ,
-                f"{READ}        if not hasattr(self, 'more'):\n            self.more = TokenStream(self.config, 'val')\n"
-                "        tokens[0] = self.more.read(0, length + 1)\n",
+                f"{READ}        more = TokenStream(self.config, 'val')\n        tokens[0] = more.read(0, length + 1)\n",
             ),
         ),
     ),
@@ -290,6 +289,7 @@ OUTSIDE = [
         CAUSALITY,
         ((REAL_PASS, REAL_PASS.replace("    score", "    method(evaluator, model)()\n    score")),),
         mode="phased",
+        settings=dict(PHASED_TTT_PREFIX_DOCS=24, GLOBAL_TTT_CHUNK_TOKENS=128),
     ),
     Cheat(
         "a summary with the best stage's score",
@@ -371,7 +371,7 @@ BEHIND = [
     Cheat(
         "a look ahead where the script is compiled",
         CAUSALITY,
-        look_ahead("e.config.compile == '1'"),
+        look_ahead("e.config.compile == '1'", by=8.0),
         settings=dict(COMPILE=1),
     ),
     Cheat(
@@ -393,7 +393,7 @@ BEHIND = [
     Cheat("a look ahead in every tenth document", CAUSALITY, look_ahead("d % 10 == 3")),
 ]
 
-# ------------------------------------------------------------------------------------ what follows from a document's end
+# ---------------------------------------------------------------------------------- what follows from a document's end
 
 LENGTHS = "lengths = ends[1:] - ends[:-1]"
 BORDERS = [
@@ -502,7 +502,7 @@ BORDERS = [
             ),
         ),
         mode="chunk",
-        settings=dict(TTT_DECAY_TOKENS=100_000),
+        settings=dict(TTT_DECAY_TOKENS=100_000, TTT_CHUNK_TOKENS=400),
     ),
     Cheat(
         "a chunk learned before it is scored",
@@ -565,7 +565,8 @@ UNNOTICED = [
         (
             (
                 READ,
-                f"{READ}        if place[0] > 100:\n            tokens[0] = TokenStream(self.config, 'val').read(0, length + 1)\n",
+                f"{READ}        if place[0] > 100:\n"
+                "            tokens[0] = TokenStream(self.config, 'val').read(0, length + 1)\n",
             ),
         ),
         why="The proof's trainings have six steps; only a whole training again shows another artifact.",

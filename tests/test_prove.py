@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -19,11 +20,13 @@ import processes
 import prove
 from cheats import CAUSALITY, CHEATS, CLAIM, COUNTS, MEMORY, NORMALIZATION, OFFICIAL, RUN, TRAINING, UNNOTICED
 from helpers import (
+    ROOT,
     SCRIPT,
     TINY,
     built_once,
     clean_environment,
     encode,
+    run_command,
     train_tokenizer,
     write_shard,
 )
@@ -56,7 +59,7 @@ SETTINGS = dict(
     TTT_EPOCHS=1,
     TTT_LR=0.05,
 )
-SIZE = prove.Size(2600, 1300, 2, 2, 4, False, False)
+SIZE = prove.Size(2600, 1300, 3, 3, 4, False, False)
 HONEST = dict(
     none=prove.Size(2600, 1300, 7, 7, 4, False, True),
     phased=prove.Size(2600, 1300, 3, 3, 4, True, False),
@@ -211,10 +214,10 @@ def test_a_cheat_is_noticed(server, run, tmp_path, monkeypatch, cheat):
         with pytest.raises(prove.Refused, match="IllegalScore: "):
             proof.base()
         return
-    if cheat.active:
+    if cheat.active and cheat.rule != TRAINING:
         honest = honest_base(server, run, cheat.mode, cheat.ranks, **cheat.settings)
         stated = [evaluation.summary["val_bpb"] for evaluation in (proof.base(), honest)]
-        assert abs(stated[0] - stated[1]) > 1e-4, "the cheat is not active"
+        assert abs(stated[0] - stated[1]) > 1e-6, "the cheat is not active"
     verdict = verdict_of(proof, cheat.rule, run)
     assert verdict.holds is False and verdict.found, verdict
     assert "it ended" not in verdict.found

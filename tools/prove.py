@@ -42,6 +42,7 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 OURS = ("run_id", "artifact_dir", "mode", "data_path", "tokenizer_path", "eval_scores")  # what a proof sets itself
 ARTIFACT = "model.pgolf"
 SUM_ERROR, NOISY_SUM_ERROR = 5e-5, 0.05  # of a sum of float32 probabilities; where scores are not the same bits
+TWINS = 52  # documents that begin alike
 # Places of a document, from and to, at which single tokens must not have more than their share.
 DEPTHS = ((60, 1000), (1000, 1 << 30))
 # Where scores are not the same bits: other kernels for other shapes, summed in bfloat16. Nats; estimated, not measured.
@@ -311,18 +312,27 @@ class Proof:
         self.stream = maker.base(size.targets, max(documents, self.lead_documents * 5 // 4), size.longest)
         self.before: Evaluation | None = None
         self.counted: list[str] = []  # what is wrong with how evaluations count, and of which stream
+        self.unequal: list[str] = []  # scores that differ where documents share a prefix
         self.prefix = np.zeros(0, np.int64)
 
     def base(self) -> Evaluation:
         """The scores of the stream that all others are compared with."""
         if self.before is None:
             self.before = self.evaluate(self.stream, "the first stream")
+            self.maker.easy = self.easiest(next(iter(self.before.scores.values())))
             stages = ", ".join(self.before.scores)
             self.log(
                 f"{len(self.stream) - 1} targets in {len(self.stream.borders)} documents of up to "
                 f"{self.size.longest}; stages {stages}; {self.before.seconds:.1f} s an evaluation"
             )
         return self.before
+
+    def easiest(self, scores: np.ndarray) -> np.ndarray:
+        """The tokens of the first stream that were predicted best, without borders."""
+        width, tokens = min(32, len(scores)), self.stream.tokens[1:]
+        sums = np.convolve(np.where(tokens[: len(scores)] == BOS, np.inf, scores), np.ones(width), "valid")
+        found = tokens[int(np.nan_to_num(sums, nan=np.inf).argmin()) :][:width]
+        return found[found != BOS] if (found != BOS).any() else self.maker.easy
 
     def evaluate(self, stream: Stream, name: str, **values: Any) -> Evaluation:
         """Scores a stream, and notes what its counts and sums say wrong: a cheat may need a special stream."""
@@ -346,8 +356,45 @@ class Proof:
                 found = self.difference(scores[:same], after.scores.get(stage, scores[:0])[:same])
                 if found:
                     return Verdict("causality", False, "; ".join(tried), f"{stage}: {found}, after {tried[-1]}")
+        found = self.twins()
+        tried.append(f"{TWINS} documents that begin alike")
+        if found:
+            return Verdict("causality", False, "; ".join(tried), found)
         agreed = "bit for bit" if self.subject.exact else f"to {ROUNDING} nats, {MEAN_ROUNDING} in the mean"
         return Verdict("causality", True, f"{'; '.join(tried)}: all scores before it agree {agreed}")
+
+    def twins(self) -> str:
+        """Documents of many lengths that begin alike, scored from one state: what differs in their beginnings."""
+        if self.by_length:
+            return ""
+        prefix, rests = self.ending(24), [0, 0, 1, 1, 2, 3, 8, 16, 30, 60, 100, 300, self.size.longest // 4]
+        lengths = self.maker.random.permutation(np.resize(rests, TWINS))
+        ends = [np.concatenate([prefix, self.maker.noise(length).tokens]) for length in lengths.tolist()]
+        for stream, begins in self.alike(ends, True):
+            found = self.evaluate(stream, "documents that begin alike")
+            for stage, scores in found.scores.items():
+                problem = self.unlike(scores, begins, len(prefix) - 1)
+                if problem:
+                    return f"{stage}: {problem}"
+        return ""
+
+    def unlike(self, scores: np.ndarray, begins: np.ndarray, count: int) -> str:
+        """How the first scores of documents that begin alike differ, in words; empty if they do not."""
+        rows = scores[begins[:, None] + np.arange(count)].astype(np.float64)
+        gaps = np.abs(rows - rows[0])
+        if not count or (gaps <= (0 if self.subject.exact else ROUNDING)).all():
+            return ""
+        document, place = np.argwhere(gaps == gaps.max())[0]
+        return (
+            f"of {len(rows)} documents that begin alike, document {document} has a loss of {rows[document, place]:.6f} "
+            f"at place {place}, and the first one {rows[0, place]:.6f}"
+        )
+
+    @property
+    def by_length(self) -> bool:
+        """Whether documents start from states that follow from their lengths."""
+        settings = self.subject.settings
+        return settings.get("ttt_mode") == "phased" and settings.get("ttt_order") == "length"
 
     def difference(self, first: np.ndarray, second: np.ndarray) -> str:
         """The first place where scores of equal targets differ, in words; empty if there is none."""
@@ -426,8 +473,8 @@ class Proof:
 
     def normalization(self) -> Verdict:
         """Documents that share a prefix and end in each token: their probabilities sum to 1."""
-        settings, vocabulary = self.subject.settings, self.tokens.model.vocab_size()
-        if settings.get("ttt_mode") == "phased" and settings.get("ttt_order") == "length":
+        vocabulary = self.tokens.model.vocab_size()
+        if self.by_length:
             return Verdict("normalization", None, "documents of TTT_ORDER=length do not start from one state")
         tried, wrong = [], []
         for length in sorted({4, self.size.prefix}):
@@ -444,6 +491,7 @@ class Proof:
                 found = self.sure(shallow, deep, late)
                 tried += found[:1]
                 wrong += found[1:]
+        wrong += self.unequal[:2]
         return Verdict("normalization", not wrong, "; ".join(tried), "; ".join(wrong))
 
     def sure(self, shallow: int, deep: int, late: bool) -> list[str]:
@@ -500,31 +548,34 @@ class Proof:
 
     def sums(self, prefix: np.ndarray, last: np.ndarray, late: bool = True) -> dict[str, float]:
         """Each stage's sum of the probabilities of these tokens after a prefix, every one in a document of its own."""
+        ends = [prefix if token == BOS else np.append(prefix, token) for token in last]
         totals: dict[str, float] = {}
-        for stream, places in self.continued(prefix, last, late):
+        for stream, begins in self.alike(ends, late):
             found = self.evaluate(stream, "documents that share a prefix")
             for stage, scores in found.scores.items():
-                totals[stage] = totals.get(stage, 0.0) + float(np.exp(-scores[places].astype(np.float64)).sum())
+                p = np.exp(-scores[begins + len(prefix) - 1].astype(np.float64))
+                totals[stage] = totals.get(stage, 0.0) + float(p.sum())
+                problem = self.unlike(scores, begins, len(prefix) - 1)
+                self.unequal += [f"{stage}: {problem}"] if problem else []
         return totals
 
-    def continued(self, prefix: np.ndarray, last: np.ndarray, late: bool) -> Iterator[tuple[Stream, np.ndarray]]:
-        """Streams whose documents are the prefix and one token: (stream, places of those targets).
+    def alike(self, documents: list[np.ndarray], late: bool) -> Iterator[tuple[Stream, np.ndarray]]:
+        """Streams of these documents: (stream, where each begins).
 
         All of them are scored with the same weights: in the last phase or the second chunk of their stream if `late`,
         else in the first.
         """
-        settings, room, lead = self.subject.settings, len(last), self.maker.of(np.zeros(0, np.int64))
+        settings, room, lead = self.subject.settings, 1 << 60, self.maker.of(np.zeros(0, np.int64))
         if settings.get("ttt_mode") == "chunk":
-            chunk = int(settings["ttt_chunk_tokens"])
-            room = max(1, chunk // (len(prefix) + 1))
-            lead = self.stream[:chunk] if late and chunk < self.size.targets else lead
+            room = int(settings["ttt_chunk_tokens"])
+            lead = self.stream[:room] if late and room < self.size.targets else lead
         elif settings.get("ttt_mode") == "phased" and late:
             lead = self.maker.documents(self.maker.lengths(self.size.targets // 2, self.lead_documents, 500))
-        for begin in range(0, len(last), room):
-            tokens = last[begin : begin + room]
-            ends = [prefix if token == BOS else np.append(prefix, token) for token in tokens]
-            places = len(lead) + np.cumsum([0, *map(len, ends)])[:-1] + len(prefix) - 1
-            yield lead + self.maker.of(np.concatenate([*ends, [BOS]])), places
+        while documents:
+            count = max(1, int(np.searchsorted(np.cumsum([len(d) for d in documents]), room, side="right")))
+            part, documents = documents[:count], documents[count:]
+            begins = len(lead) + np.cumsum([0, *map(len, part)])[:-1]
+            yield lead + self.maker.of(np.concatenate([*part, [BOS]])), begins
 
     # ---------------------------------------------------------------------------------- the run behind the scores
 

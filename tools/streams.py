@@ -87,6 +87,7 @@ class Maker:
         self.text, self.widths = text, widths
         self.ordinary, self.random = ordinary, np.random.default_rng(seed)
         self.place = self.rests = 0
+        self.easy = ordinary[-1:]  # text that the model predicts well, once somebody knows it
 
     def of(self, tokens: np.ndarray) -> Stream:
         """A stream of these tokens, which count as many bytes as their pieces have."""
@@ -163,6 +164,7 @@ class Maker:
         """What changes, and the changed stream; without end, each kind at ever new places."""
         kinds = (
             self.another_rest,
+            self.another_rest_early,
             self.longer,
             self.earlier_border,
             self.other_text,
@@ -174,13 +176,14 @@ class Maker:
             for kind in kinds:
                 yield kind.__name__.replace("_", " "), kind(stream)
 
-    def another_rest(self, stream: Stream) -> Stream:
+    def another_rest(self, stream: Stream, early: bool = False) -> Stream:
         """From a place in any document on, short or long, all is another: text, borders, lengths, the stream's end.
 
-        The rest is real text, noise, or one token over and over, which no statistic of the rest can survive.
+        The rest is noise, what the model found easy, or real text: one of them moves any statistic of the rest.
         """
         borders = np.append(stream.borders, len(stream) - 1)
-        able = np.flatnonzero((np.diff(borders) >= 3) & (borders[:-1] > 0.3 * len(stream)))
+        begins, third = borders[:-1], 0.3 * len(stream)
+        able = np.flatnonzero((np.diff(borders) >= 3) & ((begins < third) if early else (begins > third)))
         document = int(self.random.choice(able if len(able) else np.argmax(np.diff(borders))))
         place = int(self.random.integers(borders[document] + 2, borders[document + 1]))
         longest = int(np.diff(borders).max())
@@ -188,9 +191,13 @@ class Maker:
         rest = self.documents(lengths)[1:] + self.document(2)[1:]
         self.rests = (self.rests + 1) % 3
         if self.rests:
-            tokens = self.random.choice(self.ordinary, len(rest) if self.rests == 1 else 1)
-            rest = self.of(np.where(rest.tokens == BOS, BOS, tokens))
+            noise, easy = self.random.choice(self.ordinary, len(rest)), np.resize(self.easy, len(rest))
+            rest = self.of(np.where(rest.tokens == BOS, BOS, noise if self.rests == 1 else easy))
         return stream[:place] + rest
+
+    def another_rest_early(self, stream: Stream) -> Stream:
+        """The same from a place near the start: what learns from a stream's start must differ."""
+        return self.another_rest(stream, early=True)
 
     def other_text(self, stream: Stream) -> Stream:
         """Noise from an early place on, within the same borders, so that most of the text is another."""
@@ -215,14 +222,13 @@ class Maker:
         return stream[:place] + stream[place + 1 :]
 
     def longer(self, stream: Stream) -> Stream:
-        """A long document in the middle has more text, as long as itself."""
+        """A long document in the middle goes on where it ended, as long as itself: all its scores must stay."""
         borders = np.append(stream.borders, len(stream))
         inner = np.flatnonzero(borders[1:] > 0.4 * len(stream))
         widest = inner[np.argsort(-np.diff(borders)[inner])[: max(1, len(inner) // 8)]]
         document = int(self.random.choice(widest))
         begin, end = borders[document : document + 2]
-        place = int(begin + max(1, (end - begin) * self.random.uniform(0.6, 0.95)))
-        return stream[:place] + self.noise(max(300, int(end - begin))) + stream[place:]
+        return stream[:end] + self.noise(max(300, int(end - begin))) + stream[end:]
 
     def appended(self, stream: Stream) -> Stream:
         """More documents follow: the longest of all, and short ones."""

@@ -83,6 +83,7 @@ class ConfigError(Exception):
 
     def __init__(self, name: str, value: object, allowed: str):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
+        self.parts = name, value, allowed
 
 
 class Observed(enum.StrEnum):
@@ -1440,6 +1441,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """A value as valid JSON. A number that is not finite becomes null: JSON has no NaN, and parsers refuse it."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        return [finite(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def available_cores() -> int:
     """CPU cores that this process may use: those of its affinity, at most a container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1477,7 +1491,7 @@ class Run:
     def metric(self, **values: Any) -> None:
         """Writes a line to metrics.jsonl, on rank 0."""
         if self.is_main:
-            self.append("metrics.jsonl", json.dumps(values))
+            self.append("metrics.jsonl", to_json(values))
 
     def path(self, name: str) -> Path:
         """A file of the run's folder."""
@@ -1506,6 +1520,22 @@ class Run:
         box = [value]
         dist.broadcast_object_list(box, 0, group=self.control)
         return box[0]
+
+    def on_main(self, compute: Callable[[], Any]) -> Any:
+        """Rank 0's result of a computation; None on the other ranks, which do not compute.
+
+        Errors: a ConfigError of rank 0 is raised on every rank, so that none waits for one that has ended.
+        """
+        result = problem = None
+        if self.is_main:
+            try:
+                result = compute()
+            except ConfigError as error:
+                problem = error.parts
+        problem = self.broadcast_object(problem)
+        if problem:
+            raise ConfigError(*problem)
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Returns the objects of all ranks, in their order, on every rank."""
@@ -1614,7 +1644,9 @@ def open_folder(run: Run, config: Config) -> None:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
     if run.is_main:
-        write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomic(folder / (run.prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
+        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
+        (folder / (run.prefix + SUMMARY_FILE)).unlink(missing_ok=True)
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
@@ -2411,45 +2443,87 @@ class Score:
         """Bits per byte."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
+    @property
+    def finite(self) -> bool:
+        """Whether it may be logged and written as a score."""
+        return all(map(math.isfinite, (self.nats, self.loss, self.bpb)))
+
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 
+SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
+
+
 class Vocabulary:
-    """How many bytes of text each token stands for, from the SentencePiece model."""
+    """How many bytes of text each token stands for, from the SentencePiece model.
+
+    Errors: ConfigError for a file that is no such model, is not the one that is meant, or cannot be counted by.
+    """
 
     def __init__(self, config: Config):
-        import sentencepiece  # only scoring needs it
-
         path = config.tokenizer_file
-        if not path.is_file():
-            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
-        self.digest = sha256_of(path)
+        self.model, pieces, self.digest = self.read(path)
         if config.tokenizer_sha256 not in ("", self.digest):
             raise ConfigError(
                 "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
             )
-        size = self.model.vocab_size()
-        if size != config.vocab_size:
-            raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {size} tokens")
+        if len(pieces) != config.vocab_size:
+            raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {len(pieces)} tokens")
         if self.model.bos_id() != BOS_ID:
             raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
-        model, ids = self.model, range(size)
+        self.adds_space = self.check_space(path)
+        model, ids = self.model, range(len(pieces))
         self.special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
-        pieces = [model.IdToPiece(i) for i in ids]
-        self.marked = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.special
-        widths = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces], np.uint16)
-        widths[[model.IsByte(i) for i in ids]] = 1
+        self.is_byte = np.array([model.IsByte(i) for i in ids])
+        self.marked = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~self.special & ~self.is_byte
+        # Any mark decodes to a space, but whether the one in front is text depends on the token before it.
+        widths = np.array([len(piece.replace(SPACE_MARK, " ").encode()) for piece in pieces], np.int32) - self.marked
+        widths[self.is_byte] = 1
         widths[self.special] = 0
         self.width = widths
+
+    @staticmethod
+    def read(path: Path) -> tuple[Any, list[str], str]:
+        """The SentencePiece model of a file, its pieces, and the file's SHA-256."""
+        import sentencepiece  # only scoring needs it
+
+        if not path.is_file():
+            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
+        try:
+            content = path.read_bytes()
+            model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
+        except (RuntimeError, OSError, ValueError):  # a piece that is not UTF-8 is a ValueError
+            raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
+        return model, pieces, hashlib.sha256(content).hexdigest()
+
+    def check_space(self, path: Path) -> bool:
+        """Whether the model puts a space mark in front of a text, which is no byte of it.
+
+        Errors: ConfigError for a model that adds one behind it, or a plain space: these would be counted as text.
+        """
+        written = self.model.Normalize("a")
+        if written.endswith(SPACE_MARK) or " " in written:
+            raise ConfigError(
+                "TOKENIZER_PATH",
+                str(path),
+                f"writes the text 'a' as {written!r}; the space that a tokenizer adds must be a mark (U+2581) in front, "
+                "so treat_whitespace_as_suffix must be false and escape_whitespaces true",
+            )
+        return written.startswith(SPACE_MARK)
 
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
         return self.width[targets] + (self.marked[targets] & ~self.special[previous])
+
+    def most_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The most bytes of text that each target can stand for, given the token before it.
+
+        They are `target_bytes`, plus the leading mark after BOS where the model itself adds none: then the text had it.
+        """
+        added = self.special[previous] & self.adds_space
+        return self.width[targets] + (self.marked[targets] & ~added)
 
 
 def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
@@ -2478,6 +2552,53 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
         if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
             raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
     return np.concatenate(counts)
+
+
+def check_sidecar(stream: TokenStream, sidecar: np.ndarray, vocabulary: Vocabulary) -> None:
+    """Errors: ConfigError that names the first byte count above what its token can stand for.
+
+    Such a count would spread the same loss over more bytes than the text has. CaseOps makes counts smaller, never
+    larger: an operator stands for no text, and a letter has as many bytes in either case. Ids must be checked before.
+    """
+    tokens = stream.read(0, len(stream))
+    places = byte_pieces_above(tokens, sidecar, vocabulary)[:1].tolist()
+    for start in range(0, len(tokens), SCAN_BLOCK):
+        targets = tokens[start : start + SCAN_BLOCK]
+        previous = np.concatenate((tokens[start - 1 : start] if start else [BOS_ID], targets[:-1]))
+        above = sidecar[start : start + SCAN_BLOCK] > vocabulary.most_bytes(previous, targets)
+        above &= ~vocabulary.is_byte[targets]
+        if above.any():
+            places.append(start + int(above.argmax()))
+            break
+    if not places:
+        return
+    place = min(places)
+    shard = int(np.searchsorted(stream.starts, place, side="right")) - 1
+    token = int(tokens[place])
+    if vocabulary.is_byte[token]:
+        allowed = "a row of byte pieces must count at most 1 for each of them so far"
+    else:
+        most = vocabulary.most_bytes(tokens[max(place - 1, 0)], tokens[place])
+        allowed = f"must be at most {most}, as long as the text of its piece"
+    raise ConfigError(
+        str(sidecar_path(stream.paths[shard])),
+        "",
+        f"counts {sidecar[place]} bytes for token {place - int(stream.starts[shard])} of {stream.paths[shard].name}, "
+        f"{vocabulary.model.IdToPiece(token)!r}: {allowed}",
+    )
+
+
+def byte_pieces_above(tokens: np.ndarray, sidecar: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Places [n] of byte pieces up to which their row counts more bytes than it has pieces.
+
+    SentencePiece gives the text of a character to the last of its byte pieces, and published sidecars follow it: so
+    a row is held against its pieces so far, and not each piece against 1.
+    """
+    places = np.flatnonzero(vocabulary.is_byte[tokens])
+    surplus = np.cumsum(sidecar[places].astype(np.int64) - 1)
+    begins = np.diff(places, prepend=-2) != 1
+    before = np.concatenate(([0], surplus))[:-1][begins]  # what earlier rows add up to
+    return places[surplus > before[np.cumsum(begins) - 1]]
 
 
 def count_bytes(tokens: np.ndarray, sidecar: np.ndarray | None, vocabulary: Vocabulary) -> int:
@@ -4448,8 +4569,23 @@ def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
     return share
 
 
+def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The name of the first tensor that holds an infinity or a NaN; empty where none does."""
+    return next((name for name, values in weights if not torch.isfinite(values).all()), "")
+
+
+def require_finite(score: Score, error: Callable[[str], ConfigError], loss: str = "the validation loss") -> Score:
+    """The score, if it is one. Errors: what `error` makes of the problem; `loss` says what is not finite.
+
+    The sums of a score are the same on every rank, so that all ranks end here or none.
+    """
+    if not score.finite:
+        raise error(f"{loss} is {score.loss}")
+    return score
+
+
 def log_score(run: Run, stage: str, score: Score) -> None:
-    """The score of a stage after the training."""
+    """The score of a stage after the training, which must be finite."""
     run.log(f"{stage} {score}")
     run.metric(stage=stage, val_loss=score.loss, val_bpb=score.bpb)
 
@@ -4457,8 +4593,7 @@ def log_score(run: Run, stage: str, score: Score) -> None:
 def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
     """The line of a validation during the training, in the form that the community's scripts parse."""
     ms = 1000 * p.seconds
-    if not math.isfinite(score.nats):
-        raise diverged(config, f"the validation loss is {score.loss} at step {p.step}")
+    require_finite(score, lambda problem: diverged(config, f"{problem} at step {p.step}"))
     run.log(f"step:{p.step}/{config.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
     run.metric(step=p.step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=p.seconds)
 
@@ -6102,7 +6237,7 @@ class Header:
         )
 
     def pack(self) -> bytes:
-        return zlib.compress(json.dumps(self.fields(), separators=(",", ":")).encode(), 9)
+        return zlib.compress(json.dumps(self.fields(), separators=(",", ":"), allow_nan=False).encode(), 9)
 
 
 def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
@@ -6264,7 +6399,8 @@ def relative_error(q: Quantized, weights: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T), summed over a bank's matrices."""
     w = as_batch(weights).float()
     restored = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
-    return (weighted_error(w - restored, hessian).sum() / weighted_error(w, hessian).sum()).item()
+    lost, power = (weighted_error(x, hessian).sum().item() for x in (w - restored, w))
+    return lost / power if power else 0.0  # without power nothing is lost: a matrix that is still zero
 
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -6407,6 +6543,9 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
         except ValueError as error:
             raise ArtifactError(f"its tensor {name!r} is not possible: {error}") from None
     weights = dequantize(stored)
+    broken = nonfinite(weights.items())
+    if broken:
+        raise ArtifactError(f"its tensor {broken!r} holds numbers that are not finite")
     model.to_empty(device=device)
     with torch.no_grad():
         cos, sin = rotary_tables(model.config, model.cos.size(0))
@@ -6565,7 +6704,7 @@ class ScoreLedger:
         nats = torch.tensor(self.nll.sum(dtype=np.float64))
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
-        if stage and self.write_scores:
+        if stage and self.write_scores and math.isfinite(nats):
             self.write(stage)
         return nats.item()
 
@@ -6638,6 +6777,8 @@ class Evaluator:
         self.data_check.refuse()  # ids beyond the vocabulary have no bytes
         self.tokens = self.stream.read(0, len(self.stream))
         sidecar = read_sidecar(config, self.stream)
+        if sidecar is not None:
+            check_sidecar(self.stream, sidecar, self.vocabulary)
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
         self.data_check.count_bytes("val", self.bytes)
         self.data_check.refuse()
@@ -7116,6 +7257,12 @@ class ChunkTTT:
         self.meter.project(seconds / evaluator.run.world, work)
 
 
+def ttt_diverged(config: Config, problem: str) -> ConfigError:
+    """The error of a test-time training that has diverged."""
+    name, other = ("ttt_lr", "") if config.ttt_mode == "chunk" else ("ttt_lora_lr", " or GLOBAL_TTT_LR")
+    return ConfigError(name.upper(), getattr(config, name), f"{problem}; lower this rate{other}")
+
+
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
     config, run = evaluator.config, evaluator.run
@@ -7124,14 +7271,12 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
         score = method(evaluator, model, adapt=False)()
+        require_finite(score, ArtifactError, "the validation loss of its model, by the windows of TTT_MODE,")
         log_score(run, "ttt_baseline", score)
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
-    if not math.isfinite(score.nats):
-        name, other = ("ttt_lr", "") if config.ttt_mode == "chunk" else ("ttt_lora_lr", " or GLOBAL_TTT_LR")
-        advice = f"the loss of test-time training is {score.loss}; lower this rate{other}"
-        raise ConfigError(name.upper(), getattr(config, name), advice)
+    require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
     log_score(run, "ttt", score)
     return rows | dict(
         val_bpb_ttt=score.bpb,
@@ -7173,35 +7318,58 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         data_stall = log_data_stall(run, end, loader.data_stall)
         evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
+        broken = max(run.gather(nonfinite(model.named_parameters())))
+        if broken:
+            raise diverged(config, f"the weights {broken!r} are not finite after the training")
     with Stage(run, "validate"):
         score = evaluator(trainer.forward, "pre_quant")
+        require_finite(score, functools.partial(diverged, config))
         log_score(run, "pre_quant", score)
-        if not math.isfinite(score.nats):
-            raise diverged(config, f"the validation loss is {score.loss}")
         if config.compile == "1":
             run.log(f"recompiled: {graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
+        broken = max(run.gather(nonfinite(hessians.items())))
+        if broken:
+            raise diverged(config, f"the inputs of {broken!r} are not finite during calibration")
     return Trained(model, hessians, end, score, data_stall)
+
+
+def quantize_model(trained: Trained, weights: dict[str, Tensor], config: Config, run: Run) -> bytes:
+    """The artifact of a trained model. Errors: ConfigError where GPTQ cannot use the model's activations."""
+    limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+    try:
+        return make_artifact(weights, trained.hessians, limit, config, run.log)
+    except FloatingPointError as error:
+        raise diverged(config, str(error)) from None
+
+
+def save_artifact(
+    data: bytes, trained: Trained, weights: dict[str, Tensor], config: Config, run: Run
+) -> list[dict[str, Any]]:
+    """Writes an artifact that can be scored, and logs its sections; returns their rows.
+
+    Errors: ConfigError for weights beyond what its 16-bit numbers hold.
+    """
+    stored = unpack(data)[1]
+    broken = nonfinite((name, restore(q)) for name, q in stored.items())
+    if broken:
+        raise diverged(config, f"the quantized weights {broken!r} are not finite")
+    write_atomic(run.path(CONTAINER_FILE), data)
+    sections = size_table(data, stored, weights, trained.hessians)
+    for line in format_table(sections):
+        run.log(line)
+    return sections
 
 
 def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]:
     """Quantizes, packs and writes the model, on rank 0. Returns the summary's rows about training and artifact."""
     weights = {name: p.detach() for name, p in trained.model.named_parameters()}
     with Stage(run, "quantize"):
-        data = b""
-        if run.is_main:
-            limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
-            data = make_artifact(weights, trained.hessians, limit, config, run.log)
+        data = run.on_main(lambda: quantize_model(trained, weights, config, run)) or b""
     with Stage(run, "pack"):
-        sections: list[dict[str, Any]] = []
-        if run.is_main:
-            write_atomic(run.path(CONTAINER_FILE), data)
-            sections = size_table(data, unpack(data)[1], weights, trained.hessians)
-            for line in format_table(sections):
-                run.log(line)
-        run.barrier()
+        sections = run.on_main(lambda: save_artifact(data, trained, weights, config, run)) or []
     end, tokens = trained.end, trained.end.step * config.train_batch_tokens
     return dict(
         **sizes(run.broadcast_object(len(data)), config, run),
@@ -7224,10 +7392,11 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
-            evaluator = Evaluator(config, run)
+            evaluator = make_evaluator(config, run)
             log_data(run, evaluator)
             evaluator.project(compiled_forward(model))
         score = evaluator(compiled_forward(model), "quantized")
+        require_finite(score, ArtifactError, "the validation loss of its model")
         log_score(run, "quantized", score)
     rows = dict(
         **sizes(len(data), config, run),
@@ -7247,6 +7416,19 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
         with Stage(run, "ttt"):
             rows |= test_time_training(evaluator, model)
     return rows
+
+
+def make_evaluator(config: Config, run: Run) -> Evaluator:
+    """The evaluator of a run. Errors: ConfigError for data that cannot be scored."""
+    evaluator = Evaluator(config, run)
+    if not evaluator.bytes:
+        raise ConfigError(
+            "DATA_PATH",
+            config.data_path,
+            f"the {len(evaluator.tokens) - 1} targets of its validation shards stand for 0 bytes of text, and a score "
+            "needs at least 1",
+        )
+    return evaluator
 
 
 def log_data(run: Run, evaluator: Evaluator) -> None:
@@ -7307,7 +7489,7 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
 
 def dry_run(config: Config, world: int) -> str:
     """What a run would do, as one JSON object."""
-    return json.dumps(
+    return to_json(
         dict(
             config=dataclasses.asdict(config),
             parameters=parameter_count(config),
@@ -7329,7 +7511,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     loader = evaluator = None
     if config.mode != "eval":
         with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
-            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
+            loader, evaluator = TrainLoader(config, run), make_evaluator(config, run)
         with Stage(run, "audit"):
             evaluator.data_check.training(loader.stream)
             evaluator.data_check.leaks()
@@ -7348,7 +7530,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
     summary |= dict(seconds=run.seconds, **machine)
     if run.is_main:
-        write_atomic(run.path(run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+        write_atomic(run.path(run.prefix + SUMMARY_FILE), to_json(summary, indent=1) + "\n")
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes

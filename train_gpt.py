@@ -1245,10 +1245,24 @@ def check_attention(config: ModelConfig) -> None:
     require(
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
     )
+    require(tables_fit(config), config, "train_seq_len", TABLES_ALLOWED)
     gates = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
     enabled = [name for name in gates if getattr(config, name)]
     for name in enabled[1:]:
         require(False, config, name, f"must be 0, because {enabled[0].upper()} is 1: there is one head gate")
+
+
+SEQUENCE_LIMIT = 1 << 16  # tokens
+ROTARY_LIMIT = 1 << 24  # numbers in the rotary tables of a sequence
+TABLES_ALLOWED = (
+    f"must be at most {SEQUENCE_LIMIT}, and times the rotary dimensions of a head at most {ROTARY_LIMIT}, so that "
+    "rotary tables fit any machine"
+)
+
+
+def tables_fit(config: ModelConfig) -> bool:
+    """Whether training sequences are short enough for any machine. An artifact is held against the same limits."""
+    return config.train_seq_len <= SEQUENCE_LIMIT and config.train_seq_len * config.rotary_dims <= ROTARY_LIMIT
 
 
 def check_embeddings(config: ModelConfig) -> None:
@@ -5567,8 +5581,11 @@ def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
 def check_stored(q: Quantized) -> None:
     """Checks a stored tensor that somebody else wrote, before anything large is formed from it.
 
-    Errors: ValueError for a form that cannot be restored.
+    Errors: ValueError for a form that cannot be restored, or not to finite numbers.
     """
+    for array in (q.codes, q.scales, *q.extras.values()):
+        if array is not None and array.is_floating_point() and not torch.isfinite(array).all():
+            raise ValueError("its 16-bit numbers are not all finite")
     if q.scales is None:
         if q.bits != 16 or q.codes.dtype != torch.float16 or q.states or q.extras:
             raise ValueError("it is neither integers with scales nor plain fp16 values")
@@ -5971,17 +5988,20 @@ def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | N
 MAGIC = b"PGOLF\x00\x00\x02"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
-CONTENT_LIMIT = 1 << 30  # bytes of all unpacked sections
+CONTENT_LIMIT = 3 << 26  # bytes of all unpacked sections: twice as many fit into 512 MiB
+FILE_LIMIT = CONTENT_LIMIT + (1 << 24)  # bytes of a file, whose sections may be incompressible
 CONTENT_RATIO = 64  # bytes of content for each byte of a file, at most, ...
-SMALL_CONTENT = 1 << 26  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
-ROTARY_LIMIT = 1 << 24  # numbers in a rotary table, unless the model has more parameters
+SMALL_CONTENT = 1 << 24  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
+TEXT_LIMIT = 1024  # characters of a setting
 
 
 class ArtifactError(ConfigError):
     """The file is not a complete artifact of this program."""
 
     def __init__(self, why: str):
-        super().__init__("artifact", "", why)
+        # What a file says of itself can be long, or of several lines.
+        shown = "".join(c if c.isprintable() else " " for c in why)
+        super().__init__("artifact", "", shown if len(shown) <= 400 else shown[:400] + "...")
 
 
 # --- Codecs ---
@@ -6131,8 +6151,8 @@ def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
 
 def parse_shape(value: Any) -> tuple[int, ...]:
     """A tensor's shape. Errors: ArtifactError."""
-    if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
-        raise ArtifactError("its header has a shape that is not a list of sizes")
+    if type(value) is not list or not all(type(n) is int and 0 <= n <= CONTENT_LIMIT for n in value):
+        raise ArtifactError(f"its header has a shape that is not a list of sizes up to {CONTENT_LIMIT}")
     return tuple(value)
 
 
@@ -6487,12 +6507,25 @@ def parse_model_settings(values: dict[str, Any]) -> dict[str, Any]:
         kind = str(fields[name].type)
         if type(value) not in kinds[kind]:
             raise ArtifactError(f"its {name.upper()} is not of type {kind}")
+        if kind == "str" and not (value.isascii() and value.isprintable() and len(value) <= TEXT_LIMIT):
+            raise ArtifactError(f"its {name.upper()} is not a text of at most {TEXT_LIMIT} ASCII characters")
         if kind == "float":
             if not -sys.float_info.max <= value <= sys.float_info.max or (type(value) is int and abs(value) > 1 << 53):
                 raise ArtifactError(f"its {name.upper()} is not a finite number")
             value = float(value)
         settings[name] = value
     return settings
+
+
+def read_artifact(path: Path) -> bytes:
+    """The bytes of an artifact's file. Errors: ArtifactError for one that is too large to be read, or cannot be."""
+    try:
+        size = path.stat().st_size
+        if size > FILE_LIMIT:
+            raise ArtifactError(f"has {size} bytes, and at most {FILE_LIMIT} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot be read: {error.strerror}") from None
 
 
 def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:
@@ -6510,18 +6543,12 @@ def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) 
     except ConfigError as error:
         raise ArtifactError(f"holds a model that is not possible: {error}") from None
     config = dataclasses.replace(config, **settings)
+    if not tables_fit(config):  # nothing in a file pays for its rotary tables
+        raise ArtifactError(f"claims sequences of {config.train_seq_len} tokens: TRAIN_SEQ_LEN {TABLES_ALLOWED}")
     check_config(dataclasses.replace(config, mode="eval"))
     if config.yarn:  # a longer context than the training's needs longer wavelengths
         config = dataclasses.replace(config, yarn_max_len=max(config.yarn_max_len, config.longest_context))
     return config
-
-
-def check_rotary_size(config: Config, parameters: int) -> None:
-    """Errors: ArtifactError for rotary tables out of all proportion to the model: nothing in a file pays for them."""
-    if config.train_seq_len * config.rotary_dims > max(ROTARY_LIMIT, parameters):
-        raise ArtifactError(
-            f"claims sequences of {config.train_seq_len} tokens, too long for a model of {parameters} parameters"
-        )
 
 
 def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
@@ -6535,7 +6562,6 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     expected = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     if [(tensor.name, tensor.shape) for tensor in header.tensors] != expected:
         raise ArtifactError("its tensors are not those of its model")
-    check_rotary_size(config, sum(p.numel() for p in model.parameters()))
     stored = unpack(data)[1]
     for name, q in stored.items():
         try:
@@ -6543,9 +6569,6 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
         except ValueError as error:
             raise ArtifactError(f"its tensor {name!r} is not possible: {error}") from None
     weights = dequantize(stored)
-    broken = nonfinite(weights.items())
-    if broken:
-        raise ArtifactError(f"its tensor {broken!r} holds numbers that are not finite")
     model.to_empty(device=device)
     with torch.no_grad():
         cos, sin = rotary_tables(model.config, model.cos.size(0))
@@ -7353,9 +7376,11 @@ def save_artifact(
     Errors: ConfigError for weights beyond what its 16-bit numbers hold.
     """
     stored = unpack(data)[1]
-    broken = nonfinite((name, restore(q)) for name, q in stored.items())
-    if broken:
-        raise diverged(config, f"the quantized weights {broken!r} are not finite")
+    for name, q in stored.items():
+        try:
+            check_stored(q)
+        except ValueError as error:
+            raise diverged(config, f"the quantized weights {name!r} cannot be stored: {error}") from None
     write_atomic(run.path(CONTAINER_FILE), data)
     sections = size_table(data, stored, weights, trained.hessians)
     for line in format_table(sections):
@@ -7388,7 +7413,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
 def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
-        data = run.broadcast_object(run.path(CONTAINER_FILE).read_bytes() if run.is_main else None)
+        data = run.broadcast_object(run.on_main(lambda: read_artifact(run.path(CONTAINER_FILE))))
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
@@ -7510,6 +7535,9 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
     loader = evaluator = None
     if config.mode != "eval":
+        numbers = parameter_count(config)
+        allowed = f"makes a model of {numbers} parameters, and an artifact holds at most {CONTENT_LIMIT}"
+        require(numbers <= CONTENT_LIMIT, config, "model_dim", allowed)
         with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
             loader, evaluator = TrainLoader(config, run), make_evaluator(config, run)
         with Stage(run, "audit"):

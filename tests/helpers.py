@@ -386,6 +386,15 @@ def plant(folder):
     write_shard(path, [*tg.open_shard(path), tg.BOS_ID, *documents_of(folder, "val")[5]])
 
 
+def write_sidecars(folder, change=lambda counts: counts):
+    """Sidecars of a folder's validation shards: what the tokenizer's table counts, changed."""
+    vocabulary = tg.Vocabulary(config(DATA_PATH=folder))
+    for path in shards_of(folder, "val"):
+        tokens = np.asarray(tg.open_shard(path))
+        counts = vocabulary.target_bytes(np.concatenate((tokens[:1], tokens[:-1])), tokens)
+        write_shard(tg.sidecar_path(path), change(counts))
+
+
 def full_manifest(folder, audited=False):
     """Writes a manifest with the hash and counts of every file there, and returns it."""
     splits: dict[str, dict] = {}

@@ -2506,7 +2506,8 @@ class Vocabulary:
             raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
             content = path.read_bytes()
-            model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            model = sentencepiece.SentencePieceProcessor()
+            model.LoadFromSerializedProto(content)
             pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
         except (RuntimeError, OSError, ValueError):  # a piece that is not UTF-8 is a ValueError
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
@@ -2522,8 +2523,8 @@ class Vocabulary:
             raise ConfigError(
                 "TOKENIZER_PATH",
                 str(path),
-                f"writes the text 'a' as {written!r}; the space that a tokenizer adds must be a mark (U+2581) in front, "
-                "so treat_whitespace_as_suffix must be false and escape_whitespaces true",
+                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark, U+2581, in front: "
+                "it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
             )
         return written.startswith(SPACE_MARK)
 

@@ -222,8 +222,8 @@ def plain_strict(tokens, spans, model, a, c):
     """The strict schedule: a phase's documents start from one A, the next phase's from the mean of what they left."""
     result, left = np.zeros(len(tokens) - 1), []
     cuts = [c.phased_ttt_prefix_docs * 2**k // 3**k for k in range(c.phased_ttt_num_phases)]
-    if tokens := c.phased_ttt_prefix_tokens:
-        cuts = [sum(begin < tokens * 2**k // 3**k for begin, _ in spans) for k in range(c.phased_ttt_num_phases)]
+    if prefix := c.phased_ttt_prefix_tokens:
+        cuts = [sum(begin < prefix * 2**k // 3**k for begin, _ in spans) for k in range(c.phased_ttt_num_phases)]
     for place, (begin, end) in enumerate(spans):
         if place in cuts and place:
             plain_global(model, [(tokens[i], tokens[i + 1]) for s in spans[:place] for i in range(*s)], c)

@@ -777,9 +777,9 @@ class Config(ModelConfig):
     )
     phased_ttt_num_phases: int = knob(
         0,
-        "number of trainings of the full model in phased TTT; with TTT_ORDER=stream, one whenever twice as much has "
-        "been scored, the last at the end of its first tokens or documents; with TTT_ORDER=length, evenly spread over "
-        "its first documents; 0: 13 in stream order, 4 in length order",
+        "number of trainings of the full model in phased TTT; with TTT_ORDER=stream, one whenever 1.5 times as much "
+        "has been scored, the last at the end of its first tokens or documents; with TTT_ORDER=length, evenly spread "
+        "over its first documents; 0: 21 in stream order, 4 in length order",
         Observed.TTT,
         low=0,
         high=1000,
@@ -837,7 +837,7 @@ class Config(ModelConfig):
     @property
     def ttt_phases(self) -> int:
         """How often the full model learns in phased test-time training. In length order 4 times, as in PR #2163."""
-        return self.phased_ttt_num_phases or (13 if self.ttt_order == "stream" else 4)
+        return self.phased_ttt_num_phases or (21 if self.ttt_order == "stream" else 4)
 
     @property
     def longest_context(self) -> int:
@@ -2519,7 +2519,8 @@ class Vocabulary:
             raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
             content = path.read_bytes()
-            model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            model = sentencepiece.SentencePieceProcessor()
+            model.LoadFromSerializedProto(content)
             pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
         except (RuntimeError, OSError, ValueError):  # a piece that is not UTF-8 is a ValueError
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
@@ -2535,8 +2536,8 @@ class Vocabulary:
             raise ConfigError(
                 "TOKENIZER_PATH",
                 str(path),
-                f"writes the text 'a' as {written!r}; the space that a tokenizer adds must be a mark (U+2581) in front, "
-                "so treat_whitespace_as_suffix must be false and escape_whitespaces true",
+                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark, U+2581, in front: "
+                "it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
             )
         return written.startswith(SPACE_MARK)
 
@@ -6988,13 +6989,12 @@ class PhasedTTT:
         """Order of the documents, ends of the phases, ends of the chunks."""
         config, longest = self.config, int(self.lengths.max())
         self.order = np.arange(len(self.lengths))
-        # Each phase ends where twice as much has been scored as at the end before. So a stream of any length meets
-        # several phases, and training again on all that was scored costs at most twice the prefix.
-        halvings = reversed(range(config.ttt_phases))
+        # Each phase ends where 1.5 times as much has been scored as at the end before. So a stream of any length meets
+        # several phases, and training again on all that was scored costs at most three times the prefix.
+        prefix = config.phased_ttt_prefix_tokens or config.phased_ttt_prefix_docs
+        ends = np.array([prefix * 2**k // 3**k for k in reversed(range(config.ttt_phases))])
         if config.phased_ttt_prefix_tokens:  # a phase holds the documents that begin in its tokens
-            ends = np.searchsorted(self.offsets[:-1], [config.phased_ttt_prefix_tokens >> k for k in halvings])
-        else:
-            ends = np.array([config.phased_ttt_prefix_docs >> k for k in halvings])
+            ends = np.searchsorted(self.offsets[:-1], ends)
         # An end after the last document is left out: no score would come after its training.
         self.phase_ends = [end for end in dict.fromkeys(ends.tolist()) if 0 < end < len(self.order)]
         edges = [0]

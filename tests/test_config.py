@@ -487,7 +487,7 @@ def test_steps_of_warmdown_replace_a_presets_fraction():
 def test_documents_that_are_set_replace_the_tokens_of_the_default():
     """A command that sets PHASED_TTT_PREFIX_DOCS alone means documents, in both orders."""
     record = {"PRESET": "record"}
-    assert (config(record).phased_ttt_prefix_tokens, config(record).ttt_phases) == (12_000_000, 13)
+    assert (config(record).phased_ttt_prefix_tokens, config(record).ttt_phases) == (12_000_000, 21)
     assert config(record, TTT_ORDER="length").ttt_phases == 4
     assert config(record, PHASED_TTT_NUM_PHASES=2).ttt_phases == 2
     assert config(record, PHASED_TTT_PREFIX_DOCS=40).phased_ttt_prefix_tokens == 0

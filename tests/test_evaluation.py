@@ -375,7 +375,9 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
     assert tg.sidecar_path(folder / "fineweb_val_000001.bin").name == "fineweb_val_bytes_000001.bin"
     for setting in ("1", "auto"):
         evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
-        assert 0.2 * plain.bytes < evaluator.bytes < 0.5 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
+        assert 0.2 * plain.bytes < evaluator.bytes < 0.5 * plain.bytes and np.array_equal(
+            evaluator.tokens, plain.tokens
+        )
         assert any("sidecar" in note for note in evaluator.notes)
 
 

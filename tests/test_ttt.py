@@ -221,11 +221,9 @@ def plain_phased(evaluator, model, first_a):
 def plain_strict(tokens, spans, model, a, c):
     """The strict schedule: a phase's documents start from one A, the next phase's from the mean of what they left."""
     result, left = np.zeros(len(tokens) - 1), []
-    halves = [2**k for k in range(c.phased_ttt_num_phases)]
-    if c.phased_ttt_prefix_tokens:
-        cuts = [sum(begin < c.phased_ttt_prefix_tokens // half for begin, _ in spans) for half in halves]
-    else:
-        cuts = [c.phased_ttt_prefix_docs // half for half in halves]
+    cuts = [c.phased_ttt_prefix_docs * 2**k // 3**k for k in range(c.phased_ttt_num_phases)]
+    if prefix := c.phased_ttt_prefix_tokens:
+        cuts = [sum(begin < prefix * 2**k // 3**k for begin, _ in spans) for k in range(c.phased_ttt_num_phases)]
     for place, (begin, end) in enumerate(spans):
         if place in cuts and place:
             plain_global(model, [(tokens[i], tokens[i + 1]) for s in spans[:place] for i in range(*s)], c)
@@ -423,13 +421,20 @@ def test_a_chunk_is_at_most_the_context(data, tmp_path):
         ),
         (
             "stream",
-            ((6, 2, [3, 6]), (6, 4, [1, 3, 6]), (9, 0, [1, 2, 4, 9]), (0, 3, []), (99, 0, [1, 3, 6]), (99, 4, [])),
+            (
+                (6, 2, [4, 6]),
+                (6, 4, [1, 2, 4, 6]),
+                (9, 0, [1, 2, 4, 6, 9]),
+                (0, 3, []),
+                (99, 0, [1, 2, 3, 5, 8]),
+                (99, 4, []),
+            ),
             list(range(10)),
         ),
     ],
 )
 def test_phases_and_order(order, cases, documents, data, tmp_path):
-    """Ends of phases: evenly spread, the longest first; or in stream order, twice as much each. None after the end."""
+    """Ends of phases: evenly spread, the longest first; in stream order, 1.5 times as much each. None after the end."""
     for prefix, phases, expected in cases:
         knobs = dict(TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
         evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, **knobs))
@@ -437,7 +442,7 @@ def test_phases_and_order(order, cases, documents, data, tmp_path):
         assert ttt.phase_ends == expected and ttt.order.tolist() == documents
 
 
-@pytest.mark.parametrize("prefix, phases, expected", [(128, 3, [2, 3, 4]), (129, 1, [5]), (10**5, 0, [1, 3, 9])])
+@pytest.mark.parametrize("prefix, phases, expected", [(128, 3, [3, 4]), (129, 1, [5]), (10**5, 0, [1, 3, 6])])
 def test_phases_by_tokens(prefix, phases, expected, data, tmp_path):
     """A phase holds the documents that begin in its tokens."""
     knobs = dict(TTT_ORDER="stream", PHASED_TTT_PREFIX_TOKENS=prefix, PHASED_TTT_NUM_PHASES=phases)

@@ -47,6 +47,7 @@ SUMMARY = {
     "seconds",
     "peak_memory_bytes",
     "versions",
+    "strictly_causal",
     "hardware",
 }
 STEP = r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms"

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import traceback
 import types
 from pathlib import Path
@@ -45,6 +46,7 @@ def execute(path, code, environment, out):
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = [path]
+        tempfile.tempdir = None  # an import may have asked for it
         module = types.ModuleType("__main__")
         module.__file__ = path
         sys.modules["__main__"] = module

@@ -2536,8 +2536,8 @@ class Vocabulary:
             raise ConfigError(
                 "TOKENIZER_PATH",
                 str(path),
-                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark in front, U+2581: it "
-                "needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
+                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark in front, U+2581; "
+                "it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
             )
         return written.startswith(SPACE_MARK)
 

@@ -2523,8 +2523,8 @@ class Vocabulary:
             raise ConfigError(
                 "TOKENIZER_PATH",
                 str(path),
-                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark, U+2581, in front: "
-                "it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
+                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark, U+2581, in "
+                "front: it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
             )
         return written.startswith(SPACE_MARK)
 

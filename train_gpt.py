@@ -1209,6 +1209,7 @@ def check_config(config: Config) -> None:
     check_parallel_residual(config)
     check_batches(config)
     check_schedules(config)
+    check_rates(config)
     check_quantization(config)
     check_evaluation(config)
 
@@ -1323,6 +1324,16 @@ def check_schedules(config: Config) -> None:
         "gptq_reserve_seconds",
         f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
     )
+
+
+RATE_LIMIT = 1e15  # the product of a rate and a weight decay must fit 32-bit numbers
+
+
+def check_rates(config: Config) -> None:
+    """Learning rates and weight decays of the training, which optimizers multiply with 32-bit weights."""
+    for f in dataclasses.fields(config):
+        if f.name.endswith(("_lr", "_wd")) and "ttt" not in f.name:
+            require(getattr(config, f.name) <= RATE_LIMIT, config, f.name, f"must be at most {RATE_LIMIT:g}")
 
 
 def check_quantization(config: Config) -> None:

@@ -1222,6 +1222,7 @@ def check_config(config: Config) -> None:
     check_parallel_residual(config)
     check_batches(config)
     check_schedules(config)
+    check_rates(config)
     check_quantization(config)
     check_evaluation(config)
 
@@ -1336,6 +1337,16 @@ def check_schedules(config: Config) -> None:
         "gptq_reserve_seconds",
         f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
     )
+
+
+RATE_LIMIT = 1e15  # the product of a rate and a weight decay must fit 32-bit numbers
+
+
+def check_rates(config: Config) -> None:
+    """Learning rates and weight decays of the training, which optimizers multiply with 32-bit weights."""
+    for f in dataclasses.fields(config):
+        if f.name.endswith(("_lr", "_wd")) and "ttt" not in f.name:
+            require(getattr(config, f.name) <= RATE_LIMIT, config, f.name, f"must be at most {RATE_LIMIT:g}")
 
 
 def check_quantization(config: Config) -> None:
@@ -2536,8 +2547,8 @@ class Vocabulary:
             raise ConfigError(
                 "TOKENIZER_PATH",
                 str(path),
-                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark in front, U+2581; "
-                "it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
+                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark, U+2581, in "
+                "front: it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
             )
         return written.startswith(SPACE_MARK)
 

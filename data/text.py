@@ -28,7 +28,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def from_json(data: bytes | str) -> Any:
-    """What a JSON file says. Raises ValueError where it is no JSON, has NaN or an infinity, or is nested too deeply."""
+    """What a JSON text says. Raises ValueError for what is no JSON (NaN is none), or is nested too deeply."""
     try:
         return json.loads(data, parse_constant=_no_number)
     except RecursionError:

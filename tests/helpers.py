@@ -321,7 +321,7 @@ def make_documents(seed, count, words=60):
     return documents
 
 
-def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
+def train_tokenizer(texts, vocab_size=VOCAB_SIZE, **options):
     """A SentencePiece BPE model with byte fallback, as bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -341,6 +341,7 @@ def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
         character_coverage=1.0,
         num_threads=1,
         minloglevel=3,
+        **options,
     )
     return model.getvalue()
 

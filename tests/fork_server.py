@@ -1,7 +1,7 @@
 """Runs scripts as processes that are forked from one which has imported what they import: none pays for start-up.
 
-A job is a line of JSON on standard input: script, environment, ranks, and the folder for what it writes. The answer is a
-line with its exit code. Nothing here starts a thread or computes with torch, so that a child begins as a script does;
+A job is a line of JSON on standard input: script, environment, ranks, and the folder for what it writes. The answer is
+a line with its exit code. Nothing here starts a thread or computes with torch, so that a child begins as a script does;
 pytest is not imported. The process ends with its input.
 """
 
@@ -64,7 +64,7 @@ def execute(path, code, environment, out):
 
 
 def run(job):
-    """Runs a job on its ranks. Returns the exit code: the first that is not 0, after which the other ranks are killed."""
+    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed then."""
     path, ranks = job["script"], job["ranks"]
     code, variables = code_of(path), [{}]
     if ranks > 1:

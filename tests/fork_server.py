@@ -64,7 +64,7 @@ def execute(path, code, environment, out):
 
 
 def run(job):
-    """Runs a job on its ranks. Returns the exit code: the first that is not 0; then the other ranks are killed."""
+    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed then."""
     path, ranks = job["script"], job["ranks"]
     code, variables = code_of(path), [{}]
     if ranks > 1:

@@ -451,8 +451,8 @@ BORDERS = [
                 "                lr=config.ttt_lora_lr * scale * self.boost,\n",
             ),
             before(
-                "        self.adapters.start(self.phase_a)\n",
-                "self.adapters.boost = 1 + float(self.lengths[documents].max()) / 500",
+                "        adapters.start(self.phase_a)\n",
+                "adapters.boost = 1 + float(self.lengths[documents].max()) / 500",
             ),
             after("        self.config, self.device = config, device\n", "self.boost = 1.0"),
         ),

@@ -567,8 +567,11 @@ class Proof:
         """
         settings, room, lead = self.subject.settings, 1 << 60, self.maker.of(np.zeros(0, np.int64))
         if settings.get("ttt_mode") == "chunk":
-            room = int(settings["ttt_chunk_tokens"])
-            lead = self.stream[:room] if late and room < self.size.targets else lead
+            chunk = int(settings["ttt_chunk_tokens"])
+            lead = self.stream[:chunk] if late and chunk < self.size.targets else lead
+            # A window that would reach over the chunk's end begins earlier, and its targets see more.
+            stride = int(settings.get("eval_stride") or settings.get("eval_seq_len") or settings["train_seq_len"])
+            room = max(chunk - stride, chunk // 2)
         elif settings.get("ttt_mode") == "phased" and late:
             lead = self.maker.documents(self.maker.lengths(self.size.targets // 2, self.lead_documents, 500))
         while documents:

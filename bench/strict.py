@@ -149,7 +149,7 @@ def main() -> None:
         "--data", type=Path, default=ROOT / "data" / "builtin_sp4096", help="folder of the validation set"
     )
     parser.add_argument("--first", type=int, default=0, help="number of validation documents to leave out at the start")
-    parser.add_argument("--documents", type=int, default=80, help="number of validation documents to score")
+    parser.add_argument("--documents", type=int, default=64, help="number of validation documents to score")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all rows")
     parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()

@@ -768,9 +768,8 @@ class Config(ModelConfig):
         Observed.TTT,
         low=0,
     )
-    # About as many tokens as PR #2163's 3,000 longest documents hold, and a quarter of the challenge's stream.
     phased_ttt_prefix_tokens: int = knob(
-        12_000_000,
+        12_000_000,  # about as many as PR #2163's 3,000 longest documents hold: a quarter of the challenge's stream
         "with TTT_ORDER=stream, first tokens from which the full model learns after their scoring; 0: count documents",
         Observed.TTT,
         low=0,

@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 
-.PHONY: demo data check format test test-fast test-gpu bench ablate audit-data pack reproduce publish sweep report docs venv clean
+.PHONY: demo data check format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -67,6 +67,10 @@ reproduce: $(VENV)/tools
 	@if [ -z "$$PRESET$$DATA_PATH" ]; then \
 	    $(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096 && export PRESET=demo DATA_PATH=$(DATA); fi && \
 	    $(PY) tools/reproduce.py $(ARGS)
+
+# Tries the rules on the packed script and a run's artifact: make prove FOLDER=logs/RUN ARGS=--short
+prove: $(VENV)/tools
+	$(PY) tools/prove.py $(FOLDER) $(ARGS)
 
 # Shows a submission of `make reproduce` at the root: make publish FOLDER=submissions/demo-1a2b3c4d
 publish: $(VENV)/tools

@@ -83,6 +83,7 @@ class ConfigError(Exception):
 
     def __init__(self, name: str, value: object, allowed: str):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
+        self.parts = name, value, allowed
 
 
 class Observed(enum.StrEnum):
@@ -764,20 +765,25 @@ class Config(ModelConfig):
     ttt_o_lora: bool = knob(True, "LoRA around attention, from its normalized input to its output", Observed.TTT)
     ttt_mlp_lora: bool = knob(True, "LoRA around the MLP, from its normalized input to its output", Observed.TTT)
     phased_ttt_prefix_docs: int = knob(
-        3000, "first documents from which the full model learns after their scoring; 0: none", Observed.TTT, low=0
+        3000,
+        "with TTT_ORDER=length, or if it is set and PHASED_TTT_PREFIX_TOKENS is not: first documents from which the "
+        "full model learns after their scoring; 0: none",
+        Observed.TTT,
+        low=0,
     )
     phased_ttt_prefix_tokens: int = knob(
-        0,
-        "with TTT_ORDER=stream, first tokens from which the full model learns, in place of PHASED_TTT_PREFIX_DOCS; 0: "
-        "count documents",
+        12_000_000,  # about as many as PR #2163's 3,000 longest documents hold: a quarter of the challenge's stream
+        "with TTT_ORDER=stream, first tokens from which the full model learns after their scoring; 0: count documents",
         Observed.TTT,
         low=0,
     )
     phased_ttt_num_phases: int = knob(
-        4,
-        "phases of phased TTT: the full model learns so many times, evenly spread over its first documents or tokens",
+        0,
+        "number of trainings of the full model in phased TTT; with TTT_ORDER=stream, one whenever 1.5 times as much "
+        "has been scored, the last at the end of its first tokens or documents; with TTT_ORDER=length, evenly spread "
+        "over its first documents; 0: 21 in stream order, 4 in length order",
         Observed.TTT,
-        low=1,
+        low=0,
         high=1000,
     )
     global_ttt_chunk_tokens: int = knob(32768, "tokens of a full-model SGD step in phased TTT", Observed.TTT, low=1)
@@ -830,6 +836,11 @@ class Config(ModelConfig):
     def ttt_context(self) -> int:
         """Context length of phased test-time training, in tokens."""
         return self.ttt_eval_seq_len or self.eval_context
+
+    @property
+    def ttt_phases(self) -> int:
+        """How often the full model learns in phased test-time training. In length order 4 times, as in PR #2163."""
+        return self.phased_ttt_num_phases or (21 if self.ttt_order == "stream" else 4)
 
     @property
     def longest_context(self) -> int:
@@ -1139,6 +1150,8 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
         values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
+    if "phased_ttt_prefix_docs" in explicit and "phased_ttt_prefix_tokens" not in explicit:
+        values["phased_ttt_prefix_tokens"] = 0  # a command that counts documents overrides the default's tokens
     config = resolved(Config(**values), cuda)
     if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
         raise ConfigError(
@@ -1212,6 +1225,7 @@ def check_config(config: Config) -> None:
     check_parallel_residual(config)
     check_batches(config)
     check_schedules(config)
+    check_rates(config)
     check_quantization(config)
     check_evaluation(config)
 
@@ -1248,10 +1262,24 @@ def check_attention(config: ModelConfig) -> None:
     require(
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
     )
+    require(tables_fit(config), config, "train_seq_len", TABLES_ALLOWED)
     gates = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
     enabled = [name for name in gates if getattr(config, name)]
     for name in enabled[1:]:
         require(False, config, name, f"must be 0, because {enabled[0].upper()} is 1: there is one head gate")
+
+
+SEQUENCE_LIMIT = 1 << 16  # tokens
+ROTARY_LIMIT = 1 << 24  # numbers in the rotary tables of a sequence
+TABLES_ALLOWED = (
+    f"must be at most {SEQUENCE_LIMIT}, and times the rotary dimensions of a head at most {ROTARY_LIMIT}, so that "
+    "rotary tables fit any machine"
+)
+
+
+def tables_fit(config: ModelConfig) -> bool:
+    """Whether training sequences are short enough for any machine. An artifact is held against the same limits."""
+    return config.train_seq_len <= SEQUENCE_LIMIT and config.train_seq_len * config.rotary_dims <= ROTARY_LIMIT
 
 
 def check_embeddings(config: ModelConfig) -> None:
@@ -1314,6 +1342,16 @@ def check_schedules(config: Config) -> None:
         "gptq_reserve_seconds",
         f"must be below MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}",
     )
+
+
+RATE_LIMIT = 1e15  # the product of a rate and a weight decay must fit 32-bit numbers
+
+
+def check_rates(config: Config) -> None:
+    """Learning rates and weight decays of the training, which optimizers multiply with 32-bit weights."""
+    for f in dataclasses.fields(config):
+        if f.name.endswith(("_lr", "_wd")) and "ttt" not in f.name:
+            require(getattr(config, f.name) <= RATE_LIMIT, config, f.name, f"must be at most {RATE_LIMIT:g}")
 
 
 def check_quantization(config: Config) -> None:
@@ -1446,6 +1484,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """A value as valid JSON. A number that is not finite becomes null: JSON has no NaN, and parsers refuse it."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        return [finite(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def available_cores() -> int:
     """CPU cores that this process may use: those of its affinity, at most a container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1484,7 +1535,7 @@ class Run:
     def metric(self, **values: Any) -> None:
         """Writes a line to metrics.jsonl, on rank 0."""
         if self.is_main:
-            self.append("metrics.jsonl", json.dumps(values))
+            self.append("metrics.jsonl", to_json(values))
 
     def path(self, name: str) -> Path:
         """A file of the run's folder."""
@@ -1513,6 +1564,22 @@ class Run:
         box = [value]
         dist.broadcast_object_list(box, 0, group=self.control)
         return box[0]
+
+    def on_main(self, compute: Callable[[], Any]) -> Any:
+        """Rank 0's result of a computation; None on the other ranks, which do not compute.
+
+        Errors: a ConfigError of rank 0 is raised on every rank, so that none waits for one that has ended.
+        """
+        result = problem = None
+        if self.is_main:
+            try:
+                result = compute()
+            except ConfigError as error:
+                problem = error.parts
+        problem = self.broadcast_object(problem)
+        if problem:
+            raise ConfigError(*problem)
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Returns the objects of all ranks, in their order, on every rank."""
@@ -1640,7 +1707,9 @@ def open_folder(run: Run, config: Config) -> None:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
     if run.is_main:
-        write_atomic(folder / (run.prefix + "config.json"), json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomic(folder / (run.prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
+        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
+        (folder / (run.prefix + SUMMARY_FILE)).unlink(missing_ok=True)
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
@@ -1977,6 +2046,12 @@ def send(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":  # one graph for any number of documents
         torch._dynamo.mark_dynamic(tensors[3], 0)
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
+
+
+def send_array(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on the device; the copy to a GPU does not block."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
@@ -2435,45 +2510,88 @@ class Score:
         """Bits per byte."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
+    @property
+    def finite(self) -> bool:
+        """Whether it may be logged and written as a score."""
+        return all(map(math.isfinite, (self.nats, self.loss, self.bpb)))
+
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 
+SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
+
+
 class Vocabulary:
-    """How many bytes of text each token stands for, from the SentencePiece model."""
+    """How many bytes of text each token stands for, from the SentencePiece model.
+
+    Errors: ConfigError for a file that is no such model, is not the one that is meant, or cannot be counted by.
+    """
 
     def __init__(self, config: Config):
-        import sentencepiece  # only scoring needs it
-
         path = config.tokenizer_file
-        if not path.is_file():
-            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
-        self.digest = sha256_of(path)
+        self.model, pieces, self.digest = self.read(path)
         if config.tokenizer_sha256 not in ("", self.digest):
             raise ConfigError(
                 "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
             )
-        size = self.model.vocab_size()
-        if size != config.vocab_size:
-            raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {size} tokens")
+        if len(pieces) != config.vocab_size:
+            raise ConfigError("VOCAB_SIZE", config.vocab_size, f"the tokenizer {path} has {len(pieces)} tokens")
         if self.model.bos_id() != BOS_ID:
             raise ConfigError("TOKENIZER_PATH", str(path), f"its BOS is {self.model.bos_id()}, and {BOS_ID} is needed")
-        model, ids = self.model, range(size)
+        self.adds_space = self.check_space(path)
+        model, ids = self.model, range(len(pieces))
         self.special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
-        pieces = [model.IdToPiece(i) for i in ids]
-        self.marked = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.special
-        widths = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces], np.uint16)
-        widths[[model.IsByte(i) for i in ids]] = 1
+        self.is_byte = np.array([model.IsByte(i) for i in ids])
+        self.marked = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~self.special & ~self.is_byte
+        # Any mark decodes to a space, but whether the one in front is text depends on the token before it.
+        widths = np.array([len(piece.replace(SPACE_MARK, " ").encode()) for piece in pieces], np.int32) - self.marked
+        widths[self.is_byte] = 1
         widths[self.special] = 0
         self.width = widths
+
+    @staticmethod
+    def read(path: Path) -> tuple[Any, list[str], str]:
+        """The SentencePiece model of a file, its pieces, and the file's SHA-256."""
+        import sentencepiece  # only scoring needs it
+
+        if not path.is_file():
+            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
+        try:
+            content = path.read_bytes()
+            model = sentencepiece.SentencePieceProcessor()
+            model.LoadFromSerializedProto(content)
+            pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
+        except (RuntimeError, OSError, ValueError):  # a piece that is not UTF-8 is a ValueError
+            raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
+        return model, pieces, hashlib.sha256(content).hexdigest()
+
+    def check_space(self, path: Path) -> bool:
+        """Whether the model puts a space mark in front of a text, which is no byte of it.
+
+        Errors: ConfigError for a model that adds one behind it, or a plain space: these would be counted as text.
+        """
+        written = self.model.Normalize("a")
+        if written.endswith(SPACE_MARK) or " " in written:
+            raise ConfigError(
+                "TOKENIZER_PATH",
+                str(path),
+                f"writes the text 'a' as {written!a}; the space that a tokenizer adds must be a mark, U+2581, in "
+                "front: it needs treat_whitespace_as_suffix=false and escape_whitespaces=true",
+            )
+        return written.startswith(SPACE_MARK)
 
     def target_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes of each target, given the token before it: a piece's leading mark is a space, but not after BOS."""
         return self.width[targets] + (self.marked[targets] & ~self.special[previous])
+
+    def most_bytes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The most bytes of text that each target can stand for, given the token before it.
+
+        They are `target_bytes`, plus the leading mark after BOS where the model itself adds none: then the text had it.
+        """
+        added = self.special[previous] & self.adds_space
+        return self.width[targets] + (self.marked[targets] & ~added)
 
 
 def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
@@ -2502,6 +2620,53 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
         if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
             raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
     return np.concatenate(counts)
+
+
+def check_sidecar(stream: TokenStream, sidecar: np.ndarray, vocabulary: Vocabulary) -> None:
+    """Errors: ConfigError that names the first byte count above what its token can stand for.
+
+    Such a count would spread the same loss over more bytes than the text has. CaseOps makes counts smaller, never
+    larger: an operator stands for no text, and a letter has as many bytes in either case. Ids must be checked before.
+    """
+    tokens = stream.read(0, len(stream))
+    places = byte_pieces_above(tokens, sidecar, vocabulary)[:1].tolist()
+    for start in range(0, len(tokens), SCAN_BLOCK):
+        targets = tokens[start : start + SCAN_BLOCK]
+        previous = np.concatenate((tokens[start - 1 : start] if start else [BOS_ID], targets[:-1]))
+        above = sidecar[start : start + SCAN_BLOCK] > vocabulary.most_bytes(previous, targets)
+        above &= ~vocabulary.is_byte[targets]
+        if above.any():
+            places.append(start + int(above.argmax()))
+            break
+    if not places:
+        return
+    place = min(places)
+    shard = int(np.searchsorted(stream.starts, place, side="right")) - 1
+    token = int(tokens[place])
+    if vocabulary.is_byte[token]:
+        allowed = "a row of byte pieces must count at most 1 for each of them so far"
+    else:
+        most = vocabulary.most_bytes(tokens[max(place - 1, 0)], tokens[place])
+        allowed = f"must be at most {most}, as long as the text of its piece"
+    raise ConfigError(
+        str(sidecar_path(stream.paths[shard])),
+        "",
+        f"counts {sidecar[place]} bytes for token {place - int(stream.starts[shard])} of {stream.paths[shard].name}, "
+        f"{vocabulary.model.IdToPiece(token)!r}: {allowed}",
+    )
+
+
+def byte_pieces_above(tokens: np.ndarray, sidecar: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Places [n] of byte pieces up to which their row counts more bytes than it has pieces.
+
+    SentencePiece gives the text of a character to the last of its byte pieces, and published sidecars follow it: so
+    a row is held against its pieces so far, and not each piece against 1.
+    """
+    places = np.flatnonzero(vocabulary.is_byte[tokens])
+    surplus = np.cumsum(sidecar[places].astype(np.int64) - 1)
+    begins = np.diff(places, prepend=-2) != 1
+    before = np.concatenate(([0], surplus))[:-1][begins]  # what earlier rows add up to
+    return places[surplus > before[np.cumsum(begins) - 1]]
 
 
 def count_bytes(tokens: np.ndarray, sidecar: np.ndarray | None, vocabulary: Vocabulary) -> int:
@@ -2750,7 +2915,7 @@ def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
     """
     a, b = adapter
     length = x.size(1)
-    if length < 16 and eager_on_cpu(x):
+    if eager_on_cpu(x) and length < 16:  # in this order: a compiled graph must not be one of short windows
         x = F.pad(x, (0, 0, 0, 16 - length))
     return ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))[:, :length]
 
@@ -2890,18 +3055,18 @@ class BlockedAttention(torch.autograd.Function):
         packed = (*saved[:3], dy, inner, dq)
         queries, keys, values, dys, inners, dqs = (as_blocks(x, blocks.shapes, ctx.kv_heads) for x in packed)
         dk, dv = [], []  # of the last w keys of each block, the last block first
-        later_dk = later_dv = None  # what later blocks add to the keys of this one
+        later: tuple[Tensor, Tensor] | None = None  # what later blocks add to the keys and values of this one
         for i in reversed(range(len(blocks.shapes))):
             p, (_, w) = saved[3 + i], blocks.shapes[i]
             ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, end]
             torch.bmm(ds, up_to(i, keys), out=dqs[i])
             block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, end, h]
-            if later_dk is not None:
-                block_dk[: len(later_dk)] += later_dk
-                block_dv[: len(later_dv)] += later_dv
+            if later is not None:
+                block_dk[: len(later[0])] += later[0]
+                block_dv[: len(later[1])] += later[1]
             dk.append(block_dk[:, -w:].flatten(0, 1))
             dv.append(block_dv[:, -w:].flatten(0, 1))
-            later_dk, later_dv = block_dk[:, :-w], block_dv[:, :-w]
+            later = block_dk[:, :-w], block_dv[:, :-w]
         dq = dq.mul_(dq.size(-1) ** -0.5).index_select(0, blocks.queries.inverse)
         dk, dv = (torch.cat(parts[::-1]).index_select(0, blocks.keys.inverse) for parts in (dk, dv))
         return dq, dk, dv, None, None
@@ -4487,8 +4652,23 @@ def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
     return share
 
 
+def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The name of the first tensor that holds an infinity or a NaN; empty where none does."""
+    return next((name for name, values in weights if not torch.isfinite(values).all()), "")
+
+
+def require_finite(score: Score, error: Callable[[str], ConfigError], loss: str = "the validation loss") -> Score:
+    """The score, if it is one. Errors: what `error` makes of the problem; `loss` says what is not finite.
+
+    The sums of a score are the same on every rank, so that all ranks end here or none.
+    """
+    if not score.finite:
+        raise error(f"{loss} is {score.loss}")
+    return score
+
+
 def log_score(run: Run, stage: str, score: Score) -> None:
-    """The score of a stage after the training."""
+    """The score of a stage after the training, which must be finite."""
     run.log(f"{stage} {score}")
     run.metric(stage=stage, val_loss=score.loss, val_bpb=score.bpb)
 
@@ -4496,8 +4676,7 @@ def log_score(run: Run, stage: str, score: Score) -> None:
 def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
     """The line of a validation during the training, in the form that the community's scripts parse."""
     ms = 1000 * p.seconds
-    if not math.isfinite(score.nats):
-        raise diverged(config, f"the validation loss is {score.loss} at step {p.step}")
+    require_finite(score, lambda problem: diverged(config, f"{problem} at step {p.step}"))
     run.log(f"step:{p.step}/{config.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
     run.metric(step=p.step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=p.seconds)
 
@@ -5492,8 +5671,11 @@ def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
 def check_stored(q: Quantized) -> None:
     """Checks a stored tensor that somebody else wrote, before anything large is formed from it.
 
-    Errors: ValueError for a form that cannot be restored.
+    Errors: ValueError for a form that cannot be restored, or not to finite numbers.
     """
+    for array in (q.codes, q.scales, *q.extras.values()):
+        if array is not None and array.is_floating_point() and not torch.isfinite(array).all():
+            raise ValueError("its 16-bit numbers are not all finite")
     if q.scales is None:
         if q.bits != 16 or q.codes.dtype != torch.float16 or q.states or q.extras:
             raise ValueError("it is neither integers with scales nor plain fp16 values")
@@ -5896,17 +6078,20 @@ def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | N
 MAGIC = b"PGOLF\x00\x00\x02"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
-CONTENT_LIMIT = 1 << 30  # bytes of all unpacked sections
+CONTENT_LIMIT = 3 << 26  # bytes of all unpacked sections: twice as many fit into 512 MiB
+FILE_LIMIT = CONTENT_LIMIT + (1 << 24)  # bytes of a file, whose sections may be incompressible
 CONTENT_RATIO = 64  # bytes of content for each byte of a file, at most, ...
-SMALL_CONTENT = 1 << 26  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
-ROTARY_LIMIT = 1 << 24  # numbers in a rotary table, unless the model has more parameters
+SMALL_CONTENT = 1 << 24  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
+TEXT_LIMIT = 1024  # characters of a setting
 
 
 class ArtifactError(ConfigError):
     """The file is not a complete artifact of this program."""
 
     def __init__(self, why: str):
-        super().__init__("artifact", "", why)
+        # What a file says of itself can be long, or of several lines.
+        shown = "".join(c if c.isprintable() else " " for c in why)
+        super().__init__("artifact", "", shown if len(shown) <= 400 else shown[:400] + "...")
 
 
 # --- Codecs ---
@@ -6056,8 +6241,8 @@ def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
 
 def parse_shape(value: Any) -> tuple[int, ...]:
     """A tensor's shape. Errors: ArtifactError."""
-    if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
-        raise ArtifactError("its header has a shape that is not a list of sizes")
+    if type(value) is not list or not all(type(n) is int and 0 <= n <= CONTENT_LIMIT for n in value):
+        raise ArtifactError(f"its header has a shape that is not a list of sizes up to {CONTENT_LIMIT}")
     return tuple(value)
 
 
@@ -6162,7 +6347,7 @@ class Header:
         )
 
     def pack(self) -> bytes:
-        return zlib.compress(json.dumps(self.fields(), separators=(",", ":")).encode(), 9)
+        return zlib.compress(json.dumps(self.fields(), separators=(",", ":"), allow_nan=False).encode(), 9)
 
 
 def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
@@ -6324,7 +6509,8 @@ def relative_error(q: Quantized, weights: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T), summed over a bank's matrices."""
     w = as_batch(weights).float()
     restored = as_batch(restore(q)).to(w.device)  # read back on the CPU; the weights may be on a GPU
-    return (weighted_error(w - restored, hessian).sum() / weighted_error(w, hessian).sum()).item()
+    lost, power = (weighted_error(x, hessian).sum().item() for x in (w - restored, w))
+    return lost / power if power else 0.0  # without power nothing is lost: a matrix that is still zero
 
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -6411,12 +6597,25 @@ def parse_model_settings(values: dict[str, Any]) -> dict[str, Any]:
         kind = str(fields[name].type)
         if type(value) not in kinds[kind]:
             raise ArtifactError(f"its {name.upper()} is not of type {kind}")
+        if kind == "str" and not (value.isascii() and value.isprintable() and len(value) <= TEXT_LIMIT):
+            raise ArtifactError(f"its {name.upper()} is not a text of at most {TEXT_LIMIT} ASCII characters")
         if kind == "float":
             if not -sys.float_info.max <= value <= sys.float_info.max or (type(value) is int and abs(value) > 1 << 53):
                 raise ArtifactError(f"its {name.upper()} is not a finite number")
             value = float(value)
         settings[name] = value
     return settings
+
+
+def read_artifact(path: Path) -> bytes:
+    """The bytes of an artifact's file. Errors: ArtifactError for one that is too large to be read, or cannot be."""
+    try:
+        size = path.stat().st_size
+        if size > FILE_LIMIT:
+            raise ArtifactError(f"has {size} bytes, and at most {FILE_LIMIT} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot be read: {error.strerror}") from None
 
 
 def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:
@@ -6434,18 +6633,12 @@ def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) 
     except ConfigError as error:
         raise ArtifactError(f"holds a model that is not possible: {error}") from None
     config = dataclasses.replace(config, **settings)
+    if not tables_fit(config):  # nothing in a file pays for its rotary tables
+        raise ArtifactError(f"claims sequences of {config.train_seq_len} tokens: TRAIN_SEQ_LEN {TABLES_ALLOWED}")
     check_config(dataclasses.replace(config, mode="eval"))
     if config.yarn:  # a longer context than the training's needs longer wavelengths
         config = dataclasses.replace(config, yarn_max_len=max(config.yarn_max_len, config.longest_context))
     return config
-
-
-def check_rotary_size(config: Config, parameters: int) -> None:
-    """Errors: ArtifactError for rotary tables out of all proportion to the model: nothing in a file pays for them."""
-    if config.train_seq_len * config.rotary_dims > max(ROTARY_LIMIT, parameters):
-        raise ArtifactError(
-            f"claims sequences of {config.train_seq_len} tokens, too long for a model of {parameters} parameters"
-        )
 
 
 def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch.device) -> tuple[GPT, Config]:
@@ -6459,7 +6652,6 @@ def load_artifact(data: bytes, config: Config, explicit: set[str], device: torch
     expected = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     if [(tensor.name, tensor.shape) for tensor in header.tensors] != expected:
         raise ArtifactError("its tensors are not those of its model")
-    check_rotary_size(config, sum(p.numel() for p in model.parameters()))
     stored = unpack(data)[1]
     for name, q in stored.items():
         try:
@@ -6625,7 +6817,7 @@ class ScoreLedger:
         nats = torch.tensor(self.nll.sum(dtype=np.float64))
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
-        if stage and self.write_scores:
+        if stage and self.write_scores and math.isfinite(nats):
             self.write(stage)
         return nats.item()
 
@@ -6698,6 +6890,8 @@ class Evaluator:
         self.data_check.refuse()  # ids beyond the vocabulary have no bytes
         self.tokens = self.stream.read(0, len(self.stream))
         sidecar = read_sidecar(config, self.stream)
+        if sidecar is not None:
+            check_sidecar(self.stream, sidecar, self.vocabulary)
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
         self.data_check.count_bytes("val", self.bytes)
         self.data_check.refuse()
@@ -6798,7 +6992,10 @@ class FullModelSGD:
             inside = np.maximum(places, 0)
             ids = np.where(places < 0, BOS_ID, self.tokens[inside]).astype(np.int64)  # padding: one-token documents
             targets = self.tokens[inside + 1].astype(np.int64)
-            yield to_device(ids, targets, document_starts(ids), self.run.device), torch.from_numpy(places >= 0)
+            yield (
+                to_device(ids, targets, document_starts(ids), self.run.device),
+                send_array(places >= 0, self.run.device),
+            )
 
     def step(self, positions: np.ndarray, lr: float) -> None:
         """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
@@ -6808,7 +7005,7 @@ class FullModelSGD:
             p.grad = torch.zeros_like(p)
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
-            (nll[counted.to(nll.device)].sum() / len(positions)).backward()
+            ((nll * counted).sum() / len(positions)).backward()
         self.run.all_reduce_flat([gradient_of(p) for p in parameters])
         self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -6871,12 +7068,12 @@ class PhasedTTT:
         """Order of the documents, ends of the phases, ends of the chunks."""
         config, longest = self.config, int(self.lengths.max())
         self.order = np.arange(len(self.lengths))
-        phases = np.arange(1, config.phased_ttt_num_phases + 1)
+        # Each phase ends where 1.5 times as much has been scored as at the end before. So a stream of any length meets
+        # several phases, and training again on all that was scored costs at most three times the prefix.
+        prefix = config.phased_ttt_prefix_tokens or config.phased_ttt_prefix_docs
+        ends = np.array([prefix * 2**k // 3**k for k in reversed(range(config.ttt_phases))])
         if config.phased_ttt_prefix_tokens:  # a phase holds the documents that begin in its tokens
-            boundaries = config.phased_ttt_prefix_tokens * phases // len(phases)
-            ends = np.searchsorted(self.offsets[:-1], boundaries)
-        else:
-            ends = config.phased_ttt_prefix_docs * phases // len(phases)
+            ends = np.searchsorted(self.offsets[:-1], ends)
         # An end after the last document is left out: no score would come after its training.
         self.phase_ends = [end for end in dict.fromkeys(ends.tolist()) if 0 < end < len(self.order)]
         edges = [0]
@@ -6907,12 +7104,12 @@ class PhasedTTT:
         for begin, end in self.phases():
             for batch in self.batches(begin, end):
                 if self.adapters:
-                    self.start_batch(batch)
+                    self.start_batch(self.adapters, batch)
                 if not self.meter.done:
                     self.project(batch)
                 self.score_and_adapt(batch)
                 if self.adapters:
-                    self.finish_batch(batch)
+                    self.finish_batch(self.adapters, batch)
                 self.meter.advance(float(self.cost(batch).sum()))
             if end in self.phase_ends and self.adapters:
                 self.finish_phase(begin, end)
@@ -6929,13 +7126,13 @@ class PhasedTTT:
         size = self.config.ttt_batch_size
         yield from (documents[i : i + size] for i in range(0, len(documents), size))
 
-    def start_batch(self, documents: np.ndarray) -> None:
+    def start_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Every document of a phase starts from the same A."""
-        self.adapters.start(self.phase_a)
+        adapters.start(self.phase_a)
 
-    def finish_batch(self, documents: np.ndarray) -> None:
+    def finish_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Adds up the A that each document left, for the next phase."""
-        for key, a in self.adapters.a.items():
+        for key, a in adapters.a.items():
             self.a_sum[key] += a[: len(documents)].sum(0, keepdim=True, dtype=torch.float64)
 
     def finish_phase(self, begin: int, end: int) -> None:
@@ -6957,7 +7154,10 @@ class PhasedTTT:
         full = max(0, min(most - 2, config.ttt_context // config.ttt_chunk_size))
         seconds_per_token = 0.0
         for chunk in (0, full):  # in the order of the real windows: another order would compile other graphs
-            batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
+            remaining = documents[self.chunk_counts[documents] > chunk]
+            batch, scored = self.window(remaining, chunk)
+            if len(remaining) == batch.ids.size(1):  # a graph of equal sizes would serve no others
+                batch, scored = self.window(remaining[:-1], chunk)
             adapts = self.adapters is not None and most > chunk + 1
             compute = functools.partial(self.warm_up, as_padding(batch), scored, adapts)
             seconds_per_token = self.run.time_second_call(compute) / batch.ids.numel()
@@ -6994,7 +7194,7 @@ class PhasedTTT:
             raise RuntimeError("there are no adapters to train")
         counted = scored >= 0
         self.ledger.train_on(scored[counted])
-        mask = torch.from_numpy(counted).to(nll.device)
+        mask = send_array(counted, nll.device)
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
         adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
@@ -7021,12 +7221,10 @@ class PhasedTTT:
         """
         first, end = self.chunk_bounds(documents, chunk)
         last = max(2, int((end - first).max()))
-        # torch.compile makes another graph where a size is 1 or two sizes are equal: here neither happens. And a
-        # matrix product of fewer than 8 rows is rounded in another way on CPUs.
-        missing = min(max(2, -(-8 // last)), max(2, self.config.ttt_batch_size)) - len(documents)
-        if missing > 0:
-            documents, first, end = (np.append(x, np.repeat(x[-1:], missing)) for x in (documents, first, end))
-            first[-missing:] = end[-missing:]  # nothing of the padding is scored
+        # torch.compile makes another graph where a size is 1: here none is.
+        if len(documents) == 1 < self.config.ttt_batch_size:
+            documents, first, end = (np.repeat(x, 2) for x in (documents, first, end))
+            first[1] = end[1]  # the second row is padding: nothing of it is scored
         begin, lengths = np.maximum(0, end - self.config.ttt_context), self.lengths[documents][:, None]
         length = min(max(int((end - begin).max()), last + 1), max(self.config.ttt_context, last))
         places = end[:, None] - length + np.arange(length)  # [B, T] in their documents
@@ -7064,7 +7262,7 @@ class LengthOrderTTT(PhasedTTT):
         """Documents by length; ends of the phases within the stream's documents; each document's chunk size."""
         config = self.config
         self.order = np.argsort(-self.lengths, kind="stable")
-        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.phased_ttt_num_phases
+        prefix, phases = min(config.phased_ttt_prefix_docs, len(self.order)), config.ttt_phases
         ends = [prefix * (phase + 1) // phases for phase in range(phases)]
         self.phase_ends = [end for end in dict.fromkeys(ends) if 0 < end < len(self.order)]
         self.chunk_sizes = np.full(len(self.lengths), config.ttt_chunk_size)
@@ -7099,19 +7297,19 @@ class LengthOrderTTT(PhasedTTT):
         begin = max((end for end in self.phase_ends if end <= first), default=0)
         return (first - begin) // self.config.ttt_batch_size % self.config.ttt_streams
 
-    def start_batch(self, documents: np.ndarray) -> None:
+    def start_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """A as the stream's last batch left it, or with TTT_WARM_START_A=0 drawn anew; in the batch's order."""
         first, stream = self.first_and_stream(documents)
         if stream not in self.stream_a or not self.config.ttt_warm_start_a:
-            self.stream_a[stream] = self.adapters.draw(self.config.ttt_batch_size, self.config.seed + first)
-        self.adapters.start(self.stream_a[stream])
-        self.adapters.arrange(self.place[documents] - first)
+            self.stream_a[stream] = adapters.draw(self.config.ttt_batch_size, self.config.seed + first)
+        adapters.start(self.stream_a[stream])
+        adapters.arrange(self.place[documents] - first)
 
-    def finish_batch(self, documents: np.ndarray) -> None:
+    def finish_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Hands A on, in the order of the documents."""
         first, stream = self.first_and_stream(documents)
-        self.adapters.arrange(np.argsort(self.place[documents] - first))
-        self.stream_a[stream] = self.adapters.a
+        adapters.arrange(np.argsort(self.place[documents] - first))
+        self.stream_a[stream] = adapters.a
 
     def first_and_stream(self, documents: np.ndarray) -> tuple[int, int]:
         """Place in the order of a batch's first document, and the batch's stream."""
@@ -7176,6 +7374,12 @@ class ChunkTTT:
         self.meter.project(seconds / evaluator.run.world, work)
 
 
+def ttt_diverged(config: Config, problem: str) -> ConfigError:
+    """The error of a test-time training that has diverged."""
+    name, other = ("ttt_lr", "") if config.ttt_mode == "chunk" else ("ttt_lora_lr", " or GLOBAL_TTT_LR")
+    return ConfigError(name.upper(), getattr(config, name), f"{problem}; lower this rate{other}")
+
+
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
     config, run = evaluator.config, evaluator.run
@@ -7184,14 +7388,12 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
         score = method(evaluator, model, adapt=False)()
+        require_finite(score, ArtifactError, "the validation loss of its model, by the windows of TTT_MODE,")
         log_score(run, "ttt_baseline", score)
         rows |= dict(val_bpb_ttt_baseline=score.bpb)
     begin = time.perf_counter()
     score = method(evaluator, model)()
-    if not math.isfinite(score.nats):
-        name, other = ("ttt_lr", "") if config.ttt_mode == "chunk" else ("ttt_lora_lr", " or GLOBAL_TTT_LR")
-        advice = f"the loss of test-time training is {score.loss}; lower this rate{other}"
-        raise ConfigError(name.upper(), getattr(config, name), advice)
+    require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
     log_score(run, "ttt", score)
     return rows | dict(
         val_bpb_ttt=score.bpb,
@@ -7235,16 +7437,21 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         data_stall = log_data_stall(run, end, loader.data_stall)
         evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
+        broken = max(run.gather(nonfinite(model.named_parameters())))
+        if broken:
+            raise diverged(config, f"the weights {broken!r} are not finite after the training")
     with Stage(run, "validate"):
         score = evaluator(trainer.forward, "pre_quant")
+        require_finite(score, functools.partial(diverged, config))
         log_score(run, "pre_quant", score)
-        if not math.isfinite(score.nats):
-            raise diverged(config, f"the validation loss is {score.loss}")
         if config.compile == "1":
             run.log(f"recompiled: {graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
         hessians = collect_hessians(trainer, end.step)
         loader.ahead.close()
+        broken = max(run.gather(nonfinite(hessians.items())))
+        if broken:
+            raise diverged(config, f"the inputs of {broken!r} are not finite during calibration")
     return Trained(model, hessians, end, score, data_stall, log_overrun(config, run, end))
 
 
@@ -7265,22 +7472,42 @@ def log_overrun(config: Config, run: Run, end: Progress) -> float:
     return over
 
 
+def quantize_model(trained: Trained, weights: dict[str, Tensor], config: Config, run: Run) -> bytes:
+    """The artifact of a trained model. Errors: ConfigError where GPTQ cannot use the model's activations."""
+    limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+    try:
+        return make_artifact(weights, trained.hessians, limit, config, run.log)
+    except FloatingPointError as error:
+        raise diverged(config, str(error)) from None
+
+
+def save_artifact(
+    data: bytes, trained: Trained, weights: dict[str, Tensor], config: Config, run: Run
+) -> list[dict[str, Any]]:
+    """Writes an artifact that can be scored, and logs its sections; returns their rows.
+
+    Errors: ConfigError for weights beyond what its 16-bit numbers hold.
+    """
+    stored = unpack(data)[1]
+    for name, q in stored.items():
+        try:
+            check_stored(q)
+        except ValueError as error:
+            raise diverged(config, f"the quantized weights {name!r} cannot be stored: {error}") from None
+    write_atomic(run.path(CONTAINER_FILE), data)
+    sections = size_table(data, stored, weights, trained.hessians)
+    for line in format_table(sections):
+        run.log(line)
+    return sections
+
+
 def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]:
     """Quantizes, packs and writes the model, on rank 0. Returns the summary's rows about training and artifact."""
     weights = {name: p.detach() for name, p in trained.model.named_parameters()}
     with Stage(run, "quantize"):
-        data = b""
-        if run.is_main:
-            limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
-            data = make_artifact(weights, trained.hessians, limit, config, run.log)
+        data = run.on_main(lambda: quantize_model(trained, weights, config, run)) or b""
     with Stage(run, "pack"):
-        sections: list[dict[str, Any]] = []
-        if run.is_main:
-            write_atomic(run.path(CONTAINER_FILE), data)
-            sections = size_table(data, unpack(data)[1], weights, trained.hessians)
-            for line in format_table(sections):
-                run.log(line)
-        run.barrier()
+        sections = run.on_main(lambda: save_artifact(data, trained, weights, config, run)) or []
     end, tokens = trained.end, trained.end.step * config.train_batch_tokens
     return dict(
         **sizes(run.broadcast_object(len(data)), config, run),
@@ -7300,14 +7527,15 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
 def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
     """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
     with Stage(run, "unpack"):
-        data = run.broadcast_object(run.path(CONTAINER_FILE).read_bytes() if run.is_main else None)
+        data = run.broadcast_object(run.on_main(lambda: read_artifact(run.path(CONTAINER_FILE))))
         model, config = load_artifact(data, config, explicit, run.device)
     with Stage(run, "evaluate"):
         if evaluator is None:
-            evaluator = Evaluator(config, run)
+            evaluator = make_evaluator(config, run)
             log_data(run, evaluator)
             evaluator.project(compiled_forward(model))
         score = evaluator(compiled_forward(model), "quantized")
+        require_finite(score, ArtifactError, "the validation loss of its model")
         log_score(run, "quantized", score)
     rows = dict(
         **sizes(len(data), config, run),
@@ -7327,6 +7555,19 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
         with Stage(run, "ttt"):
             rows |= test_time_training(evaluator, model)
     return rows
+
+
+def make_evaluator(config: Config, run: Run) -> Evaluator:
+    """The evaluator of a run. Errors: ConfigError for data that cannot be scored."""
+    evaluator = Evaluator(config, run)
+    if not evaluator.bytes:
+        raise ConfigError(
+            "DATA_PATH",
+            config.data_path,
+            f"the {len(evaluator.tokens) - 1} targets of its validation shards stand for 0 bytes of text, and a score "
+            "needs at least 1",
+        )
+    return evaluator
 
 
 def log_data(run: Run, evaluator: Evaluator) -> None:
@@ -7387,7 +7628,7 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
 
 def dry_run(config: Config, world: int) -> str:
     """What a run would do, as one JSON object."""
-    return json.dumps(
+    return to_json(
         dict(
             config=dataclasses.asdict(config),
             parameters=parameter_count(config),
@@ -7408,8 +7649,11 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
     loader = evaluator = None
     if config.mode != "eval":
+        numbers = parameter_count(config)
+        allowed = f"makes a model of {numbers} parameters, and an artifact holds at most {CONTENT_LIMIT}"
+        require(numbers <= CONTENT_LIMIT, config, "model_dim", allowed)
         with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
-            loader, evaluator = TrainLoader(config, run), Evaluator(config, run)
+            loader, evaluator = TrainLoader(config, run), make_evaluator(config, run)
         with Stage(run, "audit"):
             evaluator.data_check.training(loader.stream)
             evaluator.data_check.leaks()
@@ -7419,7 +7663,9 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     if evaluator:
         log_data(run, evaluator)
     attention = log_setup(run, config, notes)
-    summary: dict[str, Any] = dict(preset=config.preset, seed=config.seed, mode=config.mode, attention=attention)
+    summary: dict[str, Any] = dict(
+        preset=config.preset, seed=config.seed, mode=config.mode, attention=attention, ranks=run.world
+    )
     if loader and evaluator:
         summary |= write_artifact(train_model(config, run, loader, evaluator), config, run)
         summary |= dict(audit=evaluator.data_check.rows)
@@ -7428,7 +7674,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
     summary |= dict(seconds=run.seconds, **machine)
     if run.is_main:
-        write_atomic(run.path(run.prefix + SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
+        write_atomic(run.path(run.prefix + SUMMARY_FILE), to_json(summary, indent=1) + "\n")
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes

@@ -37,7 +37,6 @@ import functools
 import hashlib
 import heapq
 import itertools
-import json
 import lzma
 import math
 import os
@@ -74,7 +73,7 @@ from sources import (  # noqa: E402
     list_files,
     package_versions,
 )
-from text import cut, text_hash  # noqa: E402
+from text import cut, from_json, text_hash, to_json  # noqa: E402
 from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
@@ -332,7 +331,7 @@ def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
         else:
             status = path.stat()
             parts.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 
 def program() -> dict:
@@ -365,23 +364,47 @@ def recorded_options(options: Options) -> dict:
     }
 
 
-def read_manifest(folder: Path) -> dict | None:
+def read_manifest(folder: Path, name: str = "manifest.json") -> dict | None:
     """The manifest of a folder, or None if it has none. Raises PrepareError if it is not one of ours."""
-    path = folder / "manifest.json"
+    path = folder / name
     try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT or not {"options", "fingerprint"} <= set(manifest):
-            raise ValueError("another format")
-        manifest_files(manifest)
+        manifest = from_json(path.read_bytes())
+        check_manifest(manifest)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         raise PrepareError(f"{path}: not a manifest of this program; choose another --out") from None
     return manifest
 
 
+def check_manifest(manifest: dict) -> None:
+    """Use all of a manifest that a run uses, so that a value of a wrong type raises an error here and not later."""
+    if (
+        manifest["format"] != FORMAT
+        or type(manifest["fingerprint"]) is not str
+        or type(manifest["options"]) is not dict
+    ):
+        raise ValueError("another format")
+    manifest_files(manifest)
+    for source in manifest.get("source") or ():
+        if type(source) is not dict or ("export" in source and type(source.get("commit")) is not str):
+            raise ValueError("another kind of source")
+        if type(source.get("train_shards", 0)) is not int:
+            raise ValueError("another kind of count")
+    nothing = {"shared_documents": 0, "windows": {"length": 0, "of": 0, "shared": 0, "documents": 0}}
+    if "audit" not in manifest:  # it will be audited
+        splits = manifest["splits"]
+        manifest = {**manifest, "audit": nothing}
+        if not all(type(row["sha256"]) is str for split in ("train", "val") for row in splits[split]["shards"]):
+            raise ValueError("another kind of hash")
+    if not all(line.isprintable() for line in summary_lines(manifest, Path())):
+        raise ValueError("a name of several lines")
+
+
 def manifest_files(manifest: dict) -> dict[str, int]:
     """The files that a manifest lists, with their sizes in bytes."""
+    if not manifest:
+        return {}
     files = {manifest["tokenizer"]["file"]: manifest["tokenizer"]["bytes"]}
     for split in manifest["splits"].values():
         for shard in (*split["shards"], *split.get("sidecars", ())):
@@ -395,7 +418,7 @@ def check_folder(options: Options, mark: str) -> dict | None:
     """The manifest if --out already holds this preparation, or None if --out may be written. Raises PrepareError."""
     out = options.out
     manifest, unfinished = read_manifest(out), read_unfinished(out)
-    own = manifest_files(manifest) if manifest else {}
+    own = manifest_files(manifest or {})
     for path in sorted(out.iterdir()):
         if OWN_FILE.fullmatch(path.name) and path.name not in own:
             raise PrepareError(
@@ -433,9 +456,12 @@ def _differences(recorded: dict, options: Options) -> str:
 def read_unfinished(out: Path) -> dict | None:
     """What the first pass of a run that was killed has left: its options, its fingerprint and its survey."""
     try:
-        return json.loads((out / UNFINISHED / "survey.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        left = from_json((out / UNFINISHED / "survey.json").read_bytes())
+        Survey(**left["survey"])
+        whole = type(left["options"]) is dict and type(left["fingerprint"]) is str
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
         return None
+    return left if whole else None
 
 
 def discard(folder: Path) -> None:
@@ -456,7 +482,7 @@ def commit(temporary: Path, out: Path) -> None:
     if (out / "manifest.json").exists():
         os.replace(out / "manifest.json", temporary / "previous.json")
     if (temporary / "previous.json").exists():
-        previous = json.loads((temporary / "previous.json").read_bytes())
+        previous = read_manifest(temporary, "previous.json") or {}
         for name in set(manifest_files(previous)) - set(manifest_files(manifest)):
             (out / name).unlink(missing_ok=True)
     for names in (manifest_files(manifest), ["manifest.json"]):
@@ -609,7 +635,7 @@ def _with_audit(options: Options, manifest: dict) -> dict:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Put manifest.json into a folder, whole or not at all."""
-    write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    write_file(folder / "manifest.json", (to_json(manifest, indent=1) + "\n").encode())
 
 
 def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
@@ -676,14 +702,14 @@ def _surveyed(folder: Path, sources: Sources, options: Options, mark: str) -> Su
     if unfinished:
         return Survey(**unfinished["survey"])
     found, sample = survey(sources, options)
-    write_file(folder / "sample.jsonl", "".join(json.dumps(text) + "\n" for text in sample).encode())
+    write_file(folder / "sample.jsonl", "".join(to_json(text) + "\n" for text in sample).encode())
     kept = {
         "fingerprint": mark,
         "program": program(),
         "options": recorded_options(options),
         "survey": dataclasses.asdict(found),
     }
-    write_file(folder / "survey.json", json.dumps(kept).encode())
+    write_file(folder / "survey.json", to_json(kept).encode())
     return found
 
 
@@ -691,12 +717,12 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
     """Put a tokenizer into the folder if none is there. Returns the options that made it."""
     made = folder / "tokenizer.json"
     if made.exists():
-        return json.loads(made.read_bytes())
+        return from_json(made.read_bytes())
     training: dict = {"given": True}
     if model is None:
         assert options.vocab_size is not None  # `_complete` has filled it in.
         with open(folder / "sample.jsonl", "rb") as file:
-            sample = [json.loads(line) for line in file]
+            sample = [from_json(line) for line in file]
         report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(sample)} documents")
         try:
             model, training = train_tokenizer(sample, options.vocab_size, options.caseops)
@@ -704,7 +730,7 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
             raise Worthless(str(error)) from None
         Codec(model, "the trained tokenizer", options.caseops)
     write_file(folder / published.TOKENIZER, model)
-    write_file(made, json.dumps(training).encode())
+    write_file(made, to_json(training).encode())
     return training
 
 

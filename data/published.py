@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from hub import RemoteFile, Repository, check_room
 from options import Options
 from progress import Bar
 from shards import read_shard
+from text import from_json
 from tokenizer import Codec
 
 DOCUMENTS = "docs_selected"  # the name of the source; the file is docs_selected.jsonl
@@ -124,6 +124,8 @@ def find_export(
     if not isinstance(manifest, dict):
         raise PrepareError(f"{where}: not a JSON object")
     entry = _entry(manifest, variant, where)
+    if not isinstance(entry.get("stats") or {}, dict):
+        raise PrepareError(f"{where}: the stats of {entry['name']}: not a JSON object")
     layout = _Layout(listed, root, where, entry)
     count = layout.count("train")
     if shards is not None and shards > count:
@@ -266,7 +268,7 @@ def download(options: Options, folder: Path, pinned: str | None, bar: Bar) -> Do
         raise PrepareError(f"{repository.repo}: there is no {path} (404)")
     repository.fetch({folder / "published.json": listed[path]}, lambda count: None)
     try:
-        manifest = json.loads((folder / "published.json").read_bytes())
+        manifest = from_json((folder / "published.json").read_bytes())
     except ValueError as error:
         raise PrepareError(f"{repository.repo}: {path}: not JSON: {error}") from None
     export = find_export(listed, manifest, name, root, options.train_shards, repository.repo)
@@ -429,7 +431,7 @@ def check_documents(path: Path) -> None:
     if path.name != f"{DOCUMENTS}.jsonl" or not beside.is_file():
         return
     try:
-        described = json.loads(beside.read_bytes())
+        described = from_json(beside.read_bytes())
         count, digest = described.get("num_docs"), described.get("docs_sha256")
     except (ValueError, AttributeError):
         raise PrepareError(f"{beside}: not a JSON object") from None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from text import from_json, to_json
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -155,7 +156,7 @@ class Shards:
         self.folder, self.shard_tokens = folder, shard_tokens
         self.sides = {"train": ("train",), "val": ("val", "val_bytes") if with_sidecars else ("val",)}
         try:
-            state = json.loads((folder / "state.json").read_bytes())
+            state = from_json((folder / "state.json").read_bytes())
             self._begin(state["documents"], state["dropped"], bytes.fromhex(state["digest"]))
             self._restore(state)
         except (OSError, ValueError, LookupError, TypeError):  # No state, or the disk lost files.
@@ -212,7 +213,7 @@ class Shards:
             "validation": self.validation.tell(),
             "writers": {side: [writer.state() for writer in writers] for side, writers in self.writers.items()},
         }
-        write_file(self.folder / "state.json", json.dumps(state).encode())
+        write_file(self.folder / "state.json", to_json(state).encode())
 
     def finish(self) -> dict[str, dict]:
         """Close all files. Returns the manifest's `splits`."""

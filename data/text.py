@@ -1,8 +1,10 @@
-"""Where to cut a text, and its hash."""
+"""Where to cut a text, and its hash; JSON that any parser takes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any, NoReturn
 
 
 def cut(data: bytes, limit: int) -> int:
@@ -18,6 +20,23 @@ def cut(data: bytes, limit: int) -> int:
     while end > max(1, limit - 3) and data[end] & 0xC0 == 0x80:
         end -= 1
     return end
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """A value as JSON. Raises ValueError for a number that JSON does not have: NaN or an infinity."""
+    return json.dumps(value, allow_nan=False, **options)
+
+
+def from_json(data: bytes | str) -> Any:
+    """What a JSON text says. Raises ValueError for what is no JSON (NaN is none), or is nested too deeply."""
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def text_hash(data: bytes, seed: int) -> int:

@@ -133,7 +133,9 @@ class Codec:
     def __init__(self, model: bytes, name: str = "tokenizer", with_caseops: bool = False):
         """Check the model's ids and pieces. Raises PrepareError, naming `name`, if the score would not be exact."""
         try:
-            self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.processor = sp = sentencepiece.SentencePieceProcessor()
+            sp.load_from_serialized_proto(model)
+            pieces = [sp.id_to_piece(number) for number in range(sp.vocab_size())]
         except (RuntimeError, TypeError, ValueError):
             raise PrepareError(f"{name}: not a SentencePiece model") from None
         self.vocab_size = sp.vocab_size()
@@ -142,7 +144,6 @@ class Codec:
         ids = (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
         if ids != (PAD, BOS, EOS, UNK):
             raise PrepareError(f"{name}: pad, bos, eos, unk have the ids {ids}; they must have {(PAD, BOS, EOS, UNK)}")
-        pieces = [sp.id_to_piece(number) for number in range(self.vocab_size)]
         byte_ids = [sp.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
         if not all(sp.is_byte(number) for number in byte_ids):
             raise PrepareError(f"{name}: it lacks byte pieces (byte_fallback)")
@@ -155,14 +156,16 @@ class Codec:
 
         Byte pieces stand for 1 byte, control, unknown and unused pieces for 0, others for their text. The space in
         front counts apart: it is a byte unless a piece of 0 bytes stands before it (SentencePiece puts a space
-        before each text). A space anywhere else would be counted as the three bytes of U+2581.
+        before each text). `encode` needs every other piece to have no space but in front.
         """
         sp, numbers = self.processor, range(self.vocab_size)
         self.silent = np.array([sp.is_control(n) or sp.is_unknown(n) or sp.is_unused(n) for n in numbers])
         is_byte = np.array([sp.is_byte(n) for n in numbers])
         for piece, plain in zip(pieces, ~self.silent & ~is_byte, strict=True):
             if plain and SPACE in piece[1:]:
-                raise PrepareError(f"{name}: piece {piece!r} has a space that is not in front; bytes can't be counted")
+                raise PrepareError(
+                    f"{name}: piece {piece!r} has a space that is not in front; words can't be told apart"
+                )
         texts = [piece.replace(SPACE, " ").encode() for piece in pieces]
         for value, number in enumerate(byte_ids):
             texts[number] = bytes([value])
@@ -182,11 +185,14 @@ class Codec:
         """
         alphabet = set("".join(pieces))
         self.guard = next(chr(n) for n in (*range(0xF8FF, 0xE004, -1), *range(0x800, 0xD800)) if chr(n) not in alphabet)
+        written = self.processor.normalize("a")
+        if written.endswith(SPACE) or " " in written:
+            raise PrepareError(f"{name}: writes 'a' as {written!a}; the space that it adds must be U+2581, in front")
         tokens = self.processor.encode(self.guard)
         if tokens[-3:] != [byte_ids[value] for value in self.guard.encode()]:
             raise PrepareError(f"{name}: it does not write U+{ord(self.guard):04X}, which no piece holds, as its bytes")
         self.guard_tokens = len(tokens)
-        self.prefix = " " if self.processor.normalize("a").startswith(SPACE) else ""
+        self.prefix = " " if written.startswith(SPACE) else ""
         self.mark = np.array([byte_ids[value] for value in SPACE.encode()], "<u2").tobytes()
         # BPE's scores are ranks. A unigram model's are logarithms, whose rounded sums depend on what else is encoded.
         self.ranked = all(self.processor.get_score(number).is_integer() for number in range(self.vocab_size))

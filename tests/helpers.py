@@ -321,7 +321,7 @@ def make_documents(seed, count, words=60):
     return documents
 
 
-def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
+def train_tokenizer(texts, vocab_size=VOCAB_SIZE, **options):
     """A SentencePiece BPE model with byte fallback, as bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -341,6 +341,7 @@ def train_tokenizer(texts, vocab_size=VOCAB_SIZE):
         character_coverage=1.0,
         num_threads=1,
         minloglevel=3,
+        **options,
     )
     return model.getvalue()
 
@@ -384,6 +385,15 @@ def plant(folder):
     """Adds a document of validation to the last training shard."""
     path = shards_of(folder, "train")[-1]
     write_shard(path, [*tg.open_shard(path), tg.BOS_ID, *documents_of(folder, "val")[5]])
+
+
+def write_sidecars(folder, change=lambda counts: counts):
+    """Sidecars of a folder's validation shards: what the tokenizer's table counts, changed."""
+    vocabulary = tg.Vocabulary(config(DATA_PATH=folder))
+    for path in shards_of(folder, "val"):
+        tokens = np.asarray(tg.open_shard(path))
+        counts = vocabulary.target_bytes(np.concatenate((tokens[:1], tokens[:-1])), tokens)
+        write_shard(tg.sidecar_path(path), change(counts))
 
 
 def full_manifest(folder, audited=False):

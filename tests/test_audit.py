@@ -24,6 +24,7 @@ from helpers import (
     shards_of,
     snapshot,
     write_shard,
+    write_sidecars,
     write_split,
 )
 
@@ -246,9 +247,7 @@ def test_a_folder_without_a_manifest_gets_one(with_sidecars, copy, capsys):
     expected = full_manifest(copy)
     (copy / "manifest.json").unlink()
     if with_sidecars:
-        for path in shards_of(copy, "val"):
-            tokens = tg.open_shard(path)
-            write_shard(tg.sidecar_path(path), np.where(tokens == tg.BOS_ID, 0, 2))
+        write_sidecars(copy)
     assert audit_data.main([str(copy)], {}) == 0
     written = json.loads((copy / "manifest.json").read_text())
     for split, row in expected["splits"].items():

@@ -184,6 +184,10 @@ PLANTS = {
         log_edit(r"^audit: 0 validation", "warning: audit: 3 validation"),
         "shared_documents in submission.json and log",
     ),
+    "strictly causal": (
+        log_edit(r"strictly causal: yes", "strictly causal: no"),
+        "strictly_causal in submission.json and log",
+    ),
     "log's targets": (log_edit(r"back; \d", "back; 9"), "target_tokens in submission.json and log"),
     "metrics": (
         lambda f: edit(

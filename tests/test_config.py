@@ -495,6 +495,17 @@ def test_steps_of_warmdown_replace_a_presets_fraction():
     assert config({"PRESET": "record"}).warmdown_frac == 0.85
 
 
+def test_documents_that_are_set_replace_the_tokens_of_the_default():
+    """A command that sets PHASED_TTT_PREFIX_DOCS alone means documents, in both orders."""
+    record = {"PRESET": "record"}
+    assert (config(record).phased_ttt_prefix_tokens, config(record).ttt_phases) == (12_000_000, 21)
+    assert config(record, TTT_ORDER="length").ttt_phases == 4
+    assert config(record, PHASED_TTT_NUM_PHASES=2).ttt_phases == 2
+    assert config(record, PHASED_TTT_PREFIX_DOCS=40).phased_ttt_prefix_tokens == 0
+    both = config(record, PHASED_TTT_PREFIX_DOCS=40, PHASED_TTT_PREFIX_TOKENS=600)
+    assert (both.phased_ttt_prefix_docs, both.phased_ttt_prefix_tokens) == (40, 600)
+
+
 # The presets' values written again, so that a change of a default cannot change a recipe unseen.
 RECIPES = {
     "record": dict(

@@ -22,6 +22,7 @@ from helpers import (
     snapshot,
     strings,
     write_shard,
+    write_sidecars,
     write_split,
 )
 
@@ -222,9 +223,7 @@ def test_a_shared_document_stops_the_script(ranks, copy, tmp_path):
 
 @pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"])
 def test_a_file_changed_after_the_audit_is_refused(name, copy, tmp_path, capfd, monkeypatch):
-    for path in shards_of(copy, "val"):
-        tokens = tg.open_shard(path)
-        write_shard(tg.sidecar_path(path), np.where(tokens == BOS, 0, 1 + np.arange(len(tokens)) % 7))
+    write_sidecars(copy, lambda counts: np.where(counts > 2, 2 + np.arange(len(counts)) % 2, 0))
     row = dict(tokens=sum(len(tg.open_shard(path)) for path in shards_of(copy, "val")))
     row["bytes"] = int(sum(tg.open_shard(path).sum(dtype=int) for path in shards_of(copy, "val_bytes")))
     write_manifest(copy, splits=dict(val=row), audit=audit_of(copy))
@@ -475,8 +474,7 @@ def test_a_file_rewritten_during_the_training_ends_the_run_with_its_name(
     name, change, copy, tmp_path, capfd, monkeypatch
 ):
     without_manifest(copy)
-    for path in shards_of(copy, "val"):
-        write_shard(tg.sidecar_path(path), np.where(tg.open_shard(path) == BOS, 0, 2))
+    write_sidecars(copy)
     rewritten(copy / name, monkeypatch, change)
     monkeypatch.chdir(tmp_path)
     assert tg.main([], strings(dict(RUN, DATA_PATH=copy))) == 2

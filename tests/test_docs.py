@@ -241,6 +241,26 @@ def test_the_drawing_is_the_record_presets():
         assert words in drawing, words
 
 
+# ---------------------------------------------------------------------------------------------- the score of each token
+
+
+def test_the_example_that_reads_scores_runs(data, tmp_path):
+    """The page's script, on a tiny run: its shares are of all targets, and it names documents."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    script = re.search(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)[1]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "builtin_sp4096").symlink_to(data)
+    for mode in ("train", "eval"):
+        values = dict(TINY, DATA_PATH=data, MODE=mode, EVAL_SCORES=1, RUN_ID="demo")
+        done = launch(ROOT / "train_gpt.py", values, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = run_command([sys.executable, "-c", script], cwd=tmp_path, env=clean_environment({}))
+    assert done.returncode == 0, done.stderr
+    targets = [int(n) for n in re.findall(r"^places .*: (\d+) targets", done.stdout, flags=re.M)]
+    assert sum(targets) == summary(tmp_path / "logs" / "demo", "eval_")["val_tokens"]
+    assert len(re.findall(r"^document \d+: ", done.stdout, flags=re.M)) == 3
+
+
 # ------------------------------------------------------------------------------------------------ length of sentences
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,7 @@ SUMMARY = {
     "seconds",
     "peak_memory_bytes",
     "versions",
+    "strictly_causal",
     "hardware",
 }
 STEP = r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms"
@@ -302,9 +304,14 @@ def test_the_same_seed_gives_the_same_artifact_and_another_seed_another(data, tm
     assert results["a"] == results["b"] and results["a"][0] != results["c"][0] and results["a"][1] != results["c"][1]
 
 
+def scores_in(folder, prefix=""):
+    """The arrays of EVAL_SCORES in a run's folder, by stage."""
+    return {p.stem.removeprefix(f"{prefix}scores_"): np.load(p) for p in folder.glob(f"{prefix}scores_*")}
+
+
 def test_two_ranks_end_to_end(whole_run, data, tmp_path):
     """The same run on two processes: one log, and the score of one process."""
-    done = run_script(dict(RUN, DATA_PATH=data), ranks=2, cwd=tmp_path)
+    done = run_script(dict(RUN, DATA_PATH=data, EVAL_SCORES=1), ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "logs" / "run"
     one, two = summary_of(whole_run / "logs" / "run"), summary_of(folder)
@@ -312,7 +319,38 @@ def test_two_ranks_end_to_end(whole_run, data, tmp_path):
     assert abs(one["val_bpb"] - two["val_bpb"]) < 0.03 and one["val_bytes"] == two["val_bytes"]
     log = (folder / "log.txt").read_text()
     assert len(re.findall(r"step:30/30 " + VALIDATION, log)) == 1 and len(re.findall(r"^quantized ", log, re.M)) == 1
-    assert {p.name for p in folder.iterdir()} == {p.name for p in (whole_run / "logs" / "run").iterdir()}
+    written = scores_in(folder)
+    assert set(written) == {"pre_quant", "quantized"}  # of the stages that report a score, not of those in between
+    names = {f"scores_{stage}.npy" for stage in written}
+    assert {p.name for p in folder.iterdir()} == names | {p.name for p in (whole_run / "logs" / "run").iterdir()}
+    for stage, nll in written.items():
+        assert nll.dtype == np.float32 and nll.shape == (two["val_tokens"],)
+        assert nll.sum(dtype=np.float64) / math.log(2) / two["val_bytes"] == pytest.approx(two[f"val_bpb_{stage}"])
+
+
+def test_every_stage_writes_its_scores_whatever_the_ranks(whole_run, data, tmp_path):
+    """MODE=eval writes files of its own; one rank and two agree up to what the rounding of their sums gives."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks) / "logs" / "run"
+        folder.mkdir(parents=True)
+        shutil.copy(whole_run / "logs" / "run" / "model.pgolf", folder)
+        phased = dict(TTT_MODE="phased", TTT_BASELINE=1, TTT_LORA_RANK=4, TTT_EVAL_SEQ_LEN=48)
+        values = dict(RUN, **phased, MODE="eval", DATA_PATH=data, EVAL_SCORES=1, PHASED_TTT_PREFIX_DOCS=8)
+        done = run_script(values, ranks=ranks, cwd=tmp_path / str(ranks))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert not scores_in(folder)  # the names of a training's files
+        summary, found[ranks] = summary_of(folder, "eval_summary.json"), scores_in(folder, "eval_")
+        assert set(found[ranks]) == {"quantized", "ttt_baseline", "ttt"}
+        for stage, nll in found[ranks].items():
+            assert nll.shape == (summary["val_tokens"],)
+            assert nll.sum(dtype=np.float64) / math.log(2) / summary["val_bytes"] == pytest.approx(
+                summary[f"val_bpb_{stage}"]
+            )
+    for stage, nll in found[1].items():
+        if stage != "ttt":
+            assert np.array_equal(nll, found[2][stage])
+        np.testing.assert_allclose(nll, found[2][stage], rtol=1e-3, atol=1e-3)
 
 
 def test_two_machines_share_no_folder(data, tmp_path, capfd, monkeypatch):

@@ -25,6 +25,7 @@ from helpers import (
     single_run,
     strings,
     write_shard,
+    write_sidecars,
 )
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
@@ -361,16 +362,11 @@ def test_a_file_that_is_no_manifest_is_refused(content, data, tmp_path):
 
 
 def with_sidecars(data, folder, change=lambda counts: counts):
-    """The validation shards with sidecars that count twice the bytes of the table, so that one tells them apart."""
+    """The validation shards with sidecars that count half the bytes of the table, so that one tells them apart."""
     folder.mkdir()
-    (folder / "tokenizer.model").symlink_to(data / "tokenizer.model")
-    vocabulary = tg.Vocabulary(config(DATA_PATH=data))
-    for shard in sorted(data.glob("fineweb_val_0*.bin")):
-        (folder / shard.name).symlink_to(shard)
-        tokens = np.asarray(tg.open_shard(shard))
-        counts = 2 * vocabulary.target_bytes(np.concatenate((tokens[:1], tokens[:-1])), tokens)
-        counts[tokens == tg.BOS_ID] = 0
-        write_shard(tg.sidecar_path(folder / shard.name), change(counts))
+    for file in (data / "tokenizer.model", *sorted(data.glob("fineweb_val_0*.bin"))):
+        (folder / file.name).symlink_to(file)
+    write_sidecars(folder, lambda counts: change(counts // 2))
     return folder
 
 
@@ -379,7 +375,9 @@ def test_the_sidecar_replaces_the_byte_table(data, tmp_path):
     assert tg.sidecar_path(folder / "fineweb_val_000001.bin").name == "fineweb_val_bytes_000001.bin"
     for setting in ("1", "auto"):
         evaluator = tg.Evaluator(config(DATA_PATH=folder, CASEOPS_ENABLED=setting), single_run())
-        assert evaluator.bytes == 2 * plain.bytes and np.array_equal(evaluator.tokens, plain.tokens)
+        assert 0.2 * plain.bytes < evaluator.bytes < 0.5 * plain.bytes and np.array_equal(
+            evaluator.tokens, plain.tokens
+        )
         assert any("sidecar" in note for note in evaluator.notes)
 
 

@@ -103,6 +103,7 @@ def test_our_log_alone_says_what_the_summary_says(reproduced):
         "parameters",
         "hardware",
         "attention",
+        "strictly_causal",
     ):
         assert getattr(from_log, name) == getattr(whole, name), name
     assert [x[0] for x in from_log.losses] == [x[0] for x in whole.losses] == [1, 2, 3, 4, 8]
@@ -155,6 +156,20 @@ def test_a_report_of_everything(reproduced, sweep_folder, tmp_path):
     assert f"{exact:.5f}" in done.stdout and all(f"]({p})" in text for p in pictures)
     again = launch(TOOL, {}, reproduced / "work", "record=peer.log", sweep_folder, "--out", "r", cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "r" / "report.html").read_text() == page  # its own it may replace
+
+
+def test_a_report_says_which_runs_are_strictly_causal(reproduced, tmp_path):
+    text = (reproduced / "work" / "seed0" / "log.txt").read_text()
+    assert "strictly causal: yes" in text
+    found = [
+        log(tmp_path, "strict.log", text),
+        log(tmp_path, "other.log", text.replace("strictly causal: yes", "strictly causal: no")),
+        log(tmp_path, "peer.log", PHASED),  # a log that does not say
+    ]
+    assert [run.strictly_causal for run in found] == [True, False, None]
+    head, *rows = report.rows_of(found)
+    assert [row[head.index("strictly causal")] for row in rows] == ["yes", "no", "-"]
+    assert "strictly causal" not in report.rows_of(found[2:])[0]
 
 
 def test_bytes_by_role_add_up(reproduced, tmp_path):

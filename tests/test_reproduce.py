@@ -102,7 +102,8 @@ def test_it_says_what_it_ran_on(reproduced):
     assert "core" in s["hardware"] and s["hardware"] in s["track"] and s["track"].startswith("non-record")
     assert "shards" in s["dataset"] and "40 documents" in s["dataset"] and s["attention_backend"] == "blocked"
     assert s["author"] == "A. Author" and s["cuda_version"] == "none" and s["compliance"]["three_seeds"]
-    assert s["compliance"]["no_validation_document_in_training"] is True
+    assert s["compliance"]["no_validation_document_in_training"] is s["compliance"]["strictly_causal"] is True
+    assert {row["strictly_causal"] for row in s["seed_results"].values()} == {True}
     assert {row["shared_documents"] for row in s["seed_results"].values()} == {0}
 
 

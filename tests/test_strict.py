@@ -153,6 +153,17 @@ def test_small_chunks_and_small_batches(tmp_path):
         assert np.array_equal(first[:44], second) and np.isfinite(first).all()
 
 
+@pytest.mark.parametrize("name", ["sliding", "chunk"])
+def test_a_batch_that_is_not_full(name, tmp_path):
+    """A short stream has fewer rows in its only batch than a long one in each of its many."""
+    knobs = dict(EVALUATIONS[name], EVAL_STRIDE=48, VAL_BATCH_SIZE=48 * 5, COMPUTE_DTYPE="float32")
+    rows = [evaluator_of(STREAM[:n], tmp_path, RECORD, knobs)[0].batch_size for n in (31, 97, len(STREAM))]
+    assert rows == [1, 2, 5]
+    whole = nll_of(STREAM, tmp_path, RECORD, knobs)
+    for stop in (31, 97, 230):
+        assert np.array_equal(nll_of(STREAM[:stop], tmp_path, RECORD, knobs), whole[: stop - 1])
+
+
 def test_every_targets_score_is_written(tmp_path):
     """EVAL_SCORES: one float32 for each target, in stream order."""
     evaluator, model = evaluator_of(STREAM[:100], tmp_path, TINY, dict(PHASED, EVAL_SCORES=1, COMPUTE_DTYPE="float32"))

@@ -221,12 +221,9 @@ def plain_phased(evaluator, model, first_a):
 def plain_strict(tokens, spans, model, a, c):
     """The strict schedule: a phase's documents start from one A, the next phase's from the mean of what they left."""
     result, left = np.zeros(len(tokens) - 1), []
-    phases = range(1, c.phased_ttt_num_phases + 1)
-    if c.phased_ttt_prefix_tokens:
-        ends = [c.phased_ttt_prefix_tokens * k // c.phased_ttt_num_phases for k in phases]
-        cuts = [sum(begin < end for begin, _ in spans) for end in ends]
-    else:
-        cuts = [c.phased_ttt_prefix_docs * k // c.phased_ttt_num_phases for k in phases]
+    cuts = [c.phased_ttt_prefix_docs * 2**k // 3**k for k in range(c.phased_ttt_num_phases)]
+    if prefix := c.phased_ttt_prefix_tokens:
+        cuts = [sum(begin < prefix * 2**k // 3**k for begin, _ in spans) for k in range(c.phased_ttt_num_phases)]
     for place, (begin, end) in enumerate(spans):
         if place in cuts and place:
             plain_global(model, [(tokens[i], tokens[i + 1]) for s in spans[:place] for i in range(*s)], c)
@@ -373,8 +370,8 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
         (ids, targets, documents), scored = tg.PhasedTTT.window(ttt, some, chunk)
         last = scored.shape[1]
         assert last == max(2, sizes[some].max()) <= ids.shape[1] <= max(context, last)
-        assert len(ids) == max(len(some), min(max(2, -(-8 // last)), 8)) and torch.equal(targets, ids + 1)
-        assert (scored[len(some) :] == -1).all()  # rows of padding: no size is ever 1, no product has few rows
+        assert len(ids) == max(2, len(some)) and torch.equal(targets, ids + 1)  # no size is ever 1
+        assert (scored[len(some) :] == -1).all()  # a row of padding
         for b, document in enumerate(some):
             first = chunk * sizes[document]
             expected = offsets[document] + np.arange(first, min(first + sizes[document], lengths[document]))
@@ -414,16 +411,43 @@ def test_a_chunk_is_at_most_the_context(data, tmp_path):
     assert np.isfinite(scores(evaluator, model)).all()
 
 
-def test_phases_and_order(data, tmp_path):
-    """Ends of phases; the longest first, in stream order where equal; no phase after the end."""
-    for prefix, phases, expected in ((6, 2, [3, 6]), (6, 4, [1, 3, 4, 6]), (2, 5, [1, 2]), (0, 3, []), (1, 1, [1])):
-        evaluator, model = prepared(
-            tmp_path, data, TINY, **dict(PHASED, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
-        )
-        assert method_of(evaluator.config)(evaluator, model).phase_ends == expected
-    assert method_of(evaluator.config)(evaluator, model).order.tolist() == [2, 5, 0, 8, 9, 4, 6, 1, 3, 7]
-    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER="stream"))
-    assert method_of(evaluator.config)(evaluator, model).order.tolist() == list(range(10))
+@pytest.mark.parametrize(
+    "order, cases, documents",
+    [
+        (
+            "length",
+            ((6, 2, [3, 6]), (6, 4, [1, 3, 4, 6]), (2, 5, [1, 2]), (0, 3, []), (1, 1, [1]), (99, 0, [2, 5, 7])),
+            [2, 5, 0, 8, 9, 4, 6, 1, 3, 7],
+        ),
+        (
+            "stream",
+            (
+                (6, 2, [4, 6]),
+                (6, 4, [1, 2, 4, 6]),
+                (9, 0, [1, 2, 4, 6, 9]),
+                (0, 3, []),
+                (99, 0, [1, 2, 3, 5, 8]),
+                (99, 4, []),
+            ),
+            list(range(10)),
+        ),
+    ],
+)
+def test_phases_and_order(order, cases, documents, data, tmp_path):
+    """Ends of phases: evenly spread, the longest first; in stream order, 1.5 times as much each. None after the end."""
+    for prefix, phases, expected in cases:
+        knobs = dict(TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
+        evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, **knobs))
+        ttt = method_of(evaluator.config)(evaluator, model)
+        assert ttt.phase_ends == expected and ttt.order.tolist() == documents
+
+
+@pytest.mark.parametrize("prefix, phases, expected", [(128, 3, [3, 4]), (129, 1, [5]), (10**5, 0, [1, 3, 6])])
+def test_phases_by_tokens(prefix, phases, expected, data, tmp_path):
+    """A phase holds the documents that begin in its tokens."""
+    knobs = dict(TTT_ORDER="stream", PHASED_TTT_PREFIX_TOKENS=prefix, PHASED_TTT_NUM_PHASES=phases)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, **knobs))
+    assert method_of(evaluator.config)(evaluator, model).phase_ends == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- no learning
@@ -575,14 +599,16 @@ def test_phases_learn_from_scored_documents_once_without_the_last_chunk(data, tm
     ]
 
 
-@pytest.mark.parametrize("order, last", [("length", 193), ("stream", 0)])
-def test_nothing_learns_after_the_last_document(order, last, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("order", ["length", "stream"])
+def test_nothing_learns_after_the_last_document(order, data, tmp_path, monkeypatch):
     """A prefix beyond the stream: in length order it is cut to the stream, in stream order no phase ends in it."""
     seen = watch_steps(monkeypatch)
     evaluator, model = prepared(tmp_path, data, TINY, **dict(PHASED, TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=3000))
     scores(evaluator, model)
     learned = {p for positions, _ in seen for p in positions}
-    assert len(learned) <= last and bool(learned) == (order == "length")
+    # In length order a phase ends after half of the documents. Of its chunks of 30 targets all but the last learn.
+    first_phase = sorted(LENGTHS, reverse=True)[: len(LENGTHS) // 2]
+    assert len(learned) == (30 * ((sum(first_phase) - 1) // 30) if order == "length" else 0)
 
 
 @pytest.mark.parametrize("tokens, expected", [(0, 1.0), (200, None), (1000, None)])
@@ -839,7 +865,19 @@ def test_any_number_of_ranks_gives_the_same_score(ranks, data, tmp_path):
         assert math.isfinite(bpb)
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=10)], ids=["one size", "short"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(),
+        dict(TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=10),
+        dict(TTT_ORDER="stream"),
+        dict(TTT_ORDER="stream", TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=10),
+        dict(TTT_ORDER="stream", TTT_CHUNK_SIZE=2, TTT_BATCH_SIZE=5, PHASED_TTT_PREFIX_DOCS=10),
+        dict(TTT_ORDER="stream", TTT_BATCH_SIZE=1),
+        dict(TTT_ORDER="stream", TTT_BATCH_SIZE=9, PHASED_TTT_PREFIX_DOCS=18),  # as many rows as columns
+    ],
+    ids=str,
+)
 def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     """Batches that shrink to one document, chunks and documents of one target: what compiles is one graph for each use.
 
@@ -888,11 +926,11 @@ def test_strange_streams_get_their_right_score(name, data, tmp_path, monkeypatch
         data,
         TINY,
         tokens,
-        **dict(PHASED, TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"),
+        **dict(PHASED, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER="stream"),
     )
-    found, a = scores(evaluator, model), None
+    found = scores(evaluator, model)
     for begin, end in zip(evaluator.documents[:-1], evaluator.documents[1:], strict=True):
-        expected, a = plain_document(model, tokens[begin : end + 1], a or first_a[0], evaluator.config)
+        expected, _ = plain_document(model, tokens[begin : end + 1], first_a[0], evaluator.config)
         np.testing.assert_allclose(found[begin:end], expected, rtol=2e-5)
     evaluator, model = prepared(tmp_path, data, RECORD, tokens, **CHUNK)
     assert np.isfinite(scores(evaluator, model)).all()

@@ -85,6 +85,8 @@ def count_bytes(config: t.Config, check: t.DataCheck, validation: t.TokenStream,
     Training shards have no sidecars: where validation's text was transformed, training's bytes cannot be counted.
     """
     vocabulary, sidecar = t.Vocabulary(config), t.read_sidecar(config, validation)
+    if sidecar is not None:
+        t.check_sidecar(validation, sidecar, vocabulary)
     check.count_bytes("val", t.count_bytes(validation.read(0, len(validation)), sidecar, vocabulary))
     if sidecar is None:
         blocks = (

@@ -304,6 +304,7 @@ def figures(run: Run) -> dict[str, Any]:
         val_tokens=run.val_tokens,
         val_bytes=run.val_bytes,
         shared_documents=run.shared_documents,
+        strictly_causal=run.strictly_causal,
     )
 
 
@@ -555,6 +556,30 @@ def check_claims(folder: Folder, findings: Findings) -> None:
                 s["compliance"].get(name) == value,
                 f"submission.json: compliance {name} is {s['compliance'].get(name)}, and must be {value}",
             )
+
+
+def check_proof(folder: Folder, findings: Findings) -> None:
+    """Checks that a proof is of this folder's script and artifact, and that the page says what it found."""
+    proof = folder.content.get("proof")
+    if not folder.ours or "proof" not in folder.content:
+        return
+    if not isinstance(proof, dict):
+        findings.note("proof: none was made; tools/prove.py makes one")
+        return
+    seed = next(iter(folder.seeds), None)
+    for name, file in (("script_sha256", "train_gpt.py"), ("artifact_sha256", f"model_seed{seed}.pgolf")):
+        if (folder.path / file).is_file():
+            found = hashlib.sha256((folder.path / file).read_bytes()).hexdigest()
+            findings.require(proof.get(name) == found, f"proof: it is of another {file}")
+    try:
+        section = submission.proof_section(folder.content)
+    except (KeyError, TypeError, AttributeError):
+        findings.error("submission.json: its proof is not one of tools/prove.py")
+        return
+    findings.require(section in folder.page, "README.md: does not say what the proof in submission.json says")
+    for rule in proof["rules"]:
+        if rule["holds"] is False:
+            findings.note(f"proof: {rule['rule']} is broken: {rule['found']}")
 
 
 # ------------------------------------------------------------------------------------------------------------- README
@@ -859,6 +884,7 @@ def main(arguments: list[str]) -> int:
         check_row,
         check_statistics,
         check_claims,
+        check_proof,
         check_page,
     ):
         check(folder, findings)

@@ -98,6 +98,7 @@ def rows_of(found: list[Run]) -> list[list[str]]:
                 ("ttt", "ttt"),
             )
         },
+        "strictly causal": lambda r: {True: "yes", False: "no", None: "-"}[r.strictly_causal],
         "steps": lambda r: runs.shown(r.steps),
         "ms/step": lambda r: runs.shown(r.step_avg_ms, ".2f"),
         "train s": lambda r: runs.shown(r.train_seconds, ".1f"),

@@ -5,8 +5,9 @@
 
 It packs the script and runs the packed one with torchrun. Each seed has a folder with its log below --work. If it is
 stopped, the same command runs the seeds that are left. Settings are environment variables, or arguments NAME=value. At
-the end it prints mean, sample deviation and Welch's test against a baseline's seeds. It also writes a folder with
-README.md, submission.json, the packed script, requirements.txt and the logs.
+the end tools/prove.py tries the rules on the first seed's artifact, in its short form. Then it prints mean, sample
+deviation and Welch's test against a baseline's seeds. It also writes a folder with README.md, submission.json, the
+packed script, requirements.txt and the logs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import submission
 from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, write_atomic
 
 FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
+PROOFS = ("short", "full", "none")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,6 +66,7 @@ def parse(arguments: list[str]):
     add("--out", type=Path, metavar="DIR", help="folder for the submission (default: submissions/PRESET-CODE)")
     add("--baseline", type=Path, metavar="PATH", help="submission.json, submission folder or runs to compare with")
     add("--template", type=Path, default=submission.TEMPLATE, metavar="FILE", help="template of README.md")
+    add("--proof", choices=PROOFS, default="short", help="form of the proof of the rules (default: short)")
     add("--with-artifacts", action="store_true", help="also copy the artifacts to the submission's folder")
     for name in ("author", "github-id", "name", "blurb"):
         add(f"--{name}", default="", metavar="TEXT", help="a field of submission.json")
@@ -204,6 +207,29 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
         raise UserError(f"seed {seed} failed: {error or f'exit code {code}'}; its output is in {log.name}")
 
 
+def prove(script: Path, options, folder: Path) -> dict[str, Any] | None:
+    """Tries the rules on a seed's artifact, unless that was done before. Returns the proof, None with --proof none.
+
+    Errors: UserError where the proof could not be made; a rule that is broken is no error.
+    """
+    if options.proof == "none":
+        return None
+    file = folder.with_name(f"{folder.name}.proof.json")
+    if not file.is_file() or read_json(file).get("form") != options.proof:
+        print(f"proof: {folder}", flush=True)
+        tool = [sys.executable, str(ROOT / "tools" / "prove.py"), str(folder), "--script", str(script)]
+        form = ["--short"] if options.proof == "short" else []
+        child = processes.start([*tool, *form, "--nproc", str(options.nproc), "--out", str(file)])
+        try:
+            code = child.wait()
+        except BaseException:
+            processes.stop(child)
+            raise
+        if code not in (0, 1):
+            raise UserError(f"--proof {options.proof}: tools/prove.py {folder} ended with exit code {code}")
+    return read_json(file)
+
+
 # -------------------------------------------------------------------------------------------------------- the results
 
 
@@ -239,6 +265,7 @@ def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
     data = submission.dataset(Path(config["data_path"]))
     s = submission.submission(results, identity(options, config), data, baseline)
     s["script_sha256"] = hashlib.sha256(script.read_bytes()).hexdigest()
+    s["proof"] = prove(script, options, work / f"seed{options.seeds[0]}")
     names = {name.upper() for name in config}
     given = {n: v for n, v in sorted(environment(options).items()) if n in names and n != "PRESET"}
     command = submission.shell_command({"PRESET": config["preset"], **given}, options.nproc, options.seeds)

@@ -132,7 +132,7 @@ class Run:
     val_tokens: int | None = None  # tokens of the validation shards
     val_bytes: int | None = None
     shared_documents: int | None = None  # validation documents that are in training too
-    strictly_causal: bool | None = None  # whether a score may depend on where the text ends
+    strictly_causal: bool | None = None  # whether scores depend on the artifact and earlier tokens alone
     parameters: int | None = None
     hardware: str | None = None
     attention: str | None = None
@@ -164,6 +164,7 @@ OURS = {
     "folder": re.compile(r"^\S+  (.*ranks?|\d+ x .*?)  (\{.*\})$"),
     "shared": re.compile(r"^(?:warning: )?audit: (\d+) validation documents are in the training shards too"),
     "attention": re.compile(r"^device:\w+ .*\battention:(\w+)"),
+    "causal": re.compile(r"^ +strictly causal: (yes|no)$"),
 }
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0, "": 1.0}
 
@@ -248,6 +249,8 @@ class LogReader:
             run.attention = match[1]
         elif match := OURS["shared"].match(line):
             run.shared_documents = int(match[1])
+        elif match := OURS["causal"].match(line):
+            run.strictly_causal = match[1] == "yes"
         else:
             self.records(line)
 

@@ -37,6 +37,7 @@ RULES = {
     "record_rule": "better than the baseline by 0.005 nats at p < 0.01",
 }
 SIGNS = {True: "yes", False: "no", None: "not applicable"}
+PROVEN = {True: "not seen broken", False: "BROKEN", None: "not tried"}
 # Settings of a run, not of a configuration; they may differ between seeds.
 PRIVATE = ("seed", "run_id", "artifact_dir", "mode")
 
@@ -339,6 +340,23 @@ def comparison(s: dict[str, Any]) -> str:
     )
 
 
+def proof_section(s: dict[str, Any]) -> str:
+    """The result of tools/prove.py as a table, with what the proof did otherwise than the run."""
+    proof = s.get("proof")
+    if not proof:
+        return "No proof was made."
+    rows = [["Rule", "Holds", "What was tried, or found"]]
+    for rule in proof["rules"]:
+        rows.append([rule["rule"], PROVEN[rule["holds"]], (rule["found"] or rule["tried"]).replace("|", "/")])
+    lines = [
+        f"`tools/prove.py` ran this script on the artifact of seed {s['seeds'][0]} in its {proof['form']} form: "
+        f"{proof['evaluations']} evaluations of streams made for the purpose, with {proof['ranks']} ranks and "
+        f"COMPILE={proof['compile']}.",
+        *(f"Remark: {remark}." for remark in proof["remarks"]),
+    ]
+    return "\n\n".join([*lines, runs.table(rows, markdown=True)])
+
+
 def settings(c: dict[str, Any], defaults: dict[str, Any]) -> list[list[str]]:
     """The settings that differ from the defaults, as name and value."""
     return [
@@ -367,6 +385,7 @@ def readme(
         "command": command,
         "seed_table": seed_table(s),
         "comparison": comparison(s),
+        "proof": proof_section(s),
         "rules": runs.table(rules, markdown=True),
         "settings": runs.table([["Setting", "Value"], *settings(config, defaults)], markdown=True),
     }

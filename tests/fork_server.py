@@ -1,0 +1,94 @@
+"""Runs scripts as processes that are forked from one which has imported what they import: none pays for start-up.
+
+A job is a line of JSON on standard input: script, environment, ranks, and the folder for what it writes. The answer is
+a line with its exit code. Nothing here starts a thread or computes with torch, so that a child begins as a script does;
+pytest is not imported. The process ends with its input.
+"""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import traceback
+import types
+from pathlib import Path
+
+import brotli  # noqa: F401
+import numpy  # noqa: F401
+import sentencepiece  # noqa: F401
+import torch._dynamo  # noqa: F401  # a model without memory imports it
+import torch._meta_registrations  # noqa: F401
+import torch.distributed  # noqa: F401
+import torch.fx.experimental.symbolic_shapes  # noqa: F401
+import torch.optim.adamw  # noqa: F401
+import triton.language  # noqa: F401
+import zstandard  # noqa: F401
+
+CODES = {}  # script's content and name -> code object
+
+
+def code_of(path):
+    """A script's code, compiled once."""
+    source = Path(path).read_bytes()
+    if (source, path) not in CODES:
+        CODES[source, path] = compile(source, path, "exec")
+    return CODES[source, path]
+
+
+def execute(path, code, environment, out):
+    """This process becomes the script. Never returns."""
+    result = 1
+    try:
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(file, descriptor)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = [path]
+        tempfile.tempdir = None  # an import may have asked for it
+        module = types.ModuleType("__main__")
+        module.__file__ = path
+        sys.modules["__main__"] = module
+        try:
+            exec(code, module.__dict__)
+            result = 0
+        except SystemExit as end:
+            result = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(result)
+
+
+def run(job):
+    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed then."""
+    path, ranks = job["script"], job["ranks"]
+    code, variables = code_of(path), [{}]
+    if ranks > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        same = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        variables = [dict(same, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
+    children = set()
+    for more in variables:
+        child = os.fork()
+        if not child:
+            words = {name: str(value) for name, value in more.items()}
+            execute(path, code, {**job["environment"], **words}, Path(job["out"]))
+        children.add(child)
+    result = 0
+    while children:
+        ended, status = os.wait()
+        children.discard(ended)
+        if status and not result:
+            result = os.waitstatus_to_exitcode(status)
+            for child in children:
+                os.kill(child, 9)
+    return result
+
+
+for line in sys.stdin:
+    print(run(json.loads(line)), flush=True)

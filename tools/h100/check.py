@@ -9,10 +9,13 @@ the record's sizes. Exit code 1 and a line for each check that fails.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -44,6 +47,21 @@ def main(argv: list[str] | None = None) -> int:
             print(f"check-h100: {error}", file=sys.stderr)
             return 2
         os.execve(sys.executable, [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)], variables)
+    session = run_session(options)
+    import verdicts
+
+    write_report(options, session)
+    failed = verdicts.failures(session)
+    for line in failed:
+        print(f"FAILED {line}")
+    graphs, kernels = session.recorder.graphs, session.recorder.cubins
+    seen = f"{len(session.results)} uses, {len(graphs)} graphs, {len(kernels)} kernels compiled to cubins"
+    print(f"check-h100: {seen}, {len(failed)} checks failed")
+    return 1 if failed else 0
+
+
+def run_session(options: argparse.Namespace) -> Any:
+    """Runs the uses of the script that the command line asks for, on a fake H100."""
     fake_gpu.install()
     import fake_flash_attention
     import inductor_backend
@@ -55,13 +73,40 @@ def main(argv: list[str] | None = None) -> int:
     settings |= dict(pair.split("=", 1) for pair in options.settings.split(",") if pair)
     session = uses.new_session(uses.load_script(options.script), settings, not options.no_inductor)
     uses.run_uses(session, options.only.split(","))
+    return session
+
+
+def write_report(options: argparse.Namespace, session: Any) -> None:
+    """Prints the table of costs, and writes it with all details into the folder of --out."""
+    import cost_table
+    import torch
+
+    graphs, costs = session.recorder.graphs, session.costs.costs
+    rows = cost_table.table_rows(session.results, graphs, costs)
+    memory = {}
     for r in session.results:
-        print(r)
-    for g in session.recorder.graphs:
-        print(g.use, g.part, g.nodes, g.error, g.findings, dict(g.flops), len(g.kernels), dict(g.launches), g.bytes_read/1e9, g.bytes_written/1e9, g.peak_bytes/1e9, g.saved_bytes/1e9, [k for k in g.kernels if k.error or k.stack], g.paths)
-    print(session.costs.costs)
-    print(*session.costs.waits, sep="\n")
-    return 0
+        saved = max((g.saved_bytes for g in graphs if g.use == r.use), default=0)
+        memory[r.use] = dict(standing=r.standing_bytes, saved=saved, peak=cost_table.peak_memory(r, graphs))
+    form = "the record's sizes" if options.full else "2 layers at the record's width"
+    remark = (
+        f"torch {torch.__version__}, {form}, one rank of 8, ATTENTION={session.config.attention}. Nothing was measured: "
+        "FLOPs and bytes are counted in graphs and generated code; attention's FLOPs, and times, are *estimated*."
+    )
+    text = cost_table.report(rows, memory, remark)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        content = dict(
+            torch=torch.__version__,
+            form=form,
+            rows=[dataclasses.asdict(row) for row in rows],
+            memory=memory,
+            uses=[dataclasses.asdict(r) for r in session.results],
+            graphs=[dataclasses.asdict(g) for g in graphs],
+            eager={name: dataclasses.asdict(cost) for name, cost in costs.items()},
+        )
+        (options.out / "h100.md").write_text(text)
+        (options.out / "h100.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

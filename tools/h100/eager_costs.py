@@ -5,6 +5,7 @@ It needs no GPU: tensors may be fake. What is compiled is left out, as Inductor'
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import sys
@@ -44,6 +45,7 @@ class Cost:
     bytes_read: int = 0
     bytes_written: int = 0
     flops: int = 0
+    operators: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +66,17 @@ def size(tensor: torch.Tensor) -> int:
 
 
 def caller() -> str:
-    """The innermost line of Python that is neither torch's nor this module's, as file:line."""
+    """The innermost line of Python that is neither torch's nor this module's, as file:line.
+
+    Operators of a backward pass have none: autograd calls them from a thread of its own.
+    """
     frame = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
         if name != __file__ and "/torch/" not in name and not name.startswith("<"):
             return f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back
-    return "?"
+    return "the backward pass"
 
 
 class EagerCosts(TorchDispatchMode):
@@ -156,6 +161,7 @@ class EagerCosts(TorchDispatchMode):
             return
         cost = self.costs.setdefault(self.part, Cost())
         cost.launches += 1
+        cost.operators[name] += 1
         cost.bytes_read += sum(map(size, inputs[1:] if name in NOT_READ else inputs))
         changed = []
         for argument, value in zip(func._schema.arguments, args, strict=False):

@@ -137,7 +137,7 @@ def install() -> None:
         synchronize=None,
         set_device=None,
         is_bf16_supported=True,
-        current_stream=Anything,
+        current_stream=lambda *_, **__: Anything(),
         get_device_properties=always(properties),
     )
     names = dict(get_device_capability=(9, 0), get_device_name=NAME, get_arch_list=always(["sm_80", "sm_90"]))
@@ -148,13 +148,12 @@ def install() -> None:
     torch.cuda.device = torch.cuda._DeviceGuard = Anything
     raw = ("_cuda_getCurrentRawStream", "_cuda_getDevice", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice")
     replace(torch._C, dict.fromkeys((*raw, "_accelerator_getDeviceIndex"), 0) | dict(_cuda_setDevice=None))
-    replace(torch.accelerator, dict(current_stream=Anything, current_device_index=0, is_available=True))
+    replace(torch.accelerator, dict(current_stream=lambda *_, **__: Anything(), current_device_index=0, is_available=True))
     torch.Tensor.pin_memory = lambda self, *_, **__: self
 
     interface = device_interface.CudaInterface
     triton = dict(is_triton_capable=True, raise_if_triton_unavailable=None, get_raw_stream=0)
     replace(interface, {**device, **triton, "get_compute_capability": ARCHITECTURE}, static=True)
-    interface.current_stream = staticmethod(lambda *_: Anything())
     worker = dict(get_device_properties=always(properties), current_device=0, set_device=None)
     replace(interface.Worker, worker, static=True)
     interface.device = Anything

@@ -1,7 +1,7 @@
 """Reads the Python modules that Inductor generates: which kernels a graph launches, on how many bytes, in what memory.
 
-Sizes are those of the buffers in the arguments of a call. A kernel that reads a part of a buffer counts all of it, and
-one that reads a buffer twice counts it once: for most of them that is what the memory has to move.
+Sizes are those of the buffers, or views of them, in the arguments of a call. A kernel that reads a part of an argument
+counts all of it, and one that reads it twice counts it once: for most of them that is what the memory has to move.
 """
 
 from __future__ import annotations
@@ -68,15 +68,25 @@ def signature_of(source: str) -> tuple[str, ...]:
 
 
 def written_arguments(source: str) -> set[str]:
-    """Arguments that a kernel writes: by Inductor's names for its own kernels, by `mutated_arg_names` for others."""
-    names = {name for name in signature_of(source) if re.match(r"(in_)?out_ptr", name)}
-    found = re.search(r"'mutated_arg_names': \[([^\]]*)\]", source)
-    return names | (set(re.findall(r"'(\w+)'", found[1])) if found else set())
+    """Arguments that a kernel of Inductor's writes, by their names. A hand-written kernel's say nothing."""
+    return {name for name in signature_of(source) if re.match(r"(in_)?out_ptr", name)}
 
 
 def kernel_sources(text: str) -> dict[str, str]:
     """Source of each Triton kernel of a module, by the name that its launches use."""
     return dict(re.findall(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", text, re.M | re.S))
+
+
+def split_arguments(text: str) -> list[str]:
+    """Arguments of a call, parted at the commas that are in no parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def product(sizes: str, symbols: Mapping[str, int]) -> int:
@@ -88,25 +98,35 @@ def product(sizes: str, symbols: Mapping[str, int]) -> int:
 class Memory:
     """Buffers of a module: names, bytes, and how many bytes are held. Several names may stand for one buffer."""
 
-    def __init__(self, inputs: Mapping[str, int]):
-        self.sizes = dict(inputs)  # of each name
+    def __init__(self, inputs: Mapping[str, tuple[int, int]]):
+        self.sizes = {name: size for name, (size, _) in inputs.items()}
+        self.elements = {name: element for name, (_, element) in inputs.items()}  # bytes of one
         self.owner = {name: name for name in inputs}  # the buffer behind a name
         self.names = {name: {name} for name in inputs}  # the names of a buffer
         self.held = 0
         self.peak = 0
+        self.unwritten: set[str] = set()  # buffers that nothing has used yet
 
-    def hold(self, name: str, size: int) -> None:
-        """A new buffer."""
-        self.sizes[name], self.owner[name], self.names[name] = size, name, {name}
+    def hold(self, name: str, count: int, element: int) -> None:
+        """A new buffer of so many elements."""
+        size = count * element
+        self.sizes[name], self.elements[name] = size, element
+        self.owner[name], self.names[name] = name, {name}
         self.held += size
         self.peak = max(self.peak, self.held)
+        self.unwritten.add(name)
 
-    def alias(self, new: str, old: str, size: int | None = None) -> None:
-        """Another name for a buffer, of other bytes where it views a part."""
+    def alias(self, new: str, old: str, count: int | None = None) -> None:
+        """Another name for a buffer, of fewer elements where it views a part."""
         if old in self.owner:
-            self.sizes[new] = self.sizes[old] if size is None else size
+            self.sizes[new], self.elements[new] = self.view_size(old, count), self.elements[old]
             self.owner[new] = self.owner[old]
             self.names[self.owner[old]].add(new)
+
+    def view_size(self, name: str, count: int | None = None) -> int:
+        """Bytes of a name, or of a view of it with so many elements; 0 for a name that is no buffer."""
+        size = self.sizes.get(name, 0)
+        return size if count is None else min(size, count * self.elements.get(name, 1))
 
     def drop(self, name: str, counted: set[str]) -> None:
         """One name less; the buffer is freed with its last. Inputs count where they are `counted`."""
@@ -138,6 +158,7 @@ LINE = {
     "allocate": re.compile(r"^(\w+) = empty_strided_\w+\((\([^)]*\)), \([^)]*\), torch\.(\w+)\)"),
     "alias": re.compile(r"^(\w+) = (\w+)(?:; del (\w+))?\s*(?:#.*)?$"),
     "view": re.compile(r"^(\w+) = reinterpret_tensor\((\w+), (\([^)]*\))"),
+    "view argument": re.compile(r"^reinterpret_tensor\((\w+), (\([^)]*\))"),
     "item": re.compile(r"^(\w+) = (\w+)\[(\d+)\]"),
     "launch": re.compile(r"^(\w+)\.run\((.*)\)"),
     "extern": re.compile(r"^(?:(\w+) = )?((?:extern_kernels|torch\.ops|aten)\.[\w.]+)\((.*)\)"),
@@ -148,18 +169,19 @@ LINE = {
 class Reader:
     """Goes through the lines of a module's `call` once."""
 
-    def __init__(self, text: str, inputs: Mapping[str, int], symbols: Mapping[str, int]):
+    def __init__(self, text: str, inputs: Mapping[str, tuple[int, int]], symbols: Mapping[str, int]):
         self.symbols = dict(symbols)
         self.sources = kernel_sources(text)
         self.memory = Memory(inputs)
         self.counted = {name for name in inputs if not permanent(name)}
-        self.memory.held = self.memory.peak = sum(inputs[name] for name in self.counted)
+        self.memory.held = self.memory.peak = sum(inputs[name][0] for name in self.counted)
         self.calls: list[Call] = []
+        self.origin: dict[str, int] = {}  # of a result, the call that allocated it
 
     def read(self, line: str) -> None:
         """One statement."""
-        for kind, pattern in LINE.items():
-            found = pattern.match(line)
+        for kind in ("allocate", "alias", "view", "item", "launch", "extern", "check"):
+            found = LINE[kind].match(line)
             if found:
                 getattr(self, kind)(*found.groups())
                 break
@@ -170,51 +192,71 @@ class Reader:
     def allocate(self, name: str, shape: str, kind: str) -> None:
         """A new buffer of Inductor's."""
         self.counted.add(name)
-        self.memory.hold(name, product(shape, self.symbols) * ELEMENT_BYTES[kind])
+        self.memory.hold(name, product(shape, self.symbols), ELEMENT_BYTES[kind])
 
     def alias(self, new: str, old: str, _deleted: str | None) -> None:
         """A buffer that is used again, or an input under its number."""
         self.memory.alias(new, old)
 
-    def view(self, new: str, old: str, _shape: str) -> None:
+    def view(self, new: str, old: str, shape: str) -> None:
         """A view of a buffer."""
-        self.memory.alias(new, old)
+        self.memory.alias(new, old, product(shape, self.symbols))
 
-    def item(self, new: str, old: str, index: str) -> None:
-        """One of several outputs of an operator that Inductor calls."""
-        self.memory.alias(new, f"{old}[{index}]")
+    def item(self, new: str, old: str, _index: str) -> None:
+        """One of several results of an operator that Inductor calls."""
+        if old in self.origin:
+            self.origin[new] = self.origin[old]
 
     def check(self, name: str, shape: str) -> None:
-        """The size of what an operator returned; of an input that nobody knows, in 2-byte elements."""
-        if name not in self.memory.sizes:
-            self.counted.add(name)
-            self.memory.hold(name, 2 * product(shape, self.symbols))
+        """The shape of what an operator allocated. Its type is not said, so elements count 2 bytes."""
+        if name in self.memory.sizes:
+            return
+        self.counted.add(name)
+        self.memory.hold(name, product(shape, self.symbols), 2)
+        self.memory.unwritten.discard(name)
+        if name in self.origin:
+            call = self.calls[self.origin[name]]
+            written = call.written + self.memory.sizes[name]
+            self.calls[self.origin[name]] = dataclasses.replace(call, written=written)
+
+    def argument_bytes(self, argument: str) -> tuple[int, bool]:
+        """Bytes of an argument, a buffer or a view of one, and whether nothing was in it: then it is written here."""
+        found = LINE["view argument"].match(argument)
+        name = found[1] if found else argument
+        owner = self.memory.owner.get(name)
+        empty = owner in self.memory.unwritten
+        if owner is not None:
+            self.memory.unwritten.discard(owner)
+        return self.memory.view_size(name, product(found[2], self.symbols) if found else None), empty
 
     def launch(self, name: str, arguments: str) -> None:
         """A Triton kernel."""
         source = self.sources.get(name, "")
         signature, writes = signature_of(source), written_arguments(source)
-        names = [part.strip() for part in arguments.split(",")]
         read = written = 0
-        for i, argument in enumerate(names):
-            size = self.memory.sizes.get(argument, 0)
-            parameter = signature[i] if i < len(signature) else ""
-            written += size if parameter in writes else 0
-            read += size if parameter not in writes or parameter.startswith("in_out") else 0
+        for parameter, argument in zip(signature, split_arguments(arguments), strict=False):
+            size, empty = self.argument_bytes(argument)
+            written += size if empty or parameter in writes else 0
+            read += 0 if empty or (parameter in writes and not parameter.startswith("in_out")) else size
         self.calls.append(Call(name, kind_of(name), read, written))
 
     def extern(self, result: str | None, name: str, arguments: str) -> None:
-        """An operator or a library's kernel. The result of one that allocates it is read as large as a later check."""
-        if "assert_" in name or name.endswith((".alloc_from_pool", ".set_")):
+        """A library's kernel, or an operator that allocates its results, which later lines check."""
+        if "assert_" in name or name.endswith(".set_"):
             return
-        inputs, _, out = arguments.partition("out=")
-        read = sum(self.memory.sizes.get(word, 0) for word in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", inputs)))
-        written = sum(self.memory.sizes.get(word, 0) for word in re.findall(r"[A-Za-z_]\w*", out)[:2])
+        read = written = 0
+        for argument in split_arguments(arguments):
+            key, _, value = argument.rpartition("out=")
+            size, _ = self.argument_bytes(value)
+            written += size if "out=" in argument and not key else 0
+            read += 0 if "out=" in argument else size
+        if result:
+            self.origin[result] = len(self.calls)
         self.calls.append(Call(name, kind_of(name), read, written))
 
 
-def parse_module(text: str, inputs: Mapping[str, int], symbols: Mapping[str, int]) -> Module:
-    """A generated module, given the bytes of its inputs by name, and the values of its symbols."""
+def parse_module(text: str, inputs: Mapping[str, tuple[int, int]], symbols: Mapping[str, int]) -> Module:
+    """A generated module, given the values of its symbols, and of each input its bytes and those of an element."""
     reader = Reader(text, inputs, symbols)
     begin = re.search(r"^\s*def call\(", text, re.M)
     for line in text[begin.end() if begin else 0 :].splitlines():

@@ -55,7 +55,7 @@ class Graph:
     flops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     saved_bytes: int = 0  # kept for the backward pass
     gradient_bytes: int = 0
-    inputs: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes of each input
+    inputs: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # bytes, and of an element
     symbols: dict[str, int] = dataclasses.field(default_factory=dict)  # values of symbolic sizes
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
     paths: list[str] = dataclasses.field(default_factory=list)  # of generated modules
@@ -72,14 +72,27 @@ def place(node: torch.fx.Node) -> str:
 
 
 def findings_of(gm: torch.fx.GraphModule) -> Iterator[str]:
-    """What no graph of the script should hold: float64 tensors, and tensors on the CPU."""
+    """What no graph of the script should hold: float64 tensors, tensors on the CPU, and copies between devices.
+
+    A Python number that Dynamo does not fix becomes an input on the CPU without dimensions, which costs nothing: it,
+    and what is computed of such numbers alone, may be there.
+    """
+    numbers: set[torch.fx.Node] = set()
     for node in gm.graph.nodes:
-        values = node.meta.get("val")
-        for value in values if isinstance(values, (tuple, list)) else (values,):
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
-                yield f"float64 tensor {node.name} {list(map(number, value.shape))} at {place(node)}"
-            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                yield f"tensor on the CPU, {node.name} {list(map(number, value.shape))}, at {place(node)}"
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        what, inputs = f"{node.name} {list(map(number, value.shape))} at {place(node)}", node.all_input_nodes
+        on_cpu = value.device.type == "cpu"
+        tensors = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+        if on_cpu and value.dim() == 0 and (node.op == "placeholder" or (tensors and numbers.issuperset(tensors))):
+            numbers.add(node)
+            continue
+        if value.dtype == torch.float64:
+            yield f"float64 tensor {what}"
+        copies = re.search(r"_to_copy|device_put|copy_|clone", str(node.target)) is not None
+        if on_cpu or (copies and any(n.meta["val"].device.type == "cpu" for n in tensors)):
+            yield f"tensor on the CPU: {what}"
 
 
 def hand_written_flops(node: torch.fx.Node) -> int:
@@ -194,7 +207,8 @@ class Recorder:
         for node in gm.graph.nodes:
             value = node.meta.get("val")
             if node.op == "placeholder":
-                graph.inputs[node.name] = nbytes(value)
+                element = value.element_size() if isinstance(value, torch.Tensor) else 0
+                graph.inputs[node.name] = (nbytes(value), element)
             for size in value.shape if isinstance(value, torch.Tensor) else (value,):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     graph.symbols[str(size.node.expr)] = number(size)

@@ -21,7 +21,7 @@ import torch
 from eager_costs import EagerCosts
 from inductor_backend import Recorder
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 RANKS = 8
@@ -75,10 +75,16 @@ class Session:
             result.error += "".join(f"; {x.strip()}" for x in lines[1:] if "File" in x or "Explanation" in x)[:400]
         result.graphs = counters["unique_graphs"] - before
 
+    def forget_costs(self, use: str) -> None:
+        """Leaves the costs of other uses alone."""
+        parts = [part for part in self.costs.costs if part == use or part.rpartition(", ")[0] == use]
+        for part in parts:
+            del self.costs.costs[part]
+
     def model(self) -> Any:
         """A model with fake parameters."""
         with self.costs.suspended():
-            return fake_gpu.fake_parameters(self.script.new_model(self.config), self.device)
+            return fake_gpu.fake_parameters(self.script.meta_model(self.config), self.device)
 
     def run(self) -> Any:
         """Rank 0 of 8."""
@@ -164,10 +170,18 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
     torch.rand = lambda *a, generator=None, **k: rand(*a, **k)
     Tensor.uniform_ = lambda self, *a, generator=None, **k: uniform(self, *a, **k)
+    construct = script.GPT.__init__
+
+    def construct_outside(self: Any, *args: Any) -> None:
+        with unset_fake_temporarily():  # a conversion of fake parameters is refused by torch
+            construct(self, *args)
+
+    script.GPT.__init__ = construct_outside
     try:
         yield collectives
     finally:
         script.dist, script.TokenStream = before
+        script.GPT.__init__ = construct
         torch.Generator, torch.rand = generator, rand
         Tensor.uniform_ = uniform
 
@@ -204,11 +218,12 @@ def training(session: Session, steps: int = 2) -> None:
             with session.use(name) as result:
                 trainer = script.Trainer(session.model(), loader, config, session.run())
                 watch_trainer(session, trainer, result)
-                session.recorder.context = mean_context(np.asarray(loader.read((0, 0)).documents.starts))
+                with session.costs.suspended(), unset_fake_temporarily():
+                    session.recorder.context = mean_context(loader.read((0, 0)).documents.starts.numpy())
                 result.micro_steps = trainer.layout.micro_steps
                 result.tokens = trainer.layout[3] * config.train_seq_len
                 for step in range(steps):
-                    session.costs.costs = {k: v for k, v in session.costs.costs.items() if not k.startswith(name)}
+                    session.forget_costs(name)
                     collectives.calls.clear()
                     trainer.step(script.Progress(step, 0.0), *variant)
                 result.collectives = dict(collectives.calls)
@@ -261,14 +276,23 @@ def evaluation(session: Session) -> None:
         result.tokens = batch.ids.numel()
         session.recorder.context = config.eval_context / 2
         for batch in (batches[0], batches[1], batches[-1]):
+            session.forget_costs(result.use)
             evaluator.score_sequences(forward, batch)
 
 
-def window_plan(lengths: np.ndarray, chunks: int, size: int) -> list[int]:
-    """Chunks of a batch of documents to look at: the first, the last, and more often where documents end."""
-    ends = np.unique(np.append(lengths, chunks))
-    plan = [0, 1, *ends.tolist(), *np.linspace(2, chunks - 1, size).astype(int).tolist()]
-    return sorted({chunk for chunk in plan if 0 <= chunk < chunks})
+def ttt_windows(counts: np.ndarray, batch: int, full: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Documents [R] and a chunk of windows to look at, from the number of chunks of every document.
+
+    First the largest window, of a whole batch with a full context, whose costs the table shows. Then a batch of
+    documents that end one after the other, longest first, as in the script.
+    """
+    order = np.argsort(-counts, kind="stable")
+    yield order[:batch], min(full, int(counts[order[batch - 1]]) - 2)
+    ending = order[counts[order] <= full + 1]
+    documents = ending[np.linspace(0, len(ending) - 1, batch).astype(int)]
+    longest = int(counts[documents[0]])
+    for chunk in np.unique(np.append(np.linspace(0, longest - 1, most - 2).astype(int), 1)).tolist():
+        yield documents[counts[documents] > chunk], chunk
 
 
 def test_time_training(session: Session, windows: int = 14) -> None:
@@ -278,24 +302,26 @@ def test_time_training(session: Session, windows: int = 14) -> None:
         evaluator = new_evaluator(session)
         model = session.model()
         ttt = script.PhasedTTT(evaluator, model)
-        counts = ttt.chunk_counts
-        full = -(-config.ttt_context // config.ttt_chunk_size)
-        fitting = np.flatnonzero(counts <= full + 2)
-        fitting = fitting[np.argsort(-counts[fitting], kind="stable")]
-        documents = fitting[np.linspace(0, len(fitting) - 1, config.ttt_batch_size).astype(int)]
-        ttt.start_batch(documents)
-        result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
-        session.recorder.context = config.ttt_context / 2
-        in_part(session, ttt, "adapt", "adapters' step")
-        for chunk in window_plan(counts[documents[:: len(documents) // 4]], int(counts[documents[0]]), windows):
-            batch, scored = ttt.window(documents[counts[documents] > chunk], chunk)
+        counts, batch_size = ttt.chunk_counts, config.ttt_batch_size
+        in_part(session, ttt, "adapt", "adapting")
+        costs: dict[str, Any] = {}
+        full = config.ttt_context // config.ttt_chunk_size
+        for documents, chunk in ttt_windows(counts, batch_size, full, windows):
+            session.forget_costs(result.use)
+            if not result.shapes:
+                ttt.start_batch(documents)
+                result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
+            batch, scored = ttt.window(documents, chunk)
+            session.recorder.context = batch.ids.shape[1] / 2
             adapting = int((counts[documents] > chunk + 1).sum())
             result.shapes.append((*batch.ids.shape, scored.shape[1], adapting))
             ttt.ledger.own_counts[scored[scored >= 0]] = 1
             nll, leaves = ttt.score(batch, scored, adapting > 0)
             if adapting:
                 ttt.adapt(nll, leaves, scored[:adapting])
-            result.tokens = max(result.tokens, batch.ids.numel())
+            result.tokens = result.tokens or batch.ids.numel()
+            costs = costs or dict(session.costs.costs)
+        session.costs.costs = costs
 
 
 def full_model_steps(session: Session) -> None:
@@ -310,6 +336,7 @@ def full_model_steps(session: Session) -> None:
         size = config.global_ttt_chunk_tokens
         for step in range(2):
             collectives.calls.clear()
+            session.forget_costs(result.use)
             sgd.step(np.arange(step * size, (step + 1) * size), config.global_ttt_lr)
             note_gradients(result, list(model.named_parameters()))
         result.collectives = dict(collectives.calls)

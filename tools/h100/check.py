@@ -33,7 +33,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for h100.md and h100.json")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="the training script")
     default = Path(tempfile.gettempdir()) / f"check-h100-{os.getuid()}"
-    parser.add_argument("--cache", type=Path, default=default, help="folder for the fake libraries and compiled kernels")
+    parser.add_argument(
+        "--cache", type=Path, default=default, help="folder for the fake libraries and compiled kernels"
+    )
     return parser.parse_args(argv)
 
 
@@ -89,8 +91,8 @@ def write_report(options: argparse.Namespace, session: Any) -> None:
         memory[r.use] = dict(standing=r.standing_bytes, saved=saved, peak=cost_table.peak_memory(r, graphs))
     form = "the record's sizes" if options.full else "2 layers at the record's width"
     remark = (
-        f"torch {torch.__version__}, {form}, one rank of 8, ATTENTION={session.config.attention}. Nothing was measured: "
-        "FLOPs and bytes are counted in graphs and generated code; attention's FLOPs, and times, are *estimated*."
+        f"torch {torch.__version__}, {form}, one rank of 8, ATTENTION={session.config.attention}. Nothing was "
+        "measured: FLOPs and bytes are counted in graphs and generated code; attention's FLOPs, and times, are *estimated*."
     )
     text = cost_table.report(rows, memory, remark)
     print(text)

@@ -79,7 +79,17 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 def report(rows: Sequence[Row], memory: dict[str, dict[str, int]], remark: str) -> str:
     """The table in Markdown. Sums of a use stand under its parts."""
-    head = ("use", "part", "launches", "TFLOP", "of it attention", "GB read", "GB written", "ms at 798 TFLOP/s", "at 3 TB/s")
+    head = (
+        "use",
+        "part",
+        "launches",
+        "TFLOP",
+        "of it attention",
+        "GB read",
+        "GB written",
+        "ms at 798 TFLOP/s",
+        "at 3 TB/s",
+    )
     lines, body = ["# A step on one H100, estimated without one", "", remark, ""], []
     by_use: dict[str, list[Row]] = collections.defaultdict(list)
     for row in rows:

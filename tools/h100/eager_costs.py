@@ -157,7 +157,8 @@ class EagerCosts(TorchDispatchMode):
         view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        if view or name in NO_KERNEL or not any(t.device.type == self.device for t in (*inputs, *outputs)):
+        query = func._schema.name.startswith("prim::")  # such as a fake tensor's device
+        if view or query or name in NO_KERNEL or not any(t.device.type == self.device for t in (*inputs, *outputs)):
             return
         cost = self.costs.setdefault(self.part, Cost())
         cost.launches += 1

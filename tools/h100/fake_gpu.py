@@ -148,7 +148,9 @@ def install() -> None:
     torch.cuda.device = torch.cuda._DeviceGuard = Anything
     raw = ("_cuda_getCurrentRawStream", "_cuda_getDevice", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice")
     replace(torch._C, dict.fromkeys((*raw, "_accelerator_getDeviceIndex"), 0) | dict(_cuda_setDevice=None))
-    replace(torch.accelerator, dict(current_stream=lambda *_, **__: Anything(), current_device_index=0, is_available=True))
+    replace(
+        torch.accelerator, dict(current_stream=lambda *_, **__: Anything(), current_device_index=0, is_available=True)
+    )
     torch.Tensor.pin_memory = lambda self, *_, **__: self
 
     interface = device_interface.CudaInterface

@@ -105,7 +105,7 @@ class Memory:
         self.names = {name: {name} for name in inputs}  # the names of a buffer
         self.held = 0
         self.peak = 0
-        self.unwritten: set[str] = set()  # buffers that nothing has used yet
+        self.unwritten: dict[str, str] = {}  # "new" and "reused" buffers that nothing has used yet
 
     def hold(self, name: str, count: int, element: int) -> None:
         """A new buffer of so many elements."""
@@ -114,7 +114,7 @@ class Memory:
         self.owner[name], self.names[name] = name, {name}
         self.held += size
         self.peak = max(self.peak, self.held)
-        self.unwritten.add(name)
+        self.unwritten[name] = "new"
 
     def alias(self, new: str, old: str, count: int | None = None) -> None:
         """Another name for a buffer, of fewer elements where it views a part."""
@@ -185,6 +185,8 @@ class Reader:
             if found:
                 getattr(self, kind)(*found.groups())
                 break
+        if line.endswith("# reuse") and (reused := self.memory.owner.get(line.partition(" ")[0])):
+            self.memory.unwritten[reused] = "reused"
         for names in re.findall(r"\bdel ([\w, ]+)", line):
             for name in names.split(","):
                 self.memory.drop(name.strip(), self.counted)
@@ -213,21 +215,19 @@ class Reader:
             return
         self.counted.add(name)
         self.memory.hold(name, product(shape, self.symbols), 2)
-        self.memory.unwritten.discard(name)
+        self.memory.unwritten.pop(name, None)
         if name in self.origin:
             call = self.calls[self.origin[name]]
             written = call.written + self.memory.sizes[name]
             self.calls[self.origin[name]] = dataclasses.replace(call, written=written)
 
-    def argument_bytes(self, argument: str) -> tuple[int, bool]:
-        """Bytes of an argument, a buffer or a view of one, and whether nothing was in it: then it is written here."""
+    def argument_bytes(self, argument: str) -> tuple[int, str]:
+        """Bytes of an argument, a buffer or a view of one; and "new" or "reused" if nothing has used the buffer yet."""
         found = LINE["view argument"].match(argument)
         name = found[1] if found else argument
         owner = self.memory.owner.get(name)
-        empty = owner in self.memory.unwritten
-        if owner is not None:
-            self.memory.unwritten.discard(owner)
-        return self.memory.view_size(name, product(found[2], self.symbols) if found else None), empty
+        state = self.memory.unwritten.pop(owner, "") if owner else ""
+        return self.memory.view_size(name, product(found[2], self.symbols) if found else None), state
 
     def launch(self, name: str, arguments: str) -> None:
         """A Triton kernel."""
@@ -235,9 +235,15 @@ class Reader:
         signature, writes = signature_of(source), written_arguments(source)
         read = written = 0
         for parameter, argument in zip(signature, split_arguments(arguments), strict=False):
-            size, empty = self.argument_bytes(argument)
-            written += size if empty or parameter in writes else 0
-            read += 0 if empty or (parameter in writes and not parameter.startswith("in_out")) else size
+            size, state = self.argument_bytes(argument)
+            if parameter.startswith("in_out"):
+                reads, stores = state != "new", True
+            elif writes:
+                reads, stores = parameter not in writes, parameter in writes
+            else:
+                reads, stores = not state, bool(state)
+            written += size * stores
+            read += size * reads
         self.calls.append(Call(name, kind_of(name), read, written))
 
     def extern(self, result: str | None, name: str, arguments: str) -> None:

@@ -28,12 +28,13 @@ check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 # build and a C compiler, but no GPU. Skipped with a line where that build cannot be installed, unless H100_REQUIRED=1.
 # At the record's sizes: make check-h100 ARGS="--full --out report"
 check-h100:
-	@if $(MAKE) --no-print-directory $(VENV_H100)/installed; then \
+	@mkdir -p $(VENV_H100)
+	@if $(MAKE) --no-print-directory $(VENV_H100)/installed >$(VENV_H100)/install.log 2>&1; then \
 	    $(VENV_H100)/bin/python tools/h100/check.py --cache $(VENV_H100)/cache $(ARGS); \
 	elif [ "$(H100_REQUIRED)" = 1 ]; then \
-	    echo "error: check-h100: torch's CUDA build cannot be installed here (requirements-h100.txt)" >&2; exit 2; \
+	    echo "error: check-h100: torch's CUDA build cannot be installed (see $(VENV_H100)/install.log)" >&2; exit 2; \
 	else \
-	    echo "check-h100: SKIPPED: torch's CUDA build cannot be installed here (H100_REQUIRED=1 makes this an error)"; \
+	    echo "check-h100: SKIPPED: torch's CUDA build cannot be installed (see $(VENV_H100)/install.log)"; \
 	fi
 
 $(VENV_H100)/installed: requirements-h100.txt

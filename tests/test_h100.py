@@ -5,8 +5,6 @@ Most of it runs with any torch. What compiles for the device needs the environme
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +14,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from helpers import ROOT, SCRIPT
+import check
+import cost_table
+import eager_costs
+import fake_gpu
+import generated_code
+import verdicts
+from helpers import ROOT, SCRIPT, run_command
 
 H100 = ROOT / "tools/h100"
-sys.path.insert(0, str(H100))
-import check  # noqa: E402
-import cost_table  # noqa: E402
-import eager_costs  # noqa: E402
-import fake_gpu  # noqa: E402
-import generated_code  # noqa: E402
-import verdicts  # noqa: E402
+
 
 H100_PYTHON = Path(os.environ.get("H100_PYTHON", ROOT / ".venv-h100/bin/python"))
 needs_cuda_build = pytest.mark.skipif(
@@ -147,7 +145,7 @@ def test_nothing_waits_in_plain_arithmetic_and_its_cost_is_counted_by_part():
             c = a @ b
         c.view(-1).add_(1)
         with costs.suspended():
-            c * 2
+            c.mul(2)
     product, rest = costs.costs["product"], costs.costs["step"]
     assert costs.waits == [] and (product.launches, rest.launches) == (1, 1)
     assert product.flops == 2 * 8 * 16 * 4
@@ -299,8 +297,7 @@ def planted(tmp_path_factory):
     """Lines of the checks for the script as it is, and for each planted mistake."""
     environment = fake_gpu.environment(tmp_path_factory.mktemp("fakes"), os.environ)
     changes = json.dumps({name: replaced for name, (replaced, _) in PLANTED.items()})
-    command = [H100_PYTHON, "-c", DRIVER, H100, SCRIPT, changes]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    done = run_command([H100_PYTHON, "-c", DRIVER, H100, SCRIPT, changes], env=environment)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == len(PLANTED), done.stderr[-3000:]
     return dict(map(json.loads, lines))

@@ -80,8 +80,9 @@ def run_session(options: argparse.Namespace) -> Any:
 
 def write_report(options: argparse.Namespace, session: Any) -> None:
     """Prints the table of costs, and writes it with all details into the folder of --out."""
-    import cost_table
     import torch
+
+    import cost_table
 
     graphs, costs = session.recorder.graphs, session.costs.costs
     rows = cost_table.table_rows(session.results, graphs, costs)
@@ -92,7 +93,7 @@ def write_report(options: argparse.Namespace, session: Any) -> None:
     form = "the record's sizes" if options.full else "2 layers at the record's width"
     remark = (
         f"torch {torch.__version__}, {form}, one rank of 8, ATTENTION={session.config.attention}. Nothing was "
-        "measured: FLOPs and bytes are counted in graphs and generated code; attention's FLOPs, and times, are *estimated*."
+        "measured: FLOPs and bytes are counted in graphs and generated code, attention's FLOPs and times *estimated*."
     )
     text = cost_table.report(rows, memory, remark)
     print(text)

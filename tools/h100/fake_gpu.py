@@ -158,7 +158,7 @@ def install() -> None:
     replace(interface, {**device, **triton, "get_compute_capability": ARCHITECTURE}, static=True)
     worker = dict(get_device_properties=always(properties), current_device=0, set_device=None)
     replace(interface.Worker, worker, static=True)
-    interface.device = Anything
+    interface.device = Anything  # pyright: ignore[reportAttributeAccessIssue]
     device_interface.device_interfaces.clear()
     device_interface._device_initialized = False
     fake_tensor.init_gpu_context = always(None)
@@ -208,7 +208,7 @@ def install_triton_driver() -> None:
     )
     replace(Driver, answers, static=True)
     Driver.__abstractmethods__ = frozenset()
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver())  # pyright: ignore[reportAbstractUsage] # its methods are `answers`
 
 
 def fake_parameters(module: Any, device: Any) -> Any:

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 import torch._inductor.compile_fx as compile_fx
-from eager_costs import EagerCosts
-from generated_code import Kernel, parse_module, signature_of
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import flop_registry
+
+from eager_costs import EagerCosts
+from generated_code import Kernel, parse_module, signature_of
 
 ATTENTION = re.compile(r"flash_attn|flash_attention|efficient_attention")
 
@@ -99,8 +101,8 @@ def hand_written_flops(node: torch.fx.Node) -> int:
     """FLOPs of a hand-written kernel: 2MNK where its arguments are called so, for a matrix product; otherwise 0."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    known = dict(kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"]))
-    known |= node.kwargs["kwargs"]  # pyright: ignore[reportOperatorIssue, reportArgumentType]
+    arguments: dict[str, Any] = dict(node.kwargs)
+    known = {**kernel_side_table.get_constant_args(arguments["constant_args_idx"]), **arguments["kwargs"]}
     sizes = [known.get(name) for name in ("M", "N", "K")]
     values = [s.meta.get("val") if isinstance(s, torch.fx.Node) else s for s in sizes]
     return 0 if None in values else 2 * number(values[0]) * number(values[1]) * number(values[2])
@@ -112,7 +114,7 @@ def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        args = [a.meta.get("val") if isinstance(a, torch.fx.Node) else a for a in node.args]
+        args: list[Any] = [a.meta.get("val") if isinstance(a, torch.fx.Node) else a for a in node.args]
         name = str(node.target)
         if ATTENTION.search(name):
             backward = "backward" in name
@@ -151,7 +153,7 @@ def fake_results(gm: torch.fx.GraphModule) -> Callable:
 
     def run(args: list) -> list:
         known, results = known_sizes(args), []
-        mode = torch._guards.detect_fake_mode(args)
+        mode = detect_fake_mode(args)
         args.clear()
         with mode or contextlib.nullcontext():
             for value in values:
@@ -179,7 +181,8 @@ class Recorder:
 
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Any:
         """The backend for torch.compile."""
-        return compile_fx.compile_fx(gm, inputs, inner_compile=self.compile_graph)
+        inner: Any = self.compile_graph
+        return compile_fx.compile_fx(gm, inputs, inner_compile=inner)
 
     def compile_graph(self, gm: torch.fx.GraphModule, inputs: list, **options: Any) -> Callable:
         """Analyses a graph, compiles it, and returns fake results for it."""
@@ -297,7 +300,7 @@ def compile_kernel(name: str, source: str) -> Kernel:
     arguments = signature_of(source)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     try:
-        kernel = codecache._load_triton_kernel_from_source(name, source)
+        kernel: Any = codecache._load_triton_kernel_from_source(name, source)
         binary = kernel._precompile_config(kernel.configs[0]).kernel
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])

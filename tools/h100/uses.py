@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_gpu
 import numpy as np
 import torch
-from eager_costs import EagerCosts
-from inductor_backend import Recorder
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import fake_gpu
+from eager_costs import EagerCosts
+from inductor_backend import Recorder
 
 RANKS = 8
 # Lengths of documents: log-normal with the median and spread of those in the public log of PR #2163, whose mean is 957.

@@ -89,7 +89,7 @@ def loaded() -> bool:
 
 
 class Anything:
-    """A device guard or a stream: a context manager that does nothing."""
+    """A device guard, a stream or an event: it does nothing."""
 
     def __init__(self, *_: Any):
         import torch
@@ -109,6 +109,9 @@ class Anything:
 
     def wait_stream(self, other: Any) -> None:
         """There is nothing to wait for."""
+
+    def record(self, *_: Any) -> None:
+        """There is nothing to mark."""
 
 
 def always(value: Any) -> Any:
@@ -145,7 +148,7 @@ def install() -> None:
     random = dict(get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8), set_rng_state=None)
     replace(torch.cuda, {**device, **names, **state, **random, "get_rng_state_all": always([])})
     torch.cuda._initialized = True
-    torch.cuda.device = torch.cuda._DeviceGuard = Anything
+    torch.cuda.device = torch.cuda._DeviceGuard = torch.cuda.Event = Anything
     raw = ("_cuda_getCurrentRawStream", "_cuda_getDevice", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice")
     replace(torch._C, dict.fromkeys((*raw, "_accelerator_getDeviceIndex"), 0) | dict(_cuda_setDevice=None))
     replace(

@@ -171,7 +171,8 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
     torch.rand = lambda *a, generator=None, **k: rand(*a, **k)
     Tensor.uniform_ = lambda self, *a, generator=None, **k: uniform(self, *a, **k)
-    construct = script.GPT.__init__
+    construct, fault = script.GPT.__init__, getattr(script, "attention_fault", None)
+    script.attention_fault = lambda _: ""  # a script that tries a backend on the device would find it wanting
 
     def construct_outside(self: Any, *args: Any) -> None:
         with unset_fake_temporarily():  # a conversion of fake parameters is refused by torch
@@ -182,7 +183,7 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
         yield collectives
     finally:
         script.dist, script.TokenStream = before
-        script.GPT.__init__ = construct
+        script.GPT.__init__, script.attention_fault = construct, fault
         torch.Generator, torch.rand = generator, rand
         Tensor.uniform_ = uniform
 
@@ -310,7 +311,7 @@ def test_time_training(session: Session, windows: int = 14) -> None:
         for documents, chunk in ttt_windows(counts, batch_size, full, windows):
             session.forget_costs(result.use)
             if not result.shapes:
-                ttt.start_batch(documents)
+                ttt.adapters.start(ttt.phase_a)
                 result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
             batch, scored = ttt.window(documents, chunk)
             session.recorder.context = batch.ids.shape[1] / 2

@@ -248,7 +248,8 @@ class Recorder:
         import torch._inductor.codecache as codecache
         from torch._inductor.async_compile import AsyncCompile
 
-        original, triton, load = torch.compile, AsyncCompile.triton, codecache.PyCodeCache.__dict__["load_by_key_path"]
+        original, triton = torch.compile, AsyncCompile.triton
+        load = codecache.PyCodeCache.__dict__["load_by_key_path"]
 
         def compiled(model: Any = None, **options: Any) -> Callable:
             inner = original(model, **{**options, "backend": self.backend})

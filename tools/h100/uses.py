@@ -207,15 +207,21 @@ def note_gradients(result: Result, named: list[tuple[str, Any]]) -> None:
     result.gradient_bytes = sum(p.numel() * 4 for _, p in named if p.grad is not None)
 
 
+def variant_name(variant: Any, layers: int) -> str:
+    """The use of a variant of the training step."""
+    kinds = ["looped"] * variant.looped + ["fake quantization"] * variant.fake_quant
+    if variant.trainable_layers < layers:
+        kinds.append(f"first {variant.trainable_layers} layers")
+    return f"training ({' + '.join(kinds)})" if kinds else "training"
+
+
 def training(session: Session, steps: int = 2) -> None:
     """Steps of each variant that the training may run, on different batches."""
     script, config = session.script, session.config
     with stand_ins(script) as collectives:
         loader = script.TrainLoader(config, session.run())
         for variant in script.all_step_variants(config):
-            name = "training, looped" if variant.looped else "training"
-            if variant.fake_quant or variant.trainable_layers < config.num_layers:
-                name += f", {variant.trainable_layers} layers{', fake quantization' * variant.fake_quant}"
+            name = variant_name(variant, config.num_layers)
             collectives.calls.clear()
             with session.use(name) as result:
                 trainer = script.Trainer(session.model(), loader, config, session.run())

@@ -163,7 +163,8 @@ class Generator:
 @contextlib.contextmanager
 def stand_ins(script: Any) -> Iterator[Collectives]:
     """Data, ranks and generators of the script are stand-ins meanwhile."""
-    collectives, rand, uniform = Collectives(), torch.rand, Tensor.uniform_
+    collectives = Collectives()
+    rand, uniform = torch.rand, Tensor.uniform_
     stream = Tokens(script.BOS_ID)
     before = script.dist, script.TokenStream
     script.dist, script.TokenStream = collectives, lambda *_: stream

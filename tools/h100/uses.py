@@ -275,7 +275,7 @@ def new_evaluator(session: Session, count: int = 1 << 20) -> Any:
 
 def evaluation(session: Session) -> None:
     """Batches of sliding windows."""
-    script, config = session.script, session.config
+    script = session.script
     with stand_ins(script), session.use("evaluation") as result:
         evaluator = new_evaluator(session)
         forward = script.compiled_forward(session.model())
@@ -283,7 +283,8 @@ def evaluation(session: Session) -> None:
         with session.costs.suspended():
             batch, _ = evaluator.batch(batches[0], evaluator.windows)
         result.tokens = batch.ids.numel()
-        session.recorder.context = config.eval_context / 2
+        sizes = evaluator.windows[np.concatenate(batches[0]), 1].astype(float)
+        session.recorder.context = (sizes**2).sum() / sizes.sum() / 2
         for batch in (batches[0], batches[1], batches[-1]):
             session.forget_costs(result.use)
             evaluator.score_sequences(forward, batch)
@@ -341,8 +342,9 @@ def full_model_steps(session: Session) -> None:
         model, ledger = session.model(), script.ScoreLedger(evaluator)
         ledger.own_counts[:] = 1
         sgd = script.FullModelSGD(evaluator, model, ledger, config.global_ttt_momentum)
-        session.recorder.context = MEDIAN_LENGTH / 2
-        size = config.global_ttt_chunk_tokens
+        size, length = config.global_ttt_chunk_tokens, config.train_seq_len
+        ids = evaluator.tokens[: -(-size // length) * length].reshape(-1, length)
+        session.recorder.context = mean_context(script.document_starts(ids.astype(np.int64)))
         for step in range(2):
             collectives.calls.clear()
             session.forget_costs(result.use)

@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
+VENV_H100 ?= .venv-h100
 
-.PHONY: demo data check format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv clean
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -22,6 +23,25 @@ check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
+
+# What can be known about an H100 without one: graphs, kernels, waits, costs (tools/h100/README.md). Needs torch's CUDA
+# build and a C compiler, but no GPU. Skipped with a line where that build cannot be installed, unless H100_REQUIRED=1.
+# At the record's sizes: make check-h100 ARGS="--full --out report"
+check-h100:
+	@mkdir -p $(VENV_H100)
+	@if $(MAKE) --no-print-directory $(VENV_H100)/installed >$(VENV_H100)/install.log 2>&1; then \
+	    $(VENV_H100)/bin/python tools/h100/check.py --cache $(VENV_H100)/cache $(ARGS); \
+	elif [ "$(H100_REQUIRED)" = 1 ]; then \
+	    echo "error: check-h100: torch's CUDA build cannot be installed (see $(VENV_H100)/install.log)" >&2; exit 2; \
+	else \
+	    echo "check-h100: SKIPPED: torch's CUDA build cannot be installed (see $(VENV_H100)/install.log)"; \
+	fi
+
+$(VENV_H100)/installed: requirements-h100.txt
+	@$(PYTHON) -m venv $(VENV_H100)
+	@$(VENV_H100)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-h100.txt
+	@$(VENV_H100)/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"
+	@touch $@
 
 format: $(VENV)/check-tools
 	$(VENV)/bin/ruff check --fix .
@@ -116,4 +136,4 @@ $(VENV)/data-tools: $(VENV)/installed requirements-data.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_H100) .pytest_cache .hypothesis .ruff_cache

@@ -6784,6 +6784,7 @@ class ScoreLedger:
         self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
         self.own_counts = np.zeros(targets, np.uint8)  # times that this rank scored a target
         self.all_counts = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
+        self.waiting: list[tuple[np.ndarray, np.ndarray, Tensor]] = []  # places, positions, NLL that are not here yet
 
     def score(self, positions: np.ndarray, nll: Tensor) -> None:
         """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
@@ -6792,7 +6793,15 @@ class ScoreLedger:
         np.add.at(self.own_counts, positions, 1)  # a target that is listed twice here counts twice
         if (self.own_counts[positions] != 1).any():
             raise IllegalScore("a target was scored twice")
-        self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()
+        self.waiting.append((places, positions, nll.detach()))
+        if nll.device.type == "cpu" or len(self.waiting) == 512:
+            self.fetch()
+
+    def fetch(self) -> None:
+        """Copies scores that wait on a GPU to the host, many at once: each copy waits for all that was queued."""
+        for places, positions, nll in self.waiting:
+            self.nll[positions] = nll.cpu().numpy()[places]
+        self.waiting.clear()
 
     def train_on(self, positions: np.ndarray) -> None:
         """Declares that weights are about to train on these targets."""
@@ -6810,6 +6819,7 @@ class ScoreLedger:
 
         With EVAL_SCORES, rank 0 writes the scores of a named stage.
         """
+        self.fetch()
         self.share()
         wrong = int((self.all_counts != 1).sum())
         if wrong:

@@ -196,7 +196,8 @@ class Subject:
         Returns the SHA-256 of the artifact, and the Evaluation of each mode that wrote scores.
         """
         with tempfile.TemporaryDirectory(dir=self.work, prefix="train") as name:
-            data, folder, found = Path(name, "data"), Path(name, "run"), []
+            data, folder = Path(name, "data"), Path(name, "run")
+            found = []
             data.mkdir()
             self.tokens.fitted(validation).write(data, self.tokenizer)
             for path in training:
@@ -303,8 +304,9 @@ class Proof:
     """Tries the rules one after another, and shares what they evaluate."""
 
     def __init__(self, subject: Subject, maker: Maker, size: Size, log: Callable = print):
-        self.subject, self.maker, self.tokens = subject, maker, subject.tokens
-        self.size, self.log = size, log
+        self.subject, self.tokens = subject, subject.tokens
+        self.maker, self.size = maker, size
+        self.log = log
         documents = 120 * size.targets // FULL.targets
         settings = subject.settings
         counted = settings.get("ttt_mode") == "phased" and not settings.get("phased_ttt_prefix_tokens")
@@ -342,7 +344,8 @@ class Proof:
 
     def causality(self) -> Verdict:
         """Streams that agree up to a place: so do their scores."""
-        before, tried, changes = self.base(), [], self.maker.changes(self.stream)
+        before, changes = self.base(), self.maker.changes(self.stream)
+        tried: list[str] = []
         begin = time.perf_counter()
         while len(tried) < self.size.pairs or (
             len(tried) < self.size.most_pairs and time.perf_counter() - begin < PAIRS_SECONDS
@@ -426,7 +429,8 @@ class Proof:
 
     def miscounted(self, stream: Stream, evaluation: Evaluation) -> list[str]:
         """What is wrong with the numbers of targets, scores and bytes, and with the reported sums."""
-        said, targets, expected = evaluation.summary, len(stream) - 1, self.tokens.bytes_of(stream)
+        said, targets = evaluation.summary, len(stream) - 1
+        expected = self.tokens.bytes_of(stream)
         wrong = [
             f"the summary's {name} is {said.get(name)}, not {value}"
             for name, value in (("val_tokens", targets), ("val_bytes", expected))
@@ -565,7 +569,8 @@ class Proof:
         All of them are scored with the same weights: in the last phase or the second chunk of their stream if `late`,
         else in the first.
         """
-        settings, room, lead = self.subject.settings, 1 << 60, self.maker.of(np.zeros(0, np.int64))
+        settings, lead = self.subject.settings, self.maker.of(np.zeros(0, np.int64))
+        room = 1 << 60
         if settings.get("ttt_mode") == "chunk":
             chunk = int(settings["ttt_chunk_tokens"])
             lead = self.stream[:chunk] if late and chunk < self.size.targets else lead
@@ -589,9 +594,7 @@ class Proof:
             return Verdict("blind training", None, f"{data} holds no training shards")
         settings = self.subject.settings
         batch, length = (int(settings.get(name) or 1024) for name in ("train_batch_tokens", "train_seq_len"))
-        values: dict[str, Any] = dict(
-            ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=2, AUDIT="none"
-        )
+        values: dict[str, Any] = dict(ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=2)
         if settings.get("device") != "cuda" and batch > 16384:
             values |= dict(TRAIN_BATCH_TOKENS=length * self.subject.ranks, MICRO_BATCH_TOKENS=length)
         lengths, one = [900, 40, 1500, 560], np.full(3000, self.maker.ordinary[-1])
@@ -600,7 +603,8 @@ class Proof:
             "noise": self.maker.document(1) + self.maker.noise(5000),
             "one token over and over": self.maker.document(1) + self.maker.of(one),
         }
-        found, wrong, modes = {}, [], ("eval",)
+        found, wrong = {}, []
+        modes = ("eval",)
         for name, text in texts.items():
             found[name], scored = self.subject.train(text, shards[:1], *modes, **values)
             wrong += self.other_in_eval(*scored) if len(scored) == 2 else []

@@ -113,7 +113,8 @@ class Maker:
 
     def document(self, targets: int) -> Stream:
         """One document of so many targets, of real text without its borders."""
-        bos, parts, missing = self.of(np.array([BOS])), [], targets - 1
+        bos, missing = self.of(np.array([BOS])), targets - 1
+        parts = []
         while missing > 0:
             part = self.real(missing)
             keep = part.tokens != BOS

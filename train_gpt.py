@@ -721,7 +721,9 @@ class Config(ModelConfig):
         Observed.TTT,
         choices=("stream", "length"),
     )
-    ttt_batch_size: int = knob(64, "documents of a LoRA batch", Observed.TTT, low=1)
+    ttt_batch_size: int = knob(
+        64, "documents of a LoRA batch; scores depend on it with TTT_ORDER=length alone", Observed.TTT, low=1
+    )
     ttt_streams: int = knob(
         8,
         "with TTT_ORDER=length, series of LoRA batches that hand A on, shared out among the ranks",

@@ -722,7 +722,7 @@ class Config(ModelConfig):
         choices=("stream", "length"),
     )
     ttt_batch_size: int = knob(
-        64, "documents of a LoRA batch; scores depend on it with TTT_ORDER=length alone", Observed.TTT, low=1
+        64, "documents of a LoRA batch; changes scores with TTT_ORDER=length alone", Observed.TTT, low=1
     )
     ttt_streams: int = knob(
         8,

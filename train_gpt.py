@@ -2509,7 +2509,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows, (out, width) = math.prod(x.shape[:-1]), weight.shape
     if not eager_on_cpu(x):
         return F.linear(x, weight)
-    few, narrow, single = max(0, 16 * torch.get_num_threads() - rows), -width % 8, 7 * (out == 1)
+    few = max(0, 16 * torch.get_num_threads() - rows)
+    narrow, single = -width % 8, 7 * (out == 1)
     if not (few or narrow or single):
         return F.linear(x, weight)
     y = F.linear(F.pad(x.flatten(0, -2), (0, narrow, 0, few)), F.pad(weight, (0, narrow, 0, single)))
@@ -2809,7 +2810,8 @@ def document_blocks(starts: Tensor, heads: int, kv_heads: int) -> DocumentBlocks
     lengths = np.diff(begins, append=starts.numel())
     order = np.argsort(-lengths, kind="stable")
     begins, lengths = begins[order, None], lengths[order, None]  # [documents, 1]
-    tokens, inside, first = [], [], 0
+    tokens, inside = [], []
+    first = 0
     for width in block_widths(int(lengths[0, 0])):
         n = np.count_nonzero(lengths > first)
         places = first + np.arange(width)

@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,21 +108,22 @@ class Tokens:
         self.widths = np.where(self.silent, 0, [len(text.encode()) for text in texts])
         self.ordinary = np.flatnonzero(~self.silent & ~np.array([model.IsByte(i) for i in ids]))
 
+    def bytes_each(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of text of each token. A text does not begin with the space that its first piece has."""
+        each = self.widths[tokens]
+        each[1:] -= self.spaced[tokens[1:]] & self.silent[tokens[:-1]]
+        return each
+
     def fitted(self, stream: Stream) -> Stream:
-        """The stream with counts that its tokens can have: at the start of a document a piece has no space."""
+        """The stream, with counts that its tokens can have."""
         if stream.counts is None:
             return stream
-        most = self.widths[stream.tokens]
-        most[1:] -= self.spaced[stream.tokens[1:]] & self.silent[stream.tokens[:-1]]
-        return Stream(stream.tokens, np.minimum(stream.counts, most))
+        return Stream(stream.tokens, np.minimum(stream.counts, self.bytes_each(stream.tokens)))
 
     def bytes_of(self, stream: Stream) -> int:
-        """Bytes of text of a stream's targets. A text does not begin with the space that its first piece has."""
+        """Bytes of text of a stream's targets."""
         counts = self.fitted(stream).counts
-        if counts is not None:
-            return int(counts[1:].sum(dtype=np.int64))
-        targets, before = stream.tokens[1:], stream.tokens[:-1]
-        return int((self.widths[targets] - (self.spaced[targets] & self.silent[before])).sum())
+        return int((self.bytes_each(stream.tokens) if counts is None else counts)[1:].sum(dtype=np.int64))
 
     def decoded_bytes(self, stream: Stream) -> int:
         """Bytes of the text that the stream decodes to, in its original letters where a sidecar goes with it."""
@@ -184,11 +185,10 @@ class Subject:
             begin = time.perf_counter()
             self.run(MODE="eval", ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=1 if scores else None, **values)
             seconds = time.perf_counter() - begin
-        found = {path.stem.partition("scores_")[2]: np.load(path) for path in sorted(folder.glob("*scores_*.npy"))}
-        summaries = sorted(folder.glob("*summary.json"))
-        if not summaries or (scores and not found):
+        found = read_evaluation(folder.iterdir(), seconds)
+        if found is None or (scores and not found.scores):
             raise Refused("it wrote no summary.json or no scores_<stage>.npy")
-        return Evaluation(found, read_json(summaries[0]), seconds)
+        return found
 
     def train(self, validation: Stream, training: list[Path], *modes: str, **values: Any) -> tuple[str, list]:
         """A short training with a validation stream (MODE=all), and more modes on its artifact.
@@ -205,12 +205,18 @@ class Subject:
             for mode in ("all", *modes):
                 before = set(folder.glob("*")) if folder.exists() else set()
                 self.run(MODE=mode, ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=1, **values)
-                new = sorted(set(folder.glob("*")) - before)
-                summaries = [path for path in new if path.name.endswith("summary.json")]
-                scores = {path.stem.partition("scores_")[2]: np.load(path) for path in new if path.suffix == ".npy"}
-                if summaries and scores:
-                    found.append(Evaluation(scores, read_json(summaries[0]), 0.0))
+                evaluation = read_evaluation(set(folder.glob("*")) - before)
+                if evaluation and evaluation.scores:
+                    found.append(evaluation)
             return hashlib.sha256(Path(folder, ARTIFACT).read_bytes()).hexdigest(), found
+
+
+def read_evaluation(files: Iterable[Path], seconds: float = 0.0) -> Evaluation | None:
+    """What these files of a run say, summary.json and scores_<stage>.npy; None without a summary."""
+    files = sorted(files)
+    scores = {path.stem.partition("scores_")[2]: np.load(path) for path in files if path.match("*scores_*.npy")}
+    summary = next((path for path in files if path.name.endswith("summary.json")), None)
+    return None if summary is None else Evaluation(scores, read_json(summary), seconds)
 
 
 def one_of(folder: Path, names: list[str]) -> Path | None:

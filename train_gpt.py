@@ -725,7 +725,9 @@ class Config(ModelConfig):
         Observed.TTT,
         choices=("stream", "length"),
     )
-    ttt_batch_size: int = knob(64, "documents of a LoRA batch", Observed.TTT, low=1)
+    ttt_batch_size: int = knob(
+        64, "documents of a LoRA batch; changes scores with TTT_ORDER=length alone", Observed.TTT, low=1
+    )
     ttt_streams: int = knob(
         8,
         "with TTT_ORDER=length, series of LoRA batches that hand A on, shared out among the ranks",
@@ -2696,7 +2698,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows, (out, width) = math.prod(x.shape[:-1]), weight.shape
     if not eager_on_cpu(x):
         return F.linear(x, weight)
-    few, narrow, single = max(0, 16 * torch.get_num_threads() - rows), -width % 8, 7 * (out == 1)
+    few = max(0, 16 * torch.get_num_threads() - rows)
+    narrow, single = -width % 8, 7 * (out == 1)
     if not (few or narrow or single):
         return F.linear(x, weight)
     y = F.linear(F.pad(x.flatten(0, -2), (0, narrow, 0, few)), F.pad(weight, (0, narrow, 0, single)))
@@ -2996,7 +2999,8 @@ def document_blocks(starts: Tensor, heads: int, kv_heads: int) -> DocumentBlocks
     lengths = np.diff(begins, append=starts.numel())
     order = np.argsort(-lengths, kind="stable")
     begins, lengths = begins[order, None], lengths[order, None]  # [documents, 1]
-    tokens, inside, first = [], [], 0
+    tokens, inside = [], []
+    first = 0
     for width in block_widths(int(lengths[0, 0])):
         n = np.count_nonzero(lengths > first)
         places = first + np.arange(width)
@@ -4479,7 +4483,11 @@ def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
     """The model's forward, with COMPILE=1 compiled: one graph for each variant of its arguments."""
     if not model.runtime.compile:
         return model
+    from torch.fx.experimental import _config as symbolic_shapes  # imports much, and only compiling needs it
+
     torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together exceed the default of 8
+    # Sizes that are equal by chance in the first batch would be taken for one, and the next batch compiled again.
+    symbolic_shapes.use_duck_shape = False
     return torch.compile(model, dynamic=dynamic, fullgraph=True)
 
 

@@ -34,8 +34,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import train_gpt as t  # noqa: E402
+from streams import write_shard  # noqa: E402
 
 SMALL = dict(
     TTT_BATCH_SIZE="32",
@@ -64,9 +65,7 @@ def write_part(data: Path, folder: Path, first: int, documents: int) -> np.ndarr
         raise ValueError(f"{data} has {len(begins) - 1} validation documents, not {first + documents}")
     bounds = begins[first : first + documents + 1]
     part = tokens[bounds[0] : bounds[-1] + 1]  # with the next BOS, which is the last document's last target
-    header = np.zeros(256, "<i4")
-    header[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, len(part)
-    (folder / "fineweb_val_000000.bin").write_bytes(header.tobytes() + part.astype("<u2").tobytes())
+    write_shard(folder / "fineweb_val_000000.bin", part)
     return np.diff(bounds)
 
 

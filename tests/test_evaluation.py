@@ -236,7 +236,7 @@ def test_ranks_share_the_batches_and_their_scores_add_up(data, monkeypatch):
     c = config(DATA_PATH=data, COMPUTE_DTYPE="float64")
     model, evaluator, ledgers = build_model(c, spread=0.1), tg.Evaluator(c, single_run()), []
     whole = evaluator(model)
-    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger: ledgers.append(ledger) or 0.0)
+    monkeypatch.setattr(tg.ScoreLedger, "close", lambda ledger, stage: ledgers.append(ledger) or 0.0)
     for world in (2, 3, 40):
         ledgers.clear()
         for rank in range(world):

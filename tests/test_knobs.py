@@ -174,7 +174,6 @@ CHANGES = {
         name: (value, PHASED)
         for name, value in (
             ("TTT_ORDER", "length"),
-            ("TTT_BATCH_SIZE", 4),
             ("TTT_CHUNK_SIZE", 12),
             ("TTT_EVAL_SEQ_LEN", 32),
             ("TTT_LORA_RANK", 2),
@@ -194,6 +193,7 @@ CHANGES = {
             *((f"TTT_{part}_LORA", 0) for part in ("Q", "K", "V", "O", "MLP")),
         )
     },
+    "TTT_BATCH_SIZE": (4, dict(PHASED, TTT_ORDER="length")),  # in stream order it changes speed alone
     "TTT_STREAMS": (2, dict(PHASED, TTT_ORDER="length")),
     "TTT_SHORT_DOC_CHUNKS": (1, dict(PHASED, TTT_EVAL_SEQ_LEN=32)),
     **{

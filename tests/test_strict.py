@@ -113,8 +113,7 @@ def broken(folder, base, knobs):
     return wrong, any(stayed)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("base", [RECORD, POLY], ids=["record", "poly"])
+@pytest.mark.parametrize("base, dtype", [(RECORD, "float32"), (POLY, "bfloat16")], ids=["record", "poly"])
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_no_score_depends_on_what_follows(name, base, dtype, tmp_path):
     wrong, stayed = broken(tmp_path, base, {**EVALUATIONS[name], "COMPUTE_DTYPE": dtype})

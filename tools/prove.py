@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,21 +108,22 @@ class Tokens:
         self.widths = np.where(self.silent, 0, [len(text.encode()) for text in texts])
         self.ordinary = np.flatnonzero(~self.silent & ~np.array([model.IsByte(i) for i in ids]))
 
+    def bytes_each(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of text of each token. A text does not begin with the space that its first piece has."""
+        each = self.widths[tokens]
+        each[1:] -= self.spaced[tokens[1:]] & self.silent[tokens[:-1]]
+        return each
+
     def fitted(self, stream: Stream) -> Stream:
-        """The stream with counts that its tokens can have: at the start of a document a piece has no space."""
+        """The stream, with counts that its tokens can have."""
         if stream.counts is None:
             return stream
-        most = self.widths[stream.tokens]
-        most[1:] -= self.spaced[stream.tokens[1:]] & self.silent[stream.tokens[:-1]]
-        return Stream(stream.tokens, np.minimum(stream.counts, most))
+        return Stream(stream.tokens, np.minimum(stream.counts, self.bytes_each(stream.tokens)))
 
     def bytes_of(self, stream: Stream) -> int:
-        """Bytes of text of a stream's targets. A text does not begin with the space that its first piece has."""
+        """Bytes of text of a stream's targets."""
         counts = self.fitted(stream).counts
-        if counts is not None:
-            return int(counts[1:].sum(dtype=np.int64))
-        targets, before = stream.tokens[1:], stream.tokens[:-1]
-        return int((self.widths[targets] - (self.spaced[targets] & self.silent[before])).sum())
+        return int((self.bytes_each(stream.tokens) if counts is None else counts)[1:].sum(dtype=np.int64))
 
     def decoded_bytes(self, stream: Stream) -> int:
         """Bytes of the text that the stream decodes to, in its original letters where a sidecar goes with it."""
@@ -184,11 +185,10 @@ class Subject:
             begin = time.perf_counter()
             self.run(MODE="eval", ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=1 if scores else None, **values)
             seconds = time.perf_counter() - begin
-        found = {path.stem.partition("scores_")[2]: np.load(path) for path in sorted(folder.glob("*scores_*.npy"))}
-        summaries = sorted(folder.glob("*summary.json"))
-        if not summaries or (scores and not found):
+        found = read_evaluation(folder.iterdir(), seconds)
+        if found is None or (scores and not found.scores):
             raise Refused("it wrote no summary.json or no scores_<stage>.npy")
-        return Evaluation(found, read_json(summaries[0]), seconds)
+        return found
 
     def train(self, validation: Stream, training: list[Path], *modes: str, **values: Any) -> tuple[str, list]:
         """A short training with a validation stream (MODE=all), and more modes on its artifact.
@@ -196,7 +196,8 @@ class Subject:
         Returns the SHA-256 of the artifact, and the Evaluation of each mode that wrote scores.
         """
         with tempfile.TemporaryDirectory(dir=self.work, prefix="train") as name:
-            data, folder, found = Path(name, "data"), Path(name, "run"), []
+            data, folder = Path(name, "data"), Path(name, "run")
+            found = []
             data.mkdir()
             self.tokens.fitted(validation).write(data, self.tokenizer)
             for path in training:
@@ -204,12 +205,18 @@ class Subject:
             for mode in ("all", *modes):
                 before = set(folder.glob("*")) if folder.exists() else set()
                 self.run(MODE=mode, ARTIFACT_DIR=folder, DATA_PATH=data, EVAL_SCORES=1, **values)
-                new = sorted(set(folder.glob("*")) - before)
-                summaries = [path for path in new if path.name.endswith("summary.json")]
-                scores = {path.stem.partition("scores_")[2]: np.load(path) for path in new if path.suffix == ".npy"}
-                if summaries and scores:
-                    found.append(Evaluation(scores, read_json(summaries[0]), 0.0))
+                evaluation = read_evaluation(set(folder.glob("*")) - before)
+                if evaluation and evaluation.scores:
+                    found.append(evaluation)
             return hashlib.sha256(Path(folder, ARTIFACT).read_bytes()).hexdigest(), found
+
+
+def read_evaluation(files: Iterable[Path], seconds: float = 0.0) -> Evaluation | None:
+    """What these files of a run say, summary.json and scores_<stage>.npy; None without a summary."""
+    files = sorted(files)
+    scores = {path.stem.partition("scores_")[2]: np.load(path) for path in files if path.match("*scores_*.npy")}
+    summary = next((path for path in files if path.name.endswith("summary.json")), None)
+    return None if summary is None else Evaluation(scores, read_json(summary), seconds)
 
 
 def one_of(folder: Path, names: list[str]) -> Path | None:
@@ -303,8 +310,9 @@ class Proof:
     """Tries the rules one after another, and shares what they evaluate."""
 
     def __init__(self, subject: Subject, maker: Maker, size: Size, log: Callable = print):
-        self.subject, self.maker, self.tokens = subject, maker, subject.tokens
-        self.size, self.log = size, log
+        self.subject, self.tokens = subject, subject.tokens
+        self.maker, self.size = maker, size
+        self.log = log
         documents = 120 * size.targets // FULL.targets
         settings = subject.settings
         counted = settings.get("ttt_mode") == "phased" and not settings.get("phased_ttt_prefix_tokens")
@@ -342,7 +350,8 @@ class Proof:
 
     def causality(self) -> Verdict:
         """Streams that agree up to a place: so do their scores."""
-        before, tried, changes = self.base(), [], self.maker.changes(self.stream)
+        before, changes = self.base(), self.maker.changes(self.stream)
+        tried: list[str] = []
         begin = time.perf_counter()
         while len(tried) < self.size.pairs or (
             len(tried) < self.size.most_pairs and time.perf_counter() - begin < PAIRS_SECONDS
@@ -426,7 +435,8 @@ class Proof:
 
     def miscounted(self, stream: Stream, evaluation: Evaluation) -> list[str]:
         """What is wrong with the numbers of targets, scores and bytes, and with the reported sums."""
-        said, targets, expected = evaluation.summary, len(stream) - 1, self.tokens.bytes_of(stream)
+        said, targets = evaluation.summary, len(stream) - 1
+        expected = self.tokens.bytes_of(stream)
         wrong = [
             f"the summary's {name} is {said.get(name)}, not {value}"
             for name, value in (("val_tokens", targets), ("val_bytes", expected))
@@ -565,7 +575,8 @@ class Proof:
         All of them are scored with the same weights: in the last phase or the second chunk of their stream if `late`,
         else in the first.
         """
-        settings, room, lead = self.subject.settings, 1 << 60, self.maker.of(np.zeros(0, np.int64))
+        settings, lead = self.subject.settings, self.maker.of(np.zeros(0, np.int64))
+        room = 1 << 60
         if settings.get("ttt_mode") == "chunk":
             chunk = int(settings["ttt_chunk_tokens"])
             lead = self.stream[:chunk] if late and chunk < self.size.targets else lead
@@ -589,9 +600,7 @@ class Proof:
             return Verdict("blind training", None, f"{data} holds no training shards")
         settings = self.subject.settings
         batch, length = (int(settings.get(name) or 1024) for name in ("train_batch_tokens", "train_seq_len"))
-        values: dict[str, Any] = dict(
-            ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=2, AUDIT="none"
-        )
+        values: dict[str, Any] = dict(ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=2)
         if settings.get("device") != "cuda" and batch > 16384:
             values |= dict(TRAIN_BATCH_TOKENS=length * self.subject.ranks, MICRO_BATCH_TOKENS=length)
         lengths, one = [900, 40, 1500, 560], np.full(3000, self.maker.ordinary[-1])
@@ -600,7 +609,8 @@ class Proof:
             "noise": self.maker.document(1) + self.maker.noise(5000),
             "one token over and over": self.maker.document(1) + self.maker.of(one),
         }
-        found, wrong, modes = {}, [], ("eval",)
+        found, wrong = {}, []
+        modes = ("eval",)
         for name, text in texts.items():
             found[name], scored = self.subject.train(text, shards[:1], *modes, **values)
             wrong += self.other_in_eval(*scored) if len(scored) == 2 else []

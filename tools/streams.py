@@ -33,10 +33,7 @@ class Stream:
         return Stream(self.tokens[places], None if self.counts is None else self.counts[places])
 
     def __add__(self, other: Stream) -> Stream:
-        tokens = np.concatenate([self.tokens, other.tokens])
-        if self.counts is None or other.counts is None:
-            return Stream(tokens)
-        return Stream(tokens, np.concatenate([self.counts, other.counts]))
+        return joined([self, other])
 
     @property
     def borders(self) -> np.ndarray:
@@ -56,6 +53,13 @@ class Stream:
             write_shard(folder / "fineweb_val_bytes_000000.bin", self.counts)
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
         return folder
+
+
+def joined(parts: list[Stream]) -> Stream:
+    """Streams one after the other; with counts where all of them have counts."""
+    counts = [part.counts for part in parts if part.counts is not None]
+    tokens = np.concatenate([part.tokens for part in parts])
+    return Stream(tokens, np.concatenate(counts) if len(counts) == len(parts) else None)
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
@@ -102,10 +106,7 @@ class Maker:
             self.place = (self.place + len(part)) % len(self.text)
             parts.append(part)
             missing -= len(part)
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = whole + part
-        return whole
+        return joined(parts)
 
     def noise(self, targets: int) -> Stream:
         """Tokens drawn evenly from the vocabulary."""
@@ -113,22 +114,17 @@ class Maker:
 
     def document(self, targets: int) -> Stream:
         """One document of so many targets, of real text without its borders."""
-        bos, parts, missing = self.of(np.array([BOS])), [], targets - 1
+        parts, missing = [self.of(np.array([BOS]))], targets - 1
         while missing > 0:
             part = self.real(missing)
             keep = part.tokens != BOS
             parts.append(Stream(part.tokens[keep], None if part.counts is None else part.counts[keep]))
             missing -= int(keep.sum())
-        for part in parts:
-            bos = bos + part
-        return bos
+        return joined(parts)
 
     def documents(self, lengths: list[int]) -> Stream:
         """Documents of these numbers of targets. The last one's end is not there yet."""
-        whole = self.document(lengths[0])
-        for length in lengths[1:]:
-            whole = whole + self.document(length)
-        return whole
+        return joined([self.document(length) for length in lengths])
 
     def lengths(self, targets: int, documents: int, longest: int) -> list[int]:
         """Numbers of targets: at least so many documents, one of the longest, many of one and two, in a mixed order."""

@@ -3630,28 +3630,24 @@ def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
 class Projection(nn.Module):
     """A matrix product with a matrix that lives in a bank. As a module it takes forward pre-hooks, for Hessians.
 
-    x [B, T, in], weight [out, in], adapter (A [B, r, in], B [B, out, r]) or None -> [B, T, out].
+    x [B, T, in], weight [out, in] -> [B, T, out].
     """
 
-    def forward(self, x: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        y = linear(x, weight)
-        return y if adapter is None else y + low_rank(x, adapter)
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight)
 
 
 class LayerWeights(NamedTuple):
     """One layer's weights: matrices of the banks in the compute type, and the block's own vectors and gates."""
 
-    q: Tensor
+    qkv: Tensor  # [d + 2 K h + H, d]: q, k, v and, where heads have gates, the gates' weights, zeros past the window
     out: Tensor
-    k: Tensor
-    v: Tensor
     up: Tensor
     down: Tensor
     input_mix: Tensor  # [2, d], m0 and m1
     attention_scale: Tensor  # [d]
     mlp_scale: Tensor  # [d]
     query_gain: Tensor  # [H]
-    head_gate: Tensor | None  # [H, window]
     value_scale: Tensor | None  # [1]
     stream_mix: Tensor | None  # [2, 3], r, p and q of both residual streams
 
@@ -3704,9 +3700,10 @@ class Block(nn.Module):
             self.value_scale = nn.Parameter(torch.ones(1))
         if config.parallel_residual:  # in every layer, so that the parallel start can move without a new shape
             self.stream_mix = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(2, 1))
-        self.q, self.k = Projection(), Projection()
-        self.v, self.out = Projection(), Projection()
+        self.qkv, self.out = Projection(), Projection()
         self.up, self.down = Projection(), Projection()
+        # Of what the input's one product holds: queries, keys, values, gates.
+        self.widths = [d, config.kv_dim, config.kv_dim, 0 if self.head_gate is None else config.num_heads]
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
 
@@ -3715,9 +3712,12 @@ class Block(nn.Module):
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
-        q = self.q(n, w.q, adapters.get("q")).view(sequences, length, config.num_heads, config.head_dim)
-        k = self.k(n, w.k, adapters.get("k")).view(sequences, length, config.num_kv_heads, config.head_dim)
-        v = self.v(n, w.v, adapters.get("v"))
+        q, k, v, gate = self.qkv(n, w.qkv).split(self.widths, dim=-1)
+        q, k, v = (
+            y + low_rank(n, adapters[key]) if key in adapters else y for key, y in zip("qkv", (q, k, v), strict=True)
+        )
+        q = q.view(sequences, length, config.num_heads, config.head_dim)
+        k = k.view(sequences, length, config.num_kv_heads, config.head_dim)
         if w.value_scale is not None and context.value_embeds is not None:
             v = v + w.value_scale.to(x.dtype) * context.value_embeds
         v = v.view(sequences, length, config.num_kv_heads, config.head_dim)
@@ -3726,8 +3726,8 @@ class Block(nn.Module):
         y = context.attention(q, k, v)
         if self.subtract_own_value:
             y = subtract_own_value(y, v)
-        if w.head_gate is not None:
-            y = y * self.gate(n, w.head_gate)[..., None]
+        if self.head_gate is not None:
+            y = y * self.gate(gate)[..., None]
         y = self.out(y.reshape(sequences, length, config.model_dim), w.out)
         return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
 
@@ -3735,9 +3735,8 @@ class Block(nn.Module):
         """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
         return rms_norm(x) * self.norm_scale if self.config.ln_scale else rms_norm(x)
 
-    def gate(self, n: Tensor, weight: Tensor) -> Tensor:
-        """Head gates [B, T, H] from the normed input (PRs #1787 and #549 of openai/parameter-golf)."""
-        g = linear(n[..., : weight.size(1)], weight.to(n.dtype))
+    def gate(self, g: Tensor) -> Tensor:
+        """Head gates [B, T, H] from their logits (PRs #1787 and #549 of openai/parameter-golf)."""
         if self.config.sparse_attn_gate_enabled:
             return sigmoid(self.config.sparse_attn_gate_scale * g)
         return 2 * sigmoid(g) if self.config.attn_out_gate_enabled else sigmoid(g)
@@ -3892,13 +3891,19 @@ class GPT(nn.Module):
             attention, mlp = fake_quant
             grids = (attention, attention, mlp, mlp)
             banks = [fake_quantize(bank, *grid) for bank, grid in zip(banks, grids, strict=True)]
-        qo, kv, up, down = (bank.to(dtype).unbind() for bank in banks)
+        qo, kv, up, down = (bank.to(dtype) for bank in banks)
+        inputs = [qo[:layers], kv[:layers], kv[layers:]]
+        trained = layers if trainable_layers is None else trainable_layers
+        gates = [cast(Block, block).head_gate for block in self.blocks]
+        if gates[0] is not None:
+            gate = torch.stack([g if i < trained else g.detach() for i, g in enumerate(gates)]).to(dtype)
+            inputs.append(F.pad(gate, (0, qo.size(-1) - gate.size(-1))))
+        matrices = (torch.cat(inputs, dim=1).unbind(), qo[layers:].unbind(), up.unbind(), down.unbind())
         weights = []
         for i, block in enumerate(self.blocks):
-            matrices = (qo[i], qo[layers + i], kv[i], kv[layers + i], up[i], down[i])
-            own = LayerWeights(*matrices, *(getattr(block, name) for name in LayerWeights._fields[6:]))
-            frozen = trainable_layers is not None and i >= trainable_layers
-            weights.append(own.detached() if frozen else own)
+            vectors = (getattr(block, name) for name in LayerWeights._fields[len(matrices) :])
+            own = LayerWeights(*(matrix[i] for matrix in matrices), *vectors)
+            weights.append(own if i < trained else own.detached())
         return weights
 
     def blend_skip(self, x: Tensor, saved: Tensor, place: int) -> Tensor:
@@ -4779,7 +4784,7 @@ def entropy(codes: Tensor) -> float:
 class HessianHooks:
     """Context manager that sums X^T X over the inputs of every projection while the model runs eagerly.
 
-    q, k and v of a layer read the same input, so one hook serves all three.
+    q, k and v of a layer are one product, so one hook serves all three.
     """
 
     def __init__(self, model: GPT):
@@ -4788,7 +4793,7 @@ class HessianHooks:
         self.projections = {
             f"{i}.{name}": getattr(block, name)
             for i, block in enumerate(model.blocks)
-            for name in ("q", "out", "up", "down")
+            for name in ("qkv", "out", "up", "down")
         }
         self.projections["logits"] = model.logits
 
@@ -4846,11 +4851,11 @@ def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
     mean = {name: total / tokens for name, total in sums.items()}
     stack = {
         name: torch.stack([mean[f"{i}.{name}"] for i in range(config.num_layers)])
-        for name in ("q", "out", "up", "down")
+        for name in ("qkv", "out", "up", "down")
     }
     return {
-        "qo_bank": torch.cat((stack["q"], stack["out"])),
-        "kv_bank": torch.cat((stack["q"], stack["q"])),
+        "qo_bank": torch.cat((stack["qkv"], stack["out"])),
+        "kv_bank": torch.cat((stack["qkv"], stack["qkv"])),
         "up_bank": stack["up"],
         "down_bank": stack["down"],
         "embedding" if trainer.model.head is None else "head": mean["logits"][None],

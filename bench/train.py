@@ -92,11 +92,11 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that multiply a token: those of a layer once per pass, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [cast(t.Block, model.blocks[call.layer]).head_gate for call in model.schedules[looped]]
+    gates = [cast(t.Block, model.blocks[call.layer]).widths[-1] for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)
-    return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
+    return once + sum(layer + gate * model.config.model_dim for gate in gates)  # gates are as wide as what they gate
 
 
 def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:

@@ -492,7 +492,7 @@ def test_the_looped_order_is_used_when_asked_for():
     c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE="float32")
     model, batch, called = build_model(c), random_batch(c, 1, 8), []
     for number, block in enumerate(model.blocks):
-        block.q.register_forward_pre_hook(lambda *_, number=number: called.append(number))
+        block.qkv.register_forward_pre_hook(lambda *_, number=number: called.append(number))
     for looped in (False, True):
         called.clear()
         model(*batch, looped=looped)

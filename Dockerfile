@@ -2,7 +2,8 @@
 # container toolkit; everything else of CUDA comes with torch. Build it, then run the first hour, or three seeds:
 #
 #   docker build --tag golf .
-#   mkdir -p results && docker run --rm --gpus all --ipc host --user "$(id -u)" -e HOME=/tmp -e LAUNCH=first-hour \
+#   mkdir -p data/sp8192 results
+#   docker run --rm --gpus all --ipc host --user "$(id -u)" -e DEVICE=cuda -e LAUNCH=first-hour \
 #       -v "$PWD/data/sp8192:/golf/data/sp8192" -v "$PWD/results:/golf/results" golf
 #
 # --ipc host: NCCL needs more shared memory than a container has. --user: what is written belongs to you. Without a wheel
@@ -28,5 +29,6 @@ COPY --chown=golf . .
 # Whatever user runs the container writes here, and nowhere else.
 RUN install --directory data/sp8192 logs packed results submissions && \
     chmod 1777 data data/sp8192 logs packed results submissions
-ENV DEVICE=cuda NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# HOME and USER: caches of Triton and Inductor, for a user without an entry in /etc/passwd.
+ENV HOME=/tmp USER=golf DEVICE=cuda NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 CMD ["launch/job.sh"]

@@ -29,8 +29,7 @@ target=$SLURM_SUBMIT_DIR/results/$LAUNCH-$SLURM_JOB_ID
 # Whatever ends the job, its results come back first. Scratch is kept where they do not.
 bring_back() {
     local code=$?
-    mkdir -p "$target"
-    if [ ! -d "$RESULTS" ] || cp -R "$RESULTS/." "$target/"; then
+    if mkdir -p "$RESULTS" "$target" && cp -R "$RESULTS/." "$target/"; then
         echo "results: $target"
         rm -rf "$scratch"
     else

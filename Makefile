@@ -4,8 +4,10 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 VENV_H100 ?= .venv-h100
+# FlashAttention 3 for CUDA 13 and any torch from 2.9 on (docs/gpus.md); empty: none.
+FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp39-abi3-manylinux_2_28_x86_64.whl
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv clean
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -110,6 +112,20 @@ docs: venv
 	@$(PY) tools/docs.py
 
 venv: $(VENV)/installed
+
+# The environment for NVIDIA GPUs, FlashAttention 3 included (docs/gpus.md). The script runs without FlashAttention too.
+venv-gpu: $(VENV)/gpu
+
+$(VENV)/gpu: $(VENV)/installed requirements-gpu.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@$(PY) -c "import sys, torch; sys.exit(torch.version.cuda is None)" || \
+	    { echo "error: venv-gpu: the index serves a build of torch without CUDA" >&2; exit 2; }
+	@if [ -z "$(FLASH_ATTENTION)" ] || \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$(FLASH_ATTENTION)"; then \
+	    touch $@; \
+	else \
+	    echo "warning: venv-gpu: goes on without FlashAttention, with torch's own attention (docs/gpus.md)" >&2; \
+	fi
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

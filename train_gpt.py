@@ -3105,7 +3105,15 @@ def flash_attention(backend: str) -> Callable:
 
         return call
     if backend == "fa3":
-        import flash_attn_interface as module  # pyright: ignore[reportMissingImports] # optional
+        try:
+            import flash_attn_interface as module  # pyright: ignore[reportMissingImports] # optional
+        except ModuleNotFoundError as error:
+            if error.name != "flash_attn_interface":
+                raise
+            # Builds of the repository's newer commits hold it in a package.
+            from flash_attn_3 import (  # pyright: ignore[reportMissingImports]
+                flash_attn_interface as module,
+            )
     else:
         import flash_attn as module  # pyright: ignore[reportMissingImports] # optional
 

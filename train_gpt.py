@@ -3902,8 +3902,8 @@ class GPT(nn.Module):
         qo, kv, up, down = (bank.to(dtype) for bank in banks)
         inputs = [qo[:layers], kv[:layers], kv[layers:]]
         trained = layers if trainable_layers is None else trainable_layers
-        gates = [cast(Block, block).head_gate for block in self.blocks]
-        if gates[0] is not None:
+        gates = [block.head_gate for block in self.blocks if isinstance(block.head_gate, Tensor)]
+        if gates:
             gate = torch.stack([g if i < trained else g.detach() for i, g in enumerate(gates)]).to(dtype)
             inputs.append(F.pad(gate, (0, qo.size(-1) - gate.size(-1))))
         matrices = (torch.cat(inputs, dim=1).unbind(), qo[layers:].unbind(), up.unbind(), down.unbind())

@@ -1772,6 +1772,13 @@ class Documents(NamedTuple):
     cu_seqlens: Tensor  # [n + 1] int32: where each document begins in the flattened batch, then B*T up to the end
 
 
+class EmbeddingNoise(NamedTuple):
+    """Uniform noise in [-reach, reach) on a batch's embeddings. A graph makes the numbers from keys where it needs them."""
+
+    keys: Tensor  # [B, 2] int32, for each sequence
+    reach: float
+
+
 class Batch(NamedTuple):
     """Sequences of tokens, the token after each, and the documents that they belong to."""
 
@@ -2004,19 +2011,20 @@ class TrainLoader:
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return host_batch(ids, targets, document_starts(ids), self.run.device)
 
-    def noise(self, step: int, micro: int, shape: tuple[int, int]) -> Tensor | None:
-        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), [B, T, d], or None if NEFTUNE_ALPHA=0.
+    def noise(self, step: int, micro: int) -> EmbeddingNoise | None:
+        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), or None if NEFTUNE_ALPHA=0.
 
         A sequence's noise depends on the seed and its position alone, so it is the same on any number of ranks.
         """
-        if not self.config.neftune_alpha:
+        config = self.config
+        if not config.neftune_alpha:
             return None
-        generator, noises = torch.Generator(self.run.device), []
-        for place in self.sequence_numbers(step, micro):
-            own = np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0]
-            generator.manual_seed(int(own) >> 1)
-            noises.append(torch.rand(shape, generator=generator, device=self.run.device) * 2 - 1)
-        return torch.stack(noises) * (self.config.neftune_alpha / math.sqrt(shape[0] * shape[1]))
+        keys = [
+            np.random.SeedSequence([config.seed, place]).generate_state(2, np.uint32).view(np.int32)
+            for place in self.sequence_numbers(step, micro)
+        ]
+        reach = config.neftune_alpha / math.sqrt(config.train_seq_len * config.model_dim)
+        return EmbeddingNoise(send_array(np.stack(keys), self.run.device), reach)
 
 
 def as_padding(batch: Batch) -> Batch:
@@ -2909,6 +2917,25 @@ def fake_quantize(weights: Tensor, bits: int, sigmas: float) -> Tensor:
     step = clip_range(exact, sigmas).clamp_min(1e-12).unsqueeze(-1) / limit
     # The difference is exactly 0, so the values lie on the grid; its gradient is the gradient of the sum.
     return (exact / step).round().clamp(-limit, limit) * step + (weights - exact)
+
+
+def mix_bits(x: Tensor) -> Tensor:
+    """A hash of 32 bits, int32 -> int32: Chris Wellons' lowbias32 (nullprogram.com/blog/2018/07/31, public domain)."""
+    x = x ^ ((x >> 16) & 0xFFFF)  # a shift of int32 copies the sign; the mask makes zeros of it
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def uniform_noise(keys: Tensor, length: int, width: int) -> Tensor:
+    """Keys [B, 2] int32 -> [B, length, width] float32, uniform in [-1, 1): a hash of the place and a sequence's keys.
+
+    The same bits on every device, compiled or not.
+    """
+    places = torch.arange(length * width, dtype=torch.int32, device=keys.device).view(length, width)
+    bits = mix_bits(mix_bits(places ^ keys[:, 0, None, None]) + keys[:, 1, None, None])
+    return (bits >> 8).float() * 2.0**-23
 
 
 def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
@@ -3921,13 +3948,13 @@ class GPT(nn.Module):
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
-    def embed(self, ids: Tensor, documents: Documents, noise: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, documents: Documents, noise: EmbeddingNoise | None) -> Tensor:
         """Normed embeddings of tokens and bigrams in the compute type, with noise and smear gate: x0 [B, T, d]."""
         x = F.embedding(ids, self.embedding).to(self.runtime.dtype)
         if self.bigram is not None:
             x = x + self.bigram(bigram_buckets(ids, documents.starts, self.config.bigram_vocab_size), x.dtype)
         if noise is not None:
-            x = x + noise.to(x.dtype)
+            x = x + (noise.reach * uniform_noise(noise.keys, *x.shape[1:])).to(x.dtype)
         if self.smear is None:
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
@@ -3976,7 +4003,7 @@ class GPT(nn.Module):
         *,
         looped: bool,
         adapters: StackedAdapters | None = None,
-        noise: Tensor | None = None,
+        noise: EmbeddingNoise | None = None,
         last_tokens: int | None = None,
         trainable_layers: int | None = None,
         fake_quant: Grids = None,
@@ -4030,7 +4057,7 @@ class GPT(nn.Module):
         *,
         looped: bool,
         adapters: StackedAdapters | None = None,
-        noise: Tensor | None = None,
+        noise: EmbeddingNoise | None = None,
         trainable_layers: int | None = None,
         fake_quant: Grids = None,
         fused_mlp: bool = True,
@@ -4042,7 +4069,7 @@ class GPT(nn.Module):
         a compiled graph; a shape need not be.
 
         looped: repeat the looped layers. adapters: low-rank pairs of all layer calls and of the head; without any,
-        none is in the graph. noise: added to the embeddings [B, T, d]. trainable_layers: layers from this one on are
+        none is in the graph. noise: added to the embeddings. trainable_layers: layers from this one on are
         constants; None: none. fake_quant: late QAT, the grids of the attention and MLP banks. fused_mlp: allow the
         Triton MLP, which hooks on projections do not see. temperature: divides the softcapped logits.
         """
@@ -4579,7 +4606,7 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro)
-            noise = self.loader.noise(p.step, micro, (config.train_seq_len, config.model_dim))
+            noise = self.loader.noise(p.step, micro)
             nll, lse = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, fake_quant=grids)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:

@@ -354,9 +354,38 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
 def noise_of(c, world, step=0):
     """The noise of a step's rows in global order."""
     group = loaders(c, world)
-    return torch.cat(
-        [loader.noise(step, micro, (8, 16)) for micro in range(group[0].layout.micro_steps) for loader in group]
-    )
+    noises = [loader.noise(step, micro) for micro in range(group[0].layout.micro_steps) for loader in group]
+    return torch.cat([noise.reach * tg.uniform_noise(noise.keys, 8, 16) for noise in noises])
+
+
+def lowbias32(x):
+    """The hash in Python's integers."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def test_noise_is_a_hash_of_its_place_and_its_sequence():
+    keys = torch.tensor([[5, 7], [-1, 2**31 - 1], [-(2**31), -3]], dtype=torch.int32)
+    noise = tg.uniform_noise(keys, 3, 4)
+    for b, (first, second) in enumerate(keys.tolist()):
+        for place in range(12):
+            bits = lowbias32((lowbias32(place ^ (first & 0xFFFFFFFF)) + second) & 0xFFFFFFFF)
+            signed = bits - (bits >> 31 << 32)
+            assert noise[b].flatten()[place] == (signed >> 8) * 2.0**-23
+
+
+def test_noise_is_uniform_and_independent():
+    """Moments, and products of neighbours along every axis, within five standard deviations."""
+    keys = torch.arange(32, dtype=torch.int32).view(16, 2)  # as alike as keys can be
+    noise = tg.uniform_noise(keys, 256, 128).double()
+    bound = 5 / noise.numel() ** 0.5
+    for power, mean in ((1, 0), (2, 1 / 3), (3, 0), (4, 1 / 5)):
+        assert abs((noise**power).mean() - mean) < bound
+    for axis in range(3):
+        for distance in (1, 2, 8):
+            ahead = noise.narrow(axis, distance, noise.size(axis) - distance)
+            assert abs((ahead * noise.narrow(axis, 0, ahead.size(axis))).mean()) < bound
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -377,7 +406,7 @@ def test_noise_is_uniform_of_the_specified_size(counted):
 def test_each_row_step_and_seed_has_noise_of_its_own(counted):
     knobs = dict(NEFTUNE_ALPHA=5.0)
     rows = [row for step in (0, 1) for row in noise_of(small(counted, **knobs), 1, step)]
-    for seed in (8, 9, 2**24, 2**31 - 1):  # a generator on a CPU keeps 32 bits of its seed only
+    for seed in (8, 9, 2**24, 2**31 - 1):
         rows += noise_of(small(counted, SEED=seed, **knobs), 1)
     flat = {tuple(row.flatten().tolist()) for row in rows}
     assert len(flat) == len(rows) == 6 * 48
@@ -385,4 +414,4 @@ def test_each_row_step_and_seed_has_noise_of_its_own(counted):
 
 def test_no_noise_without_alpha(counted):
     loader = loaders(small(counted), 1)[0]
-    assert loader.noise(0, 0, (8, 16)) is None
+    assert loader.noise(0, 0) is None

@@ -54,6 +54,12 @@ def gradients(model, nll, lse):
     }
 
 
+def noise_of_keys(sequences):
+    """Noise of a tenth, of some keys."""
+    generator = torch.Generator().manual_seed(1)
+    return tg.EmbeddingNoise(torch.randint(-(2**31), 2**31, (sequences, 2), generator=generator).int(), 0.1)
+
+
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
 @pytest.mark.parametrize(
     "name, looped",
@@ -63,9 +69,10 @@ def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     c = config(CONFIGURATIONS[name], ATTENTION=attention)
     model, batch = build_model(c, seed=3), random_batch(c, 2, 13, seed=5, document_length=5)
     assert (batch.documents.starts.amax(1) > 0).all()  # several documents in each row
-    noise = torch.randn(2, 13, c.model_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.1
+    noise = noise_of_keys(2)
     nll, lse = model(*batch, looped=looped, noise=noise)
-    expected_nll, expected_lse = Reference(model)(batch, looped, noise)
+    added = (noise.reach * tg.uniform_noise(noise.keys, 13, c.model_dim)).double()
+    expected_nll, expected_lse = Reference(model)(batch, looped, added)
     assert torch.allclose(nll, expected_nll, rtol=1e-9, atol=1e-9)
     assert torch.allclose(lse, expected_lse, rtol=1e-9, atol=1e-9)
     found, expected = gradients(model, nll, lse), gradients(model, expected_nll, expected_lse)
@@ -305,7 +312,7 @@ def test_frozen_layers_get_no_gradient_and_the_others_the_same(base):
 
 def calls_of(c):
     """Keyword arguments of forward passes of every kind, for a batch [3, 24] of looped layers where there are any."""
-    noise = torch.randn(3, 24, c.model_dim, generator=torch.Generator().manual_seed(1)) * 0.1
+    noise = noise_of_keys(3)
     return {
         "plain": dict(looped=False),
         "looped": dict(looped=c.loops),

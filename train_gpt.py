@@ -1773,7 +1773,7 @@ class Documents(NamedTuple):
 
 
 class EmbeddingNoise(NamedTuple):
-    """Uniform noise in [-reach, reach) on a batch's embeddings. A graph makes the numbers from keys where it needs them."""
+    """Uniform noise in [-reach, reach) on a batch's embeddings. A graph makes it from keys, where it is added."""
 
     keys: Tensor  # [B, 2] int32, for each sequence
     reach: float

@@ -398,7 +398,7 @@ def test_noise_does_not_depend_on_the_ranks(world, counted):
 def test_noise_is_uniform_of_the_specified_size(counted):
     c = small(counted, NEFTUNE_ALPHA=5.0)
     noise = torch.cat([noise_of(c, 1, step) for step in range(4)])
-    reach = 5 / (8 * 16) ** 0.5
+    reach = 5 / (c.train_seq_len * c.model_dim) ** 0.5
     assert noise.abs().max() <= reach and noise.abs().max() > 0.99 * reach
     assert abs(noise.mean()) < 0.02 * reach and abs(noise.std() / reach - 3**-0.5) < 0.01
 

@@ -500,6 +500,13 @@ class Config(ModelConfig):
         Observed.WEIGHTS,
         choices=("classic", "polar_express"),
     )
+    muon_gradient_dtype: str = knob(
+        "master",
+        "type in which the gradients of the matrices are summed over the ranks; bfloat16 halves the traffic of master, "
+        "the type of the weights",
+        Observed.WEIGHTS,
+        choices=("master", "bfloat16"),
+    )
     muon_row_normalize: bool = knob(
         False, "scale each row of a Muon update to unit norm before Newton-Schulz", Observed.WEIGHTS
     )
@@ -1008,6 +1015,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_steps=1500,
         muon_coefficients="polar_express",
         muon_row_normalize=True,
+        muon_gradient_dtype="bfloat16",
         muon_wd=0.095,
         matrix_lr=0.026,
         tied_embed_lr=0.03,
@@ -4303,14 +4311,20 @@ class Muon:
         ]
 
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
-        """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each."""
-        if self.run.world == 1:
-            return [(gradient_of(bank), None) for bank in self.banks]
+        """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each.
+
+        Gradients are rounded on a single rank too, so that a run on one shows what a run on many does.
+        """
         pending = []
         for size, bank in zip(self.shard_sizes, self.banks, strict=True):
-            grad = F.pad(gradient_of(bank), (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
-            shard = torch.empty(size, *bank.shape[1:], dtype=grad.dtype, device=grad.device)
-            pending.append((shard, dist.reduce_scatter_tensor(shard, grad, async_op=True)))
+            grad, handle = gradient_of(bank), None
+            if self.config.muon_gradient_dtype == "bfloat16":
+                grad = grad.bfloat16()
+            if self.run.world > 1:
+                padded = F.pad(grad, (0, 0, 0, 0, 0, size * self.run.world - bank.size(0)))
+                grad = torch.empty(size, *bank.shape[1:], dtype=padded.dtype, device=padded.device)
+                handle = dist.reduce_scatter_tensor(grad, padded, async_op=True)
+            pending.append((grad, handle))
         return pending
 
     def direction(self, grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
@@ -4414,7 +4428,7 @@ class Optimizers:
         for _, handle in pending:
             if handle is not None:
                 handle.wait()
-        shards = [shard for shard, _ in pending]
+        shards = [shard.to(momentum.dtype) for (shard, _), momentum in zip(pending, self.muon.momentum, strict=True)]
         self.clip(shards, small)
         for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
             row["lr"] = group.lr * multiplier

@@ -98,6 +98,7 @@ CHANGES = {
     "MUON_MOMENTUM_WARMUP_START": (0.5, {}),
     "MUON_COEFFICIENTS": ("polar_express", {}),
     "MUON_ROW_NORMALIZE": (1, {}),
+    "MUON_GRADIENT_DTYPE": ("bfloat16", {}),
     "MUON_WD": (0.5, {}),
     "ADAM_WD": (0.5, {}),
     "EMBED_WD": (0.5, {}),

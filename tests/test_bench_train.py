@@ -191,7 +191,7 @@ def test_the_whole_step_is_the_trainers(data):
 def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
     c = config(TINY)
-    fake = SimpleNamespace(run=None, trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
+    fake = SimpleNamespace(run=single_run(), trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
     row = bench.row(fake, (False, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768
     expected = None if peak is None else 2 * 768 * row["flops_per_token"] / peak

@@ -3660,6 +3660,21 @@ class LayerWeights(NamedTuple):
         return LayerWeights(*(cast(Tensor, None if w is None else w.detach()) for w in self))
 
 
+# Low-rank pairs by key: q, k, v, attention and mlp of all layer calls, A [B, calls, r, in] and B [B, calls, out, r],
+# and head with calls = 1. Whole, not a pair for each call: each input of a compiled graph costs checks at every call.
+StackedAdapters = dict[str, tuple[Tensor, Tensor]]
+
+
+def adapters_of_calls(adapters: StackedAdapters, calls: int) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """The pairs (A [B, r, in], B [B, out, r]) of each layer call, by key."""
+    own: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(calls)]
+    for key, (a, b) in adapters.items():
+        if key != "head":
+            for target, pair in zip(own, zip(a.unbind(1), b.unbind(1), strict=True), strict=True):
+                target[key] = pair
+    return own
+
+
 class AttentionContext(NamedTuple):
     """What the attention of every layer uses in one forward pass."""
 
@@ -3947,15 +3962,16 @@ class GPT(nn.Module):
         documents: Documents,
         *,
         looped: bool,
-        adapters: list[dict] | None = None,
+        adapters: StackedAdapters | None = None,
         noise: Tensor | None = None,
-        last_tokens: int = 0,
+        last_tokens: int | None = None,
         trainable_layers: int | None = None,
         fake_quant: Grids = None,
         fused_mlp: bool = True,
     ) -> Tensor:
         """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`."""
         calls = self.schedules[looped]
+        own_adapters = adapters_of_calls(adapters or {}, len(calls))
         x = x0 = x_mlp = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
         context = AttentionContext(
@@ -3968,12 +3984,12 @@ class GPT(nn.Module):
         for place, call in enumerate(calls):
             if call.skip is not None:
                 x = self.blend_skip(x, saved.pop(), call.skip)
-            own = adapters[place] if adapters else {}
-            x, x_mlp = self.run_layer(call, x, x_mlp, x0, weights[call.layer], context, own, fused_mlp)
+            own, w = own_adapters[place], weights[call.layer]
+            x, x_mlp = self.run_layer(call, x, x_mlp, x0, w, context, own, fused_mlp)
             if call.save:
                 saved.append(x)
         x = (x + x_mlp) / 2 if calls[-1].parallel else x
-        return rms_norm(x[:, -last_tokens:] if last_tokens else x)
+        return rms_norm(x if last_tokens is None else x[:, x.size(1) - last_tokens :])
 
     def head_logits(self, hidden: Tensor, adapter: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Hidden states [B, T, d] -> logits [B, T, V] before the softcap, with a LoRA of each sequence if given."""
@@ -4000,22 +4016,22 @@ class GPT(nn.Module):
         documents: Documents,
         *,
         looped: bool,
-        adapters: list[dict] | None = None,
+        adapters: StackedAdapters | None = None,
         noise: Tensor | None = None,
-        last_tokens: int = 0,
         trainable_layers: int | None = None,
         fake_quant: Grids = None,
         fused_mlp: bool = True,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Per-token negative log-likelihood and log-sum-exp, [B, T] each, in nats. Callers reduce.
+        """Negative log-likelihood and log-sum-exp of targets [B, L], [B, L] each, in nats. Callers reduce.
 
-        looped: repeat the looped layers. adapters: a dict of low-rank pairs for each layer call (keys q, k, v,
-        attention, mlp) and one for the head (key head); without any, none is in the graph. noise: added to the
-        embeddings [B, T, d]. last_tokens: only the losses of each sequence's last tokens, [B, last_tokens].
-        trainable_layers: layers from this one on are constants; None: none. fake_quant: late QAT, the grids of the
-        attention and MLP banks. fused_mlp: allow the Triton MLP, which hooks on projections do not see. temperature:
-        divides the softcapped logits.
+        The targets are those of the last L <= T of each sequence's tokens. A number of places would be a constant of
+        a compiled graph; a shape need not be.
+
+        looped: repeat the looped layers. adapters: low-rank pairs of all layer calls and of the head; without any,
+        none is in the graph. noise: added to the embeddings [B, T, d]. trainable_layers: layers from this one on are
+        constants; None: none. fake_quant: late QAT, the grids of the attention and MLP banks. fused_mlp: allow the
+        Triton MLP, which hooks on projections do not see. temperature: divides the softcapped logits.
         """
         hidden = self.trunk(
             ids,
@@ -4023,13 +4039,14 @@ class GPT(nn.Module):
             looped=looped,
             adapters=adapters,
             noise=noise,
-            last_tokens=last_tokens,
+            last_tokens=targets.size(1),
             trainable_layers=trainable_layers,
             fake_quant=fake_quant,
             fused_mlp=fused_mlp,
         )
-        logits = self.head_logits(hidden, adapters[-1].get("head") if adapters else None)
-        return self.token_losses(logits, targets[:, -last_tokens:] if last_tokens else targets, temperature)
+        pair = adapters.get("head") if adapters else None
+        logits = self.head_logits(hidden, None if pair is None else (pair[0][:, 0], pair[1][:, 0]))
+        return self.token_losses(logits, targets, temperature)
 
 
 def new_model(config: Config) -> GPT:
@@ -4117,14 +4134,9 @@ class Adapters:
         """A and B of the first documents, in turn for each key."""
         return [p[:documents] for key in self.a for p in (self.a[key], self.b[key])]
 
-    def pairs(self, parameters: list[Tensor]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    def pairs(self, parameters: list[Tensor]) -> StackedAdapters:
         """The `adapters` argument of the model's forward, from (leaf) tensors in the order of `parameters`."""
-        sets: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.calls + 1)]  # the last is the head's
-        for key, a, b in zip(self.a, parameters[::2], parameters[1::2], strict=True):
-            targets = sets[-1:] if key == "head" else sets[:-1]
-            for target, pair in zip(targets, zip(a.unbind(1), b.unbind(1), strict=True), strict=True):
-                target[key] = pair
-        return sets
+        return dict(zip(self.a, zip(parameters[::2], parameters[1::2], strict=True), strict=True))
 
     @torch.no_grad()
     def step(self, documents: int, gradients: list[Tensor]) -> None:
@@ -4479,8 +4491,11 @@ def ema_weight(step: int, config: Config) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
-    """The model's forward, with COMPILE=1 compiled: one graph for each variant of its arguments."""
+def compiled_forward(model: GPT) -> Callable:
+    """The model's forward, with COMPILE=1 compiled: one graph for each variant of its arguments.
+
+    Sizes are constants, but for those that the caller marks as dynamic.
+    """
     if not model.runtime.compile:
         return model
     from torch.fx.experimental import _config as symbolic_shapes  # imports much, and only compiling needs it
@@ -4488,7 +4503,13 @@ def compiled_forward(model: GPT, dynamic: bool = False) -> Callable:
     torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together exceed the default of 8
     # Sizes that are equal by chance in the first batch would be taken for one, and the next batch compiled again.
     symbolic_shapes.use_duck_shape = False
-    return torch.compile(model, dynamic=dynamic, fullgraph=True)
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+def mark_sizes(count: int, *tensors: Tensor) -> None:
+    """Marks the first sizes of tensors as dynamic, but sizes of 1: torch.compile makes them constants."""
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, [d for d in range(count) if tensor.size(d) > 1])
 
 
 def graphs_compiled() -> int:
@@ -6946,23 +6967,26 @@ class Evaluator:
         ids, targets = (self.tokens[p].astype(np.int64) for p in (position, position + 1))
         return to_device(ids, targets, starts, self.run.device), scored
 
-    @torch.no_grad()
     def score_sequences(
         self,
         forward: Callable,
         sequences: list[list[int]],
-        ledger: ScoreLedger | None = None,
+        ledger: ScoreLedger,
         windows: np.ndarray | None = None,
     ) -> None:
         """Scores a batch of sequences of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(sequences, self.windows if windows is None else windows)
-        nll, _ = forward(*batch, looped=self.config.loops, temperature=self.config.temperature)
-        if ledger:
-            ledger.score(scored, nll)
+        nll = self.compute(forward, batch)
+        ledger.score(scored, nll)
 
     def warm_up(self, forward: Callable) -> None:
-        """Computes one batch and drops it, so that what an evaluation needs is compiled."""
-        self.score_sequences(forward, self.sequences[: self.batch_size])
+        """Computes one batch of padding and drops it, so that what an evaluation needs is compiled."""
+        self.compute(forward, as_padding(self.batch(self.sequences[: self.batch_size], self.windows)[0]))
+
+    @torch.no_grad()
+    def compute(self, forward: Callable, batch: Batch) -> Tensor:
+        """NLL [B, T] of a batch."""
+        return forward(*batch, looped=self.config.loops, temperature=self.config.temperature)[0]
 
     def project(self, forward: Callable) -> None:
         """Logs the seconds that an evaluation will take, measured on one of its batches."""
@@ -7030,16 +7054,21 @@ class FullModelSGD:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
 
-    def seconds_per_token(self) -> float:
-        """Seconds of a forward and backward pass for each token, measured on a sequence of padding."""
-        batch = as_padding(next(self.batches(np.zeros(self.run.world * self.config.train_seq_len, np.int64)))[0])
-        parameters = list(self.model.parameters())
+    def drop_step(self, batch: Batch) -> None:
+        """Computes the gradients of a micro-batch, and drops them."""
+        nll, _ = self.forward(*batch, looped=self.config.loops)
+        torch.autograd.grad(nll.sum(), list(self.model.parameters()), allow_unused=True)
 
-        def forward_and_backward() -> None:
-            nll, _ = self.forward(*batch, looped=self.config.loops)
-            torch.autograd.grad(nll.sum(), parameters, allow_unused=True)
+    def warm_up(self, tokens: int) -> None:
+        """Computes the micro-batches of a step on so many tokens, as padding, so that they are compiled."""
+        for batch, _ in self.batches(np.zeros(tokens, np.int64)):
+            self.drop_step(as_padding(batch))
 
-        return self.run.time_second_call(forward_and_backward) / batch.ids.numel()
+    def seconds_per_token(self, tokens: int) -> float:
+        """Seconds of a forward and backward pass for each token, on the first micro-batch of a step, as padding."""
+        least = self.run.world * self.config.train_seq_len  # so that every rank has some
+        batch = as_padding(next(self.batches(np.zeros(max(tokens, least), np.int64)))[0])
+        return self.run.time_second_call(lambda: self.drop_step(batch)) / batch.ids.numel()
 
     def zero_frozen_gradients(self) -> None:
         """Zeroes the gradients of the frozen first blocks: their vectors, and their matrices in the banks."""
@@ -7073,7 +7102,7 @@ class PhasedTTT:
         self.lengths = np.diff(self.offsets)
         self.plan()
         self.ledger = ScoreLedger(evaluator)
-        self.forward = compiled_forward(constant_view(model), dynamic=True)
+        self.forward = compiled_forward(constant_view(model))
         calls = len(model.schedules[config.loops])
         self.adapters = Adapters(config, calls, self.run.device) if adapt else None
         if self.adapters:
@@ -7168,17 +7197,11 @@ class PhasedTTT:
 
         Training all weights is counted as if a token cost as much in it as in an adapter's step.
         """
-        config, most = self.config, int(self.chunk_counts[documents].max())
-        full = max(0, min(most - 2, config.ttt_context // config.ttt_chunk_size))
-        seconds_per_token = 0.0
-        for chunk in (0, full):  # in the order of the real windows: another order would compile other graphs
-            remaining = documents[self.chunk_counts[documents] > chunk]
-            batch, scored = self.window(remaining, chunk)
-            if len(remaining) == batch.ids.size(1):  # a graph of equal sizes would serve no others
-                batch, scored = self.window(remaining[:-1], chunk)
-            adapts = self.adapters is not None and most > chunk + 1
-            compute = functools.partial(self.warm_up, as_padding(batch), scored, adapts)
-            seconds_per_token = self.run.time_second_call(compute) / batch.ids.numel()
+        config = self.config
+        full = min(int(self.chunk_counts[documents].max()) - 1, config.ttt_context // config.ttt_chunk_size)
+        batch, scored = self.window(documents[self.chunk_counts[documents] > full], full)
+        compute = functools.partial(self.drop_step, as_padding(batch), scored)
+        seconds_per_token = self.run.time_second_call(compute) / batch.ids.numel()
         tokens = self.meter.total
         if self.adapters:
             trained = sum(int(self.lengths[self.order[:end]].sum()) for end in self.phase_ends)
@@ -7187,10 +7210,25 @@ class PhasedTTT:
         work = f"{len(self.lengths)} documents in {chunks} chunks, {phases} phases"
         self.meter.project(seconds_per_token * tokens, work)
 
-    def warm_up(self, batch: Batch, scored: np.ndarray, adapts: bool) -> None:
-        """Computes a window and, where it adapts, its gradients, and drops them."""
-        nll, leaves = self.score(batch, scored, adapts)
-        if adapts:
+    def warm_up(self) -> None:
+        """Computes a window and a step of all weights, as padding, so that they are compiled."""
+        documents = next(self.batches(*self.phases()[0]), None)
+        if documents is not None:
+            if self.adapters:
+                self.start_batch(self.adapters, documents)
+            batch, scored = self.window(documents, 0)
+            self.drop_step(as_padding(batch), scored)
+        if self.adapters and self.phase_ends:
+            self.new_sgd().warm_up(self.config.global_ttt_chunk_tokens)
+
+    def new_sgd(self) -> FullModelSGD:
+        """The optimizer of all weights, with no momentum yet."""
+        return FullModelSGD(self.evaluator, self.model, self.ledger, self.config.global_ttt_momentum)
+
+    def drop_step(self, batch: Batch, scored: np.ndarray) -> None:
+        """Computes a window and its adapters' gradients, and drops them."""
+        nll, leaves = self.score(batch, scored)
+        if leaves:
             torch.autograd.grad(nll.sum(), leaves)
 
     def score_and_adapt(self, documents: np.ndarray) -> None:
@@ -7198,11 +7236,11 @@ class PhasedTTT:
         for chunk in range(int(self.chunk_counts[documents[0]])):
             batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
             adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
-            nll, leaves = self.score(batch, scored, adapting > 0)
+            nll, leaves = self.score(batch, scored)
             self.ledger.score(scored, nll)
             for step in range(self.config.ttt_grad_steps if adapting else 0):
                 if step:
-                    nll, leaves = self.score(batch, scored, True)
+                    nll, leaves = self.score(batch, scored)
                 self.adapt(nll, leaves, scored[:adapting])
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
@@ -7216,26 +7254,32 @@ class PhasedTTT:
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
         adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
-    def score(self, batch: Batch, scored: np.ndarray, adapts: bool) -> tuple[Tensor, list[Tensor]]:
-        """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on."""
+    def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor]]:
+        """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on.
+
+        It can always be differentiated: a score must not depend on whether another document goes on, and a graph
+        without gradients would be one more to compile.
+        """
         adapters, leaves = self.adapters, []
         if adapters:
-            leaves = [p.detach().requires_grad_(adapts) for p in adapters.parameters(len(scored))]
-        with torch.set_grad_enabled(adapts):
-            nll, _ = self.forward(
-                *batch,
-                looped=self.config.loops,
-                adapters=adapters.pairs(leaves) if adapters else None,
-                last_tokens=scored.shape[1],
-                temperature=self.config.temperature,  # adapters train on what counts
-            )
+            leaves = [p.detach().requires_grad_() for p in adapters.parameters(len(scored))]
+        if self.model.runtime.compile:  # one graph for any number of documents, places and scored places
+            mark_sizes(1, *leaves)
+            mark_sizes(2, batch.ids, batch.targets, batch.documents.starts)
+        nll, _ = self.forward(
+            *batch,
+            looped=self.config.loops,
+            adapters=adapters.pairs(leaves) if adapters else None,
+            temperature=self.config.temperature,  # adapters train on what counts
+        )
         return nll, leaves
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document with its context, right-aligned where the chunk would end; the rest is padding.
 
-        Returns the batch [B, T] and the positions [B, last] of the inputs whose targets are scored, -1 elsewhere. T
-        and last follow from the chunk's place and not from where documents end: rounding depends on shapes.
+        Returns the batch, ids [B, T] and targets [B, last], and the positions [B, last] of the inputs whose targets
+        are scored, -1 elsewhere. T and last follow from the chunk's place and not from where documents end: rounding
+        depends on shapes.
         """
         first, end = self.chunk_bounds(documents, chunk)
         last = max(2, int((end - first).max()))
@@ -7248,7 +7292,8 @@ class PhasedTTT:
         places = end[:, None] - length + np.arange(length)  # [B, T] in their documents
         padding = places < begin[:, None]
         positions = self.offsets[documents][:, None] + np.clip(places, 0, lengths - 1)
-        ids, targets = (self.tokens[p].astype(np.int64) for p in (positions, positions + 1))
+        ids = self.tokens[positions].astype(np.int64)
+        targets = self.tokens[positions[:, length - last :] + 1].astype(np.int64)
         starts = np.where(padding, 0, padding.sum(1, keepdims=True)).astype(np.int32)
         counts = (places >= first[:, None]) & (places < lengths)
         scored = np.where(counts, positions, -1)[:, length - last :]
@@ -7261,7 +7306,7 @@ class PhasedTTT:
         stream = np.concatenate([np.arange(begin, end) for begin, end in bounds])
         size = config.global_ttt_chunk_tokens
         chunks = np.split(stream, range(size, len(stream), size))[:-1]
-        sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.global_ttt_momentum)
+        sgd = self.new_sgd()
         total = config.global_ttt_epochs * len(chunks)
         for step in range(total):
             sgd.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
@@ -7351,6 +7396,17 @@ class ChunkTTT:
         self.count = -(-(len(evaluator.tokens) - 1) // self.size)
         self.meter = ProgressMeter(evaluator.run, config, "ttt" if adapt else "ttt_baseline", self.count)
 
+    def new_sgd(self) -> FullModelSGD:
+        """The optimizer of all weights, with no momentum yet."""
+        config = self.config
+        return FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+
+    def warm_up(self) -> None:
+        """Computes a batch and a step of all weights, as padding, so that they are compiled."""
+        self.evaluator.warm_up(compiled_forward(self.model))
+        if self.adapt and self.count > 1:
+            self.new_sgd().warm_up(self.size)
+
     def __call__(self) -> Score:
         """Scores the stream's targets, each before anything trains on it."""
         config, run = self.config, self.evaluator.run
@@ -7358,7 +7414,7 @@ class ChunkTTT:
         windows = evaluation_windows(self.evaluator.documents, config.eval_context, config.eval_step, self.size)
         edges = np.searchsorted((windows[:, 0] + windows[:, 2]) // self.size, range(self.count + 1))
         forward = compiled_forward(self.model)
-        sgd = FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+        sgd = self.new_sgd()
         self.project(forward, len(windows), sgd)
         for chunk in range(self.count):
             own = windows[edges[chunk] : edges[chunk + 1]]
@@ -7387,7 +7443,7 @@ class ChunkTTT:
         batches = len(evaluator.batches(evaluator.sequences))  # a chunk's border splits some batches in two
         seconds = evaluator.run.time_second_call(lambda: evaluator.warm_up(forward)) * batches
         if self.adapt:
-            seconds += sgd.seconds_per_token() * config.ttt_epochs * (self.count - 1) * self.size
+            seconds += sgd.seconds_per_token(self.size) * config.ttt_epochs * (self.count - 1) * self.size
         work = f"{windows} windows in {self.count} chunks, {config.ttt_epochs} epochs on each"
         self.meter.project(seconds / evaluator.run.world, work)
 
@@ -7398,11 +7454,27 @@ def ttt_diverged(config: Config, problem: str) -> ConfigError:
     return ConfigError(name.upper(), getattr(config, name), f"{problem}; lower this rate{other}")
 
 
+def ttt_method(config: Config) -> type[PhasedTTT] | type[ChunkTTT]:
+    """The class that TTT_MODE and TTT_ORDER name."""
+    if config.ttt_mode == "chunk":
+        return ChunkTTT
+    return PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT
+
+
+def compile_evaluation(evaluator: Evaluator, model: GPT) -> None:
+    """Compiles what the evaluation of an artifact needs, before its clock starts. Nothing of the text is computed."""
+    config = evaluator.config
+    evaluator.warm_up(compiled_forward(model))
+    if config.ttt_mode != "none":
+        for adapt in [False] * config.ttt_baseline + [True]:
+            ttt_method(config)(evaluator, model, adapt).warm_up()
+    if evaluator.run.device.type == "cuda":
+        torch.cuda.empty_cache()  # what test-time training took is more than the training leaves
+
+
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
-    config, run = evaluator.config, evaluator.run
-    phased = PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT
-    method = dict(phased=phased, chunk=ChunkTTT)[config.ttt_mode]
+    config, run, method = evaluator.config, evaluator.run, ttt_method(evaluator.config)
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
         score = method(evaluator, model, adapt=False)()
@@ -7449,6 +7521,10 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         run.log(f"warmup: {steps} {unit} per graph variant, {warm - graphs} graphs, state restored")
         reserve_calibration(trainer)
         evaluator.project(trainer.forward)
+    if config.compile == "1" and config.mode == "all":
+        with Stage(run, "compile"):
+            compile_evaluation(evaluator, model)
+            warm = graphs_compiled()
     with Stage(run, "train"):
         loader.data_stall = 0.0
         end = train(trainer, lambda: evaluator(trainer.forward))
@@ -7547,11 +7623,17 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
     with Stage(run, "unpack"):
         data = run.broadcast_object(run.on_main(lambda: read_artifact(run.path(CONTAINER_FILE))))
         model, config = load_artifact(data, config, explicit, run.device)
-    with Stage(run, "evaluate"):
-        if evaluator is None:
+    if evaluator is None:
+        with Stage(run, "evaluate"):
             evaluator = make_evaluator(config, run)
             log_data(run, evaluator)
+        if config.compile == "1":
+            with Stage(run, "compile"):
+                compile_evaluation(evaluator, model)
+        with Stage(run, "evaluate"):
             evaluator.project(compiled_forward(model))
+    warm = graphs_compiled()
+    with Stage(run, "evaluate"):
         score = evaluator(compiled_forward(model), "quantized")
         require_finite(score, ArtifactError, "the validation loss of its model")
         log_score(run, "quantized", score)
@@ -7572,6 +7654,8 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
             rows |= test_time_training(evaluator, model)
+    if config.compile == "1":
+        run.log(f"recompiled: {graphs_compiled() - warm} graphs in the evaluation")
     return rows
 
 
@@ -7691,6 +7775,10 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= evaluate_artifact(config, explicit, run, evaluator)
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
     summary |= dict(seconds=run.seconds, **machine)
+    if config.mode != "train":
+        spent = sum(run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES)
+        with_compilation = spent + run.seconds.get("compile", 0.0)
+        summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         write_atomic(run.path(run.prefix + SUMMARY_FILE), to_json(summary, indent=1) + "\n")
     for line in summary_lines(summary):

@@ -1,6 +1,6 @@
 """Runs the script's own training, evaluation and test-time training with fake tensors on a fake H100.
 
-Each use is a function of a `Session`. What runs is the script's `Trainer.step`, `Evaluator.score_sequences`,
+Each use is a function of a `Session`. What runs is the script's `Trainer.step`, `Evaluator.compute`,
 `PhasedTTT` and `FullModelSGD`; only data, ranks and random generators are stand-ins.
 """
 
@@ -287,7 +287,9 @@ def evaluation(session: Session) -> None:
         session.recorder.context = (sizes**2).sum() / sizes.sum() / 2
         for batch in (batches[0], batches[1], batches[-1]):
             session.forget_costs(result.use)
-            evaluator.score_sequences(forward, batch)
+            with session.costs.suspended():
+                inputs, _ = evaluator.batch(batch, evaluator.windows)
+            evaluator.compute(forward, inputs)
 
 
 def ttt_windows(counts: np.ndarray, batch: int, full: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -308,7 +310,7 @@ def ttt_windows(counts: np.ndarray, batch: int, full: int, most: int) -> Iterato
 def test_time_training(session: Session, windows: int = 14) -> None:
     """Windows of phased TTT as documents come to their ends: scored, and adapted to where a document goes on."""
     script, config = session.script, session.config
-    with stand_ins(script), session.use("TTT", allowed=2) as result:
+    with stand_ins(script), session.use("TTT") as result:
         evaluator = new_evaluator(session)
         model = session.model()
         ttt = script.PhasedTTT(evaluator, model)
@@ -326,7 +328,7 @@ def test_time_training(session: Session, windows: int = 14) -> None:
             adapting = int((counts[documents] > chunk + 1).sum())
             result.shapes.append((*batch.ids.shape, scored.shape[1], adapting))
             ttt.ledger.own_counts[scored[scored >= 0]] = 1
-            nll, leaves = ttt.score(batch, scored, adapting > 0)
+            nll, leaves = ttt.score(batch, scored)
             if adapting:
                 ttt.adapt(nll, leaves, scored[:adapting])
             result.tokens = result.tokens or batch.ids.numel()

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 from runs import ROOT, Parser, UserError, command_line, number_type
 
 sys.path.insert(0, str(ROOT))
@@ -48,17 +49,18 @@ def subset(source: Path, out: Path, documents: int) -> None:
     out.mkdir(parents=True)
     for path in (*training, *source.glob("tokenizer.*")):
         (out / path.name).symlink_to(path.resolve())
-    left = documents
+    left = documents  # of which the last one may go on in the next shard
     for path in validation:
         tokens = t.open_shard(path)
         starts = np.flatnonzero(tokens == t.BOS_ID)
         end = len(tokens) if len(starts) <= left else int(starts[left])
-        write_first(path, out / path.name, end)
-        if t.sidecar_path(path).is_file():
-            write_first(t.sidecar_path(path), out / t.sidecar_path(path).name, end)
-        left -= min(left, len(starts))
-        if not left:
+        for source_file in (path, t.sidecar_path(path)):
+            if end and source_file.is_file():
+                write_first(source_file, out / source_file.name, end)
+        if len(starts) > left:
+            left = 0
             break
+        left -= len(starts)
     print(f"{out}: {len(training)} training shards, {documents - left} validation documents")
 
 

@@ -107,6 +107,7 @@ def by_name(rows: Iterable[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def step_lines(figures: dict[str, dict[str, Any]]) -> Iterator[Line]:
     """Milliseconds of whole steps. A record run would take the first backend that works, on all ranks."""
+    titles = dict(plain="a step before the loops", looped="a step after the loops")
     measured = [name for name in ("ranks", *BACKENDS) if figures.get(f"step-{name}", {}).get("rows")]
     for name in measured:
         found = figures[f"step-{name}"]
@@ -115,7 +116,7 @@ def step_lines(figures: dict[str, dict[str, Any]]) -> Iterator[Line]:
             if row["part"] == "whole step":
                 yield Line(
                     f"step/{backend}/{row['order']}",
-                    f"{dict(plain='a step before the loops', looped='a step after the loops')[row['order']]}, {backend}",
+                    f"{titles[row['order']]}, {backend}",
                     "ms",
                     row["ms_per_step"],
                     RECORD_STEPS[row["order"]] if name == measured[0] else 0.0,
@@ -166,7 +167,7 @@ def run_lines(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[Line]
             scale, note = share, f"as if on {CHALLENGE_RANKS} ranks"
         if stage in ("evaluate", "ttt", "validate"):
             scale = share * CHALLENGE_TARGETS / summary["val_tokens"] if summary.get("val_tokens") else 1.0
-            note = f"scaled from {spent:.1f} s for {summary.get('val_tokens')} targets; with compilation"
+            note = f"scaled from {spent:.1f} s for {summary.get('val_tokens')} targets"
         yield Line(key, f"the run's stage {stage}", "s", spent * scale, 0.0, note)
 
 

@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 bench/train.py
 
 With CUDA the model is PRESET=record, and a step is one micro-batch on each rank. Without CUDA it is the same
-architecture at a small shape. On several ranks a step takes as long as on the slowest of them. Knobs come from the environment, as for train_gpt.py. The data are random tokens, in documents as long as web
-pages, in a temporary folder.
+architecture at a small shape. On several ranks a step takes as long as on the slowest of them. Knobs come from the
+environment, as for train_gpt.py. The data are random tokens, in documents as long as web pages, in a temporary folder.
 
 Two parts are measured, before and after depth recurrence starts. The whole `Trainer.step` is reading the batch,
 forward, backward, clipping, Muon, AdamW and EMA. The other part ends after the backward pass. Parts take turns, so that

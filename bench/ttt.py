@@ -14,8 +14,9 @@ With CUDA the model is PRESET=record; without CUDA it is the same architecture a
 environment, as for train_gpt.py. If the model is compiled, each evaluation runs twice, and the second one is timed.
 
 With CUDA the last column is the time for the challenge's 50,000 documents on 8 such devices, without compilation and
-unpacking. They are 47,851,520 targets of `record`'s vocabulary, by PR #2163's logs, and about 62 million of 1024 tokens. PR #2163's logs have 473 to 528 s for phased test-time training. Peak memory is that
-of the GPU's allocator, or on CPUs that of the process so far.
+unpacking. They are 47,851,520 targets of `record`'s vocabulary, by PR #2163's logs, and about 62 million of 1024
+tokens. Those logs have 473 to 528 s for phased test-time training. Peak memory is that of the GPU's allocator, or on
+CPUs that of the process so far.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from runs import ROOT, Parser, UserError, command_line, number_type, read_json, 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BACKENDS = ("fa3", "fa2", "varlen", "sdpa")  # as `ATTENTION=auto` tries them
 CHALLENGE_DOCUMENTS, CHALLENGE_RANKS = 50_000, 8
+SEQUENCES = 384  # of a step of `record` and `poly5`, which ranks must divide
 DONE = ("passed", "unavailable")
 PACKAGES = ("torch", "triton", "flash_attn", "flash_attn_interface", "numpy", "sentencepiece")
 # The whole architecture of `record`, at sizes that take a CPU seconds.
@@ -108,7 +109,12 @@ def parse(arguments: list[str]) -> Any:
         help="what to measure on (default: DEVICE, or cuda)",
     )
     add("--tiny", action="store_true", help="tiny sizes, for a rehearsal; its figures mean nothing")
-    add("--ranks", type=number_type(int, 1, 64), metavar="N", help="number of ranks (default: one per GPU, or one)")
+    add(
+        "--ranks",
+        type=number_type(int, 1, 64),
+        metavar="N",
+        help="number of ranks (default: one per GPU that a step has sequences for, or one)",
+    )
     add(
         "--data",
         type=Path,
@@ -209,7 +215,7 @@ def count_ranks(options: Any) -> int:
         )
     if options.ranks and options.ranks > visible:
         raise UserError(f"--ranks {options.ranks}: {visible} GPUs are visible")
-    return options.ranks or visible
+    return options.ranks or next(n for n in range(visible, 0, -1) if SEQUENCES % n == 0)
 
 
 def python(*words: Any) -> list[str]:

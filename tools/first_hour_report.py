@@ -25,8 +25,18 @@ REASONS = dict(
     varlen="torch's own variable-length attention needs torch 2.10 or newer and bfloat16 on CUDA",
     sdpa="torch's own attention should work everywhere: read its log",
 )
-# A line's key -> places of its estimate in the budget, the first that is there.
-ESTIMATES: dict[str, tuple[str, ...]] = {}
+# A line's key -> where bench/budget.py has its estimate, in seconds. Of several places the sum counts.
+ESTIMATES: dict[str, tuple[str, ...]] = {
+    "step/fa3/plain": ("peer/step before the loops",),
+    "step/fa3/looped": ("peer/step after",),
+    "ttt": ("peer/ttt",),
+    "audit": ("stages/data, audit",),
+    "warmup": ("stages/warmup, compiling", "stages/warmup, steps"),
+    "compile": ("stages/ttt, compiling",),
+    **{name: (f"stages/{name}",) for name in ("setup", "validate", "calibrate", "quantize", "pack", "unpack")},
+    "evaluate": ("stages/evaluate",),
+}
+Range = tuple[float, float, float]  # lowest, middle, highest
 
 
 @dataclass
@@ -39,32 +49,37 @@ class Line:
     measured: float
     times: float = 0.0  # how often it occurs in a record run; 0 where it does not, or is part of another line
     note: str = ""
-    estimated: float | None = None
+    estimated: Range | None = None
+
+    @property
+    def middle(self) -> float | None:
+        """The middle of the estimate."""
+        return self.estimated[1] if self.estimated else None
 
     @property
     def ratio(self) -> float | None:
-        """Measured over estimated."""
-        return self.measured / self.estimated if self.estimated else None
+        """Measured over the middle of the estimate."""
+        return self.measured / self.middle if self.middle else None
 
     @property
     def seconds_lost(self) -> float | None:
         """Seconds of a record run by which the measurement exceeds the estimate."""
-        if self.estimated is None:
+        if self.middle is None:
             return None
-        return (self.measured - self.estimated) * self.times * (1e-3 if self.unit == "ms" else 1.0)
+        return (self.measured - self.middle) * self.times * (1e-3 if self.unit == "ms" else 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- estimates
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of a JSON value; the rows of a list are named by their `key` or `name` where they have one."""
+    """(path, leaf) of a JSON value; the rows of a list are named by their `stage` or `name` where they have one."""
     if isinstance(value, dict):
         for name, part in value.items():
             yield from flat(part, f"{path}/{name}" if path else str(name))
     elif isinstance(value, list):
         for number, part in enumerate(value):
-            name = part.get("key", part.get("name", number)) if isinstance(part, dict) else number
+            name = part.get("stage", part.get("name", number)) if isinstance(part, dict) else number
             yield from flat(part, f"{path}/{name}" if path else str(name))
     else:
         yield path, value
@@ -80,12 +95,19 @@ def read_budget(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in numbers}
 
 
-def estimate(budget: dict[str, float], key: str) -> float | None:
-    """The estimate of a line: at one of its known places, or under its own name."""
-    for place in (*ESTIMATES.get(key, ()), key):
-        if place in budget:
-            return budget[place]
-    return None
+def estimate(budget: dict[str, float], key: str, unit: str) -> Range | None:
+    """The estimate of a line in its unit: a number under the line's own name, or what bench/budget.py writes."""
+    if key in budget:
+        return (budget[key],) * 3
+    places = [f"{place}/estimated" for place in ESTIMATES.get(key, ())]
+    if not places or any(f"{place}/mid" not in budget for place in places):
+        return None
+    scale = 1000.0 if unit == "ms" else 1.0
+    low, middle, high = (
+        scale * sum(budget.get(f"{place}/{end}", budget[f"{place}/mid"]) for place in places)
+        for end in ("low", "mid", "high")
+    )
+    return low, middle, high
 
 
 # ------------------------------------------------------------------------------------------------------------ measured
@@ -130,14 +152,14 @@ def stage_lines(figures: dict[str, dict[str, Any]]) -> Iterator[Line]:
     for name, key, what, times in (
         ("one attempt", "quantize/attempt", "one attempt at quantization", 0.0),
         ("the whole stage", "quantize", "quantization, all attempts and packing", 1.0),
-        ("packing", "pack", "packing once", 0.0),
+        ("packing", "packing", "packing once", 0.0),
         ("unpacking", "unpack", "unpacking once", 1.0),
     ):
         if "seconds" in by_name(quantize, name):
             yield Line(key, what, "s", by_name(quantize, name)["seconds"], times, "random weights")
     coder = by_name(figures.get("pack", {}).get("rows", []), "pergroup")
     if coder:
-        yield Line("pack", "packing once", "s", coder["pack_seconds"], 0.0, "bench/pack.py, synthetic integers")
+        yield Line("packing", "packing once", "s", coder["pack_seconds"], 0.0, "bench/pack.py, synthetic integers")
         yield Line("unpack", "unpacking once", "s", coder["unpack_seconds"], 0.0, "bench/pack.py, synthetic integers")
     for row in figures.get("ttt", {}).get("rows", []):
         key = {"sliding, no overlap": "evaluate", "phased": "ttt"}.get(row["name"], f"ttt/{row['name']}")
@@ -160,9 +182,11 @@ def run_lines(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[Line]
         line.key += f"/{config.get('enable_looping_at', LOOPS_FROM):g}"
         yield line
     for stage, spent in seconds.items():
-        if stage == "train":
+        if stage in ("train", "data"):  # reading the data is estimated with their audit
             continue
         key, scale, note = f"run/{stage}", 1.0, ""
+        if stage == "audit":
+            spent += seconds.get("data", 0.0)
         if stage == "calibrate":
             scale, note = share, f"as if on {CHALLENGE_RANKS} ranks"
         if stage in ("evaluate", "ttt", "validate"):
@@ -171,10 +195,13 @@ def run_lines(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[Line]
         yield Line(key, f"the run's stage {stage}", "s", spent * scale, 0.0, note)
 
 
-def mean_step(budget: dict[str, float], looping_at: float) -> float | None:
+def mean_step(budget: dict[str, float], looping_at: float) -> Range | None:
     """The estimated ms of an average step of a training whose loops start after this share of its time."""
-    plain, looped = (estimate(budget, f"step/fa3/{order}") for order in ("plain", "looped"))
-    return 1 / (looping_at / plain + (1 - looping_at) / looped) if plain and looped else None
+    plain, looped = (estimate(budget, f"step/fa3/{order}", "ms") for order in ("plain", "looped"))
+    if not plain or not looped:
+        return None
+    low, middle, high = (1 / (looping_at / a + (1 - looping_at) / b) for a, b in zip(plain, looped, strict=True))
+    return low, middle, high
 
 
 def lines_of(folder: Path, budget: dict[str, float]) -> list[Line]:
@@ -186,8 +213,11 @@ def lines_of(folder: Path, budget: dict[str, float]) -> list[Line]:
     for line in lines:
         if line.key.startswith("run/step/"):
             line.estimated = mean_step(budget, float(line.key.rpartition("/")[2]))
-        else:
-            line.estimated = estimate(budget, line.key.removeprefix("run/"))
+            continue
+        line.estimated = estimate(budget, line.key.removeprefix("run/"), line.unit)
+        if line.key.startswith("step/") and line.estimated is None:
+            line.estimated = estimate(budget, f"step/fa3/{line.key.rpartition('/')[2]}", line.unit)
+            line.note += "; estimated with fa3" if line.estimated else ""
     return lines
 
 
@@ -216,7 +246,7 @@ def advice(rows: list[dict[str, Any]], lines: list[Line]) -> list[str]:
     for place, line in enumerate(sorted(slower, key=lambda line: -(line.seconds_lost or 0))[:3]):
         found.append(
             f"{'The largest gap' if not place else 'Then'}: **{line.what}** takes {number(line.measured)} {line.unit} "
-            f"where {number(line.estimated)} {line.unit} are estimated ({line.ratio:.2f} times as long, "
+            f"where {number(line.middle)} {line.unit} are estimated ({line.ratio:.2f} times as long, "
             f"{line.seconds_lost:.1f} s of a record run)"
         )
     for row in rows:
@@ -230,10 +260,18 @@ def advice(rows: list[dict[str, Any]], lines: list[Line]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- the text
 
 
+def expected(line: Line) -> str:
+    """A line's estimate with its range."""
+    if line.estimated is None:
+        return "no estimate"
+    low, middle, high = map(number, line.estimated)
+    return f"{middle} {line.unit}" if low == high else f"{middle} ({low} to {high}) {line.unit}"
+
+
 def number(x: float | None) -> str:
     """A figure with three digits or more."""
     if x is None:
-        return "no estimate"
+        return "-"
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
@@ -299,7 +337,7 @@ def markdown(folder: Path, about: dict[str, Any], rows: list[dict[str, Any]], li
         (
             line.what,
             f"{number(line.measured)} {line.unit}",
-            number(line.estimated) + ("" if line.estimated is None else f" {line.unit}"),
+            expected(line),
             "-" if line.ratio is None else f"{line.ratio:.2f}",
             "-" if not line.times or line.seconds_lost is None else f"{line.seconds_lost:+.1f}",
             line.note,

@@ -215,7 +215,7 @@ def test_defaults():
     """Full `record` in one micro-batch with CUDA, a small `record` without; the environment goes first."""
     full, _ = bench.configuration({}, True)
     small, _ = bench.configuration({}, False)
-    assert (full.vocab_size, full.model_dim, full.train_seq_len, full.train_batch_tokens) == (8192, 512, 2048, 65536)
+    assert (full.vocab_size, full.model_dim, full.train_seq_len, full.train_batch_tokens) == (8192, 512, 2048, 98304)
     assert small.model_dim < 512 and small.train_batch_tokens == small.micro_batch_tokens
     switches = [f for f, v in tg.PRESETS["record"].items() if v is True]
     assert switches and all(getattr(c, f) for c in (full, small) for f in switches)

@@ -267,7 +267,7 @@ def data_step(options: Any, ranks: int) -> tuple[Step, Path]:
         return Step("data", title, command, 300, folder=str(folder)), folder
     if options.tiny:
         folder = options.out.resolve() / "data"
-        sizes = ("builtin:networkx", "--vocab-size", 512, "--val-fraction", 0.01, "--workers", 1)
+        sizes = ("builtin:networkx", "--vocab-size", 512, "--val-fraction", 0.004, "--workers", 1)
     else:
         folder, sizes = ROOT / "data" / "builtin_sp8192", ("builtin", "--vocab-size", 8192)
     command = python("data/prepare.py", *sizes, "--quiet", "--out", folder)
@@ -361,7 +361,8 @@ def run_step(step: Step, folder: Path) -> dict[str, Any]:
     for path in (log, folder / f"{step.name}.json", *([Path(step.folder)] if step.folder else [])):
         keep_earlier(path)
     added = [f"{name}={value}" for name, value in step.environment.items()]
-    start, code, status = time.monotonic(), None, ""
+    start, status = time.monotonic(), ""
+    code = None
     with open(log, "wb") as out:
         out.write(f"$ {shlex.join([*added, *step.command])}\n".encode())
         out.flush()

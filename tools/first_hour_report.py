@@ -184,7 +184,7 @@ def run_lines(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[Line]
     for stage, spent in seconds.items():
         if stage in ("train", "data"):  # reading the data is estimated with their audit
             continue
-        key, scale, note = f"run/{stage}", 1.0, ""
+        scale, note = 1.0, ""
         if stage == "audit":
             spent += seconds.get("data", 0.0)
         if stage == "calibrate":
@@ -192,7 +192,7 @@ def run_lines(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[Line]
         if stage in ("evaluate", "ttt", "validate"):
             scale = share * CHALLENGE_TARGETS / summary["val_tokens"] if summary.get("val_tokens") else 1.0
             note = f"scaled from {spent:.1f} s for {summary.get('val_tokens')} targets"
-        yield Line(key, f"the run's stage {stage}", "s", spent * scale, 0.0, note)
+        yield Line(f"run/{stage}", f"the run's stage {stage}", "s", spent * scale, 0.0, note)
 
 
 def mean_step(budget: dict[str, float], looping_at: float) -> Range | None:

@@ -286,8 +286,8 @@ def test_the_estimates_are_those_of_the_budgets_stages(tmp_path):
         return dict(estimated=dict(low=low, mid=mid, high=high), peer_measured=1.0)
 
     stages = {"warmup, compiling": row(100, 150, 300), "warmup, steps": row(2, 3, 4), "evaluate": row(2, 3, 5)}
-    content = dict(stages=[dict(stage=name, **values) for name, values in stages.items()], peer={})
-    content["peer"] |= {"step before the loops": row(0.06, 0.064, 0.07), "ttt": row(200, 250, 300)}
+    peer = {"step before the loops": row(0.06, 0.064, 0.07), "ttt": row(200, 250, 300)}
+    content = dict(stages=[dict(stage=name, **values) for name, values in stages.items()], peer=peer)
     (tmp_path / "budget.json").write_text(json.dumps(content))
     budget = report.read_budget(tmp_path / "budget.json")
     assert report.estimate(budget, "warmup", "s") == (102, 153, 304)

@@ -366,7 +366,7 @@ def run_step(step: Step, folder: Path) -> dict[str, Any]:
     with open(log, "wb") as out:
         out.write(f"$ {shlex.join([*added, *step.command])}\n".encode())
         out.flush()
-        options = dict(cwd=ROOT, env=step_environment(step), stdin=subprocess.DEVNULL)
+        options: dict[str, Any] = dict(cwd=ROOT, env=step_environment(step), stdin=subprocess.DEVNULL)
         process = processes.start(step.command, stdout=out, stderr=subprocess.STDOUT, **options)
         try:
             code = process.wait(step.seconds)
@@ -404,7 +404,7 @@ def open_folder(options: Any, about: dict[str, Any]) -> dict[str, dict[str, Any]
 def run_all(options: Any, steps: list[Step], about: dict[str, Any]) -> int:
     """Runs what is not done, writing the report after each step. Returns 1 where a step has not passed."""
     before = open_folder(options, about)
-    rows = [
+    rows: list[dict[str, Any]] = [
         dict(name=step.name, title=step.title, limit=step.seconds, status="not run")
         | {key: value for key, value in before.get(step.name, {}).items() if key not in ("title", "limit")}
         for step in steps

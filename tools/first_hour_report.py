@@ -98,7 +98,7 @@ def read_budget(path: Path) -> dict[str, float]:
 def estimate(budget: dict[str, float], key: str, unit: str) -> Range | None:
     """The estimate of a line in its unit: a number under the line's own name, or what bench/budget.py writes."""
     if key in budget:
-        return (budget[key],) * 3
+        return budget[key], budget[key], budget[key]
     places = [f"{place}/estimated" for place in ESTIMATES.get(key, ())]
     if not places or any(f"{place}/mid" not in budget for place in places):
         return None

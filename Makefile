@@ -7,7 +7,11 @@ VENV_H100 ?= .venv-h100
 # FlashAttention 3 for CUDA 13 and any torch from 2.9 on (docs/gpus.md); empty: none.
 FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp39-abi3-manylinux_2_28_x86_64.whl
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean
+# Prints the folder of a usable CUDA build of torch. Where VENV or PYTHON has one, `make venv` keeps it.
+CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
+    assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
+
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -56,9 +60,14 @@ test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(PY) -m pytest -q -n 2 -m "not slow" tests
 
-# The same kernels and backends, for real, on a CUDA device.
-test-gpu: $(VENV)/test-tools $(VENV)/data-tools
-	$(PY) -m pytest -q -m gpu tests
+# The same kernels and backends, for real, on a CUDA device; and training steps, Muon over NCCL, GPTQ and TTT at size.
+test-gpu: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	$(PY) -m pytest -q -rs -m gpu tests
+
+# Tests, benchmarks and a short run on 1 to 8 GPUs, and one report: measured against estimated (docs/first-hour.md).
+# Without a GPU, a rehearsal: make first-hour ARGS="--device cpu --tiny"
+first-hour: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	@$(PY) tools/first_hour.py $(ARGS)
 
 # Each stage against a reference in the same run: kernels, a training step, the case transform, preparing, loading.
 bench: venv
@@ -130,8 +139,13 @@ $(VENV)/gpu: $(VENV)/installed requirements-gpu.txt
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: PYTHON=$(PYTHON): must be Python 3.11 or newer" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1 || if folder=$$($(PYTHON) -c "$(CUDA_TORCH)" 2>/dev/null); then \
+	    echo "$$folder" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-python.pth"; fi
+	@if $(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1; then \
+	    echo "keeping the CUDA build of torch that is there"; grep -v '^torch==' requirements.txt >$(VENV)/requirements.txt; \
+	else cp requirements.txt $(VENV)/requirements.txt; fi
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/test-tools: $(VENV)/installed requirements-test.txt

@@ -333,18 +333,27 @@ def test_a_training_is_the_same_with_and_without_and_says_how_long_data_stalled_
     assert models[0] == models[1]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_on_a_gpu_are_those_of_the_cpu(data):
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_batches_read_ahead_on_a_device_are_those_of_the_cpu(device, data):
     run = single_run()
     expected = tg.TrainLoader(config(DATA_PATH=data, READ_AHEAD=0), run)
-    loader = tg.TrainLoader(config(DATA_PATH=data), dataclasses.replace(run, device=torch.device("cuda", 0)))
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    loader = tg.TrainLoader(config(DATA_PATH=data), dataclasses.replace(run, device=place))
     for key in [(step, micro) for step in range(20) for micro in range(expected.layout.micro_steps)]:
         batch = loader.batch(*key)
         for theirs, ours in zip(
             (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents), strict=True
         ):
-            assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+            assert ours.device == place and torch.equal(ours.cpu(), theirs)
     loader.ahead.close()
 
 

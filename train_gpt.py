@@ -7528,7 +7528,8 @@ def compile_evaluation(evaluator: Evaluator, model: GPT) -> None:
 
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
-    config, run, method = evaluator.config, evaluator.run, ttt_method(evaluator.config)
+    config, run = evaluator.config, evaluator.run
+    method = ttt_method(config)
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
         score = method(evaluator, model, adapt=False)()

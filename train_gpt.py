@@ -26,6 +26,8 @@ if __name__ == "__main__":
     # Waiting OpenMP threads must sleep, and OpenMP reads this once, when torch is loaded: spinning ones slow a run
     # down tenfold beside another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # On GPUs test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import dataclasses
 import datetime
@@ -1688,8 +1690,6 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
         batch_layout(config, world)  # refuses, before anything starts, a number of ranks that does not divide the batch
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        # Test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:

@@ -315,6 +315,8 @@ def test_time_training(session: Session, windows: int = 14) -> None:
         ttt = script.PhasedTTT(evaluator, model)
         counts, batch_size = ttt.chunk_counts, config.ttt_batch_size
         in_part(session, ttt, "adapt", "adapting")
+        in_part(session, ttt, "start_batch", "a batch's start and end")
+        in_part(session, ttt, "finish_batch", "a batch's start and end")
         costs: dict[str, Any] = {}
         full = config.ttt_context // config.ttt_chunk_size
         session.recorder.window = (batch_size, config.ttt_context, config.ttt_chunk_size)
@@ -322,7 +324,7 @@ def test_time_training(session: Session, windows: int = 14) -> None:
         for documents, chunk in ttt_windows(counts, batch_size, full, windows):
             session.forget_costs(result.use)
             if not result.shapes:
-                ttt.adapters.start(ttt.phase_a)
+                ttt.start_batch(ttt.adapters, documents)
                 result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
             batch, scored = ttt.window(documents, chunk)
             session.recorder.context = batch.ids.shape[1] / 2
@@ -332,6 +334,8 @@ def test_time_training(session: Session, windows: int = 14) -> None:
             nll, leaves = ttt.score(batch, scored, adapting > 0)
             if adapting:
                 ttt.adapt(nll, leaves, scored[:adapting])
+            if not costs:
+                ttt.finish_batch(ttt.adapters, documents)
             result.tokens = result.tokens or batch.ids.numel()
             costs = costs or dict(session.costs.costs)
         session.costs.costs = costs

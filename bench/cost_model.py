@@ -29,8 +29,8 @@ class Ceilings:
     attention_forward: float = 280e12  # assumed: FlashAttention 3, heads of 64, documents shorter than the context
     attention_backward: float = 220e12  # assumed likewise
     launch: float = 2e-6  # assumed: a kernel's start and end on the device, where others cannot hide them
-    host: float = 6e-6  # assumed: the host's time for each launch
-    host_token: float = 20e-9  # assumed: the host's time for each token of a window of TTT, built with NumPy
+    host: float = 8e-6  # assumed: the host's time for each launch, from Python
+    host_token: float = 12e-9  # the host's time for each token of a window of TTT; on one slow core NumPy took 11 ns
     link: float = 300e9  # assumed: bytes/s of NCCL's collectives between 8 GPUs
     collective: float = 40e-6  # assumed: what each collective takes at least
     gloo: float = 1e9  # assumed: bytes/s of an all-reduce between hosts' processes

@@ -242,7 +242,8 @@ class Recorder:
 
     def terms_of(self, graph: Graph, gm: Any, window: tuple[int, ...] = ()) -> list[Term]:
         """Costs by term, as compiled for, or with other values of the symbolic sizes."""
-        sizes, context, inputs = None, self.context, graph.inputs
+        sizes, context = None, self.context
+        inputs = graph.inputs
         if window:
             # One more than the first size: the bounds of so many documents.
             known = {self.window[0] + 1: window[0] + 1} | dict(zip(self.window, window, strict=True))

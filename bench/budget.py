@@ -527,10 +527,8 @@ def text(found: dict[str, Any], settings: dict[str, str]) -> str:
         lines += markdown_table(["term", f"estimated {unit}", "estimated share", "bound by"], rows)
     lines += ["## Targets", ""]
     for name, row in found["targets"].items():
-        verdict, scale, unit = (
-            "met" if row["met"] else "not met",
-            *((1.0, "s") if name == "evaluation" else (1e3, "ms")),
-        )
+        scale, unit = (1.0, "s") if name == "evaluation" else (1e3, "ms")
+        verdict = "met" if row["met"] else "not met"
         lines.append(f"- {name}: {spread(row, scale)} {unit} estimated, target {scale * row['target']:.0f}: {verdict}")
     return "\n".join(lines) + "\n"
 

@@ -103,6 +103,7 @@ def write_report(options: argparse.Namespace, session: Any) -> None:
             torch=torch.__version__,
             form=form,
             attention=session.config.attention,
+            config=dataclasses.asdict(session.config),
             rows=[dataclasses.asdict(row) for row in rows],
             terms=cost_table.term_rows(session.results, graphs),
             compiled=cost_table.graph_rows(graphs),

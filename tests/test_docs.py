@@ -159,7 +159,15 @@ def test_what_cannot_be_filled_in_is_named(page, content, wrong, root):
 # ----------------------------------------------------------------------------------------------------------- the pages
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-SOURCES = ("train_gpt.py", "tests/test_config.py", "tests/test_knobs.py", "tests/test_legality.py", "bench/quantize.py")
+SOURCES = (
+    "train_gpt.py",
+    "tests/test_config.py",
+    "tests/test_knobs.py",
+    "tests/test_legality.py",
+    "bench/quantize.py",
+    "bench/budget.py",
+    "bench/cost_model.py",
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -51,6 +51,7 @@ class Call:
     kind: str  # fused, hand-written, matrix product, attention or other
     read: int
     written: int
+    nodes: tuple[str, ...] = ()  # of the graph, in order
 
 
 @dataclasses.dataclass
@@ -165,6 +166,7 @@ LINE = {
     "extern": re.compile(r"^(?:(\w+) = )?((?:extern_kernels|torch\.ops|aten)\.[\w.]+)\((.*)\)"),
     "check": re.compile(r"^assert_size_stride\((\w+), (\([^)]*\))"),
 }
+NODES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
 
 
 class Reader:
@@ -178,9 +180,13 @@ class Reader:
         self.memory.held = self.memory.peak = sum(inputs[name][0] for name in self.counted)
         self.calls: list[Call] = []
         self.origin: dict[str, int] = {}  # of a result, the call that allocated it
+        self.nodes: tuple[str, ...] = ()  # of the next launch
 
     def read(self, line: str) -> None:
         """One statement."""
+        nodes = NODES.match(line)
+        if nodes:
+            self.nodes = tuple(nodes[1].split(", "))
         for kind in ("numel", "allocate", "alias", "view", "item", "launch", "extern", "check"):
             found = LINE[kind].match(line)
             if found:
@@ -259,7 +265,7 @@ class Reader:
                 reads, stores = not state, bool(state)
             written += size * stores
             read += size * reads
-        self.calls.append(Call(name, kind_of(name), read, written))
+        self.calls.append(Call(name, kind_of(name), read, written, self.nodes))
 
     def extern(self, result: str | None, name: str, arguments: str) -> None:
         """A library's kernel, or an operator that allocates its results, which later lines check."""
@@ -273,7 +279,7 @@ class Reader:
             read += 0 if "out=" in argument else size
         if result:
             self.origin[result] = len(self.calls)
-        self.calls.append(Call(name, kind_of(name), read, written))
+        self.calls.append(Call(name, kind_of(name), read, written, self.nodes))
 
 
 def parse_module(text: str, inputs: Mapping[str, tuple[int, int]], symbols: Mapping[str, int]) -> Module:

@@ -35,6 +35,7 @@ import difflib
 import enum
 import functools
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import io
@@ -2954,16 +2955,24 @@ def uniform_noise(keys: Tensor, length: int, width: int) -> Tensor:
     return (bits >> 8).float() * 2.0**-23
 
 
-def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
-    """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
+def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, in], each sequence's own weight [B, out, in] -> [B, T, out].
 
-    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out]. On CPUs a token's bits do not depend on T (see `linear`).
+    On CPUs a token's bits do not depend on T (see `linear`).
     """
-    a, b = adapter
     length = x.size(1)
     if eager_on_cpu(x) and length < 16:  # in this order: a compiled graph must not be one of short windows
         x = F.pad(x, (0, 0, 0, 16 - length))
-    return ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))[:, :length]
+    return (x @ weight.mT)[:, :length]
+
+
+def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
+    """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
+
+    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out].
+    """
+    a, b = (matrix.to(x.dtype) for matrix in adapter)
+    return batched_linear(batched_linear(x, a), b)
 
 
 def document_positions(starts: Tensor) -> Tensor:
@@ -3712,14 +3721,35 @@ class LayerWeights(NamedTuple):
 StackedAdapters = dict[str, tuple[Tensor, Tensor]]
 
 
-def adapters_of_calls(adapters: StackedAdapters, calls: int) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """The pairs (A [B, r, in], B [B, out, r]) of each layer call, by key."""
-    own: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(calls)]
-    for key, (a, b) in adapters.items():
-        if key != "head":
-            for target, pair in zip(own, zip(a.unbind(1), b.unbind(1), strict=True), strict=True):
-                target[key] = pair
-    return own
+class CallAdapters(NamedTuple):
+    """The low-rank pairs of one layer call, in the compute type."""
+
+    keys: tuple[str, ...] = ()  # of those that read attention's normed input: q, k, v, attention
+    a: Tensor | None = None  # [B, their ranks, d], one A below the other: their input is read once
+    b: tuple[Tensor, ...] = ()  # [B, out, r] of each
+    mlp: tuple[Tensor, Tensor] | None = None  # A and B
+
+    def of_attention(self, n: Tensor) -> dict[str, Tensor]:
+        """What they add, [B, T, out] by key, given attention's normed input [B, T, d]."""
+        if self.a is None:
+            return {}
+        parts = batched_linear(n, self.a).split([b.size(-1) for b in self.b], dim=-1)
+        return {key: batched_linear(part, b) for key, part, b in zip(self.keys, parts, self.b, strict=True)}
+
+
+def adapters_of_calls(adapters: StackedAdapters, calls: int, dtype: torch.dtype) -> list[CallAdapters]:
+    """The adapters of each layer call. Stacks are cast and joined whole, before they are taken apart."""
+    keys = tuple(key for key in ("q", "k", "v", "attention") if key in adapters)
+    columns: dict[str, Iterable] = {}
+    if keys:
+        columns["a"] = torch.cat([adapters[key][0].to(dtype) for key in keys], dim=2).unbind(1)
+        columns["b"] = zip(*(adapters[key][1].to(dtype).unbind(1) for key in keys), strict=True)
+    if "mlp" in adapters:
+        columns["mlp"] = zip(*(x.to(dtype).unbind(1) for x in adapters["mlp"]), strict=True)
+    if not columns:
+        return [CallAdapters()] * calls
+    rows = zip(*columns.values(), strict=True)
+    return [CallAdapters(keys, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
 class AttentionContext(NamedTuple):
@@ -3758,15 +3788,14 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
 
-    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: dict) -> Tensor:
+    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters) -> Tensor:
         """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
         q, k, v, gate = self.qkv(n, w.qkv).split(self.widths, dim=-1)
-        q, k, v = (
-            y + low_rank(n, adapters[key]) if key in adapters else y for key, y in zip("qkv", (q, k, v), strict=True)
-        )
+        added = adapters.of_attention(n)
+        q, k, v = (y + added[key] if key in added else y for key, y in zip("qkv", (q, k, v), strict=True))
         q = q.view(sequences, length, config.num_heads, config.head_dim)
         k = k.view(sequences, length, config.num_kv_heads, config.head_dim)
         if w.value_scale is not None and context.value_embeds is not None:
@@ -3780,7 +3809,7 @@ class Block(nn.Module):
         if self.head_gate is not None:
             y = y * self.gate(gate)[..., None]
         y = self.out(y.reshape(sequences, length, config.model_dim), w.out)
-        return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
+        return y + added["attention"] if "attention" in added else y
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
@@ -3792,14 +3821,14 @@ class Block(nn.Module):
             return sigmoid(self.config.sparse_attn_gate_scale * g)
         return 2 * sigmoid(g) if self.config.attn_out_gate_enabled else sigmoid(g)
 
-    def mlp(self, x: Tensor, w: LayerWeights, adapters: dict, fused: bool) -> Tensor:
+    def mlp(self, x: Tensor, w: LayerWeights, adapters: CallAdapters, fused: bool) -> Tensor:
         """MLP of x [B, T, d] -> [B, T, d], before the output scale. `fused` allows the Triton kernels."""
         n = self.norm(x)
         if fused and triton_supports(n):
             y = mlp_triton(n, w.up, w.down, self.config.leaky_relu_slope)
         else:
             y = self.down(leaky_relu_squared(self.up(n, w.up), self.config.leaky_relu_slope), w.down)
-        return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
+        return y if adapters.mlp is None else y + low_rank(n, adapters.mlp)
 
 
 def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -3991,7 +4020,7 @@ class GPT(nn.Module):
         x0: Tensor,
         w: LayerWeights,
         context: AttentionContext,
-        adapters: dict,
+        adapters: CallAdapters,
         fused_mlp: bool,
     ) -> tuple[Tensor, Tensor]:
         """One layer on one residual stream, which both outputs then are, or on two parallel ones.
@@ -4027,9 +4056,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`."""
         calls = self.schedules[looped]
-        own_adapters = adapters_of_calls(adapters or {}, len(calls))
         x = x0 = x_mlp = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
+        own_adapters = adapters_of_calls(adapters or {}, len(calls), x.dtype)
         context = AttentionContext(
             self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
             *self.rotary(documents.starts, x.dtype),
@@ -7147,6 +7176,16 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
+def deal(costs: np.ndarray, ranks: int) -> np.ndarray:
+    """The rank [n] that each item goes to: in their order, each to the rank whose costs are the least so far."""
+    loads, owners = [(0, rank) for rank in range(ranks)], []
+    for cost in costs.tolist():
+        load, rank = loads[0]
+        owners.append(rank)
+        heapq.heapreplace(loads, (load + cost, rank))
+    return np.array(owners, np.int64)
+
+
 class PhasedTTT:
     """Documents in batches, each document with its own LoRA; all weights train between phases.
 
@@ -7229,11 +7268,12 @@ class PhasedTTT:
         return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
 
     def batches(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        """This rank's batches of a phase, longest documents first; each rank takes every world-th document."""
+        """This rank's batches of a phase, longest documents first; each goes to the rank with the least work so far."""
         documents = self.order[begin:end]
-        documents = documents[np.argsort(-self.lengths[documents], kind="stable")][self.run.rank :: self.run.world]
+        documents = documents[np.argsort(-self.lengths[documents], kind="stable")]
+        own = documents[deal(self.cost(documents), self.run.world) == self.run.rank]
         size = self.config.ttt_batch_size
-        yield from (documents[i : i + size] for i in range(0, len(documents), size))
+        yield from (own[i : i + size] for i in range(0, len(own), size))
 
     def start_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Every document of a phase starts from the same A."""
@@ -7314,7 +7354,8 @@ class PhasedTTT:
         self.ledger.train_on(scored[counted])
         mask = send_array(counted, nll.device)
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
-        adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
+        gradients = torch.autograd.grad(loss, leaves)
+        adapters.step(adapting, [g[:adapting].contiguous() for g in gradients])  # fused AdamW reads them as such
 
     def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on.

@@ -7134,11 +7134,13 @@ class FullModelSGD:
         """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
         self.ledger.train_on(positions)
         parameters = list(self.model.parameters())
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
+        self.optimizer.zero_grad()
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             ((nll * counted).sum() / len(positions)).backward()
+        for p in parameters:
+            if p.grad is None:  # no sequence of the step is this rank's, or the execution order does not reach it
+                p.grad = torch.zeros_like(p)
         self.run.all_reduce_flat([gradient_of(p) for p in parameters])
         self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

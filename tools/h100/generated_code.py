@@ -158,6 +158,9 @@ LINE = {
     "allocate": re.compile(r"^(\w+) = empty_strided_\w+\((\([^)]*\)), \([^)]*\), torch\.(\w+)\)"),
     "alias": re.compile(r"^(\w+) = (\w+)(?:; del (\w+))?\s*(?:#.*)?$"),
     "view": re.compile(r"^(\w+) = reinterpret_tensor\((\w+), (\([^)]*\))"),
+    "descriptor": re.compile(
+        r"^(\w+) = .*\bTensorDescriptor\.from_tensor\((?:reinterpret_tensor\()?(\w+)(?:, (\([^)]*\)))?"
+    ),
     "view argument": re.compile(r"^reinterpret_tensor\((\w+), (\([^)]*\))"),
     "item": re.compile(r"^(\w+) = (\w+)\[(\d+)\]"),
     "launch": re.compile(r"^(\w+)\.run\((.*)\)"),
@@ -180,7 +183,7 @@ class Reader:
 
     def read(self, line: str) -> None:
         """One statement."""
-        for kind in ("allocate", "alias", "view", "item", "launch", "extern", "check"):
+        for kind in ("allocate", "alias", "view", "descriptor", "item", "launch", "extern", "check"):
             found = LINE[kind].match(line)
             if found:
                 getattr(self, kind)(*found.groups())
@@ -203,6 +206,10 @@ class Reader:
     def view(self, new: str, old: str, shape: str) -> None:
         """A view of a buffer."""
         self.memory.alias(new, old, product(shape, self.symbols))
+
+    def descriptor(self, new: str, old: str, shape: str | None) -> None:
+        """A tensor descriptor of a buffer, or of a view of one. It holds the buffer."""
+        self.memory.alias(new, old, product(shape, self.symbols) if shape else None)
 
     def item(self, new: str, old: str, _index: str) -> None:
         """One of several results of an operator that Inductor calls."""

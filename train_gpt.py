@@ -66,12 +66,14 @@ from torch.optim.adamw import adamw
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 else:
     try:
         import triton
         import triton.language as tl
+        from triton.tools.tensor_descriptor import TensorDescriptor
     except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
-        triton = tl = None
+        triton = tl = TensorDescriptor = None
 
 BOS_ID = 1  # every document starts with it
 
@@ -3276,8 +3278,8 @@ def runtime_of(config: Config) -> Runtime:
     )
 
 
-# Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes of the weights (vocabulary,
-# widths) are compile-time constants. The number of tokens is not, so a new batch size compiles nothing.
+# Triton. TRITON_INTERPRET=1 runs the kernels on CPU tensors. Sizes of the weights (vocabulary, widths) are compile-time
+# constants. The number of tokens is not, so a new batch size compiles nothing.
 
 
 def triton_jit(function: Callable) -> Any:
@@ -3437,25 +3439,32 @@ def softcapped_cross_entropy_triton(
     return SoftcappedCrossEntropyTriton.apply(logits, targets, float(cap), kind)
 
 
-# Tiles of the MLP's products: BLOCK_M x BLOCK_N of the result, BLOCK_K at a time. In 16 bits they take 96 KiB of shared
-# memory: two programs fit on a multiprocessor of an H100, so that one multiplies while the other stores. In float32
-# the products are exact (no TF32), on the ordinary cores: for checks rather than for speed.
+# Tiles of the MLP's products: BLOCK_M x BLOCK_N of the result, BLOCK_K at a time. The wide ones fill a multiprocessor
+# of an H100 or B200 (208 of its 227 KiB of shared memory). The others fit in the 99 KiB of smaller GPUs. In float32 the
+# products are exact (no TF32), on the ordinary cores: for checks rather than for speed.
 SIXTEEN_BIT_TILES = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
-MLP_TILES = {
-    torch.bfloat16: SIXTEEN_BIT_TILES,
-    torch.float16: SIXTEEN_BIT_TILES,
-    torch.float32: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP=8, num_warps=8, num_stages=2),
-}
+WIDE_TILES = dict(SIXTEEN_BIT_TILES, BLOCK_N=256)
+FLOAT32_TILES = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP=8, num_warps=8, num_stages=2)
 
 
 @triton_jit
-def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile. GROUP rows of tiles go column by column, to reuse the L2 cache."""
-    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP * across) * GROUP
+def tiled(x, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Descriptor of a contiguous [M, N] in tiles, from its pointer.
+
+    Before sm_90 Triton compiles it to ordinary loads and stores, 16 bytes at a time because N is a constant.
+    """
+    return tl.make_tensor_descriptor(x, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+
+
+@triton_jit
+def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile. GROUP rows of tiles go column by column, to reuse the L2 cache."""
+    across = tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP * across) * GROUP
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
-    inside = program % (GROUP * across)
-    return (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+    inside = tile % (GROUP * across)
+    row, column = (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+    return row.to(tl.int32), column.to(tl.int32)  # as descriptors want them; M may be of 64 bits
 
 
 @triton_jit
@@ -3464,43 +3473,32 @@ def tile_product(
     b,
     row,
     column,
-    M,
-    N: tl.constexpr,
     K: tl.constexpr,
-    STEP_K: tl.constexpr,
-    STEP_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile of a [M, K] @ b [K, N] that begins at (row, column), in float32; a is contiguous, b has these steps.
+    """The tile of a [M, K] @ b that begins at (row, column), as its left and right half, in float32.
 
-    Rows and columns past the end are read from elsewhere instead of being masked: their results are never stored.
+    b is [K, N], or [N, K] if TRANSPOSED. Halves, because an epilogue that takes the whole tile needs more registers
+    and more shared memory than there are (as in the persistent matmul of Triton's tutorials).
     """
-    down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    a += row.to(tl.int64) * K
-    a += tl.where(down < M - row, down, 0)[:, None] * K + inner[None, :]
-    b += inner[:, None] * STEP_K + ((column + across) % N)[None, :] * STEP_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            left, right = tl.load(a), tl.load(b)
-        else:
-            left = tl.load(a, mask=inner[None, :] < K - start, other=0.0)
-            right = tl.load(b, mask=inner[:, None] < K - start, other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-        a += BLOCK_K
-        b += BLOCK_K * STEP_K
-    return total
+    for k in range(0, K, BLOCK_K):
+        right = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
+        total = tl.dot(a.load([row, k]), right, total, input_precision="ieee")
+    return tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton_jit
-def tile_places(row, column, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of a contiguous [M, N]: offset of its first element (64 bits), offsets from there, mask."""
-    down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    mask = (down[:, None] < M - row) & (across[None, :] < N - column)
-    return row.to(tl.int64) * N + column, down[:, None] * N + across[None, :], mask
+def store_activation(total, square, leaky, row, column, SLOPE: tl.constexpr):
+    """The epilogue of `mlp_up_kernel` for half a tile."""
+    y = tl.where(total > 0, total, total * SLOPE).to(square.dtype)
+    wide = y.to(tl.float32)  # rounded first: the backward pass squares the stored values and must get the same
+    square.store([row, column], (wide * wide).to(square.dtype))
+    if leaky is not None:
+        leaky.store([row, column], y)
 
 
 @triton_jit
@@ -3518,38 +3516,33 @@ def mlp_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """square = leaky^2 with leaky = leaky_relu(x [M, K] @ up^T [K, N]), which is stored too unless it is None."""
-    row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    total = tile_product(x, up, row, column, M, N, K, 1, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
-    y = tl.where(total > 0, total, total * SLOPE).to(square.dtype.element_ty)
-    wide = y.to(tl.float32)  # rounded first: the backward pass squares the stored values and must get the same
-    tl.store(square + first + places, (wide * wide).to(square.dtype.element_ty), mask=mask)
-    if leaky is not None:
-        tl.store(leaky + first + places, y, mask=mask)
+    """square = leaky^2 with leaky = leaky_relu(x [M, K] @ up^T [K, N]), which is stored too unless it is None.
+
+    All matrices are descriptors, or all are pointers. The kernel is persistent: every program walks over tiles. In the
+    flattened loop, the next tile's loads begin before this one's stores.
+    """
+    half: tl.constexpr = BLOCK_N // 2
+    if isinstance(x, tl.tensor):  # Descriptors are passed to no function that returns them: torch 2.11 loses track.
+        x, up = tiled(x, M, K, BLOCK_M, BLOCK_K), tiled(up, N, K, BLOCK_N, BLOCK_K)
+        square = tiled(square, M, N, BLOCK_M, half)
+        if leaky is not None:
+            leaky = tiled(leaky, M, N, BLOCK_M, half)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        left, right = tile_product(x, up, row, column, K, True, BLOCK_M, BLOCK_N, BLOCK_K)
+        store_activation(left, square, leaky, row, column, SLOPE)
+        store_activation(right, square, leaky, row, column + half, SLOPE)
 
 
 @triton_jit
-def store_activation_gradient(
-    total,
-    leaky,
-    grad_up,
-    square,
-    row,
-    column,
-    M,
-    N: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The epilogue of `mlp_up_backward_kernel` for a tile of its product."""
-    first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
-    y = tl.load(leaky + first + places, mask=mask, other=0.0).to(tl.float32)
+def store_activation_gradient(total, leaky, grad_up, square, row, column, SLOPE: tl.constexpr):
+    """The epilogue of `mlp_up_backward_kernel` for half a tile."""
+    y = leaky.load([row, column]).to(tl.float32)
     total *= y * tl.where(y > 0, 2.0, 2.0 * SLOPE)
-    tl.store(grad_up + first + places, total.to(grad_up.dtype.element_ty), mask=mask)
+    grad_up.store([row, column], total.to(grad_up.dtype))
     if square is not None:
-        tl.store(square + first + places, (y * y).to(square.dtype.element_ty), mask=mask)
+        square.store([row, column], (y * y).to(square.dtype))
 
 
 @triton_jit
@@ -3568,34 +3561,58 @@ def mlp_up_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T; square = leaky^2 unless it is None.
-
-    The epilogue takes the tile in two halves: 125 registers a thread instead of 188, so that two programs fit on a
-    multiprocessor (as in the persistent matmul of Triton's tutorials).
-    """
-    row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    total = tile_product(grad, down, row, column, M, N, K, N, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T; square = leaky^2 unless it is None."""
     half: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, half)), (0, 2, 1)))
-    store_activation_gradient(left, leaky, grad_up, square, row, column, M, N, SLOPE, BLOCK_M, half)
-    store_activation_gradient(right, leaky, grad_up, square, row, column + half, M, N, SLOPE, BLOCK_M, half)
+    if isinstance(grad, tl.tensor):
+        grad, down = tiled(grad, M, K, BLOCK_M, BLOCK_K), tiled(down, K, N, BLOCK_K, BLOCK_N)
+        leaky, grad_up = tiled(leaky, M, N, BLOCK_M, half), tiled(grad_up, M, N, BLOCK_M, half)
+        if square is not None:
+            square = tiled(square, M, N, BLOCK_M, half)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        left, right = tile_product(grad, down, row, column, K, False, BLOCK_M, BLOCK_N, BLOCK_K)
+        store_activation_gradient(left, leaky, grad_up, square, row, column, SLOPE)
+        store_activation_gradient(right, leaky, grad_up, square, row, column + half, SLOPE)
 
 
-def mlp_launch_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
-    """Number of tiles."""
-    return (-(-rows // tiles["BLOCK_M"]) * -(-hidden // tiles["BLOCK_N"]),)
+def mlp_launch(x: Tensor) -> tuple[int, bool, dict[str, int]]:
+    """Launch of the MLP's kernels for x's device and type: programs, whether they get tensor descriptors, tiles.
+
+    From sm_90 on, descriptors come from the host: those that a kernel makes need memory from Triton's allocator. On
+    older GPUs the kernel makes them: in descriptors from the host the compiler would not see that rows are aligned.
+    """
+    tiles = SIXTEEN_BIT_TILES if x.element_size() == 2 else FLOAT32_TILES
+    if x.device.type != "cuda":  # under the interpreter, where any number of programs will do
+        return 3, False, tiles
+    gpu = torch.cuda.get_device_properties(x.device)
+    if gpu.major in (9, 10) and tiles is SIXTEEN_BIT_TILES:
+        return gpu.multi_processor_count, True, WIDE_TILES
+    return 2 * gpu.multi_processor_count, gpu.major >= 9, tiles
+
+
+def launch_mlp(kernel: Any, a: Tensor, b: Tensor, b_axes: str, *results: Tensor | None, slope: float) -> None:
+    """Runs a kernel of the MLP: a [M, K], b with axes "NK" or "KN", and its other matrices in its order, [M, N]."""
+    rows, width = a.shape
+    if not rows:
+        return
+    programs, described, tiles = mlp_launch(a)
+    arguments: list[Any] = [a.contiguous(), b.contiguous(), *results]
+    if described:
+        blocks = [[tiles["BLOCK_M"], tiles["BLOCK_K"]], [tiles["BLOCK_" + axis] for axis in b_axes]]
+        blocks += [[tiles["BLOCK_M"], tiles["BLOCK_N"] // 2]] * len(results)
+        pairs = zip(arguments, blocks, strict=True)
+        arguments = [x if x is None else TensorDescriptor.from_tensor(x, block) for x, block in pairs]
+    hidden = b.size(b_axes.index("N"))
+    kernel[(programs,)](*arguments, rows, N=hidden, K=width, SLOPE=slope, **tiles)
 
 
 def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tensor, Tensor | None]:
     """x [M, d], up [hidden, d] -> leaky_relu(x up^T)^2 [M, hidden] and, if `keep`, the same without the square."""
-    rows, width = x.shape
-    hidden, tiles = up.size(0), MLP_TILES[x.dtype]
+    rows, hidden = x.size(0), up.size(0)
     square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
-    if rows:
-        mlp_up_kernel[mlp_launch_grid(rows, hidden, tiles)](
-            x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden, K=width, SLOPE=slope, **tiles
-        )
+    launch_mlp(mlp_up_kernel, x, up, "NK", square, leaky, slope=slope)
     return square, leaky
 
 
@@ -3617,24 +3634,10 @@ class MLPTriton(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, leaky = ctx.saved_tensors
         for_x, for_up, for_down, _ = ctx.needs_input_grad
-        (rows, hidden), tiles = leaky.shape, MLP_TILES[x.dtype]
-        grad = grad.contiguous()
         # Not empty_like: torch.compile would merge two of them into one buffer, and then copy it.
-        grad_up = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
-        square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
-        if rows:
-            mlp_up_backward_kernel[mlp_launch_grid(rows, hidden, tiles)](
-                grad,
-                down.contiguous(),
-                leaky,
-                grad_up,
-                square,
-                rows,
-                N=hidden,
-                K=grad.size(1),
-                SLOPE=ctx.slope,
-                **tiles,
-            )
+        grad_up = torch.empty(leaky.shape, dtype=x.dtype, device=x.device)
+        square = torch.empty(leaky.shape, dtype=x.dtype, device=x.device) if for_down else None
+        launch_mlp(mlp_up_backward_kernel, grad, down, "KN", leaky, grad_up, square, slope=ctx.slope)
         return (
             grad_up @ up if for_x else None,
             grad_up.mT @ x if for_up else None,
@@ -3647,12 +3650,15 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """`mlp_plain` of float32, bfloat16 or float16 tensors of one type, with a slope of at least 0.
 
     The activation is the epilogue of its product (as in modded-nanogpt's ReLU^2 kernel), its derivative that of the
-    product before it. Without gradients only the square is written.
+    product before it. Without gradients only the square is written. The kernels take matrices by tensor descriptors,
+    which need rows of whole 16 bytes: other widths are left to `mlp_plain`.
     """
     if up.size(1) != x.size(-1) or down.size(1) != up.size(0):
         raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
     if slope < 0:
         raise ValueError(f"slope {slope}: the sign of the activation must be that of its input")
+    if any(width * x.element_size() % 16 for width in (*up.shape, down.size(0))):
+        return mlp_plain(x, up, down, slope)
     rows = x.reshape(-1, x.size(-1))
     if torch.is_grad_enabled():
         y = MLPTriton.apply(rows, up, down, float(slope))

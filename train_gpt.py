@@ -3536,13 +3536,11 @@ def mlp_up_kernel(
 
 
 @triton_jit
-def store_activation_gradient(total, leaky, grad_up, square, row, column, SLOPE: tl.constexpr):
+def store_activation_gradient(total, leaky, grad_up, row, column, SLOPE: tl.constexpr):
     """The epilogue of `mlp_up_backward_kernel` for half a tile."""
     y = leaky.load([row, column]).to(tl.float32)
     total *= y * tl.where(y > 0, 2.0, 2.0 * SLOPE)
     grad_up.store([row, column], total.to(grad_up.dtype))
-    if square is not None:
-        square.store([row, column], (y * y).to(square.dtype))
 
 
 @triton_jit
@@ -3551,7 +3549,6 @@ def mlp_up_backward_kernel(
     down,
     leaky,
     grad_up,
-    square,
     M,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -3561,19 +3558,17 @@ def mlp_up_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T; square = leaky^2 unless it is None."""
+    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T."""
     half: tl.constexpr = BLOCK_N // 2
     if isinstance(grad, tl.tensor):
         grad, down = tiled(grad, M, K, BLOCK_M, BLOCK_K), tiled(down, K, N, BLOCK_K, BLOCK_N)
         leaky, grad_up = tiled(leaky, M, N, BLOCK_M, half), tiled(grad_up, M, N, BLOCK_M, half)
-        if square is not None:
-            square = tiled(square, M, N, BLOCK_M, half)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         left, right = tile_product(grad, down, row, column, K, False, BLOCK_M, BLOCK_N, BLOCK_K)
-        store_activation_gradient(left, leaky, grad_up, square, row, column, SLOPE)
-        store_activation_gradient(right, leaky, grad_up, square, row, column + half, SLOPE)
+        store_activation_gradient(left, leaky, grad_up, row, column, SLOPE)
+        store_activation_gradient(right, leaky, grad_up, row, column + half, SLOPE)
 
 
 def mlp_launch(x: Tensor) -> tuple[int, bool, dict[str, int]]:
@@ -3617,27 +3612,26 @@ def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tens
 
 
 class MLPTriton(torch.autograd.Function):
-    """`mlp_plain` that saves only x and the leaky ReLU: it has the sign of x up^T, and its square is cheap.
+    """`mlp_plain` that saves x, the leaky ReLU, which has the sign of x up^T, and where `down` trains also its square.
 
+    The square could be computed again, but writing it once more costs the time that it takes to read it.
     x [M, d], up [hidden, d], down [out, hidden] -> [M, out]. Products without an epilogue are torch's.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
         square, leaky = mlp_up_triton(x, up, slope, keep=True)
-        ctx.save_for_backward(x, up, down, leaky)
+        ctx.save_for_backward(x, up, down, leaky, square if ctx.needs_input_grad[2] else None)
         ctx.slope = slope
         return square @ down.mT
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, leaky = ctx.saved_tensors
-        for_x, for_up, for_down, _ = ctx.needs_input_grad
-        # Not empty_like: torch.compile would merge two of them into one buffer, and then copy it.
+        x, up, down, leaky, square = ctx.saved_tensors
+        for_x, for_up, *_ = ctx.needs_input_grad
         grad_up = torch.empty(leaky.shape, dtype=x.dtype, device=x.device)
-        square = torch.empty(leaky.shape, dtype=x.dtype, device=x.device) if for_down else None
-        launch_mlp(mlp_up_backward_kernel, grad, down, "KN", leaky, grad_up, square, slope=ctx.slope)
+        launch_mlp(mlp_up_backward_kernel, grad, down, "KN", leaky, grad_up, slope=ctx.slope)
         return (
             grad_up @ up if for_x else None,
             grad_up.mT @ x if for_up else None,

@@ -4264,7 +4264,8 @@ class Adapters:
     def arrange(self, order: np.ndarray) -> None:
         """Puts the first documents' A in this order: which A a document gets must not depend on other lengths."""
         if (order != np.arange(len(order))).any():
-            for a in {id(a): a for a in (*self.a.values(), *self.copies[::2])}.values():
+            copies = self.copies[::2] if self.copies[0].dtype != torch.float32 else []
+            for a in (*self.a.values(), *copies):
                 a[: len(order)] = a[torch.from_numpy(order).to(a.device)]
 
     def parameters(self, documents: int | None = None) -> list[Tensor]:
@@ -4295,7 +4296,7 @@ class Adapters:
                 continue
             adamw(
                 parameters[side],
-                [g.to(torch.float32, memory_format=torch.contiguous_format) for g in gradients[side]],
+                [g.float().contiguous() for g in gradients[side]],  # as fused AdamW reads them
                 exp_avgs=[m[:documents] for m in self.means[side]],
                 exp_avg_sqs=squares[side],
                 max_exp_avg_sqs=[],

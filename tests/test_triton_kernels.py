@@ -113,6 +113,50 @@ def compare_mlp(rows, width, hidden, out, slope=0.5, dtype=torch.float32, device
     assert torch.equal(without, k.mlp_triton(*(x.requires_grad_() for x in inputs), slope))
 
 
+def head_output_inputs(tokens, heads, kv_heads, width, own, gated, dtype=torch.float32, device="cpu"):
+    """y, and v and gate as slices of one product's rows, as in the model."""
+    y = normal(*tokens, heads, width, dtype=dtype, device=device)
+    rows = normal(*tokens, 8 + kv_heads * width + heads, seed=1, dtype=dtype, scale=2.0, device=device)
+    v, gate = rows[..., 8 : 8 + kv_heads * width].view(*tokens, kv_heads, width), rows[..., -heads:]
+    return [y, *([v] if own else []), *([gate] if gated else [])]
+
+
+def with_options(function, own, gated, *scales):
+    """function(y, v or None, gate or None, *scales) as a function of the tensors that there are."""
+    return lambda y, *rest: function(y, rest[0] if own else None, rest[-1] if gated else None, *scales)
+
+
+def compare_head_output(*sizes, own=True, gated=True, scales=(0.5, 1.0), dtype=torch.float32, device="cpu"):
+    inputs = head_output_inputs(*sizes, own, gated, dtype, device)
+    compare(*(with_options(f, own, gated, *scales) for f in (k.head_output_triton, k.head_output_plain)), inputs)
+
+
+def query_key_inputs(tokens, heads, kv_heads, width, half, gates, dtype=torch.float32, device="cpu"):
+    """q, k, v and gate as slices of one product's rows, the gain in float32; and the rotary tables apart."""
+    widths = [heads * width, kv_heads * width, kv_heads * width, gates]
+    rows = normal(*tokens, sum(widths), dtype=dtype, scale=1.5, device=device)
+    gain = 1 + normal(heads, seed=1, scale=0.5, device=device)
+    angles = normal(*tokens, 1, half, seed=2, scale=2.0, device=device)
+    return [*rows.split(widths, dim=2), gain], [angles.cos().to(dtype), angles.sin().to(dtype)]
+
+
+def query_key_whole(q, k_, v, gate, gain, cos, sin, twice):
+    """What `query_key_triton` gives, by `query_key_plain`."""
+    heads, kv_heads = gain.numel(), k_.size(2) * gain.numel() // q.size(2)
+    q, k_, v = (x.unflatten(2, (n, -1)) for x, n in ((q, heads), (k_, kv_heads), (v, kv_heads)))
+    return *k.query_key_plain(q, k_, cos.to(q.dtype), sin.to(q.dtype), gain), v, *([v] if twice else []), gate
+
+
+def compare_query_key(*sizes, twice=True, dtype=torch.float32, device="cpu"):
+    inputs, (cos, sin) = query_key_inputs(*sizes, dtype, device)
+
+    def fast(q, k_, v, gate, gain):
+        results = k.query_key_triton(q, k_, v, gate, cos, sin, gain, twice)
+        return tuple(x for x in results if x is not None)
+
+    compare(fast, lambda *xs: query_key_whole(*xs, cos, sin, twice), inputs)
+
+
 def mend_bfloat16():
     """Triton's interpreter cuts float32 off to get bfloat16, and multiplies bfloat16 matrices as integers.
 
@@ -247,8 +291,84 @@ def check_mlp_edges():
         k.softcapped_cross_entropy_triton(x, torch.zeros(40, dtype=torch.int64), CAP)
 
 
+def check_head_output():
+    mend_bfloat16()
+    sizes = (((1, 1), 1, 1, 1), ((1, 1), 8, 4, 64), ((2, 37), 4, 4, 16), ((3, 5), 6, 2, 2), ((1, 9), 3, 1, 256))
+    for size, (own, gated) in itertools.product(sizes, ((True, True), (True, False), (False, True))):
+        for dtype in (torch.float32, torch.bfloat16):
+            compare_head_output(*size, own=own, gated=gated, dtype=dtype)
+    for scales in ((1.0, 2.0), (1, 1), (3.0, 1.0)):
+        compare_head_output((1, 40), 8, 4, 32, scales=scales, dtype=torch.float16)
+    y, v, gate = (x.requires_grad_() for x in head_output_inputs((2, 0), 4, 2, 8, True, True))
+    leaves = [x.detach().requires_grad_() for x in (y, v, gate)]
+    out = k.head_output_triton(*leaves)
+    out.sum().backward()
+    assert out.shape == (2, 0, 32) and all(x.grad.shape == x.shape for x in leaves)
+
+
+def check_head_output_edges():
+    y, v, gate = head_output_inputs((3, 6), 4, 2, 8, True, True)
+    for change in (lambda x: x.transpose(0, 1), lambda x: x.mT.contiguous().mT, lambda x: x[:, ::2]):
+        strided = [change(x) for x in (y, v, gate)]
+        compare(k.head_output_triton, k.head_output_plain, strided)
+    v = v.clone()
+    v[0, 0, 0], v[0, 1, 0], v[0, 2, 0] = 0.0, 1e-14, 1e-30  # shorter than the least norm of F.normalize
+    compare(
+        lambda *xs: k.head_output_triton(y, *xs), lambda *xs: k.head_output_plain(y.to(xs[0].dtype), *xs), [v, gate]
+    )
+    huge = torch.full_like(gate, -200.0)  # whose exponential is infinite
+    assert not k.head_output_triton(y, v, huge).any() and k.head_output_triton(y, v, -huge).any()
+    assert torch.equal(k.head_output_triton(y, None, None), y.flatten(2))
+    for arguments in ((y, v[:1], gate), (y, v[..., :4], gate), (y[:, :, :3], v, None), (y, None, gate[..., :2])):
+        with pytest.raises(ValueError):
+            k.head_output_triton(*arguments)
+
+
+def check_query_key():
+    mend_bfloat16()
+    sizes = (((1, 1), 1, 1, 2, 1, 0), ((1, 1), 8, 4, 64, 8, 8), ((2, 37), 4, 4, 16, 8, 4), ((3, 5), 6, 2, 32, 4, 0))
+    for size, dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
+        compare_query_key(*size, dtype=dtype)
+    compare_query_key((1, 9), 3, 1, 256, 128, 3, twice=False)
+    compare_query_key((1, 9), 2, 1, 64, 16, 3, twice=False, dtype=torch.float16)
+    (q, k_, v, gate, gain), tables = query_key_inputs((2, 0), 4, 2, 8, 2, 4)
+    leaves = [x.detach().requires_grad_() for x in (q, k_, v, gate, gain)]
+    outputs = k.query_key_triton(*leaves[:4], *tables, leaves[4], twice=True)
+    sum(x.sum() for x in outputs).backward()
+    assert outputs[0].shape == (2, 0, 4, 8) and all(x.grad.shape == x.shape for x in leaves)
+    assert not leaves[4].grad.any()
+
+
+def check_query_key_edges():
+    (q, k_, v, gate, gain), (cos, sin) = query_key_inputs((3, 6), 4, 2, 8, 2, 4)
+    for change in (lambda x: x.transpose(0, 1), lambda x: x.mT.contiguous().mT, lambda x: x[:, ::2], lambda x: x[:1]):
+        inputs, tables = [*(change(x) for x in (q, k_, v, gate)), gain], (cos[:, :, 0], sin[:, :, 0])
+        tables = [change(x).unsqueeze(2) for x in tables]
+        compare(
+            lambda *xs, tables=tables: k.query_key_triton(*xs[:4], *tables, xs[4], twice=True),
+            lambda *xs, tables=tables: query_key_whole(*xs, *tables, twice=True),
+            inputs,
+        )
+    # One buffer holds all gradients, so that torch.compile sees their concatenation in it.
+    leaves = [x.detach().requires_grad_() for x in (q, k_, v, gate, gain)]
+    outputs = k.query_key_triton(*leaves[:4], cos, sin, leaves[4], twice=False)
+    assert outputs[3] is None and torch.equal(outputs[2].flatten(2), v) and torch.equal(outputs[4], gate)
+    parts = torch.autograd.grad(outputs[0].sum() + outputs[2].sum(), leaves[:4])
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert not parts[1].any() and (parts[2] == 1).all() and not parts[3].any()
+    for arguments in ((q[..., :-1], k_, v), (q, k_[..., :-1], v), (q, k_, v[..., :8])):
+        with pytest.raises(ValueError):
+            k.query_key_triton(*arguments, gate, cos, sin, gain, True)
+    with pytest.raises(ValueError):
+        k.query_key_triton(q, k_, v, gate, *(torch.zeros(3, 6, 1, 8) for _ in range(2)), gain, True)
+
+
+INTERPRETED = ("cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
+INTERPRETED += ("head_output", "head_output_edges", "query_key", "query_key_edges")
+
+
 @needs_triton
-@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges"])
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_under_the_interpreter(name):
     run_check(name, interpreted=True)
 

@@ -4969,11 +4969,15 @@ def compiled_forward(model: GPT) -> Callable:
     """
     if not model.runtime.compile:
         return model
-    from torch.fx.experimental import _config as symbolic_shapes  # imports much, and only compiling needs it
+    from torch._inductor import config as inductor  # imports much, and only compiling needs it
+    from torch.fx.experimental import _config as symbolic_shapes
 
     torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together exceed the default of 8
     # Sizes that are equal by chance in the first batch would be taken for one, and the next batch compiled again.
     symbolic_shapes.use_duck_shape = False
+    # The rows of q, k, v and gate would be padded, and all of them copied for the Triton kernels, which must find the
+    # strides that they were traced with.
+    inductor.comprehensive_padding = False
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 

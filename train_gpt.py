@@ -3983,9 +3983,10 @@ def query_key_backward_kernel(
         if grad_own is not None:
             g += load_heads(grad_own, token, head, mask, KV_HEADS * WIDTH, WIDTH)
         store_heads(grad, g, token, HEADS + KV_HEADS + head, mask, ROW, WIDTH)
-    for i in range(GATES):
-        g = tl.load(grad_gate + token.to(tl.int64) * GATES + i, mask=inside, other=0.0)
-        tl.store(grad + token.to(tl.int64) * ROW + (ROW - GATES) + i, g, mask=inside)
+    if grad_gate is not None:
+        for i in range(GATES):
+            g = tl.load(grad_gate + token.to(tl.int64) * GATES + i, mask=inside, other=0.0)
+            tl.store(grad + token.to(tl.int64) * ROW + (ROW - GATES) + i, g, mask=inside)
 
 
 class QueryKeyTriton(torch.autograd.Function):
@@ -3997,7 +3998,7 @@ class QueryKeyTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, twice: bool
+        ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor, twice: bool
     ) -> tuple[Tensor | None, ...]:
         sequences, length, heads = *q.shape[:2], gain.size(0)
         width, half, tokens = q.size(2) // heads, cos.size(-1), sequences * length
@@ -4013,20 +4014,20 @@ class QueryKeyTriton(torch.autograd.Function):
                 q_rows, k_rows, *tables, gain, q_out, k_out, tokens, **constants
             )
         ctx.save_for_backward(q_rows, k_rows, *tables, gain)
-        ctx.constants, ctx.gates, ctx.shape = constants, gate.size(2), (sequences, length)
+        ctx.constants, ctx.shape, ctx.gates = constants, (sequences, length), 0 if gate is None else gate.size(2)
         v = v.view(k_out.shape)
-        return q_out, k_out, v, v.view_as(v) if twice else None, gate.view_as(gate)
+        return q_out, k_out, v, v.view_as(v) if twice else None, None if gate is None else gate.view_as(gate)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_own: Tensor | None, grad_gate: Tensor
+        ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_own: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, cos, sin, gain = ctx.saved_tensors
         constants = ctx.constants
         (sequences, length), heads, width = ctx.shape, constants["HEADS"], constants["WIDTH"]
         tokens, kv_dim = sequences * length, constants["KV_HEADS"] * width
-        widths = [heads * width, kv_dim, kv_dim, ctx.gates]
+        widths = [heads * width, kv_dim, kv_dim, *([] if grad_gate is None else [ctx.gates])]
         grad = torch.empty(sequences, length, sum(widths), dtype=q.dtype, device=q.device)
         blocks = -(-tokens // constants["BLOCK"])
         grad_gain = torch.empty(blocks, heads, dtype=torch.float32, device=q.device)
@@ -4036,7 +4037,7 @@ class QueryKeyTriton(torch.autograd.Function):
                 grad_k.contiguous(),
                 grad_v.contiguous(),
                 None if grad_own is None else grad_own.contiguous(),
-                grad_gate.contiguous() if ctx.gates else None,
+                None if grad_gate is None else grad_gate.contiguous(),
                 q,
                 k,
                 cos,
@@ -4048,17 +4049,19 @@ class QueryKeyTriton(torch.autograd.Function):
                 GATES=ctx.gates,
                 **constants,
             )
-        return *grad.split(widths, dim=2), None, None, grad_gain.sum(0).to(gain.dtype), None
+        parts = grad.split(widths, dim=2)
+        for_gate = None if grad_gate is None else parts[3]
+        return *parts[:3], for_gate, None, None, grad_gain.sum(0).to(gain.dtype), None
 
 
 def query_key_triton(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, twice: bool
-) -> tuple[Tensor, ...]:
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor, twice: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`query_key_plain` of q [B, T, H h] and k [B, T, K h], and v [B, T, K, h], v again (None unless `twice`) and gate.
 
     float32, bfloat16 or float16 tensors with any strides; h and the rotary dimensions are powers of two. v [B, T, K h]
-    and gate [B, T, any] stay as they are: they take part for the sake of their gradients, and v twice where two uses of
-    it give gradients to add.
+    and gate [B, T, any], or None, stay as they are: they take part for the sake of their gradients, and v twice where
+    two uses of it give gradients to add.
     """
     heads, half = gain.size(0), cos.size(-1)
     width = q.size(2) // heads
@@ -4171,7 +4174,7 @@ class Block(nn.Module):
         self.qkv, self.out = Projection(), Projection()
         self.up, self.down = Projection(), Projection()
         # Of what the input's one product holds: queries, keys, values, gates.
-        self.widths = [d, config.kv_dim, config.kv_dim, 0 if self.head_gate is None else config.num_heads]
+        self.widths = [d, config.kv_dim, config.kv_dim, *([] if self.head_gate is None else [config.num_heads])]
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
         self.gate_scales = (1.0, 2.0 if config.attn_out_gate_enabled else 1.0)  # see `head_output_plain`
@@ -4183,13 +4186,13 @@ class Block(nn.Module):
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
-        q, k, v, gate = self.qkv(n, w.qkv).split(self.widths, dim=-1)
+        q, k, v, *gates = self.qkv(n, w.qkv).split(self.widths, dim=-1)
         q, k, v = (
             y + low_rank(n, adapters[key]) if key in adapters else y for key, y in zip("qkv", (q, k, v), strict=True)
         )
         if w.value_scale is not None and context.value_embeds is not None:
             v = v + w.value_scale.to(x.dtype) * context.value_embeds
-        own, gated = self.subtract_own_value, self.head_gate is not None
+        own, gate = self.subtract_own_value, gates[0] if gates else None
         turn = (context.cos, context.sin, w.query_gain)
         if context.triton and attention_kernels_support(q, config.head_dim, config.rotary_dims):
             q, k, v, own_v, gate = query_key_triton(q, k, v, gate, *turn, twice=own)
@@ -4200,7 +4203,7 @@ class Block(nn.Module):
             q, k = query_key_plain(q, k, *turn)
             own_v, finish = v, head_output_plain
         y = context.attention(q, k, v)
-        y = finish(y, own_v if own else None, gate if gated else None, *self.gate_scales)
+        y = finish(y, own_v if own else None, gate, *self.gate_scales)
         y = self.out(y, w.out)
         return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
 

@@ -133,28 +133,29 @@ def compare_head_output(*sizes, own=True, gated=True, scales=(0.5, 1.0), dtype=t
 
 def query_key_inputs(tokens, heads, kv_heads, width, half, gates, dtype=torch.float32, device="cpu"):
     """q, k, v and gate as slices of one product's rows, the gain in float32; and the rotary tables apart."""
-    widths = [heads * width, kv_heads * width, kv_heads * width, gates]
+    widths = [heads * width, kv_heads * width, kv_heads * width, *([gates] if gates else [])]
     rows = normal(*tokens, sum(widths), dtype=dtype, scale=1.5, device=device)
     gain = 1 + normal(heads, seed=1, scale=0.5, device=device)
     angles = normal(*tokens, 1, half, seed=2, scale=2.0, device=device)
     return [*rows.split(widths, dim=2), gain], [angles.cos().to(dtype), angles.sin().to(dtype)]
 
 
-def query_key_whole(q, k_, v, gate, gain, cos, sin, twice):
-    """What `query_key_triton` gives, by `query_key_plain`."""
+def query_key_whole(q, k_, v, *rest, cos, sin, twice):
+    """What `query_key_triton` gives, by `query_key_plain`. rest: gate, where there is one, and gain."""
+    gain = rest[-1]
     heads, kv_heads = gain.numel(), k_.size(2) * gain.numel() // q.size(2)
     q, k_, v = (x.unflatten(2, (n, -1)) for x, n in ((q, heads), (k_, kv_heads), (v, kv_heads)))
-    return *k.query_key_plain(q, k_, cos.to(q.dtype), sin.to(q.dtype), gain), v, *([v] if twice else []), gate
+    return *k.query_key_plain(q, k_, cos.to(q.dtype), sin.to(q.dtype), gain), v, *([v] if twice else []), *rest[:-1]
 
 
 def compare_query_key(*sizes, twice=True, dtype=torch.float32, device="cpu"):
     inputs, (cos, sin) = query_key_inputs(*sizes, dtype, device)
 
-    def fast(q, k_, v, gate, gain):
-        results = k.query_key_triton(q, k_, v, gate, cos, sin, gain, twice)
+    def fast(q, k_, v, *rest):
+        results = k.query_key_triton(q, k_, v, rest[0] if len(rest) > 1 else None, cos, sin, rest[-1], twice)
         return tuple(x for x in results if x is not None)
 
-    compare(fast, lambda *xs: query_key_whole(*xs, cos, sin, twice), inputs)
+    compare(fast, lambda *xs: query_key_whole(*xs, cos=cos, sin=sin, twice=twice), inputs)
 
 
 def mend_bfloat16():
@@ -346,7 +347,7 @@ def check_query_key_edges():
         tables = [change(x).unsqueeze(2) for x in tables]
         compare(
             lambda *xs, tables=tables: k.query_key_triton(*xs[:4], *tables, xs[4], twice=True),
-            lambda *xs, tables=tables: query_key_whole(*xs, *tables, twice=True),
+            lambda *xs, tables=tables: query_key_whole(*xs, cos=tables[0], sin=tables[1], twice=True),
             inputs,
         )
     # One buffer holds all gradients, so that torch.compile sees their concatenation in it.
@@ -395,6 +396,27 @@ def kernels_to_compile():
             types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("M")], pointer)
             yield kernel, {**types, "M": "i32"}, constants, options
             yield kernel, {**types, "M": "i64"}, {**constants, optional: None}, options
+    yield from attention_kernels_to_compile(pointers.values())
+
+
+def attention_kernels_to_compile(pointers):
+    """As `kernels_to_compile`: the kernels around attention."""
+    sizes = ((8, 4, 64, 8, 8), (8, 8, 64, 32, 0), (6, 2, 128, 64, 3), (1, 1, 16, 1, 1))
+    for pointer, (heads, kv_heads, width, half, gates) in itertools.product(pointers, sizes):
+        row, options = (heads + 2 * kv_heads) * width + gates, k.head_tiles(width)
+        shared = dict(BLOCK=options.pop("BLOCK"), WIDTH=width, KV_HEADS=kv_heads)
+        constants = dict(shared, Q_ROW=row, K_ROW=row, HEADS=heads, HALF=half)
+        types = dict.fromkeys(k.query_key_backward_kernel.arg_names, pointer) | dict(tokens="i32", gain="*fp32")
+        yield k.query_key_forward_kernel, types | dict(q_out=pointer, k_out=pointer), constants, options
+        constants |= dict(GATES=gates) if gates else dict(GATES=0, grad_gate=None, grad_own=None)
+        yield k.query_key_backward_kernel, types | dict(grad_gain="*fp32"), constants, options
+        constants = dict(shared, V_ROW=row, GATE_ROW=row, GROUP=heads // kv_heads, SCALE=0.5, FACTOR=1.0)
+        constants |= {} if gates else dict(gate=None, GATE_ROW=0)
+        types = dict.fromkeys(k.head_output_backward_kernel.arg_names, pointer) | dict(rows="i32")
+        yield k.head_output_forward_kernel, types | dict(out=pointer), constants, options
+        yield k.head_output_backward_kernel, types, constants | ({} if gates else dict(grad_gate=None)), options
+        constants |= dict(v=None, V_ROW=0, gate=None, GATE_ROW=0)
+        yield k.head_output_forward_kernel, types | dict(out=pointer), constants, options
 
 
 def check_cubins():
@@ -420,8 +442,8 @@ def check_cubins():
     assert compiled == {name for name in vars(k) if name.endswith("_kernel")}
 
 
-def check_one_graph():
-    """torch.compile takes MLP and loss, with gradients, into one graph, and sees which buffers each kernel writes.
+def compile_and_record(function, inputs):
+    """The graphs, forward and backward, that torch.compile makes of a loss. Whatever does not fit in one is an error.
 
     Nothing runs: the graphs are recorded and give zeros. Triton is told of an H100, which only names the target.
     """
@@ -441,29 +463,67 @@ def check_one_graph():
 
     def record(module, inputs):
         results = next(node for node in module.graph.nodes if node.op == "output").args[0]
-        graphs.append([node.kwargs for node in module.graph.nodes if "triton_kernel" in str(node.target)])
+        graphs.append(module.graph)
         shapes = [y if y is None else y.meta["val"] for y in results]
         return make_boxed_func(lambda *_: [y if y is None else torch.zeros(y.shape, dtype=y.dtype) for y in shapes])
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in inputs]
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs).backward()
+    assert all(x.grad.shape == x.shape for x in inputs if x.requires_grad)
+    return graphs
+
+
+def written_by_kernels(graphs):
+    """Names of the arguments that each Triton kernel of each graph writes. No two of them may share a buffer."""
+    graphs = [[n.kwargs for n in graph.nodes if "triton_kernel" in str(n.target)] for graph in graphs]
+    for call in itertools.chain(*graphs):  # a shared buffer would be copied
+        buffers = [call["kwargs"][name] for name in call["tensors_to_clone"]]
+        assert len(set(buffers)) == len(buffers)
+    return [[sorted(call["tensors_to_clone"]) for call in calls] for calls in graphs]
+
+
+def check_one_graph():
+    """torch.compile takes MLP and loss, with gradients, into one graph, and sees which buffers each kernel writes."""
 
     def loss(x, up, down, head, targets):
         nll, lse = k.softcapped_cross_entropy_triton(k.mlp_triton(x, up, down, 0.5) @ head.mT, targets, CAP)
         return nll.mean() + 1e-4 * lse.square().mean()
 
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
     inputs = [*mlp_inputs((4, 32), 64, 256, 64, torch.bfloat16), normal(1000, 64, dtype=torch.bfloat16)]
-    inputs = [x.requires_grad_() for x in inputs]
-    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=False)
-    compiled(*inputs, random_targets(4, 32, below=1000)).backward()
-    assert all(x.grad.shape == x.shape for x in inputs)
-    written = [[sorted(call["tensors_to_clone"]) for call in calls] for calls in graphs]
+    written = written_by_kernels(compile_and_record(loss, [*inputs, random_targets(4, 32, below=1000)]))
     assert written == [[["leaky", "square"], ["lse", "nll"]], [["grad"], ["grad_up", "square"]]], written
-    for call in itertools.chain(*graphs):  # no two outputs share a buffer, which would then be copied
-        buffers = [call["kwargs"][name] for name in call["tensors_to_clone"]]
-        assert len(set(buffers)) == len(buffers)
+
+
+def check_one_graph_of_attention():
+    """The same of what surrounds attention; and the gradient of the product is the kernel's buffer, not put together.
+
+    Inductor drops a concatenation whose parts are all those of one split, in its order.
+    """
+    cos, sin = (normal(2, 24, 1, 2, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    for own, gates in ((True, [4]), (False, [4]), (True, [])):
+
+        def loss(rows, weight, gain, own=own, gates=gates):
+            q, k_, v, *gate = (rows @ weight).split([32, 16, 16, *gates], dim=2)
+            q = q + rows[..., :32]  # as with adapters
+            q, k_, v, own_v, gate = k.query_key_triton(q, k_, v, gate[0] if gate else None, cos, sin, gain, own)
+            y = torch.tanh(q) + (k_ * v).repeat_interleave(2, 2)
+            return k.head_output_triton(y, own_v, gate).square().mean()
+
+        inputs = [normal(*shape, dtype=torch.bfloat16) for shape in ((2, 24, 40), (40, 64 + sum(gates)))]
+        graphs = compile_and_record(loss, [*inputs, normal(4)])
+        of_output = ["grad_gate"] * len(gates) + ["grad_v"] * own + ["grad_y"]
+        expected = [[["k_out", "q_out"], ["out"]], [of_output, ["grad", "grad_gain"]]]
+        assert written_by_kernels(graphs) == expected, written_by_kernels(graphs)
+        (joined,) = (n for n in graphs[1].nodes if n.target is torch.ops.aten.cat.default)
+        (split,) = {part.args[0] for part in joined.args[0]}
+        assert split.target is torch.ops.aten.split_with_sizes.default and sum(split.args[1]) == 64 + sum(gates)
+        assert [part.args[1] for part in joined.args[0]] == list(range(3 + len(gates)))
+        assert "triton_kernel" in str(split.args[0].args[0].target)
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["cubins", "one_graph"])
+@pytest.mark.parametrize("name", ["cubins", "one_graph", "one_graph_of_attention"])
 def test_compiled(name, tmp_path):
     run_check(name, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
 

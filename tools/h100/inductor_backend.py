@@ -151,11 +151,22 @@ def flops_of_nodes(gm: Any, context: float, sizes: Sizes = None) -> Iterator[tup
             yield node, "matrix product", number(flop_registry[packet](*args, out_val=node.meta.get("val")), sizes)
 
 
+def has_float8_inputs(node: torch.fx.Node) -> bool:
+    """Whether a product, or a hand-written kernel for one, multiplies FP8 numbers: its first tensor is of them."""
+    arguments = node.kwargs["kwargs"].values() if "triton_kernel_wrapper" in str(node.target) else node.args
+    first = next((a.meta.get("val") for a in arguments if isinstance(a, torch.fx.Node)), None)
+    return getattr(first, "dtype", None) == torch.float8_e4m3fn
+
+
 def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter[str]:
-    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query."""
+    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query.
+
+    "float8" counts those of FP8 numbers once more.
+    """
     flops: collections.Counter[str] = collections.Counter()
-    for _, kind, count in flops_of_nodes(gm, context):
+    for node, kind, count in flops_of_nodes(gm, context):
         flops["matrix products" if kind == "matrix product" else kind] += count
+        flops["float8"] += count * has_float8_inputs(node)
     return flops
 
 
@@ -259,7 +270,9 @@ class Recorder:
             return found.setdefault((term, kind), Term(term, kind))
 
         for node, kind, flops in counted:
-            entry(names.nodes[node.name], kind).flops += flops
+            row = entry(names.nodes[node.name], kind)
+            row.flops += flops
+            row.float8_flops += flops * has_float8_inputs(node)
         for path in graph.paths:
             for call in parse_module(Path(path).read_text(), inputs, sizes or graph.symbols).calls:
                 row = entry(names.term(call), call.kind)

@@ -3960,6 +3960,9 @@ def query_key_backward_kernel(
     gain,
     grad,
     grad_gain,
+    added_q,
+    added_k,
+    added_v,
     tokens,
     Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr,
@@ -3970,7 +3973,10 @@ def query_key_backward_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient [tokens, ROW] of q, k, v and gate side by side, and each block's part of the gain's [HEADS]."""
+    """The gradient [tokens, ROW] of q, k, v and gate side by side, and each block's part of the gain's [HEADS].
+
+    added_q, added_k and added_v, where they are not None: the first three once more, by themselves.
+    """
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * WIDTH + GATES
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
@@ -3980,18 +3986,25 @@ def query_key_backward_kernel(
         x = load_heads(q, token, head, mask, Q_ROW, WIDTH)
         g = load_heads(grad_q, token, head, mask, HEADS * WIDTH, WIDTH)
         g, along = norm_gradient(g, x, c, s, WIDTH, HALF, BLOCK)
-        store_heads(grad, g * tl.load(gain + head).to(tl.float32), token, head, mask, ROW, WIDTH)
+        g *= tl.load(gain + head).to(tl.float32)
+        store_heads(grad, g, token, head, mask, ROW, WIDTH)
+        if added_q is not None:
+            store_heads(added_q, g, token, head, mask, HEADS * WIDTH, WIDTH)
         tl.store(grad_gain + tl.program_id(0) * HEADS + head, tl.sum(along))
     for head in range(KV_HEADS):
         x = load_heads(k, token, head, mask, K_ROW, WIDTH)
         g = load_heads(grad_k, token, head, mask, KV_HEADS * WIDTH, WIDTH)
         g, _ = norm_gradient(g, x, c, s, WIDTH, HALF, BLOCK)
         store_heads(grad, g, token, HEADS + head, mask, ROW, WIDTH)
+        if added_k is not None:
+            store_heads(added_k, g, token, head, mask, KV_HEADS * WIDTH, WIDTH)
     for head in range(KV_HEADS):
         g = load_heads(grad_v, token, head, mask, KV_HEADS * WIDTH, WIDTH)
         if grad_own is not None:
             g += load_heads(grad_own, token, head, mask, KV_HEADS * WIDTH, WIDTH)
         store_heads(grad, g, token, HEADS + KV_HEADS + head, mask, ROW, WIDTH)
+        if added_v is not None:
+            store_heads(added_v, g, token, head, mask, KV_HEADS * WIDTH, WIDTH)
     if grad_gate is not None:
         for i in range(GATES):
             g = tl.load(grad_gate + token.to(tl.int64) * GATES + i, mask=inside, other=0.0)
@@ -4001,29 +4014,44 @@ def query_key_backward_kernel(
 class QueryKeyTriton(torch.autograd.Function):
     """`query_key_plain` that saves its inputs alone.
 
-    v and gate go through it as they are, v twice if `twice`. All of them are parts of one product, so their gradients
-    are written as parts of its gradient: the concatenation of neighbours is no work for the compiler.
+    v and gate go through it as they are, v twice if `twice`. q, k, v and gate are parts of one product, so their
+    gradients are written as parts of its gradient: the concatenation of neighbours is no work for the compiler, where
+    nothing else reads them. So what is added to q, k and v has gradients of its own.
     """
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor, twice: bool
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        added_q: Tensor | None,
+        added_k: Tensor | None,
+        added_v: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        gain: Tensor,
+        twice: bool,
     ) -> tuple[Tensor | None, ...]:
         sequences, length, heads = *q.shape[:2], gain.size(0)
         width, half, tokens = q.size(2) // heads, cos.size(-1), sequences * length
         kv_heads = k.size(2) // width
-        q_rows, k_rows = token_rows(q), token_rows(k)
+        q = token_rows(q if added_q is None else q + added_q)
+        k = token_rows(k if added_k is None else k + added_k)
+        v = v.view_as(v) if added_v is None else v + added_v
         tables = [x.reshape(tokens, half).contiguous() for x in (cos, sin)]
-        constants = dict(Q_ROW=q_rows.stride(0), K_ROW=k_rows.stride(0), HEADS=heads, KV_HEADS=kv_heads)
+        constants = dict(Q_ROW=q.stride(0), K_ROW=k.stride(0), HEADS=heads, KV_HEADS=kv_heads)
         constants |= dict(WIDTH=width, HALF=half, **head_tiles(width))
         q_out = torch.empty(sequences, length, heads, width, dtype=q.dtype, device=q.device)
         k_out = torch.empty(sequences, length, kv_heads, width, dtype=k.dtype, device=k.device)
         if tokens:
             query_key_forward_kernel[(-(-tokens // constants["BLOCK"]),)](
-                q_rows, k_rows, *tables, gain, q_out, k_out, tokens, **constants
+                q, k, *tables, gain, q_out, k_out, tokens, **constants
             )
-        ctx.save_for_backward(q_rows, k_rows, *tables, gain)
+        ctx.save_for_backward(q, k, *tables, gain)
         ctx.constants, ctx.shape, ctx.gates = constants, (sequences, length), 0 if gate is None else gate.size(2)
+        ctx.added = [x is not None for x in (added_q, added_k, added_v)]
         v = v.view(k_out.shape)
         return q_out, k_out, v, v.view_as(v) if twice else None, None if gate is None else gate.view_as(gate)
 
@@ -4033,20 +4061,21 @@ class QueryKeyTriton(torch.autograd.Function):
         ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_own: Tensor | None, grad_gate: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, cos, sin, gain = ctx.saved_tensors
-        constants = ctx.constants
-        (sequences, length), heads, width = ctx.shape, constants["HEADS"], constants["WIDTH"]
-        tokens, kv_dim = sequences * length, constants["KV_HEADS"] * width
-        widths = [heads * width, kv_dim, kv_dim, *([] if grad_gate is None else [ctx.gates])]
+        constants, (sequences, length) = ctx.constants, ctx.shape
+        heads, kv_dim = constants["HEADS"], constants["KV_HEADS"] * constants["WIDTH"]
+        widths = [heads * constants["WIDTH"], kv_dim, kv_dim]
+        added = [
+            torch.empty(sequences, length, width, dtype=q.dtype, device=q.device) if wanted else None
+            for width, wanted in zip(widths, ctx.added, strict=True)
+        ]
+        widths += [] if grad_gate is None else [ctx.gates]
         grad = torch.empty(sequences, length, sum(widths), dtype=q.dtype, device=q.device)
-        blocks = -(-tokens // constants["BLOCK"])
+        blocks = -(-sequences * length // constants["BLOCK"])
         grad_gain = torch.empty(blocks, heads, dtype=torch.float32, device=q.device)
-        if tokens:
+        incoming = (x if x is None else x.contiguous() for x in (grad_q, grad_k, grad_v, grad_own, grad_gate))
+        if blocks:
             query_key_backward_kernel[(blocks,)](
-                grad_q.contiguous(),
-                grad_k.contiguous(),
-                grad_v.contiguous(),
-                None if grad_own is None else grad_own.contiguous(),
-                None if grad_gate is None else grad_gate.contiguous(),
+                *incoming,
                 q,
                 k,
                 cos,
@@ -4054,30 +4083,40 @@ class QueryKeyTriton(torch.autograd.Function):
                 gain,
                 grad,
                 grad_gain,
-                tokens,
+                *added,
+                sequences * length,
                 GATES=ctx.gates,
                 **constants,
             )
-        parts = grad.split(widths, dim=2)
-        for_gate = None if grad_gate is None else parts[3]
-        return *parts[:3], for_gate, None, None, grad_gain.sum(0).to(gain.dtype), None
+        for_q, for_k, for_v, *for_gate = grad.split(widths, dim=2)
+        for_gain = grad_gain.sum(0).to(gain.dtype)
+        return for_q, for_k, for_v, *(for_gate or [None]), *added, None, None, for_gain, None
 
 
 def query_key_triton(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cos: Tensor, sin: Tensor, gain: Tensor, twice: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    *,
+    twice: bool,
+    added: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`query_key_plain` of q [B, T, H h] and k [B, T, K h], and v [B, T, K, h], v again (None unless `twice`) and gate.
 
     float32, bfloat16 or float16 tensors with any strides; h and the rotary dimensions are powers of two. v [B, T, K h]
     and gate [B, T, any], or None, stay as they are: they take part for the sake of their gradients, and v twice where
-    two uses of it give gradients to add.
+    two uses of it give gradients to add. added: what to add to the tensors of the keys q, k and v first.
     """
     heads, half = gain.size(0), cos.size(-1)
     width = q.size(2) // heads
     if q.size(2) % heads or k.size(2) % width or v.shape != k.shape or 2 * half > width:
         shapes = (tuple(x.shape) for x in (q, k, v, gain, cos))
         raise ValueError("q {}, k {}, v {}, gain {} and cos {} do not fit".format(*shapes))
-    return QueryKeyTriton.apply(q, k, v, gate, cos, sin, gain, twice)
+    return QueryKeyTriton.apply(q, k, v, gate, *(added.get(key) for key in "qkv"), cos, sin, gain, twice)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4218,15 +4257,16 @@ class Block(nn.Module):
         n = self.norm(x)
         q, k, v, *gates = self.qkv(n, w.qkv).split(self.widths, dim=-1)
         added = adapters.of_attention(n)
-        q, k, v = (y + added[key] if key in added else y for key, y in zip("qkv", (q, k, v), strict=True))
         if w.value_scale is not None and context.value_embeds is not None:
-            v = v + w.value_scale.to(x.dtype) * context.value_embeds
+            embeds = w.value_scale.to(x.dtype) * context.value_embeds
+            added["v"] = added["v"] + embeds if "v" in added else embeds
         own, gate = self.subtract_own_value, gates[0] if gates else None
         turn = (context.cos, context.sin, w.query_gain)
         if context.triton and attention_kernels_support(q, config.head_dim, config.rotary_dims):
-            q, k, v, own_v, gate = query_key_triton(q, k, v, gate, *turn, twice=own)
+            q, k, v, own_v, gate = query_key_triton(q, k, v, gate, *turn, twice=own, added=added)
             finish = head_output_triton
         else:
+            q, k, v = (y + added[key] if key in added else y for key, y in zip("qkv", (q, k, v), strict=True))
             q = q.view(sequences, length, config.num_heads, config.head_dim)
             k, v = (y.view(sequences, length, config.num_kv_heads, config.head_dim) for y in (k, v))
             q, k = query_key_plain(q, k, *turn)

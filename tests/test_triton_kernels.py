@@ -155,7 +155,8 @@ def compare_query_key(*sizes, twice=True, dtype=torch.float32, device="cpu"):
     inputs, (cos, sin) = query_key_inputs(*sizes, dtype, device)
 
     def fast(q, k_, v, *rest):
-        results = k.query_key_triton(q, k_, v, rest[0] if len(rest) > 1 else None, cos, sin, rest[-1], twice)
+        gate = rest[0] if len(rest) > 1 else None
+        results = k.query_key_triton(q, k_, v, gate, cos, sin, rest[-1], twice=twice, added={})
         return tuple(x for x in results if x is not None)
 
     compare(fast, lambda *xs: query_key_whole(*xs, cos=cos, sin=sin, twice=twice), inputs)
@@ -383,7 +384,7 @@ def check_query_key():
     compare_query_key((1, 9), 2, 1, 64, 16, 3, twice=False, dtype=torch.float16)
     (q, k_, v, gate, gain), tables = query_key_inputs((2, 0), 4, 2, 8, 2, 4)
     leaves = [x.detach().requires_grad_() for x in (q, k_, v, gate, gain)]
-    outputs = k.query_key_triton(*leaves[:4], *tables, leaves[4], twice=True)
+    outputs = k.query_key_triton(*leaves[:4], *tables, leaves[4], twice=True, added={})
     sum(x.sum() for x in outputs).backward()
     assert outputs[0].shape == (2, 0, 4, 8) and all(x.grad.shape == x.shape for x in leaves)
     assert not leaves[4].grad.any()
@@ -395,27 +396,51 @@ def check_query_key_edges():
         inputs, tables = [*(change(x) for x in (q, k_, v, gate)), gain], (cos[:, :, 0], sin[:, :, 0])
         tables = [change(x).unsqueeze(2) for x in tables]
         compare(
-            lambda *xs, tables=tables: k.query_key_triton(*xs[:4], *tables, xs[4], twice=True),
+            lambda *xs, tables=tables: k.query_key_triton(*xs[:4], *tables, xs[4], twice=True, added={}),
             lambda *xs, tables=tables: query_key_whole(*xs, cos=tables[0], sin=tables[1], twice=True),
             inputs,
         )
     # One buffer holds all gradients, so that torch.compile sees their concatenation in it.
     leaves = [x.detach().requires_grad_() for x in (q, k_, v, gate, gain)]
-    outputs = k.query_key_triton(*leaves[:4], cos, sin, leaves[4], twice=False)
+    outputs = k.query_key_triton(*leaves[:4], cos, sin, leaves[4], twice=False, added={})
     assert outputs[3] is None and torch.equal(outputs[2].flatten(2), v) and torch.equal(outputs[4], gate)
     parts = torch.autograd.grad(outputs[0].sum() + outputs[2].sum(), leaves[:4])
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
     assert not parts[1].any() and (parts[2] == 1).all() and not parts[3].any()
     for arguments in ((q[..., :-1], k_, v), (q, k_[..., :-1], v), (q, k_, v[..., :8])):
         with pytest.raises(ValueError):
-            k.query_key_triton(*arguments, gate, cos, sin, gain, True)
+            k.query_key_triton(*arguments, gate, cos, sin, gain, twice=True, added={})
     with pytest.raises(ValueError):
-        k.query_key_triton(q, k_, v, gate, *(torch.zeros(3, 6, 1, 8) for _ in range(2)), gain, True)
+        tables = [torch.zeros(3, 6, 1, 8)] * 2
+        k.query_key_triton(q, k_, v, gate, *tables, gain, twice=True, added={})
+
+
+def check_query_key_sums():
+    """What is added to q, k and v, as by adapters and value embeddings, has the gradient of what it is added to."""
+    mend_bfloat16()
+    (q, k_, v, gate, gain), tables = query_key_inputs((2, 19), 4, 2, 16, 4, 4, torch.bfloat16)
+    more = {
+        key: normal(*x.shape, seed=i, dtype=x.dtype) for i, (key, x) in enumerate(zip("qkv", (q, k_, v), strict=True))
+    }
+    for keys in ("q", "kv", "qkv"):
+        added = {key: more[key].requires_grad_() for key in keys}
+        leaves = {key: x.detach().requires_grad_() for key, x in zip("qkvg", (q, k_, v, gate), strict=True)}
+        outputs = k.query_key_triton(*leaves.values(), *tables, gain, twice=True, added=added)
+        sums = [leaves[key] + added[key] if key in added else leaves[key] for key in "qkv"]
+        expected = k.query_key_triton(*sums, leaves["g"], *tables, gain, twice=True, added={})
+        assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+        weights = [normal(*x.shape, seed=9 + i, dtype=x.dtype) for i, x in enumerate(outputs)]
+        ours, theirs = (
+            torch.autograd.grad(list(results), [*leaves.values(), *added.values()], weights)
+            for results in (outputs, expected)
+        )
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+        assert all(x.is_contiguous() for x in ours[4:])
 
 
 INTERPRETED = ("cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
 INTERPRETED += ("mlp_described", "mlp_edges_described", "mlp_launches")
-INTERPRETED += ("head_output", "head_output_edges", "query_key", "query_key_edges")
+INTERPRETED += ("head_output", "head_output_edges", "query_key", "query_key_edges", "query_key_sums")
 
 
 @needs_triton
@@ -476,6 +501,8 @@ def attention_kernels_to_compile():
         types = dict.fromkeys(k.query_key_backward_kernel.arg_names, pointer) | dict(tokens="i32", gain="*fp32")
         yield 90, k.query_key_forward_kernel, types | dict(q_out=pointer, k_out=pointer), constants, options
         constants |= dict(GATES=gates) if gates else dict(GATES=0, grad_gate=None, grad_own=None)
+        yield 90, k.query_key_backward_kernel, types | dict(grad_gain="*fp32"), constants, options
+        constants |= dict.fromkeys(("added_q", "added_k", "added_v"))
         yield 90, k.query_key_backward_kernel, types | dict(grad_gain="*fp32"), constants, options
         constants = dict(shared, V_ROW=row, GATE_ROW=row, GROUP=heads // kv_heads, SCALE=0.5, FACTOR=1.0)
         constants |= {} if gates else dict(gate=None, GATE_ROW=0)
@@ -640,19 +667,21 @@ def check_one_graph_of_attention():
 
         def loss(rows, weight, gain, own=own, gates=gates):
             q, k_, v, *gate = (rows @ weight).split([32, 16, 16, *gates], dim=2)
-            q = q + rows[..., :32]  # as with adapters
-            q, k_, v, own_v, gate = k.query_key_triton(q, k_, v, gate[0] if gate else None, cos, sin, gain, own)
+            added = dict(q=rows[..., :32].tanh(), v=rows[..., :16].exp())  # as adapters and value embeddings do
+            gate = gate[0] if gate else None
+            q, k_, v, own_v, gate = k.query_key_triton(q, k_, v, gate, cos, sin, gain, twice=own, added=added)
             y = torch.tanh(q) + (k_ * v).repeat_interleave(2, 2)
             return k.head_output_triton(y, own_v, gate).square().mean()
 
         inputs = [normal(*shape, dtype=torch.bfloat16) for shape in ((2, 24, 40), (40, 64 + sum(gates)))]
         graphs = compile_and_record(loss, [*inputs, normal(4)])
         of_output = ["grad_gate"] * len(gates) + ["grad_v"] * own + ["grad_y"]
-        expected = [[["k_out", "q_out"], ["out"]], [of_output, ["grad", "grad_gain"]]]
+        expected = [[["k_out", "q_out"], ["out"]], [of_output, ["added_q", "added_v", "grad", "grad_gain"]]]
         assert written_by_kernels(graphs) == expected, written_by_kernels(graphs)
         (joined,) = (n for n in graphs[1].nodes if n.target is torch.ops.aten.cat.default)
         (split,) = {part.args[0] for part in joined.args[0]}
         assert split.target is torch.ops.aten.split_with_sizes.default and sum(split.args[1]) == 64 + sum(gates)
+        assert all(len(part.users) == 1 for part in joined.args[0])
         assert [part.args[1] for part in joined.args[0]] == list(range(3 + len(gates)))
         assert "triton_kernel" in str(split.args[0].args[0].target)
 

@@ -2811,6 +2811,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return RotateCPU.apply(x, cos, sin) if eager_on_cpu(x) else rotate_plain(x, cos, sin)
 
 
+def query_key_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B, T, H, h] and k [B, T, K, h] as attention takes them: normed, rotated (see `rotate`), q times a gain [H]."""
+    return rotate(rms_norm(q), cos, sin) * gain.to(q.dtype)[:, None], rotate(rms_norm(k), cos, sin)
+
+
+def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h]."""
+    sequences, length, heads, width = y.shape
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, h]
+    grouped = y.view(sequences, length, v.size(2), heads // v.size(2), width)  # [B, T, K, H/K, h]
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(y.shape)
+
+
+def head_output_plain(
+    y: Tensor, v: Tensor | None, gate: Tensor | None, scale: float = 1.0, factor: float = 1.0
+) -> Tensor:
+    """Heads y [B, T, H, h] side by side, [B, T, H h], after XSA and head gate.
+
+    v [B, T, K, h]: each position's own value, for XSA, or None. gate [B, T, H]: the logits g of the head gates
+    factor*sigmoid(scale*g), or None (PRs #1787 and #549 of openai/parameter-golf).
+    """
+    if v is not None:
+        y = subtract_own_value(y, v)
+    if gate is not None:
+        weight = sigmoid(gate if scale == 1 else scale * gate)
+        y = y * (weight if factor == 1 else factor * weight)[..., None]
+    return y.flatten(2)
+
+
 def leaky_relu_squared_plain(x: Tensor, slope: float) -> Tensor:
     """max(x, slope*x)^2 (ReLU^2 of arXiv 2109.08668 with a leak)."""
     return F.leaky_relu(x, slope).square()
@@ -3707,6 +3736,435 @@ def adapter_step_triton(
     )
 
 
+# What surrounds attention: bound by memory, and Inductor needs several passes over the same tensors for each part. One
+# program takes a block of tokens (or of their key heads) and goes through the heads, so every number is read once. Row
+# strides are compile-time constants: rows of [d + 2 K h + H] are aligned to 16 bytes, and only a constant tells so.
+
+
+def attention_kernels_support(q: Tensor, width: int, rotary: int) -> bool:
+    """Whether `query_key_triton` and `head_output_triton` can run on q's heads of this width and rotary dimensions."""
+    return triton_supports(q) and all(n & (n - 1) == 0 for n in (width, rotary))
+
+
+def head_tiles(width: int) -> dict[str, int]:
+    """Rows of a head's width per block and warps: 16 bytes for each thread and load in 16 bits."""
+    return dict(BLOCK=max(1024 // width, 1), num_warps=4)
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """[B, T, n] or [B, T, n, h] -> [B T, all of a token's numbers], a view where each token's lie side by side."""
+    rows = x.reshape(x.size(0) * x.size(1), math.prod(x.shape[2:]))
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton_jit
+def load_heads(x, token, head, mask, ROW: tl.constexpr, WIDTH: tl.constexpr):
+    """One head of each token, float32 [BLOCK, WIDTH]; tokens are ROW numbers apart, heads WIDTH."""
+    places = (token.to(tl.int64) * ROW + head * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    return tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton_jit
+def store_heads(x, value, token, head, mask, ROW: tl.constexpr, WIDTH: tl.constexpr):
+    """Stores where `load_heads` loads."""
+    places = (token.to(tl.int64) * ROW + head * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    tl.store(x + places, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton_jit
+def head_gate(gate, token, head, inside, ROW: tl.constexpr, SCALE: tl.constexpr):
+    """sigmoid(SCALE * gate) of one head of each token, [BLOCK]."""
+    g = tl.load(gate + token.to(tl.int64) * ROW + head, mask=inside, other=0.0).to(tl.float32)
+    return 1.0 / (1.0 + tl.exp(-SCALE * g))
+
+
+@triton_jit
+def head_output_forward_kernel(
+    y,
+    v,
+    gate,
+    out,
+    rows,
+    V_ROW: tl.constexpr,
+    GATE_ROW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`head_output_plain` for BLOCK rows, each a token's key head with its GROUP query heads."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token, kv_head, inside = row // KV_HEADS, row % KV_HEADS, row < rows
+    mask = inside[:, None]
+    if v is not None:
+        unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
+        unit *= (1.0 / tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12))[:, None]
+    for i in tl.static_range(GROUP):
+        z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
+        if v is not None:
+            z -= tl.sum(z * unit, axis=1)[:, None] * unit
+        if gate is not None:
+            z *= (FACTOR * head_gate(gate, token, kv_head * GROUP + i, inside, GATE_ROW, SCALE))[:, None]
+        store_heads(out, z, row, i, mask, GROUP * WIDTH, WIDTH)
+
+
+@triton_jit
+def head_output_backward_kernel(
+    grad,
+    y,
+    v,
+    gate,
+    grad_y,
+    grad_v,
+    grad_gate,
+    rows,
+    V_ROW: tl.constexpr,
+    GATE_ROW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All gradients of `head_output_plain`, for the rows of `head_output_forward_kernel`.
+
+    With u = v/|v| and z = y - (y.u) u, a gradient g of z gives g - (g.u) u for y and n = -sum((y.u) g + (g.u) y) for u,
+    summed over the query heads; v's is (n - (n.u) u) / |v|.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token, kv_head, inside = row // KV_HEADS, row % KV_HEADS, row < rows
+    mask = inside[:, None]
+    if v is not None:
+        unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
+        norm = tl.sqrt(tl.sum(unit * unit, axis=1))
+        inverse = 1.0 / tl.maximum(norm, 1e-12)
+        unit *= inverse[:, None]
+        to_unit = tl.zeros([BLOCK, WIDTH], tl.float32)
+        twice = tl.zeros([BLOCK], tl.float32)  # -n.u
+    for i in tl.static_range(GROUP):
+        z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
+        g = load_heads(grad, row, i, mask, GROUP * WIDTH, WIDTH)
+        if v is not None:
+            along = tl.sum(z * unit, axis=1)
+            z -= along[:, None] * unit
+        if gate is not None:
+            place = token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + i
+            s = head_gate(gate, token, kv_head * GROUP + i, inside, GATE_ROW, SCALE)
+            to_gate = tl.sum(z * g, axis=1) * (FACTOR * SCALE) * s * (1.0 - s)
+            tl.store(grad_gate + place, to_gate.to(grad_gate.dtype.element_ty), mask=inside)
+            g *= (FACTOR * s)[:, None]
+        if v is not None:
+            to_along = tl.sum(g * unit, axis=1)
+            # y = z + (y.u) u, so that y itself need not be kept.
+            to_unit -= along[:, None] * g + to_along[:, None] * z + (along * to_along)[:, None] * unit
+            twice += 2.0 * along * to_along
+            g -= to_along[:, None] * unit
+        store_heads(grad_y, g, row, i, mask, GROUP * WIDTH, WIDTH)
+    if v is not None:
+        # A norm below F.normalize's least is a constant to it.
+        to_v = (to_unit + tl.where(norm >= 1e-12, twice, 0.0)[:, None] * unit) * inverse[:, None]
+        store_heads(grad_v, to_v, row, 0, mask, WIDTH, WIDTH)
+
+
+class HeadOutputTriton(torch.autograd.Function):
+    """`head_output_plain` that saves its inputs alone; its backward pass reads each once and gives all gradients."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, v: Tensor | None, gate: Tensor | None, scale: float, factor: float) -> Tensor:
+        y = y.contiguous()
+        sequences, length, heads, width = y.shape
+        kv_heads = heads if v is None else v.size(2)
+        constants = dict(KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=width, SCALE=scale, FACTOR=factor)
+        v_rows, gate_rows = (None if x is None else token_rows(x) for x in (v, gate))
+        constants["V_ROW"] = 0 if v_rows is None else v_rows.stride(0)
+        constants["GATE_ROW"] = 0 if gate_rows is None else gate_rows.stride(0)
+        constants |= head_tiles(width)
+        out = torch.empty(sequences, length, heads * width, dtype=y.dtype, device=y.device)
+        rows = sequences * length * kv_heads
+        if rows:
+            head_output_forward_kernel[(-(-rows // constants["BLOCK"]),)](y, v_rows, gate_rows, out, rows, **constants)
+        ctx.save_for_backward(y, v_rows, gate_rows)
+        ctx.constants = constants
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, v, gate = ctx.saved_tensors
+        constants, (sequences, length, _, width) = ctx.constants, y.shape
+        kv_heads = constants["KV_HEADS"]
+        grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        shape = (sequences, length, kv_heads, width)
+        grad_v = None if v is None else torch.empty(shape, dtype=v.dtype, device=y.device)
+        grad_gate = None if gate is None else torch.empty(y.shape[:3], dtype=gate.dtype, device=y.device)
+        rows = sequences * length * kv_heads
+        if rows:
+            head_output_backward_kernel[(-(-rows // constants["BLOCK"]),)](
+                grad.contiguous(), y, v, gate, grad_y, grad_v, grad_gate, rows, **constants
+            )
+        return grad_y, grad_v, grad_gate, None, None
+
+
+def head_output_triton(
+    y: Tensor, v: Tensor | None, gate: Tensor | None, scale: float = 1.0, factor: float = 1.0
+) -> Tensor:
+    """`head_output_plain` of float32, bfloat16 or float16 tensors, with a head's width a power of two."""
+    shape = y.shape[:3]
+    if v is not None and (v.shape != (*shape[:2], v.size(2), y.size(3)) or shape[2] % v.size(2)):
+        raise ValueError(f"y {tuple(y.shape)} and v {tuple(v.shape)} do not fit")
+    if gate is not None and gate.shape != shape:
+        raise ValueError(f"y {tuple(y.shape)} and gate {tuple(gate.shape)} do not fit")
+    if v is None and gate is None:
+        return y.flatten(2)
+    return HeadOutputTriton.apply(y, v, gate, float(scale), float(factor))
+
+
+@triton_jit
+def rotation(cos, sin, token, inside, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """c and s of each token and column, [BLOCK, WIDTH]: `rotate_plain` of x is c * x + s * swap_halves(x)."""
+    column = tl.arange(0, WIDTH)
+    mask = inside[:, None] & (column < 2 * HALF)[None, :]
+    places = (token.to(tl.int64) * HALF)[:, None] + (column % HALF)[None, :]
+    c = tl.load(cos + places, mask=mask, other=1.0).to(tl.float32)
+    s = tl.load(sin + places, mask=mask, other=0.0).to(tl.float32)
+    return c, tl.where((column < HALF)[None, :], s, -s)
+
+
+@triton_jit
+def swap_halves(x, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """x [BLOCK, WIDTH] with columns i and i + HALF exchanged in every 2 HALF, without memory: as in Triton's sort."""
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), (BLOCK, WIDTH // (2 * HALF), 2, HALF))
+    bits ^= tl.xor_sum(bits, axis=2, keep_dims=True)
+    return tl.reshape(bits, (BLOCK, WIDTH)).to(tl.float32, bitcast=True)
+
+
+@triton_jit
+def inverse_rms(x, WIDTH: tl.constexpr):
+    """One over the root mean square of each row, [BLOCK, 1], with `F.rms_norm`'s epsilon, that of float32."""
+    return tl.rsqrt(tl.sum(x * x, axis=1) * (1.0 / WIDTH) + 1.1920929e-07)[:, None]
+
+
+@triton_jit
+def query_key_forward_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    gain,
+    q_out,
+    k_out,
+    tokens,
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`query_key_plain` of BLOCK tokens."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    mask = inside[:, None]
+    c, s = rotation(cos, sin, token, inside, WIDTH, HALF)
+    for head in range(HEADS):
+        x = load_heads(q, token, head, mask, Q_ROW, WIDTH)
+        x *= inverse_rms(x, WIDTH) * tl.load(gain + head).to(tl.float32)
+        x = c * x + s * swap_halves(x, WIDTH, HALF, BLOCK)
+        store_heads(q_out, x, token, head, mask, HEADS * WIDTH, WIDTH)
+    for head in range(KV_HEADS):
+        x = load_heads(k, token, head, mask, K_ROW, WIDTH)
+        x *= inverse_rms(x, WIDTH)
+        x = c * x + s * swap_halves(x, WIDTH, HALF, BLOCK)
+        store_heads(k_out, x, token, head, mask, KV_HEADS * WIDTH, WIDTH)
+
+
+@triton_jit
+def norm_gradient(g, x, c, s, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of x from g, that of its norm after rotation, and g's product with that [BLOCK, 1]."""
+    g = c * g - s * swap_halves(g, WIDTH, HALF, BLOCK)
+    inverse = inverse_rms(x, WIDTH)
+    x *= inverse
+    along = tl.sum(g * x, axis=1)[:, None]
+    return (g - x * (along * (1.0 / WIDTH))) * inverse, along
+
+
+@triton_jit
+def query_key_backward_kernel(
+    grad_q,
+    grad_k,
+    grad_v,
+    grad_own,
+    grad_gate,
+    q,
+    k,
+    cos,
+    sin,
+    gain,
+    grad,
+    grad_gain,
+    added_q,
+    added_k,
+    added_v,
+    tokens,
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GATES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient [tokens, ROW] of q, k, v and gate side by side, and each block's part of the gain's [HEADS].
+
+    added_q, added_k and added_v, where they are not None: the first three once more, by themselves.
+    """
+    ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * WIDTH + GATES
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    mask = inside[:, None]
+    c, s = rotation(cos, sin, token, inside, WIDTH, HALF)
+    for head in range(HEADS):
+        x = load_heads(q, token, head, mask, Q_ROW, WIDTH)
+        g = load_heads(grad_q, token, head, mask, HEADS * WIDTH, WIDTH)
+        g, along = norm_gradient(g, x, c, s, WIDTH, HALF, BLOCK)
+        g *= tl.load(gain + head).to(tl.float32)
+        store_heads(grad, g, token, head, mask, ROW, WIDTH)
+        if added_q is not None:
+            store_heads(added_q, g, token, head, mask, HEADS * WIDTH, WIDTH)
+        tl.store(grad_gain + tl.program_id(0) * HEADS + head, tl.sum(along))
+    for head in range(KV_HEADS):
+        x = load_heads(k, token, head, mask, K_ROW, WIDTH)
+        g = load_heads(grad_k, token, head, mask, KV_HEADS * WIDTH, WIDTH)
+        g, _ = norm_gradient(g, x, c, s, WIDTH, HALF, BLOCK)
+        store_heads(grad, g, token, HEADS + head, mask, ROW, WIDTH)
+        if added_k is not None:
+            store_heads(added_k, g, token, head, mask, KV_HEADS * WIDTH, WIDTH)
+    for head in range(KV_HEADS):
+        g = load_heads(grad_v, token, head, mask, KV_HEADS * WIDTH, WIDTH)
+        if grad_own is not None:
+            g += load_heads(grad_own, token, head, mask, KV_HEADS * WIDTH, WIDTH)
+        store_heads(grad, g, token, HEADS + KV_HEADS + head, mask, ROW, WIDTH)
+        if added_v is not None:
+            store_heads(added_v, g, token, head, mask, KV_HEADS * WIDTH, WIDTH)
+    if grad_gate is not None:
+        for i in range(GATES):
+            g = tl.load(grad_gate + token.to(tl.int64) * GATES + i, mask=inside, other=0.0)
+            tl.store(grad + token.to(tl.int64) * ROW + (ROW - GATES) + i, g, mask=inside)
+
+
+class QueryKeyTriton(torch.autograd.Function):
+    """`query_key_plain` that saves its inputs alone.
+
+    v and gate go through it as they are, v twice if `twice`. q, k, v and gate are parts of one product, so their
+    gradients are written as parts of its gradient: the concatenation of neighbours is no work for the compiler, where
+    nothing else reads them. So what is added to q, k and v has gradients of its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        added_q: Tensor | None,
+        added_k: Tensor | None,
+        added_v: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        gain: Tensor,
+        twice: bool,
+    ) -> tuple[Tensor | None, ...]:
+        sequences, length, heads = *q.shape[:2], gain.size(0)
+        width, half, tokens = q.size(2) // heads, cos.size(-1), sequences * length
+        kv_heads = k.size(2) // width
+        q = token_rows(q if added_q is None else q + added_q)
+        k = token_rows(k if added_k is None else k + added_k)
+        v = v.view_as(v) if added_v is None else v + added_v
+        tables = [x.reshape(tokens, half).contiguous() for x in (cos, sin)]
+        constants = dict(Q_ROW=q.stride(0), K_ROW=k.stride(0), HEADS=heads, KV_HEADS=kv_heads)
+        constants |= dict(WIDTH=width, HALF=half, **head_tiles(width))
+        q_out = torch.empty(sequences, length, heads, width, dtype=q.dtype, device=q.device)
+        k_out = torch.empty(sequences, length, kv_heads, width, dtype=k.dtype, device=k.device)
+        if tokens:
+            query_key_forward_kernel[(-(-tokens // constants["BLOCK"]),)](
+                q, k, *tables, gain, q_out, k_out, tokens, **constants
+            )
+        ctx.save_for_backward(q, k, *tables, gain)
+        ctx.constants, ctx.shape, ctx.gates = constants, (sequences, length), 0 if gate is None else gate.size(2)
+        ctx.added = [x is not None for x in (added_q, added_k, added_v)]
+        v = v.view(k_out.shape)
+        return q_out, k_out, v, v.view_as(v) if twice else None, None if gate is None else gate.view_as(gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_own: Tensor | None, grad_gate: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, cos, sin, gain = ctx.saved_tensors
+        constants, (sequences, length) = ctx.constants, ctx.shape
+        heads, kv_dim = constants["HEADS"], constants["KV_HEADS"] * constants["WIDTH"]
+        widths = [heads * constants["WIDTH"], kv_dim, kv_dim]
+        added = [
+            torch.empty(sequences, length, width, dtype=q.dtype, device=q.device) if wanted else None
+            for width, wanted in zip(widths, ctx.added, strict=True)
+        ]
+        widths += [] if grad_gate is None else [ctx.gates]
+        grad = torch.empty(sequences, length, sum(widths), dtype=q.dtype, device=q.device)
+        blocks = -(-sequences * length // constants["BLOCK"])
+        grad_gain = torch.empty(blocks, heads, dtype=torch.float32, device=q.device)
+        incoming = (x if x is None else x.contiguous() for x in (grad_q, grad_k, grad_v, grad_own, grad_gate))
+        if blocks:
+            query_key_backward_kernel[(blocks,)](
+                *incoming,
+                q,
+                k,
+                cos,
+                sin,
+                gain,
+                grad,
+                grad_gain,
+                *added,
+                sequences * length,
+                GATES=ctx.gates,
+                **constants,
+            )
+        for_q, for_k, for_v, *for_gate = grad.split(widths, dim=2)
+        for_gain = grad_gain.sum(0).to(gain.dtype)
+        return for_q, for_k, for_v, *(for_gate or [None]), *added, None, None, for_gain, None
+
+
+def query_key_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    *,
+    twice: bool,
+    added: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`query_key_plain` of q [B, T, H h] and k [B, T, K h], and v [B, T, K, h], v again (None unless `twice`) and gate.
+
+    float32, bfloat16 or float16 tensors with any strides; h and the rotary dimensions are powers of two. v [B, T, K h]
+    and gate [B, T, any], or None, stay as they are: they take part for the sake of their gradients, and v twice where
+    two uses of it give gradients to add. added: what to add to the tensors of the keys q, k and v first.
+    """
+    heads, half = gain.size(0), cos.size(-1)
+    width = q.size(2) // heads
+    if q.size(2) % heads or k.size(2) % width or v.shape != k.shape or 2 * half > width:
+        shapes = (tuple(x.shape) for x in (q, k, v, gain, cos))
+        raise ValueError("q {}, k {}, v {}, gain {} and cos {} do not fit".format(*shapes))
+    return QueryKeyTriton.apply(q, k, v, gate, *(added.get(key) for key in "qkv"), cos, sin, gain, twice)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------
@@ -3805,6 +4263,7 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
+    triton: bool  # Triton kernels around attention, where they support the tensors
 
 
 class Block(nn.Module):
@@ -3830,42 +4289,42 @@ class Block(nn.Module):
         self.qkv, self.out = Projection(), Projection()
         self.up, self.down = Projection(), Projection()
         # Of what the input's one product holds: queries, keys, values, gates.
-        self.widths = [d, config.kv_dim, config.kv_dim, 0 if self.head_gate is None else config.num_heads]
+        self.widths = [d, config.kv_dim, config.kv_dim, *([] if self.head_gate is None else [config.num_heads])]
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
+        self.gate_scales = (1.0, 2.0 if config.attn_out_gate_enabled else 1.0)  # see `head_output_plain`
+        if config.sparse_attn_gate_enabled:
+            self.gate_scales = (config.sparse_attn_gate_scale, 1.0)
 
     def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters) -> Tensor:
         """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
-        q, k, v, gate = self.qkv(n, w.qkv).split(self.widths, dim=-1)
+        q, k, v, *gates = self.qkv(n, w.qkv).split(self.widths, dim=-1)
         added = adapters.of_attention(n)
-        q, k, v = (y + added[key] if key in added else y for key, y in zip("qkv", (q, k, v), strict=True))
-        q = q.view(sequences, length, config.num_heads, config.head_dim)
-        k = k.view(sequences, length, config.num_kv_heads, config.head_dim)
         if w.value_scale is not None and context.value_embeds is not None:
-            v = v + w.value_scale.to(x.dtype) * context.value_embeds
-        v = v.view(sequences, length, config.num_kv_heads, config.head_dim)
-        q = rotate(rms_norm(q), context.cos, context.sin) * w.query_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), context.cos, context.sin)
+            embeds = w.value_scale.to(x.dtype) * context.value_embeds
+            added["v"] = added["v"] + embeds if "v" in added else embeds
+        own, gate = self.subtract_own_value, gates[0] if gates else None
+        turn = (context.cos, context.sin, w.query_gain)
+        if context.triton and attention_kernels_support(q, config.head_dim, config.rotary_dims):
+            q, k, v, own_v, gate = query_key_triton(q, k, v, gate, *turn, twice=own, added=added)
+            finish = head_output_triton
+        else:
+            q, k, v = (y + added[key] if key in added else y for key, y in zip("qkv", (q, k, v), strict=True))
+            q = q.view(sequences, length, config.num_heads, config.head_dim)
+            k, v = (y.view(sequences, length, config.num_kv_heads, config.head_dim) for y in (k, v))
+            q, k = query_key_plain(q, k, *turn)
+            own_v, finish = v, head_output_plain
         y = context.attention(q, k, v)
-        if self.subtract_own_value:
-            y = subtract_own_value(y, v)
-        if self.head_gate is not None:
-            y = y * self.gate(gate)[..., None]
-        y = self.out(y.reshape(sequences, length, config.model_dim), w.out)
+        y = finish(y, own_v if own else None, gate, *self.gate_scales)
+        y = self.out(y, w.out)
         return y + added["attention"] if "attention" in added else y
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
         return rms_norm(x) * self.norm_scale if self.config.ln_scale else rms_norm(x)
-
-    def gate(self, g: Tensor) -> Tensor:
-        """Head gates [B, T, H] from their logits (PRs #1787 and #549 of openai/parameter-golf)."""
-        if self.config.sparse_attn_gate_enabled:
-            return sigmoid(self.config.sparse_attn_gate_scale * g)
-        return 2 * sigmoid(g) if self.config.attn_out_gate_enabled else sigmoid(g)
 
     def mlp(self, x: Tensor, w: LayerWeights, adapters: CallAdapters, fused: bool) -> Tensor:
         """MLP of x [B, T, d] -> [B, T, d], before the output scale. `fused` allows the Triton kernels."""
@@ -3875,14 +4334,6 @@ class Block(nn.Module):
         else:
             y = self.down(leaky_relu_squared(self.up(n, w.up), self.config.leaky_relu_slope), w.down)
         return y if adapters.mlp is None else y + low_rank(n, adapters.mlp)
-
-
-def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h]."""
-    sequences, length, heads, width = y.shape
-    direction = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, h]
-    grouped = y.view(sequences, length, v.size(2), heads // v.size(2), width)  # [B, T, K, H/K, h]
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(y.shape)
 
 
 class SmearGate(nn.Module):
@@ -4109,6 +4560,7 @@ class GPT(nn.Module):
             self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
             *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
+            self.runtime.triton,
         )
         fused_mlp = fused_mlp and self.runtime.triton
         saved: list[Tensor] = []
@@ -4658,11 +5110,15 @@ def compiled_forward(model: GPT) -> Callable:
     """
     if not model.runtime.compile:
         return model
-    from torch.fx.experimental import _config as symbolic_shapes  # imports much, and only compiling needs it
+    from torch._inductor import config as inductor  # imports much, and only compiling needs it
+    from torch.fx.experimental import _config as symbolic_shapes
 
     torch._dynamo.config.recompile_limit = 64  # training, evaluation and TTT together exceed the default of 8
     # Sizes that are equal by chance in the first batch would be taken for one, and the next batch compiled again.
     symbolic_shapes.use_duck_shape = False
+    # The rows of q, k, v and gate would be padded, and all of them copied for the Triton kernels, which must find the
+    # strides that they were traced with.
+    inductor.comprehensive_padding = False
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 

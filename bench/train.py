@@ -93,7 +93,7 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that multiply a token: those of a layer once per pass, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [cast(t.Block, model.blocks[call.layer]).widths[-1] for call in model.schedules[looped]]
+    gates = [sum(cast(t.Block, model.blocks[call.layer]).widths[3:]) for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)

@@ -116,6 +116,52 @@ def compare_mlp(rows, width, hidden, out, slope=0.5, dtype=torch.float32, device
     assert torch.equal(without, k.mlp_triton(*(x.requires_grad_() for x in inputs), slope))
 
 
+def head_output_inputs(tokens, heads, kv_heads, width, own, gated, dtype=torch.float32, device="cpu"):
+    """y, and v and gate as slices of one product's rows, as in the model."""
+    y = normal(*tokens, heads, width, dtype=dtype, device=device)
+    rows = normal(*tokens, 8 + kv_heads * width + heads, seed=1, dtype=dtype, scale=2.0, device=device)
+    v, gate = rows[..., 8 : 8 + kv_heads * width].view(*tokens, kv_heads, width), rows[..., -heads:]
+    return [y, *([v] if own else []), *([gate] if gated else [])]
+
+
+def with_options(function, own, gated, *scales):
+    """function(y, v or None, gate or None, *scales) as a function of the tensors that there are."""
+    return lambda y, *rest: function(y, rest[0] if own else None, rest[-1] if gated else None, *scales)
+
+
+def compare_head_output(*sizes, own=True, gated=True, scales=(0.5, 1.0), dtype=torch.float32, device="cpu"):
+    inputs = head_output_inputs(*sizes, own, gated, dtype, device)
+    compare(*(with_options(f, own, gated, *scales) for f in (k.head_output_triton, k.head_output_plain)), inputs)
+
+
+def query_key_inputs(tokens, heads, kv_heads, width, half, gates, dtype=torch.float32, device="cpu"):
+    """q, k, v and gate as slices of one product's rows, the gain in float32; and the rotary tables apart."""
+    widths = [heads * width, kv_heads * width, kv_heads * width, *([gates] if gates else [])]
+    rows = normal(*tokens, sum(widths), dtype=dtype, scale=1.5, device=device)
+    gain = 1 + normal(heads, seed=1, scale=0.5, device=device)
+    angles = normal(*tokens, 1, half, seed=2, scale=2.0, device=device)
+    return [*rows.split(widths, dim=2), gain], [angles.cos().to(dtype), angles.sin().to(dtype)]
+
+
+def query_key_whole(q, k_, v, *rest, cos, sin, twice):
+    """What `query_key_triton` gives, by `query_key_plain`. rest: gate, where there is one, and gain."""
+    gain = rest[-1]
+    heads, kv_heads = gain.numel(), k_.size(2) * gain.numel() // q.size(2)
+    q, k_, v = (x.unflatten(2, (n, -1)) for x, n in ((q, heads), (k_, kv_heads), (v, kv_heads)))
+    return *k.query_key_plain(q, k_, cos.to(q.dtype), sin.to(q.dtype), gain), v, *([v] if twice else []), *rest[:-1]
+
+
+def compare_query_key(*sizes, twice=True, dtype=torch.float32, device="cpu"):
+    inputs, (cos, sin) = query_key_inputs(*sizes, dtype, device)
+
+    def fast(q, k_, v, *rest):
+        gate = rest[0] if len(rest) > 1 else None
+        results = k.query_key_triton(q, k_, v, gate, cos, sin, rest[-1], twice=twice, added={})
+        return tuple(x for x in results if x is not None)
+
+    compare(fast, lambda *xs: query_key_whole(*xs, cos=cos, sin=sin, twice=twice), inputs)
+
+
 def mend_bfloat16():
     """Triton's interpreter cuts float32 off to get bfloat16, and multiplies bfloat16 matrices as integers.
 
@@ -333,8 +379,105 @@ def check_adapters():
     assert not torch.equal(both[0].copies[0], both[0].copies[0].roll(1, 0)) and both[0].copies[1].any()
 
 
+def check_head_output():
+    mend_bfloat16()
+    sizes = (((1, 1), 1, 1, 1), ((1, 1), 8, 4, 64), ((2, 37), 4, 4, 16), ((3, 5), 6, 2, 2), ((1, 9), 3, 1, 256))
+    for size, (own, gated) in itertools.product(sizes, ((True, True), (True, False), (False, True))):
+        for dtype in (torch.float32, torch.bfloat16):
+            compare_head_output(*size, own=own, gated=gated, dtype=dtype)
+    for scales in ((1.0, 2.0), (1, 1), (3.0, 1.0)):
+        compare_head_output((1, 40), 8, 4, 32, scales=scales, dtype=torch.float16)
+    y, v, gate = (x.requires_grad_() for x in head_output_inputs((2, 0), 4, 2, 8, True, True))
+    leaves = [x.detach().requires_grad_() for x in (y, v, gate)]
+    out = k.head_output_triton(*leaves)
+    out.sum().backward()
+    assert out.shape == (2, 0, 32) and all(x.grad.shape == x.shape for x in leaves)
+
+
+def check_head_output_edges():
+    y, v, gate = head_output_inputs((3, 6), 4, 2, 8, True, True)
+    for change in (lambda x: x.transpose(0, 1), lambda x: x.mT.contiguous().mT, lambda x: x[:, ::2]):
+        strided = [change(x) for x in (y, v, gate)]
+        compare(k.head_output_triton, k.head_output_plain, strided)
+    v = v.clone()
+    v[0, 0, 0], v[0, 1, 0], v[0, 2, 0] = 0.0, 1e-14, 1e-30  # shorter than the least norm of F.normalize
+    compare(
+        lambda *xs: k.head_output_triton(y, *xs), lambda *xs: k.head_output_plain(y.to(xs[0].dtype), *xs), [v, gate]
+    )
+    huge = torch.full_like(gate, -200.0)  # whose exponential is infinite
+    assert not k.head_output_triton(y, v, huge).any() and k.head_output_triton(y, v, -huge).any()
+    assert torch.equal(k.head_output_triton(y, None, None), y.flatten(2))
+    for arguments in ((y, v[:1], gate), (y, v[..., :4], gate), (y[:, :, :3], v, None), (y, None, gate[..., :2])):
+        with pytest.raises(ValueError):
+            k.head_output_triton(*arguments)
+
+
+def check_query_key():
+    mend_bfloat16()
+    sizes = (((1, 1), 1, 1, 2, 1, 0), ((1, 1), 8, 4, 64, 8, 8), ((2, 37), 4, 4, 16, 8, 4), ((3, 5), 6, 2, 32, 4, 0))
+    for size, dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
+        compare_query_key(*size, dtype=dtype)
+    compare_query_key((1, 9), 3, 1, 256, 128, 3, twice=False)
+    compare_query_key((1, 9), 2, 1, 64, 16, 3, twice=False, dtype=torch.float16)
+    (q, k_, v, gate, gain), tables = query_key_inputs((2, 0), 4, 2, 8, 2, 4)
+    leaves = [x.detach().requires_grad_() for x in (q, k_, v, gate, gain)]
+    outputs = k.query_key_triton(*leaves[:4], *tables, leaves[4], twice=True, added={})
+    sum(x.sum() for x in outputs).backward()
+    assert outputs[0].shape == (2, 0, 4, 8) and all(x.grad.shape == x.shape for x in leaves)
+    assert not leaves[4].grad.any()
+
+
+def check_query_key_edges():
+    (q, k_, v, gate, gain), (cos, sin) = query_key_inputs((3, 6), 4, 2, 8, 2, 4)
+    for change in (lambda x: x.transpose(0, 1), lambda x: x.mT.contiguous().mT, lambda x: x[:, ::2], lambda x: x[:1]):
+        inputs, tables = [*(change(x) for x in (q, k_, v, gate)), gain], (cos[:, :, 0], sin[:, :, 0])
+        tables = [change(x).unsqueeze(2) for x in tables]
+        compare(
+            lambda *xs, tables=tables: k.query_key_triton(*xs[:4], *tables, xs[4], twice=True, added={}),
+            lambda *xs, tables=tables: query_key_whole(*xs, cos=tables[0], sin=tables[1], twice=True),
+            inputs,
+        )
+    # One buffer holds all gradients, so that torch.compile sees their concatenation in it.
+    leaves = [x.detach().requires_grad_() for x in (q, k_, v, gate, gain)]
+    outputs = k.query_key_triton(*leaves[:4], cos, sin, leaves[4], twice=False, added={})
+    assert outputs[3] is None and torch.equal(outputs[2].flatten(2), v) and torch.equal(outputs[4], gate)
+    parts = torch.autograd.grad(outputs[0].sum() + outputs[2].sum(), leaves[:4])
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert not parts[1].any() and (parts[2] == 1).all() and not parts[3].any()
+    for arguments in ((q[..., :-1], k_, v), (q, k_[..., :-1], v), (q, k_, v[..., :8])):
+        with pytest.raises(ValueError):
+            k.query_key_triton(*arguments, gate, cos, sin, gain, twice=True, added={})
+    with pytest.raises(ValueError):
+        tables = [torch.zeros(3, 6, 1, 8)] * 2
+        k.query_key_triton(q, k_, v, gate, *tables, gain, twice=True, added={})
+
+
+def check_query_key_sums():
+    """What is added to q, k and v, as by adapters and value embeddings, has the gradient of what it is added to."""
+    mend_bfloat16()
+    (q, k_, v, gate, gain), tables = query_key_inputs((2, 19), 4, 2, 16, 4, 4, torch.bfloat16)
+    more = {
+        key: normal(*x.shape, seed=i, dtype=x.dtype) for i, (key, x) in enumerate(zip("qkv", (q, k_, v), strict=True))
+    }
+    for keys in ("q", "kv", "qkv"):
+        added = {key: more[key].requires_grad_() for key in keys}
+        leaves = {key: x.detach().requires_grad_() for key, x in zip("qkvg", (q, k_, v, gate), strict=True)}
+        outputs = k.query_key_triton(*leaves.values(), *tables, gain, twice=True, added=added)
+        sums = [leaves[key] + added[key] if key in added else leaves[key] for key in "qkv"]
+        expected = k.query_key_triton(*sums, leaves["g"], *tables, gain, twice=True, added={})
+        assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+        weights = [normal(*x.shape, seed=9 + i, dtype=x.dtype) for i, x in enumerate(outputs)]
+        ours, theirs = (
+            torch.autograd.grad(list(results), [*leaves.values(), *added.values()], weights)
+            for results in (outputs, expected)
+        )
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+        assert all(x.is_contiguous() for x in ours[4:])
+
+
 INTERPRETED = ("adapter_step", "adapters", "cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
 INTERPRETED += ("mlp_described", "mlp_edges_described", "mlp_launches")
+INTERPRETED += ("head_output", "head_output_edges", "query_key", "query_key_edges", "query_key_sums")
 
 
 @needs_triton
@@ -384,6 +527,29 @@ def mlp_kernels_to_compile():
             yield capability, kernel, {**signature, "M": "i64"}, {**constants, **dict.fromkeys(optional)}, options
 
 
+def attention_kernels_to_compile():
+    """As `kernels_to_compile`: the kernels around attention."""
+    sizes = ((8, 4, 64, 8, 8), (8, 8, 64, 32, 0), (6, 2, 128, 64, 3), (1, 1, 16, 1, 1))
+    pointers = ("*bf16", "*fp16", "*fp32")
+    for pointer, (heads, kv_heads, width, half, gates) in itertools.product(pointers, sizes):
+        row, options = (heads + 2 * kv_heads) * width + gates, k.head_tiles(width)
+        shared = dict(BLOCK=options.pop("BLOCK"), WIDTH=width, KV_HEADS=kv_heads)
+        constants = dict(shared, Q_ROW=row, K_ROW=row, HEADS=heads, HALF=half)
+        types = dict.fromkeys(k.query_key_backward_kernel.arg_names, pointer) | dict(tokens="i32", gain="*fp32")
+        yield 90, k.query_key_forward_kernel, types | dict(q_out=pointer, k_out=pointer), constants, options
+        constants |= dict(GATES=gates) if gates else dict(GATES=0, grad_gate=None, grad_own=None)
+        yield 90, k.query_key_backward_kernel, types | dict(grad_gain="*fp32"), constants, options
+        constants |= dict.fromkeys(("added_q", "added_k", "added_v"))
+        yield 90, k.query_key_backward_kernel, types | dict(grad_gain="*fp32"), constants, options
+        constants = dict(shared, V_ROW=row, GATE_ROW=row, GROUP=heads // kv_heads, SCALE=0.5, FACTOR=1.0)
+        constants |= {} if gates else dict(gate=None, GATE_ROW=0)
+        types = dict.fromkeys(k.head_output_backward_kernel.arg_names, pointer) | dict(rows="i32")
+        yield 90, k.head_output_forward_kernel, types | dict(out=pointer), constants, options
+        yield 90, k.head_output_backward_kernel, types, constants | ({} if gates else dict(grad_gate=None)), options
+        constants |= dict(v=None, V_ROW=0, gate=None, GATE_ROW=0)
+        yield 90, k.head_output_forward_kernel, types | dict(out=pointer), constants, options
+
+
 def kernels_to_compile():
     """(capability, kernel, types of arguments, constants, options) of every kernel: the record's sizes and odd ones."""
     sizes = (*itertools.product(KINDS, ("bf16", "fp32"), (8192, 1025)), ("tanh", "fp16", 20000), ("poly", "bf16", 1))
@@ -402,6 +568,7 @@ def kernels_to_compile():
         constants = dict(ROW=512 * 96, BLOCK=2048) | (dict(low=None) if low is None else {})
         yield 90, k.adapter_step_kernel, types, constants, dict(num_warps=8)
     yield from mlp_kernels_to_compile()
+    yield from attention_kernels_to_compile()
 
 
 def registers_and_stack(cubin):
@@ -456,10 +623,11 @@ def check_mlp_launch():
     assert launch_on(80, torch.float32) == (216, False, k.FLOAT32_TILES)
 
 
-def check_one_graph(described=False):
-    """torch.compile takes MLP and loss, with gradients, into one graph, and sees which buffers each kernel writes.
+def compile_and_record(function, inputs, dynamic=(), described=False):
+    """The graphs, forward and backward, that torch.compile makes of a loss. Whatever does not fit in one is an error.
 
     Nothing runs: the graphs are recorded and give zeros. Triton is told of an H100, which only names the target.
+    dynamic: tensors whose first size is. described: with tensor descriptors.
     """
     import torch.utils._triton
     import triton
@@ -484,29 +652,47 @@ def check_one_graph(described=False):
 
     def record(module, inputs):
         results = next(node for node in module.graph.nodes if node.op == "output").args[0]
-        graphs.append([node.kwargs for node in module.graph.nodes if "triton_kernel" in str(node.target)])
+        graphs.append(module.graph)
         values = [y if y is None else y.meta["val"] for y in results]
         return make_boxed_func(lambda *_: [zeros_like_it(y) for y in values])
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in inputs]
+    for x in dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(function, backend=backend, fullgraph=True)(*inputs).backward()
+    assert all(x.grad.shape == x.shape for x in inputs if x.requires_grad)
+    return graphs
+
+
+def kernel_calls(graph):
+    """The arguments of each Triton kernel's call."""
+    return [node.kwargs for node in graph.nodes if "triton_kernel" in str(node.target)]
+
+
+def written_by_kernels(graphs):
+    """Names of the arguments that each Triton kernel of each graph writes. No two of them may share a buffer."""
+    graphs = [kernel_calls(graph) for graph in graphs]
+    for call in itertools.chain(*graphs):  # a shared buffer would be copied
+        buffers = [call["kwargs"][name] for name in call["tensors_to_clone"]]
+        assert len(set(buffers)) == len(buffers)
+    return [[sorted(call["tensors_to_clone"]) for call in calls] for calls in graphs]
+
+
+def check_one_graph(described=False):
+    """torch.compile takes MLP and loss, with gradients, into one graph, and sees which buffers each kernel writes."""
 
     def loss(x, up, down, head, targets):
         nll, lse = k.softcapped_cross_entropy_triton(k.mlp_triton(x, up, down, 0.5) @ head.mT, targets, CAP)
         return nll.mean() + 1e-4 * lse.square().mean()
 
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
     inputs = [*mlp_inputs((4, 32), 64, 256, 64, torch.bfloat16), normal(1000, 64, dtype=torch.bfloat16)]
-    inputs = [x.requires_grad_() for x in inputs]
-    targets = random_targets(4, 32, below=1000)
-    for x in (inputs[0], targets):
-        torch._dynamo.mark_dynamic(x, 0)
-    torch.compile(loss, backend=backend, fullgraph=True)(*inputs, targets).backward()
-    assert all(x.grad.shape == x.shape for x in inputs)
-    written = [[sorted(call["tensors_to_clone"]) for call in calls] for calls in graphs]
+    inputs.append(random_targets(4, 32, below=1000))
+    graphs = compile_and_record(loss, inputs, dynamic=(inputs[0], inputs[-1]), described=described)
+    written = written_by_kernels(graphs)
     assert written == [[["leaky", "square"], ["lse", "nll"]], [["grad"], ["grad_up"]]], written
-    descriptors = [[len(call["tma_descriptor_metadata"]) for call in calls] for calls in graphs]
+    descriptors = [[len(call["tma_descriptor_metadata"]) for call in kernel_calls(graph)] for graph in graphs]
     assert descriptors == ([[4, 0], [0, 4]] if described else [[0, 0], [0, 0]])
-    for call in itertools.chain(*graphs):  # no two outputs share a buffer, which would then be copied
-        buffers = [call["kwargs"][name] for name in call["tensors_to_clone"]]
-        assert len(set(buffers)) == len(buffers)
 
 
 def check_one_graph_described():
@@ -514,8 +700,37 @@ def check_one_graph_described():
     check_one_graph(described=True)
 
 
+def check_one_graph_of_attention():
+    """The same of what surrounds attention; and the gradient of the product is the kernel's buffer, not put together.
+
+    Inductor drops a concatenation whose parts are all those of one split, in its order.
+    """
+    cos, sin = (normal(2, 24, 1, 2, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    for own, gates in ((True, [4]), (False, [4]), (True, [])):
+
+        def loss(rows, weight, gain, own=own, gates=gates):
+            q, k_, v, *gate = (rows @ weight).split([32, 16, 16, *gates], dim=2)
+            added = dict(q=rows[..., :32].tanh(), v=rows[..., :16].exp())  # as adapters and value embeddings do
+            gate = gate[0] if gate else None
+            q, k_, v, own_v, gate = k.query_key_triton(q, k_, v, gate, cos, sin, gain, twice=own, added=added)
+            y = torch.tanh(q) + (k_ * v).repeat_interleave(2, 2)
+            return k.head_output_triton(y, own_v, gate).square().mean()
+
+        inputs = [normal(*shape, dtype=torch.bfloat16) for shape in ((2, 24, 40), (40, 64 + sum(gates)))]
+        graphs = compile_and_record(loss, [*inputs, normal(4)])
+        of_output = ["grad_gate"] * len(gates) + ["grad_v"] * own + ["grad_y"]
+        expected = [[["k_out", "q_out"], ["out"]], [of_output, ["added_q", "added_v", "grad", "grad_gain"]]]
+        assert written_by_kernels(graphs) == expected, written_by_kernels(graphs)
+        (joined,) = (n for n in graphs[1].nodes if n.target is torch.ops.aten.cat.default)
+        (split,) = {part.args[0] for part in joined.args[0]}
+        assert split.target is torch.ops.aten.split_with_sizes.default and sum(split.args[1]) == 64 + sum(gates)
+        assert all(len(part.users) == 1 for part in joined.args[0])
+        assert [part.args[1] for part in joined.args[0]] == list(range(3 + len(gates)))
+        assert "triton_kernel" in str(split.args[0].args[0].target)
+
+
 @needs_triton
-@pytest.mark.parametrize("name", ["cubins", "one_graph", "one_graph_described", "mlp_launch"])
+@pytest.mark.parametrize("name", ["cubins", "one_graph", "one_graph_described", "one_graph_of_attention", "mlp_launch"])
 def test_compiled(name, tmp_path):
     run_check(name, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
 

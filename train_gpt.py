@@ -3801,7 +3801,7 @@ def head_output_forward_kernel(
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
         unit *= (1.0 / tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12))[:, None]
-    for i in tl.static_range(GROUP):
+    for i in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues]
         z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
         if v is not None:
             z -= tl.sum(z * unit, axis=1)[:, None] * unit
@@ -3844,11 +3844,11 @@ def head_output_backward_kernel(
         unit *= inverse[:, None]
         to_unit = tl.zeros([BLOCK, WIDTH], tl.float32)
         twice = tl.zeros([BLOCK], tl.float32)  # -n.u
-    for i in tl.static_range(GROUP):
+    for i in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues]
         z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
         g = load_heads(grad, row, i, mask, GROUP * WIDTH, WIDTH)
         if v is not None:
-            along = tl.sum(z * unit, axis=1)
+            along = tl.sum(z * unit, axis=1)  # pyright: ignore[reportUnboundVariable]
             z -= along[:, None] * unit
         if gate is not None:
             place = token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + i
@@ -3857,7 +3857,7 @@ def head_output_backward_kernel(
             tl.store(grad_gate + place, to_gate.to(grad_gate.dtype.element_ty), mask=inside)
             g *= (FACTOR * s)[:, None]
         if v is not None:
-            to_along = tl.sum(g * unit, axis=1)
+            to_along = tl.sum(g * unit, axis=1)  # pyright: ignore[reportUnboundVariable]
             # y = z + (y.u) u, so that y itself need not be kept.
             to_unit -= along[:, None] * g + to_along[:, None] * z + (along * to_along)[:, None] * unit
             twice += 2.0 * along * to_along
@@ -3865,7 +3865,9 @@ def head_output_backward_kernel(
         store_heads(grad_y, g, row, i, mask, GROUP * WIDTH, WIDTH)
     if v is not None:
         # A norm below F.normalize's least is a constant to it.
-        to_v = (to_unit + tl.where(norm >= 1e-12, twice, 0.0)[:, None] * unit) * inverse[:, None]
+        along_unit = tl.where(norm >= 1e-12, twice, 0.0)  # pyright: ignore[reportUnboundVariable]
+        to_v = to_unit + along_unit[:, None] * unit  # pyright: ignore[reportUnboundVariable]
+        to_v *= inverse[:, None]  # pyright: ignore[reportUnboundVariable]
         store_heads(grad_v, to_v, row, 0, mask, WIDTH, WIDTH)
 
 

@@ -219,7 +219,7 @@ def test_the_table_adds_up():
             use="training",
             part=part,
             launches=Counter(fused=3),
-            flops=Counter({"matrix products": 5 * 10**12, "attention": 10**12}),
+            flops=Counter({"matrix products": 5 * 10**12, "attention": 10**12, "float8": 2 * 10**12}),
             bytes_read=2 * 10**9,
             bytes_written=10**9,
             peak_bytes=peak,
@@ -230,7 +230,7 @@ def test_the_table_adds_up():
     rows = cost_table.table_rows([result], graphs, eager)
     assert [(r.part, r.launches) for r in rows] == [("forward", 6), ("backward", 6), ("optimizers", 7)]
     text = cost_table.report(rows, {"training": dict(standing=10**9, saved=0, peak=2 * 10**9)}, "remark")
-    assert "| training | **sum** | 19 | 25.00 | 4.00 | 9.0 | 4.0 | 31.3 | 4.3 |" in text
+    assert "| training | **sum** | 19 | 25.00 | 4.00 | 8.00 | 9.0 | 4.0 | 26.3 | 4.3 |" in text
     assert "| training | 1.00 | 0.00 | 2.00 |" in text
     assert cost_table.peak_memory(result, graphs) == 100 + 10 + 50
 

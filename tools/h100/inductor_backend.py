@@ -97,19 +97,27 @@ def findings_of(gm: torch.fx.GraphModule) -> Iterator[str]:
             yield f"tensor on the CPU: {what}"
 
 
-def hand_written_flops(node: torch.fx.Node) -> int:
-    """FLOPs of a hand-written kernel: 2MNK where its arguments are called so, for a matrix product; otherwise 0."""
+def hand_written_flops(node: torch.fx.Node) -> tuple[int, bool]:
+    """FLOPs of a hand-written kernel: 2MNK where its arguments are called so, for a matrix product; otherwise 0.
+
+    The second value: whether it is a product of FP8 numbers, as its arguments a pointer to which comes first are.
+    """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     arguments: dict[str, Any] = dict(node.kwargs)
     known = {**kernel_side_table.get_constant_args(arguments["constant_args_idx"]), **arguments["kwargs"]}
     sizes = [known.get(name) for name in ("M", "N", "K")]
     values = [s.meta.get("val") if isinstance(s, torch.fx.Node) else s for s in sizes]
-    return 0 if None in values else 2 * number(values[0]) * number(values[1]) * number(values[2])
+    flops = 0 if None in values else 2 * number(values[0]) * number(values[1]) * number(values[2])
+    first = next((a.meta.get("val") for a in known.values() if isinstance(a, torch.fx.Node)), None)
+    return flops, getattr(first, "dtype", None) == torch.float8_e4m3fn
 
 
 def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter[str]:
-    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query."""
+    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query.
+
+    "float8" counts products of FP8 inputs once more.
+    """
     flops: collections.Counter[str] = collections.Counter()
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -122,9 +130,13 @@ def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter
             # Two products forward; backward those of dq, dk, dv and dP, and P again.
             flops["attention"] += int((10 if backward else 4) * number(query.numel()) * context)
         elif "triton_kernel_wrapper" in name:
-            flops["hand-written"] += hand_written_flops(node)
+            count, float8 = hand_written_flops(node)
+            flops["hand-written"] += count
+            flops["float8"] += count * float8
         elif (packet := getattr(node.target, "overloadpacket", None)) in flop_registry:
-            flops["matrix products"] += number(flop_registry[packet](*args, out_val=node.meta.get("val")))
+            count = number(flop_registry[packet](*args, out_val=node.meta.get("val")))
+            flops["matrix products"] += count
+            flops["float8"] += count * (packet is torch.ops.aten._scaled_mm)
     return flops
 
 

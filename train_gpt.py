@@ -371,6 +371,12 @@ class Config(ModelConfig):
         Observed.LOG,
         choices=("auto", "0", "1"),
     )
+    compile_cache: bool = knob(
+        False,
+        "keep what torch.compile makes in the run's folder, and read it there, as MODE=eval can; the file holds code "
+        "that runs: never use it in a stranger's folder",
+        Observed.REFUSAL,
+    )
     attention: str = knob(
         "auto",
         "attention backend; fa3, fa2: FlashAttention; varlen: PyTorch's own; sdpa: with a document mask; blocked: for "
@@ -1208,7 +1214,9 @@ def resolved(config: Config, cuda: bool) -> Config:
     values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
     if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
         values["yarn_max_len"] = max(config.yarn_max_len, config.longest_context)
-    return dataclasses.replace(config, device=device, **values)
+    config = dataclasses.replace(config, device=device, **values)
+    require(config.compile == "1" or not config.compile_cache, config, "compile_cache", "needs COMPILE=1")
+    return config
 
 
 def cpu_compiler() -> bool:
@@ -7956,6 +7964,25 @@ def make_evaluator(config: Config, run: Run) -> Evaluator:
     return evaluator
 
 
+COMPILE_CACHE_FILE = "compile_cache.bin"
+
+
+def load_compile_cache(config: Config, run: Run) -> None:
+    """With COMPILE_CACHE, reads what an earlier run in this folder compiled. Its content is executed."""
+    path = run.path(COMPILE_CACHE_FILE)
+    if config.compile_cache and path.is_file():
+        info = torch.compiler.load_cache_artifacts(path.read_bytes())
+        run.log(f"compile cache: {0 if info is None else sum(map(len, info.artifacts.values()))} entries read")
+
+
+def save_compile_cache(config: Config, run: Run) -> None:
+    """With COMPILE_CACHE, writes what this process compiled, or read from such a file."""
+    saved = torch.compiler.save_cache_artifacts() if config.compile_cache and run.is_main else None
+    if saved is not None:
+        write_atomic(run.path(COMPILE_CACHE_FILE), saved[0])
+        run.log(f"compile cache: {sum(map(len, saved[1].artifacts.values()))} entries, {len(saved[0])} bytes written")
+
+
 def log_data(run: Run, evaluator: Evaluator) -> None:
     """What the shards hold, before anything is computed from them."""
     for line in (*evaluator.notes, *evaluator.data_check.lines()):
@@ -8052,6 +8079,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     if evaluator:
         log_data(run, evaluator)
     attention = log_setup(run, config, notes)
+    load_compile_cache(config, run)
     summary: dict[str, Any] = dict(
         preset=config.preset, seed=config.seed, mode=config.mode, attention=attention, ranks=run.world
     )
@@ -8060,6 +8088,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= dict(audit=evaluator.data_check.rows)
     if config.mode != "train":
         summary |= evaluate_artifact(config, explicit, run, evaluator)
+    save_compile_cache(config, run)
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
     summary |= dict(seconds=run.seconds, **machine)
     if config.mode != "train":

@@ -168,6 +168,8 @@ SOURCES = (
     "tools/first_hour.py",
     "tools/first_hour_report.py",
     "Makefile",
+    "bench/budget.py",
+    "bench/cost_model.py",
 )
 
 

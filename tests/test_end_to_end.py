@@ -426,7 +426,9 @@ def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypa
     """And compiles nothing after the warmup: a graph for training, one for late QAT, which acts, one for scores."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     scores, losses = {}, {}
-    for name, knobs in dict(eager={}, compiled=dict(COMPILE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)).items():
+    for name, knobs in dict(
+        eager={}, compiled=dict(COMPILE=1, COMPILE_CACHE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)
+    ).items():
         values = dict(
             RUN,
             NUM_LAYERS=1,
@@ -445,11 +447,30 @@ def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypa
         scores[name] = summary_of(tmp_path / "logs" / name)["val_bpb"]
         losses[name] = [float(loss) for _, loss, *_ in re.findall(STEP, out)]
         graphs = re.findall(r"^(?:warmup:.* |recompiled: )(\d+) graphs", out, re.M)
-        assert graphs == (["3", "0"] if name == "compiled" else ["0"])
+        assert graphs == (["3", "0", "0"] if name == "compiled" else ["0"])
     assert scores["compiled"] == pytest.approx(scores["eager"], abs=2e-3)
     assert losses["compiled"] == pytest.approx(losses["eager"], abs=2e-3)
     assert losses["unrounded"][:5] == losses["eager"][:5]
     assert abs(losses["unrounded"][-1] - losses["eager"][-1]) > 0.01
+    check_compile_cache(tmp_path, capfd, monkeypatch, dict(DATA_PATH=data, RUN_ID="compiled"))
+
+
+def check_compile_cache(tmp_path, capfd, monkeypatch, knobs):
+    """A later evaluation, without torch's own cache, finds the graph of the scores in the run's folder."""
+    summary = summary_of(tmp_path / "logs" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    values = dict(RUN, **knobs, NUM_LAYERS=1, COMPUTE_DTYPE="float32", COMPILE=1, COMPILE_CACHE=1, MODE="eval")
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    assert code == 0, errors
+    assert int(re.search(r"^compile cache: (\d+) entries read", out, re.M)[1]) > 0
+    assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == 1
+    evaluated = json.loads((tmp_path / "logs" / "compiled" / "eval_summary.json").read_text())
+    assert evaluated["val_bpb"] == summary["val_bpb"]
+    assert evaluated["evaluation_seconds"] < evaluated["evaluation_seconds_with_compilation"]
+    seconds = evaluated["seconds"]
+    assert seconds["compile"] > 0 and "warmup" not in seconds
 
 
 SMALL_POLY5 = dict(

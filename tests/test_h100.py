@@ -19,6 +19,8 @@ import cost_table
 import eager_costs
 import fake_gpu
 import generated_code
+import inductor_backend
+import terms
 import verdicts
 from helpers import ROOT, SCRIPT, run_command
 
@@ -233,6 +235,58 @@ def test_the_table_adds_up():
     assert "| training | **sum** | 19 | 25.00 | 4.00 | 8.00 | 9.0 | 4.0 | 26.3 | 4.3 |" in text
     assert "| training | 1.00 | 0.00 | 2.00 |" in text
     assert cost_table.peak_memory(result, graphs) == 100 + 10 + 50
+
+
+SOURCE = """
+class Block:
+    def attend(self, x):
+        return helper(rms_norm(x))
+
+def rms_norm(x):
+    return x
+
+def helper(x):
+    return x
+"""
+
+
+def test_the_innermost_function_that_has_a_term_decides(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SOURCE)
+    frame = f'  File "{path}", line {{}}, in f\n    code\n'
+    assert terms.term_of(frame.format(4)) == "attention's projections"
+    assert terms.term_of(frame.format(4) + frame.format(7)) == "norms"
+    assert terms.term_of(frame.format(4) + frame.format(10)) == "attention's projections"
+    assert terms.term_of(frame.format(10)) == terms.term_of("") == terms.OTHER
+
+
+def test_a_launch_counts_with_its_product_or_with_most_of_its_nodes():
+    nodes = {"mul": "norms", "add": "norms", "mm": "MLP", "view": "norms"}
+    names = terms.Names(nodes, {"mm": "MLP"}, {"mlp_kernel": "MLP"})
+
+    def term(name, kind, *nodes):
+        return names.term(generated_code.Call(name, kind, 0, 0, nodes))
+
+    assert term("triton_poi_3", "fused", "mm", "mul", "add") == "norms"
+    assert term("extern_kernels.mm", "matrix product", "mul", "mm", "view") == "MLP"
+    assert term("mlp_kernel_12", "hand-written", "mul") == "MLP"
+    assert term("triton_poi_3", "fused", "unknown") == terms.OTHER
+
+
+def test_terms_of_a_use_count_each_part_once_for_each_micro_step():
+    result = SimpleNamespace(use="TTT", micro_steps=2, shapes=[(64, 2048, 48, 64)])
+    term = inductor_backend.Term("norms", "fused", 3, 5, 7, 11)
+    graphs = [SimpleNamespace(use="TTT", part="forward", terms=[term], windows=[((2, 64, 48), [term])])] * 2
+    rows = cost_table.term_rows([result], graphs)
+    assert [row["window"] for row in rows] == [[64, 2048, 48], [2, 64, 48]]
+    assert rows[0]["launches"] == 6 and rows[0]["bytes_written"] == 22 and rows[0]["term"] == "norms"
+
+
+def test_details_keep_their_counters():
+    cost = eager_costs.Cost(operators=Counter(mul=2))
+    assert check.plain([cost])[0]["operators"] == {"mul": 2}
+    text = check.table_json(dict(rows=[dict(a=1), dict(a=2)], form="x"))
+    assert json.loads(text) == dict(rows=[dict(a=1), dict(a=2)], form="x") and text.count("\n") == 7
 
 
 def test_the_fakes_are_compiled_once_and_preloaded(tmp_path, monkeypatch):

@@ -127,6 +127,7 @@ CHANGES = {
     "TRITON_KERNELS": (1, {}),
     "WARMUP_STEPS": (1, {}),
     "COMPILE": (1, {}),
+    "COMPILE_CACHE": (1, {}),
     "SOFTCAP_TYPE": ("poly", {}),
     "FUSED_CE_ENABLED": (0, {}),
     "CASEOPS_ENABLED": (1, {}),

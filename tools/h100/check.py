@@ -27,10 +27,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--full", action="store_true", help="the record's sizes instead of 2 layers")
-    parser.add_argument("--only", default="training,evaluation,ttt,sgd", help="uses to look at")
+    parser.add_argument("--only", default="training,calibration,evaluation,ttt,sgd", help="uses to look at")
     parser.add_argument("--set", default="", dest="settings", help="knobs, KNOB=VALUE,KNOB=VALUE")
     parser.add_argument("--no-inductor", action="store_true", help="trace alone: no code, kernels or table of bytes")
-    parser.add_argument("--out", type=Path, help="folder for h100.md and h100.json")
+    parser.add_argument("--out", type=Path, help="folder for h100.md, h100.json (the table) and h100_details.json")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="the training script")
     default = Path(tempfile.gettempdir()) / f"check-h100-{os.getuid()}"
     parser.add_argument(
@@ -102,14 +102,41 @@ def write_report(options: argparse.Namespace, session: Any) -> None:
         content = dict(
             torch=torch.__version__,
             form=form,
+            attention=session.config.attention,
+            config=dataclasses.asdict(session.config),
             rows=[dataclasses.asdict(row) for row in rows],
+            terms=cost_table.term_rows(session.results, graphs),
+            compiled=cost_table.graph_rows(graphs),
             memory=memory,
             uses=[dataclasses.asdict(r) for r in session.results],
-            graphs=[dataclasses.asdict(g) for g in graphs],
-            eager={name: dataclasses.asdict(cost) for name, cost in costs.items()},
+        )
+        details = dict(
+            graphs=[plain(graph) for graph in graphs],
+            eager={name: plain(cost) for name, cost in costs.items()},
         )
         (options.out / "h100.md").write_text(text)
-        (options.out / "h100.json").write_text(json.dumps(content, indent=1) + "\n")
+        (options.out / "h100.json").write_text(table_json(content))
+        (options.out / "h100_details.json").write_text(json.dumps(details, indent=1) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """A dataclass, or what it holds, for JSON. dataclasses.asdict would make other counters of its counters."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def table_json(content: dict[str, Any]) -> str:
+    """JSON with one line for each row of a table."""
+    fields = []
+    for name, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        fields.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 if __name__ == "__main__":

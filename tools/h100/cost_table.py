@@ -59,10 +59,36 @@ def table_rows(results: Sequence[Any], graphs: Sequence[Any], costs: dict[str, A
                 rows.append(graph_row(graph, result.micro_steps))
         for name, cost in costs.items():
             use, _, part = name.rpartition(", ")
-            if name == result.use or use == result.use:
+            if result.use in (name, use):
                 part = "eager" if name == result.use else part
                 rows.append(Row(result.use, part, cost.launches, cost.flops, 0, cost.bytes_read, cost.bytes_written))
     return rows
+
+
+def term_rows(results: Sequence[Any], graphs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Costs of each use's graphs by term, as often as they run in a step; for TTT at several windows."""
+    rows = []
+    for result in results:
+        seen = set()
+        for graph in graphs:
+            if graph.use != result.use or graph.part in seen:
+                continue
+            seen.add(graph.part)
+            windows = [(list(result.shapes[0][:3]) if result.shapes else [], graph.terms), *graph.windows]
+            for window, terms in windows:
+                for term in terms:
+                    counts = dataclasses.asdict(term)
+                    counts |= {k: v * result.micro_steps for k, v in counts.items() if isinstance(v, int)}
+                    rows.append(dict(use=result.use, part=graph.part, window=list(window), **counts))
+    return rows
+
+
+def graph_rows(graphs: Sequence[Any]) -> list[dict[str, Any]]:
+    """What compiling costs: nodes, launches and different kernels of each graph."""
+    return [
+        dict(use=g.use, part=g.part, nodes=g.nodes, kernels=len(g.kernels), launches=sum(g.launches.values()))
+        for g in graphs
+    ]
 
 
 def peak_memory(result: Any, graphs: Iterable[Any]) -> int:

@@ -1,7 +1,7 @@
 """Reads the Python modules that Inductor generates: which kernels a graph launches, on how many bytes, in what memory.
 
-Sizes are those of the buffers, or views of them, in the arguments of a call. A kernel that reads a part of an argument
-counts all of it, and one that reads it twice counts it once: for most of them that is what the memory has to move.
+Sizes are those of the buffers, or views of them, in the arguments of a call, and for Inductor's kernels at most what
+their loads and stores can touch. What a kernel reads twice counts once: for most of them that is what the memory moves.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Call:
     kind: str  # fused, hand-written, matrix product, attention or other
     read: int
     written: int
+    nodes: tuple[str, ...] = ()  # of the graph, in order
 
 
 @dataclasses.dataclass
@@ -159,11 +160,13 @@ LINE = {
     "alias": re.compile(r"^(\w+) = (\w+)(?:; del (\w+))?\s*(?:#.*)?$"),
     "view": re.compile(r"^(\w+) = reinterpret_tensor\((\w+), (\([^)]*\))"),
     "view argument": re.compile(r"^reinterpret_tensor\((\w+), (\([^)]*\))"),
+    "numel": re.compile(r"^(\w+_[xyzr]\d?_?numel) = (.+)$"),
     "item": re.compile(r"^(\w+) = (\w+)\[(\d+)\]"),
     "launch": re.compile(r"^(\w+)\.run\((.*)\)"),
     "extern": re.compile(r"^(?:(\w+) = )?((?:extern_kernels|torch\.ops|aten)\.[\w.]+)\((.*)\)"),
     "check": re.compile(r"^assert_size_stride\((\w+), (\([^)]*\))"),
 }
+NODES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
 
 
 class Reader:
@@ -177,10 +180,14 @@ class Reader:
         self.memory.held = self.memory.peak = sum(inputs[name][0] for name in self.counted)
         self.calls: list[Call] = []
         self.origin: dict[str, int] = {}  # of a result, the call that allocated it
+        self.nodes: tuple[str, ...] = ()  # of the next launch
 
     def read(self, line: str) -> None:
         """One statement."""
-        for kind in ("allocate", "alias", "view", "item", "launch", "extern", "check"):
+        nodes = NODES.match(line)
+        if nodes:
+            self.nodes = tuple(nodes[1].split(", "))
+        for kind in ("numel", "allocate", "alias", "view", "item", "launch", "extern", "check"):
             found = LINE[kind].match(line)
             if found:
                 getattr(self, kind)(*found.groups())
@@ -204,6 +211,10 @@ class Reader:
         """A view of a buffer."""
         self.memory.alias(new, old, product(shape, self.symbols))
 
+    def numel(self, name: str, value: str) -> None:
+        """How many elements a kernel goes over, where that follows from symbols."""
+        self.symbols[name] = product(f"({value},)", self.symbols)
+
     def item(self, new: str, old: str, _index: str) -> None:
         """One of several results of an operator that Inductor calls."""
         if old in self.origin:
@@ -221,6 +232,11 @@ class Reader:
             written = call.written + self.memory.sizes[name]
             self.calls[self.origin[name]] = dataclasses.replace(call, written=written)
 
+    def touched(self, argument: str, accesses: int, elements: int) -> int:
+        """Bytes of an argument that so many loads or stores of so many elements can reach."""
+        found = LINE["view argument"].match(argument)
+        return accesses * elements * self.memory.elements.get(found[1] if found else argument, 1)
+
     def argument_bytes(self, argument: str) -> tuple[int, str]:
         """Bytes of an argument, a buffer or a view of one; and "new" or "reused" if nothing has used the buffer yet."""
         found = LINE["view argument"].match(argument)
@@ -233,9 +249,14 @@ class Reader:
         """A Triton kernel."""
         source = self.sources.get(name, "")
         signature, writes = signature_of(source), written_arguments(source)
+        values = dict(zip(signature, split_arguments(arguments), strict=False))
+        elements = product(f"({', '.join(v for key, v in values.items() if key.endswith('numel'))},)", self.symbols)
         read = written = 0
-        for parameter, argument in zip(signature, split_arguments(arguments), strict=False):
+        for parameter, argument in values.items():
             size, state = self.argument_bytes(argument)
+            accesses = len(re.findall(rf"tl\.(?:load|store|atomic_add)\({parameter}\b", source)) if writes else 0
+            if accesses:
+                size = min(size, self.touched(argument, accesses, elements))
             if parameter.startswith("in_out"):
                 reads, stores = state != "new", True
             elif writes:
@@ -244,7 +265,7 @@ class Reader:
                 reads, stores = not state, bool(state)
             written += size * stores
             read += size * reads
-        self.calls.append(Call(name, kind_of(name), read, written))
+        self.calls.append(Call(name, kind_of(name), read, written, self.nodes))
 
     def extern(self, result: str | None, name: str, arguments: str) -> None:
         """A library's kernel, or an operator that allocates its results, which later lines check."""
@@ -258,7 +279,7 @@ class Reader:
             read += 0 if "out=" in argument else size
         if result:
             self.origin[result] = len(self.calls)
-        self.calls.append(Call(name, kind_of(name), read, written))
+        self.calls.append(Call(name, kind_of(name), read, written, self.nodes))
 
 
 def parse_module(text: str, inputs: Mapping[str, tuple[int, int]], symbols: Mapping[str, int]) -> Module:

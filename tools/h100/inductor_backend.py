@@ -10,11 +10,13 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import math
 import re
 import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +26,47 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import flop_registry
 
+import terms
 from eager_costs import EagerCosts
 from generated_code import Kernel, parse_module, signature_of
 
 ATTENTION = re.compile(r"flash_attn|flash_attention|efficient_attention")
 
 
-def number(value: Any) -> int:
-    """A size or FLOPs as an integer, with the hints of symbolic sizes."""
+Sizes = Mapping[str, int] | None  # values of symbols; None: their hints
+
+
+def number(value: Any, sizes: Sizes = None) -> int:
+    """A size or FLOPs as an integer, with values of symbolic sizes, or their hints."""
     if isinstance(value, torch.SymInt):
+        if sizes is not None:
+            expression = value.node.expr
+            exact = expression.subs({s: sizes[str(s)] for s in expression.free_symbols if str(s) in sizes})
+            if exact.is_number:
+                return int(exact)
         hint = value.node.hint
         return 0 if hint is None else int(hint)
     return int(value)
 
 
-def nbytes(value: Any) -> int:
+def nbytes(value: Any, sizes: Sizes = None) -> int:
     """Bytes of a tensor, or of all in a tuple."""
     if isinstance(value, (tuple, list)):
-        return sum(map(nbytes, value))
-    return number(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
+        return sum(nbytes(part, sizes) for part in value)
+    return number(value.numel(), sizes) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+@dataclasses.dataclass
+class Term:
+    """What one term of a graph costs, of one kind of kernels."""
+
+    term: str
+    kind: str
+    launches: int = 0
+    flops: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    float8_flops: int = 0  # of the FLOPs, those of FP8 numbers
 
 
 @dataclasses.dataclass
@@ -65,6 +89,8 @@ class Graph:
     bytes_read: int = 0
     bytes_written: int = 0
     peak_bytes: int = 0  # of what the graph allocates or frees, weights left out
+    terms: list[Term] = dataclasses.field(default_factory=list)
+    windows: list[tuple[tuple[int, ...], list[Term]]] = dataclasses.field(default_factory=list)  # of other sizes
 
 
 def place(node: torch.fx.Node) -> str:
@@ -97,28 +123,19 @@ def findings_of(gm: torch.fx.GraphModule) -> Iterator[str]:
             yield f"tensor on the CPU: {what}"
 
 
-def hand_written_flops(node: torch.fx.Node) -> tuple[int, bool]:
-    """FLOPs of a hand-written kernel: 2MNK where its arguments are called so, for a matrix product; otherwise 0.
-
-    The second value: whether it is a product of FP8 numbers, as its arguments a pointer to which comes first are.
-    """
+def hand_written_flops(node: torch.fx.Node, sizes: Sizes) -> int:
+    """FLOPs of a hand-written kernel: 2MNK where its arguments are called so, for a matrix product; otherwise 0."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     arguments: dict[str, Any] = dict(node.kwargs)
     known = {**kernel_side_table.get_constant_args(arguments["constant_args_idx"]), **arguments["kwargs"]}
-    sizes = [known.get(name) for name in ("M", "N", "K")]
-    values = [s.meta.get("val") if isinstance(s, torch.fx.Node) else s for s in sizes]
-    flops = 0 if None in values else 2 * number(values[0]) * number(values[1]) * number(values[2])
-    first = next((a.meta.get("val") for a in known.values() if isinstance(a, torch.fx.Node)), None)
-    return flops, getattr(first, "dtype", None) == torch.float8_e4m3fn
+    extents = [known.get(name) for name in ("M", "N", "K")]
+    values = [s.meta.get("val") if isinstance(s, torch.fx.Node) else s for s in extents]
+    return 0 if None in values else 2 * math.prod(number(value, sizes) for value in values)
 
 
-def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter[str]:
-    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query.
-
-    "float8" counts products of FP8 inputs once more.
-    """
-    flops: collections.Counter[str] = collections.Counter()
+def flops_of_nodes(gm: Any, context: float, sizes: Sizes = None) -> Iterator[tuple[torch.fx.Node, str, int]]:
+    """Each node with FLOPs: of a matrix product, hand-written, or of attention with this mean number of keys."""
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
@@ -128,15 +145,29 @@ def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter
             backward = "backward" in name
             query = args[1] if backward else args[0]
             # Two products forward; backward those of dq, dk, dv and dP, and P again.
-            flops["attention"] += int((10 if backward else 4) * number(query.numel()) * context)
+            yield node, "attention", int((10 if backward else 4) * number(query.numel(), sizes) * context)
         elif "triton_kernel_wrapper" in name:
-            count, float8 = hand_written_flops(node)
-            flops["hand-written"] += count
-            flops["float8"] += count * float8
+            yield node, "hand-written", hand_written_flops(node, sizes)
         elif (packet := getattr(node.target, "overloadpacket", None)) in flop_registry:
-            count = number(flop_registry[packet](*args, out_val=node.meta.get("val")))
-            flops["matrix products"] += count
-            flops["float8"] += count * (packet is torch.ops.aten._scaled_mm)
+            yield node, "matrix product", number(flop_registry[packet](*args, out_val=node.meta.get("val")), sizes)
+
+
+def has_float8_inputs(node: torch.fx.Node) -> bool:
+    """Whether a product, or a hand-written kernel for one, multiplies FP8 numbers: its first tensor is of them."""
+    arguments = node.kwargs["kwargs"].values() if "triton_kernel_wrapper" in str(node.target) else node.args
+    first = next((a.meta.get("val") for a in arguments if isinstance(a, torch.fx.Node)), None)
+    return getattr(first, "dtype", None) == torch.float8_e4m3fn
+
+
+def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter[str]:
+    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query.
+
+    "float8" counts those of FP8 numbers once more.
+    """
+    flops: collections.Counter[str] = collections.Counter()
+    for node, kind, count in flops_of_nodes(gm, context):
+        flops["matrix products" if kind == "matrix product" else kind] += count
+        flops["float8"] += count * has_float8_inputs(node)
     return flops
 
 
@@ -189,6 +220,8 @@ class Recorder:
         self.cubins: dict[str, Kernel] = {}
         self.use = ""
         self.context = 0.0  # mean number of keys that a query attends to
+        self.window: tuple[int, ...] = ()  # sizes of the first call, no two alike, that symbols may stand for
+        self.other_windows: list[tuple[int, ...]] = []  # other values of these sizes to count costs at
         self.compile_fx_inner = compile_fx.compile_fx_inner
 
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Any:
@@ -203,6 +236,8 @@ class Recorder:
         self.graphs.append(graph)
         results = fake_results(gm)
         self.analyse(graph, gm)
+        before = types.SimpleNamespace(graph=torch.fx.Graph())  # Inductor's passes change the graph in place
+        before.graph.graph_copy(gm.graph, {})
         if self.inductor:
             self.current = graph
             try:
@@ -212,7 +247,40 @@ class Recorder:
                 graph.error = (last.splitlines() or [type(error).__name__])[0]
             self.current = None
             self.read_modules(graph)
+        graph.terms = self.terms_of(graph, before)
+        if self.window and graph.symbols:
+            graph.windows = [(window, self.terms_of(graph, before, window)) for window in self.other_windows]
         return results
+
+    def terms_of(self, graph: Graph, gm: Any, window: tuple[int, ...] = ()) -> list[Term]:
+        """Costs by term, as compiled for, or with other values of the symbolic sizes."""
+        sizes, context = None, self.context
+        inputs = graph.inputs
+        if window:
+            # One more than the first size: the bounds of so many documents.
+            known = {self.window[0] + 1: window[0] + 1} | dict(zip(self.window, window, strict=True))
+            sizes = {name: known.get(hint, hint) for name, hint in graph.symbols.items()}
+            context = self.context * window[1] / self.window[1]
+            values = {n.name: n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"}
+            inputs = {name: (nbytes(values[name], sizes), element) for name, (_, element) in inputs.items()}
+        counted = list(flops_of_nodes(gm, context, sizes))
+        names = terms.Names.of(gm, (node for node, _, _ in counted))
+        found: dict[tuple[str, str], Term] = {}
+
+        def entry(term: str, kind: str) -> Term:
+            return found.setdefault((term, kind), Term(term, kind))
+
+        for node, kind, flops in counted:
+            row = entry(names.nodes[node.name], kind)
+            row.flops += flops
+            row.float8_flops += flops * has_float8_inputs(node)
+        for path in graph.paths:
+            for call in parse_module(Path(path).read_text(), inputs, sizes or graph.symbols).calls:
+                row = entry(names.term(call), call.kind)
+                row.launches += 1
+                row.bytes_read += call.read
+                row.bytes_written += call.written
+        return list(found.values())
 
     def analyse(self, graph: Graph, gm: torch.fx.GraphModule) -> None:
         """What is known before Inductor changes the graph."""

@@ -227,6 +227,7 @@ def training(session: Session, steps: int = 2) -> None:
             with session.use(name) as result:
                 trainer = script.Trainer(session.model(), loader, config, session.run())
                 watch_trainer(session, trainer, result)
+                in_part(session, trainer.optimizers.muon, "direction", "Muon's directions")
                 with session.costs.suspended(), unset_fake_temporarily():
                     session.recorder.context = mean_context(loader.read((0, 0)).documents.starts.numpy())
                 result.micro_steps = trainer.layout.micro_steps
@@ -316,12 +317,16 @@ def test_time_training(session: Session, windows: int = 14) -> None:
         ttt = script.PhasedTTT(evaluator, model)
         counts, batch_size = ttt.chunk_counts, config.ttt_batch_size
         in_part(session, ttt, "adapt", "adapting")
+        in_part(session, ttt, "start_batch", "a batch's start and end")
+        in_part(session, ttt, "finish_batch", "a batch's start and end")
         costs: dict[str, Any] = {}
         full = config.ttt_context // config.ttt_chunk_size
+        session.recorder.window = (batch_size, config.ttt_context, config.ttt_chunk_size)
+        session.recorder.other_windows = other_windows(*session.recorder.window)
         for documents, chunk in ttt_windows(counts, batch_size, full, windows):
             session.forget_costs(result.use)
             if not result.shapes:
-                ttt.adapters.start(ttt.phase_a)
+                ttt.start_batch(ttt.adapters, documents)
                 result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
             batch, scored = ttt.window(documents, chunk)
             session.recorder.context = batch.ids.shape[1] / 2
@@ -331,9 +336,37 @@ def test_time_training(session: Session, windows: int = 14) -> None:
             nll, leaves = ttt.score(batch, scored)
             if adapting:
                 ttt.adapt(nll, leaves, scored[:adapting])
+            if not costs:
+                ttt.finish_batch(ttt.adapters, documents)
             result.tokens = result.tokens or batch.ids.numel()
             costs = costs or dict(session.costs.costs)
         session.costs.costs = costs
+        session.recorder.other_windows = []
+
+
+def other_windows(documents: int, context: int, scored: int) -> list[tuple[int, ...]]:
+    """Windows [R, T, scored] from which the costs of any window can be fitted, and two more to try the fit."""
+    half, quarter = documents // 2, max(2, documents // 4)
+    return [
+        (half, context, scored),
+        (half, context // 2, scored),
+        (documents, context // 4, scored),
+        (documents, context // 2, scored // 2),
+        (quarter, context // 4, scored),
+        (2, context // 2, scored),
+    ]
+
+
+def calibration(session: Session) -> None:
+    """A calibration batch: the model runs eagerly, with hooks that add up products of inputs."""
+    script, config = session.script, session.config
+    with stand_ins(script), session.use("calibration", allowed=0) as result:
+        loader = script.TrainLoader(config, session.run())
+        trainer = script.Trainer(session.model(), loader, config, session.run())
+        result.micro_steps = trainer.layout.micro_steps
+        result.tokens = trainer.layout[3] * config.train_seq_len
+        with torch.no_grad():
+            script.add_hessians(trainer, range(1))
 
 
 def full_model_steps(session: Session) -> None:
@@ -359,6 +392,7 @@ def full_model_steps(session: Session) -> None:
 
 USES = {
     "training": training,
+    "calibration": calibration,
     "evaluation": evaluation,
     "ttt": test_time_training,
     "sgd": full_model_steps,

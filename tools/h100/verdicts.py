@@ -23,7 +23,7 @@ def of_results(results: Sequence[Any]) -> Iterator[str]:
             yield f"{r.use}: does not run: {r.error}"
         elif r.graphs > r.allowed:
             yield f"{r.use}: {r.graphs} graphs were compiled where {r.allowed} should serve: something recompiles"
-        elif not r.graphs:
+        elif r.allowed and not r.graphs:
             yield f"{r.use}: nothing was compiled"
         for gradient in r.gradients:
             yield f"{r.use}: gradient not contiguous float32: {gradient}"

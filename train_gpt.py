@@ -2904,12 +2904,13 @@ def float8_product(
 ) -> Tensor:
     """x [M, in] and weight [out, in] in float8_e4m3fn, with their scales -> [M, out], x weight^T without the scales.
 
-    native: on FP8 tensor cores, sizes multiples of 16. Otherwise by the same numbers in `dtype`, which holds them
-    exactly; then the order of the sum alone differs. Fast accumulation, which sums in fewer bits, stays off.
+    native: on FP8 tensor cores, sizes multiples of 16. Otherwise the same numbers are multiplied in `dtype`, which
+    holds them exactly. Tensor cores sum in about 14 bits (arXiv 2412.19437). In a simulation, that made an error of
+    0.04% in sums of 512 products and 0.2% in sums of 2,048. Rounding the inputs to e4m3 made one of 4%.
     """
     if native:
         inverses = dict(scale_a=x_scale.reciprocal(), scale_b=w_scale.reciprocal())
-        return torch._scaled_mm(x, weight.mT, **inverses, out_dtype=dtype, use_fast_accum=False)
+        return torch._scaled_mm(x, weight.mT, **inverses, out_dtype=dtype, use_fast_accum=True)
     return linear(x.to(dtype) / x_scale.to(dtype), weight.to(dtype) / w_scale.to(dtype))
 
 
@@ -3789,7 +3790,8 @@ def mlp_up_float8_kernel(
     """leaky = leaky_relu(x [M, K] @ up^T [K, N] * up_factor), square = leaky^2 * square_scale, saturated to e4m3.
 
     x and up are e4m3, contiguous; the factors are one float32 each. Rows past the end are read from elsewhere and never
-    stored. Every product of BLOCK_K is added in float32: tensor cores alone sum FP8 products in fewer bits.
+    stored. Sums stay in the tensor cores (see `float8_product`): 122 registers a thread, so that two programs fit on a
+    multiprocessor.
     """
     program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     first = program // (GROUP * across) * GROUP
@@ -3801,9 +3803,12 @@ def mlp_up_float8_kernel(
     up += ((column + right) % N)[None, :] * K + inner[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        there = inner < K - start  # always, where BLOCK_K divides K, and then the compiler drops it
-        a, b = tl.load(x, mask=there[None, :], other=0.0), tl.load(up, mask=there[:, None], other=0.0)
-        total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_K)
+        if K % BLOCK_K == 0:
+            a, b = tl.load(x), tl.load(up)
+        else:
+            a = tl.load(x, mask=inner[None, :] < K - start, other=0.0)
+            b = tl.load(up, mask=inner[:, None] < K - start, other=0.0)
+        total = tl.dot(a, b, total)
         x += BLOCK_K
         up += BLOCK_K
     total *= tl.load(up_factor)

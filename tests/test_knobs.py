@@ -130,6 +130,8 @@ CHANGES = {
     "COMPILE_CACHE": (1, {}),
     "SOFTCAP_TYPE": ("poly", {}),
     "FUSED_CE_ENABLED": (0, {}),
+    "FP8_HEAD": (1, {}),
+    "FP8_MLP": (1, {}),
     "CASEOPS_ENABLED": (1, {}),
     "ATTN_BITS": (4, {}),
     "MLP_BITS": (4, {}),

@@ -226,6 +226,32 @@ def check_mlp():
         assert y.numel() == 0 and x.grad.shape == x.shape and not up.grad.any() and not down.grad.any()
 
 
+def check_mlp_float8():
+    """The kernel gives the bits of the version without it: the same numbers are rounded, in the same order.
+
+    The interpreter has no e4m3. Tensors of bfloat16 hold the same numbers, and what the kernel has not rounded to e4m3
+    is rounded afterwards.
+    """
+    mend_bfloat16()
+    for rows, width, hidden in ((1, 16, 16), (130, 80, 144), (129, 128, 272), (1100, 16, 80)):
+        x, up, _ = mlp_inputs(rows, width, hidden, 16, torch.bfloat16)
+        x = k.rms_norm_plain(x)
+        x_scale, up_scale, square_scale = k.rms_norm_scale(x), k.weight_scale(up), k.hidden_scale(up)
+        x8, up8 = k.to_e4m3(x, x_scale), k.to_e4m3(up, up_scale)
+        square, leaky = (torch.full((rows, hidden), 7.0, dtype=torch.bfloat16) for _ in range(2))
+        factor, tiles = (x_scale * up_scale).reciprocal(), k.FLOAT8_TILES
+        for scale, bound in ((square_scale, 256), (square_scale * 4096, 448)):
+            k.mlp_up_float8_kernel[k.mlp_launch_grid(rows, hidden, tiles)](
+                *(x8.bfloat16(), up8.bfloat16(), square, leaky, factor, scale, rows),
+                **dict(tiles, N=hidden, K=width, SLOPE=0.5),
+            )
+            product = (x8.double() @ up8.double().mT * factor.double()).float()
+            expected = torch.where(product > 0, product, product * 0.5).bfloat16()
+            assert distance(leaky, expected.double()) <= 1e-3
+            assert torch.equal(square.to(torch.float8_e4m3fn).float(), k.to_e4m3(leaky.square(), scale).float())
+            assert square.max() <= bound and (bound == 256 or square.max() == bound)
+
+
 def check_mlp_edges():
     x, up, down = mlp_inputs((40, 3), 20, 30, 12)
     for strided in ([x.transpose(0, 1), up.T.contiguous().T[::2], down[:, ::2]], [x[..., :17], up[:, :17], down]):
@@ -248,7 +274,7 @@ def check_mlp_edges():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges"])
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges", "mlp_float8"])
 def test_under_the_interpreter(name):
     run_check(name, interpreted=True)
 
@@ -275,6 +301,11 @@ def kernels_to_compile():
             types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("M")], pointer)
             yield kernel, {**types, "M": "i32"}, constants, options
             yield kernel, {**types, "M": "i64"}, {**constants, optional: None}, options
+    types = dict.fromkeys(("x", "up", "square"), "*fp8e4nv") | dict.fromkeys(("up_factor", "square_scale"), "*fp32")
+    for hidden, width in ((2048, 512), (144, 80)):
+        constants = dict(k.FLOAT8_TILES, N=hidden, K=width, SLOPE=0.5)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        yield k.mlp_up_float8_kernel, {**types, "leaky": "*bf16", "M": "i32"}, constants, options
 
 
 def check_cubins():
@@ -295,7 +326,8 @@ def check_cubins():
         compiled.add(kernel.__name__)
         assert len(binary.asm["cubin"]) > 1000
         assert binary.metadata.shared <= 227 * 1024 // 2 - 1024  # of an H100's multiprocessor, half
-        assert ("wgmma" in binary.asm["ptx"]) == (kernel.__name__.startswith("mlp") and "*fp32" not in types.values())
+        products = kernel.__name__.startswith("mlp") and next(iter(types.values())) != "*fp32"
+        assert ("wgmma" in binary.asm["ptx"]) == products
         print(kernel.__name__, *types.values(), *constants.values(), binary.metadata.shared, len(binary.asm["cubin"]))
     assert compiled == {name for name in vars(k) if name.endswith("_kernel")}
 
@@ -396,6 +428,23 @@ class TestGPU:
         for size in ((1, 1, 1, 1), (130, 70, 200, 33), ((2, 300), 512, 2048, 512), (3000, 96, 384, 96)):
             compare_mlp(*size, dtype=dtype, device="cuda")
         compare_mlp(65, 17, 70, 9, 0.0, dtype, "cuda")
+
+    def test_mlp_float8(self):
+        """Tensor cores sum in fewer bits than the simulation, and round a few hidden activations otherwise."""
+        if torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("needs FP8 tensor cores")
+        for rows, width, hidden, out in ((1, 16, 16, 16), (130, 80, 144, 48), ((2, 300), 512, 2048, 512)):
+            inputs = mlp_inputs(rows, width, hidden, out, torch.bfloat16, "cuda")
+            inputs[0] = k.rms_norm_plain(inputs[0])
+            versions = [
+                lambda *xs: k.mlp_float8(*xs, 0.5, False),
+                lambda *xs: k.mlp_float8(*xs, 0.5, True),
+                lambda *xs: k.mlp_float8_triton(*xs, 0.5),
+            ]
+            simulated, *others = (values_and_gradients(version, inputs) for version in versions)
+            for other in others:
+                for x, y in zip(other, simulated, strict=True):
+                    assert distance(x, y.double()) <= 0.02
 
     def test_more_than_2_to_the_31_logits(self):
         if torch.cuda.mem_get_info()[0] < 16e9:

@@ -1284,8 +1284,8 @@ def check_width(config: ModelConfig) -> None:
 
 def check_fp8(config: Config) -> None:
     """Sizes that `torch._scaled_mm` takes. They hold on every device, so that a simulation shows what a GPU does."""
-    sizes = dict(model_dim=config.fp8_head or config.fp8_mlp, vocab_size=config.fp8_head)
-    for name, used in sizes.items():
+    widths = dict(model_dim=config.fp8_head or config.fp8_mlp, vocab_size=config.fp8_head)
+    for name, used in widths.items():
         fits = config.mode == "eval" or not used or getattr(config, name) % 16 == 0
         require(fits, config, name, "must be a multiple of 16 with FP8_HEAD=1 or FP8_MLP=1")
     allowed = f"MLP_MULT*MODEL_DIM={config.hidden_dim} must be a multiple of 16 with FP8_MLP=1"
@@ -3798,7 +3798,8 @@ def mlp_up_float8_kernel(
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
     inside = program % (GROUP * across)
     row, column = (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
-    down, right, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    down, right = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
     x += row.to(tl.int64) * K + tl.where(down < M - row, down, 0)[:, None] * K + inner[None, :]
     up += ((column + right) % N)[None, :] * K + inner[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -3832,8 +3833,8 @@ class MLPFloat8Triton(MLPTriton):
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
         rows, hidden = x.size(0), up.size(0)
-        x_scale, up_scale, down_scale = rms_norm_scale(x), weight_scale(up), weight_scale(down)
-        square_scale = hidden_scale(up)
+        x_scale, square_scale = rms_norm_scale(x), hidden_scale(up)
+        up_scale, down_scale = weight_scale(up), weight_scale(down)
         square = torch.empty(rows, hidden, dtype=torch.float8_e4m3fn, device=x.device)
         leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
         if rows:

@@ -289,6 +289,20 @@ def test_details_keep_their_counters():
     assert json.loads(text) == dict(rows=[dict(a=1), dict(a=2)], form="x") and text.count("\n") == 7
 
 
+def test_products_of_fp8_numbers_are_counted_apart():
+    def products(x, w):
+        one = torch.ones((), dtype=torch.float32)
+        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        return x @ w.mT, torch._scaled_mm(x8, w8.mT, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+    x, w = torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
+    traced = make_fx(products, tracing_mode="fake")(x, w)
+    flops = 2 * 8 * 16 * 32
+    assert inductor_backend.count_flops(traced, 0.0) == Counter({"matrix products": 2 * flops, "float8": flops})
+    row = cost_table.Row("training", "forward", 2, 2 * flops, 0, 0, 0, flops)
+    assert row.milliseconds[0] == pytest.approx(1e3 * 1.5 * flops / cost_table.FLOPS_PER_SECOND)
+
+
 def test_the_fakes_are_compiled_once_and_preloaded(tmp_path, monkeypatch):
     variables = fake_gpu.environment(tmp_path, {"LD_LIBRARY_PATH": "/elsewhere"})
     assert Path(variables["LD_PRELOAD"]).exists() and (tmp_path / "libcuda.so.1").exists()

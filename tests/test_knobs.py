@@ -52,6 +52,8 @@ CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
 CHANGES = {
     "COMPUTE_DTYPE": ("bfloat16", {}),
     "ATTENTION": ("sdpa", {}),
+    "FP8_HEAD": (1, {}),
+    "FP8_MLP": (1, {}),
     "CPU_THREADS": (2, {}),
     "ITERATIONS": (5, {}),
     "MAX_WALLCLOCK_SECONDS": (0.01, dict(ITERATIONS=30)),
@@ -130,8 +132,6 @@ CHANGES = {
     "COMPILE_CACHE": (1, {}),
     "SOFTCAP_TYPE": ("poly", {}),
     "FUSED_CE_ENABLED": (0, {}),
-    "FP8_HEAD": (1, {}),
-    "FP8_MLP": (1, {}),
     "CASEOPS_ENABLED": (1, {}),
     "ATTN_BITS": (4, {}),
     "MLP_BITS": (4, {}),

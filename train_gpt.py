@@ -35,6 +35,7 @@ import difflib
 import enum
 import functools
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import io
@@ -65,12 +66,14 @@ from torch.optim.adamw import adamw
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 else:
     try:
         import triton
         import triton.language as tl
+        from triton.tools.tensor_descriptor import TensorDescriptor
     except ImportError:  # a machine without GPUs needs none: the plain versions do everything there
-        triton = tl = None
+        triton = tl = TensorDescriptor = None
 
 BOS_ID = 1  # every document starts with it
 
@@ -3059,16 +3062,24 @@ def uniform_noise(keys: Tensor, length: int, width: int) -> Tensor:
     return (bits >> 8).float() * 2.0**-23
 
 
-def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
-    """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
+def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, in], each sequence's own weight [B, out, in] -> [B, T, out].
 
-    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out]. On CPUs a token's bits do not depend on T (see `linear`).
+    On CPUs a token's bits do not depend on T (see `linear`).
     """
-    a, b = adapter
     length = x.size(1)
     if eager_on_cpu(x) and length < 16:  # in this order: a compiled graph must not be one of short windows
         x = F.pad(x, (0, 0, 0, 16 - length))
-    return ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))[:, :length]
+    return (x @ weight.mT)[:, :length]
+
+
+def low_rank(x: Tensor, adapter: tuple[Tensor, Tensor]) -> Tensor:
+    """The low-rank map of each sequence (LoRA, arXiv 2106.09685).
+
+    x [B, T, in], A [B, r, in], B [B, out, r] -> [B, T, out].
+    """
+    a, b = (matrix.to(x.dtype) for matrix in adapter)
+    return batched_linear(batched_linear(x, a), b)
 
 
 def document_positions(starts: Tensor) -> Tensor:
@@ -3381,8 +3392,8 @@ def runtime_of(config: Config) -> Runtime:
     )
 
 
-# Triton. Pointer kernels only, so that TRITON_INTERPRET=1 runs them on CPU tensors. Sizes of the weights (vocabulary,
-# widths) are compile-time constants. The number of tokens is not, so a new batch size compiles nothing.
+# Triton. TRITON_INTERPRET=1 runs the kernels on CPU tensors. Sizes of the weights (vocabulary, widths) are compile-time
+# constants. The number of tokens is not, so a new batch size compiles nothing.
 
 
 def triton_jit(function: Callable) -> Any:
@@ -3542,25 +3553,34 @@ def softcapped_cross_entropy_triton(
     return SoftcappedCrossEntropyTriton.apply(logits, targets, float(cap), kind)
 
 
-# Tiles of the MLP's products: BLOCK_M x BLOCK_N of the result, BLOCK_K at a time. In 16 bits they take 96 KiB of shared
-# memory: two programs fit on a multiprocessor of an H100, so that one multiplies while the other stores. In float32
-# the products are exact (no TF32), on the ordinary cores: for checks rather than for speed.
+# Tiles of the MLP's products: BLOCK_M x BLOCK_N of the result, BLOCK_K at a time. The wide ones fill a multiprocessor
+# of an H100 or B200 (208 of its 227 KiB of shared memory). The others fit in the 99 KiB of smaller GPUs. In float32 the
+# products are exact (no TF32), on the ordinary cores: for checks rather than for speed.
 SIXTEEN_BIT_TILES = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
-MLP_TILES = {
-    torch.bfloat16: SIXTEEN_BIT_TILES,
-    torch.float16: SIXTEEN_BIT_TILES,
-    torch.float32: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP=8, num_warps=8, num_stages=2),
-}
+WIDE_TILES = dict(SIXTEEN_BIT_TILES, BLOCK_N=256)
+FLOAT32_TILES = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP=8, num_warps=8, num_stages=2)
+FLOAT8_TILES = dict(SIXTEEN_BIT_TILES, BLOCK_K=128, num_stages=2)
+FLOAT8_WIDE_TILES = dict(WIDE_TILES, BLOCK_K=128)
 
 
 @triton_jit
-def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile. GROUP rows of tiles go column by column, to reuse the L2 cache."""
-    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP * across) * GROUP
+def tiled(x, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Descriptor of a contiguous [M, N] in tiles, from its pointer.
+
+    Before sm_90 Triton compiles it to ordinary loads and stores, 16 bytes at a time because N is a constant.
+    """
+    return tl.make_tensor_descriptor(x, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+
+
+@triton_jit
+def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile. GROUP rows of tiles go column by column, to reuse the L2 cache."""
+    across = tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP * across) * GROUP
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
-    inside = program % (GROUP * across)
-    return (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+    inside = tile % (GROUP * across)
+    row, column = (first + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+    return row.to(tl.int32), column.to(tl.int32)  # as descriptors want them; M may be of 64 bits
 
 
 @triton_jit
@@ -3569,43 +3589,32 @@ def tile_product(
     b,
     row,
     column,
-    M,
-    N: tl.constexpr,
     K: tl.constexpr,
-    STEP_K: tl.constexpr,
-    STEP_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile of a [M, K] @ b [K, N] that begins at (row, column), in float32; a is contiguous, b has these steps.
+    """The tile of a [M, K] @ b that begins at (row, column), as its left and right half, in float32.
 
-    Rows and columns past the end are read from elsewhere instead of being masked: their results are never stored.
+    b is [K, N], or [N, K] if TRANSPOSED. Halves, because an epilogue that takes the whole tile needs more registers
+    and more shared memory than there are (as in the persistent matmul of Triton's tutorials).
     """
-    down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    a += row.to(tl.int64) * K
-    a += tl.where(down < M - row, down, 0)[:, None] * K + inner[None, :]
-    b += inner[:, None] * STEP_K + ((column + across) % N)[None, :] * STEP_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            left, right = tl.load(a), tl.load(b)
-        else:
-            left = tl.load(a, mask=inner[None, :] < K - start, other=0.0)
-            right = tl.load(b, mask=inner[:, None] < K - start, other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-        a += BLOCK_K
-        b += BLOCK_K * STEP_K
-    return total
+    for k in range(0, K, BLOCK_K):
+        right = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
+        total = tl.dot(a.load([row, k]), right, total, input_precision="ieee")
+    return tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton_jit
-def tile_places(row, column, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of a contiguous [M, N]: offset of its first element (64 bits), offsets from there, mask."""
-    down, across = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    mask = (down[:, None] < M - row) & (across[None, :] < N - column)
-    return row.to(tl.int64) * N + column, down[:, None] * N + across[None, :], mask
+def store_activation(total, square, leaky, row, column, SLOPE: tl.constexpr):
+    """The epilogue of `mlp_up_kernel` for half a tile."""
+    y = tl.where(total > 0, total, total * SLOPE).to(square.dtype)
+    wide = y.to(tl.float32)  # rounded first: the backward pass squares the stored values and must get the same
+    square.store([row, column], (wide * wide).to(square.dtype))
+    if leaky is not None:
+        leaky.store([row, column], y)
 
 
 @triton_jit
@@ -3623,38 +3632,31 @@ def mlp_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """square = leaky^2 with leaky = leaky_relu(x [M, K] @ up^T [K, N]), which is stored too unless it is None."""
-    row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    total = tile_product(x, up, row, column, M, N, K, 1, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
-    y = tl.where(total > 0, total, total * SLOPE).to(square.dtype.element_ty)
-    wide = y.to(tl.float32)  # rounded first: the backward pass squares the stored values and must get the same
-    tl.store(square + first + places, (wide * wide).to(square.dtype.element_ty), mask=mask)
-    if leaky is not None:
-        tl.store(leaky + first + places, y, mask=mask)
+    """square = leaky^2 with leaky = leaky_relu(x [M, K] @ up^T [K, N]), which is stored too unless it is None.
+
+    All matrices are descriptors, or all are pointers. The kernel is persistent: every program walks over tiles. In the
+    flattened loop, the next tile's loads begin before this one's stores.
+    """
+    half: tl.constexpr = BLOCK_N // 2
+    if isinstance(x, tl.tensor):  # Descriptors are passed to no function that returns them: torch 2.11 loses track.
+        x, up = tiled(x, M, K, BLOCK_M, BLOCK_K), tiled(up, N, K, BLOCK_N, BLOCK_K)
+        square = tiled(square, M, N, BLOCK_M, half)
+        if leaky is not None:
+            leaky = tiled(leaky, M, N, BLOCK_M, half)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        left, right = tile_product(x, up, row, column, K, True, BLOCK_M, BLOCK_N, BLOCK_K)
+        store_activation(left, square, leaky, row, column, SLOPE)
+        store_activation(right, square, leaky, row, column + half, SLOPE)
 
 
 @triton_jit
-def store_activation_gradient(
-    total,
-    leaky,
-    grad_up,
-    square,
-    row,
-    column,
-    M,
-    N: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The epilogue of `mlp_up_backward_kernel` for a tile of its product."""
-    first, places, mask = tile_places(row, column, M, N, BLOCK_M, BLOCK_N)
-    y = tl.load(leaky + first + places, mask=mask, other=0.0).to(tl.float32)
+def store_activation_gradient(total, leaky, grad_up, row, column, SLOPE: tl.constexpr):
+    """The epilogue of `mlp_up_backward_kernel` for half a tile."""
+    y = leaky.load([row, column]).to(tl.float32)
     total *= y * tl.where(y > 0, 2.0, 2.0 * SLOPE)
-    tl.store(grad_up + first + places, total.to(grad_up.dtype.element_ty), mask=mask)
-    if square is not None:
-        tl.store(square + first + places, (y * y).to(square.dtype.element_ty), mask=mask)
+    grad_up.store([row, column], total.to(grad_up.dtype))
 
 
 @triton_jit
@@ -3663,7 +3665,6 @@ def mlp_up_backward_kernel(
     down,
     leaky,
     grad_up,
-    square,
     M,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -3673,73 +3674,85 @@ def mlp_up_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T; square = leaky^2 unless it is None.
-
-    The epilogue takes the tile in two halves: 125 registers a thread instead of 188, so that two programs fit on a
-    multiprocessor (as in the persistent matmul of Triton's tutorials).
-    """
-    row, column = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    total = tile_product(grad, down, row, column, M, N, K, N, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+    """grad_up = (grad [M, K] @ down [K, N]) * d leaky^2, the gradient of x up^T."""
     half: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, half)), (0, 2, 1)))
-    store_activation_gradient(left, leaky, grad_up, square, row, column, M, N, SLOPE, BLOCK_M, half)
-    store_activation_gradient(right, leaky, grad_up, square, row, column + half, M, N, SLOPE, BLOCK_M, half)
+    if isinstance(grad, tl.tensor):
+        grad, down = tiled(grad, M, K, BLOCK_M, BLOCK_K), tiled(down, K, N, BLOCK_K, BLOCK_N)
+        leaky, grad_up = tiled(leaky, M, N, BLOCK_M, half), tiled(grad_up, M, N, BLOCK_M, half)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        left, right = tile_product(grad, down, row, column, K, False, BLOCK_M, BLOCK_N, BLOCK_K)
+        store_activation_gradient(left, leaky, grad_up, row, column, SLOPE)
+        store_activation_gradient(right, leaky, grad_up, row, column + half, SLOPE)
 
 
-def mlp_launch_grid(rows: int, hidden: int, tiles: dict[str, int]) -> tuple[int]:
-    """Number of tiles."""
-    return (-(-rows // tiles["BLOCK_M"]) * -(-hidden // tiles["BLOCK_N"]),)
+def mlp_launch(x: Tensor) -> tuple[int, bool, dict[str, int]]:
+    """Launch of the MLP's kernels for x's device and type: programs, whether they get tensor descriptors, tiles.
+
+    From sm_90 on, descriptors come from the host: those that a kernel makes need memory from Triton's allocator. On
+    older GPUs the kernel makes them: in descriptors from the host the compiler would not see that rows are aligned.
+    """
+    tiles = {1: FLOAT8_TILES, 2: SIXTEEN_BIT_TILES}.get(x.element_size(), FLOAT32_TILES)
+    if x.device.type != "cuda":  # under the interpreter, where any number of programs will do
+        return 3, False, tiles
+    gpu = torch.cuda.get_device_properties(x.device)
+    if gpu.major in (9, 10) and tiles is not FLOAT32_TILES:
+        return gpu.multi_processor_count, True, FLOAT8_WIDE_TILES if tiles is FLOAT8_TILES else WIDE_TILES
+    return 2 * gpu.multi_processor_count, gpu.major >= 9, tiles
+
+
+def launch_mlp(
+    kernel: Any, a: Tensor, b: Tensor, b_axes: str, *results: Tensor | None, slope: float, **more: Tensor | float
+) -> None:
+    """Runs a kernel of the MLP: a [M, K], b with axes "NK" or "KN", and its other matrices in its order, [M, N].
+
+    `more` are arguments that this kernel alone has.
+    """
+    rows, width = a.shape
+    if not rows:
+        return
+    programs, described, tiles = mlp_launch(a)
+    arguments: list[Any] = [a.contiguous(), b.contiguous(), *results]
+    if described:
+        blocks = [[tiles["BLOCK_M"], tiles["BLOCK_K"]], [tiles["BLOCK_" + axis] for axis in b_axes]]
+        blocks += [[tiles["BLOCK_M"], tiles["BLOCK_N"] // 2]] * len(results)
+        pairs = zip(arguments, blocks, strict=True)
+        arguments = [x if x is None else TensorDescriptor.from_tensor(x, block) for x, block in pairs]
+    hidden = b.size(b_axes.index("N"))
+    kernel[(programs,)](*arguments, rows, N=hidden, K=width, SLOPE=slope, **more, **tiles)
 
 
 def mlp_up_triton(x: Tensor, up: Tensor, slope: float, keep: bool) -> tuple[Tensor, Tensor | None]:
     """x [M, d], up [hidden, d] -> leaky_relu(x up^T)^2 [M, hidden] and, if `keep`, the same without the square."""
-    rows, width = x.shape
-    hidden, tiles = up.size(0), MLP_TILES[x.dtype]
+    rows, hidden = x.size(0), up.size(0)
     square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep else None
-    if rows:
-        mlp_up_kernel[mlp_launch_grid(rows, hidden, tiles)](
-            x.contiguous(), up.contiguous(), square, leaky, rows, N=hidden, K=width, SLOPE=slope, **tiles
-        )
+    launch_mlp(mlp_up_kernel, x, up, "NK", square, leaky, slope=slope)
     return square, leaky
 
 
 class MLPTriton(torch.autograd.Function):
-    """`mlp_plain` that saves only x and the leaky ReLU: it has the sign of x up^T, and its square is cheap.
+    """`mlp_plain` that saves x, the leaky ReLU, which has the sign of x up^T, and where `down` trains also its square.
 
+    The square could be computed again, but writing it once more costs the time that it takes to read it.
     x [M, d], up [hidden, d], down [out, hidden] -> [M, out]. Products without an epilogue are torch's.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
         square, leaky = mlp_up_triton(x, up, slope, keep=True)
-        ctx.save_for_backward(x, up, down, leaky)
+        ctx.save_for_backward(x, up, down, leaky, square if ctx.needs_input_grad[2] else None)
         ctx.slope = slope
         return square @ down.mT
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, leaky = ctx.saved_tensors
-        for_x, for_up, for_down, _ = ctx.needs_input_grad
-        (rows, hidden), tiles = leaky.shape, MLP_TILES[x.dtype]
-        grad = grad.contiguous()
-        # Not empty_like: torch.compile would merge two of them into one buffer, and then copy it.
-        grad_up = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
-        square = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if for_down else None
-        if rows:
-            mlp_up_backward_kernel[mlp_launch_grid(rows, hidden, tiles)](
-                grad,
-                down.contiguous(),
-                leaky,
-                grad_up,
-                square,
-                rows,
-                N=hidden,
-                K=grad.size(1),
-                SLOPE=ctx.slope,
-                **tiles,
-            )
+        x, up, down, leaky, square = ctx.saved_tensors
+        for_x, for_up, *_ = ctx.needs_input_grad
+        grad_up = torch.empty(leaky.shape, dtype=x.dtype, device=x.device)
+        launch_mlp(mlp_up_backward_kernel, grad, down, "KN", leaky, grad_up, slope=ctx.slope)
         return (
             grad_up @ up if for_x else None,
             grad_up.mT @ x if for_up else None,
@@ -3752,12 +3765,15 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """`mlp_plain` of float32, bfloat16 or float16 tensors of one type, with a slope of at least 0.
 
     The activation is the epilogue of its product (as in modded-nanogpt's ReLU^2 kernel), its derivative that of the
-    product before it. Without gradients only the square is written.
+    product before it. Without gradients only the square is written. The kernels take matrices by tensor descriptors,
+    which need rows of whole 16 bytes: other widths are left to `mlp_plain`.
     """
     if up.size(1) != x.size(-1) or down.size(1) != up.size(0):
         raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
     if slope < 0:
         raise ValueError(f"slope {slope}: the sign of the activation must be that of its input")
+    if any(width * x.element_size() % 16 for width in (*up.shape, down.size(0))):
+        return mlp_plain(x, up, down, slope)
     rows = x.reshape(-1, x.size(-1))
     if torch.is_grad_enabled():
         y = MLPTriton.apply(rows, up, down, float(slope))
@@ -3766,62 +3782,70 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return y.view(*x.shape[:-1], down.size(0))
 
 
-# As MLP_TILES, for elements of one byte.
-FLOAT8_TILES = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP=8, num_warps=8, num_stages=3)
+@triton_jit
+def store_float8_activation(
+    total, rounded, square, leaky, up_factor, square_scale, row, column, SLOPE: tl.constexpr, END: tl.constexpr
+):
+    """The epilogue of `mlp_up_float8_kernel` for half a tile. A NaN stays one."""
+    total *= up_factor
+    y = tl.where(total > 0, total, total * SLOPE).to(leaky.dtype)
+    leaky.store([row, column], y)
+    wide = y.to(tl.float32)
+    z = (wide * wide).to(square.dtype)  # rounded to this type before it is rounded to e4m3, as without this kernel
+    square.store([row, column], z)
+    scaled = z.to(tl.float32) * square_scale
+    rounded.store([row, column], tl.where(scaled > END, END, scaled).to(rounded.dtype))
 
 
 @triton_jit
 def mlp_up_float8_kernel(
     x,
     up,
+    rounded,
     square,
     leaky,
+    M,
     up_factor,
     square_scale,
-    M,
     N: tl.constexpr,
     K: tl.constexpr,
     SLOPE: tl.constexpr,
+    END: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """leaky = leaky_relu(x [M, K] @ up^T [K, N] * up_factor), square = leaky^2 * square_scale, saturated to e4m3.
+    """As `mlp_up_kernel`, with x and up in e4m3, and rounded = square * square_scale in e4m3, where END is its end.
 
-    x and up are e4m3, contiguous; the factors are one float32 each. Rows past the end are read from elsewhere and never
-    stored. Sums stay in the tensor cores (see `float8_product`): 122 registers a thread, so that two programs fit on a
-    multiprocessor.
+    up_factor takes the scales of x and up from their product; it and square_scale are pointers to one float32.
     """
-    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP * across) * GROUP
-    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
-    inside = program % (GROUP * across)
-    row, column = (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
-    down, right = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    x += row.to(tl.int64) * K + tl.where(down < M - row, down, 0)[:, None] * K + inner[None, :]
-    up += ((column + right) % N)[None, :] * K + inner[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a, b = tl.load(x), tl.load(up)
-        else:
-            a = tl.load(x, mask=inner[None, :] < K - start, other=0.0)
-            b = tl.load(up, mask=inner[:, None] < K - start, other=0.0)
-        total = tl.dot(a, b, total)
-        x += BLOCK_K
-        up += BLOCK_K
-    total *= tl.load(up_factor)
-    y = tl.where(total > 0, total, total * SLOPE).to(leaky.dtype.element_ty)
-    wide = y.to(tl.float32)
-    # Rounded to the type of the activations before it is rounded to e4m3, as without this kernel. A NaN stays one.
-    scaled = (wide * wide).to(leaky.dtype.element_ty).to(tl.float32) * tl.load(square_scale)
-    scaled = tl.where(scaled > 448.0, 448.0, scaled)
-    begin, places = row.to(tl.int64) * N + column, down[:, None] * N + right[None, :]
-    mask = (down[:, None] < M - row) & (right[None, :] < N - column)
-    tl.store(leaky + begin + places, y, mask=mask)
-    tl.store(square + begin + places, scaled.to(square.dtype.element_ty), mask=mask)
+    half: tl.constexpr = BLOCK_N // 2
+    if isinstance(x, tl.tensor):
+        x, up = tiled(x, M, K, BLOCK_M, BLOCK_K), tiled(up, N, K, BLOCK_N, BLOCK_K)
+        square, leaky = tiled(square, M, N, BLOCK_M, half), tiled(leaky, M, N, BLOCK_M, half)
+        rounded = tiled(rounded, M, N, BLOCK_M, half)
+    factor, scale = tl.load(up_factor), tl.load(square_scale)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        left, right = tile_product(x, up, row, column, K, True, BLOCK_M, BLOCK_N, BLOCK_K)
+        store_float8_activation(left, rounded, square, leaky, factor, scale, row, column, SLOPE, END)
+        store_float8_activation(right, rounded, square, leaky, factor, scale, row, column + half, SLOPE, END)
+
+
+def mlp_up_float8_triton(
+    x: Tensor, up: Tensor, up_factor: Tensor, square_scale: Tensor, slope: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, d], up [hidden, d] in e4m3 -> y = leaky_relu(x up^T * up_factor), all [M, hidden].
+
+    Returns y^2 * square_scale in e4m3, and y^2 and y in `dtype`.
+    """
+    rounded = torch.empty(x.size(0), up.size(0), dtype=x.dtype, device=x.device)
+    square, leaky = (torch.empty(rounded.shape, dtype=dtype, device=x.device) for _ in range(2))
+    pointers = dict(up_factor=up_factor, square_scale=square_scale, END=E4M3_MAX)
+    launch_mlp(mlp_up_float8_kernel, x, up, "NK", rounded, square, leaky, slope=slope, **pointers)
+    return rounded, square, leaky
 
 
 class MLPFloat8Triton(MLPTriton):
@@ -3832,32 +3856,17 @@ class MLPFloat8Triton(MLPTriton):
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        rows, hidden = x.size(0), up.size(0)
         x_scale, square_scale = rms_norm_scale(x), hidden_scale(up)
         up_scale, down_scale = weight_scale(up), weight_scale(down)
-        square = torch.empty(rows, hidden, dtype=torch.float8_e4m3fn, device=x.device)
-        leaky = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
-        if rows:
-            mlp_up_float8_kernel[mlp_launch_grid(rows, hidden, FLOAT8_TILES)](
-                to_e4m3(x, x_scale).contiguous(),
-                to_e4m3(up, up_scale).contiguous(),
-                square,
-                leaky,
-                (x_scale * up_scale).reciprocal(),
-                square_scale,
-                rows,
-                N=hidden,
-                K=x.size(1),
-                SLOPE=slope,
-                **FLOAT8_TILES,
-            )
-        ctx.save_for_backward(x, up, down, leaky)
+        x8, up8, factor = to_e4m3(x, x_scale), to_e4m3(up, up_scale), (x_scale * up_scale).reciprocal()
+        rounded, square, leaky = mlp_up_float8_triton(x8, up8, factor, square_scale, slope, x.dtype)
+        ctx.save_for_backward(x, up, down, leaky, square if ctx.needs_input_grad[2] else None)
         ctx.slope = slope
-        return float8_product(square, to_e4m3(down, down_scale), square_scale, down_scale, x.dtype, native=True)
+        return float8_product(rounded, to_e4m3(down, down_scale), square_scale, down_scale, x.dtype, native=True)
 
 
 def mlp_float8_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-    """`mlp_float8` of bfloat16 tensors on FP8 tensor cores, with a slope of at least 0.
+    """`mlp_float8` on FP8 tensor cores, with widths that are multiples of 16 and a slope of at least 0.
 
     Without the kernel, the hidden activations would be written and read once more, and FP8 would gain nothing.
     """
@@ -3925,14 +3934,35 @@ class LayerWeights(NamedTuple):
 StackedAdapters = dict[str, tuple[Tensor, Tensor]]
 
 
-def adapters_of_calls(adapters: StackedAdapters, calls: int) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """The pairs (A [B, r, in], B [B, out, r]) of each layer call, by key."""
-    own: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(calls)]
-    for key, (a, b) in adapters.items():
-        if key != "head":
-            for target, pair in zip(own, zip(a.unbind(1), b.unbind(1), strict=True), strict=True):
-                target[key] = pair
-    return own
+class CallAdapters(NamedTuple):
+    """The low-rank pairs of one layer call, in the compute type."""
+
+    keys: tuple[str, ...] = ()  # of those that read attention's normed input: q, k, v, attention
+    a: Tensor | None = None  # [B, their ranks, d], one A below the other: their input is read once
+    b: tuple[Tensor, ...] = ()  # [B, out, r] of each
+    mlp: tuple[Tensor, Tensor] | None = None  # A and B
+
+    def of_attention(self, n: Tensor) -> dict[str, Tensor]:
+        """What they add, [B, T, out] by key, given attention's normed input [B, T, d]."""
+        if self.a is None:
+            return {}
+        parts = batched_linear(n, self.a).split([b.size(-1) for b in self.b], dim=-1)
+        return {key: batched_linear(part, b) for key, part, b in zip(self.keys, parts, self.b, strict=True)}
+
+
+def adapters_of_calls(adapters: StackedAdapters, calls: int, dtype: torch.dtype) -> list[CallAdapters]:
+    """The adapters of each layer call. Stacks are cast and joined whole, before they are taken apart."""
+    keys = tuple(key for key in ("q", "k", "v", "attention") if key in adapters)
+    columns: dict[str, Iterable] = {}
+    if keys:
+        columns["a"] = torch.cat([adapters[key][0].to(dtype) for key in keys], dim=2).unbind(1)
+        columns["b"] = zip(*(adapters[key][1].to(dtype).unbind(1) for key in keys), strict=True)
+    if "mlp" in adapters:
+        columns["mlp"] = zip(*(x.to(dtype).unbind(1) for x in adapters["mlp"]), strict=True)
+    if not columns:
+        return [CallAdapters()] * calls
+    rows = zip(*columns.values(), strict=True)
+    return [CallAdapters(keys, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
 class AttentionContext(NamedTuple):
@@ -3979,15 +4009,14 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
 
-    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: dict) -> Tensor:
+    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters) -> Tensor:
         """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
         q, k, v, gate = self.qkv(n, w.qkv).split(self.widths, dim=-1)
-        q, k, v = (
-            y + low_rank(n, adapters[key]) if key in adapters else y for key, y in zip("qkv", (q, k, v), strict=True)
-        )
+        added = adapters.of_attention(n)
+        q, k, v = (y + added[key] if key in added else y for key, y in zip("qkv", (q, k, v), strict=True))
         q = q.view(sequences, length, config.num_heads, config.head_dim)
         k = k.view(sequences, length, config.num_kv_heads, config.head_dim)
         if w.value_scale is not None and context.value_embeds is not None:
@@ -4001,7 +4030,7 @@ class Block(nn.Module):
         if self.head_gate is not None:
             y = y * self.gate(gate)[..., None]
         y = self.out(y.reshape(sequences, length, config.model_dim), w.out)
-        return y if "attention" not in adapters else y + low_rank(n, adapters["attention"])
+        return y + added["attention"] if "attention" in added else y
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
@@ -4013,7 +4042,7 @@ class Block(nn.Module):
             return sigmoid(self.config.sparse_attn_gate_scale * g)
         return 2 * sigmoid(g) if self.config.attn_out_gate_enabled else sigmoid(g)
 
-    def mlp(self, x: Tensor, w: LayerWeights, adapters: dict, kernels: MLPKernels) -> Tensor:
+    def mlp(self, x: Tensor, w: LayerWeights, adapters: CallAdapters, kernels: MLPKernels) -> Tensor:
         """MLP of x [B, T, d] -> [B, T, d], before the output scale."""
         n, slope = self.norm(x), self.config.leaky_relu_slope
         fused = kernels.fused and triton_supports(n)
@@ -4025,7 +4054,7 @@ class Block(nn.Module):
             y = mlp_triton(n, w.up, w.down, slope)
         else:
             y = self.down(leaky_relu_squared(self.up(n, w.up), slope), w.down)
-        return y if "mlp" not in adapters else y + low_rank(n, adapters["mlp"])
+        return y if adapters.mlp is None else y + low_rank(n, adapters.mlp)
 
 
 def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -4217,7 +4246,7 @@ class GPT(nn.Module):
         x0: Tensor,
         w: LayerWeights,
         context: AttentionContext,
-        adapters: dict,
+        adapters: CallAdapters,
         mlp_kernels: MLPKernels,
     ) -> tuple[Tensor, Tensor]:
         """One layer on one residual stream, which both outputs then are, or on two parallel ones.
@@ -4254,9 +4283,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`."""
         calls = self.schedules[looped]
-        own_adapters = adapters_of_calls(adapters or {}, len(calls))
         x = x0 = x_mlp = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
+        own_adapters = adapters_of_calls(adapters or {}, len(calls), x.dtype)
         context = AttentionContext(
             self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
             *self.rotary(documents.starts, x.dtype),
@@ -7340,11 +7369,13 @@ class FullModelSGD:
         """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
         self.ledger.train_on(positions)
         parameters = list(self.model.parameters())
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
+        self.optimizer.zero_grad()
         for batch, counted in self.batches(positions):
             nll, _ = self.forward(*batch, looped=self.config.loops)
             ((nll * counted).sum() / len(positions)).backward()
+        for p in parameters:
+            if p.grad is None:  # no sequence of the step is this rank's, or the execution order does not reach it
+                p.grad = torch.zeros_like(p)
         self.run.all_reduce_flat([gradient_of(p) for p in parameters])
         self.zero_frozen_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -7380,6 +7411,16 @@ class FullModelSGD:
 def cosine(step: int, steps: int) -> float:
     """A cosine decay: 1 at step 0, toward 0 at `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
+def deal(costs: np.ndarray, ranks: int) -> np.ndarray:
+    """The rank [n] that each item goes to: in their order, each to the rank whose costs are the least so far."""
+    loads, owners = [(0, rank) for rank in range(ranks)], []
+    for cost in costs.tolist():
+        load, rank = loads[0]
+        owners.append(rank)
+        heapq.heapreplace(loads, (load + cost, rank))
+    return np.array(owners, np.int64)
 
 
 class PhasedTTT:
@@ -7464,11 +7505,12 @@ class PhasedTTT:
         return list(itertools.pairwise((0, *self.phase_ends, len(self.order))))
 
     def batches(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        """This rank's batches of a phase, longest documents first; each rank takes every world-th document."""
+        """This rank's batches of a phase, longest documents first; each goes to the rank with the least work so far."""
         documents = self.order[begin:end]
-        documents = documents[np.argsort(-self.lengths[documents], kind="stable")][self.run.rank :: self.run.world]
+        documents = documents[np.argsort(-self.lengths[documents], kind="stable")]
+        own = documents[deal(self.cost(documents), self.run.world) == self.run.rank]
         size = self.config.ttt_batch_size
-        yield from (documents[i : i + size] for i in range(0, len(documents), size))
+        yield from (own[i : i + size] for i in range(0, len(own), size))
 
     def start_batch(self, adapters: Adapters, documents: np.ndarray) -> None:
         """Every document of a phase starts from the same A."""
@@ -7549,7 +7591,8 @@ class PhasedTTT:
         self.ledger.train_on(scored[counted])
         mask = send_array(counted, nll.device)
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
-        adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
+        gradients = torch.autograd.grad(loss, leaves)
+        adapters.step(adapting, [g[:adapting].contiguous() for g in gradients])  # fused AdamW reads them as such
 
     def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on.

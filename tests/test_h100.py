@@ -89,6 +89,21 @@ def test_launches_and_bytes_are_read_from_generated_code():
     ]
 
 
+def test_descriptors_of_buffers_and_views_count_as_these():
+    create = "triton.tools.tensor_descriptor.TensorDescriptor.from_tensor"
+    launch = f"""buf5 = {create}(reinterpret_tensor(buf3, (s0, 512), (512, 1), 0), [128, 64])
+            buf6 = {create}(buf1, [256, 64])
+            buf7 = {create}(buf4, [128, 128])
+            mlp_kernel_0.run(buf5, buf6, buf7, s0, 132, 1, 1, stream=stream0)
+            del buf5
+            del buf6
+            del buf7"""
+    described = GENERATED.replace("mlp_kernel_0.run(buf3, buf1, buf4, s0, 1, 1, stream=stream0)", launch)
+    assert described != GENERATED
+    expected = generated_code.parse_module(GENERATED, INPUTS, {"s0": 100})
+    assert generated_code.parse_module(described, INPUTS, {"s0": 100}) == expected
+
+
 def test_the_peak_counts_saved_inputs_until_they_are_freed_and_no_weights():
     module = generated_code.parse_module(GENERATED, INPUTS, {"s0": 100})
     saved, wide, float32 = 100 * 512 * 4, 100 * 512 * 2, 100 * 256 * 4

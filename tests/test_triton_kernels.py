@@ -6,8 +6,11 @@ such check is a process of its own: `python tests/test_triton_kernels.py NAME` r
 
 import itertools
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,19 +211,42 @@ def check_extreme_logits(device="cpu"):
         assert not x.grad[[0, 1, 2], [3, 4, 5]].any()
 
 
+def use_descriptors():
+    """Gives the MLP's kernels descriptors and the wide tiles, as on an H100, instead of pointers."""
+    pointers = k.mlp_launch
+
+    def launch(x):
+        _, _, tiles = pointers(x)
+        return 2, True, k.WIDE_TILES if x.element_size() == 2 else tiles
+
+    k.mlp_launch = launch
+
+
+def launches_of(function):
+    """Types of the first argument of every launch of the MLP's kernels in a call."""
+    kinds, kernels = [], (k.mlp_up_kernel, k.mlp_up_backward_kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in kernels:
+            run = kernel.run
+            patch.setattr(kernel, "run", lambda *a, run=run, **o: (kinds.append(type(a[0]).__name__), run(*a, **o)))
+        function()
+    return kinds
+
+
 def check_mlp():
     mend_bfloat16()
-    sizes = ((1, 1, 1, 1), (3, 7, 5, 2), (130, 70, 200, 33), (129, 128, 257, 64), ((2, 3, 5), 33, 130, 17))
-    for size in sizes:
+    for size in ((1, 8, 8, 8), (3, 24, 40, 16), (130, 72, 200, 40), (129, 128, 264, 64), ((2, 3, 5), 40, 136, 24)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             compare_mlp(*size, dtype=dtype)
     for slope in (0.0, 0.01, 1.0, 2.0):
-        compare_mlp(65, 17, 70, 9, slope)
-    compare_mlp(577, 16, 70, 8)  # ten rows of tiles: more than a group
-    compare_mlp(1100, 16, 70, 8, dtype=torch.float16)
-    compare_mlp((), 16, 70, 8)  # one vector
+        compare_mlp(65, 20, 72, 12, slope)
+    compare_mlp(577, 16, 72, 8)  # ten rows of tiles: more than a group
+    compare_mlp(1100, 16, 72, 8, dtype=torch.float16)
+    compare_mlp((), 16, 72, 8)  # one vector
+    for size in ((3, 7, 8, 8), (3, 8, 6, 8), (3, 8, 8, 2), (1, 1, 1, 1)):  # rows of no whole 16 bytes: not by kernels
+        compare_mlp(*size)
     for rows in (0, (2, 0)):
-        x, up, down = (v.requires_grad_() for v in mlp_inputs(rows, 4, 6, 3))
+        x, up, down = (v.requires_grad_() for v in mlp_inputs(rows, 4, 8, 4))
         y = k.mlp_triton(x, up, down, 0.5)
         y.sum().backward()
         assert y.numel() == 0 and x.grad.shape == x.shape and not up.grad.any() and not down.grad.any()
@@ -238,23 +264,22 @@ def check_mlp_float8():
         x = k.rms_norm_plain(x)
         x_scale, up_scale, square_scale = k.rms_norm_scale(x), k.weight_scale(up), k.hidden_scale(up)
         x8, up8 = k.to_e4m3(x, x_scale), k.to_e4m3(up, up_scale)
-        square, leaky = (torch.full((rows, hidden), 7.0, dtype=torch.bfloat16) for _ in range(2))
-        factor, tiles = (x_scale * up_scale).reciprocal(), k.FLOAT8_TILES
+        factor = (x_scale * up_scale).reciprocal()
         for scale, bound in ((square_scale, 256), (square_scale * 4096, 448)):
-            k.mlp_up_float8_kernel[k.mlp_launch_grid(rows, hidden, tiles)](
-                *(x8.bfloat16(), up8.bfloat16(), square, leaky, factor, scale, rows),
-                **dict(tiles, N=hidden, K=width, SLOPE=0.5),
+            rounded, square, leaky = k.mlp_up_float8_triton(
+                x8.bfloat16(), up8.bfloat16(), factor, scale, 0.5, torch.bfloat16
             )
             product = (x8.double() @ up8.double().mT * factor.double()).float()
             expected = torch.where(product > 0, product, product * 0.5).bfloat16()
             assert distance(leaky, expected.double()) <= 1e-3
-            assert torch.equal(square.to(torch.float8_e4m3fn).float(), k.to_e4m3(leaky.square(), scale).float())
-            assert square.max() <= bound and (bound == 256 or square.max() == bound)
+            assert torch.equal(square, leaky.square())
+            assert torch.equal(rounded.to(torch.float8_e4m3fn).float(), k.to_e4m3(square, scale).float())
+            assert rounded.max() <= bound and (bound == 256 or rounded.max() == bound)
 
 
 def check_mlp_edges():
-    x, up, down = mlp_inputs((40, 3), 20, 30, 12)
-    for strided in ([x.transpose(0, 1), up.T.contiguous().T[::2], down[:, ::2]], [x[..., :17], up[:, :17], down]):
+    x, up, down = mlp_inputs((40, 3), 20, 40, 12)
+    for strided in ([x.transpose(0, 1), up.T.contiguous().T[::2], down[:, ::2]], [x[..., :16], up[:, :16], down]):
         compare(lambda *xs: k.mlp_triton(*xs, 0.5), lambda *xs: k.mlp_plain(*xs, 0.5), strided)
     for wanted in itertools.product((False, True), repeat=3):  # frozen weights, as in test-time training, or inputs
         if any(wanted):
@@ -273,8 +298,35 @@ def check_mlp_edges():
         k.softcapped_cross_entropy_triton(x, torch.zeros(40, dtype=torch.int64), CAP)
 
 
+def check_mlp_described():
+    use_descriptors()
+    check_mlp()
+
+
+def check_mlp_edges_described():
+    use_descriptors()
+    check_mlp_edges()
+
+
+def check_mlp_launches():
+    """Which calls reach the kernels, with which arguments: otherwise the checks above might compare `mlp_plain`."""
+    inputs = mlp_inputs(5, 8, 16, 8, torch.bfloat16)
+
+    def trained():
+        values_and_gradients(lambda *xs: k.mlp_triton(*xs, 0.5), inputs)
+
+    assert launches_of(trained) == ["Tensor", "Tensor"]
+    assert launches_of(lambda: k.mlp_triton(*mlp_inputs(5, 12, 16, 8, torch.bfloat16), 0.5)) == []
+    use_descriptors()
+    assert launches_of(trained) == ["TensorDescriptor", "TensorDescriptor"]
+
+
+INTERPRETED = ("cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
+INTERPRETED += ("mlp_described", "mlp_edges_described", "mlp_launches", "mlp_float8")
+
+
 @needs_triton
-@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges", "mlp_float8"])
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_under_the_interpreter(name):
     run_check(name, interpreted=True)
 
@@ -282,57 +334,130 @@ def test_under_the_interpreter(name):
 # ------------------------------------------------------------------------------- compiled, without a GPU to run it
 
 
+# By compute capability: what torch says of such a GPU, and KiB of shared memory that a program may have. An A100 has
+# more, but sm_86 and sm_89 run the same kernels.
+GPUS = {
+    80: (dict(major=8, minor=0, multi_processor_count=108), 99),
+    89: (dict(major=8, minor=9, multi_processor_count=142), 99),
+    90: (dict(major=9, minor=0, multi_processor_count=132), 227),
+    100: (dict(major=10, minor=0, multi_processor_count=148), 227),
+    120: (dict(major=12, minor=0, multi_processor_count=170), 99),
+}
+
+
+def launch_on(capability, dtype):
+    """`mlp_launch` for a tensor of this type on such a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**GPUS[capability][0]))
+        return k.mlp_launch(SimpleNamespace(device=torch.device("cuda"), element_size=lambda: dtype.itemsize))
+
+
+def mlp_kernels_to_compile():
+    """As `kernels_to_compile`: every type on an H100 and before, and the record's on other GPUs."""
+    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    cases = [(capability, torch.bfloat16, 2048, 512) for capability in GPUS]
+    cases += [(90, torch.bfloat16, 136, 72), (90, torch.float16, 2048, 512), (90, torch.float32, 136, 72)]
+    cases += [(80, torch.bfloat16, 136, 72), (80, torch.float32, 2048, 512)]
+    for capability, dtype, hidden, width in cases:
+        _, described, tiles = launch_on(capability, dtype)
+        constants = dict(tiles, N=hidden, K=width, SLOPE=0.5)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        rows, columns, inner = (tiles["BLOCK_" + axis] for axis in "MNK")
+        for kernel, optional in ((k.mlp_up_kernel, ["leaky"]), (k.mlp_up_backward_kernel, [])):
+            names = kernel.arg_names[: kernel.arg_names.index("M")]
+            blocks = dict.fromkeys(names, [rows, columns // 2])
+            blocks |= dict(x=[rows, inner], grad=[rows, inner], up=[columns, inner], down=[inner, columns])
+            kind = types[dtype]
+            signature = {name: f"tensordesc<{kind}{blocks[name]}>" if described else f"*{kind}" for name in names}
+            yield capability, kernel, {**signature, "M": "i32"}, constants, options
+            yield capability, kernel, {**signature, "M": "i64"}, {**constants, **dict.fromkeys(optional)}, options
+
+
+def float8_kernels_to_compile():
+    """As `kernels_to_compile`, for GPUs with FP8."""
+    for capability, hidden, width in ((90, 144, 80), *((capability, 2048, 512) for capability in (89, 90, 100, 120))):
+        _, described, tiles = launch_on(capability, torch.float8_e4m3fn)
+        constants = dict(tiles, N=hidden, K=width, SLOPE=0.5, END=k.E4M3_MAX)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        rows, columns, inner = (tiles["BLOCK_" + axis] for axis in "MNK")
+        blocks = dict.fromkeys(("rounded", "square", "leaky"), [rows, columns // 2])
+        blocks |= dict(x=[rows, inner], up=[columns, inner])
+        kinds = dict.fromkeys(("x", "up", "rounded"), "fp8e4nv") | dict.fromkeys(("square", "leaky"), "bf16")
+        signature = {
+            name: f"tensordesc<{kind}{blocks[name]}>" if described else f"*{kind}" for name, kind in kinds.items()
+        }
+        signature |= dict(M="i32", up_factor="*fp32", square_scale="*fp32")
+        yield capability, k.mlp_up_float8_kernel, signature, constants, options
+
+
 def kernels_to_compile():
-    """(kernel, types of tensors and integers, constants, options) of every kernel: the record's sizes and odd ones."""
+    """(capability, kernel, types of arguments, constants, options) of every kernel: the record's sizes and odd ones."""
     sizes = (*itertools.product(KINDS, ("bf16", "fp32"), (8192, 1025)), ("tanh", "fp16", 20000), ("poly", "bf16", 1))
     for kind, dtype, vocabulary in sizes:
         tiles = k.cross_entropy_tiles(vocabulary)
         options, logits = dict(num_warps=tiles.pop("num_warps")), f"*{dtype}"
         constants = dict(tiles, V=vocabulary, CAP=CAP, KIND=kind)
         rows = dict(logits=logits, targets="*i64", lse="*fp32", row_stride="i64" if vocabulary == 1 else "i32")
-        yield k.cross_entropy_forward_kernel, dict(rows, nll="*fp32"), constants, options
+        yield 90, k.cross_entropy_forward_kernel, dict(rows, nll="*fp32"), constants, options
         gradients = dict(grad_nll="*fp32", grad_lse="*fp32", grad=logits)
-        yield k.cross_entropy_backward_kernel, rows | gradients, constants, options
-    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    for (dtype, pointer), (hidden, width) in itertools.product(pointers.items(), ((2048, 512), (130, 70))):
-        constants = dict(k.MLP_TILES[dtype], N=hidden, K=width, SLOPE=0.5)
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        for kernel, optional in ((k.mlp_up_kernel, "leaky"), (k.mlp_up_backward_kernel, "square")):
-            types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("M")], pointer)
-            yield kernel, {**types, "M": "i32"}, constants, options
-            yield kernel, {**types, "M": "i64"}, {**constants, optional: None}, options
-    types = dict.fromkeys(("x", "up", "square"), "*fp8e4nv") | dict.fromkeys(("up_factor", "square_scale"), "*fp32")
-    for hidden, width in ((2048, 512), (144, 80)):
-        constants = dict(k.FLOAT8_TILES, N=hidden, K=width, SLOPE=0.5)
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        yield k.mlp_up_float8_kernel, {**types, "leaky": "*bf16", "M": "i32"}, constants, options
+        yield 90, k.cross_entropy_backward_kernel, rows | gradients, constants, options
+    yield from mlp_kernels_to_compile()
+    yield from float8_kernels_to_compile()
+
+
+def registers_and_stack(cubin):
+    """Registers of a thread, and its bytes of local memory: 8 where ptxas reserves some, more where it spills."""
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run_command([tool, "-res-usage", file.name]).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
 
 
 def check_cubins():
-    """Every kernel becomes a cubin for sm_90, on whose multiprocessors two programs find room in shared memory."""
+    """Every kernel becomes a cubin, without spills, which finds room in the shared memory of its GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     compiled = set()
-    for kernel, types, constants, options in kernels_to_compile():
+    for capability, kernel, types, constants, options in kernels_to_compile():
         types = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
         binary = triton.compile(
             ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned),
-            target=GPUTarget("cuda", 90, 32),
+            target=GPUTarget("cuda", capability, 32),
             options=options,
         )
         compiled.add(kernel.__name__)
-        assert len(binary.asm["cubin"]) > 1000
-        assert binary.metadata.shared <= 227 * 1024 // 2 - 1024  # of an H100's multiprocessor, half
-        products = kernel.__name__.startswith("mlp") and next(iter(types.values())) != "*fp32"
-        assert ("wgmma" in binary.asm["ptx"]) == products
-        print(kernel.__name__, *types.values(), *constants.values(), binary.metadata.shared, len(binary.asm["cubin"]))
+        ptx, cubin, shared = binary.asm["ptx"], binary.asm["cubin"], binary.metadata.shared
+        registers, stack = registers_and_stack(cubin)
+        print(capability, kernel.__name__, *types.values(), *constants.values(), options, shared, registers, stack)
+        assert stack <= 8 and shared <= GPUS[capability][1] * 1024
+        assert binary.metadata.global_scratch_size == 0  # nobody sets an allocator
+        mlp, sixteen_bit = kernel.__name__.startswith("mlp"), "fp32" not in types[kernel.arg_names[0]]
+        assert ("wgmma" in ptx) == (mlp and capability == 90 and sixteen_bit)
+        assert ("cp.async.bulk.tensor" in ptx) == (mlp and capability >= 90)
+        assert ("cp.async.cg.shared.global" in ptx) == (mlp and capability < 90)  # 16 bytes at a time
     assert compiled == {name for name in vars(k) if name.endswith("_kernel")}
 
 
-def check_one_graph():
+def check_mlp_launch():
+    """Descriptors from sm_90 on, wide tiles where there is shared memory for them, one program a multiprocessor."""
+    for dtype in (torch.bfloat16, torch.float16):
+        assert launch_on(90, dtype) == (132, True, k.WIDE_TILES) and launch_on(100, dtype) == (148, True, k.WIDE_TILES)
+        assert launch_on(120, dtype) == (340, True, k.SIXTEEN_BIT_TILES)
+        assert launch_on(80, dtype) == (216, False, k.SIXTEEN_BIT_TILES)
+    assert launch_on(90, torch.float32) == (264, True, k.FLOAT32_TILES)
+    assert launch_on(80, torch.float32) == (216, False, k.FLOAT32_TILES)
+
+
+def check_one_graph(described=False):
     """torch.compile takes MLP and loss, with gradients, into one graph, and sees which buffers each kernel writes.
 
     Nothing runs: the graphs are recorded and give zeros. Triton is told of an H100, which only names the target.
@@ -342,6 +467,7 @@ def check_one_graph():
     from triton.backends.compiler import GPUTarget
 
     torch.utils._triton.has_triton = lambda: True
+    torch.utils._triton._device_supports_tma = lambda: described
     triton.runtime.driver.set_active(type("H100", (), {"get_current_target": lambda self: GPUTarget("cuda", 90, 32)})())
     from functorch.compile import (
         make_boxed_func,  # pyright: ignore[reportPrivateImportUsage] # as torch's own pages import it
@@ -351,11 +477,17 @@ def check_one_graph():
 
     graphs = []
 
+    def known(size):
+        return size.node.hint if isinstance(size, torch.SymInt) else size
+
+    def zeros_like_it(y):
+        return torch.zeros([*map(known, y.shape)], dtype=y.dtype) if isinstance(y, torch.Tensor) else known(y)
+
     def record(module, inputs):
         results = next(node for node in module.graph.nodes if node.op == "output").args[0]
         graphs.append([node.kwargs for node in module.graph.nodes if "triton_kernel" in str(node.target)])
-        shapes = [y if y is None else y.meta["val"] for y in results]
-        return make_boxed_func(lambda *_: [y if y is None else torch.zeros(y.shape, dtype=y.dtype) for y in shapes])
+        values = [y if y is None else y.meta["val"] for y in results]
+        return make_boxed_func(lambda *_: [zeros_like_it(y) for y in values])
 
     def loss(x, up, down, head, targets):
         nll, lse = k.softcapped_cross_entropy_triton(k.mlp_triton(x, up, down, 0.5) @ head.mT, targets, CAP)
@@ -364,18 +496,27 @@ def check_one_graph():
     backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
     inputs = [*mlp_inputs((4, 32), 64, 256, 64, torch.bfloat16), normal(1000, 64, dtype=torch.bfloat16)]
     inputs = [x.requires_grad_() for x in inputs]
-    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=False)
-    compiled(*inputs, random_targets(4, 32, below=1000)).backward()
+    targets = random_targets(4, 32, below=1000)
+    for x in (inputs[0], targets):
+        torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(loss, backend=backend, fullgraph=True)(*inputs, targets).backward()
     assert all(x.grad.shape == x.shape for x in inputs)
     written = [[sorted(call["tensors_to_clone"]) for call in calls] for calls in graphs]
-    assert written == [[["leaky", "square"], ["lse", "nll"]], [["grad"], ["grad_up", "square"]]], written
+    assert written == [[["leaky", "square"], ["lse", "nll"]], [["grad"], ["grad_up"]]], written
+    descriptors = [[len(call["tma_descriptor_metadata"]) for call in calls] for calls in graphs]
+    assert descriptors == ([[4, 0], [0, 4]] if described else [[0, 0], [0, 0]])
     for call in itertools.chain(*graphs):  # no two outputs share a buffer, which would then be copied
         buffers = [call["kwargs"][name] for name in call["tensors_to_clone"]]
         assert len(set(buffers)) == len(buffers)
 
 
+def check_one_graph_described():
+    use_descriptors()
+    check_one_graph(described=True)
+
+
 @needs_triton
-@pytest.mark.parametrize("name", ["cubins", "one_graph"])
+@pytest.mark.parametrize("name", ["cubins", "one_graph", "one_graph_described", "mlp_launch"])
 def test_compiled(name, tmp_path):
     run_check(name, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
 
@@ -425,9 +566,10 @@ class TestGPU:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_mlp(self, dtype):
-        for size in ((1, 1, 1, 1), (130, 70, 200, 33), ((2, 300), 512, 2048, 512), (3000, 96, 384, 96)):
+        for size in ((1, 8, 8, 8), (130, 72, 200, 40), ((2, 300), 512, 2048, 512), (3000, 96, 384, 96), (3, 7, 5, 2)):
             compare_mlp(*size, dtype=dtype, device="cuda")
-        compare_mlp(65, 17, 70, 9, 0.0, dtype, "cuda")
+        compare_mlp(65, 24, 72, 16, 0.0, dtype, "cuda")
+        compare_mlp(40000, 128, 512, 128, dtype=dtype, device="cuda")  # several tiles a program
 
     def test_mlp_float8(self):
         """Tensor cores sum in fewer bits than the simulation, and round a few hidden activations otherwise."""

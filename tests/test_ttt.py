@@ -108,9 +108,7 @@ class PlainAdapters:
         }
         self.squares, self.steps = [torch.zeros_like(p) for p in self.parameters()], 0
         for block in model.blocks:
-            self.hook(block.q, lambda n, y: self.begin(n) or y + self.map("q", n))
-            self.hook(block.k, lambda n, y: y + self.map("k", n))
-            self.hook(block.v, lambda n, y: y + self.map("v", n))
+            self.hook(block.qkv, lambda n, y, widths=block.widths: self.begin(n) or y + self.input_maps(n, y, widths))
             self.hook(block.out, lambda _, y: y + self.map("attention", self.normed))
             self.hook(block.up, lambda n, y: setattr(self, "mlp_input", n) or y)
             self.hook(block.down, lambda _, y: y + self.map("mlp", self.mlp_input))
@@ -130,6 +128,14 @@ class PlainAdapters:
             return 0
         call = 0 if key == "head" else self.call
         return self.scale * (x @ self.a[key][call].T) @ self.b[key][call].T
+
+    def input_maps(self, normed, y, widths):
+        """What q, k and v get, in the places that they have in their product y, and nothing for the gates."""
+        maps = [
+            self.map(key, normed) + torch.zeros_like(y[..., :width])
+            for key, width in zip("qkv", widths[:3], strict=True)
+        ]
+        return torch.cat([*maps, torch.zeros_like(y[..., : widths[3]])], dim=-1)
 
     def parameters(self):
         return [*self.a.values(), *self.b.values()]
@@ -900,6 +906,16 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     assert not eager.runtime.compile
     np.testing.assert_allclose(found, scores(evaluator, eager), rtol=1e-6)
     torch._dynamo.reset()
+
+
+def test_documents_are_dealt_to_the_rank_with_the_least_work():
+    assert tg.deal(np.array([9, 5, 4, 3, 1]), 2).tolist() == [0, 1, 1, 0, 1]
+    assert tg.deal(np.array([], np.int64), 3).tolist() == []
+    costs = -np.sort(-np.random.default_rng(0).lognormal(6, 1, 3000).astype(np.int64))
+    for ranks in (1, 3, 8):
+        loads = np.bincount(tg.deal(costs, ranks), costs, ranks)
+        assert loads.max() - loads.min() <= costs[-1]  # the shortest document: no better is possible by moving one
+        assert ranks == 1 or loads.max() < np.bincount(np.arange(3000) % ranks, costs, ranks).max()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

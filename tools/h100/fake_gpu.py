@@ -107,6 +107,10 @@ class Anything:
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
+    def is_capturing(self) -> bool:
+        """No graph is being captured."""
+        return False
+
     def wait_stream(self, other: Any) -> None:
         """There is nothing to wait for."""
 

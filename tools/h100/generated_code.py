@@ -159,13 +159,16 @@ LINE = {
     "allocate": re.compile(r"^(\w+) = empty_strided_\w+\((\([^)]*\)), \([^)]*\), torch\.(\w+)\)"),
     "alias": re.compile(r"^(\w+) = (\w+)(?:; del (\w+))?\s*(?:#.*)?$"),
     "view": re.compile(r"^(\w+) = reinterpret_tensor\((\w+), (\([^)]*\))"),
-    "view argument": re.compile(r"^reinterpret_tensor\((\w+), (\([^)]*\))"),
+    "descriptor": re.compile(
+        r"^(\w+) = .*\bTensorDescriptor\.from_tensor\((?:reinterpret_tensor\()?(\w+)(?:, (\([^)]*\)))?"
+    ),
     "numel": re.compile(r"^(\w+_[xyzr]\d?_?numel) = (.+)$"),
     "item": re.compile(r"^(\w+) = (\w+)\[(\d+)\]"),
     "launch": re.compile(r"^(\w+)\.run\((.*)\)"),
     "extern": re.compile(r"^(?:(\w+) = )?((?:extern_kernels|torch\.ops|aten)\.[\w.]+)\((.*)\)"),
     "check": re.compile(r"^assert_size_stride\((\w+), (\([^)]*\))"),
 }
+VIEW_ARGUMENT = re.compile(r"^reinterpret_tensor\((\w+), (\([^)]*\))")
 NODES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
 
 
@@ -187,7 +190,7 @@ class Reader:
         nodes = NODES.match(line)
         if nodes:
             self.nodes = tuple(nodes[1].split(", "))
-        for kind in ("numel", "allocate", "alias", "view", "item", "launch", "extern", "check"):
+        for kind in LINE:
             found = LINE[kind].match(line)
             if found:
                 getattr(self, kind)(*found.groups())
@@ -215,6 +218,10 @@ class Reader:
         """How many elements a kernel goes over, where that follows from symbols."""
         self.symbols[name] = product(f"({value},)", self.symbols)
 
+    def descriptor(self, new: str, old: str, shape: str | None) -> None:
+        """A tensor descriptor of a buffer, or of a view of one. It holds the buffer."""
+        self.memory.alias(new, old, product(shape, self.symbols) if shape else None)
+
     def item(self, new: str, old: str, _index: str) -> None:
         """One of several results of an operator that Inductor calls."""
         if old in self.origin:
@@ -234,12 +241,12 @@ class Reader:
 
     def touched(self, argument: str, accesses: int, elements: int) -> int:
         """Bytes of an argument that so many loads or stores of so many elements can reach."""
-        found = LINE["view argument"].match(argument)
+        found = VIEW_ARGUMENT.match(argument)
         return accesses * elements * self.memory.elements.get(found[1] if found else argument, 1)
 
     def argument_bytes(self, argument: str) -> tuple[int, str]:
         """Bytes of an argument, a buffer or a view of one; and "new" or "reused" if nothing has used the buffer yet."""
-        found = LINE["view argument"].match(argument)
+        found = VIEW_ARGUMENT.match(argument)
         name = found[1] if found else argument
         owner = self.memory.owner.get(name)
         state = self.memory.unwritten.pop(owner, "") if owner else ""

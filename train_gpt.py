@@ -3858,7 +3858,8 @@ class MLPFloat8Triton(MLPTriton):
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
         x_scale, square_scale = rms_norm_scale(x), hidden_scale(up)
         up_scale, down_scale = weight_scale(up), weight_scale(down)
-        x8, up8, factor = to_e4m3(x, x_scale), to_e4m3(up, up_scale), (x_scale * up_scale).reciprocal()
+        x8, up8 = to_e4m3(x, x_scale), to_e4m3(up, up_scale)
+        factor = (x_scale * up_scale).reciprocal()
         rounded, square, leaky = mlp_up_float8_triton(x8, up8, factor, square_scale, slope, x.dtype)
         ctx.save_for_backward(x, up, down, leaky, square if ctx.needs_input_grad[2] else None)
         ctx.slope = slope

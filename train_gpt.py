@@ -3867,7 +3867,7 @@ class MLPFloat8Triton(MLPTriton):
 
 
 def mlp_float8_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-    """`mlp_float8` on FP8 tensor cores, with widths that are multiples of 16 and a slope of at least 0.
+    """`mlp_float8` of 16-bit tensors on FP8 tensor cores, with widths that are multiples of 16.
 
     Without the kernel, the hidden activations would be written and read once more, and FP8 would gain nothing.
     """
@@ -4047,7 +4047,7 @@ class Block(nn.Module):
         """MLP of x [B, T, d] -> [B, T, d], before the output scale."""
         n, slope = self.norm(x), self.config.leaky_relu_slope
         fused = kernels.fused and triton_supports(n)
-        if kernels.float8 and fused and kernels.native:
+        if kernels.float8 and fused and kernels.native and n.element_size() == 2:
             y = mlp_float8_triton(n, w.up, w.down, slope)
         elif kernels.float8:
             y = mlp_float8(n, w.up, w.down, slope, kernels.native)

@@ -3569,7 +3569,7 @@ def tiled(x, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
     Before sm_90 Triton compiles it to ordinary loads and stores, 16 bytes at a time because N is a constant.
     """
-    return tl.make_tensor_descriptor(x, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    return tl.make_tensor_descriptor(x, [M, N], [N, 1], [BLOCK_M, BLOCK_N])  # pyright: ignore[reportArgumentType]
 
 
 @triton_jit
@@ -3611,7 +3611,7 @@ def tile_product(
 def store_activation(total, square, leaky, row, column, SLOPE: tl.constexpr):
     """The epilogue of `mlp_up_kernel` for half a tile."""
     y = tl.where(total > 0, total, total * SLOPE).to(square.dtype)
-    wide = y.to(tl.float32)  # rounded first: the backward pass squares the stored values and must get the same
+    wide = y.to(tl.float32)  # rounded first: the backward pass takes the derivative at the stored values
     square.store([row, column], (wide * wide).to(square.dtype))
     if leaky is not None:
         leaky.store([row, column], y)
@@ -3873,6 +3873,52 @@ def mlp_float8_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tens
     """
     rows = x.reshape(-1, x.size(-1))
     return MLPFloat8Triton.apply(rows, up, down, float(slope)).view(*x.shape[:-1], down.size(0))
+
+
+# --- A step of the adapters ---
+
+
+@triton_jit
+def adapter_step_kernel(
+    p, square, grad, low, row_step, lr, decay, beta2, root, eps, ROW: tl.constexpr, BLOCK: tl.constexpr
+):
+    """AdamW with a first beta of 0, of a row of ROW elements. `root`: of the bias correction; `low`: p's copy, or None.
+
+    Without a first moment 20 bytes an element are moved instead of 40, casts in the model included.
+    """
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask, row = columns < ROW, tl.program_id(0).to(tl.int64)
+    places = row * ROW + columns
+    g = tl.load(grad + row * row_step + columns, mask=mask).to(tl.float32)
+    v = tl.load(square + places, mask=mask)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    tl.store(square + places, v, mask=mask)
+    x = tl.load(p + places, mask=mask) * (1.0 - lr * decay)
+    x -= lr * g / (tl.sqrt(v) / root + eps)
+    tl.store(p + places, x, mask=mask)
+    if low is not None:
+        tl.store(low + places, x.to(low.dtype.element_ty), mask=mask)
+
+
+def adapter_step_triton(
+    p: Tensor,
+    square: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    decay: float,
+    beta2: float,
+    root: float,
+    eps: float,
+) -> None:
+    """One step of adapters p [B, calls, m, n] float32 in place; grad may be a part of a larger tensor's rows."""
+    rows, row = p.shape[0] * p.shape[1], p.shape[2] * p.shape[3]
+    if grad.stride(0) != grad.size(1) * grad.stride(1) or not grad[0, 0].is_contiguous():
+        grad = grad.contiguous()
+    grid = (rows, -(-row // 2048))
+    adapter_step_kernel[grid](
+        p, square, grad, low, grad.stride(1), lr, decay, beta2, root, eps, ROW=row, BLOCK=2048, num_warps=8
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4407,7 +4453,7 @@ class Adapters:
     A [B, calls, r, in] starts uniform within 1/sqrt(in), B [B, calls, out, r] at zero. Both are plain tensors; the
     optimizer is AdamW with a first beta of 0. B is stored multiplied by the LoRA scale s = TTT_LORA_ALPHA / rank. An
     AdamW step does not depend on the size of the gradients, so a learning rate times s and an epsilon over s give the
-    same product.
+    same product. Where the model computes in 16 bits, it takes copies in that type, which a step writes too.
     """
 
     def __init__(self, config: Config, calls: int, device: torch.device):
@@ -4423,6 +4469,7 @@ class Adapters:
         widths["head"] = (1, config.vocab_size)
         documents = config.ttt_batch_size
         self.config, self.device = config, device
+        self.fused = config.triton_kernels == "1"
         self.calls, self.scale = calls, config.ttt_lora_alpha / rank
         self.shapes = {key: (n, rank, d) for key, (n, _) in widths.items()}  # of one document's A
         self.b = {key: torch.empty(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
@@ -4441,18 +4488,28 @@ class Adapters:
         self.a = {key: value.expand(documents, *value.shape[1:]).clone() for key, value in a.items()}
         for b in self.b.values():
             b.zero_()
-        self.state = {name: [torch.zeros_like(p) for p in self.parameters()] for name in ("exp_avgs", "exp_avg_sqs")}
-        self.state_steps = [torch.zeros((), device=self.device) for _ in self.parameters()]
+        parameters = self.parameters()
+        self.squares = [torch.zeros_like(p) for p in parameters]
+        self.steps = 0
+        if not self.fused:
+            self.means = [torch.zeros_like(p) for p in parameters]
+            self.state_steps = [torch.zeros((), device=self.device) for _ in parameters]
+        self.copies = [p.bfloat16() for p in parameters] if self.config.dtype == torch.bfloat16 else parameters
 
     def arrange(self, order: np.ndarray) -> None:
         """Puts the first documents' A in this order: which A a document gets must not depend on other lengths."""
         if (order != np.arange(len(order))).any():
-            for a in self.a.values():
+            copies = self.copies[::2] if self.copies[0].dtype != torch.float32 else []
+            for a in (*self.a.values(), *copies):
                 a[: len(order)] = a[torch.from_numpy(order).to(a.device)]
 
     def parameters(self, documents: int | None = None) -> list[Tensor]:
         """A and B of the first documents, in turn for each key."""
         return [p[:documents] for key in self.a for p in (self.a[key], self.b[key])]
+
+    def leaves(self, documents: int) -> list[Tensor]:
+        """What the model takes of the first documents, in the order of `parameters`, to be differentiated by."""
+        return [copy[:documents].detach().requires_grad_() for copy in self.copies]
 
     def pairs(self, parameters: list[Tensor]) -> StackedAdapters:
         """The `adapters` argument of the model's forward, from (leaf) tensors in the order of `parameters`."""
@@ -4462,23 +4519,35 @@ class Adapters:
     def step(self, documents: int, gradients: list[Tensor]) -> None:
         """AdamW of the first documents' adapters: betas (0, TTT_BETA2), eps 1e-10, decoupled weight decay."""
         config, parameters = self.config, self.parameters(documents)
+        squares, copies = ([x[:documents] for x in tensors] for tensors in (self.squares, self.copies))
+        self.steps += 1
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            state: dict[str, Any] = {name: [s[:documents] for s in t[side]] for name, t in self.state.items()}
+            lr, decay, eps = config.ttt_lora_lr * scale, config.ttt_weight_decay / scale, 1e-10 / scale
+            if self.fused:
+                root = math.sqrt(1 - config.ttt_beta2**self.steps)
+                for p, square, g, low in zip(*(t[side] for t in (parameters, squares, gradients, copies)), strict=True):
+                    low = None if low.dtype == p.dtype else low
+                    adapter_step_triton(p, square, g, low, lr, decay, config.ttt_beta2, root, eps)
+                continue
             adamw(
                 parameters[side],
-                gradients[side],
-                **state,
+                [g.float().contiguous() for g in gradients[side]],  # as fused AdamW reads them
+                exp_avgs=[m[:documents] for m in self.means[side]],
+                exp_avg_sqs=squares[side],
                 max_exp_avg_sqs=[],
                 state_steps=self.state_steps[side],
                 fused=True,
                 amsgrad=False,
                 beta1=0.0,
                 beta2=config.ttt_beta2,
-                lr=config.ttt_lora_lr * scale,
-                weight_decay=config.ttt_weight_decay / scale,
-                eps=1e-10 / scale,
+                lr=lr,
+                weight_decay=decay,
+                eps=eps,
                 maximize=False,
             )
+        if not self.fused and copies[0].dtype != parameters[0].dtype:
+            for copy, p in zip(copies, parameters, strict=True):
+                copy.copy_(p)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7592,8 +7661,7 @@ class PhasedTTT:
         self.ledger.train_on(scored[counted])
         mask = send_array(counted, nll.device)
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
-        gradients = torch.autograd.grad(loss, leaves)
-        adapters.step(adapting, [g[:adapting].contiguous() for g in gradients])  # fused AdamW reads them as such
+        adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
     def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on.
@@ -7603,7 +7671,7 @@ class PhasedTTT:
         """
         adapters, leaves = self.adapters, []
         if adapters:
-            leaves = [p.detach().requires_grad_() for p in adapters.parameters(len(scored))]
+            leaves = adapters.leaves(len(scored))
         if self.model.runtime.compile:  # one graph for any number of documents, places and scored places
             mark_sizes(1, *leaves)
             mark_sizes(2, batch.ids, batch.targets, batch.documents.starts)

@@ -154,8 +154,9 @@ class Recorder:
         """What the places of the last pass are scored by: (logits [n, V], nats of every token [n, V], token losses)."""
         keywords = dict(self.keywords)
         temperature, adapters = keywords.pop("temperature", 1.0), keywords.get("adapters")
-        hidden = self.model.trunk(self.ids, self.documents, **keywords)
-        logits = self.model.head_logits(hidden, adapters[-1].get("head") if adapters else None)[mask]
+        hidden = self.model.trunk(self.ids, self.documents, last_tokens=self.targets.size(1), **keywords)
+        pair = tuple(x[:, 0] for x in adapters["head"]) if adapters else None
+        logits = self.model.head_logits(hidden, pair)[mask]
         z = softcap(logits.double(), self.model.config) / temperature
         losses = functools.partial(self.model.token_losses, temperature=temperature)
         return logits, torch.logsumexp(z, -1, keepdim=True) - z, losses

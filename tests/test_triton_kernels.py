@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import run_command
+from helpers import config, run_command
 from helpers import tg as k
 
 needs_triton = pytest.mark.skipif(k.triton is None, reason="triton is not installed")
@@ -321,7 +321,44 @@ def check_mlp_launches():
     assert launches_of(trained) == ["TensorDescriptor", "TensorDescriptor"]
 
 
-INTERPRETED = ("cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
+def check_adapter_step():
+    """Three steps against the formula in float64, also of gradients that are parts of larger rows."""
+    mend_bfloat16()
+    lr, decay, beta2, eps = 0.01, 0.3, 0.9, 1e-10
+    for (m, n), dtype in itertools.product(((3, 5), (16, 130), (1, 4100)), (torch.float32, torch.bfloat16)):
+        p, square = normal(2, 3, m, n), torch.zeros(2, 3, m, n)
+        low = p.to(dtype) if dtype == torch.bfloat16 else None
+        exact, variance = p.double(), square.double()
+        for step in range(1, 4):
+            grad, root = normal(2, 3, m + 2, n, seed=step, dtype=dtype)[:, :, 1 : m + 1], (1 - beta2**step) ** 0.5
+            k.adapter_step_triton(p, square, grad, low, lr, decay, beta2, root, eps)
+            variance = beta2 * variance + (1 - beta2) * grad.double() ** 2
+            exact = exact * (1 - lr * decay) - lr * grad.double() / (variance.sqrt() / root + eps)
+        torch.testing.assert_close(p.double(), exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(square.double(), variance, rtol=1e-5, atol=1e-9)
+        assert low is None or torch.equal(low, p.to(dtype))
+
+
+def check_adapters():
+    """The kernel's steps are those of torch's AdamW, whatever the number of documents."""
+    mend_bfloat16()
+    c = config(TTT_MODE="phased", TTT_BATCH_SIZE=4, TTT_LORA_RANK=3, TTT_WEIGHT_DECAY=0.4, COMPUTE_DTYPE="bfloat16")
+    both = [k.Adapters(c, 2, torch.device("cpu")) for _ in range(2)]
+    both[1].fused = True
+    for adapters in both:
+        adapters.start(adapters.draw(4, 1))
+    for step, documents in enumerate((4, 3, 2)):
+        for adapters in both:
+            shapes = [x.shape for x in adapters.leaves(documents)]
+            gradients = [normal(*shape, seed=10 * step + i, dtype=torch.bfloat16) for i, shape in enumerate(shapes)]
+            adapters.step(documents, gradients)
+    plain, fused = ([*a.parameters(), *a.squares, *a.copies] for a in both)
+    for x, y in zip(plain, fused, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert not torch.equal(both[0].copies[0], both[0].copies[0].roll(1, 0)) and both[0].copies[1].any()
+
+
+INTERPRETED = ("adapter_step", "adapters", "cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
 INTERPRETED += ("mlp_described", "mlp_edges_described", "mlp_launches", "mlp_float8")
 
 
@@ -401,6 +438,12 @@ def kernels_to_compile():
         yield 90, k.cross_entropy_forward_kernel, dict(rows, nll="*fp32"), constants, options
         gradients = dict(grad_nll="*fp32", grad_lse="*fp32", grad=logits)
         yield 90, k.cross_entropy_backward_kernel, rows | gradients, constants, options
+    for grad, low in (("bf16", "bf16"), ("fp32", None)):
+        types = dict(p="*fp32", square="*fp32", grad=f"*{grad}", row_step="i64")
+        types |= {} if low is None else dict(low=f"*{low}")
+        types |= dict.fromkeys(("lr", "decay", "beta2", "root", "eps"), "fp32")
+        constants = dict(ROW=512 * 96, BLOCK=2048) | (dict(low=None) if low is None else {})
+        yield 90, k.adapter_step_kernel, types, constants, dict(num_warps=8)
     yield from mlp_kernels_to_compile()
     yield from float8_kernels_to_compile()
 

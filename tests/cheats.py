@@ -27,7 +27,7 @@ class Cheat:
 # ------------------------------------------------------------------------------------------------------ ways to cheat
 
 QUANTIZED = '        score = evaluator(compiled_forward(model), "quantized")\n'
-LOGITS = "        logits = self.logits(hidden, head.to(hidden.dtype))\n"
+LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
 SLIDING = "        nll = self.compute(forward, batch)\n"
 PHASED = (
@@ -453,8 +453,8 @@ BORDERS = [
         CAUSALITY,
         (
             (
-                "                lr=config.ttt_lora_lr * scale,\n",
-                "                lr=config.ttt_lora_lr * scale * self.boost,\n",
+                "            lr, decay, eps = config.ttt_lora_lr * scale,",
+                "            lr, decay, eps = config.ttt_lora_lr * scale * self.boost,",
             ),
             before(
                 "        adapters.start(self.phase_a)\n",

@@ -236,7 +236,7 @@ def test_the_table_adds_up():
             use="training",
             part=part,
             launches=Counter(fused=3),
-            flops=Counter({"matrix products": 5 * 10**12, "attention": 10**12}),
+            flops=Counter({"matrix products": 5 * 10**12, "attention": 10**12, "float8": 2 * 10**12}),
             bytes_read=2 * 10**9,
             bytes_written=10**9,
             peak_bytes=peak,
@@ -247,7 +247,7 @@ def test_the_table_adds_up():
     rows = cost_table.table_rows([result], graphs, eager)
     assert [(r.part, r.launches) for r in rows] == [("forward", 6), ("backward", 6), ("optimizers", 7)]
     text = cost_table.report(rows, {"training": dict(standing=10**9, saved=0, peak=2 * 10**9)}, "remark")
-    assert "| training | **sum** | 19 | 25.00 | 4.00 | 9.0 | 4.0 | 31.3 | 4.3 |" in text
+    assert "| training | **sum** | 19 | 25.00 | 4.00 | 8.00 | 9.0 | 4.0 | 26.3 | 4.3 |" in text
     assert "| training | 1.00 | 0.00 | 2.00 |" in text
     assert cost_table.peak_memory(result, graphs) == 100 + 10 + 50
 
@@ -302,6 +302,22 @@ def test_details_keep_their_counters():
     assert check.plain([cost])[0]["operators"] == {"mul": 2}
     text = check.table_json(dict(rows=[dict(a=1), dict(a=2)], form="x"))
     assert json.loads(text) == dict(rows=[dict(a=1), dict(a=2)], form="x") and text.count("\n") == 7
+
+
+def test_products_of_fp8_numbers_are_counted_apart():
+    scaled = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+
+    def products(x, w):
+        one = torch.ones((), dtype=torch.float32)
+        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        return x @ w.mT, scaled(x8, w8.mT, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+    x, w = torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
+    traced = make_fx(products, tracing_mode="fake")(x, w)
+    flops = 2 * 8 * 16 * 32
+    assert inductor_backend.count_flops(traced, 0.0) == Counter({"matrix products": 2 * flops, "float8": flops})
+    row = cost_table.Row("training", "forward", 2, 2 * flops, 0, 0, 0, flops)
+    assert row.milliseconds[0] == pytest.approx(1e3 * 1.5 * flops / cost_table.FLOPS_PER_SECOND)
 
 
 def test_the_fakes_are_compiled_once_and_preloaded(tmp_path, monkeypatch):

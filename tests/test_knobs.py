@@ -52,6 +52,8 @@ CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
 CHANGES = {
     "COMPUTE_DTYPE": ("bfloat16", {}),
     "ATTENTION": ("sdpa", {}),
+    "FP8_HEAD": (1, {}),
+    "FP8_MLP": (1, {}),
     "CPU_THREADS": (2, {}),
     "ITERATIONS": (5, {}),
     "MAX_WALLCLOCK_SECONDS": (0.01, dict(ITERATIONS=30)),

@@ -155,8 +155,8 @@ def compare_query_key(*sizes, twice=True, dtype=torch.float32, device="cpu"):
     inputs, (cos, sin) = query_key_inputs(*sizes, dtype, device)
 
     def fast(q, k_, v, *rest):
-        gate = rest[0] if len(rest) > 1 else None
-        results = k.query_key_triton(q, k_, v, gate, cos, sin, rest[-1], twice=twice, added={})
+        *gates, gain = rest
+        results = k.query_key_triton(q, k_, v, gates[0] if gates else None, cos, sin, gain, twice=twice, added={})
         return tuple(x for x in results if x is not None)
 
     compare(fast, lambda *xs: query_key_whole(*xs, cos=cos, sin=sin, twice=twice), inputs)
@@ -296,6 +296,31 @@ def check_mlp():
         y = k.mlp_triton(x, up, down, 0.5)
         y.sum().backward()
         assert y.numel() == 0 and x.grad.shape == x.shape and not up.grad.any() and not down.grad.any()
+
+
+def check_mlp_float8():
+    """The kernel gives the bits of the version without it: the same numbers are rounded, in the same order.
+
+    The interpreter has no e4m3. Tensors of bfloat16 hold the same numbers, and what the kernel has not rounded to e4m3
+    is rounded afterwards.
+    """
+    mend_bfloat16()
+    for rows, width, hidden in ((1, 16, 16), (130, 80, 144), (129, 128, 272), (1100, 16, 80)):
+        x, up, _ = mlp_inputs(rows, width, hidden, 16, torch.bfloat16)
+        x = k.rms_norm_plain(x)
+        x_scale, up_scale, square_scale = k.rms_norm_scale(x), k.weight_scale(up), k.hidden_scale(up)
+        x8, up8 = k.to_e4m3(x, x_scale), k.to_e4m3(up, up_scale)
+        factor = (x_scale * up_scale).reciprocal()
+        for scale, bound in ((square_scale, 256), (square_scale * 4096, 448)):
+            rounded, square, leaky = k.mlp_up_float8_triton(
+                x8.bfloat16(), up8.bfloat16(), factor, scale, 0.5, torch.bfloat16
+            )
+            product = (x8.double() @ up8.double().mT * factor.double()).float()
+            expected = torch.where(product > 0, product, product * 0.5).bfloat16()
+            assert distance(leaky, expected.double()) <= 1e-3
+            assert torch.equal(square, leaky.square())
+            assert torch.equal(rounded.to(torch.float8_e4m3fn).float(), k.to_e4m3(square, scale).float())
+            assert rounded.max() <= bound and (bound == 256 or rounded.max() == bound)
 
 
 def check_mlp_edges():
@@ -476,7 +501,7 @@ def check_query_key_sums():
 
 
 INTERPRETED = ("adapter_step", "adapters", "cross_entropy", "cross_entropy_edges", "mlp", "mlp_edges")
-INTERPRETED += ("mlp_described", "mlp_edges_described", "mlp_launches")
+INTERPRETED += ("mlp_described", "mlp_edges_described", "mlp_launches", "mlp_float8")
 INTERPRETED += ("head_output", "head_output_edges", "query_key", "query_key_edges", "query_key_sums")
 
 
@@ -493,6 +518,7 @@ def test_under_the_interpreter(name):
 # more, but sm_86 and sm_89 run the same kernels.
 GPUS = {
     80: (dict(major=8, minor=0, multi_processor_count=108), 99),
+    89: (dict(major=8, minor=9, multi_processor_count=142), 99),
     90: (dict(major=9, minor=0, multi_processor_count=132), 227),
     100: (dict(major=10, minor=0, multi_processor_count=148), 227),
     120: (dict(major=12, minor=0, multi_processor_count=170), 99),
@@ -550,6 +576,23 @@ def attention_kernels_to_compile():
         yield 90, k.head_output_forward_kernel, types | dict(out=pointer), constants, options
 
 
+def float8_kernels_to_compile():
+    """As `kernels_to_compile`, for GPUs with FP8."""
+    for capability, hidden, width in ((90, 144, 80), *((capability, 2048, 512) for capability in (89, 90, 100, 120))):
+        _, described, tiles = launch_on(capability, torch.float8_e4m3fn)
+        constants = dict(tiles, N=hidden, K=width, SLOPE=0.5, END=k.E4M3_MAX)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        rows, columns, inner = (tiles["BLOCK_" + axis] for axis in "MNK")
+        blocks = dict.fromkeys(("rounded", "square", "leaky"), [rows, columns // 2])
+        blocks |= dict(x=[rows, inner], up=[columns, inner])
+        kinds = dict.fromkeys(("x", "up", "rounded"), "fp8e4nv") | dict.fromkeys(("square", "leaky"), "bf16")
+        signature = {
+            name: f"tensordesc<{kind}{blocks[name]}>" if described else f"*{kind}" for name, kind in kinds.items()
+        }
+        signature |= dict(M="i32", up_factor="*fp32", square_scale="*fp32")
+        yield capability, k.mlp_up_float8_kernel, signature, constants, options
+
+
 def kernels_to_compile():
     """(capability, kernel, types of arguments, constants, options) of every kernel: the record's sizes and odd ones."""
     sizes = (*itertools.product(KINDS, ("bf16", "fp32"), (8192, 1025)), ("tanh", "fp16", 20000), ("poly", "bf16", 1))
@@ -569,6 +612,7 @@ def kernels_to_compile():
         yield 90, k.adapter_step_kernel, types, constants, dict(num_warps=8)
     yield from mlp_kernels_to_compile()
     yield from attention_kernels_to_compile()
+    yield from float8_kernels_to_compile()
 
 
 def registers_and_stack(cubin):
@@ -784,6 +828,23 @@ class TestGPU:
             compare_mlp(*size, dtype=dtype, device="cuda")
         compare_mlp(65, 24, 72, 16, 0.0, dtype, "cuda")
         compare_mlp(40000, 128, 512, 128, dtype=dtype, device="cuda")  # several tiles a program
+
+    def test_mlp_float8(self):
+        """Tensor cores sum in fewer bits than the simulation, and round a few hidden activations otherwise."""
+        if torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("needs FP8 tensor cores")
+        for rows, width, hidden, out in ((1, 16, 16, 16), (130, 80, 144, 48), ((2, 300), 512, 2048, 512)):
+            inputs = mlp_inputs(rows, width, hidden, out, torch.bfloat16, "cuda")
+            inputs[0] = k.rms_norm_plain(inputs[0])
+            versions = [
+                lambda *xs: k.mlp_float8(*xs, 0.5, False),
+                lambda *xs: k.mlp_float8(*xs, 0.5, True),
+                lambda *xs: k.mlp_float8_triton(*xs, 0.5),
+            ]
+            simulated, *others = (values_and_gradients(version, inputs) for version in versions)
+            for other in others:
+                for x, y in zip(other, simulated, strict=True):
+                    assert distance(x, y.double()) <= 0.02
 
     def test_more_than_2_to_the_31_logits(self):
         if torch.cuda.mem_get_info()[0] < 16e9:

@@ -66,6 +66,7 @@ class Term:
     flops: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    float8_flops: int = 0  # of the FLOPs, those of FP8 numbers
 
 
 @dataclasses.dataclass
@@ -153,7 +154,8 @@ def flops_of_nodes(gm: Any, context: float, sizes: Sizes = None) -> Iterator[tup
 
 def has_float8_inputs(node: torch.fx.Node) -> bool:
     """Whether a product, or a hand-written kernel for one, multiplies FP8 numbers: its first tensor is of them."""
-    arguments = node.kwargs["kwargs"].values() if "triton_kernel_wrapper" in str(node.target) else node.args
+    options: dict[str, Any] = dict(node.kwargs)
+    arguments = options["kwargs"].values() if "triton_kernel_wrapper" in str(node.target) else node.args
     first = next((a.meta.get("val") for a in arguments if isinstance(a, torch.fx.Node)), None)
     return getattr(first, "dtype", None) == torch.float8_e4m3fn
 

@@ -32,6 +32,7 @@ TERMS = {
     "Block.attend": "attention's projections",
     "Block.mlp": "MLP",
     "MLPTriton": "MLP",
+    "Float8Linear.backward": "head and loss",  # with Triton no other product is one
     "GPT.run_layer": "residual mix",
     "GPT.blend_skip": "skips",
     "SmearGate": "embedding",

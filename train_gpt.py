@@ -4011,7 +4011,8 @@ def head_output_forward_kernel(
 ):
     """`head_output_plain` for BLOCK rows, each a token's key head with its GROUP query heads."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token, kv_head, inside = row // KV_HEADS, row % KV_HEADS, row < rows
+    token, kv_head = row // KV_HEADS, row % KV_HEADS
+    inside = row < rows
     mask = inside[:, None]
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
@@ -4050,7 +4051,8 @@ def head_output_backward_kernel(
     summed over the query heads; v's is (n - (n.u) u) / |v|.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token, kv_head, inside = row // KV_HEADS, row % KV_HEADS, row < rows
+    token, kv_head = row // KV_HEADS, row % KV_HEADS
+    inside = row < rows
     mask = inside[:, None]
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
@@ -4297,8 +4299,9 @@ class QueryKeyTriton(torch.autograd.Function):
         gain: Tensor,
         twice: bool,
     ) -> tuple[Tensor | None, ...]:
-        sequences, length, heads = *q.shape[:2], gain.size(0)
-        width, half, tokens = q.size(2) // heads, cos.size(-1), sequences * length
+        sequences, length, dim = q.shape
+        tokens, heads = sequences * length, gain.size(0)
+        width, half = dim // heads, cos.size(-1)
         kv_heads = k.size(2) // width
         q = token_rows(q if added_q is None else q + added_q)
         k = token_rows(k if added_k is None else k + added_k)
@@ -4313,7 +4316,8 @@ class QueryKeyTriton(torch.autograd.Function):
                 q, k, *tables, gain, q_out, k_out, tokens, **constants
             )
         ctx.save_for_backward(q, k, *tables, gain)
-        ctx.constants, ctx.shape, ctx.gates = constants, (sequences, length), 0 if gate is None else gate.size(2)
+        ctx.constants, ctx.shape = constants, (sequences, length)
+        ctx.gates = 0 if gate is None else gate.size(2)
         ctx.added = [x is not None for x in (added_q, added_k, added_v)]
         v = v.view(k_out.shape)
         return q_out, k_out, v, v.view_as(v) if twice else None, None if gate is None else gate.view_as(gate)

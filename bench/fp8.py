@@ -130,7 +130,8 @@ def main() -> int:
     environment |= dict(pair.split("=", 1) for pair in options.settings)
     results: dict[str, dict[str, dict[str, float]]] = {}
     try:
-        c, _, _ = t.config_from_env(environment, torch.cuda.is_available())
+        for changes in VARIANTS.values():  # before the first training: what FP8 does not take is refused
+            c, _, _ = t.config_from_env({**environment, **changes}, torch.cuda.is_available())
         for seed in options.seeds:
             of_seed = results[str(seed)] = {}
             for name, changes in VARIANTS.items():

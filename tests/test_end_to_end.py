@@ -49,6 +49,9 @@ SUMMARY = {
     "versions",
     "strictly_causal",
     "hardware",
+    "evaluation_seconds",
+    "evaluation_seconds_with_compilation",
+    "seconds_over_limit",
 }
 STEP = r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms"
 VALIDATION = r"val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)"
@@ -102,6 +105,8 @@ def test_the_summary_holds_every_field(whole_run, validation_texts, data):
     assert s["tokens_per_second"] > 0 and 2**20 < s["peak_memory_bytes"] < 2**36
     stages = {"data", "setup", "warmup", "train", "validate", "calibrate", "quantize", "pack", "unpack", "evaluate"}
     assert stages <= set(s["seconds"]) and all(seconds >= 0 for seconds in s["seconds"].values())
+    spent = sum(s["seconds"].get(stage, 0) for stage in tg.EVALUATION_STAGES)
+    assert s["evaluation_seconds"] == s["evaluation_seconds_with_compilation"] == pytest.approx(spent)  # none compiled
     assert s["versions"]["torch"] == torch.__version__ and "core" in s["hardware"]
 
 

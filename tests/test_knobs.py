@@ -325,6 +325,9 @@ MEASURED = (
     "peak_memory_bytes",
     "ttt_targets_per_second",
     "data_wait_share",
+    "evaluation_seconds",
+    "evaluation_seconds_with_compilation",
+    "seconds_over_limit",
 )
 
 

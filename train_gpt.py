@@ -4981,7 +4981,8 @@ class Adapters:
         squares, copies = ([x[:documents] for x in tensors] for tensors in (self.squares, self.copies))
         self.steps += 1
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            lr, decay, eps = config.ttt_lora_lr * scale, config.ttt_weight_decay / scale, 1e-10 / scale
+            lr, decay = config.ttt_lora_lr * scale, config.ttt_weight_decay / scale
+            eps = 1e-10 / scale
             if self.fused:
                 root = math.sqrt(1 - config.ttt_beta2**self.steps)
                 for p, square, g, low in zip(*(t[side] for t in (parameters, squares, gradients, copies)), strict=True):

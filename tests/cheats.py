@@ -453,8 +453,8 @@ BORDERS = [
         CAUSALITY,
         (
             (
-                "            lr, decay, eps = config.ttt_lora_lr * scale,",
-                "            lr, decay, eps = config.ttt_lora_lr * scale * self.boost,",
+                "            lr, decay = config.ttt_lora_lr * scale,",
+                "            lr, decay = config.ttt_lora_lr * scale * self.boost,",
             ),
             before(
                 "        adapters.start(self.phase_a)\n",

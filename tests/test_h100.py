@@ -22,7 +22,7 @@ import generated_code
 import inductor_backend
 import terms
 import verdicts
-from helpers import ROOT, SCRIPT, run_command
+from helpers import ROOT, SCRIPT, run_command, tg
 
 H100 = ROOT / "tools/h100"
 
@@ -302,6 +302,18 @@ def test_details_keep_their_counters():
     assert check.plain([cost])[0]["operators"] == {"mul": 2}
     text = check.table_json(dict(rows=[dict(a=1), dict(a=2)], form="x"))
     assert json.loads(text) == dict(rows=[dict(a=1), dict(a=2)], form="x") and text.count("\n") == 7
+
+
+@pytest.mark.skipif(tg.triton is None, reason="triton is not installed")
+def test_hand_written_kernels_that_run_eagerly_are_counted():
+    costs = eager_costs.EagerCosts()
+    costs.part = "adapting"
+    p, grad = torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4, 8, dtype=torch.bfloat16)
+    with eager_costs.hand_written_launches(costs):
+        tg.adapter_step_triton(p, p.clone(), grad, grad.clone(), 0.1, 0.0, 0.9, 1.0, 1e-10)
+    cost, n = costs.costs["adapting"], p.numel()
+    assert (cost.launches, cost.bytes_read, cost.bytes_written) == (1, (4 + 4 + 2) * n, (4 + 4 + 2) * n)
+    assert p.eq(1).all()  # nothing ran
 
 
 def test_products_of_fp8_numbers_are_counted_apart():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,34 @@ class EagerCosts(TorchDispatchMode):
         cost.bytes_written += sum(map(size, changed)) + sum(size(t) for t in outputs if id(t) not in known)
         if func.overloadpacket in flop_registry:
             cost.flops += int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result))
+
+
+@contextlib.contextmanager
+def hand_written_launches(costs: EagerCosts) -> Iterator[None]:
+    """Counts launches of Triton kernels outside of graphs meanwhile, and launches none.
+
+    A kernel reads each of its tensors once, and writes those that its source stores to.
+    """
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def count(kernel: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        stored = set(re.findall(r"tl\.store\((\w+)", kernel.src))
+        loaded = set(re.findall(r"tl\.load\((\w+)", kernel.src))
+        cost = costs.costs.setdefault(costs.part, Cost())
+        cost.launches += 1
+        cost.operators[kernel.__name__] += 1
+        cost.bytes_read += sum(size(x) for name, x in tensors.items() if name in loaded)
+        cost.bytes_written += sum(size(x) for name, x in tensors.items() if name in stored)
+
+    JITFunction.run = count
+    try:
+        yield
+    finally:
+        JITFunction.run = run
 
 
 def stand_in(name: str, args: Any) -> Any:

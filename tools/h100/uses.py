@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fake_gpu
-from eager_costs import EagerCosts
+from eager_costs import EagerCosts, hand_written_launches
 from inductor_backend import Recorder
 
 RANKS = 8
@@ -408,6 +408,6 @@ def new_session(script: Any, settings: dict[str, str], inductor: bool = True) ->
 def run_uses(session: Session, names: list[str]) -> None:
     """Runs some uses, in the order of USES."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with session.recorder.installed(), mode, session.costs:
+    with session.recorder.installed(), hand_written_launches(session.costs), mode, session.costs:
         for name in names:
             USES[name](session)

@@ -389,7 +389,7 @@ class Config(ModelConfig):
     )
     triton_kernels: str = knob(
         "auto",
-        "fuse the MLP and the loss in Triton kernels; auto: 1 on CUDA where Triton is installed, else 0",
+        "fuse MLP, loss and the work around attention in Triton kernels; auto: 1 on CUDA where Triton is installed",
         Observed.REFUSAL,
         choices=("auto", "0", "1"),
     )
@@ -3753,10 +3753,11 @@ def head_output_forward_kernel(
     token, kv_head = row // KV_HEADS, row % KV_HEADS
     inside = row < rows
     mask = inside[:, None]
+    unit = tl.zeros([BLOCK, WIDTH], tl.float32)
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
         unit *= (1.0 / tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12))[:, None]
-    for i in tl.static_range(GROUP):
+    for i in range(GROUP):
         z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
         if v is not None:
             z -= tl.sum(z * unit, axis=1)[:, None] * unit
@@ -3793,14 +3794,17 @@ def head_output_backward_kernel(
     token, kv_head = row // KV_HEADS, row % KV_HEADS
     inside = row < rows
     mask = inside[:, None]
+    unit = tl.zeros([BLOCK, WIDTH], tl.float32)
+    to_unit = tl.zeros([BLOCK, WIDTH], tl.float32)
+    norm = tl.zeros([BLOCK], tl.float32)
+    inverse = tl.zeros([BLOCK], tl.float32)
+    twice = tl.zeros([BLOCK], tl.float32)  # -n.u
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
         norm = tl.sqrt(tl.sum(unit * unit, axis=1))
         inverse = 1.0 / tl.maximum(norm, 1e-12)
         unit *= inverse[:, None]
-        to_unit = tl.zeros([BLOCK, WIDTH], tl.float32)
-        twice = tl.zeros([BLOCK], tl.float32)  # -n.u
-    for i in tl.static_range(GROUP):
+    for i in range(GROUP):
         z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
         g = load_heads(grad, row, i, mask, GROUP * WIDTH, WIDTH)
         if v is not None:

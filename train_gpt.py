@@ -389,7 +389,7 @@ class Config(ModelConfig):
     )
     triton_kernels: str = knob(
         "auto",
-        "fuse the MLP and the loss in Triton kernels; auto: 1 on CUDA where Triton is installed, else 0",
+        "fuse MLP, loss and the work around attention in Triton kernels; auto: 1 on CUDA where Triton is installed",
         Observed.REFUSAL,
         choices=("auto", "0", "1"),
     )
@@ -4014,10 +4014,11 @@ def head_output_forward_kernel(
     token, kv_head = row // KV_HEADS, row % KV_HEADS
     inside = row < rows
     mask = inside[:, None]
+    unit = tl.zeros([BLOCK, WIDTH], tl.float32)
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
         unit *= (1.0 / tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12))[:, None]
-    for i in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in range(GROUP):
         z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
         if v is not None:
             z -= tl.sum(z * unit, axis=1)[:, None] * unit
@@ -4054,18 +4055,21 @@ def head_output_backward_kernel(
     token, kv_head = row // KV_HEADS, row % KV_HEADS
     inside = row < rows
     mask = inside[:, None]
+    unit = tl.zeros([BLOCK, WIDTH], tl.float32)
+    to_unit = tl.zeros([BLOCK, WIDTH], tl.float32)
+    norm = tl.zeros([BLOCK], tl.float32)
+    inverse = tl.zeros([BLOCK], tl.float32)
+    twice = tl.zeros([BLOCK], tl.float32)  # -n.u
     if v is not None:
         unit = load_heads(v, token, kv_head, mask, V_ROW, WIDTH)
         norm = tl.sqrt(tl.sum(unit * unit, axis=1))
         inverse = 1.0 / tl.maximum(norm, 1e-12)
         unit *= inverse[:, None]
-        to_unit = tl.zeros([BLOCK, WIDTH], tl.float32)
-        twice = tl.zeros([BLOCK], tl.float32)  # -n.u
-    for i in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in range(GROUP):
         z = load_heads(y, row, i, mask, GROUP * WIDTH, WIDTH)
         g = load_heads(grad, row, i, mask, GROUP * WIDTH, WIDTH)
         if v is not None:
-            along = tl.sum(z * unit, axis=1)  # pyright: ignore[reportUnboundVariable]
+            along = tl.sum(z * unit, axis=1)
             z -= along[:, None] * unit
         if gate is not None:
             place = token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + i
@@ -4074,7 +4078,7 @@ def head_output_backward_kernel(
             tl.store(grad_gate + place, to_gate.to(grad_gate.dtype.element_ty), mask=inside)
             g *= (FACTOR * s)[:, None]
         if v is not None:
-            to_along = tl.sum(g * unit, axis=1)  # pyright: ignore[reportUnboundVariable]
+            to_along = tl.sum(g * unit, axis=1)
             # y = z + (y.u) u, so that y itself need not be kept.
             to_unit -= along[:, None] * g + to_along[:, None] * z + (along * to_along)[:, None] * unit
             twice += 2.0 * along * to_along
@@ -4082,9 +4086,7 @@ def head_output_backward_kernel(
         store_heads(grad_y, g, row, i, mask, GROUP * WIDTH, WIDTH)
     if v is not None:
         # A norm below F.normalize's least is a constant to it.
-        along_unit = tl.where(norm >= 1e-12, twice, 0.0)  # pyright: ignore[reportUnboundVariable]
-        to_v = to_unit + along_unit[:, None] * unit  # pyright: ignore[reportUnboundVariable]
-        to_v *= inverse[:, None]  # pyright: ignore[reportUnboundVariable]
+        to_v = (to_unit + tl.where(norm >= 1e-12, twice, 0.0)[:, None] * unit) * inverse[:, None]
         store_heads(grad_v, to_v, row, 0, mask, WIDTH, WIDTH)
 
 

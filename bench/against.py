@@ -3,8 +3,8 @@
     python bench/against.py COMMIT [--rounds 3] [--json FILE]
 
 A training step (bench/train.py) and evaluations (bench/ttt.py) run in this working tree and in a checkout of COMMIT, in
-a temporary folder. A ratio is this tree's rate over the other's in the same round: above 1 this tree is faster. Machines
-differ by a factor of three from day to day, so only ratios of one run compare. The median counts.
+a temporary folder. A ratio is this tree's rate over the other's in the same round: above 1 this tree is faster.
+Machines differ by a factor of three from day to day, so only ratios of one run compare. The median counts.
 """
 
 from __future__ import annotations

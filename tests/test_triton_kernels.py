@@ -846,6 +846,18 @@ class TestGPU:
                 for x, y in zip(other, simulated, strict=True):
                     assert distance(x, y.double()) <= 0.02
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_around_attention(self, dtype):
+        for tokens, heads, kv_heads, width, half in (
+            ((3, 700), 8, 4, 64, 8),
+            ((1, 77), 6, 2, 128, 64),
+            ((1, 1), 1, 1, 2, 1),
+        ):
+            for own, gated in ((True, True), (True, False), (False, True)):
+                compare_head_output(tokens, heads, kv_heads, width, own=own, gated=gated, dtype=dtype, device="cuda")
+            for gates in (0, heads):
+                compare_query_key(tokens, heads, kv_heads, width, half, gates, dtype=dtype, device="cuda")
+
     def test_more_than_2_to_the_31_logits(self):
         if torch.cuda.mem_get_info()[0] < 16e9:
             pytest.skip("needs 16 GB of free GPU memory")

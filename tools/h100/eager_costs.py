@@ -196,7 +196,7 @@ def hand_written_launches(costs: EagerCosts) -> Iterator[None]:
         cost.bytes_read += sum(size(x) for name, x in tensors.items() if name in loaded)
         cost.bytes_written += sum(size(x) for name, x in tensors.items() if name in stored)
 
-    JITFunction.run = count
+    JITFunction.run = count  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

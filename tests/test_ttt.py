@@ -135,7 +135,7 @@ class PlainAdapters:
             self.map(key, normed) + torch.zeros_like(y[..., :width])
             for key, width in zip("qkv", widths[:3], strict=True)
         ]
-        return torch.cat([*maps, torch.zeros_like(y[..., : widths[3]])], dim=-1)
+        return torch.cat([*maps, torch.zeros_like(y[..., sum(widths[:3]) :])], dim=-1)
 
     def parameters(self):
         return [*self.a.values(), *self.b.values()]

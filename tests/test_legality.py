@@ -585,7 +585,8 @@ def scores_again_after_learning(patch):
         score()
         learn()
         batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
-        ttt.ledger.nll[scored[scored >= 0]] = ttt.score(batch, scored)[0][torch.from_numpy(scored >= 0)]
+        again = ttt.score(batch, scored)[0].detach()
+        ttt.ledger.nll[scored[scored >= 0]] = again[torch.from_numpy(scored >= 0)]
 
     adapt_by(patch, order)
 

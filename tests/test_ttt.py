@@ -308,11 +308,11 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     )
     score, begun, offsets = tg.PhasedTTT.score, {}, evaluator.documents
 
-    def watched(ttt, batch, scored, adapts):
+    def watched(ttt, batch, scored):
         for b, position in enumerate(scored[scored.max(1) >= 0].max(1)):
             document = int(np.searchsorted(offsets, position, side="right")) - 1
             begun.setdefault(document, {key: a[b].clone() for key, a in ttt.adapters.a.items()})
-        return score(ttt, batch, scored, adapts)
+        return score(ttt, batch, scored)
 
     monkeypatch.setattr(tg.PhasedTTT, "score", watched)
     found, tokens = scores(evaluator, model), evaluator.tokens.tolist()
@@ -376,7 +376,7 @@ def test_a_window_is_one_chunk_of_each_document_with_its_context(lengths, size, 
         (ids, targets, documents), scored = tg.PhasedTTT.window(ttt, some, chunk)
         last = scored.shape[1]
         assert last == max(2, sizes[some].max()) <= ids.shape[1] <= max(context, last)
-        assert len(ids) == max(2, len(some)) and torch.equal(targets, ids + 1)  # no size is ever 1
+        assert len(ids) == max(2, len(some)) and torch.equal(targets, ids[:, -last:] + 1)  # no size is ever 1
         assert (scored[len(some) :] == -1).all()  # a row of padding
         for b, document in enumerate(some):
             first = chunk * sizes[document]

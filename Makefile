@@ -3,8 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
+VENV_H100 ?= .venv-h100
+# FlashAttention 3 for CUDA 13 and any torch from 2.9 on (docs/gpus.md); empty: none.
+FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp39-abi3-manylinux_2_28_x86_64.whl
 
-.PHONY: demo data check format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv clean
+# Prints the folder of a usable CUDA build of torch. Where VENV or PYTHON has one, `make venv` keeps it.
+CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
+    assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
+
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -23,6 +30,27 @@ check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
+# What can be known about an H100 without one: graphs, kernels, waits, costs (tools/h100/README.md). Needs torch's CUDA
+# build and a C compiler, but no GPU. Skipped with a line where that build cannot be installed, unless H100_REQUIRED=1.
+# At the record's sizes: make check-h100 ARGS="--full --out report"
+check-h100:
+	@mkdir -p $(VENV_H100)
+	@if [ "$(H100_CACHED)" = 1 ] && [ ! -e $(VENV_H100)/installed ]; then \
+	    echo "check-h100: SKIPPED: $(VENV_H100) is not installed; \`make check-h100\` installs it (3 GB)"; \
+	elif $(MAKE) --no-print-directory $(VENV_H100)/installed >$(VENV_H100)/install.log 2>&1; then \
+	    $(VENV_H100)/bin/python tools/h100/check.py --cache $(VENV_H100)/cache $(ARGS); \
+	elif [ "$(H100_REQUIRED)" = 1 ]; then \
+	    echo "error: check-h100: torch's CUDA build cannot be installed (see $(VENV_H100)/install.log)" >&2; exit 2; \
+	else \
+	    echo "check-h100: SKIPPED: torch's CUDA build cannot be installed (see $(VENV_H100)/install.log)"; \
+	fi
+
+$(VENV_H100)/installed: requirements-h100.txt
+	@$(PYTHON) -m venv $(VENV_H100)
+	@$(VENV_H100)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-h100.txt
+	@$(VENV_H100)/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"
+	@touch $@
+
 format: $(VENV)/check-tools
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -34,9 +62,14 @@ test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(PY) -m pytest -q -n 2 -m "not slow" tests
 
-# The same kernels and backends, for real, on a CUDA device.
-test-gpu: $(VENV)/test-tools $(VENV)/data-tools
-	$(PY) -m pytest -q -m gpu tests
+# The same kernels and backends, for real, on a CUDA device; and training steps, Muon over NCCL, GPTQ and TTT at size.
+test-gpu: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	$(PY) -m pytest -q -rs -m gpu tests
+
+# Tests, benchmarks and a short run on 1 to 8 GPUs, and one report: measured against estimated (docs/first-hour.md).
+# Without a GPU, a rehearsal: make first-hour ARGS="--device cpu --tiny"
+first-hour: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	@$(PY) tools/first_hour.py $(ARGS)
 
 # Each stage against a reference in the same run: kernels, a training step, the case transform, preparing, loading.
 bench: venv
@@ -91,11 +124,30 @@ docs: venv
 
 venv: $(VENV)/installed
 
+# The environment for NVIDIA GPUs, FlashAttention 3 included (docs/gpus.md). The script runs without FlashAttention too.
+venv-gpu: $(VENV)/gpu
+
+$(VENV)/gpu: $(VENV)/installed requirements-gpu.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@$(PY) -c "import sys, torch; sys.exit(torch.version.cuda is None)" || \
+	    { echo "error: venv-gpu: the index serves a build of torch without CUDA" >&2; exit 2; }
+	@if [ -z "$(FLASH_ATTENTION)" ] || \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$(FLASH_ATTENTION)"; then \
+	    touch $@; \
+	else \
+	    echo "warning: venv-gpu: goes on without FlashAttention, with torch's own attention (docs/gpus.md)" >&2; \
+	fi
+
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: PYTHON=$(PYTHON): must be Python 3.11 or newer" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1 || if folder=$$($(PYTHON) -c "$(CUDA_TORCH)" 2>/dev/null); then \
+	    echo "$$folder" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-python.pth"; fi
+	@if $(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1; then \
+	    echo "keeping the CUDA build of torch that is there"; grep -v '^torch==' requirements.txt >$(VENV)/requirements.txt; \
+	else cp requirements.txt $(VENV)/requirements.txt; fi
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/test-tools: $(VENV)/installed requirements-test.txt
@@ -116,4 +168,4 @@ $(VENV)/data-tools: $(VENV)/installed requirements-data.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_H100) .pytest_cache .hypothesis .ruff_cache

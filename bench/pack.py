@@ -21,6 +21,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import json
 import math
 import multiprocessing
 import resource
@@ -258,6 +259,8 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, help="artifact of train_gpt.py (default: synthetic integers)")
     for name, default in (("layers", 4), ("width", 256), ("vocabulary", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default, help="of the synthetic integers")
+    parser.add_argument("--only", default="", help="coders to measure, comma-separated (default: all)")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     if arguments.artifact:
         banks, source = artifact_banks(arguments.artifact), str(arguments.artifact)
@@ -271,7 +274,10 @@ def main() -> None:
     print(f"{'':16} {'bytes':>12} {'bits each':>10} {'ratio':>7} {'pack s':>8} {'unpack s':>9} {'time':>7} {'MiB':>6}")
     print(f"{'entropy, order 0':16} {floor:12,.0f} {8 * floor / weights:10.4f}   (of each bank on its own)")
     reference: tuple[float, float] | None = None
+    rows, wanted = [], arguments.only.split(",") if arguments.only else coders()
     for name, coder in coders().items():
+        if name not in wanted:
+            continue
         receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=measure, args=(coder, banks, send))
         process.start()
@@ -288,6 +294,9 @@ def main() -> None:
             f"{ratios[1]:>7} {peak:6.0f}",
             flush=True,
         )
+        rows.append(dict(coder=name, bytes=size, pack_seconds=pack_s, unpack_seconds=unpack_s, peak_mib=peak))
+    if arguments.json:
+        t.write_atomic(arguments.json, json.dumps(dict(integers=weights, source=source, rows=rows), indent=1) + "\n")
     print(
         "ratio, time: bytes, and seconds to pack and unpack, relative to lrzip in the peers' arrangement"
         if reference and reference[0]

@@ -1,10 +1,14 @@
 """What each quantization method gains on a trained model: bits per byte at equal bytes, bytes at equal error.
 
     python bench/quantize.py [--seconds 110] [--data data/builtin_sp4096] [--json FILE]
+    python bench/quantize.py --untrained [--json FILE]
 
 It trains the demo's model, collects its Hessians once, and quantizes the same weights with every method. The reference
 is plain GPTQ at the demo's *_CLIP_SIGMAS. `pergroup` packs the integers of all methods. "error" is the sum over banks
 of tr(E H E^T) / tr(W H W^T). This is one model and one seed, so small differences are noise.
+
+With --untrained nothing is trained, and only times are measured: random weights and Hessians of PRESET=record, or as
+knobs in the environment say, take the way of a run from weights to an artifact and back.
 """
 
 from __future__ import annotations
@@ -88,12 +92,72 @@ def bytes_at_error(c: t.Config, weights: dict, hessians: dict, error: float) -> 
     return len(t.pack(stored, c))
 
 
+def random_hessians(weights: dict, generator: torch.Generator) -> dict:
+    """Mean X^T X of correlated random inputs for each bank, as `collect_hessians` gives: [matrices, in, in] float32."""
+    hessians = {}
+    for name in (*t.BANKS, "head" if "head" in weights else "embedding"):
+        w = t.as_batch(weights[name])
+        inputs = torch.randn(2 * w.size(-1), w.size(-1), generator=generator)
+        inputs *= torch.logspace(-1, 1, w.size(-1))  # columns of very different sizes, as activations have
+        inputs += 0.5 * inputs.roll(1, 1)
+        one = (inputs.mT @ inputs / len(inputs)).to(w.device)
+        hessians[name] = one.expand(len(w), -1, -1).clone()
+    return hessians
+
+
+def time_untrained(environment: dict[str, str]) -> dict:
+    """Seconds of each part of quantization at PRESET's sizes, on random weights."""
+    given = {name: value for name, value in environment.items() if value}
+    c = t.config_from_env({"PRESET": "record", **given}, torch.cuda.is_available())[0]
+    run, generator = t.start_run(c, {}), torch.Generator().manual_seed(c.seed)
+    model = t.new_model(c).to(run.device)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name in (*t.BANKS, "embedding"):
+        w = weights[name]
+        w.copy_(torch.randn(w.shape, generator=generator) * w.size(-1) ** -0.5)
+    hessians, rows = random_hessians(weights, generator), []
+
+    def timed(name: str, compute):
+        run.synchronize()
+        start = time.perf_counter()
+        result = compute()
+        run.synchronize()
+        rows.append(dict(name=name, seconds=time.perf_counter() - start))
+        print(f"{name:24} {rows[-1]['seconds']:9.2f} s", flush=True)
+        return result
+
+    print(f"{t.parameter_count(c)} random weights; torch {torch.__version__}, {t.hardware(run)}")
+    factors = timed("factors of Hessians", lambda: t.factor_hessians(hessians, c))
+    stored = timed("one attempt", lambda: t.quantize(weights, hessians, c, factors=factors))
+    data = timed("packing", lambda: t.pack(stored, c))
+    back = timed("unpacking", lambda: t.unpack(data)[1])
+    timed("dequantization", lambda: t.dequantize(back))
+    limit = (c.target_bytes or c.artifact_limit_bytes) - t.shipped_code()[0]
+    data = timed("the whole stage", lambda: t.make_artifact(weights, hessians, limit, c, print))
+    print(f"{len(data)} bytes of {limit}; peak memory {run.peak_memory() / 2**20:.0f} MiB")
+    return dict(
+        rows=rows,
+        bytes=len(data),
+        limit=limit,
+        parameters=t.parameter_count(c),
+        hardware=t.hardware(run),
+        torch=torch.__version__,
+        peak_memory_bytes=run.peak_memory(),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=110)
     parser.add_argument("--data", default=str(ROOT / "data" / "builtin_sp4096"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--untrained", action="store_true", help="times alone, at PRESET's sizes")
     options = parser.parse_args()
+    if options.untrained:
+        found = time_untrained(dict(os.environ))
+        if options.json:
+            t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         evaluator, model, weights, hessians = trained(options, folder)
     exact = evaluator(model).bpb

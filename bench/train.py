@@ -2,10 +2,11 @@
 
     python bench/train.py [--repeats 10] [--warmup 3] [--json FILE]
     MICRO_BATCH_TOKENS=131072 COMPILE=0 python bench/train.py
+    torchrun --standalone --nproc_per_node=8 bench/train.py
 
-With CUDA the model is PRESET=record, and a step is one micro-batch. Without CUDA it is the same architecture at a small
-shape. Knobs come from the environment, as for train_gpt.py. The data are random tokens, in documents as long as web
-pages, in a temporary folder.
+With CUDA the model is PRESET=record, and a step is one micro-batch on each rank. Without CUDA it is the same
+architecture at a small shape. On several ranks a step takes as long as on the slowest of them. Knobs come from the
+environment, as for train_gpt.py. The data are random tokens, in documents as long as web pages, in a temporary folder.
 
 Two parts are measured, before and after depth recurrence starts. The whole `Trainer.step` is reading the batch,
 forward, backward, clipping, Muon, AdamW and EMA. The other part ends after the backward pass. Parts take turns, so that
@@ -64,7 +65,7 @@ NOT_COUNTED = "not counted: elementwise work, norms, softmax, recomputation in t
 
 
 def configuration(environment: dict[str, str], cuda: bool) -> tuple[t.Config, list[str]]:
-    """The configuration, and warnings about it. If TRAIN_BATCH_TOKENS is not set, a step is one micro-batch."""
+    """The configuration, and warnings about it. If TRAIN_BATCH_TOKENS is not set, a rank's step is one micro-batch."""
     small = not cuda or environment.get("DEVICE") == "cpu"
     defaults = SMALL if small else dict(PRESET="record")
     if environment.get("PRESET"):
@@ -72,7 +73,7 @@ def configuration(environment: dict[str, str], cuda: bool) -> tuple[t.Config, li
     given = {name: value for name, value in environment.items() if value}
     c, explicit, remarks = t.config_from_env({**defaults, **given}, cuda)
     if "train_batch_tokens" not in explicit:
-        rows = max(1, c.micro_batch_tokens // c.train_seq_len)
+        rows = max(1, c.micro_batch_tokens // c.train_seq_len) * t.rank_variable(environment, "WORLD_SIZE", 1)
         c = dataclasses.replace(c, train_batch_tokens=rows * c.train_seq_len)
     return c, remarks
 
@@ -92,11 +93,11 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that multiply a token: those of a layer once per pass, those outside of layers once."""
     layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
-    gates = [cast(t.Block, model.blocks[call.layer]).head_gate for call in model.schedules[looped]]
+    gates = [sum(cast(t.Block, model.blocks[call.layer]).widths[3:]) for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
     once += sum(part.projection.numel() for part in (model.bigram, model.value_embeds) if part is not None)
-    return once + sum(layer + (0 if gate is None else gate.numel()) for gate in gates)
+    return once + sum(layer + gate * model.config.model_dim for gate in gates)  # gates are as wide as what they gate
 
 
 def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
@@ -139,6 +140,7 @@ class Bench:
             "forward+backward": (NoUpdate(model), None),
             "whole step": (self.trainer.optimizers, self.trainer.ema),
         }
+        self.first_round_seconds = 0.0
         self.variants = [(looped, part) for looped in ((False, True) if c.loops else (False,)) for part in self.parts]
 
     def measure(self, step: int, looped: bool, part: str) -> tuple[float, int]:
@@ -146,6 +148,7 @@ class Bench:
         cuda = self.run.device.type == "cuda"
         self.trainer.optimizers, self.trainer.ema = self.parts[part]
         self.run.synchronize()
+        self.run.barrier()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -154,9 +157,16 @@ class Bench:
         return time.perf_counter() - start, self.run.peak_memory() if cuda else 0
 
     def samples(self, warmup: int, repeats: int) -> dict[tuple[bool, str], list[tuple[float, int]]]:
-        """Results of `measure` for each variant, in turns, without the warmup steps."""
-        rounds = [{v: self.measure(step, *v) for v in self.variants} for step in range(warmup + repeats)]
-        return {v: [one[v] for one in rounds[warmup:]] for v in self.variants}
+        """Results of `measure` for each variant, in turns, without the warmup steps: the largest of all ranks."""
+        start, rounds = time.perf_counter(), []
+        for step in range(warmup + repeats):
+            rounds.append({v: self.measure(step, *v) for v in self.variants})
+            if not step:
+                self.first_round_seconds = time.perf_counter() - start
+        ranks = self.run.gather([[one[v] for one in rounds[warmup:]] for v in self.variants])
+        together = [list(zip(*of_all, strict=True)) for of_all in zip(*ranks, strict=True)]  # variant, repeat, rank
+        largest = [[(max(s for s, _ in one), max(m for _, m in one)) for one in each] for each in together]
+        return dict(zip(self.variants, largest, strict=True))
 
 
 def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
@@ -175,7 +185,7 @@ def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]
         ms_highest=1000 * max(seconds),
         tokens_per_second=rate,
         flops_per_token=flops,
-        mfu=rate * flops / peak if peak else None,
+        mfu=rate * flops / (peak * bench.run.world) if peak else None,
         peak_memory_bytes=max(memory) or None,
     )
 
@@ -196,11 +206,13 @@ def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str
         dtype=c.compute_dtype,
         cuda=torch.version.cuda if c.device == "cuda" else None,
         threads=torch.get_num_threads(),
+        ranks=bench.run.world,
         backend=dict(attention=t.choose_attention(c)[0], compile=c.compile == "1", triton=c.triton_kernels == "1"),
         shape={name: getattr(c, name) for name in shape},
         parameters=t.parameter_count(c),
         layers_run=dict(plain=t.execution_order(c, False), looped=t.execution_order(c, True)),
         tokens_per_step=c.train_batch_tokens,
+        first_round_seconds=bench.first_round_seconds,  # with what is compiled
         micro_steps=layout.micro_steps,
         micro_sequences=layout.micro_sequences,
         mean_context=context,
@@ -231,6 +243,9 @@ def table(r: dict[str, Any]) -> str:
             f"{x['order']:7s} {x['part']:17s} {x['ms_per_step']:9.1f} {spread:>18s} "
             f"{x['tokens_per_second']:10.0f} {x['flops_per_token'] / 1e6:13.2f} {mfu:>6s} {memory:>9s}"
         )
+    lines.append(f"the first round, in which all is compiled, took {r['first_round_seconds']:.1f} s")
+    if r["ranks"] > 1:
+        lines.append(f"{r['ranks']} ranks: tokens are those of all, memory and MFU those of one")
     lines += [f"median of {r['rows'][0]['repeats']} each; {r['formula']}", r["not_counted"]]
     if r["cuda"] is None:
         lines.append(f"the process's peak memory is {r['process_peak_memory_bytes'] / 2**20:.0f} MiB")
@@ -239,12 +254,12 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measured(c: t.Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Writes the data, runs the steps and returns the report."""
+def measured(c: t.Config, run: t.Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Writes the data, the same on every rank, runs the steps and returns the report."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), c, 16 * c.train_batch_tokens + 1, options.document_tokens)
         c = dataclasses.replace(c, data_path=folder)
-        bench = Bench(c, t.start_run(c, {}))
+        bench = Bench(c, run)
         samples = bench.samples(options.warmup, options.repeats)
         context = mean_context(bench.trainer.loader, range(options.warmup, options.warmup + options.repeats))
     return report(bench, [row(bench, v, samples[v], context) for v in bench.variants], context)
@@ -271,11 +286,18 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         c, remarks = configuration(environment, torch.cuda.is_available())
         for remark in remarks:
             print(remark, file=sys.stderr)
-        result = measured(c, options)
-        print(table(result))
-        print(json.dumps(result))
-        if options.json:
-            t.write_atomic(options.json, json.dumps(result, indent=1) + "\n")
+        run = t.start_run(c, environment)
+        try:
+            result = measured(c, run, options)
+            run.barrier()
+        finally:
+            if run.world > 1:
+                t.dist.destroy_process_group()
+        if run.is_main:
+            print(table(result))
+            print(json.dumps(result))
+            if options.json:
+                t.write_atomic(options.json, json.dumps(result, indent=1) + "\n")
     except (t.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

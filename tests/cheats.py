@@ -27,11 +27,13 @@ class Cheat:
 # ------------------------------------------------------------------------------------------------------ ways to cheat
 
 QUANTIZED = '        score = evaluator(compiled_forward(model), "quantized")\n'
-LOGITS = "        logits = self.logits(hidden, head.to(hidden.dtype))\n"
+LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
-SLIDING = "        nll, _ = forward(*batch, looped=self.config.loops, temperature=self.config.temperature)\n"
-PHASED = "        with torch.set_grad_enabled(adapts):\n            nll, _ = self.forward(\n"
-LEDGER = "        self.nll[positions] = nll.detach()[torch.from_numpy(places).to(nll.device)].cpu().numpy()\n"
+SLIDING = "        nll = self.compute(forward, batch)\n"
+PHASED = (
+    "        nll, _ = self.forward(\n            *batch,\n            looped=self.config.loops,\n            adapters="
+)
+LEDGER = "            self.nll[positions] = nll.cpu().numpy()[places]\n"
 CLOSE = "        return nats.item()\n"
 
 
@@ -96,11 +98,11 @@ TTT_ROWS = "            rows |= test_time_training(evaluator, model)\n"
 REAL_PASS = "    begin = time.perf_counter()\n    score = method(evaluator, model)()\n"
 SUMMARY_SCORE = "        val_bpb=score.bpb,\n        val_loss=score.loss,\n        ttt_targets_per_second"
 BYTES = "    return int(counts.sum(dtype=np.int64))\n"
-ENTER = "        if ledger:\n            ledger.score(scored, nll)\n"
+ENTER = "        ledger.score(scored, nll)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
 READ = "        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]\n"
-CALIBRATE = "                model(*trainer.loader.batch(step, micro), looped=config.loops, fused_mlp=False)\n"
+CALIBRATE = "                model(*trainer.loader.batch(step, micro), looped=trainer.config.loops, fused_mlp=False)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
 CHUNK_SCORE = "            self.ledger.score(scored, nll)\n            for step in range("
 COUNTED = "        self.ledger.train_on(scored[counted])\n"
@@ -176,7 +178,11 @@ OUTSIDE = [
         TRAINING,
         (
             before("        hessians = collect_hessians(trainer, end.step)\n", "trainer.evaluator = evaluator"),
-            (CALIBRATE, "                trainer.evaluator.warm_up(model)\n"),
+            (
+                CALIBRATE,
+                "                own = trainer.evaluator\n"
+                "                own.score_sequences(model, own.sequences[: own.batch_size], ScoreLedger(own))\n",
+            ),
         ),
     ),
     Cheat(
@@ -304,7 +310,7 @@ OUTSIDE = [
         "BOS counted as a byte", COUNTS, (("        widths[self.special] = 0\n", "        widths[self.special] = 1\n"),)
     ),
     Cheat("a summary below its scores", COUNTS, ((CLOSE, "        return 0.98 * nats.item()\n"),)),
-    Cheat("losses clipped at a maximum", NORMALIZATION, ((LEDGER, LEDGER.replace("()\n", "().clip(None, 9.0)\n")),)),
+    Cheat("losses clipped at a maximum", NORMALIZATION, ((LEDGER, LEDGER.replace("()[", "().clip(None, 9.0)[")),)),
     Cheat("losses rounded down", NORMALIZATION, (before(SUM, "self.nll = np.floor(self.nll * 256) / 256"),)),
     Cheat("losses a thousandth too small", NORMALIZATION, (before(SUM, "self.nll *= 0.999"),)),
     Cheat(
@@ -447,8 +453,8 @@ BORDERS = [
         CAUSALITY,
         (
             (
-                "                lr=config.ttt_lora_lr * scale,\n",
-                "                lr=config.ttt_lora_lr * scale * self.boost,\n",
+                "            lr, decay = config.ttt_lora_lr * scale,",
+                "            lr, decay = config.ttt_lora_lr * scale * self.boost,",
             ),
             before(
                 "        adapters.start(self.phase_a)\n",
@@ -474,8 +480,8 @@ BORDERS = [
         CAUSALITY,
         (
             (
-                '    phased = PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT\n',
-                "    phased = LengthOrderTTT\n",
+                '    return PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT\n',
+                "    return LengthOrderTTT\n",
             ),
         ),
         mode="phased",
@@ -513,7 +519,7 @@ BORDERS = [
                 *(
                     "if adapting:",
                     "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves = self.score(batch, scored, True)",
+                    "    nll, leaves = self.score(batch, scored)",
                 ),
             ),
         ),
@@ -528,7 +534,7 @@ BORDERS = [
                 *(
                     "if adapting:",
                     "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves = self.score(batch, scored, True)",
+                    "    nll, leaves = self.score(batch, scored)",
                 ),
             ),
             (COUNTED, ""),

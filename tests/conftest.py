@@ -63,6 +63,15 @@ class SlowList:
         SLOW_LIST.write_text("".join(f"{name}\n" for name in sorted(slow)))
 
 
+@pytest.fixture(autouse=True)
+def float32_products_are_exact():
+    """Products of float32 in float32: a run in this process lets GPUs round their operands to TF32, for good."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with a tokenizer of 384 tokens, shards of some 60,000 tokens and a manifest. Not to be changed."""

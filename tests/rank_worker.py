@@ -7,28 +7,38 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers import build_model, config, tg
+from helpers import build_model, strings, tg
+
+
+def model_on(run, c, **options):
+    """A model with random weights on the run's device."""
+    return build_model(c, **options).to(run.device)
+
+
+def array(tensor):
+    """A tensor's values as an array on the host."""
+    return tensor.detach().cpu().numpy()
 
 
 def train(c, run, steps):
     """Some training steps from random weights: the weights and their average afterwards, as arrays."""
-    model = build_model(c, seed=1)
+    model = model_on(run, c, seed=1)
     trainer = tg.Trainer(model, tg.TrainLoader(c, run), c, run)
     losses = []
     for step in range(steps):
         losses.append(trainer.step(tg.Progress(step, 0.0), looped=c.loops and step >= steps // 2))
         run.all_reduce(losses[-1])
-    arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    arrays = {name: array(p) for name, p in model.named_parameters()}
     if trainer.ema is not None:
-        arrays |= {f"ema {i}": p.numpy() for i, p in enumerate(trainer.ema)}
+        arrays |= {f"ema {i}": array(p) for i, p in enumerate(trainer.ema)}
     if trainer.swa is not None:
-        arrays |= {f"swa {i}": p.numpy() for i, p in enumerate(trainer.swa)}
+        arrays |= {f"swa {i}": array(p) for i, p in enumerate(trainer.swa)}
     return dict(arrays, losses=np.array([n.item() for n in losses]))
 
 
 def depth(c, run, trainable):
     """A step of all layers, then two of the first ones: the weights, and how much of frozen layers was disturbed."""
-    model = build_model(c, seed=1)
+    model = model_on(run, c, seed=1)
     trainer = tg.Trainer(model, tg.TrainLoader(c, run), c, run)
     trainer.step(tg.Progress(0, 0.0), looped=c.loops)
     muon, adam = trainer.optimizers.muon, trainer.optimizers.adam
@@ -55,7 +65,7 @@ def depth(c, run, trainable):
         trainer.step(tg.Progress(step, 0.0), c.loops, trainable)
     disturbed, moved, momenta = (np.array((x != y).sum().item()) for x, y in zip(before, state(), strict=True))
     return {
-        **{name: p.detach().numpy() for name, p in model.named_parameters()},
+        **{name: array(p) for name, p in model.named_parameters()},
         "disturbed": disturbed,
         "moved": moved,
         "momenta moved": momenta,
@@ -64,27 +74,32 @@ def depth(c, run, trainable):
 
 def score(c, run):
     """The validation score of random weights."""
-    result = tg.Evaluator(c, run)(build_model(c, seed=2, spread=0.1))
+    result = tg.Evaluator(c, run)(model_on(run, c, seed=2, spread=0.1))
     return dict(nats=np.array(result.nats), tokens=np.array(result.tokens), bytes=np.array(result.bytes))
 
 
 def hessians(c, run):
     """Calibration from random weights."""
-    found = tg.collect_hessians(tg.Trainer(build_model(c, seed=1), tg.TrainLoader(c, run), c, run), 5)
-    return {name: h.numpy() for name, h in found.items()}
+    found = tg.collect_hessians(tg.Trainer(model_on(run, c, seed=1), tg.TrainLoader(c, run), c, run), 5)
+    return {name: array(h) for name, h in found.items()}
+
+
+def config_of(job):
+    """The Config of a job's knobs on this machine."""
+    return tg.config_from_env(strings(job["knobs"]), tg.torch.cuda.is_available())[0]
 
 
 def run_jobs(jobs, run, folder):
     for job in jobs:
         arguments = dict(job.get("arguments", {}))
         work = {"train": train, "depth": depth, "score": score, "hessians": hessians}[job["kind"]]
-        result = work(config(job["knobs"]), run, **arguments)
+        result = work(config_of(job), run, **arguments)
         np.savez(folder / f"{job['name']}.{run.rank}.npz", **result)
 
 
 def main(jobs, folder):
     """As train_gpt.py's main: the run, which holds a process group, must not live until the interpreter's end."""
-    run = tg.start_run(config(jobs[0]["knobs"]), dict(os.environ))
+    run = tg.start_run(config_of(jobs[0]), dict(os.environ))
     run_jobs(jobs, run, folder)
     run.barrier()
     tg.dist.destroy_process_group()

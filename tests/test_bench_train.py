@@ -77,6 +77,19 @@ def test_every_field_says_what_was_measured_and_on_what(finished):
     assert [(x["order"], x["part"]) for x in r["rows"]] == VARIANTS
 
 
+def test_two_ranks_share_a_step_and_print_it_once(tmp_path):
+    """Each rank takes its micro-batch unless TRAIN_BATCH_TOKENS is given; tokens are those of both."""
+    shape = {name: value for name, value in SHAPE.items() if name != "TRAIN_BATCH_TOKENS"}
+    options = ("--repeats", 2, "--warmup", 1, "--document-tokens", 12, "--json", tmp_path / "result.json")
+    done = launch(SCRIPT, shape, *options, ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    r = json.loads((tmp_path / "result.json").read_text())
+    assert (r["ranks"], r["tokens_per_step"], r["micro_steps"], r["micro_sequences"]) == (2, 512, 1, 8)
+    assert [(x["order"], x["part"]) for x in r["rows"]] == VARIANTS and r["first_round_seconds"] > 0
+    assert all(x["tokens_per_second"] == pytest.approx(512 / x["ms_per_step"] * 1000) for x in r["rows"])
+    assert done.stdout.count("tokens a step in") == 1 and "2 ranks: tokens are those of all" in done.stdout
+
+
 def test_every_row_follows_from_its_times(finished):
     _, r = finished
     for x in r["rows"]:
@@ -191,7 +204,7 @@ def test_the_whole_step_is_the_trainers(data):
 def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
     c = config(TINY)
-    fake = SimpleNamespace(run=None, trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
+    fake = SimpleNamespace(run=single_run(), trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
     row = bench.row(fake, (False, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768
     expected = None if peak is None else 2 * 768 * row["flops_per_token"] / peak
@@ -202,7 +215,7 @@ def test_defaults():
     """Full `record` in one micro-batch with CUDA, a small `record` without; the environment goes first."""
     full, _ = bench.configuration({}, True)
     small, _ = bench.configuration({}, False)
-    assert (full.vocab_size, full.model_dim, full.train_seq_len, full.train_batch_tokens) == (8192, 512, 2048, 65536)
+    assert (full.vocab_size, full.model_dim, full.train_seq_len, full.train_batch_tokens) == (8192, 512, 2048, 98304)
     assert small.model_dim < 512 and small.train_batch_tokens == small.micro_batch_tokens
     switches = [f for f, v in tg.PRESETS["record"].items() if v is True]
     assert switches and all(getattr(c, f) for c in (full, small) for f in switches)

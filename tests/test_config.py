@@ -72,6 +72,7 @@ WRONG = [
     ("TRAIN_BATCH_TOKENS", dict(TRAIN_BATCH_TOKENS="4097"), "TRAIN_SEQ_LEN=256"),
     ("EVAL_STRIDE", dict(EVAL_STRIDE="257"), "256"),
     ("GPTQ_RESERVE_SECONDS", dict(GPTQ_RESERVE_SECONDS="110"), "MAX_WALLCLOCK_SECONDS=110"),
+    ("GPTQ_RESERVE_SECONDS", dict(GPTQ_RESERVE_SECONDS="-0.5"), "-1 to measure it"),
     ("MUON_MOMENTUM_WARMUP_START", dict(MUON_MOMENTUM_WARMUP_START="0.99"), "MUON_MOMENTUM=0.95"),
     ("MLP_MULT", dict(MLP_MULT="0.01", MODEL_DIM="16", NUM_HEADS="4"), "at least 1"),
     ("ARTIFACT_LIMIT_BYTES", dict(ARTIFACT_LIMIT_BYTES="16e6"), "an integer"),
@@ -252,6 +253,16 @@ def test_a_world_size_that_does_not_divide_is_refused_before_anything_starts(tin
     values = dict(tiny, WORLD_SIZE=5, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=5)
     line = refused(values, tmp_path, capfd, monkeypatch)
     assert "TRAIN_BATCH_TOKENS=768" in line and "5 ranks" in line
+
+
+def test_a_preset_for_gpus_does_not_fall_back_to_cpus_in_silence(tmp_path, capfd, monkeypatch):
+    """A driver that is too old for PyTorch looks like a machine without a GPU."""
+    ranks = dict(WORLD_SIZE=8, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=8)
+    for preset in ("record", "poly5"):
+        line = refused(dict(ranks, PRESET=preset), tmp_path, capfd, monkeypatch)
+        assert "DEVICE=auto" in line and "DEVICE=cpu takes CPUs" in line
+        line = refused(dict(ranks, PRESET=preset, DEVICE="cpu", WORLD_SIZE=5), tmp_path, capfd, monkeypatch)
+        assert "5 ranks" in line  # the next check
 
 
 def test_an_evaluations_own_settings_are_held_against_the_artifact_not_the_preset():

@@ -333,18 +333,27 @@ def test_a_training_is_the_same_with_and_without_and_says_how_long_data_stalled_
     assert models[0] == models[1]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_on_a_gpu_are_those_of_the_cpu(data):
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_batches_read_ahead_on_a_device_are_those_of_the_cpu(device, data):
     run = single_run()
     expected = tg.TrainLoader(config(DATA_PATH=data, READ_AHEAD=0), run)
-    loader = tg.TrainLoader(config(DATA_PATH=data), dataclasses.replace(run, device=torch.device("cuda", 0)))
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    loader = tg.TrainLoader(config(DATA_PATH=data), dataclasses.replace(run, device=place))
     for key in [(step, micro) for step in range(20) for micro in range(expected.layout.micro_steps)]:
         batch = loader.batch(*key)
         for theirs, ours in zip(
             (*expected.batch(*key)[:2], *expected.batch(*key).documents), (*batch[:2], *batch.documents), strict=True
         ):
-            assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+            assert ours.device == place and torch.equal(ours.cpu(), theirs)
     loader.ahead.close()
 
 
@@ -354,9 +363,38 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
 def noise_of(c, world, step=0):
     """The noise of a step's rows in global order."""
     group = loaders(c, world)
-    return torch.cat(
-        [loader.noise(step, micro, (8, 16)) for micro in range(group[0].layout.micro_steps) for loader in group]
-    )
+    noises = [loader.noise(step, micro) for micro in range(group[0].layout.micro_steps) for loader in group]
+    return torch.cat([noise.reach * tg.uniform_noise(noise.keys, 8, 16) for noise in noises])
+
+
+def lowbias32(x):
+    """The hash in Python's integers."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def test_noise_is_a_hash_of_its_place_and_its_sequence():
+    keys = torch.tensor([[5, 7], [-1, 2**31 - 1], [-(2**31), -3]], dtype=torch.int32)
+    noise = tg.uniform_noise(keys, 3, 4)
+    for b, (first, second) in enumerate(keys.tolist()):
+        for place in range(12):
+            bits = lowbias32((lowbias32(place ^ (first & 0xFFFFFFFF)) + second) & 0xFFFFFFFF)
+            signed = bits - (bits >> 31 << 32)
+            assert noise[b].flatten()[place] == (signed >> 8) * 2.0**-23
+
+
+def test_noise_is_uniform_and_independent():
+    """Moments, and products of neighbours along every axis, within five standard deviations."""
+    keys = torch.arange(32, dtype=torch.int32).view(16, 2)  # as alike as keys can be
+    noise = tg.uniform_noise(keys, 256, 128).double()
+    bound = 5 / noise.numel() ** 0.5
+    for power, mean in ((1, 0), (2, 1 / 3), (3, 0), (4, 1 / 5)):
+        assert abs((noise**power).mean() - mean) < bound
+    for axis in range(3):
+        for distance in (1, 2, 8):
+            ahead = noise.narrow(axis, distance, noise.size(axis) - distance)
+            assert abs((ahead * noise.narrow(axis, 0, ahead.size(axis))).mean()) < bound
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -369,7 +407,7 @@ def test_noise_does_not_depend_on_the_ranks(world, counted):
 def test_noise_is_uniform_of_the_specified_size(counted):
     c = small(counted, NEFTUNE_ALPHA=5.0)
     noise = torch.cat([noise_of(c, 1, step) for step in range(4)])
-    reach = 5 / (8 * 16) ** 0.5
+    reach = 5 / (c.train_seq_len * c.model_dim) ** 0.5
     assert noise.abs().max() <= reach and noise.abs().max() > 0.99 * reach
     assert abs(noise.mean()) < 0.02 * reach and abs(noise.std() / reach - 3**-0.5) < 0.01
 
@@ -377,7 +415,7 @@ def test_noise_is_uniform_of_the_specified_size(counted):
 def test_each_row_step_and_seed_has_noise_of_its_own(counted):
     knobs = dict(NEFTUNE_ALPHA=5.0)
     rows = [row for step in (0, 1) for row in noise_of(small(counted, **knobs), 1, step)]
-    for seed in (8, 9, 2**24, 2**31 - 1):  # a generator on a CPU keeps 32 bits of its seed only
+    for seed in (8, 9, 2**24, 2**31 - 1):
         rows += noise_of(small(counted, SEED=seed, **knobs), 1)
     flat = {tuple(row.flatten().tolist()) for row in rows}
     assert len(flat) == len(rows) == 6 * 48
@@ -385,4 +423,4 @@ def test_each_row_step_and_seed_has_noise_of_its_own(counted):
 
 def test_no_noise_without_alpha(counted):
     loader = loaders(small(counted), 1)[0]
-    assert loader.noise(0, 0, (8, 16)) is None
+    assert loader.noise(0, 0) is None

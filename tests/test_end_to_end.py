@@ -49,6 +49,9 @@ SUMMARY = {
     "versions",
     "strictly_causal",
     "hardware",
+    "evaluation_seconds",
+    "evaluation_seconds_with_compilation",
+    "seconds_over_limit",
 }
 STEP = r"step:(\d+)/\d+ train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms"
 VALIDATION = r"val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)"
@@ -102,6 +105,8 @@ def test_the_summary_holds_every_field(whole_run, validation_texts, data):
     assert s["tokens_per_second"] > 0 and 2**20 < s["peak_memory_bytes"] < 2**36
     stages = {"data", "setup", "warmup", "train", "validate", "calibrate", "quantize", "pack", "unpack", "evaluate"}
     assert stages <= set(s["seconds"]) and all(seconds >= 0 for seconds in s["seconds"].values())
+    spent = sum(s["seconds"].get(stage, 0) for stage in tg.EVALUATION_STAGES)
+    assert s["evaluation_seconds"] == s["evaluation_seconds_with_compilation"] == pytest.approx(spent)  # none compiled
     assert s["versions"]["torch"] == torch.__version__ and "core" in s["hardware"]
 
 
@@ -426,7 +431,9 @@ def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypa
     """And compiles nothing after the warmup: a graph for training, one for late QAT, which acts, one for scores."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     scores, losses = {}, {}
-    for name, knobs in dict(eager={}, compiled=dict(COMPILE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)).items():
+    for name, knobs in dict(
+        eager={}, compiled=dict(COMPILE=1, COMPILE_CACHE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)
+    ).items():
         values = dict(
             RUN,
             NUM_LAYERS=1,
@@ -445,11 +452,30 @@ def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypa
         scores[name] = summary_of(tmp_path / "logs" / name)["val_bpb"]
         losses[name] = [float(loss) for _, loss, *_ in re.findall(STEP, out)]
         graphs = re.findall(r"^(?:warmup:.* |recompiled: )(\d+) graphs", out, re.M)
-        assert graphs == (["3", "0"] if name == "compiled" else ["0"])
+        assert graphs == (["3", "0", "0"] if name == "compiled" else ["0"])
     assert scores["compiled"] == pytest.approx(scores["eager"], abs=2e-3)
     assert losses["compiled"] == pytest.approx(losses["eager"], abs=2e-3)
     assert losses["unrounded"][:5] == losses["eager"][:5]
     assert abs(losses["unrounded"][-1] - losses["eager"][-1]) > 0.01
+    check_compile_cache(tmp_path, capfd, monkeypatch, dict(DATA_PATH=data, RUN_ID="compiled"))
+
+
+def check_compile_cache(tmp_path, capfd, monkeypatch, knobs):
+    """A later evaluation, without torch's own cache, finds the graph of the scores in the run's folder."""
+    summary = summary_of(tmp_path / "logs" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    values = dict(RUN, **knobs, NUM_LAYERS=1, COMPUTE_DTYPE="float32", COMPILE=1, COMPILE_CACHE=1, MODE="eval")
+    code, out, errors = call(values, tmp_path, capfd, monkeypatch)
+    assert code == 0, errors
+    assert int(re.search(r"^compile cache: (\d+) entries read", out, re.M)[1]) > 0
+    assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == 1
+    evaluated = json.loads((tmp_path / "logs" / "compiled" / "eval_summary.json").read_text())
+    assert evaluated["val_bpb"] == summary["val_bpb"]
+    assert evaluated["evaluation_seconds"] < evaluated["evaluation_seconds_with_compilation"]
+    seconds = evaluated["seconds"]
+    assert seconds["compile"] > 0 and "warmup" not in seconds
 
 
 SMALL_POLY5 = dict(

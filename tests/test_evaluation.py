@@ -273,7 +273,13 @@ def test_warming_up_computes_one_batch_and_scores_nothing(data, monkeypatch):
     c = config(DATA_PATH=data, VAL_BATCH_SIZE=128)
     evaluator, model, shapes = tg.Evaluator(c, single_run()), build_model(c), []
     monkeypatch.setattr(tg.ScoreLedger, "score", lambda *_: pytest.fail("a score was entered"))
-    evaluator.warm_up(lambda ids, *rest, **how: shapes.append(tuple(ids.shape)) or model(ids, *rest, **how))
+
+    def forward(ids, targets, *rest, **how):
+        assert not ids.any() and not targets.any()  # nothing of the text
+        shapes.append(tuple(ids.shape))
+        return model(ids, targets, *rest, **how)
+
+    evaluator.warm_up(forward)
     assert shapes == [(4, 32)] == [(evaluator.batch_size, c.eval_context)]
 
 
@@ -420,11 +426,11 @@ def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp
     evaluator.run = single_run(0, ranks)
     computed = []
     monkeypatch.setattr(tg.Run, "time_second_call", lambda run, compute: compute() or 0.5)
-    monkeypatch.setattr(tg.Evaluator, "score_sequences", lambda evaluator, forward, batch: computed.append(batch))
+    monkeypatch.setattr(tg.Evaluator, "compute", lambda evaluator, forward, batch: computed.append(batch.ids.shape))
     evaluator.project(None)
     lines = capsys.readouterr().out.splitlines()
     batches = len(evaluator.batches(evaluator.sequences))
-    assert batches == 5 and computed == [evaluator.sequences[:2]]
+    assert batches == 5 and computed == [(2, 16)]
     assert lines[0] == (
         f"sliding: 9 windows of up to 16 tokens, stride 8, 5 batches, projected to take "
         f"{0.5 * math.ceil(5 / ranks):.1f} s"

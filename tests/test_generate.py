@@ -112,7 +112,7 @@ def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, monkeypat
     row = torch.log_softmax(logits(ids[0].tolist()).double(), 0)
     for target in (1, 4, 200, 383):
         with torch.no_grad():
-            nll, _ = model(batch.ids, torch.full_like(batch.ids, target), batch.documents, looped=True, last_tokens=1)
+            nll, _ = model(batch.ids, torch.full((1, 1), target), batch.documents, looped=True)
         assert -row[target] == pytest.approx(nll.item(), abs=1e-5)
     long = [1, *torch.randint(4, 384, (80,), generator=torch.Generator().manual_seed(2)).tolist()]
     assert logits.config.eval_context == 32 and torch.equal(logits(long), logits([1, *long[-60:]]))

@@ -383,44 +383,46 @@ def test_packed_attention_equals_torchs(starts):
     )
 
 
-def test_bounds_have_one_shape_for_all_batches_of_a_size():
-    shapes = {
-        tg.cu_seqlens_of(documents_of([starts], 8, 256).numpy()).shape
-        for starts in ([0], [0, 5], [0, 100, 200], list(range(0, 256, 128)))
-    }
-    assert shapes == {(33,)}
-    many = tg.cu_seqlens_of(documents_of([list(range(256))], 8, 256).numpy())
-    assert many.tolist() == list(range(2049))
+def test_bounds_list_each_document_once_and_nothing_else():
+    """A padded list costs programs that do nothing: FlashAttention launches them for every sequence listed."""
+    for starts in ([0], [0, 5], [0, 100, 200], list(range(256))):
+        found = tg.cu_seqlens_of(documents_of([starts], 8, 256).numpy())
+        assert str(found.dtype) == "int32"
+        assert found.tolist() == [row * 256 + start for row in range(8) for start in starts] + [2048]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["fa3", "fa2", "varlen"])
-def test_every_backend_of_the_machine_agrees_with_sdpa(name):
-    """Values and gradients in bfloat16: no further from float64 than rounding takes SDPA itself, and a little."""
-    try:
-        prepare = tg.attention_backend(name)
-    except ImportError as error:
-        pytest.skip(f"{name} is not installed: {error}")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(
+    "name, device",
+    [("blocked", "cpu"), *(pytest.param(name, "cuda", marks=gpu) for name in ("fa3", "fa2", "varlen"))],
+)
+def test_every_backend_of_the_machine_agrees_with_sdpa(name, device):
+    """Values and gradients in bfloat16: as a whole no further from float64 than rounding takes SDPA itself, and a half.
+
+    The largest of 800,000 errors would be another one in each kernel. A backend that cannot run here is passed over,
+    as ATTENTION=auto does; one whose results are wrong is not.
+    """
+    fault = tg.attention_fault(name) if device == "cuda" else ""
+    assert not fault.startswith("its results are wrong"), fault
+    if fault:
+        pytest.skip(f"{name} cannot run here: {fault}")
     starts = documents_of([[0, 17, 300], [0], [0, 511]], 3, 512)
-    documents = tg.Documents(starts.cuda(), documents_from(starts).cu_seqlens.cuda())
-    inputs = [normal(3, 512, heads, 64).cuda() for heads in (8, 4, 4)]
+    documents = tg.Documents(starts.to(device), documents_from(starts).cu_seqlens.to(device))
+    inputs = [normal(3, 512, heads, 64).to(device) for heads in (8, 4, 4)]
+    weights = normal(3, 512, 8, 64, seed=1).to(device)
 
     def results(backend, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y = backend(documents, 8, 4)(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+        y = tg.attention_backend(backend)(documents, 8, 4)(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, weights.to(dtype))]
 
-    exact, plain, other = (
-        results(b, d)
-        for b, d in (
-            (tg.attention_backend("sdpa"), torch.float64),
-            (tg.attention_backend("sdpa"), torch.bfloat16),
-            (prepare, torch.bfloat16),
-        )
-    )
-    for truth, x, y in zip(exact, plain, other, strict=True):
-        assert (y - truth).abs().max() <= 2 * (x - truth).abs().max() + 1e-3
+    exact, plain = results("sdpa", torch.float64), results("sdpa", torch.bfloat16)
+    for truth, x, y in zip(exact, plain, results(name, torch.bfloat16), strict=True):
+        ours, theirs = ((z.double() - truth).norm() / truth.norm() for z in (y, x))
+        assert ours <= 1.5 * theirs + 1e-3, (ours, theirs)
+        assert y.isfinite().all()
 
 
 # -------------------------------------------------------------------------------- rows that do not depend on each other

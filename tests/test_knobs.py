@@ -52,6 +52,8 @@ CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
 CHANGES = {
     "COMPUTE_DTYPE": ("bfloat16", {}),
     "ATTENTION": ("sdpa", {}),
+    "FP8_HEAD": (1, {}),
+    "FP8_MLP": (1, {}),
     "CPU_THREADS": (2, {}),
     "ITERATIONS": (5, {}),
     "MAX_WALLCLOCK_SECONDS": (0.01, dict(ITERATIONS=30)),
@@ -98,6 +100,7 @@ CHANGES = {
     "MUON_MOMENTUM_WARMUP_START": (0.5, {}),
     "MUON_COEFFICIENTS": ("polar_express", {}),
     "MUON_ROW_NORMALIZE": (1, {}),
+    "MUON_GRADIENT_DTYPE": ("bfloat16", {}),
     "MUON_WD": (0.5, {}),
     "ADAM_WD": (0.5, {}),
     "EMBED_WD": (0.5, {}),
@@ -126,6 +129,7 @@ CHANGES = {
     "TRITON_KERNELS": (1, {}),
     "WARMUP_STEPS": (1, {}),
     "COMPILE": (1, {}),
+    "COMPILE_CACHE": (1, {}),
     "SOFTCAP_TYPE": ("poly", {}),
     "FUSED_CE_ENABLED": (0, {}),
     "CASEOPS_ENABLED": (1, {}),
@@ -321,6 +325,9 @@ MEASURED = (
     "peak_memory_bytes",
     "ttt_targets_per_second",
     "data_wait_share",
+    "evaluation_seconds",
+    "evaluation_seconds_with_compilation",
+    "seconds_over_limit",
 )
 
 

@@ -154,8 +154,9 @@ class Recorder:
         """What the places of the last pass are scored by: (logits [n, V], nats of every token [n, V], token losses)."""
         keywords = dict(self.keywords)
         temperature, adapters = keywords.pop("temperature", 1.0), keywords.get("adapters")
-        hidden = self.model.trunk(self.ids, self.documents, **keywords)
-        logits = self.model.head_logits(hidden, adapters[-1].get("head") if adapters else None)[mask]
+        hidden = self.model.trunk(self.ids, self.documents, last_tokens=self.targets.size(1), **keywords)
+        pair = tuple(x[:, 0] for x in adapters["head"]) if adapters else None
+        logits = self.model.head_logits(hidden, pair)[mask]
         z = softcap(logits.double(), self.model.config) / temperature
         losses = functools.partial(self.model.token_losses, temperature=temperature)
         return logits, torch.logsumexp(z, -1, keepdim=True) - z, losses
@@ -550,12 +551,12 @@ def adapt_by(patch, order):
 
             def score(chunk=chunk):
                 batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
-                ttt.ledger.score(scored, ttt.score(batch, scored, False)[0])
+                ttt.ledger.score(scored, ttt.score(batch, scored)[0])
 
             def learn(chunk=chunk):
                 some = documents[ttt.chunk_counts[documents] > chunk]
                 batch, scored = ttt.window(some, chunk)
-                nll, leaves = ttt.score(batch, scored, True)
+                nll, leaves = ttt.score(batch, scored)
                 loss = (nll * torch.from_numpy(scored >= 0)).sum(1).sum()
                 ttt.adapters.step(len(some), [g[: len(some)] for g in torch.autograd.grad(loss, leaves)])
 
@@ -584,7 +585,8 @@ def scores_again_after_learning(patch):
         score()
         learn()
         batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
-        ttt.ledger.nll[scored[scored >= 0]] = ttt.score(batch, scored, False)[0][torch.from_numpy(scored >= 0)]
+        again = ttt.score(batch, scored)[0].detach()
+        ttt.ledger.nll[scored[scored >= 0]] = again[torch.from_numpy(scored >= 0)]
 
     adapt_by(patch, order)
 

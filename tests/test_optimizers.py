@@ -1,6 +1,7 @@
 """Groups, Muon and AdamW against plain float64 versions, clipping, and the same update on any number of ranks."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -116,6 +117,7 @@ RECIPES = {
     "polar": dict(MUON_COEFFICIENTS="polar_express"),
     "rows": dict(MUON_ROW_NORMALIZE=1),
     "decay": dict(MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.1),
+    "rounded": dict(MUON_GRADIENT_DTYPE="bfloat16", GRAD_CLIP_NORM=0.05),
     "clip": dict(GRAD_CLIP_NORM=0.05),
     "no clip in effect": dict(GRAD_CLIP_NORM=1e6),
     "momentum": dict(
@@ -145,6 +147,8 @@ def test_steps_are_those_of_plain_optimizers(recipe):
         gradients = {name: generator.normal(size=w.shape) * 0.01 for name, w in before.items()}
         for name, p in model.named_parameters():
             p.grad = torch.from_numpy(gradients[name].copy())
+            if name in tg.BANKS and c.muon_gradient_dtype == "bfloat16":
+                gradients[name] = p.grad.bfloat16().double().numpy()
         optimizers.step(tg.muon_beta(tg.Progress(step, 0.0), c), 1.0, c.num_layers)
         for name, g in clipped(gradients, c.grad_clip_norm).items():
             history[name].append(g)
@@ -177,11 +181,13 @@ def test_the_rates_multiplier_scales_every_step():
 
 def test_the_norm_is_that_of_all_gradients():
     c = config(RECORD_LIKE, **EXACT, GRAD_CLIP_NORM=0.3)
-    model, total = build_model(c), 0.0
-    for i, p in enumerate(model.parameters()):
-        p.grad = torch.full_like(p, 0.01 * (i + 1))
-        total += p.grad.square().sum().item()
-    assert tg.Optimizers(model, c, single_run()).step(0.9, 1.0, c.num_layers) == pytest.approx(total**0.5, rel=1e-6)
+    model = build_model(c)
+    gradients = [torch.full_like(p, 0.01 * (i + 1)) for i, p in enumerate(model.parameters())]
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    before, some = [g.clone() for g in gradients], len(gradients) // 2
+    tg.Optimizers(model, c, single_run()).clip(gradients[:some], gradients[some:])
+    for g, old in zip(gradients, before, strict=True):
+        torch.testing.assert_close(g, old * (0.3 / norm), rtol=1e-5, atol=0)
 
 
 def test_an_unreached_parameter_is_no_obstacle():
@@ -290,6 +296,12 @@ def jobs_for(data):
         dict(name="uneven", kind="train", arguments=steps, knobs=dict(tiny, **exact, NUM_LAYERS=4)),
         dict(name="one layer", kind="train", arguments=steps, knobs=dict(tiny, **exact, NUM_LAYERS=1)),
         dict(name="usual", kind="train", arguments=steps, knobs=dict(record, COMPUTE_DTYPE="float32")),
+        dict(
+            name="rounded",
+            kind="train",
+            arguments=steps,
+            knobs=dict(record, **exact, GRAD_CLIP_NORM=0, MUON_GRADIENT_DTYPE="bfloat16"),
+        ),
         dict(name="poly", kind="train", arguments=steps, knobs=dict(poly, **exact)),
         dict(name="depth", kind="depth", arguments=dict(trainable=2), knobs=dict(poly, **exact)),
         dict(
@@ -336,6 +348,7 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_
         "uneven": 1e-9,
         "one layer": 1e-9,
         "usual": 1e-2,
+        "rounded": 2e-2,
         "poly": 1e-9,
         "depth": 1e-9,
         "shallow": 1e-9,
@@ -354,4 +367,5 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_
             assert not any(disturbed for disturbed, *_ in counts), f"{name}: a frozen layer moved"
             assert counts[0][1] > 0 and sum(momenta for *_, momenta in counts[1:]) == counts[0][2] > 0
         if "losses" in alone:  # for the log, kept in float32
-            np.testing.assert_allclose(together[0]["losses"], alone["losses"], rtol=1e-5)
+            loss_tolerance = 2e-4 if name == "rounded" else 1e-5
+            np.testing.assert_allclose(together[0]["losses"], alone["losses"], rtol=loss_tolerance)

@@ -8,7 +8,7 @@ from helpers import ROOT
 
 FILES = [
     ROOT / "train_gpt.py",
-    *(path for folder in ("data", "tools", "bench") for path in (ROOT / folder).glob("*.py")),
+    *(path for folder in ("data", "tools", "tools/h100", "bench") for path in (ROOT / folder).glob("*.py")),
 ]
 
 

@@ -98,6 +98,35 @@ def test_a_run_with_warmup_ends_with_the_weights_of_one_without(base, data):
     assert same(*ends)
 
 
+def test_calibration_is_measured_in_the_warmup_and_its_seconds_reserved(data, capsys):
+    trainer = make_trainer(TINY, data, GPTQ_RESERVE_SECONDS=-1, MAX_WALLCLOCK_SECONDS=50)
+    before, limit = state(trainer), trainer.config.train_seconds
+    tg.reserve_calibration(trainer)
+    reserved = trainer.config.gptq_reserve_seconds
+    assert 0 < reserved < 45 and trainer.config.train_seconds == 50 - reserved < limit == 50
+    assert (
+        same(state(trainer), before) and f"{reserved:.2f} s of the time limit are reserved" in capsys.readouterr().out
+    )
+    for values in (dict(GPTQ_RESERVE_SECONDS=3), dict(GPTQ_RESERVE_SECONDS=-1, MAX_WALLCLOCK_SECONDS=0)):
+        given = make_trainer(TINY, data, **{"MAX_WALLCLOCK_SECONDS": 50, **values})
+        config = given.config
+        tg.reserve_calibration(given)
+        assert given.config is config  # nothing to measure
+    assert capsys.readouterr().out == ""
+
+
+def test_a_training_over_its_time_is_named(capsys):
+    run = single_run()
+    run.seconds["calibrate"] = 3.0
+    limited = config(**{**TINY, "MAX_WALLCLOCK_SECONDS": 10})
+    assert tg.log_overrun(limited, run, tg.Progress(100, 9.0)) == pytest.approx(2.0)
+    assert "12.0 s, 2.0 s over MAX_WALLCLOCK_SECONDS=10" in capsys.readouterr().out
+    assert tg.log_overrun(limited, run, tg.Progress(4, 7.5)) == pytest.approx(0.5)  # less than a step
+    assert tg.log_overrun(limited, run, tg.Progress(100, 6.0)) == 0
+    assert tg.log_overrun(config(**TINY), run, tg.Progress(1, 1e9)) == 0  # no limit
+    assert capsys.readouterr().out == ""
+
+
 def test_the_loss_falls(data):
     """From log V to far below it, in the log's own numbers."""
     trainer = make_trainer(TINY, data, ITERATIONS=60, TRAIN_LOG_EVERY=0)

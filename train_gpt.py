@@ -7929,9 +7929,13 @@ class FullModelSGD:
             self.drop_step(as_padding(batch))
 
     def seconds_per_token(self, tokens: int) -> float:
-        """Seconds of a forward and backward pass for each token, on the first micro-batch of a step, as padding."""
+        """Seconds of a forward and backward pass for each token, on padding.
+
+        Compiled, it takes the first micro-batch of a step, whose graph is there; else one sequence, which is quicker.
+        """
         least = self.run.world * self.config.train_seq_len  # so that every rank has some
-        batch = as_padding(next(self.batches(np.zeros(max(tokens, least), np.int64)))[0])
+        tokens = max(tokens, least) if self.model.runtime.compile else least
+        batch = as_padding(next(self.batches(np.zeros(tokens, np.int64)))[0])
         return self.run.time_second_call(lambda: self.drop_step(batch)) / batch.ids.numel()
 
     def zero_frozen_gradients(self) -> None:

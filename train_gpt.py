@@ -4908,6 +4908,12 @@ def parameter_count(config: Config) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copies the values into the tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
 class Adapters:
     """LoRA (arXiv 2106.09685) of a batch of documents: pairs for every layer call, and one pair for the head.
 
@@ -5008,8 +5014,7 @@ class Adapters:
                 maximize=False,
             )
         if not self.fused and copies[0].dtype != parameters[0].dtype:
-            for copy, p in zip(copies, parameters, strict=True):
-                copy.copy_(p)
+            copy_all(copies, parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5390,12 +5395,6 @@ def focal_weights(nll: Tensor, gamma: float) -> Tensor:
 def lerp_all(tensors: list[Tensor], values: list[Tensor], weight: float) -> None:
     """Moves the tensors toward the values by this fraction of the distance."""
     torch._foreach_lerp_(tensors, values, weight)  # pyright: ignore[reportPrivateImportUsage] # one kernel for all
-
-
-def copy_all(tensors: list[Tensor], values: list[Tensor]) -> None:
-    """Copies the values into the tensors."""
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 class Trainer:
@@ -8281,8 +8280,7 @@ class ChunkTTT:
         return FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
 
     def warm_up(self) -> None:
-        """Computes a batch and a step of all weights, as padding, so that they are compiled."""
-        self.evaluator.warm_up(compiled_forward(self.model))
+        """Computes a step of all weights, as padding, so that it is compiled. Windows have the evaluator's graph."""
         if self.adapt and self.count > 1:
             self.new_sgd().warm_up(self.size)
 

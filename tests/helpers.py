@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import sentencepiece
 import torch
 from hypothesis import settings
@@ -25,6 +26,7 @@ import audit  # noqa: E402
 import processes  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VOCAB_SIZE = 384
 HANG_SECONDS = 1800  # ends what hangs; no test asserts how long anything takes
 # The same examples in every run, and no time limit: the machine's cores may be shared.

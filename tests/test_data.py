@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import train_gpt as tg
 from helpers import (
     HANG_SECONDS,
+    NEEDS_CUDA,
     ROOT,
     TINY,
     clean_environment,
@@ -335,13 +336,7 @@ def test_a_training_is_the_same_with_and_without_and_says_how_long_data_stalled_
 
 @pytest.mark.parametrize(
     "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-    ],
+    ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)],
 )
 def test_batches_read_ahead_on_a_device_are_those_of_the_cpu(device, data):
     run = single_run()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, single_run
+from helpers import NEEDS_CUDA, POLY_LIKE, RECORD_LIKE, TINY, build_model, config, examples, single_run
 
 
 def correlated(count, columns, seed=0, rank=None):
@@ -683,13 +683,7 @@ def test_scales_are_never_too_small_for_the_codes(quantizer):
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis", "gptq_lite"])
 @pytest.mark.parametrize(
     "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-    ],
+    ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)],
 )
 def test_weights_of_a_device_are_quantized_packed_and_held_against_what_is_read_back(device, quantizer):
     c, weights, hessians, _, _ = with_hessians(QUANTIZER=quantizer, LQER_ENABLED=1, LQER_SELECT="norm")

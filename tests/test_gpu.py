@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import RECORD_LIKE, ROOT, build_model, launch, strings, tg, write_split
+from helpers import NEEDS_CUDA, RECORD_LIKE, ROOT, build_model, launch, strings, tg, write_split
 from rank_worker import run_jobs
 
 sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
 import quantize as quantize_bench  # noqa: E402
 
-needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 needs_two = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 # By device: sizes at which a CPU takes a second, and sizes at which a GPU's kernels have more than one tile.
 SIZES = dict(
     cpu=dict(CPU_THREADS=1, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4),
@@ -94,7 +93,7 @@ def test_a_compiled_training_step_is_the_eager_one(device, data):
         assert distance(update, eager[name]) <= 0.02, name  # Newton-Schulz enlarges the rounding of small directions
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("attention", ["fa3", "fa2", "varlen", "sdpa"])
 def test_a_compiled_training_step_in_bfloat16_loses_as_much(device, attention, data):
     """The step of a real run, with each attention that this machine has."""

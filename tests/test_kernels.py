@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from helpers import documents_from, examples
+from helpers import NEEDS_CUDA, documents_from, examples
 
 
 def normal(*shape, seed=0, dtype=torch.float64, scale=1.0):
@@ -391,12 +391,9 @@ def test_bounds_list_each_document_once_and_nothing_else():
         assert found.tolist() == [row * 256 + start for row in range(8) for start in starts] + [2048]
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
 @pytest.mark.parametrize(
     "name, device",
-    [("blocked", "cpu"), *(pytest.param(name, "cuda", marks=gpu) for name in ("fa3", "fa2", "varlen"))],
+    [("blocked", "cpu"), *(pytest.param(name, "cuda", marks=NEEDS_CUDA) for name in ("fa3", "fa2", "varlen"))],
 )
 def test_every_backend_of_the_machine_agrees_with_sdpa(name, device):
     """Values and gradients in bfloat16: as a whole no further from float64 than rounding takes SDPA itself, and a half.

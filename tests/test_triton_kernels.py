@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import config, run_command
+from helpers import NEEDS_CUDA, config, run_command
 from helpers import tg as k
 
 needs_triton = pytest.mark.skipif(k.triton is None, reason="triton is not installed")
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), needs_triton]
+gpu = [*NEEDS_CUDA, needs_triton]
 KINDS = ("tanh", "poly")
 CAP = 30.0
 

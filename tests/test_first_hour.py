@@ -350,6 +350,8 @@ def test_a_cuda_torch_is_not_installed_again(torch_build, kept, tmp_path):
 
 
 def test_make_passes_its_arguments_on():
-    done = run_command(["make", "-n", "first-hour", "ARGS=--device cpu --tiny", "VENV=elsewhere"], cwd=ROOT)
+    done = run_command(
+        ["make", "-n", "--no-print-directory", "first-hour", "ARGS=--device cpu --tiny", "VENV=elsewhere"], cwd=ROOT
+    )
     assert done.stdout.splitlines()[-1] == "elsewhere/bin/python tools/first_hour.py --device cpu --tiny"
     assert Path(ROOT, "docs", "first-hour.md").is_file()

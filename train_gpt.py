@@ -29,6 +29,7 @@ if __name__ == "__main__":
     # On GPUs test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -644,6 +645,33 @@ class Config(ModelConfig):
         low=0,
         high=1,
     )
+    matrix_steps: float = knob(
+        0.0,
+        "exponent p of a matrix's scales in proportion to (s h)^(-p/2), s its outputs' mean squared gradient, h its "
+        "inputs' power; 0: scales follow the weights' spread alone",
+        Observed.BYTES,
+        low=0,
+        high=1,
+    )
+    row_steps: float = knob(
+        0.0,
+        "exponent p of row scales in proportion to (mean squared gradient at the row's output)^(-p/2), within a matrix",
+        Observed.BYTES,
+        low=0,
+        high=1,
+    )
+    std_steps: float = knob(
+        1.0,
+        "exponent p of row scales in proportion to (the row's standard deviation)^p, within a matrix",
+        Observed.BYTES,
+        low=0,
+        high=1,
+    )
+    guided_hessians: bool = knob(
+        False,
+        "weigh each token of GPTQ's Hessians by the squared gradient at the matrix's outputs (GuidedQuant)",
+        Observed.BYTES,
+    )
     trellis_states: int = knob(8, "states of the quantizer's trellis: 4, 8, 16 or 32", Observed.BYTES, low=4, high=32)
     trellis_rate: float = knob(
         0.5, "weight of the code's bits against the error in the trellis search", Observed.BYTES, low=0, high=10
@@ -695,6 +723,19 @@ class Config(ModelConfig):
     rvq_bits: int = knob(4, "bits per weight of RVQ's second quantization", Observed.BYTES, low=2, high=8)
     gptq_calibration_batches: int = knob(
         16, "training batches from which GPTQ's Hessians are estimated", Observed.BYTES, low=1
+    )
+    tune_steps: int = knob(
+        0,
+        "steps that tune scales, vectors and all fp16 tensors after quantization, to the float model's predictions on "
+        "training batches",
+        Observed.BYTES,
+        low=0,
+    )
+    tune_scale_lr: float = knob(
+        0.002, "learning rate of the scales' logarithms, falling to 0 (TUNE_STEPS)", Observed.BYTES, low=0
+    )
+    tune_vector_lr: float = knob(
+        0.001, "learning rate of what is stored in fp16, falling to 0 (TUNE_STEPS)", Observed.BYTES, low=0
     )
     gptq_damp: float = knob(
         0.01, "damping of GPTQ's Hessians, as a fraction of the mean diagonal", Observed.BYTES, low=0
@@ -900,6 +941,11 @@ class Config(ModelConfig):
         """Bits and clip sigmas of the MLP's matrices; 0 sigmas: the grid covers the row's whole range."""
         sigmas = self.mlp_clip_sigmas if QUANTIZER_TRAITS[self.quantizer].clips_by_sigmas else 0.0
         return self.mlp_bits or self.matrix_bits, sigmas
+
+    @property
+    def takes_sensitivities(self) -> bool:
+        """Calibration takes gradients."""
+        return bool(self.matrix_steps or self.row_steps or self.guided_hessians)
 
     @property
     def averages(self) -> tuple[bool, bool]:
@@ -1411,6 +1457,10 @@ def check_quantization(config: Config) -> None:
         for name in ("column_steps", "awq_groups", "target_bytes"):
             allowed = f"must be 0 with QUANTIZER={config.quantizer}, which has one scale per row"
             require(not getattr(config, name), config, name, allowed)
+    if not QUANTIZER_TRAITS[config.quantizer].uses_hessians:
+        for name, off in (("matrix_steps", 0), ("row_steps", 0), ("std_steps", 1), ("guided_hessians", False)):
+            allowed = f"must be {off:d} with QUANTIZER={config.quantizer}, which chooses scales by itself"
+            require(getattr(config, name) == off, config, name, allowed)
 
 
 def check_evaluation(config: Config) -> None:
@@ -2047,8 +2097,12 @@ class TrainLoader:
 
     def read(self, place: tuple[int, int]) -> Batch:
         """The sequences of a (step, micro-step) in host memory, ready to be sent."""
+        return self.read_sequences(self.sequence_numbers(*place))
+
+    def read_sequences(self, positions: range) -> Batch:
+        """The sequences at these positions in the order of epochs, in host memory."""
         length = self.config.train_seq_len
-        starts = [self.sequence_index(p) * length for p in self.sequence_numbers(*place)]
+        starts = [self.sequence_index(p) * length for p in positions]
         tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]
         ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return host_batch(ids, targets, document_starts(ids), self.run.device)
@@ -4415,13 +4469,20 @@ def layer_schedule(config: ModelConfig, looped: bool) -> tuple[LayerCall, ...]:
 
 
 class Projection(nn.Module):
-    """A matrix product with a matrix that lives in a bank. As a module it takes forward pre-hooks, for Hessians.
+    """A matrix product with a matrix that lives in a bank. As a module it takes hooks, for calibration.
 
     x [B, T, in], weight [out, in] -> [B, T, out].
     """
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight)
+
+
+class Lookup(nn.Module):
+    """A lookup in an embedding table, as a module that takes hooks. indices [...], table [n, c] -> [..., c]."""
+
+    def forward(self, indices: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(indices, table)
 
 
 class LayerWeights(NamedTuple):
@@ -4603,9 +4664,10 @@ class FactorizedEmbedding(nn.Module):
         self.table = nn.Parameter(torch.zeros(buckets, width))
         self.projection = nn.Parameter(torch.zeros(out, width))
         self.scale = nn.Parameter(torch.full((1,), scale))
+        self.lookup = Lookup()
 
     def forward(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.scale.to(dtype) * linear(F.embedding(indices, self.table).to(dtype), self.projection.to(dtype))
+        return self.scale.to(dtype) * linear(self.lookup(indices, self.table).to(dtype), self.projection.to(dtype))
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
@@ -4664,7 +4726,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         if config.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(skips, d))
-        self.logits = Projection()
+        self.lookup, self.logits = Lookup(), Projection()
         self.cos: Tensor
         self.sin: Tensor
         cos, sin = rotary_tables(config, runtime.context)
@@ -4728,7 +4790,7 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, documents: Documents, noise: EmbeddingNoise | None) -> Tensor:
         """Normed embeddings of tokens and bigrams in the compute type, with noise and smear gate: x0 [B, T, d]."""
-        x = F.embedding(ids, self.embedding).to(self.runtime.dtype)
+        x = self.lookup(ids, self.embedding).to(self.runtime.dtype)
         if self.bigram is not None:
             x = x + self.bigram(bigram_buckets(ids, documents.starts, self.config.bigram_vocab_size), x.dtype)
         if noise is not None:
@@ -4831,6 +4893,12 @@ class GPT(nn.Module):
             logits, cap = logits.to(wide) / temperature, cap / temperature
         fused, triton_allowed = self.runtime.fused_cross_entropy, self.runtime.triton
         return softcapped_cross_entropy(logits, targets, cap, config.softcap_type, fused, triton_allowed)
+
+    def log_probabilities(self, ids: Tensor, documents: Documents, *, looped: bool) -> Tensor:
+        """Logarithms of the next token's probabilities, [B, T, V] in float32 at least."""
+        logits = self.head_logits(self.trunk(ids, documents, looped=looped, fused_mlp=False))
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return softcap_plain(wide, self.config.logit_softcap, self.config.softcap_type).log_softmax(-1)
 
     def forward(
         self,
@@ -5582,7 +5650,7 @@ class Quantized(NamedTuple):
     `extras` holds the optional arrays that are listed in `EXTRAS`.
     """
 
-    codes: Tensor  # int8 [..., r, c], or float16
+    codes: Tensor  # int8 [..., r, c], int16 where `bits` is 9 to 12, or float16
     scales: Tensor | None  # float16 [..., r]
     bits: int
     extras: dict[str, Tensor]
@@ -5601,7 +5669,8 @@ EXTRAS = {
     "residual": (torch.int8, 3),  # [n, r, c]
     "residual_scales": (torch.float16, 2),  # [n, r]
 }
-INT8_LIMIT = 127  # the largest magnitude of a code, so that codes are symmetric
+INT8_LIMIT = 127  # the largest magnitude of a code of up to 8 bits, so that codes are symmetric
+CODE_LIMIT = 2047  # ... of any code
 SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
@@ -5634,52 +5703,128 @@ def entropy(codes: Tensor) -> float:
     return -(probabilities * probabilities.log2()).sum().item()
 
 
-# --- Hessians ---
+# --- Calibration ---
 
 
-class HessianHooks:
-    """Context manager that sums X^T X over the inputs of every projection while the model runs eagerly.
+class Calibration(NamedTuple):
+    """What training batches say of the tensors to quantize.
 
-    q, k and v of a layer are one product, so one hook serves all three.
+    With gradients, an error E of a matrix adds about half the sum over rows r of rows[r] E_r H E_r^T to a token's loss,
+    in nats. Without, H is the mean X^T X of its inputs, and E adds tr(E H E^T) to the squared error of its outputs.
     """
 
-    def __init__(self, model: GPT):
-        self.model = model
-        self.sums: dict[str, Tensor] = {}
-        self.projections = {
-            f"{i}.{name}": getattr(block, name)
-            for i, block in enumerate(model.blocks)
-            for name in ("qkv", "out", "up", "down")
-        }
-        self.projections["logits"] = model.logits
+    hessians: dict[str, Tensor]  # [B, c, c] of each bank
+    rows: dict[str, Tensor] = {}  # [B, r] sensitivity of each output row over its matrix's mean; none without gradients
 
-    def __enter__(self) -> HessianHooks:
+
+BANK_PARTS = {"qo_bank": ("q", "out"), "kv_bank": ("k", "v"), "up_bank": ("up",), "down_bank": ("down",)}
+CALIBRATION_TOKENS = 16_384  # tokens of a forward and backward pass: activations are kept without recomputation
+
+
+class CalibrationHooks:
+    """Context manager that sums over tokens what calibration needs, in float64, while a model of constants runs.
+
+    Sums of X^T X are by projection: "0.qkv", "0.out", ..., "logits". With gradients, `.rows` is added for the squared
+    gradients of a projection's outputs, and for lookups, by table, `.rows` and `.columns` for those of the vectors that
+    are looked up. With GUIDED_HESSIANS, each token's x x^T is weighted by the mean squared gradient of the outputs
+    (arXiv 2505.07004), apart for q, k and v.
+    """
+
+    def __init__(self, model: GPT, config: Config):
+        self.config = config
+        self.sums: dict[str, Tensor] = {}
+        self.projections: dict[str, tuple[nn.Module, dict[str, int]]] = {"logits": (model.logits, {"logits": -1})}
+        for i, module in enumerate(model.blocks):
+            block = cast(Block, module)
+            widths = zip(("q", "k", "v"), block.widths, strict=False)
+            self.projections[f"{i}.qkv"] = block.qkv, {f"{i}.{part}": width for part, width in widths}
+            for name in ("out", "up", "down"):
+                self.projections[f"{i}.{name}"] = getattr(block, name), {f"{i}.{name}": -1}
+        self.lookups = {"embedding": model.lookup}
+        for name in ("bigram", "value_embeds"):
+            table = getattr(model, name)
+            if table is not None:
+                self.lookups[f"{name}.table"] = table.lookup
+
+    def __enter__(self) -> CalibrationHooks:
         self.handles = [
-            projection.register_forward_pre_hook(functools.partial(self.hook, name))
-            for name, projection in self.projections.items()
+            module.register_forward_hook(functools.partial(self.on_projection, name, parts))
+            for name, (module, parts) in self.projections.items()
         ]
+        if self.config.takes_sensitivities:
+            self.handles += [
+                module.register_forward_hook(functools.partial(self.on_lookup, name))
+                for name, module in self.lookups.items()
+            ]
         return self
 
     def __exit__(self, *_) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def hook(self, name: str, _module: nn.Module, inputs: tuple) -> None:
-        """Forward pre-hook of a projection: adds X^T X of its input to the sum."""
-        x = inputs[0].detach().flatten(0, -2).float()
+    def add(self, name: str, value: Tensor) -> None:
         if name not in self.sums:
-            self.sums[name] = torch.zeros(x.size(1), x.size(1), device=x.device)
-        self.sums[name].addmm_(x.mT, x)
+            self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+        self.sums[name] += value
+
+    def on_projection(self, name: str, parts: dict[str, int], _module: nn.Module, inputs: tuple, y: Tensor) -> None:
+        """Forward hook: adds X^T X, now or when the gradient of the outputs is known."""
+        x = inputs[0].detach()
+        if not self.config.guided_hessians:
+            wide = x.flatten(0, -2).float()
+            self.add(name, wide.mT @ wide)
+        if self.config.takes_sensitivities:
+            y.register_hook(functools.partial(self.on_gradient, parts, x))
+
+    def on_gradient(self, parts: dict[str, int], x: Tensor, gradient: Tensor) -> None:
+        """Gradient hook of a projection's outputs."""
+        x = x.flatten(0, -2).float()
+        square = gradient.flatten(0, -2).float().square()
+        start = 0
+        for part, width in parts.items():
+            own = square if width < 0 else square[:, start : start + width]
+            self.add(f"{part}.rows", own.sum(0))
+            if self.config.guided_hessians:
+                self.add(part, (x * own.mean(1, keepdim=True)).mT @ x)
+            start += width
+
+    def on_lookup(self, name: str, _module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
+        """Forward hook: the vectors become leaves, from which a backward pass through constant weights can start."""
+        indices, table = inputs
+        leaf = y.detach().requires_grad_()
+
+        def on_gradient(gradient: Tensor) -> None:
+            square = gradient.flatten(0, -2).double().square()
+            rows = torch.zeros(len(table), dtype=torch.float64, device=square.device)
+            self.add(f"{name}.rows", rows.index_add_(0, indices.flatten().long(), square.sum(1)))
+            self.add(f"{name}.columns", square.sum(0))
+
+        leaf.register_hook(on_gradient)
+        return leaf
 
 
-@torch.no_grad()
-def add_hessians(trainer: Trainer, steps: range) -> dict[str, Tensor]:
-    """Sums of X^T X of each matrix's inputs over this rank's batches of some steps."""
-    model = trainer.model
-    with HessianHooks(model) as hooks:
+def calibration_chunk(trainer: Trainer) -> int:
+    """Sequences of one pass. On 1, 2, 4 and 8 ranks it is the same number, so that sums are of the same terms."""
+    layout = trainer.layout
+    share = layout.sequences // math.gcd(layout.sequences, 8)
+    most = max(1, CALIBRATION_TOKENS // trainer.config.train_seq_len)
+    return max(n for n in range(1, most + 1) if share % n == 0 and layout.micro_sequences % n == 0)
+
+
+def calibration_sums(trainer: Trainer, steps: range) -> dict[str, Tensor]:
+    """The sums of `CalibrationHooks` over this rank's sequences of some steps."""
+    config, loader = trainer.config, trainer.loader
+    chunk = calibration_chunk(trainer)
+    model = constant_view(trainer.model)
+    with CalibrationHooks(model, config) as hooks, torch.set_grad_enabled(config.takes_sensitivities):
         for step in steps:
             for micro in range(trainer.layout.micro_steps):
-                model(*trainer.loader.batch(step, micro), looped=trainer.config.loops, fused_mlp=False)
+                places = loader.sequence_numbers(step, micro)
+                for first in range(places.start, places.stop, chunk):
+                    batch = send(loader.read_sequences(range(first, first + chunk)), trainer.run.device)
+                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)
+                    if config.takes_sensitivities:
+                        nll.sum().backward()
     return hooks.sums
 
 
@@ -5692,30 +5837,53 @@ def reserve_calibration(trainer: Trainer) -> None:
     if config.gptq_reserve_seconds >= 0 or not config.max_wallclock_seconds:
         return
     batches = config.gptq_calibration_batches
-    one = run.time_second_call(lambda: add_hessians(trainer, range(1)))
+    one = run.time_second_call(lambda: calibration_sums(trainer, range(1)))
     seconds = min(1.1 * batches * max(run.gather(one)), 0.9 * config.max_wallclock_seconds)
     trainer.config = dataclasses.replace(config, gptq_reserve_seconds=seconds)
     run.log(f"calibration: {batches} batches, {seconds:.2f} s of the time limit are reserved")
 
 
-def collect_hessians(trainer: Trainer, first_step: int) -> dict[str, Tensor]:
-    """Mean X^T X of each matrix's inputs over training batches, summed over ranks: bank name -> [matrices, in, in]."""
+def calibrate(trainer: Trainer, first_step: int) -> Calibration:
+    """Hessians and sensitivities from GPTQ_CALIBRATION_BATCHES training batches, summed over ranks."""
     config, run = trainer.config, trainer.run
-    sums = add_hessians(trainer, range(first_step, first_step + config.gptq_calibration_batches))
+    sums = calibration_sums(trainer, range(first_step, first_step + config.gptq_calibration_batches))
     run.all_reduce(*sums.values())
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
     mean = {name: total / tokens for name, total in sums.items()}
-    stack = {
-        name: torch.stack([mean[f"{i}.{name}"] for i in range(config.num_layers)])
-        for name in ("qkv", "out", "up", "down")
-    }
-    return {
-        "qo_bank": torch.cat((stack["qkv"], stack["out"])),
-        "kv_bank": torch.cat((stack["qkv"], stack["qkv"])),
-        "up_bank": stack["up"],
-        "down_bank": stack["down"],
-        "embedding" if trainer.model.head is None else "head": mean["logits"][None],
-    }
+    head = "embedding" if trainer.model.head is None else "head"
+    parts = {bank: [f"{i}.{p}" for p in ps for i in range(config.num_layers)] for bank, ps in BANK_PARTS.items()}
+    parts[head] = ["logits"]
+    hessians, rows = {}, {}
+    for bank, names in parts.items():
+        if config.takes_sensitivities:
+            rows[bank] = torch.stack([mean[f"{name}.rows"] for name in names])
+        if config.guided_hessians:
+            hessians[bank] = torch.stack([mean[name] for name in names])
+            continue
+        shared = [name[:-1] + "qkv" if name[-1] in "qkv" else name for name in names]
+        hessians[bank] = torch.stack([mean[name] for name in shared])
+        if config.takes_sensitivities:
+            hessians[bank] *= rows[bank].mean(1)[:, None, None]
+    rows = {bank: r / r.mean(1, keepdim=True).clamp_min(1e-30) for bank, r in rows.items()}
+    if config.takes_sensitivities:
+        add_lookups(hessians, rows, mean)
+    return Calibration({n: h.float() for n, h in hessians.items()}, {n: r.float() for n, r in rows.items()})
+
+
+def add_lookups(hessians: dict[str, Tensor], rows: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
+    """Adds what errors of looked-up rows cost: a diagonal Hessian, by each row's share. A tied embedding costs both.
+
+    `mean` holds the mean squared gradients by row [n] and by column [c] of each table, per token.
+    """
+    tables = [name.removesuffix(".columns") for name in mean if name.endswith(".columns")]
+    for name in tables:
+        by_row, diagonal = mean[f"{name}.rows"], mean[f"{name}.columns"] / len(mean[f"{name}.rows"])
+        total = by_row
+        hessian = torch.diag(diagonal + 1e-3 * diagonal.mean())[None]
+        if name in hessians:
+            total = total + rows[name][0] * hessians[name].diagonal(dim1=-2, dim2=-1).sum()
+            hessian = hessian + hessians[name]
+        hessians[name], rows[name] = hessian, (total / total.mean().clamp_min(1e-30))[None]
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
@@ -5746,6 +5914,7 @@ class HessianFactor(NamedTuple):
 
     order: Tensor  # [B, c] the order in which columns are quantized
     inverse_cholesky: Tensor  # [B, c, c] the inverse Hessian's upper Cholesky factor U, columns in that order
+    log2_steps: Tensor | None = None  # [B, r] what is added to log2 of each row's scale
 
 
 def factor_hessian(hessian: Tensor, damp: float, natural_order: bool = False) -> HessianFactor:
@@ -5769,7 +5938,9 @@ def round_scales(scales: Tensor, per_octave: int) -> Tensor:
     return scales.half()
 
 
-def row_scales(weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, multiplier: float = 1.0) -> Tensor:
+def row_scales(
+    weights: Tensor, bits: int, sigmas: float, per_octave: int = 0, multiplier: float | Tensor = 1.0
+) -> Tensor:
     """fp16 scale of each row [..., r]: `sigmas` standard deviations (0: the largest magnitude) over 2^(bits-1) - 1.
 
     Scales on a logarithmic grid (`per_octave`) take a third of the bytes after entropy coding.
@@ -5805,7 +5976,8 @@ def fit_scales(
     be beyond that level: clipping it would cost more than any scale gains. Salient columns [B, c] get 8-bit scales.
     """
     exponents = column_exponents(factor, config.column_steps)
-    scales = row_scales(weights / torch.exp2(exponents / 2)[:, None], bits, sigmas, config.scale_grid, multiplier)
+    steps = multiplier if factor.log2_steps is None else multiplier * torch.exp2(factor.log2_steps)
+    scales = row_scales(weights / torch.exp2(exponents / 2)[:, None], bits, sigmas, config.scale_grid, steps)
     if salient is not None:
         exponents = (exponents - (16 - 2 * bits) * salient).clamp(min=-INT8_LIMIT)
     if max_level:
@@ -5813,6 +5985,42 @@ def fit_scales(
         smallest = 1.1 * largest / max_level  # a tenth more, because error compensation moves the weights
         scales = torch.maximum(scales, round_scales(smallest, config.scale_grid))
     return scales, exponents
+
+
+SENSITIVITY_FLOOR = 0.02  # added to each row's sensitivity over its matrix's mean: rare tokens are seldom seen
+STEP_LIMIT = 6.0  # octaves by which a matrix's or a row's scales may follow its sensitivity
+
+
+def with_row_steps(
+    weights: dict[str, Tensor], calibration: Calibration, factors: dict[str, HessianFactor], config: Config
+) -> dict[str, HessianFactor]:
+    """The factors with each row's log2 step, by MATRIX_STEPS, ROW_STEPS and STD_STEPS.
+
+    At high rates the loss is least for given bytes where rows[r] * det(H)^(1/c) * scale^2 is the same everywhere.
+    Smaller exponents do better: sensitivities are estimates, and insensitive rows would get less than a bit. All steps
+    together keep their geometric mean over the weights.
+    """
+    if not config.takes_sensitivities and config.std_steps == 1:
+        return factors
+    steps, total, count = {}, 0.0, 0
+    for name, factor in factors.items():
+        batch = as_batch(weights[name]).float()
+        exponents = column_exponents(factor, config.column_steps).float()
+        bits, sigmas = quantization_bits(name, batch.numel(), config)
+        plain = clip_range(batch / torch.exp2(exponents / 2)[:, None], sigmas) / 2 ** (bits - 1)
+        plain = plain.clamp_min(1e-12).log2()
+        spread = (plain - plain.mean(1, keepdim=True)).clamp(-STEP_LIMIT, STEP_LIMIT)
+        step = (config.std_steps - 1) * spread
+        if calibration.rows:
+            sensitivity = (calibration.rows[name] + SENSITIVITY_FLOOR).log2()
+            step -= config.row_steps / 2 * (sensitivity - sensitivity.mean(1, keepdim=True))
+            log_det = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2().mean(1)
+            step += config.matrix_steps * (log_det - plain.mean(1))[:, None]
+        steps[name] = step
+        total += step.double().sum().item() * batch.size(-1)
+        count += batch.numel()
+    limited = {name: (step - total / count).clamp(-STEP_LIMIT, STEP_LIMIT) for name, step in steps.items()}
+    return {name: factor._replace(log2_steps=limited[name]) for name, factor in factors.items()}
 
 
 def column_extras(exponents: Tensor) -> dict[str, Tensor]:
@@ -5831,16 +6039,27 @@ def apply_scales(levels: Tensor, q: Quantized) -> Tensor:
     return values
 
 
+def quantized_integers(
+    codes: Tensor, scales: Tensor, bits: int, extras: dict[str, Tensor], states: int = 0
+) -> Quantized:
+    """A stored tensor of integers: int8 codes, or int16 where one needs more than 8 bits."""
+    largest = int(codes.abs().max()) if codes.numel() else 0
+    wide = largest > INT8_LIMIT
+    codes = codes.to(torch.int16 if wide else torch.int8)
+    return Quantized(codes, scales, largest.bit_length() + 1 if wide else bits, extras, states)
+
+
 def check_codes(q: Quantized) -> None:
     """Errors: ValueError for codes, bits or scales that no quantizer produces."""
-    if q.scales is None or q.codes.dtype != torch.int8 or q.codes.dim() not in (2, 3):
-        raise ValueError("its codes are not int8 matrices with scales")
-    if not 2 <= q.bits <= 8:
+    if not 2 <= q.bits <= 12:
         raise ValueError(f"it claims codes of {q.bits} bits")
+    kind, limit = (torch.int8, INT8_LIMIT) if q.bits <= 8 else (torch.int16, CODE_LIMIT)
+    if q.scales is None or q.codes.dtype != kind or q.codes.dim() not in (2, 3):
+        raise ValueError(f"its codes of {q.bits} bits are not matrices of {kind} with scales")
     if q.scales.dtype != torch.float16 or q.scales.shape != q.codes.shape[:-1]:
         raise ValueError("its scales are not one fp16 number for each row")
-    if (q.codes < -INT8_LIMIT).any():
-        raise ValueError(f"its codes are not within -{INT8_LIMIT}..{INT8_LIMIT}")
+    if ((q.codes < -limit) | (q.codes > limit)).any():
+        raise ValueError(f"its codes are not within -{limit}..{limit}")
 
 
 # --- Uniform: rounding to nearest, or GPTQ where there is a Hessian ---
@@ -5857,7 +6076,7 @@ def gptq(
     """GPTQ (arXiv 2210.17323): rounds one column after the other and compensates its error in those that follow.
 
     weights [B, r, c], scales [B, r], column scales [B, c] (None: all 1), limit a number or [B, c]
-    -> int8 codes [B, r, c] in -limit..limit.
+    -> int16 codes [B, r, c] in -limit..limit.
     """
     order = factor.order  # [B, c]
     ordered = torch.ones_like(order, dtype=torch.float) if column_scales is None else column_scales.gather(-1, order)
@@ -5876,7 +6095,7 @@ def gptq(
             w[..., j:stop] -= error[..., None] * u[:, j, None, j:stop]
             errors[..., j - start] = error
         w[..., stop:] -= errors @ u[:, start:stop, stop:]
-    return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int8)
+    return torch.empty_like(codes).scatter_(-1, row_order, codes).to(torch.int16)
 
 
 def round_to_nearest(weights: Tensor, bits: int, sigmas: float) -> Quantized:
@@ -5898,17 +6117,17 @@ def encode_uniform(
 ) -> Quantized:
     """GPTQ on a uniform grid, or rounding to nearest without a Hessian.
 
-    With TARGET_BYTES the scales follow from the bytes, and codes may use all of int8, as those of salient columns may.
+    With TARGET_BYTES the scales follow from the bytes, and codes may have up to 12 bits. Salient columns have 8.
     """
     if factor is None:
         return round_to_nearest(weights, bits, sigmas)
-    max_level = INT8_LIMIT if config.target_bytes else 0
+    max_level = CODE_LIMIT if config.target_bytes else 0
     scales, exponents = fit_scales(weights, factor, bits, sigmas, config, 2.0**log2_scale_offset, max_level, salient)
     limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
     if salient is not None:
-        limits = torch.where(salient, INT8_LIMIT, limits)
+        limits = torch.where(salient, limits.clamp(min=INT8_LIMIT), limits)
     codes = gptq(weights, factor, scales, limits, torch.exp2(exponents / 2))
-    return Quantized(codes, scales, bits, column_extras(exponents))
+    return quantized_integers(codes, scales, bits, column_extras(exponents))
 
 
 def decode_uniform(q: Quantized) -> Tensor:
@@ -5930,7 +6149,7 @@ def check_uniform(q: Quantized) -> None:
 # codes (octal h0, h1).
 TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)), 8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
 UNGERBOECK = {16: (0o23, 0o04), 32: (0o45, 0o10)}
-TRELLIS_LIMIT = INT8_LIMIT  # |k|
+TRELLIS_LIMIT = CODE_LIMIT  # |k|
 TRELLIS_DISTORTION = 0.27  # squared error, in scales^2, that prices a bit: 0.23 to 0.25 as measured, more does best
 TRELLIS_SCALE = 0.52  # times a uniform quantizer's scale, for about the same number of bits
 TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # rows searched at once, to bound the memory
@@ -5968,7 +6187,7 @@ def make_trellis(states: int, device: torch.device | str = "cpu") -> Trellis:
 
 
 def trellis_levels(codes: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [..., c] in natural order -> (levels int16, state before each code uint8)."""
+    """Codes [..., c] in natural order -> (levels int16, state before each code uint8)."""
     trellis = make_trellis(states, codes.device)
     parity = (codes.reshape(-1, codes.size(-1)).T & 1).long()  # [c, rows]
     state = torch.zeros_like(parity[0])
@@ -6025,7 +6244,7 @@ class BlockPaths(NamedTuple):
     """The survivors' paths through a block of n columns."""
 
     errors: Tensor  # [B S r, n] errors over U_jj
-    codes: Tensor  # int8 [B S r, n]
+    codes: Tensor  # int16 [B S r, n]
     cost: Tensor  # [B, S, r]
     origin: Tensor  # [B S r] flat index of the survivor before the block that each path continues
 
@@ -6047,7 +6266,7 @@ def viterbi_block(
     """
     batch, states, rows, width = work.shape
     work = work.view(-1, width)
-    codes = torch.zeros(work.shape, dtype=torch.int8, device=work.device)
+    codes = torch.zeros(work.shape, dtype=torch.int16, device=work.device)
     origin = torch.arange(len(work), device=work.device)
     first = torch.arange(batch, device=work.device)[:, None, None] * states * rows + torch.arange(
         rows, device=work.device
@@ -6077,7 +6296,7 @@ def viterbi_search(
     block: int = 16,
     delay: int = 64,
 ) -> Tensor:
-    """Codes int8 [B, r, c] of weights w [B, r, c] in scales, with U [B, c, c] and level_cost [B, c, 1, r].
+    """Codes int16 [B, r, c] of weights w [B, r, c] in scales, with U [B, c, c] and level_cost [B, c, 1, r].
 
     A column is decided once `delay` further ones are searched: the best survivor's code is taken, and survivors with
     another past are dropped. All survivors then share what is decided, so its error compensation is one matrix product
@@ -6090,7 +6309,7 @@ def viterbi_search(
     cost = torch.full((batch, states, rows), UNREACHABLE, device=w.device)
     cost[:, 0] = 0
     errors = torch.zeros_like(w)
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    codes = torch.empty(w.shape, dtype=torch.int16, device=w.device)
     past_errors = w.new_zeros(cost.numel(), 0)
     past_codes = codes.new_zeros(cost.numel(), 0)
     first = torch.arange(batch, device=w.device)[:, None] * states * rows + torch.arange(rows, device=w.device)
@@ -6124,13 +6343,13 @@ def trellis_gptq(weights: Tensor, u: Tensor, scales: Tensor, column_scales: Tens
     """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) instead of rounding, columns in natural order.
 
     weights [B, r, c], U [B, c, c], scales [B, r] and column scales [B, c]: a weight is a level times both scales.
-    Returns codes k, int8 [B, r, c]; `trellis_levels` turns them into levels. TRELLIS_RATE weighs the bits: 1 is the
+    Returns codes k, int16 [B, r, c]; `trellis_levels` turns them into levels. TRELLIS_RATE weighs the bits: 1 is the
     slope of the rate-distortion function, 0 ignores them. Natural order takes no bytes, and did better than a falling
     diagonal: the search uses columns that matter little to correct those that matter much.
     """
     trellis = make_trellis(config.trellis_states, weights.device)
     rate = config.trellis_rate
-    codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
+    codes = torch.empty(weights.shape, dtype=torch.int16, device=weights.device)
     bit_cost = math.log(4) * rate * TRELLIS_DISTORTION  # -dD/dR, 6.02 dB per bit
     rows = weights.size(1)
     chunk = TRELLIS_ROWS[weights.device.type]
@@ -6167,7 +6386,7 @@ def encode_trellis(
     max_level = 2 * TRELLIS_LIMIT - 2
     scales, exponents = fit_scales(weights, factor, bits, sigmas, config, multiplier, max_level, salient)
     codes = trellis_gptq(weights, factor.inverse_cholesky, scales, torch.exp2(exponents / 2), config)
-    return Quantized(codes, scales, bits, column_extras(exponents), config.trellis_states)
+    return quantized_integers(codes, scales, bits, column_extras(exponents), config.trellis_states)
 
 
 def decode_trellis(q: Quantized) -> Tensor:
@@ -6259,12 +6478,17 @@ def quantizer_of(q: Quantized) -> Quantizer:
     return QUANTIZERS["trellis" if q.states else "uniform"]
 
 
-def factor_hessians(hessians: dict[str, Tensor], config: Config) -> dict[str, HessianFactor]:
-    """Every bank's factor, in the quantizer's column order; none where the quantizer uses no Hessians."""
+def plan_quantization(weights: dict[str, Tensor], calibration: Calibration, config: Config) -> dict[str, HessianFactor]:
+    """Every bank's factor, in the quantizer's column order, with its row steps; none where no Hessians are used."""
     quantizer = QUANTIZERS[config.quantizer]
     if not quantizer.traits.uses_hessians:
         return {}
-    return {name: factor_hessian(h, config.gptq_damp, quantizer.natural_order) for name, h in hessians.items()}
+    factors = {
+        name: factor_hessian(hessian, config.gptq_damp, quantizer.natural_order)
+        for name, hessian in calibration.hessians.items()
+        if quantization_bits(name, weights[name].numel(), config)[0] < 16
+    }
+    return with_row_steps(weights, calibration, factors, config)
 
 
 # --- AWQ-lite: salient columns in 8 bits ---
@@ -6506,10 +6730,28 @@ def with_residuals(stored: dict[str, Quantized], chosen: list[Residual]) -> dict
 # --- All tensors ---
 
 
+def encode_tensor(
+    name: str,
+    value: Tensor,
+    factor: HessianFactor | None,
+    config: Config,
+    log2_scale_offset: float = 0.0,
+    salient: Tensor | None = None,
+) -> Quantized:
+    """One parameter in its stored form: fp16, or integers by QUANTIZER."""
+    bits, sigmas = quantization_bits(name, value.numel(), config)
+    if bits == 16:
+        return Quantized(value.half(), None, 16, {})
+    encode = QUANTIZERS[config.quantizer].encode
+    q = encode(as_batch(value).float(), factor, bits, sigmas, config, log2_scale_offset, salient)
+    scales = None if q.scales is None else q.scales.view(value.shape[:-1])
+    return q._replace(codes=q.codes.view(value.shape), scales=scales)
+
+
 @torch.no_grad()
 def quantize(
     weights: dict[str, Tensor],
-    hessians: dict[str, Tensor],
+    calibration: Calibration,
     config: Config,
     log: Callable[[str], None] = lambda line: None,
     log2_scale_offset: float = 0.0,
@@ -6517,26 +6759,108 @@ def quantize(
 ) -> dict[str, Quantized]:
     """Every parameter in its stored form: by QUANTIZER, with a Hessian where there is one.
 
-    `log2_scale_offset` multiplies the scales of tensors with a Hessian by a power of two. `factors` are those of the
-    Hessians, if they are known already.
+    `log2_scale_offset` multiplies the scales of tensors with a Hessian by a power of two. `factors` are those of
+    `plan_quantization`, if they are known already.
     """
-    quantizer = QUANTIZERS[config.quantizer]
+    hessians = calibration.hessians
     if factors is None:
-        factors = factor_hessians(hessians, config)
+        factors = plan_quantization(weights, calibration, config)
     salient = salient_columns(weights, hessians, config) if config.awq_groups and hessians else {}
-    stored = {}
-    for name, value in weights.items():
-        bits, sigmas = quantization_bits(name, value.numel(), config)
-        if bits == 16:
-            stored[name] = Quantized(value.half(), None, 16, {})
-            continue
-        batch = as_batch(value).float()
-        q = quantizer.encode(batch, factors.get(name), bits, sigmas, config, log2_scale_offset, salient.get(name))
-        scales = None if q.scales is None else q.scales.view(value.shape[:-1])
-        stored[name] = q._replace(codes=q.codes.view(value.shape), scales=scales)
-    if config.lqer_enabled and hessians:
-        correct_errors(stored, weights, hessians, config, log)
+    stored = {
+        name: encode_tensor(name, value, factors.get(name), config, log2_scale_offset, salient.get(name))
+        for name, value in weights.items()
+    }
+    if config.lqer_enabled and factors:
+        correct_errors(stored, weights, {name: hessians[name] for name in factors}, config, log)
     return stored
+
+
+def adopt_scales(q: Quantized, log2_scales: Tensor, config: Config) -> Quantized:
+    """A stored tensor of integers with other scales, in their stored form."""
+    return q._replace(scales=round_scales(torch.exp2(log2_scales), config.scale_grid))
+
+
+class Tuning:
+    """Tunes what stays continuous once the integers are fixed: row scales, and all that is stored in fp16.
+
+    The loss is the divergence KL(float model || quantized model) on training text. Steps by Adam are taken on masters:
+    log2 of the scales, and fp16 values. The quantized model always computes with what the masters round to.
+    (Fine-tuning after quantization: QuIP#, arXiv 2402.04396; AQLM, arXiv 2401.06118.)
+    """
+
+    def __init__(self, stored: dict[str, Quantized], model: GPT, config: Config):
+        self.stored, self.config = stored, config
+        self.teacher = constant_view(model)
+        self.student = copy.deepcopy(model)
+        device = next(model.parameters()).device
+        self.masters, self.directions, self.fixed = {}, {}, {}
+        for name, q in stored.items():
+            if q.scales is None:
+                self.masters[name] = q.codes.float().to(device)
+                continue
+            scales = q.scales.float().to(device)
+            self.masters[name] = scales.log2()
+            plain = q._replace(
+                scales=torch.ones_like(q.scales), extras={k: v for k, v in q.extras.items() if k == "columns"}
+            )
+            self.directions[name] = quantizer_of(q).decode(plain).to(device)
+            self.fixed[name] = restore(q).to(device) - self.directions[name] * scales[..., None]
+        self.adam = torch.optim.Adam(
+            [
+                dict(params=[self.masters[n] for n in self.directions], lr=config.tune_scale_lr / math.log(2)),
+                dict(params=[m for n, m in self.masters.items() if n not in self.directions], lr=config.tune_vector_lr),
+            ]
+        )
+        rate = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, config.tune_steps)
+        self.schedule = rate
+        self.update_student()
+
+    @torch.no_grad()
+    def update_student(self) -> None:
+        """Copies what the masters round to into the quantized model."""
+        for name, p in self.student.named_parameters():
+            master = self.masters[name]
+            if name not in self.directions:
+                p.copy_(master.half())
+                continue
+            scales = round_scales(torch.exp2(master), self.config.scale_grid).float()
+            p.copy_(self.directions[name] * scales[..., None] + self.fixed[name])
+
+    def divergence(self, batch: Batch) -> Tensor:
+        """KL(float model || quantized model), the mean over a batch's tokens, in nats."""
+        looped = self.config.loops
+        with torch.no_grad():
+            expected = self.teacher.log_probabilities(batch.ids, batch.documents, looped=looped)
+        found = self.student.log_probabilities(batch.ids, batch.documents, looped=looped)
+        return (expected.exp() * (expected - found)).sum(-1).mean()
+
+    def step(self, batch: Batch) -> float:
+        """One step; returns the divergence before it."""
+        loss = self.divergence(batch)
+        loss.backward()
+        with torch.no_grad():
+            for name, p in self.student.named_parameters():
+                gradient = torch.zeros_like(p) if p.grad is None else p.grad.float()
+                if name in self.directions:
+                    scales = torch.exp2(self.masters[name])
+                    gradient = math.log(2) * scales * (gradient * self.directions[name]).sum(-1)
+                self.masters[name].grad = gradient
+                p.grad = None
+        self.adam.step()
+        self.schedule.step()
+        self.update_student()
+        return loss.item()
+
+    def tuned(self, scales: bool = True) -> dict[str, Quantized]:
+        """The stored tensors with what was learned, or with the first scales."""
+        result = {}
+        for name, q in self.stored.items():
+            master = self.masters[name].cpu()
+            if q.scales is None:
+                result[name] = q._replace(codes=master.half())
+            else:
+                result[name] = adopt_scales(q, master, self.config) if scales else q
+        return result
 
 
 def restore(q: Quantized) -> Tensor:
@@ -7307,57 +7631,181 @@ def pack_within(
     return data if chosen else plain
 
 
-LOG2_SCALE_RANGE = (-2.5, 4.0)  # how far TARGET_BYTES may move log2 of the scales: smaller ones would not fit int8
+LOG2_SCALE_RANGE = (-8.0, 8.0)  # how far TARGET_BYTES may move log2 of the scales
+SAMPLED = 8  # one of so many rows is quantized to predict the bytes
+COLUMN_BITS = 3  # what a column's scale class takes in the integers' code, however many rows it has
+LARGEST_SHIFT = 0.12  # octaves by which the scales of one bank may be moved alone, to meet the bytes exactly
+
+
+def gaussian_bits(
+    weights: dict[str, Tensor], factors: dict[str, HessianFactor], config: Config
+) -> Callable[[float], float]:
+    """An estimate of all codes' bits as a function of the scales' log2 offset.
+
+    A weight is taken for a Gaussian deviate whose variance v, in squares of the scale, is its row's times its column's:
+    log2(1 + 2 pi e v) / 2 bits.
+    """
+    variances = []
+    for name, factor in factors.items():
+        batch = as_batch(weights[name]).float()
+        bits, sigmas = quantization_bits(name, batch.numel(), config)
+        scales, exponents = fit_scales(batch, factor, bits, sigmas, config, 1.0, 0, None)
+        square = (batch / scales.float()[..., None] / torch.exp2(exponents.float() / 2)[:, None]).square()
+        row, column = square.mean(2)[:, ::SAMPLED], square.mean(1)
+        overall = square.mean((1, 2)).clamp_min(1e-30)[:, None, None]
+        share = square.size(1) / row.size(1)
+        variances.append((share, row[:, :, None] * column[:, None] / overall * (2 * math.pi * math.e)))
+
+    def bits_at(offset: float) -> float:
+        return sum(share / 2 * torch.log2(1 + v * 4**-offset).sum().item() for share, v in variances)
+
+    return bits_at
+
+
+def solve_offset(bits_at: Callable[[float], float], bits: float) -> float:
+    """The log2 offset of the scales at which falling `bits_at` gives `bits`, within LOG2_SCALE_RANGE; by bisection."""
+    low, high = LOG2_SCALE_RANGE
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bits_at(middle) > bits else (low, middle)
+    return (low + high) / 2
+
+
+def code_bytes(data: bytes, names: Iterable[str]) -> int:
+    """Bytes of the integers of some tensors in an artifact."""
+    sections = {f"{name}.codes" for name in names}
+    return sum(section.packed_size for section in read_header(data)[0].sections if section.name in sections)
 
 
 class Attempt(NamedTuple):
-    """An artifact with one offset of the scales, and the log lines of its quantization."""
+    """An artifact, and the log lines of its quantization."""
 
     data: bytes
-    log2_scale_offset: float
     lines: list[str]
 
 
-def quantize_within(
-    weights: dict[str, Tensor], hessians: dict[str, Tensor], limit: int, config: Config, log: Callable[[str], None]
-) -> bytes:
-    """The artifact by TARGET_BYTES: its scales as small as `limit` bytes allow, to a thousandth of the bytes.
+class ByteSearch:
+    """Quantizes a model to fill a number of bytes to a thousandth, mostly in 1.2 quantizations of all weights.
 
-    Doubling a scale saves a bit for each weight, so the bytes are nearly linear in log2 of the scales, and each attempt
-    starts from the last one's excess. Ends at LOG2_SCALE_RANGE where the model is too small for its bytes.
+    A model of the bits says where to begin, and a sample of rows, quantized and packed, corrects it. Then all weights
+    are quantized. What is still missing or too much is met by the scales of one bank, where a small shift is enough.
     """
-    count = sum(weights[name].numel() for name in hessians)
-    low, high = LOG2_SCALE_RANGE
-    factors = factor_hessians(hessians, config)
-    offset = 0.0
-    tried: set[float] = set()
-    best = None
-    while len(tried) < 8:
+
+    def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
+        self.weights, self.calibration, self.limit, self.config = weights, calibration, limit, config
+        self.factors = plan_quantization(weights, calibration, config)
+        self.salient = salient_columns(weights, calibration.hessians, config) if config.awq_groups else {}
+        self.counts = {name: weights[name].numel() for name in self.factors}
+        self.total = sum(self.counts.values())
+        self.passes = 0.0  # quantizations of all weights; samples and single banks count in proportion
+        self.bits_at = gaussian_bits(weights, self.factors, config)
+        self.stored = {n: encode_tensor(n, w, None, config) for n, w in weights.items() if n not in self.factors}
+        self.best: Attempt | None = None
+
+    def encode(self, name: str, offset: float, every: int = 1) -> Quantized:
+        """One tensor, or some of its rows, with scales moved by `offset` octaves."""
+        value, factor = self.weights[name], self.factors[name]
+        if every > 1:
+            value = as_batch(value)[:, ::every]
+            steps = factor.log2_steps
+            factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
+        self.passes += value.numel() / self.total
+        return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name))
+
+    def sampled_bytes(self, offset: float) -> tuple[float, float]:
+        """Bytes of the integers and of all else, from those of a sample of rows."""
+        sample = {name: self.encode(name, offset, SAMPLED) for name in self.counts}
+        codes = other = 0.0
+        for section in read_header(pack({**self.stored, **sample}, self.config))[0].sections:
+            name = section.name.removesuffix(".codes")
+            if name not in sample:
+                other += section.packed_size * (SAMPLED if name == "scales" else 1)
+                continue
+            matrices, _, columns = as_batch(sample[name].codes).shape
+            by_column = min(matrices * columns * COLUMN_BITS / 8, section.packed_size)
+            share = self.counts[name] / sample[name].codes.numel()
+            codes += share * (section.packed_size - by_column) + by_column
+        return codes, other
+
+    def attempt(self) -> int:
+        """Packs what is stored, and returns its bytes beyond the limit."""
         lines: list[str] = []
-        attempt = Attempt(
-            pack(quantize(weights, hessians, config, lines.append, offset, factors), config), offset, lines
+        stored = {name: self.stored[name]._replace(extras=dict(self.stored[name].extras)) for name in self.weights}
+        if self.config.lqer_enabled:
+            hessians = {name: self.calibration.hessians[name] for name in self.factors}
+            correct_errors(stored, self.weights, hessians, self.config, lines.append)
+        attempt = Attempt(pack(stored, self.config), lines)
+        excess = len(attempt.data) - self.limit
+        if self.best is None or (excess <= 0) > self.fits or (excess <= 0) == self.fits and abs(excess) < self.distance:
+            self.best = attempt
+        return excess
+
+    @property
+    def fits(self) -> bool:
+        return self.best is not None and len(self.best.data) <= self.limit
+
+    @property
+    def distance(self) -> int:
+        return abs(len(self.best.data) - self.limit) if self.best else sys.maxsize
+
+    def first_offset(self) -> float:
+        """Where the model of the bits, corrected by a sample, meets the bytes."""
+        begin = solve_offset(self.bits_at, 8 * self.limit)
+        codes, other = self.sampled_bytes(begin)
+        return solve_offset(self.bits_at, 8 * (self.limit * (1 - 1 / 4000) - other) * self.bits_at(begin) / (8 * codes))
+
+    def shift_one(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:
+        """Moves the scales of the smallest bank for which that is no more than LARGEST_SHIFT, if there is one."""
+        shifts = {name: octaves_of_all * self.total / count for name, count in self.counts.items()}
+        small = [name for name in shifts if abs(shifts[name] + offsets[name] - self.offset) <= LARGEST_SHIFT]
+        if not small:
+            return False
+        name = min(small, key=self.counts.__getitem__)
+        offsets[name] += shifts[name]
+        self.stored[name] = self.encode(name, offsets[name])
+        return True
+
+    def run(self, log: Callable[[str], None]) -> bytes:
+        """The artifact. Where no scales meet the limit, it is larger, or smaller by more than a thousandth."""
+        low, high = LOG2_SCALE_RANGE
+        self.offset, offsets, tries = self.first_offset(), {}, 0
+        while tries < 12:
+            if not offsets:
+                offsets = dict.fromkeys(self.counts, self.offset)
+                self.stored |= {name: self.encode(name, self.offset) for name in self.counts}
+            excess = self.attempt()
+            tries += 1
+            if -self.limit / 1000 <= excess <= 0 or high - low < 1e-3:
+                break
+            slope = (self.bits_at(self.offset) - self.bits_at(self.offset + 0.125)) / 0.125
+            octaves = 8 * (excess + self.limit / 4000) / max(slope, 1.0)
+            if self.shift_one(octaves, offsets):
+                continue
+            low, high = (self.offset, high) if excess > 0 else (low, self.offset)
+            guess = min(max(self.offset + octaves, low), high)
+            self.offset, offsets = guess if low < guess < high else (low + high) / 2, {}
+        if self.best is None:
+            raise RuntimeError("no attempt was made")
+        for line in self.best.lines:
+            log(line)
+        log(
+            f"target:{len(self.best.data)} bytes of {self.limit} for the model, scale x{2**self.offset:.4f}, "
+            f"{self.passes:.2f} passes, packed {tries} times"
         )
-        excess = len(attempt.data) - limit
-        tried.add(offset)
-        if excess > 0:
-            low = offset
-        else:
-            high, best = offset, attempt
-        if -limit / 1000 <= excess <= 0 or high - low < 1e-3:
-            break
-        guess = min(max(offset + 8 * (excess + limit / 4000) / count, low), high)
-        offset = guess if guess not in tried else (low + high) / 2
-    best = best or attempt
-    for line in best.lines:
-        log(line)
-    scale = 2**best.log2_scale_offset
-    log(f"target:{len(best.data)} bytes of {limit} for the model, scale x{scale:.4f} after {len(tried)} tries")
-    return best.data
+        return self.best.data
+
+
+def quantize_within(
+    weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config, log: Callable[[str], None]
+) -> bytes:
+    """The artifact by TARGET_BYTES: its scales as small as `limit` bytes allow, to a thousandth of the bytes."""
+    with torch.no_grad():
+        return ByteSearch(weights, calibration, limit, config).run(log)
 
 
 def make_artifact(
     weights: dict[str, Tensor],
-    hessians: dict[str, Tensor],
+    calibration: Calibration,
     limit_bytes: int,
     config: Config,
     log: Callable[[str], None],
@@ -7367,9 +7815,9 @@ def make_artifact(
     Without either, the artifact may be larger than the limit.
     """
     if config.target_bytes:
-        return quantize_within(weights, hessians, limit_bytes, config, log)
-    stored = quantize(weights, hessians, config, log)
-    residuals = fit_residuals(stored, weights, hessians, config) if config.rvq_enabled else []
+        return quantize_within(weights, calibration, limit_bytes, config, log)
+    stored = quantize(weights, calibration, config, log)
+    residuals = fit_residuals(stored, weights, calibration.hessians, config) if config.rvq_enabled else []
     return pack_within(stored, residuals, limit_bytes, config, log)
 
 
@@ -8380,7 +8828,7 @@ class Trained(NamedTuple):
     """What a training leaves for the artifact and the summary."""
 
     model: GPT  # with averaged weights
-    hessians: dict[str, Tensor]
+    calibration: Calibration
     end: Progress
     score: Score  # before quantization
     data_stall: float  # fraction of the step time
@@ -8419,12 +8867,12 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         if config.compile == "1":
             run.log(f"recompiled: {graphs_compiled() - warm} graphs after the warmup")
     with Stage(run, "calibrate"):
-        hessians = collect_hessians(trainer, end.step)
+        calibration = calibrate(trainer, end.step)
         loader.ahead.close()
-        broken = max(run.gather(nonfinite(hessians.items())))
+        broken = max(run.gather(nonfinite((*calibration.hessians.items(), *calibration.rows.items()))))
         if broken:
             raise diverged(config, f"the inputs of {broken!r} are not finite during calibration")
-    return Trained(model, hessians, end, score, data_stall, log_overrun(config, run, end))
+    return Trained(model, calibration, end, score, data_stall, log_overrun(config, run, end))
 
 
 def log_overrun(config: Config, run: Run, end: Progress) -> float:
@@ -8448,7 +8896,7 @@ def quantize_model(trained: Trained, weights: dict[str, Tensor], config: Config,
     """The artifact of a trained model. Errors: ConfigError where GPTQ cannot use the model's activations."""
     limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
     try:
-        return make_artifact(weights, trained.hessians, limit, config, run.log)
+        return make_artifact(weights, trained.calibration, limit, config, run.log)
     except FloatingPointError as error:
         raise diverged(config, str(error)) from None
 
@@ -8467,7 +8915,7 @@ def save_artifact(
         except ValueError as error:
             raise diverged(config, f"the quantized weights {name!r} cannot be stored: {error}") from None
     write_atomic(run.path(CONTAINER_FILE), data)
-    sections = size_table(data, stored, weights, trained.hessians)
+    sections = size_table(data, stored, weights, trained.calibration.hessians)
     for line in format_table(sections):
         run.log(line)
     return sections

@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import json
+import os
 import shutil
 import signal
 from collections import Counter
@@ -70,6 +71,16 @@ def float32_products_are_exact():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scripts_are_packed_once(tmp_path_factory):
+    """What tests/startup does in the processes that tests start."""
+    folder = built_once(tmp_path_factory, "packed_once", lambda folder: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACKED_ONCE", str(folder))
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("startup")), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Runs scripts as processes that are forked from one which has imported what they import: none pays for start-up.
 
-A job is a line of JSON on standard input: script, environment, ranks, and the folder for what it writes. The answer is
-a line with its exit code. Nothing here starts a thread or computes with torch, so that a child begins as a script does;
-pytest is not imported. The process ends with its input.
+A job is a line of JSON on standard input: script, arguments, environment, ranks, current folder, and the folder for what
+it writes. The answer is a line with its exit code. Nothing here starts a thread or computes with torch, so that a child
+begins as a script does; pytest is not imported. The process ends with its input.
 """
 
 import json
@@ -36,16 +36,17 @@ def code_of(path):
     return CODES[source, path]
 
 
-def execute(path, code, environment, out):
+def execute(job, code, environment):
     """This process becomes the script. Never returns."""
-    result = 1
+    path, out, result = job["script"], Path(job["out"]), 1
     try:
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, descriptor)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = [path]
+        os.chdir(job["cwd"])
+        sys.argv, sys.path[0] = [path, *job["arguments"]], os.path.dirname(path)
         tempfile.tempdir = None  # an import may have asked for it
         module = types.ModuleType("__main__")
         module.__file__ = path
@@ -77,7 +78,7 @@ def run(job):
         child = os.fork()
         if not child:
             words = {name: str(value) for name, value in more.items()}
-            execute(path, code, {**job["environment"], **words}, Path(job["out"]))
+            execute(job, code, {**job["environment"], **words})
         children.add(child)
     result = 0
     while children:

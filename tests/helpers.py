@@ -8,8 +8,11 @@ import io
 import json
 import os
 import random
+import select
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -500,9 +503,56 @@ def launch(script, values, *arguments, ranks=1, cwd=None):
     return run_command([*command, script, *arguments], env=clean_environment(values), cwd=cwd)
 
 
+class ForkServer:
+    """The process of tests/fork_server.py: it runs scripts that start at once, on any number of ranks."""
+
+    def __init__(self):
+        self.process = processes.start(
+            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
+            env=clean_environment(dict(OMP_NUM_THREADS=1)),  # as torchrun sets it
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script, environment, *arguments, ranks=1, cwd=None, out=None):
+        """Runs a script to its end, its output as text, which is also left in the folder `out` where one is given."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(out or folder)
+            for name in ("stdout", "stderr"):
+                (out / name).write_text("")
+            words = [str(word) for word in arguments]
+            where = str(Path(cwd or ".").resolve())
+            job = dict(script=str(script), arguments=words, environment=environment, ranks=ranks, cwd=where, out=str(out))
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], HANG_SECONDS)[0]:
+                processes.stop(self.process)
+                raise TimeoutError(f"{script} hangs")
+            code = int(self.process.stdout.readline())
+            found = ((out / name).read_text() for name in ("stdout", "stderr"))
+            return subprocess.CompletedProcess([str(script), *words], code, *found)
+
+
+@functools.cache
+def fork_server():
+    """This process's ForkServer, which ends with it."""
+    return ForkServer()
+
+
+def fork(script, values, *arguments, ranks=1, cwd=None):
+    """What `launch` does, in seconds less: the script's processes are forked from one that has imported torch."""
+    return fork_server().run(script, clean_environment(values), *arguments, ranks=ranks, cwd=cwd)
+
+
 def run_script(values, *arguments, ranks=1, cwd=None):
     """Runs train_gpt.py as a user does."""
     return launch(SCRIPT, values, *arguments, ranks=ranks, cwd=cwd)
+
+
+def fork_script(values, *arguments, ranks=1, cwd=None):
+    """Runs train_gpt.py in forked processes, where what starts it is not what is tested."""
+    return fork(SCRIPT, values, *arguments, ranks=ranks, cwd=cwd)
 
 
 @contextlib.contextmanager

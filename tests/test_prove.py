@@ -26,6 +26,7 @@ from helpers import (
     built_once,
     clean_environment,
     encode,
+    fork_server,
     run_command,
     train_tokenizer,
     write_shard,
@@ -87,31 +88,16 @@ class Server:
     def __init__(self, folder):
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.process = processes.start(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
     def run(self, script, environment, ranks, out):
-        """Exit code and standard error of a script."""
-        for name in ("stdout", "stderr"):
-            (out / name).write_text("")
-        job = dict(script=str(script), environment=environment, ranks=ranks, out=str(out))
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return code, (out / "stderr").read_text()
+        """Exit code and standard error of a script, which are left in a folder with its output."""
+        done = fork_server().run(script, environment, ranks=ranks, out=out)
+        return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A Server that ends with the tests."""
-    made = Server(tmp_path_factory.mktemp("server"))
-    yield made
-    made.process.stdin.close()
-    made.process.wait()
+    return Server(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="session")

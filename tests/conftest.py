@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, TINY, built_once, launch, write_data
+import reproduce
+from helpers import TINY, built_once, environment, forking, working_folder, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
 
@@ -124,22 +125,9 @@ def reproduced(tmp_path_factory, data, baseline):
         shutil.copy(baseline, folder / "baseline.json")
         values = dict(TINY, DATA_PATH="shards", ITERATIONS=8)
         del values["SEED"]
-        done = launch(
-            ROOT / "tools" / "reproduce.py",
-            values,
-            "--work",
-            "work",
-            "--out",
-            "out",
-            "--baseline",
-            "baseline.json",
-            "--with-artifacts",
-            "--author",
-            "A. Author",
-            cwd=folder,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-        (folder / "out.txt").write_text(done.stdout)
+        arguments = ["--work", "work", "--out", "out", "--baseline", "baseline.json", "--with-artifacts", "--author"]
+        with environment(values), working_folder(folder), forking():
+            assert reproduce.main([*arguments, "A. Author"]) == 0
 
     return built_once(tmp_path_factory, "reproduced", build)
 

@@ -1,8 +1,8 @@
 """Runs scripts as processes that are forked from one which has imported what they import: none pays for start-up.
 
-A job is a line of JSON on standard input: script, arguments, environment, ranks, current folder, and the folder for what
-it writes. The answer is a line with its exit code. Nothing here starts a thread or computes with torch, so that a child
-begins as a script does; pytest is not imported. The process ends with its input.
+A job is a line of JSON on standard input: script, arguments, environment, ranks, current folder, and the folder for
+what it writes. The answer is a line with its exit code. Nothing here starts a thread or computes with torch, so that a
+child begins as a script does; pytest is not imported. The process ends with its input.
 """
 
 import json

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -463,6 +464,17 @@ def clean_environment(values):
     return {**kept, **strings(values)}
 
 
+@contextlib.contextmanager
+def environment(values):
+    """This process's environment is `clean_environment(values)` for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_environment({})):
+            patch.delenv(name)
+        for name, value in strings(values).items():
+            patch.setenv(name, value)
+        yield
+
+
 def run_command(command, **options):
     """Runs a command to its end; returns the finished process, its output as text."""
     return processes.run([str(word) for word in command], timeout=HANG_SECONDS, **options)
@@ -507,6 +519,7 @@ class ForkServer:
     """The process of tests/fork_server.py: it runs scripts that start at once, on any number of ranks."""
 
     def __init__(self):
+        self.lock = threading.Lock()  # one job at a time, whatever thread asks for it
         self.process = processes.start(
             [sys.executable, str(ROOT / "tests" / "fork_server.py")],
             env=clean_environment(dict(OMP_NUM_THREADS=1)),  # as torchrun sets it
@@ -523,15 +536,20 @@ class ForkServer:
                 (out / name).write_text("")
             words = [str(word) for word in arguments]
             where = str(Path(cwd or ".").resolve())
-            job = dict(script=str(script), arguments=words, environment=environment, ranks=ranks, cwd=where, out=str(out))
+            job = dict(script=str(script), arguments=words, environment=environment, ranks=ranks)
+            code = self.answer(job | dict(cwd=where, out=str(out)))
+            found = ((out / name).read_text() for name in ("stdout", "stderr"))
+            return subprocess.CompletedProcess([str(script), *words], code, *found)
+
+    def answer(self, job):
+        """The exit code of a job."""
+        with self.lock:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
             if not select.select([self.process.stdout], [], [], HANG_SECONDS)[0]:
                 processes.stop(self.process)
-                raise TimeoutError(f"{script} hangs")
-            code = int(self.process.stdout.readline())
-            found = ((out / name).read_text() for name in ("stdout", "stderr"))
-            return subprocess.CompletedProcess([str(script), *words], code, *found)
+                raise TimeoutError(f"{job['script']} hangs")
+            return int(self.process.stdout.readline())
 
 
 @functools.cache
@@ -543,6 +561,37 @@ def fork_server():
 def fork(script, values, *arguments, ranks=1, cwd=None):
     """What `launch` does, in seconds less: the script's processes are forked from one that has imported torch."""
     return fork_server().run(script, clean_environment(values), *arguments, ranks=ranks, cwd=cwd)
+
+
+class ForkedCommand:
+    """Takes the place of a process of `processes.start`: a Python script that was forked and has ended."""
+
+    def __init__(self, command, env, cwd):
+        _, *words = (str(word) for word in command)
+        ranks = 1
+        if words[:3] == ["-m", "torch.distributed.run", "--standalone"]:
+            ranks, words = int(words[3].removeprefix("--nproc_per_node=")), words[4:]
+        script = (Path(cwd or ".") / words[0]).absolute()
+        self.done = fork_server().run(script, dict(env or os.environ), *words[1:], ranks=ranks, cwd=cwd)
+        self.returncode = self.done.returncode
+        self.stdout = io.StringIO(self.done.stdout + self.done.stderr)
+
+    def wait(self):
+        return self.returncode
+
+
+@contextlib.contextmanager
+def forking():
+    """For a while, the tools in this process fork Python scripts that they would start, with torchrun or without."""
+    fork_server()  # which ends with the thread that starts it
+
+    def start(command, *, env=None, cwd=None, **_):
+        return ForkedCommand(command, env, cwd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "start", start)
+        patch.setattr(processes, "run", lambda command, **options: start(command, **options).done)
+        yield
 
 
 def run_script(values, *arguments, ranks=1, cwd=None):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch, run_command
+from helpers import ROOT, TINY, built_once, clean_environment, fork_script, knob_names, launch, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import docs  # noqa: E402
@@ -265,7 +265,7 @@ def test_the_example_that_reads_scores_runs(data, tmp_path):
     (tmp_path / "data" / "builtin_sp4096").symlink_to(data)
     for mode in ("train", "eval"):
         values = dict(TINY, DATA_PATH=data, MODE=mode, EVAL_SCORES=1, RUN_ID="demo")
-        done = launch(ROOT / "train_gpt.py", values, cwd=tmp_path)
+        done = fork_script(values, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     done = run_command([sys.executable, "-c", script], cwd=tmp_path, env=clean_environment({}))
     assert done.returncode == 0, done.stderr
@@ -374,7 +374,7 @@ def test_the_example_travels_in_the_artifact(followed):
 
 
 def test_switched_off_the_example_leaves_every_bit_as_it_was(followed, data, tmp_path):
-    done = launch(ROOT / "train_gpt.py", dict(TINY, DATA_PATH=data, RUN_ID="before"), cwd=tmp_path)
+    done = fork_script(dict(TINY, DATA_PATH=data, RUN_ID="before"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = tmp_path / "logs" / "before", followed / "logs" / "plain"
     losses = [

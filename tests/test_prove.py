@@ -7,7 +7,6 @@ processes are forked from one that has imported torch (tests/fork_server.py).
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import processes
 import prove
 from cheats import CAUSALITY, CHEATS, CLAIM, COUNTS, MEMORY, NORMALIZATION, OFFICIAL, RUN, TRAINING, UNNOTICED
 from helpers import (

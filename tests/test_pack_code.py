@@ -20,9 +20,10 @@ from helpers import (
     built_once,
     clean_environment,
     examples,
+    fork,
+    fork_script,
     launch,
     run_command,
-    run_script,
     snapshot,
     tg,
 )
@@ -51,7 +52,7 @@ def artifact(tmp_path_factory, data):
     """A folder with the artifact of a short training, and nothing else."""
 
     def build(folder):
-        done = run_script(dict(RUN, DATA_PATH=data, RUN_ID="run"), "--mode", "train", cwd=folder)
+        done = fork_script(dict(RUN, DATA_PATH=data, RUN_ID="run"), "--mode", "train", cwd=folder)
         assert done.returncode == 0, done.stderr
         shutil.move(folder / "logs" / "run" / "model.pgolf", folder)
         shutil.rmtree(folder / "logs")
@@ -59,7 +60,7 @@ def artifact(tmp_path_factory, data):
     return built_once(tmp_path_factory, "artifact_to_pack", build)
 
 
-def evaluate(script, artifact, data, folder, ranks=1, **knobs):
+def evaluate(script, artifact, data, folder, ranks=1, forked=True, **knobs):
     """MODE=eval by a script from an empty folder: (the process, its summary)."""
     (folder / "empty").mkdir(parents=True)
     shutil.copytree(artifact, folder / "run")
@@ -74,14 +75,14 @@ def evaluate(script, artifact, data, folder, ranks=1, **knobs):
         DEVICE="cpu",
         **knobs,
     )
-    done = launch(script, values, ranks=ranks, cwd=folder / "empty")
+    done = (fork if forked else launch)(script, values, ranks=ranks, cwd=folder / "empty")
     assert not list((folder / "empty").iterdir()) and (folder / "run" / "eval_summary.json").is_file(), done.stderr
     return done, json.loads((folder / "run" / "eval_summary.json").read_text())
 
 
 def test_both_forms_score_the_same_and_count_the_same_bytes(packed, artifact, data, tmp_path):
     plain_run, plain = evaluate(SCRIPT, artifact, data, tmp_path / "plain")
-    run, ours = evaluate(packed, artifact, data, tmp_path / "packed")
+    run, ours = evaluate(packed, artifact, data, tmp_path / "packed", forked=False)
     same = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "code_bytes", "model_bytes", "artifact_bytes")
     assert {name: ours[name] for name in same} == {name: plain[name] for name in same}
     assert ours["code_bytes"] == packed.stat().st_size
@@ -97,7 +98,7 @@ def test_the_packed_script_runs_on_two_ranks(packed, artifact, data, tmp_path):
 
 
 def test_the_packed_script_trains_the_same_artifact(packed, artifact, data, tmp_path):
-    done = launch(packed, dict(RUN, DATA_PATH=data, RUN_ID="run"), "--mode", "train", cwd=tmp_path)
+    done = fork(packed, dict(RUN, DATA_PATH=data, RUN_ID="run"), "--mode", "train", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "logs" / "run" / "model.pgolf").read_bytes() == (artifact / "model.pgolf").read_bytes()
 
@@ -113,7 +114,7 @@ def test_help_and_plan_are_those_of_the_readable_script(packed, tmp_path, capsys
     for option in ("--help", "--dry-run"):
         assert tg.main([option], clean_environment(RUN)) == 0
         expected = capsys.readouterr()
-        done = launch(packed, RUN, option, cwd=tmp_path)
+        done = fork(packed, RUN, option, cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (0, expected.out, expected.err)
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import ROOT, TINY, built_once, clean_environment, fork_script, knob_names, launch, run_command
+from helpers import ROOT, TINY, built_once, clean_environment, fork_script, fork_server, knob_names, launch, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import docs  # noqa: E402
@@ -327,6 +327,15 @@ PAGE = (ROOT / "docs" / "technique.md").read_text()
 COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of the first block
 
 
+def give(command, folder, environment):
+    """Runs a command of the page; a script of the project's is forked from a process that has imported torch."""
+    words = re.fullmatch(r"((?:\w+=\S+ )*)\.venv/bin/python (\w+/)?(\w+\.py)", command)
+    if not words:
+        return run_command(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment)
+    values = dict(word.split("=") for word in words[1].split())
+    return fork_server().run(folder / (words[2] or "") / words[3], environment | values, cwd=folder)
+
+
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory, data):
     """A copy of the repository in which the page's first commands were given, one by one, as they stand there."""
@@ -349,7 +358,7 @@ def followed(tmp_path_factory, data):
         for name in ("GIT_DIR", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
             environment.pop(name, None)
         for command in re.split(r"\n(?!    )", COMMANDS.strip()):
-            done = run_command(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment)
+            done = give(command, folder, environment)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
     return built_once(tmp_path_factory, "technique", build)

@@ -6,10 +6,12 @@ child begins as a script does; pytest is not imported. The process ends with its
 """
 
 import json
+import math
 import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 import types
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch.optim.adamw  # noqa: F401
 import triton.language  # noqa: F401
 import zstandard  # noqa: F401
 
+GRACE = 1.0  # seconds in which ranks may still fail after the first one did
 CODES = {}  # script's content and name -> code object
 
 
@@ -65,7 +68,7 @@ def execute(job, code, environment):
 
 
 def run(job):
-    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed then."""
+    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed soon after."""
     path, ranks = job["script"], job["ranks"]
     code, variables = code_of(path), [{}]
     if ranks > 1:
@@ -80,14 +83,18 @@ def run(job):
             words = {name: str(value) for name, value in more.items()}
             execute(job, code, {**job["environment"], **words})
         children.add(child)
-    result = 0
+    result, deadline = 0, math.inf
     while children:
-        ended, status = os.wait()
+        ended, status = os.waitpid(-1, os.WNOHANG if result else 0)
         children.discard(ended)
-        if status and not result:
-            result = os.waitstatus_to_exitcode(status)
+        if ended and status and not result:
+            result, deadline = os.waitstatus_to_exitcode(status), time.monotonic() + GRACE
+        if result and not ended:
+            time.sleep(0.01)
+        if time.monotonic() > deadline:
             for child in children:
                 os.kill(child, 9)
+            deadline = math.inf
     return result
 
 

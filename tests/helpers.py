@@ -521,9 +521,10 @@ class ForkServer:
 
     def __init__(self):
         self.lock = threading.Lock()  # one job at a time, whatever thread asks for it
+        unmarked = {name: value for name, value in clean_environment({}).items() if name != "MARK"}  # it is no leftover
         self.process = processes.start(
             [sys.executable, str(ROOT / "tests" / "fork_server.py")],
-            env=clean_environment(dict(OMP_NUM_THREADS=1)),  # as torchrun sets it
+            env=unmarked | dict(OMP_NUM_THREADS="1"),  # as torchrun sets it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -567,20 +568,22 @@ def fork(script, values, *arguments, ranks=1, cwd=None):
 class ForkedCommand:
     """Takes the place of a process of `processes.start`: a Python script that was forked and has ended."""
 
-    def __init__(self, command, env, cwd):
-        _, *words = (str(word) for word in command)
-        ranks = 1
-        if words[:3] == ["-m", "torch.distributed.run", "--standalone"]:
-            ranks, words = int(words[3].removeprefix("--nproc_per_node=")), words[4:]
+    def __init__(self, words, ranks, env, cwd, stdout):
         script = (Path(cwd or ".") / words[0]).absolute()
         if script == ROOT / "tools" / "prove.py":  # it starts scripts itself
             self.returncode = prove.main(words[1:])
             return
         self.done = fork_server().run(script, dict(env or os.environ), *words[1:], ranks=ranks, cwd=cwd)
-        self.returncode = self.done.returncode
-        self.stdout = io.StringIO(self.done.stdout + self.done.stderr)
+        self.returncode, text = self.done.returncode, self.done.stdout + self.done.stderr
+        self.stdout = io.StringIO(text)
+        if hasattr(stdout, "write"):
+            stdout.write(text.encode())
+            stdout.flush()
 
-    def wait(self):
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout=None):
         return self.returncode
 
 
@@ -588,9 +591,15 @@ class ForkedCommand:
 def forking():
     """For a while, the tools in this process fork Python scripts that they would start, with torchrun or without."""
     fork_server()  # which ends with the thread that starts it
+    torchrun, real = ["-m", "torch.distributed.run", "--standalone"], processes.start
 
-    def start(command, *, env=None, cwd=None, **_):
-        return ForkedCommand(command, env, cwd)
+    def start(command, *, env=None, cwd=None, stdout=None, **more):
+        _, *words = (str(word) for word in command)
+        ranks = int(words[3].removeprefix("--nproc_per_node=")) if words[:3] == torchrun else 1
+        words = words[4:] if words[:3] == torchrun else words
+        if words[0].endswith(".py"):
+            return ForkedCommand(words, ranks, env, cwd, stdout)
+        return real(command, env=env, cwd=cwd, stdout=stdout, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "start", start)

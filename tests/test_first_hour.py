@@ -16,7 +16,7 @@ import first_hour
 import first_hour_data
 import first_hour_report as report
 import processes
-from helpers import ROOT, clean_environment, documents_of, run_command, running_with, shards_of, tg, wait_until
+from helpers import ROOT, clean_environment, documents_of, forking, run_command, running_with, shards_of, tg, wait_until
 from runs import UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
@@ -63,7 +63,8 @@ def test_a_rehearsal_runs_every_step_and_goes_on_after_failures(bare, tmp_path, 
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k quantization")  # one quick test in the step of tests
     arguments = ["--device", "cpu", "--tiny", "--out", str(out), "--budget", str(budget)]
     arguments += ["--skip", "step-fa2,step-varlen"]  # as step-fa3
-    assert first_hour.main(arguments) == 1
+    with forking():
+        assert first_hour.main(arguments) == 1
     # On the children of this test: what the mark finds besides this process would be left over.
     assert set(running_with(bare)) <= {os.getpid()}
 

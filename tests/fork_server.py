@@ -68,7 +68,7 @@ def execute(job, code, environment):
 
 
 def run(job):
-    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed soon after."""
+    """Runs a job on its ranks. Returns the exit code: the first that is not 0; the other ranks are killed then."""
     path, ranks = job["script"], job["ranks"]
     code, variables = code_of(path), [{}]
     if ranks > 1:

@@ -550,13 +550,15 @@ def mlp_kernels_to_compile():
             kind = types[dtype]
             signature = {name: f"tensordesc<{kind}{blocks[name]}>" if described else f"*{kind}" for name in names}
             yield capability, kernel, {**signature, "M": "i32"}, constants, options
-            yield capability, kernel, {**signature, "M": "i64"}, {**constants, **dict.fromkeys(optional)}, options
+            if capability in (80, 90):  # with descriptors and without
+                yield capability, kernel, {**signature, "M": "i64"}, {**constants, **dict.fromkeys(optional)}, options
 
 
 def attention_kernels_to_compile():
     """As `kernels_to_compile`: the kernels around attention."""
     sizes = ((8, 4, 64, 8, 8), (8, 8, 64, 32, 0), (6, 2, 128, 64, 3), (1, 1, 16, 1, 1))
-    cases = [*itertools.product(("*bf16", "*fp32"), sizes), ("*fp16", sizes[0])]  # fp16 takes the room of bf16
+    cases = [("*bf16", size) for size in sizes] + [("*fp32", size) for size in sizes[1:3]]
+    cases += [("*fp16", sizes[0])]  # which takes the room of bf16
     for pointer, (heads, kv_heads, width, half, gates) in cases:
         row, options = (heads + 2 * kv_heads) * width + gates, k.head_tiles(width)
         shared = dict(BLOCK=options.pop("BLOCK"), WIDTH=width, KV_HEADS=kv_heads)
@@ -595,8 +597,8 @@ def float8_kernels_to_compile():
 
 def kernels_to_compile():
     """(capability, kernel, types of arguments, constants, options) of every kernel: the record's sizes and odd ones."""
-    sizes = (*itertools.product(KINDS, ("bf16", "fp32"), (8192, 1025)), ("tanh", "fp16", 20000), ("poly", "bf16", 1))
-    for kind, dtype, vocabulary in sizes:
+    sizes = [("tanh", "bf16", 8192), ("tanh", "fp32", 1025), ("poly", "bf16", 1025), ("poly", "fp32", 8192)]
+    for kind, dtype, vocabulary in [*sizes, ("tanh", "fp16", 20000), ("poly", "bf16", 1)]:
         tiles = k.cross_entropy_tiles(vocabulary)
         options, logits = dict(num_warps=tiles.pop("num_warps")), f"*{dtype}"
         constants = dict(tiles, V=vocabulary, CAP=CAP, KIND=kind)

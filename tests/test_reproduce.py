@@ -27,6 +27,7 @@ from helpers import (
 )
 
 sys.path.insert(0, str(ROOT / "tools"))
+import publish  # noqa: E402
 import reproduce  # noqa: E402
 import runs  # noqa: E402
 import submission  # noqa: E402
@@ -342,9 +343,8 @@ def test_a_submission_is_shown_at_the_root(reproduced, tmp_path):
     (tmp_path / "logs" / "mine").mkdir(parents=True)
     (tmp_path / "logs" / "mine" / "log.txt").write_text("a run")
     (tmp_path / "logs" / "train_seed7.log").write_text("of the submission before")
-    command = (ROOT / "tools" / "publish.py", {}, str(reproduced / "out"), "--root", str(tmp_path))
-    done = launch(*command)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [str(reproduced / "out"), "--root", str(tmp_path)]
+    assert publish.main(arguments) == 0
     files, out = published(tmp_path), reproduced / "out"
     logs = {f"logs/{p.name}" for seed in (42, 0, 314) for p in out.glob(f"*_seed{seed}.*") if p.suffix != ".pgolf"}
     assert (
@@ -354,18 +354,18 @@ def test_a_submission_is_shown_at_the_root(reproduced, tmp_path):
     )
     assert all(files[name] == (out / name.removeprefix("logs/")).read_bytes() for name in logs | {"submission.json"})
     assert all(files[f"docs/{name}.png"].startswith(b"\x89PNG") for name in ("loss", "stages", "bytes"))
-    assert launch(*command).returncode == 0 and published(tmp_path) == files
+    assert publish.main(arguments) == 0 and published(tmp_path) == files
 
 
-def test_a_submission_with_a_disagreement_is_not_shown(reproduced, tmp_path):
+def test_a_submission_with_a_disagreement_is_not_shown(reproduced, tmp_path, capsys):
     shutil.copytree(reproduced / "out", tmp_path / "out")
     file = tmp_path / "out" / "submission.json"
     s = json.loads(file.read_text())
     file.write_text(json.dumps(s | {"val_bpb": s["val_bpb"] - 0.01}))
     (tmp_path / "root").mkdir()
-    done = launch(ROOT / "tools" / "publish.py", {}, str(tmp_path / "out"), "--root", str(tmp_path / "root"))
-    assert done.returncode == 2 and "has disagreements, and is not published" in done.stderr
-    assert "DISAGREES: submission.json: val_bpb" in done.stdout and not published(tmp_path / "root")
+    with pytest.raises(runs.UserError, match="has disagreements, and is not published"):
+        publish.main([str(tmp_path / "out"), "--root", str(tmp_path / "root")])
+    assert "DISAGREES: submission.json: val_bpb" in capsys.readouterr().out and not published(tmp_path / "root")
 
 
 def test_another_script_is_noticed(reproduced, tmp_path):

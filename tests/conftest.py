@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import json
+import os
 import shutil
 import signal
 from collections import Counter
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, TINY, built_once, launch, write_data
+import reproduce
+from helpers import TINY, built_once, environment, forking, working_folder, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
 
@@ -72,6 +74,16 @@ def float32_products_are_exact():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scripts_are_packed_once(tmp_path_factory):
+    """What tests/startup does in the processes that tests start."""
+    folder = built_once(tmp_path_factory, "packed_once", lambda folder: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACKED_ONCE", str(folder))
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("startup")), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with a tokenizer of 384 tokens, shards of some 60,000 tokens and a manifest. Not to be changed."""
@@ -113,22 +125,9 @@ def reproduced(tmp_path_factory, data, baseline):
         shutil.copy(baseline, folder / "baseline.json")
         values = dict(TINY, DATA_PATH="shards", ITERATIONS=8)
         del values["SEED"]
-        done = launch(
-            ROOT / "tools" / "reproduce.py",
-            values,
-            "--work",
-            "work",
-            "--out",
-            "out",
-            "--baseline",
-            "baseline.json",
-            "--with-artifacts",
-            "--author",
-            "A. Author",
-            cwd=folder,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-        (folder / "out.txt").write_text(done.stdout)
+        arguments = ["--work", "work", "--out", "out", "--baseline", "baseline.json", "--with-artifacts", "--author"]
+        with environment(values), working_folder(folder), forking():
+            assert reproduce.main([*arguments, "A. Author"]) == 0
 
     return built_once(tmp_path_factory, "reproduced", build)
 

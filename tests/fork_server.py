@@ -1,15 +1,17 @@
 """Runs scripts as processes that are forked from one which has imported what they import: none pays for start-up.
 
-A job is a line of JSON on standard input: script, environment, ranks, and the folder for what it writes. The answer is
-a line with its exit code. Nothing here starts a thread or computes with torch, so that a child begins as a script does;
-pytest is not imported. The process ends with its input.
+A job is a line of JSON on standard input: script, arguments, environment, ranks, current folder, and the folder for
+what it writes. The answer is a line with its exit code. Nothing here starts a thread or computes with torch, so that a
+child begins as a script does; pytest is not imported. The process ends with its input.
 """
 
 import json
+import math
 import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 import types
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch.optim.adamw  # noqa: F401
 import triton.language  # noqa: F401
 import zstandard  # noqa: F401
 
+GRACE = 1.0  # seconds in which ranks may still fail after the first one did
 CODES = {}  # script's content and name -> code object
 
 
@@ -36,16 +39,17 @@ def code_of(path):
     return CODES[source, path]
 
 
-def execute(path, code, environment, out):
+def execute(job, code, environment):
     """This process becomes the script. Never returns."""
-    result = 1
+    path, out, result = job["script"], Path(job["out"]), 1
     try:
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, descriptor)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = [path]
+        os.chdir(job["cwd"])
+        sys.argv, sys.path[0] = [path, *job["arguments"]], os.path.dirname(path)
         tempfile.tempdir = None  # an import may have asked for it
         module = types.ModuleType("__main__")
         module.__file__ = path
@@ -77,16 +81,20 @@ def run(job):
         child = os.fork()
         if not child:
             words = {name: str(value) for name, value in more.items()}
-            execute(path, code, {**job["environment"], **words}, Path(job["out"]))
+            execute(job, code, {**job["environment"], **words})
         children.add(child)
-    result = 0
+    result, deadline = 0, math.inf
     while children:
-        ended, status = os.wait()
+        ended, status = os.waitpid(-1, os.WNOHANG if result else 0)
         children.discard(ended)
-        if status and not result:
-            result = os.waitstatus_to_exitcode(status)
+        if ended and status and not result:
+            result, deadline = os.waitstatus_to_exitcode(status), time.monotonic() + GRACE
+        if result and not ended:
+            time.sleep(0.01)
+        if time.monotonic() > deadline:
             for child in children:
                 os.kill(child, 9)
+            deadline = math.inf
     return result
 
 

@@ -8,8 +8,12 @@ import io
 import json
 import os
 import random
+import select
 import socket
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +28,7 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 import audit  # noqa: E402
 import processes  # noqa: E402
+import prove  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -460,6 +465,17 @@ def clean_environment(values):
     return {**kept, **strings(values)}
 
 
+@contextlib.contextmanager
+def environment(values):
+    """This process's environment is `clean_environment(values)` for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_environment({})):
+            patch.delenv(name)
+        for name, value in strings(values).items():
+            patch.setenv(name, value)
+        yield
+
+
 def run_command(command, **options):
     """Runs a command to its end; returns the finished process, its output as text."""
     return processes.run([str(word) for word in command], timeout=HANG_SECONDS, **options)
@@ -500,9 +516,105 @@ def launch(script, values, *arguments, ranks=1, cwd=None):
     return run_command([*command, script, *arguments], env=clean_environment(values), cwd=cwd)
 
 
+class ForkServer:
+    """The process of tests/fork_server.py: it runs scripts that start at once, on any number of ranks."""
+
+    def __init__(self):
+        self.lock = threading.Lock()  # one job at a time, whatever thread asks for it
+        unmarked = {name: value for name, value in clean_environment({}).items() if name != "MARK"}  # it is no leftover
+        self.process = processes.start(
+            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
+            env=unmarked | dict(OMP_NUM_THREADS="1"),  # as torchrun sets it
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script, environment, *arguments, ranks=1, cwd=None, out=None):
+        """Runs a script to its end, its output as text, which is also left in the folder `out` where one is given."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(out or folder)
+            for name in ("stdout", "stderr"):
+                (out / name).write_text("")
+            words = [str(word) for word in arguments]
+            where = str(Path(cwd or ".").resolve())
+            job = dict(script=str(script), arguments=words, environment=environment, ranks=ranks)
+            code = self.answer(job | dict(cwd=where, out=str(out)))
+            found = ((out / name).read_text() for name in ("stdout", "stderr"))
+            return subprocess.CompletedProcess([str(script), *words], code, *found)
+
+    def answer(self, job):
+        """The exit code of a job."""
+        with self.lock:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], HANG_SECONDS)[0]:
+                processes.stop(self.process)
+                raise TimeoutError(f"{job['script']} hangs")
+            return int(self.process.stdout.readline())
+
+
+@functools.cache
+def fork_server():
+    """This process's ForkServer, which ends with it."""
+    return ForkServer()
+
+
+def fork(script, values, *arguments, ranks=1, cwd=None):
+    """What `launch` does, in seconds less: the script's processes are forked from one that has imported torch."""
+    return fork_server().run(script, clean_environment(values), *arguments, ranks=ranks, cwd=cwd)
+
+
+class ForkedCommand:
+    """Takes the place of a process of `processes.start`: a Python script that was forked and has ended."""
+
+    def __init__(self, words, ranks, env, cwd, stdout):
+        script = (Path(cwd or ".") / words[0]).absolute()
+        if script == ROOT / "tools" / "prove.py":  # it starts scripts itself
+            self.returncode = prove.main(words[1:])
+            return
+        self.done = fork_server().run(script, dict(env or os.environ), *words[1:], ranks=ranks, cwd=cwd)
+        self.returncode, text = self.done.returncode, self.done.stdout + self.done.stderr
+        self.stdout = io.StringIO(text)
+        if hasattr(stdout, "write"):
+            stdout.write(text.encode())
+            stdout.flush()
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout=None):
+        return self.returncode
+
+
+@contextlib.contextmanager
+def forking():
+    """For a while, the tools in this process fork Python scripts that they would start, with torchrun or without."""
+    fork_server()  # which ends with the thread that starts it
+    torchrun, real = ["-m", "torch.distributed.run", "--standalone"], processes.start
+
+    def start(command, *, env=None, cwd=None, stdout=None, **more):
+        _, *words = (str(word) for word in command)
+        ranks = int(words[3].removeprefix("--nproc_per_node=")) if words[:3] == torchrun else 1
+        words = words[4:] if words[:3] == torchrun else words
+        if words[0].endswith(".py"):
+            return ForkedCommand(words, ranks, env, cwd, stdout)
+        return real(command, env=env, cwd=cwd, stdout=stdout, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "start", start)
+        patch.setattr(processes, "run", lambda command, **options: start(command, **options).done)
+        yield
+
+
 def run_script(values, *arguments, ranks=1, cwd=None):
     """Runs train_gpt.py as a user does."""
     return launch(SCRIPT, values, *arguments, ranks=ranks, cwd=cwd)
+
+
+def fork_script(values, *arguments, ranks=1, cwd=None):
+    """Runs train_gpt.py in forked processes, where what starts it is not what is tested."""
+    return fork(SCRIPT, values, *arguments, ranks=ranks, cwd=cwd)
 
 
 @contextlib.contextmanager

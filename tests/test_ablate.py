@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, built_once, knob_names, launch, strings, write_data
+from helpers import ROOT, built_once, forking, knob_names, launch, strings, write_data
 
 sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
 import ablate  # noqa: E402
@@ -60,7 +60,8 @@ def test_a_table_is_made_once(tmp_path_factory, tmp_path, monkeypatch, capsys):
             str(tmp_path / "table.md"),
         ],
     )
-    assert ablate.main() == 0
+    with forking():
+        assert ablate.main() == 0
     text = (tmp_path / "table.md").read_text()
     runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("*summary.json")}
     assert set(runs) == {f"{name}-{seed}" for name in ("whole", "xsa-off", "temperature-0-95") for seed in (1, 2)}

@@ -28,8 +28,8 @@ from helpers import (
     build_model,
     config,
     examples,
+    fork_script,
     full_manifest,
-    run_script,
     shards_of,
     single_run,
     strings,
@@ -504,7 +504,7 @@ def test_two_ranks_end_alike(case, data, tmp_path):
     else:
         forged_folder(tmp_path, next(iter(STORED)))
         values |= dict(MODE="eval")
-    done = run_script(values, ranks=2, cwd=tmp_path)
+    done = fork_script(values, ranks=2, cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(errors) == 1 and "Error:" not in errors[0], done.stderr[-3000:]
     assert ("cannot be stored" in errors[0]) == (case == "quantization")

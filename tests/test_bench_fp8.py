@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, launch
+from helpers import ROOT, fork
 
 sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
 import fp8  # noqa: E402
@@ -17,7 +17,7 @@ TINY = ("MODEL_DIM=64", "VOCAB_SIZE=384", "TRAIN_SEQ_LEN=32", "TRAIN_BATCH_TOKEN
 def test_a_run_compares_every_variant_with_bf16_for_each_seed(data, tmp_path):
     settings = (*TINY, "VAL_BATCH_SIZE=8192", "WARMDOWN_FRAC=0.5")
     options = ("--data", data, "--steps", 2, "--seeds", 1, 2, "--out", tmp_path, "--set", *settings)
-    done = launch(ROOT / "bench" / "fp8.py", {}, *map(str, options))
+    done = fork(ROOT / "bench" / "fp8.py", {}, *map(str, options))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "fp8.json").read_text())
     assert list(found["results"]) == ["1", "2"] and found["how"] == "simulated" and found["steps"] == 2
@@ -40,5 +40,5 @@ def test_one_seed_has_no_interval():
 
 
 def test_a_wrong_setting_ends_in_one_line(data, tmp_path):
-    done = launch(ROOT / "bench" / "fp8.py", {}, "--data", str(data), "--set", "VOCAB_SIZE=385", "--out", str(tmp_path))
+    done = fork(ROOT / "bench" / "fp8.py", {}, "--data", str(data), "--set", "VOCAB_SIZE=385", "--out", str(tmp_path))
     assert done.returncode == 2 and "VOCAB_SIZE=385" in done.stderr.splitlines()[-1]

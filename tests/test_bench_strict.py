@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import ROOT, TINY, knob_names, launch, run_script, tg
+from helpers import ROOT, TINY, fork, fork_script, knob_names, tg
 
 sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
 import strict  # noqa: E402
@@ -28,11 +28,11 @@ def test_a_part_is_whole_documents(data, tmp_path):
 
 
 def test_a_run_has_three_rows_of_the_same_windows(data, tmp_path):
-    done = run_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
+    done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     small = ["TTT_BATCH_SIZE=8", "TTT_LORA_RANK=4", "TTT_LORA_LR=0.01", "GLOBAL_TTT_CHUNK_TOKENS=512"]
     arguments = ("--data", data, "--documents", 30, "--json", tmp_path / "result.json", "--set", *small)
-    done = launch(ROOT / "bench" / "strict.py", {}, tmp_path / "run", *arguments, cwd=tmp_path)
+    done = fork(ROOT / "bench" / "strict.py", {}, tmp_path / "run", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     (row,) = result["rows"]

@@ -20,7 +20,7 @@ from helpers import (
     build_model,
     config,
     documents_from,
-    launch,
+    fork,
     random_batch,
     single_run,
     tg,
@@ -43,7 +43,7 @@ VARIANTS = [
 def finished(tmp_path_factory):
     """The command, run tiny: (its output, the JSON object of its file)."""
     folder = tmp_path_factory.mktemp("bench")
-    done = launch(
+    done = fork(
         SCRIPT,
         SHAPE,
         "--repeats",
@@ -81,7 +81,7 @@ def test_two_ranks_share_a_step_and_print_it_once(tmp_path):
     """Each rank takes its micro-batch unless TRAIN_BATCH_TOKENS is given; tokens are those of both."""
     shape = {name: value for name, value in SHAPE.items() if name != "TRAIN_BATCH_TOKENS"}
     options = ("--repeats", 2, "--warmup", 1, "--document-tokens", 12, "--json", tmp_path / "result.json")
-    done = launch(SCRIPT, shape, *options, ranks=2, cwd=tmp_path)
+    done = fork(SCRIPT, shape, *options, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     r = json.loads((tmp_path / "result.json").read_text())
     assert (r["ranks"], r["tokens_per_step"], r["micro_steps"], r["micro_sequences"]) == (2, 512, 1, 8)

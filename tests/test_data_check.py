@@ -14,9 +14,9 @@ from helpers import (
     audit_of,
     config,
     documents_of,
+    fork_script,
     full_manifest,
     plant,
-    run_script,
     shards_of,
     single_run,
     snapshot,
@@ -213,7 +213,7 @@ def test_validation_with_one_token_of_each_document_changed_is_refused(copy, tmp
 def test_a_shared_document_stops_the_script(ranks, copy, tmp_path):
     plant(copy)
     write_manifest(copy, audit=audit_of(copy))
-    done = run_script(dict(RUN, DATA_PATH="data"), ranks=ranks, cwd=tmp_path)
+    done = fork_script(dict(RUN, DATA_PATH="data"), ranks=ranks, cwd=tmp_path)
     line = "error: ALLOW_SHARED_DOCUMENTS=0: 1 of 40 validation documents in DATA_PATH=data are in its training shards"
     errors = [e for e in done.stderr.splitlines() if e.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith(line + " too, which must not hold them")

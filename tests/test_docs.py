@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import ROOT, TINY, built_once, clean_environment, knob_names, launch, run_command
+from helpers import ROOT, TINY, built_once, clean_environment, fork_script, fork_server, knob_names, launch, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import docs  # noqa: E402
@@ -265,7 +265,7 @@ def test_the_example_that_reads_scores_runs(data, tmp_path):
     (tmp_path / "data" / "builtin_sp4096").symlink_to(data)
     for mode in ("train", "eval"):
         values = dict(TINY, DATA_PATH=data, MODE=mode, EVAL_SCORES=1, RUN_ID="demo")
-        done = launch(ROOT / "train_gpt.py", values, cwd=tmp_path)
+        done = fork_script(values, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     done = run_command([sys.executable, "-c", script], cwd=tmp_path, env=clean_environment({}))
     assert done.returncode == 0, done.stderr
@@ -327,6 +327,15 @@ PAGE = (ROOT / "docs" / "technique.md").read_text()
 COMMANDS = re.search(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)[1]  # of the first block
 
 
+def give(command, folder, environment):
+    """Runs a command of the page; a script of the project's is forked from a process that has imported torch."""
+    words = re.fullmatch(r"((?:\w+=\S+ )*)\.venv/bin/python (\w+/)?(\w+\.py)", command)
+    if not words:
+        return run_command(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment)
+    values = dict(word.split("=") for word in words[1].split())
+    return fork_server().run(folder / (words[2] or "") / words[3], environment | values, cwd=folder)
+
+
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory, data):
     """A copy of the repository in which the page's first commands were given, one by one, as they stand there."""
@@ -349,7 +358,7 @@ def followed(tmp_path_factory, data):
         for name in ("GIT_DIR", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
             environment.pop(name, None)
         for command in re.split(r"\n(?!    )", COMMANDS.strip()):
-            done = run_command(["bash", "-c", "set -eo pipefail\n" + command], cwd=folder, env=environment)
+            done = give(command, folder, environment)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
     return built_once(tmp_path_factory, "technique", build)
@@ -374,7 +383,7 @@ def test_the_example_travels_in_the_artifact(followed):
 
 
 def test_switched_off_the_example_leaves_every_bit_as_it_was(followed, data, tmp_path):
-    done = launch(ROOT / "train_gpt.py", dict(TINY, DATA_PATH=data, RUN_ID="before"), cwd=tmp_path)
+    done = fork_script(dict(TINY, DATA_PATH=data, RUN_ID="before"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = tmp_path / "logs" / "before", followed / "logs" / "plain"
     losses = [

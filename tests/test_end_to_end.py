@@ -21,6 +21,7 @@ from helpers import (
     TINY,
     built_once,
     clean_environment,
+    fork_script,
     free_port,
     knob_names,
     launch,
@@ -186,7 +187,7 @@ def validation_only(data, folder):
 
 def test_training_and_evaluating_apart_give_the_score_of_both_together(whole_run, data, tmp_path):
     """Two processes; the second one has no training shards and no config.json."""
-    first = run_script(dict(RUN, DATA_PATH=data), "--mode", "train", cwd=tmp_path)
+    first = fork_script(dict(RUN, DATA_PATH=data), "--mode", "train", cwd=tmp_path)
     folder = tmp_path / "logs" / "run"
     assert first.returncode == 0 and "val_bpb_quantized" not in summary_of(folder)
     together = summary_of(whole_run / "logs" / "run")
@@ -198,7 +199,7 @@ def test_training_and_evaluating_apart_give_the_score_of_both_together(whole_run
     kept = ("PRESET", "RUN_ID", "CPU_THREADS", "DEVICE", "COMPUTE_DTYPE", "VAL_BATCH_SIZE")
     here = {name: RUN[name] for name in kept}
     shards = validation_only(data, tmp_path / "data")
-    second = run_script(dict(here, MODE="eval", DATA_PATH=shards), cwd=tmp_path)
+    second = fork_script(dict(here, MODE="eval", DATA_PATH=shards), cwd=tmp_path)
     assert second.returncode == 0 and not second.stderr
     apart = summary_of(folder, "eval_summary.json")
     same = ("val_bpb", "val_bpb_quantized", "val_tokens", "val_bytes", "model_bytes", "artifact_bytes", "parameters")
@@ -342,7 +343,7 @@ def test_every_stage_writes_its_scores_whatever_the_ranks(whole_run, data, tmp_p
         shutil.copy(whole_run / "logs" / "run" / "model.pgolf", folder)
         phased = dict(TTT_MODE="phased", TTT_BASELINE=1, TTT_LORA_RANK=4, TTT_EVAL_SEQ_LEN=48)
         values = dict(RUN, **phased, MODE="eval", DATA_PATH=data, EVAL_SCORES=1, PHASED_TTT_PREFIX_DOCS=8)
-        done = run_script(values, ranks=ranks, cwd=tmp_path / str(ranks))
+        done = fork_script(values, ranks=ranks, cwd=tmp_path / str(ranks))
         assert done.returncode == 0, done.stderr[-2000:]
         assert not scores_in(folder)  # the names of a training's files
         summary, found[ranks] = summary_of(folder, "eval_summary.json"), scores_in(folder, "eval_")
@@ -430,6 +431,7 @@ def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeyp
 def test_a_compiled_run_scores_like_an_eager_one(data, tmp_path, capfd, monkeypatch):
     """And compiles nothing after the warmup: a graph for training, one for late QAT, which acts, one for scores."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # what /proc/cpuinfo says is not compiled first
     scores, losses = {}, {}
     for name, knobs in dict(
         eager={}, compiled=dict(COMPILE=1, COMPILE_CACHE=1), unrounded=dict(LATE_QAT_THRESHOLD=0)
@@ -600,7 +602,7 @@ def test_a_published_command_runs_with_small_sizes_added(caseops_data, tmp_path)
     command = dict(word.split("=") for word in PEERS.split())
     assert set(command) <= set(knob_names())
     values = {**command, **SMALL_SIZES, "DATA_PATH": caseops_data}
-    done = run_script(values, "--mode", "train", cwd=tmp_path, ranks=2)
+    done = fork_script(values, "--mode", "train", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "has no effect" not in done.stdout + done.stderr
     for line in ("by the shards' sidecar", "lqer:", "fused_ce:1", "loops enabled: layer order ["):
@@ -608,7 +610,7 @@ def test_a_published_command_runs_with_small_sizes_added(caseops_data, tmp_path)
     folder = tmp_path / "logs" / "peers"
     header, _ = tg.read_header((folder / "model.pgolf").read_bytes())
     assert "pergroup" in {section.codec for section in header.sections}
-    scored = run_script({**values, "MODE": "eval"}, cwd=tmp_path)
+    scored = fork_script({**values, "MODE": "eval"}, cwd=tmp_path)
     summary = summary_of(folder, "eval_summary.json")
     manifest = json.loads((caseops_data / "manifest.json").read_text())
     assert scored.returncode == 0, scored.stderr

@@ -21,7 +21,7 @@ from helpers import (
     documents_from,
     encode,
     examples,
-    launch,
+    fork,
     single_run,
     strings,
     write_shard,
@@ -439,7 +439,7 @@ def test_the_time_is_projected_before_the_start(ranks, budget, warned, data, tmp
 
 
 def test_a_run_projects_its_evaluation_before_it_trains(data, tmp_path):
-    out = launch(
+    out = fork(
         ROOT / "train_gpt.py",
         dict(strings(TINY), DATA_PATH=str(data), ARTIFACT_DIR=str(tmp_path / "run"), ITERATIONS="2", WARMUP_STEPS="0"),
     ).stdout

@@ -18,7 +18,7 @@ from helpers import (
     build_model,
     config,
     examples,
-    launch,
+    fork,
     make_documents,
     snapshot,
     strings,
@@ -87,7 +87,7 @@ def loaded(folder, **options):
 
 
 def test_the_command_streams_the_prompt_and_the_same_text_for_the_same_seed(folder, data, capsys):
-    done = launch(TOOL, dict(CPU_THREADS=1), folder, "the river", "--tokens", 30, "--seed", 5, cwd=folder)
+    done = fork(TOOL, dict(CPU_THREADS=1), folder, "the river", "--tokens", 30, "--seed", 5, cwd=folder)
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("the river"), done.stderr
     first = run(capsys, folder, "the river", "--tokens", 30, "--seed", 5)
     assert first == done.stdout == run(capsys, folder / "model.pgolf", "the river", "--tokens", 30, "--seed", 5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import NEEDS_CUDA, RECORD_LIKE, ROOT, build_model, launch, strings, tg, write_split
+from helpers import NEEDS_CUDA, RECORD_LIKE, ROOT, build_model, fork, launch, strings, tg, write_split
 from rank_worker import run_jobs
 
 sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
@@ -125,7 +125,8 @@ def test_two_ranks_train_as_one(device, data, tmp_path):
         (tmp_path / name).mkdir()
     run_jobs(jobs, run_on(device), tmp_path / "one")
     worker = ROOT / "tests" / "rank_worker.py"
-    done = launch(worker, dict(OMP_NUM_THREADS=1), tmp_path / "jobs.json", tmp_path / "two", ranks=2)
+    start = fork if device == "cpu" else launch
+    done = start(worker, dict(OMP_NUM_THREADS=1), tmp_path / "jobs.json", tmp_path / "two", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for dtype, tolerance in dict(float64=1e-9, bfloat16=0.05).items():
         alone = dict(np.load(tmp_path / "one" / f"{dtype}.0.npz"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import SCRIPT, TINY, launch, tg
+from helpers import SCRIPT, TINY, fork, launch, tg
 from test_legality import CHUNK, PHASED, evaluate, evaluator_of, stream
 
 OPTIMIZED = dict(PYTHONOPTIMIZE=1)
@@ -106,7 +106,8 @@ PLANTED = {
 @pytest.fixture(scope="module", params=[{}, OPTIMIZED], ids=["plain", "-O"])
 def outcomes(request, tmp_path_factory):
     """(whether Python kept `assert`, what came of every planted violation), in a process of its own."""
-    done = launch(Path(__file__), {"OMP_NUM_THREADS": 1, **request.param}, tmp_path_factory.mktemp("guards"))
+    start = launch if request.param else fork  # -O needs an interpreter of its own
+    done = start(Path(__file__), {"OMP_NUM_THREADS": 1, **request.param}, tmp_path_factory.mktemp("guards"))
     assert done.returncode == 0, done.stderr[-3000:]
     kept, found = json.loads(done.stdout.splitlines()[-1])
     assert kept == (not request.param)
@@ -127,7 +128,7 @@ def test_a_run_under_python_o_gives_the_same_artifact_and_scores(data, tmp_path)
     ends = []
     for name, more in (("plain", {}), ("optimized", OPTIMIZED)):
         (tmp_path / name).mkdir()
-        done = launch(SCRIPT, {**values, **more}, cwd=tmp_path / name)
+        done = (launch if more else fork)(SCRIPT, {**values, **more}, cwd=tmp_path / name)
         assert done.returncode == 0 and not done.stderr, done.stderr
         folder = tmp_path / name / "logs" / "run"
         summary = json.loads((folder / "summary.json").read_text())

@@ -304,9 +304,9 @@ class Rules:
 
 # --------------------------------------------------------------------------------------------------------- the checkers
 
-SINGLE = (9, 45, 162)  # places of tokens that are changed alone
-WHOLE = (2, 3, 8, 13)  # documents that are changed as a whole
-SHARES = (0.1, 0.4, 0.7)  # of the ledger's entries; all that is scored later is changed
+SINGLE = (9, 162)  # places of tokens that are changed alone
+WHOLE = (3, 8, 13)  # documents that are changed as a whole
+SHARES = (0.1, 0.5)  # of the ledger's entries; all that is scored later is changed
 
 
 def check_causality(run):

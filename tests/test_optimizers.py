@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, config, launch, random_batch, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, ROOT, TINY, build_model, built_once, config, fork, random_batch, single_run
 from rank_worker import run_jobs
 
 UNTIED = dict(TINY, TIE_EMBEDDINGS=0)
@@ -326,20 +326,21 @@ def difference(x, y):
     )
 
 
+@pytest.fixture(scope="session")
+def one_rank(data, tmp_path_factory):
+    """A folder with the jobs, and with what one rank makes of them."""
+
+    def build(folder):
+        jobs = jobs_for(data)
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        run_jobs(jobs, single_run(), folder)
+
+    return built_once(tmp_path_factory, "one_rank", build)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_path):
-    jobs = jobs_for(data)
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    for name in ("one", "many"):
-        (tmp_path / name).mkdir()
-    run_jobs(jobs, single_run(), tmp_path / "one")
-    done = launch(
-        ROOT / "tests" / "rank_worker.py",
-        {"OMP_NUM_THREADS": 1},
-        tmp_path / "jobs.json",
-        tmp_path / "many",
-        ranks=ranks,
-    )
+def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, one_rank, tmp_path):
+    done = fork(ROOT / "tests" / "rank_worker.py", {}, one_rank / "jobs.json", tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     # The clip's norm is summed in float32 (clipped); the Hessians are kept in float32.
     tolerances = {
@@ -357,8 +358,8 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, data, tmp_
         "hessians": 1e-4,
     }
     for name, tolerance in tolerances.items():
-        alone = dict(np.load(tmp_path / "one" / f"{name}.0.npz"))
-        together = [dict(np.load(tmp_path / "many" / f"{name}.{rank}.npz")) for rank in range(ranks)]
+        alone = dict(np.load(one_rank / f"{name}.0.npz"))
+        together = [dict(np.load(tmp_path / f"{name}.{rank}.npz")) for rank in range(ranks)]
         counts = [[r.pop(key, 0) for key in ("disturbed", "moved", "momenta moved")] for r in (alone, *together)]
         for other in together[1:]:
             assert all(np.array_equal(other[key], together[0][key]) for key in alone), f"{name}: ranks differ"

@@ -7,7 +7,6 @@ processes are forked from one that has imported torch (tests/fork_server.py).
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import processes
 import prove
 from cheats import CAUSALITY, CHEATS, CLAIM, COUNTS, MEMORY, NORMALIZATION, OFFICIAL, RUN, TRAINING, UNNOTICED
 from helpers import (
@@ -26,6 +24,9 @@ from helpers import (
     built_once,
     clean_environment,
     encode,
+    environment,
+    fork_server,
+    forking,
     run_command,
     train_tokenizer,
     write_shard,
@@ -87,31 +88,16 @@ class Server:
     def __init__(self, folder):
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.process = processes.start(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
     def run(self, script, environment, ranks, out):
-        """Exit code and standard error of a script."""
-        for name in ("stdout", "stderr"):
-            (out / name).write_text("")
-        job = dict(script=str(script), environment=environment, ranks=ranks, out=str(out))
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return code, (out / "stderr").read_text()
+        """Exit code and standard error of a script, which are left in a folder with its output."""
+        done = fork_server().run(script, environment, ranks=ranks, out=out)
+        return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A Server that ends with the tests."""
-    made = Server(tmp_path_factory.mktemp("server"))
-    yield made
-    made.process.stdin.close()
-    made.process.wait()
+    return Server(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="session")
@@ -289,9 +275,10 @@ def prove_command(*arguments):
     return run_command([sys.executable, ROOT / "tools" / "prove.py", *arguments], env=clean_environment({}))
 
 
-def test_the_command_proves_the_packed_script(run, tmp_path):
-    done = prove_command(run / "run", "--short", "--targets", "2000", "--out", tmp_path / "proof.json")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_command_proves_the_packed_script(run, tmp_path, capsys):
+    arguments = (run / "run", "--short", "--targets", "2000", "--out", tmp_path / "proof.json")
+    with environment({}), forking():
+        assert prove.main([str(word) for word in arguments]) == 0
     result = json.loads((tmp_path / "proof.json").read_text())
     assert {row["rule"]: row["holds"] for row in result["rules"]} == {
         rule: True for rule in ("size", CAUSALITY, NORMALIZATION, MEMORY, COUNTS)
@@ -299,7 +286,7 @@ def test_the_command_proves_the_packed_script(run, tmp_path):
     assert result["form"] == "short" and result["ranks"] == 1 and result["exact"]
     assert result["evaluations"] >= 6
     assert hashlib.sha256((run / "run" / "model.pgolf").read_bytes()).hexdigest() == result["artifact_sha256"]
-    assert "broken: none" in done.stdout
+    assert "broken: none" in capsys.readouterr().out
 
 
 def test_the_command_says_what_a_script_breaks(run, tmp_path):

@@ -13,9 +13,21 @@ import pytest
 from scipy import stats
 
 import processes
-from helpers import ROOT, TINY, clean_environment, launch, run_command, running_with, snapshot, wait_until
+from helpers import (
+    ROOT,
+    TINY,
+    clean_environment,
+    environment,
+    forking,
+    launch,
+    running_with,
+    snapshot,
+    wait_until,
+    working_folder,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
+import publish  # noqa: E402
 import reproduce  # noqa: E402
 import runs  # noqa: E402
 import submission  # noqa: E402
@@ -159,7 +171,7 @@ def test_the_command_on_the_page_gives_the_same_score(reproduced, tmp_path):
     assert again["val_bpb"] == content(reproduced)["seed_results"]["0"]["val_bpb"]
 
 
-def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path):
+def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path, capsys):
     """SIGKILL while the second of three seeds trains: its run ends too, and the next command repeats that seed."""
     for name in ("shards", "work"):
         shutil.copytree(reproduced / name, tmp_path / name)
@@ -197,11 +209,12 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path)
     assert [line.split(":")[0] for line in started] == ["seed 42", "seed 0"] and "done before" in started[0]
     wait_until(lambda: not running_with(mark))  # its torchrun and its rank do not outlive it
     before = snapshot(tmp_path / "work" / "seed0")
-    second = run_command(command, env=values, cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
+    with environment(VALUES), working_folder(tmp_path), forking():
+        assert reproduce.main(command[2:]) == 0
+    said = capsys.readouterr().out
     assert not (tmp_path / "work" / "seed0.stopped1" / "summary.json").exists()
     assert snapshot(tmp_path / "work" / "seed0.stopped1") == before
-    assert "seed 42: done before" in second.stdout and "seed 0: work" in second.stdout
+    assert "seed 42: done before" in said and "seed 0: work" in said
     ours, theirs = (json.loads((folder / "out" / "submission.json").read_text()) for folder in (tmp_path, reproduced))
     timeless = ("val_loss", "val_bpb", "val_bpb_std", "seeds", "artifact_bytes_mean", "delta_vs_leaderboard_nats")
     assert {name: ours[name] for name in timeless} == {name: theirs[name] for name in timeless}
@@ -218,20 +231,14 @@ def test_a_folder_that_is_there_is_not_written_over(reproduced, tmp_path):
     assert snapshot(tmp_path) == before  # and nothing temporary is left
 
 
-def test_a_run_that_fails_ends_it_with_that_runs_line(reproduced, tmp_path):
-    done = launch(
-        TOOL,
-        dict(VALUES, DATA_PATH="nowhere"),
-        "--seeds",
-        "5",
-        "--work",
-        "work",
-        "--script",
-        reproduced / "out" / "train_gpt.py",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: seed 5 failed: DATA_PATH=nowhere: holds no")
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "submissions").exists()
+def test_a_run_that_fails_ends_it_with_that_runs_line(reproduced, tmp_path, monkeypatch, capsys):
+    arguments = ["--seeds", "5", "--work", "work", "--script", str(reproduced / "out" / "train_gpt.py")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    with environment(dict(VALUES, DATA_PATH="nowhere")), working_folder(tmp_path), forking():
+        assert runs.command_line(reproduce.main) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: seed 5 failed: DATA_PATH=nowhere: holds no")
+    assert len(errors.splitlines()) == 1 and not (tmp_path / "submissions").exists()
 
 
 def test_baselines_of_every_kind(reproduced, tmp_path):
@@ -303,7 +310,8 @@ def test_what_a_user_can_mend(arguments, words, tmp_path, monkeypatch, capsys, r
     monkeypatch.setattr(reproduce, "ranks_here", lambda: 1)
     if "full" in arguments:
         monkeypatch.setattr(reproduce, "make_plan", lambda options: (dict(config=dict(preset="p")), b""))
-    code = runs.command_line(reproduce.main)
+    with forking():
+        code = runs.command_line(reproduce.main)
     out, errors = capsys.readouterr()
     assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1 and words in errors, errors
     assert snapshot(tmp_path) == before and os.getcwd() == str(tmp_path)
@@ -335,9 +343,8 @@ def test_a_submission_is_shown_at_the_root(reproduced, tmp_path):
     (tmp_path / "logs" / "mine").mkdir(parents=True)
     (tmp_path / "logs" / "mine" / "log.txt").write_text("a run")
     (tmp_path / "logs" / "train_seed7.log").write_text("of the submission before")
-    command = (ROOT / "tools" / "publish.py", {}, str(reproduced / "out"), "--root", str(tmp_path))
-    done = launch(*command)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [str(reproduced / "out"), "--root", str(tmp_path)]
+    assert publish.main(arguments) == 0
     files, out = published(tmp_path), reproduced / "out"
     logs = {f"logs/{p.name}" for seed in (42, 0, 314) for p in out.glob(f"*_seed{seed}.*") if p.suffix != ".pgolf"}
     assert (
@@ -347,18 +354,18 @@ def test_a_submission_is_shown_at_the_root(reproduced, tmp_path):
     )
     assert all(files[name] == (out / name.removeprefix("logs/")).read_bytes() for name in logs | {"submission.json"})
     assert all(files[f"docs/{name}.png"].startswith(b"\x89PNG") for name in ("loss", "stages", "bytes"))
-    assert launch(*command).returncode == 0 and published(tmp_path) == files
+    assert publish.main(arguments) == 0 and published(tmp_path) == files
 
 
-def test_a_submission_with_a_disagreement_is_not_shown(reproduced, tmp_path):
+def test_a_submission_with_a_disagreement_is_not_shown(reproduced, tmp_path, capsys):
     shutil.copytree(reproduced / "out", tmp_path / "out")
     file = tmp_path / "out" / "submission.json"
     s = json.loads(file.read_text())
     file.write_text(json.dumps(s | {"val_bpb": s["val_bpb"] - 0.01}))
     (tmp_path / "root").mkdir()
-    done = launch(ROOT / "tools" / "publish.py", {}, str(tmp_path / "out"), "--root", str(tmp_path / "root"))
-    assert done.returncode == 2 and "has disagreements, and is not published" in done.stderr
-    assert "DISAGREES: submission.json: val_bpb" in done.stdout and not published(tmp_path / "root")
+    with pytest.raises(runs.UserError, match="has disagreements, and is not published"):
+        publish.main([str(tmp_path / "out"), "--root", str(tmp_path / "root")])
+    assert "DISAGREES: submission.json: val_bpb" in capsys.readouterr().out and not published(tmp_path / "root")
 
 
 def test_another_script_is_noticed(reproduced, tmp_path):

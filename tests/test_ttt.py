@@ -23,10 +23,11 @@ from helpers import (
     TINY,
     Clock,
     build_model,
+    built_once,
     config,
     documents_from,
     examples,
-    launch,
+    fork,
     random_batch,
     single_run,
     strings,
@@ -859,11 +860,21 @@ def rank_scores(folder, run):
     return found
 
 
+@pytest.fixture(scope="session")
+def one_rank(data, tmp_path_factory):
+    """A folder with a stream, and with every job's score of one rank."""
+
+    def build(folder):
+        evaluator_of(folder / "data", data, stream())
+        (folder / "scores.json").write_text(json.dumps(rank_scores(folder / "data", single_run())))
+
+    return built_once(tmp_path_factory, "one_rank_ttt", build)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_score(ranks, data, tmp_path):
-    evaluator_of(tmp_path / "data", data, stream())
-    alone = rank_scores(tmp_path / "data", single_run())
-    done = launch(Path(__file__), {"OMP_NUM_THREADS": 1}, tmp_path / "data", tmp_path, ranks=ranks)
+def test_any_number_of_ranks_gives_the_same_score(ranks, one_rank, tmp_path):
+    alone = json.loads((one_rank / "scores.json").read_text())
+    done = fork(Path(__file__), {}, one_rank / "data", tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     together = [json.loads((tmp_path / f"scores.{rank}.json").read_text()) for rank in range(ranks)]
     assert all(other == together[0] for other in together)
@@ -1053,7 +1064,7 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
     log = (tmp_path / "logs/run/log.txt").read_text()
     assert f"ttt val_loss:{both['val_loss']:.4f} val_bpb:{both['val_bpb']:.4f}" in log and "ttt_baseline val_" in log
     ttt_knobs = {name: value for name, value in values.items() if "TTT_" in name and name != "TTT_BASELINE"}
-    done = launch(
+    done = fork(
         ROOT / "bench" / "ttt.py",
         dict(ttt_knobs, COMPUTE_DTYPE="float32", CPU_THREADS=1, SEED=7),
         "--artifact",

@@ -5602,6 +5602,7 @@ EXTRAS = {
     "residual_scales": (torch.float16, 2),  # [n, r]
 }
 INT8_LIMIT = 127  # the largest magnitude of a code, so that codes are symmetric
+WIDE_LIMIT = 2047  # the same for codes of 9 to 12 bits, which are int16
 SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
@@ -5833,14 +5834,17 @@ def apply_scales(levels: Tensor, q: Quantized) -> Tensor:
 
 def check_codes(q: Quantized) -> None:
     """Errors: ValueError for codes, bits or scales that no quantizer produces."""
-    if q.scales is None or q.codes.dtype != torch.int8 or q.codes.dim() not in (2, 3):
-        raise ValueError("its codes are not int8 matrices with scales")
-    if not 2 <= q.bits <= 8:
+    if q.scales is None or q.codes.dim() not in (2, 3):
+        raise ValueError("its codes are not matrices with scales")
+    if not 2 <= q.bits <= 12:
         raise ValueError(f"it claims codes of {q.bits} bits")
+    if q.codes.dtype != (torch.int8 if q.bits <= 8 else torch.int16):
+        raise ValueError("its codes are not int8, or int16 from 9 bits on")
     if q.scales.dtype != torch.float16 or q.scales.shape != q.codes.shape[:-1]:
         raise ValueError("its scales are not one fp16 number for each row")
-    if (q.codes < -INT8_LIMIT).any():
-        raise ValueError(f"its codes are not within -{INT8_LIMIT}..{INT8_LIMIT}")
+    limit = INT8_LIMIT if q.bits <= 8 else WIDE_LIMIT
+    if ((q.codes < -limit) | (q.codes > limit)).any():
+        raise ValueError(f"its codes are not within -{limit}..{limit}")
 
 
 # --- Uniform: rounding to nearest, or GPTQ where there is a Hessian ---
@@ -6627,8 +6631,9 @@ def correction_shapes(shapes: dict[str, tuple[int, ...]], rows: int, columns: in
 # operations on whole arrays, each with one defined rounding, and products of matrices of integers below 2^53, which
 # are exact in any order of summation.
 PRECISION = 1 << 24  # what the probabilities of constriction's tables sum to
-CLASSES = 44  # scale classes, of standard deviations 2^-3 to 2^7.75
+CLASSES = 60  # scale classes, of standard deviations 2^-3 to 2^11.75
 CLASSES_PER_OCTAVE = 4
+UNSHIFTED = 7 * CLASSES_PER_OCTAVE  # the last class (a standard deviation of 2^4) whose int16 are coded whole
 INCREMENT = 32  # what a symbol adds to its count
 PRIOR_SYMBOLS = 48  # symbols that the prior counts for
 INTEGERS_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
@@ -6644,9 +6649,19 @@ def power_of_two(sixteenths: int) -> int:
     return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
 
 
-def prior_counts(low: int, high: int) -> np.ndarray:
-    """Prior counts [CLASSES, symbols] of low..high, proportional to (1 + k^2 / 16 v)^-8 with the class's variance v."""
-    v = np.array([power_of_two(320 + 32 * n // CLASSES_PER_OCTAVE) / 2**26 for n in range(CLASSES)])[:, None]
+def class_shifts(dtype: type) -> np.ndarray:
+    """Low bits that are coded apart, as likely 0 as 1, by scale class: none of an int8."""
+    octaves_above = -((UNSHIFTED - np.arange(CLASSES)) // CLASSES_PER_OCTAVE)
+    return octaves_above.clip(0) * (dtype != np.int8)
+
+
+def prior_counts(low: int, high: int, shifts: np.ndarray) -> np.ndarray:
+    """Prior counts [CLASSES, symbols] of low..high, proportional to (1 + k^2 / 16 v)^-8.
+
+    v is the class's variance, after the shift of what is coded apart.
+    """
+    logs = 32 * np.arange(CLASSES) // CLASSES_PER_OCTAVE - 32 * shifts
+    v = np.array([power_of_two(320 + log) / 2**26 for log in logs.tolist()])[:, None]
     bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
     for _ in range(3):
         bell = bell * bell
@@ -6682,8 +6697,9 @@ class RangeCoder:
 class ContextModel:
     """Adaptive symbol counts int64 [contexts, symbols]. A context's table is rebuilt when they grew by a sixteenth."""
 
-    def __init__(self, low: int, counts: np.ndarray):
+    def __init__(self, low: int, counts: np.ndarray, shifts: np.ndarray | None = None):
         self.low = low
+        self.shifts = shifts  # by scale class; only `code_column` needs them
         self.counts = counts
         self.totals = counts.sum(1).tolist()
         self.rebuild_at = [0] * len(counts)
@@ -6721,6 +6737,36 @@ class ContextModel:
         return values
 
 
+def code_bits(coder: RangeCoder, integers: np.ndarray | None, count: int, bits: int) -> np.ndarray:
+    """Encodes integers [count] of up to 8 bits, all equally likely, or decodes them where they are None; int32."""
+    table = coder.categorical(np.full(1 << bits, (PRECISION >> bits) - 1.0), perfect=False)
+    return coder.code(None if integers is None else integers.astype(np.int32), count, table)
+
+
+def code_column(
+    coder: RangeCoder, model: ContextModel, integers: np.ndarray | None, classes: np.ndarray, contexts: np.ndarray
+) -> np.ndarray:
+    """Encodes integers [n], of scale classes [n], in contexts uint16 [n], or decodes them where they are None; int32.
+
+    The contexts' symbols are the integers without the low bits of their class. An int16 out of their range is an
+    outlier: its symbol is the smallest or largest of an int8, and all its 16 bits follow.
+    """
+    shifts = model.shifts[classes]
+    whole = None if integers is None else integers + (1 << shifts >> 1)
+    values = model.code(coder, None if whole is None else (whole >> shifts).clip(-128, 127), contexts)
+    outliers = (values == -128) | (values == 127) if model.shifts.any() else np.zeros(0, bool)
+    for shift in range(1, 1 + shifts.max(initial=0)):
+        at = (shifts == shift).nonzero()[0]
+        low = code_bits(coder, None if whole is None else whole[at] & (1 << shift) - 1, at.size, shift)
+        values[at] = (values[at] << shift) + low - (1 << shift - 1)
+    if outliers.any():
+        at = outliers.nonzero()[0]
+        parts = [None if integers is None else integers[at] >> shift & 255 for shift in (8, 0)]
+        high, low = (code_bits(coder, part, at.size, 8) for part in parts)
+        values[at] = (high << 8 | low).astype(np.int16)
+    return values
+
+
 def running_mean(mean: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
     """The running mean of scale classes, in sixteenths, after the class of number n."""
     return mean + ((16 * classes - mean) >> min(n, 3))
@@ -6751,7 +6797,7 @@ def choose_class_deltas(variance: np.ndarray, samples: int) -> np.ndarray:
 def code_classes(
     coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale classes of rows [B, r] and columns [B, c]: chosen from int8 codes [c, B * r], or decoded (codes None)."""
+    """Scale classes of rows [B, r] and columns [B, c]: chosen from codes [c, B * r], or decoded (codes None)."""
     B, r, c = shape
     rows = deltas = None
     if codes is not None:
@@ -6770,7 +6816,7 @@ def code_classes(
 
 
 class Predictor:
-    """Predicts new rows from n known ones, int8 [n, c]. All values are integers, those below in float64.
+    """Predicts new rows from n known ones, [n, c]. All values are integers, those below in float64.
 
     The covariance of the known rows is L D L^T, so a row is L times its innovations e. The prediction of column j is
     the sum over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus the row's `gain`, in eighths, times the
@@ -6780,6 +6826,7 @@ class Predictor:
     def __init__(self, known: np.ndarray, rows: int):
         n, c = known.shape
         self.n = n
+        self.limit = np.iinfo(known.dtype).max + 1
         self.values = np.zeros((c, n + rows))
         self.values[:, :n] = known.T
         rest = self.values @ self.values.T
@@ -6805,17 +6852,21 @@ class Predictor:
         self.observe(j, 0)  # sets the innovations of the known rows
 
     def observe(self, j: int, column: np.ndarray | int) -> None:
-        """Takes in column j of the new rows, int8 [rows]."""
+        """Takes in column j of the new rows [rows]."""
         self.values[j, self.n :] = column
-        self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**13), 2**13)
+        self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**17), 2**17)
 
     def means(self, j: int | slice) -> np.ndarray:
         """The predicted integers of the new rows in columns j, int64."""
         from_reference = np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
-        return np.floor((self.predicted[j][..., self.n :] + from_reference + 8) / 16).clip(-128, 127).astype(np.int64)
+        return (
+            np.floor((self.predicted[j][..., self.n :] + from_reference + 8) / 16)
+            .clip(-self.limit, self.limit - 1)
+            .astype(np.int64)
+        )
 
     def choose_references(self, columns: np.ndarray) -> None:
-        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
+        """Takes in the new rows [c, rows] and finds the known row that saves most of each. Encoder only."""
         for j, column in enumerate(columns):
             self.predict(j)
             self.observe(j, column)
@@ -6852,17 +6903,21 @@ def code_pass(
     shape: tuple[int, int, int],
     trellis: tuple,
     predictor: Predictor | None,
+    dtype: type,
 ) -> np.ndarray:
-    """Encodes codes int8 [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None."""
+    """Encodes codes [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None.
+
+    They are of this dtype: int8 or int16.
+    """
     B, r, c = shape
     encoding, residual = codes is not None, codes
-    out = np.empty((c, B * r), dtype=np.int8) if codes is None else codes
+    out = np.empty((c, B * r), dtype=dtype) if codes is None else codes
     if predictor and codes is not None:
         predictor.choose_references(codes)
     if predictor:
         predictor.code_references(coder, side_model, encoding, r)
     if predictor and codes is not None:
-        residual = (codes - predictor.means(slice(None))).astype(np.int8)  # wraps around, and back in the decoder
+        residual = (codes - predictor.means(slice(None))).astype(dtype)  # wraps around, and back in the decoder
     rows, columns = code_classes(coder, side_model, residual, shape)
     following = np.array(trellis[0], dtype=np.uint8)
     quantizer = np.array(trellis[1], dtype=np.uint16)
@@ -6870,13 +6925,14 @@ def code_pass(
     state = np.zeros(B * r, dtype=np.uint8)
     for j in range(c):
         scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
-        values = model.code(coder, None if residual is None else residual[j], scale * quantizers + quantizer[state])
+        integers = None if residual is None else residual[j].astype(np.int32)
+        values = code_column(coder, model, integers, scale, scale * quantizers + quantizer[state])
         if not encoding and predictor:
             predictor.predict(j)
-            out[j] = (values + predictor.means(j)).astype(np.int8)
+            out[j] = (values + predictor.means(j)).astype(dtype)
             predictor.observe(j, out[j])
         elif not encoding:
-            out[j] = values
+            out[j] = values.astype(dtype)
         state = following[state, out[j] & 1]
     return out
 
@@ -6889,27 +6945,32 @@ def code_bank(
     doublings: int,
     low: int,
     high: int,
+    dtype: type,
 ) -> np.ndarray:
-    """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them."""
+    """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them.
+
+    low..high are the symbols, and the integers int8 or int16.
+    """
     B, r, c = shape
     trellis = trellis or (((0, 0),), (0,))
     if doublings:
         low, high = -128, 127
-    model = ContextModel(low, prior_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
+    shifts = class_shifts(dtype)
+    model = ContextModel(low, prior_counts(low, high, shifts).repeat(max(trellis[1]) + 1, axis=0), shifts)
     side_classes = [3 * CLASSES_PER_OCTAVE, 3 * CLASSES_PER_OCTAVE, 4 * CLASSES_PER_OCTAVE, -1, -1]
-    side_model = ContextModel(-128, prior_counts(-128, 127)[side_classes])
+    side_model = ContextModel(-128, prior_counts(-128, 127, np.zeros(CLASSES, int))[side_classes])
     known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
     if not doublings:
-        out = code_pass(coder, model, side_model, known, shape, trellis, None)
+        out = code_pass(coder, model, side_model, known, shape, trellis, None, dtype)
         return out.reshape(c, B, r).transpose(1, 2, 0)
     order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
-    out = np.empty((c, r), dtype=np.int8)
+    out = np.empty((c, r), dtype=dtype)
     start = 0
     for n in range(doublings, -1, -1):
         part = order[start : r >> n]
         predictor = Predictor(out[:, order[:start]].T, part.size) if start else None
         part_codes = None if known is None else known[:, part]
-        out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor)
+        out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor, dtype)
         start = r >> n
     return out.reshape(c, B, r).transpose(1, 2, 0)
 
@@ -6921,7 +6982,7 @@ def check_bank_shape(shape: tuple[int, ...]) -> None:
 
 
 def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
-    """Bytes of int8 codes [B, r, c], columns in processing order.
+    """Bytes of int8 or int16 codes [B, r, c], columns in processing order.
 
     trellis: (next state [states][k & 1], quantizer [states]) of codes of which every row starts in state 0, or None.
     """
@@ -6929,23 +6990,29 @@ def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
     if not codes.size:
         return b""
     matrices, rows, columns = codes.shape
-    low = min(int(codes.min()), 126)
-    high = max(int(codes.max()), low + 1)
+    low = max(int(codes.min()), -128)
+    high = min(int(codes.max()), 127)
+    if codes.dtype != np.int8:
+        low, high = min(low, 0), max(high, 0)  # what is shifted comes nearer to 0
+    low = min(low, 126)
+    high = max(high, low + 1)
     predictable = matrices == 1 and 256 <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
     candidates = []
     for doublings in (0, DOUBLINGS) if predictable else (0,):
         coder = RangeCoder()
-        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
+        code_bank(coder, codes, codes.shape, trellis, doublings, low, high, codes.dtype.type)
         packed = coder.encoder.get_compressed().astype("<u4").tobytes()
         candidates.append(INTEGERS_HEADER.pack(doublings, low, high) + packed)
     return min(candidates, key=len)
 
 
-def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | None = None) -> np.ndarray:
-    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
+def decode_integers(
+    data: bytes, shape: tuple[int, int, int], trellis: tuple | None = None, dtype: type = np.int8
+) -> np.ndarray:
+    """The int8 or int16 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
     check_bank_shape(shape)
     if not math.prod(shape):
-        return np.zeros(shape, dtype=np.int8)
+        return np.zeros(shape, dtype=dtype)
     data = bytes(data)
     if len(data) < INTEGERS_HEADER.size:
         raise ValueError("the integers have no header")
@@ -6955,7 +7022,7 @@ def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | N
     if low >= high or doublings not in ((0, DOUBLINGS) if predictable else (0,)):
         raise ValueError("the integers' header is invalid")
     coder = RangeCoder(data[INTEGERS_HEADER.size :])
-    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
+    codes = code_bank(coder, None, shape, trellis, doublings, low, high, dtype)
     if coder.decoder is None or not coder.decoder.maybe_exhausted():
         raise ValueError("the integers end before their data")
     return codes
@@ -6992,6 +7059,7 @@ class IntegerBank(NamedTuple):
 
     shape: tuple[int, int, int]  # [B, r, c]
     states: int  # of their trellis; 0: none
+    dtype: type = np.int8  # or int16
 
     @property
     def trellis(self) -> tuple[list, list] | None:
@@ -7053,17 +7121,19 @@ def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
 
 
 def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
-    """int8 codes of a bank by section Entropy coding."""
+    """Codes of a bank by section Entropy coding."""
     if bank is None:
         raise ValueError("integers that are no bank's")
-    return encode_integers(np.frombuffer(data, np.int8).reshape(bank.shape), bank.trellis)
+    codes = np.frombuffer(data, np.dtype(bank.dtype).newbyteorder("<")).astype(bank.dtype, copy=False)
+    return encode_integers(codes.reshape(bank.shape), bank.trellis)
 
 
 def decompress_integers(data: bytes, size: int, bank: IntegerBank | None) -> bytes:
     """Inverse of `compress_integers`. Errors: ArtifactError or ValueError."""
-    if bank is None or math.prod(bank.shape) != size:
+    if bank is None or math.prod(bank.shape) * np.dtype(bank.dtype).itemsize != size:
         raise ArtifactError("codes integers that are no bank's")
-    return decode_integers(data, bank.shape, bank.trellis).tobytes()
+    codes = decode_integers(data, bank.shape, bank.trellis, bank.dtype)
+    return codes.astype(codes.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class Codec(NamedTuple):
@@ -7113,14 +7183,19 @@ def part_dtype(part: str, bits: int) -> np.dtype:
     """The type of an array's numbers in the artifact."""
     if part in EXTRAS:
         return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
-    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+    if part == "scales" or bits == 16:
+        return np.dtype("<f2")
+    return np.dtype("i1" if bits <= 8 else "<i2")
+
+
+INTEGERS = (np.dtype("i1"), np.dtype("<i2"))  # the types of codes
 
 
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
     if part in ("scales", "columns"):
         return part  # of all tensors together: q, k and v have the same columns, which the codec notices
-    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
+    return f"{name}.{part}" if dtype in INTEGERS and size >= 4096 else dtype.name
 
 
 def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
@@ -7179,7 +7254,7 @@ class TensorHeader:
             shapes[part] = parse_shape(extra_shape)
             if part not in EXTRAS or len(shapes[part]) != EXTRAS[part][1]:
                 raise ArtifactError(f"its tensor {name!r} has an unknown array {part!r}, or one of other dimensions")
-        if bits not in (*range(2, 9), 16):
+        if bits not in (*range(2, 13), 16):
             raise ArtifactError(f"its tensor {name!r} has {bits} bits")
         if states not in (0, *TRELLISES, *UNGERBOECK):
             raise ArtifactError(f"its tensor {name!r} has an unknown trellis with {states} states")
@@ -7245,11 +7320,12 @@ def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
     banks = {}
     for tensor in tensors:
         for part, shape in tensor.parts().items():
-            section = section_of(tensor.name, part, part_dtype(part, tensor.bits), math.prod(shape))
+            dtype = part_dtype(part, tensor.bits)
+            section = section_of(tensor.name, part, dtype, math.prod(shape))
             if section == f"{tensor.name}.{part}" and len(shape) in (2, 3):
                 states = tensor.states if part == "codes" else 0
                 *matrices, rows, columns = shape
-                banks[section] = IntegerBank((matrices[0] if matrices else 1, rows, columns), states)
+                banks[section] = IntegerBank((matrices[0] if matrices else 1, rows, columns), states, dtype.type)
     return banks
 
 

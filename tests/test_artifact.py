@@ -47,6 +47,16 @@ def stored_with_extras(base=RECORD_LIKE, **knobs):
     return c, tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)[::2])
 
 
+def widened(stored, bits=11):
+    """The stored tensors with int16 codes in the banks, of a sixteenth of the step."""
+    wide = dict(stored)
+    for name in (*tg.BANKS, "embedding"):
+        q = stored[name]
+        codes = 16 * q.codes.short() + torch.arange(q.codes.numel()).view(q.codes.shape).short() % 13
+        wide[name] = q._replace(codes=codes.clamp(-tg.WIDE_LIMIT, tg.WIDE_LIMIT), bits=bits, scales=q.scales / 16)
+    return wide
+
+
 def equal(x, y):
     """Whether two stored models are the same in every array of every tensor."""
     return list(x) == list(y) and all(
@@ -110,6 +120,32 @@ def test_extras_that_do_not_fit_are_refused(part, change):
 def test_any_number_of_bits(bits):
     c, stored = stored_model(MATRIX_BITS=bits, EMBED_BITS=bits, **SMALL)
     assert equal(tg.unpack(tg.pack(stored, c))[1], stored)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
+def test_wide_codes_come_back(quantizer, codec):
+    """Codes of 9 to 12 bits, in sections of their own and, where they are few, in one that they share."""
+    for base, own in ((RECORD_LIKE, True), (dict(RECORD_LIKE, **SMALL), False)):
+        c, stored = stored_with_extras(base, COMPRESSOR=codec, QUANTIZER=quantizer, NUM_LAYERS=6, AWQ_GROUPS=3)
+        for bits in (9, 12):
+            wide = widened(stored, bits)
+            data = tg.pack(wide, c)
+            assert equal(tg.unpack(data)[1], wide)
+            sections = {section.name for section in tg.read_header(data)[0].sections}
+            assert ("embedding.codes" in sections) is own and (own or "int16" in sections)
+            model, _ = tg.load_artifact(data, config(), set(), torch.device("cpu"))
+            weights = tg.dequantize(wide)
+            assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("value", [-2048, 2048, 2**15 - 1, -(2**15)])
+def test_wide_codes_that_no_quantizer_gives_are_refused(value):
+    c, stored = stored_model(**SMALL, COMPRESSOR="pergroup")
+    stored = widened(stored)
+    stored["embedding"].codes[3, 2] = value
+    with pytest.raises(tg.ArtifactError, match="its codes are not within -2047..2047"):
+        tg.load_artifact(tg.pack(stored, c), config(), set(), torch.device("cpu"))
 
 
 def test_fewer_bits_take_fewer_bytes():
@@ -253,6 +289,7 @@ FORGERIES = {
     "another trellis": lambda h: {**h, "tensors": [[n, b, s, e, 32] for n, b, s, e, t in h["tensors"]]},
     "twice": lambda h: {**h, "tensors": h["tensors"] * 2},
     "sections twice": lambda h: {**h, "sections": h["sections"] * 2},
+    "wider": lambda h: {**h, "tensors": [[n, b if b == 16 else 9, s, e, t] for n, b, s, e, t in h["tensors"]]},
     "odd bits": lambda h: {**h, "tensors": [[n, 99 if b < 16 else b, s, e, t] for n, b, s, e, t in h["tensors"]]},
     "a bool for an int": lambda h: {**h, "tensors": [[n, b, s, e, False] for n, b, s, e, t in h["tensors"]]},
     "unknown array": lambda h: {**h, "tensors": [[n, b, s, {"code": [1]}, t] for n, b, s, e, t in h["tensors"]]},
@@ -333,7 +370,7 @@ def test_a_header_says_what_is_wrong_with_it():
         (tg.TensorHeader.parse, ["w", 6, [3, -4], {}, 0], "not a list of sizes"),
         (tg.TensorHeader.parse, ["w", 6, [3, True], {}, 0], "not a list of sizes"),
         (tg.TensorHeader.parse, ["w", 7.0, [3, 4], {}, 0], "tensor row"),
-        (tg.TensorHeader.parse, ["w", 12, [3, 4], {}, 0], "has 12 bits"),
+        (tg.TensorHeader.parse, ["w", 13, [3, 4], {}, 0], "has 13 bits"),
         (tg.TensorHeader.parse, ["w", 6, [3, 4], {"columns": [4]}, 0], "array 'columns'"),
         (tg.TensorHeader.parse, ["w", 6, [3, 4], {"rows": [4]}, 0], "array 'rows'"),
         (tg.TensorHeader.parse, ["w", 6, [3, 4], {}, 5], "trellis with 5 states"),
@@ -397,12 +434,13 @@ def forge(draw, container):
 def test_no_mutation_does_more_than_be_refused(codec):
     """Bounded memory, and one kind of error or a model that the file describes: whatever the bytes are."""
     c, stored = stored_with_extras(dict(RECORD_LIKE, **SMALL), COMPRESSOR=codec, NUM_LAYERS=6, AWQ_GROUPS=3)
-    container = tg.pack(stored, c)
+    wide = dict(stored, up_bank=widened(stored)["up_bank"], embedding=widened(stored)["embedding"])
+    containers = [tg.pack(stored, c), tg.pack(wide, c)]
 
     @examples(max_examples=MUTATIONS // len(CODECS))
     @given(st.data())
     def attack(data):
-        forged = forge(data.draw, container)
+        forged = forge(data.draw, data.draw(st.sampled_from(containers)))
         try:
             model, _ = tg.load_artifact(forged, config(), set(), torch.device("cpu"))
             assert all(p.dim() <= 3 for p in model.parameters())

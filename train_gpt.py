@@ -6816,7 +6816,7 @@ def code_classes(
 
 
 class Predictor:
-    """Predicts new rows from n known ones, [n, c]. All values are integers, those below in float64.
+    """Predicts new rows from n known ones, [c, n]. All values are integers, those below in float64.
 
     The covariance of the known rows is L D L^T, so a row is L times its innovations e. The prediction of column j is
     the sum over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus the row's `gain`, in eighths, times the
@@ -6824,13 +6824,13 @@ class Predictor:
     """
 
     def __init__(self, known: np.ndarray, rows: int):
-        n, c = known.shape
+        c, n = known.shape
         self.n = n
         self.limit = np.iinfo(known.dtype).max + 1
         self.values = np.zeros((c, n + rows))
-        self.values[:, :n] = known.T
+        self.values[:, :n] = known
         rest = self.values @ self.values.T
-        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
+        rest.flat[:: c + 1] += 2 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
         factor = np.eye(c)
         for j in range(c):
             factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
@@ -6870,9 +6870,10 @@ class Predictor:
         for j, column in enumerate(columns):
             self.predict(j)
             self.observe(j, column)
-        old, new = np.split(self.innovations.astype(np.float32), [self.n], axis=1)
-        old_power = (old**2).sum(0) + 1
-        new_power = (new**2).sum(0) + 1
+        spread = np.sqrt((self.innovations[:, self.n :] ** 2).mean(1, keepdims=True) + 1)
+        old, new = np.split((self.innovations / spread).astype(np.float32), [self.n], axis=1)
+        old_power = (old**2).sum(0) + 1e-3
+        new_power = (new**2).sum(0) + 1e-3
         products = [new[:, i : i + 1024].T @ (old / np.sqrt(old_power)) for i in range(0, new.shape[1], 1024)]
         best = np.concatenate([p.max(1) for p in products]).clip(0)
         self.reference = np.concatenate([p.argmax(1) for p in products])
@@ -6966,12 +6967,12 @@ def code_bank(
     order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
     out = np.empty((c, r), dtype=dtype)
     start = 0
-    for n in range(doublings, -1, -1):
-        part = order[start : r >> n]
-        predictor = Predictor(out[:, order[:start]].T, part.size) if start else None
+    for stop in (r >> n for n in range(doublings, -1, -1)):
+        part = order[start:stop]
+        predictor = Predictor(out[:, order[:start]], part.size) if start else None
         part_codes = None if known is None else known[:, part]
         out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor, dtype)
-        start = r >> n
+        start = stop
     return out.reshape(c, B, r).transpose(1, 2, 0)
 
 

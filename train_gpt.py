@@ -6767,52 +6767,98 @@ def code_column(
     return values
 
 
-def running_mean(mean: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
-    """The running mean of scale classes, in sixteenths, after the class of number n."""
-    return mean + ((16 * classes - mean) >> min(n, 3))
+class ClassBases:
+    """What the scale classes [B, n] are expected to be: the running mean of those before, and a share of the hints.
+
+    In sixteenths of a class. The mean is that of classes without their hints, and starts at variance 1.
+    """
+
+    def __init__(self, hints: np.ndarray, slope: int):
+        self.hints = (hints - hints.sum(1, keepdims=True) // hints.shape[1]) * slope >> 3
+        self.mean = np.full(len(hints), 48 * CLASSES_PER_OCTAVE)
+
+    def base(self, n: int) -> np.ndarray:
+        """The expected classes [B] of number n."""
+        return self.mean + self.hints[:, n] + 8 >> 4
+
+    def observe(self, n: int, classes: np.ndarray) -> None:
+        """Takes in the classes [B] of number n."""
+        self.mean = self.mean + ((16 * classes - self.hints[:, n] - self.mean) >> min(n, 3))
 
 
-def choose_class_deltas(variance: np.ndarray, samples: int) -> np.ndarray:
-    """Deltas [B, n] to the scale classes of integers, `samples` for each of the variances [B, n]. Encoder only.
+def choose_slope(variance: np.ndarray, hints: np.ndarray) -> int:
+    """The eighths of the hints [B, n] by which the classes of these variances follow them. Encoder only."""
+    classes = 8 * CLASSES_PER_OCTAVE * np.log2(variance)
+    x = hints - hints.mean(1, keepdims=True)
+    return int(np.rint(8 * (x * classes).sum() / max((x * x).sum(), 1)).clip(-32, 32))
 
-    A delta is relative to the running mean of the classes before it, which starts at variance 1. Each class minimizes
-    the bits of its integers and of its delta together; what deltas cost is estimated in three rounds.
+
+def choose_class_deltas(variance: np.ndarray, samples: int, hints: np.ndarray, slope: int) -> np.ndarray:
+    """Deltas [B, n] to the expected scale classes of integers, `samples` for each of the variances. Encoder only.
+
+    Each class minimizes the bits of its integers and of its delta together; what deltas cost is estimated in three
+    rounds.
     """
     deltas = np.zeros(variance.shape, dtype=np.int64)
     choices = np.arange(-64, 64)
     delta_bits = 1.0 + 2 * abs(choices)
-    for _ in range(3):
-        mean = np.full(len(variance), 48 * CLASSES_PER_OCTAVE)
-        for n in range(variance.shape[1]):
-            base = mean + 8 >> 4
-            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / CLASSES_PER_OCTAVE)
-            bits = samples * (choices / CLASSES_PER_OCTAVE + excess / math.log(4)) + delta_bits
+    class_bits = samples * choices / CLASSES_PER_OCTAVE
+    excess_bits = samples / math.log(4) * 4.0 ** (3 - choices / CLASSES_PER_OCTAVE)
+    count = variance.shape[1]
+    for stop in (min(count, 512), min(count, 512), count):
+        bases = ClassBases(hints, slope)
+        for n in range(stop):
+            base = bases.base(n)
+            excess = variance[:, n] * 4.0 ** (-base / CLASSES_PER_OCTAVE)
+            bits = excess[:, None] * excess_bits + class_bits + delta_bits
             deltas[:, n] = choices[bits.argmin(1)]
-            mean = running_mean(mean, base + deltas[:, n], n)
-        seen = np.bincount(deltas.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
+            bases.observe(n, base + deltas[:, n])
+        seen = np.bincount(deltas[:, :stop].ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
         delta_bits = math.log2(seen.sum()) - np.log2(seen)
     return deltas
 
 
 def code_classes(
-    coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, shape: tuple[int, int, int]
+    coder: RangeCoder,
+    side_model: ContextModel,
+    context: int,
+    variance: np.ndarray | None,
+    samples: int,
+    hints: np.ndarray,
+) -> np.ndarray:
+    """Scale classes [B, n]: chosen from variances [B, n] of `samples` codes each, or decoded (variance None).
+
+    The side model's first context is the slope's, and `context` that of the deltas.
+    """
+    slope = deltas = None
+    if variance is not None:
+        slope = np.array([choose_slope(variance, hints)])
+        deltas = choose_class_deltas(variance, samples, hints, slope.item()).ravel()
+    slope = side_model.code(coder, slope, np.zeros(1, np.uint16)).item()
+    deltas = side_model.code(coder, deltas, np.full(hints.size, context, np.uint16)).reshape(hints.shape)
+    bases = ClassBases(hints, slope)
+    classes = np.empty(hints.shape, dtype=np.int64)
+    for n in range(classes.shape[1]):
+        classes[:, n] = bases.base(n) + deltas[:, n]
+        bases.observe(n, classes[:, n])
+    return classes
+
+
+def code_scales(
+    coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, hints: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale classes of rows [B, r] and columns [B, c]: chosen from codes [c, B * r], or decoded (codes None)."""
-    B, r, c = shape
-    rows = deltas = None
+    """Scale classes of rows [B, r], relative to variance 1, and of columns [B, c] of codes [c, B * r]."""
+    B, r = hints[0].shape
+    c = hints[1].shape[1]
+    row_hints = hints[0] if r <= MAX_COLUMNS else np.zeros((B * r, 1), np.int32)  # one at a time would take too long
+    square = row_variance = column_variance = None
     if codes is not None:
         square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
-        rows = choose_class_deltas((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
-        row_variance = np.float32(4) ** (rows.reshape(B, r) / CLASSES_PER_OCTAVE)
-        deltas = choose_class_deltas((square / row_variance).mean(2).T, r).ravel()
-    rows = side_model.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
-    deltas = side_model.code(coder, deltas, np.ones(B * c, np.uint16)).reshape(B, c)
-    columns = np.empty_like(deltas)
-    mean = np.full(B, 48 * CLASSES_PER_OCTAVE)
-    for j in range(c):
-        columns[:, j] = (mean + 8 >> 4) + deltas[:, j]
-        mean = running_mean(mean, columns[:, j], j)
-    return rows, columns
+        row_variance = (square / square.mean(2, keepdims=True)).mean(0).reshape(row_hints.shape)
+    rows = code_classes(coder, side_model, 1, row_variance, c, row_hints).reshape(B, r) - 3 * CLASSES_PER_OCTAVE
+    if square is not None:
+        column_variance = (square / np.float32(4) ** (rows / CLASSES_PER_OCTAVE).astype(np.float32)).mean(2).T
+    return rows, code_classes(coder, side_model, 2, column_variance, r, hints[1])
 
 
 class Predictor:
@@ -6829,7 +6875,7 @@ class Predictor:
         self.limit = np.iinfo(known.dtype).max + 1
         self.values = np.zeros((c, n + rows))
         self.values[:, :n] = known
-        rest = self.values @ self.values.T
+        rest = self.values[:, :n] @ self.values[:, :n].T
         rest.flat[:: c + 1] += 2 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
         factor = np.eye(c)
         for j in range(c):
@@ -6856,14 +6902,15 @@ class Predictor:
         self.values[j, self.n :] = column
         self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**17), 2**17)
 
-    def means(self, j: int | slice) -> np.ndarray:
-        """The predicted integers of the new rows in columns j, int64."""
-        from_reference = np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
-        return (
-            np.floor((self.predicted[j][..., self.n :] + from_reference + 8) / 16)
-            .clip(-self.limit, self.limit - 1)
-            .astype(np.int64)
-        )
+    def means(self, j: int | slice) -> tuple[np.ndarray, np.ndarray]:
+        """The predicted integers of the new rows in columns j, and the side (1 or -1) of them on which to expect more.
+
+        int64.
+        """
+        exact = self.predicted[j][..., self.n :] + np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
+        means = np.floor((exact + 8) / 16)
+        sides = np.where(exact < 16 * means, -1, 1)
+        return means.clip(-self.limit, self.limit - 1).astype(np.int64), sides
 
     def choose_references(self, columns: np.ndarray) -> None:
         """Takes in the new rows [c, rows] and finds the known row that saves most of each. Encoder only."""
@@ -6889,10 +6936,10 @@ class Predictor:
 
         if not encoding:
             self.reference = np.zeros(rows, dtype=np.int64)
-        self.gain = code(self.gain, rows, 2)
+        self.gain = code(self.gain, rows, 3)
         used = self.gain.nonzero()[0]
         digits = divmod(self.reference[used], 256)
-        high, low = [code(digit - 128, used.size, 3 + i) + 128 for i, digit in enumerate(digits)]
+        high, low = [code(digit - 128, used.size, 4 + i) + 128 for i, digit in enumerate(digits)]
         self.reference[used] = (high * 256 + low) % self.n
 
 
@@ -6905,6 +6952,7 @@ def code_pass(
     trellis: tuple,
     predictor: Predictor | None,
     dtype: type,
+    hints: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
     """Encodes codes [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None.
 
@@ -6918,8 +6966,9 @@ def code_pass(
     if predictor:
         predictor.code_references(coder, side_model, encoding, r)
     if predictor and codes is not None:
-        residual = (codes - predictor.means(slice(None))).astype(dtype)  # wraps around, and back in the decoder
-    rows, columns = code_classes(coder, side_model, residual, shape)
+        means, sides = predictor.means(slice(None))
+        residual = (sides * (codes - means)).astype(dtype)  # wraps around, and back in the decoder
+    rows, columns = code_scales(coder, side_model, residual, hints)
     following = np.array(trellis[0], dtype=np.uint8)
     quantizer = np.array(trellis[1], dtype=np.uint16)
     quantizers = np.uint16(max(trellis[1]) + 1)
@@ -6930,7 +6979,8 @@ def code_pass(
         values = code_column(coder, model, integers, scale, scale * quantizers + quantizer[state])
         if not encoding and predictor:
             predictor.predict(j)
-            out[j] = (values + predictor.means(j)).astype(dtype)
+            means, sides = predictor.means(j)
+            out[j] = (means + sides * values).astype(dtype)
             predictor.observe(j, out[j])
         elif not encoding:
             out[j] = values.astype(dtype)
@@ -6947,6 +6997,7 @@ def code_bank(
     low: int,
     high: int,
     dtype: type,
+    hints: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
     """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them.
 
@@ -6958,20 +7009,30 @@ def code_bank(
         low, high = -128, 127
     shifts = class_shifts(dtype)
     model = ContextModel(low, prior_counts(low, high, shifts).repeat(max(trellis[1]) + 1, axis=0), shifts)
-    side_classes = [3 * CLASSES_PER_OCTAVE, 3 * CLASSES_PER_OCTAVE, 4 * CLASSES_PER_OCTAVE, -1, -1]
+    side_classes = [n * CLASSES_PER_OCTAVE for n in (6, 3, 3, 4, 10, 10)]
     side_model = ContextModel(-128, prior_counts(-128, 127, np.zeros(CLASSES, int))[side_classes])
     known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
     if not doublings:
-        out = code_pass(coder, model, side_model, known, shape, trellis, None, dtype)
+        out = code_pass(coder, model, side_model, known, shape, trellis, None, dtype, hints)
         return out.reshape(c, B, r).transpose(1, 2, 0)
     order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
     out = np.empty((c, r), dtype=dtype)
     start = 0
     for stop in (r >> n for n in range(doublings, -1, -1)):
-        part = order[start:stop]
+        part = np.sort(order[start:stop])
         predictor = Predictor(out[:, order[:start]], part.size) if start else None
         part_codes = None if known is None else known[:, part]
-        out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor, dtype)
+        out[:, part] = code_pass(
+            coder,
+            model,
+            side_model,
+            part_codes,
+            (1, part.size, c),
+            trellis,
+            predictor,
+            dtype,
+            (hints[0][:, part], hints[1]),
+        )
         start = stop
     return out.reshape(c, B, r).transpose(1, 2, 0)
 
@@ -6982,14 +7043,38 @@ def check_bank_shape(shape: tuple[int, ...]) -> None:
         raise ValueError(f"a bank of shape {shape} cannot be coded")
 
 
-def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
+def scale_hints(
+    scales: np.ndarray | None, exponents: np.ndarray | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteenths of scale classes that the rows [B, r] and columns [B, c] of codes lose by the scales of their weights.
+
+    From fp16 scales of the rows, and exponents e of the columns' scales 2^(e / 2); None, or another size, gives zeros.
+    A bank whose weights are equally large has small codes where its scales are large. Integers alone.
+    """
+    B, r, c = shape
+    octave = 16 * CLASSES_PER_OCTAVE
+    rows, columns = np.zeros((B, r), dtype=np.int32), np.zeros((B, c), dtype=np.int32)
+    if scales is not None and scales.size == rows.size:
+        bits = scales.astype(np.float16).view(np.uint16).reshape(rows.shape).astype(np.int32)
+        mantissa = bits & 1023
+        rows -= (bits + (11 * mantissa * (1024 - mantissa) >> 15)) * octave >> 10  # 1024 log2, but for a constant
+    if exponents is not None and exponents.size == columns.size:
+        columns -= exponents.reshape(columns.shape).astype(np.int32) * octave // 2
+    return rows, columns
+
+
+def encode_integers(
+    codes: np.ndarray, trellis: tuple | None = None, hints: tuple[np.ndarray, np.ndarray] | None = None
+) -> bytes:
     """Bytes of int8 or int16 codes [B, r, c], columns in processing order.
 
     trellis: (next state [states][k & 1], quantizer [states]) of codes of which every row starts in state 0, or None.
+    hints: by `scale_hints`, the same for the decoder.
     """
     check_bank_shape(codes.shape)
     if not codes.size:
         return b""
+    hints = hints or scale_hints(None, None, codes.shape)
     matrices, rows, columns = codes.shape
     low = max(int(codes.min()), -128)
     high = min(int(codes.max()), 127)
@@ -7001,14 +7086,18 @@ def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
     candidates = []
     for doublings in (0, DOUBLINGS) if predictable else (0,):
         coder = RangeCoder()
-        code_bank(coder, codes, codes.shape, trellis, doublings, low, high, codes.dtype.type)
+        code_bank(coder, codes, codes.shape, trellis, doublings, low, high, codes.dtype.type, hints)
         packed = coder.encoder.get_compressed().astype("<u4").tobytes()
         candidates.append(INTEGERS_HEADER.pack(doublings, low, high) + packed)
     return min(candidates, key=len)
 
 
 def decode_integers(
-    data: bytes, shape: tuple[int, int, int], trellis: tuple | None = None, dtype: type = np.int8
+    data: bytes,
+    shape: tuple[int, int, int],
+    trellis: tuple | None = None,
+    dtype: type = np.int8,
+    hints: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """The int8 or int16 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
     check_bank_shape(shape)
@@ -7023,7 +7112,8 @@ def decode_integers(
     if low >= high or doublings not in ((0, DOUBLINGS) if predictable else (0,)):
         raise ValueError("the integers' header is invalid")
     coder = RangeCoder(data[INTEGERS_HEADER.size :])
-    codes = code_bank(coder, None, shape, trellis, doublings, low, high, dtype)
+    hints = hints or scale_hints(None, None, shape)
+    codes = code_bank(coder, None, shape, trellis, doublings, low, high, dtype, hints)
     if coder.decoder is None or not coder.decoder.maybe_exhausted():
         raise ValueError("the integers end before their data")
     return codes
@@ -7033,7 +7123,7 @@ def decode_integers(
 # Artifact: a container with a header, lengths and checksums; nothing in it can run code
 # ---------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"PGOLF\x00\x00\x02"
+MAGIC = b"PGOLF\x00\x00\x03"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
 CONTENT_LIMIT = 3 << 26  # bytes of all unpacked sections: twice as many fit into 512 MiB
@@ -7061,6 +7151,13 @@ class IntegerBank(NamedTuple):
     shape: tuple[int, int, int]  # [B, r, c]
     states: int  # of their trellis; 0: none
     dtype: type = np.int8  # or int16
+    scales: np.ndarray | None = None  # fp16, of the rows
+    exponents: np.ndarray | None = None  # of the columns' scales
+
+    @property
+    def hints(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the scales say of the codes."""
+        return scale_hints(self.scales, self.exponents, self.shape)
 
     @property
     def trellis(self) -> tuple[list, list] | None:
@@ -7126,14 +7223,14 @@ def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
     if bank is None:
         raise ValueError("integers that are no bank's")
     codes = np.frombuffer(data, np.dtype(bank.dtype).newbyteorder("<")).astype(bank.dtype, copy=False)
-    return encode_integers(codes.reshape(bank.shape), bank.trellis)
+    return encode_integers(codes.reshape(bank.shape), bank.trellis, bank.hints)
 
 
 def decompress_integers(data: bytes, size: int, bank: IntegerBank | None) -> bytes:
     """Inverse of `compress_integers`. Errors: ArtifactError or ValueError."""
     if bank is None or math.prod(bank.shape) * np.dtype(bank.dtype).itemsize != size:
         raise ArtifactError("codes integers that are no bank's")
-    codes = decode_integers(data, bank.shape, bank.trellis, bank.dtype)
+    codes = decode_integers(data, bank.shape, bank.trellis, bank.dtype, bank.hints)
     return codes.astype(codes.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
@@ -7190,11 +7287,12 @@ def part_dtype(part: str, bits: int) -> np.dtype:
 
 
 INTEGERS = (np.dtype("i1"), np.dtype("<i2"))  # the types of codes
+SCALE_SECTIONS = ("scales", "columns")
 
 
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
-    if part in ("scales", "columns"):
+    if part in SCALE_SECTIONS:
         return part  # of all tensors together: q, k and v have the same columns, which the codec notices
     return f"{name}.{part}" if dtype in INTEGERS and size >= 4096 else dtype.name
 
@@ -7330,6 +7428,37 @@ def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
     return banks
 
 
+def with_scales(
+    banks: dict[str, IntegerBank], tensors: Iterable[TensorHeader], contents: Mapping[str, bytes | memoryview]
+) -> dict[str, IntegerBank]:
+    """The banks with the scales of their weights, from the contents of the sections that hold them.
+
+    Errors: ArtifactError for a section that is too short.
+    """
+    places = dict.fromkeys(SCALE_SECTIONS, 0)
+    hinted = dict(banks)
+    for tensor in tensors:
+        arrays = {}
+        for part, shape in tensor.parts().items():
+            if part in places:
+                dtype = part_dtype(part, tensor.bits)
+                stop = places[part] + math.prod(shape) * dtype.itemsize
+                arrays[part] = np.frombuffer(section_content(contents, part, places[part], stop), dtype)
+                places[part] = stop
+        section = f"{tensor.name}.codes"
+        if section in banks:
+            hinted[section] = banks[section]._replace(scales=arrays.get("scales"), exponents=arrays.get("columns"))
+    return hinted
+
+
+def section_content(contents: Mapping[str, bytes | memoryview], section: str, start: int, stop: int):
+    """A part of a section's content. Errors: ArtifactError where it is shorter."""
+    content = contents.get(section, b"")
+    if len(content) < stop:
+        raise ArtifactError(f"its section {section!r} is too short for its tensors")
+    return content[start:stop]
+
+
 # --- Writing ---
 
 
@@ -7341,8 +7470,11 @@ def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
     yield from sorted(q.extras.items())
 
 
-def pack(stored: dict[str, Quantized], config: Config) -> bytes:
-    """The artifact's bytes: prefix, header (model settings, sections, tensors), then the sections."""
+def pack(stored: dict[str, Quantized], config: Config, cache: dict[tuple[str, bytes], bytes] | None = None) -> bytes:
+    """The artifact's bytes: prefix, header (model settings, sections, tensors), then the sections.
+
+    A `cache` keeps packed sections by name and digest of what they are made of, for calls with the same cache.
+    """
     contents: dict[str, list[bytes]] = {}
     for name, q in stored.items():
         for part, array in arrays_of(q):
@@ -7350,18 +7482,32 @@ def pack(stored: dict[str, Quantized], config: Config) -> bytes:
             content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
             contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
     tensors = tuple(TensorHeader.of(name, q) for name, q in stored.items())
-    banks = integer_banks(tensors)
+    whole = {name: b"".join(parts) for name, parts in contents.items()}
+    banks = with_scales(integer_banks(tensors), tensors, whole)
     sections, payload = [], []
-    for name, parts in contents.items():
-        content = b"".join(parts)
+    for name, content in whole.items():
         codec = config.compressor
         if CODECS[codec].integers_only and name not in banks:
             codec = "brotli"
-        packed = compress(codec, content, banks.get(name))
+        key = (name, digest_of(codec, content, banks.get(name)))
+        packed = cache[key] if cache is not None and key in cache else compress(codec, content, banks.get(name))
+        if cache is not None:
+            cache[key] = packed
         sections.append(SectionHeader(name, codec, len(packed), len(content), zlib.crc32(packed)))
         payload.append(packed)
     header = Header(dataclasses.asdict(config.model), tuple(sections), tensors).pack()
     return b"".join((PREFIX.pack(MAGIC, len(header), zlib.crc32(header)), header, *payload))
+
+
+def digest_of(codec: str, content: bytes, bank: IntegerBank | None) -> bytes:
+    """SHA-256 of all that a section's packed bytes depend on."""
+    digest = hashlib.sha256(content)
+    digest.update(codec.encode())
+    if bank is not None:
+        digest.update(repr((bank.shape, bank.states, bank.dtype)).encode())
+        for scales in (bank.scales, bank.exponents):
+            digest.update(b"" if scales is None else scales.tobytes())
+    return digest.digest()
 
 
 def pack_within(
@@ -7512,16 +7658,24 @@ def read_sections(data: bytes, header: Header, offset: int) -> dict[str, memoryv
     limit = min(CONTENT_LIMIT, max(SMALL_CONTENT, CONTENT_RATIO * len(data)))
     if size > limit:
         raise ArtifactError(f"claims {size} bytes of content, which is more than {limit}")
-    banks = integer_banks(header.tensors)
-    contents: dict[str, memoryview] = {}
+    packed: dict[str, bytes] = {}
     for section in header.sections:
-        packed = data[offset : offset + section.packed_size]
+        packed[section.name] = data[offset : offset + section.packed_size]
         offset += section.packed_size
-        if len(packed) != section.packed_size or zlib.crc32(packed) != section.checksum:
+        if len(packed[section.name]) != section.packed_size or zlib.crc32(packed[section.name]) != section.checksum:
             raise ArtifactError(f"is damaged: the checksum of its section {section.name!r} does not match")
-        contents[section.name] = memoryview(decompress(section.codec, packed, section.size, banks.get(section.name)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
+    banks = integer_banks(header.tensors)
+    contents: dict[str, memoryview] = {}
+    for coded in (False, True):  # scales first: the banks need them
+        if coded:
+            banks = with_scales(banks, header.tensors, contents)
+        for section in header.sections:
+            if (section.name in banks) == coded:
+                bank = banks.get(section.name)
+                content = decompress(section.codec, packed[section.name], section.size, bank)
+                contents[section.name] = memoryview(content)
     return contents
 
 
@@ -7535,12 +7689,10 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
         for part, shape in tensor.parts().items():
             dtype = part_dtype(part, tensor.bits)
             section = section_of(tensor.name, part, dtype, math.prod(shape))
-            content = contents.get(section, memoryview(b""))
             size = math.prod(shape) * dtype.itemsize
-            if len(content) < size:
-                raise ArtifactError(f"its section {section!r} is too short for its tensors")
-            contents[section] = content[size:]
-            numbers = np.frombuffer(content[:size], dtype).astype(dtype.newbyteorder("="))
+            content = section_content(contents, section, 0, size)
+            contents[section] = memoryview(contents.get(section, b""))[size:]
+            numbers = np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))
             arrays[part] = torch.from_numpy(numbers).view(shape)
         codes, scales = arrays.pop("codes"), arrays.pop("scales", None)
         stored[tensor.name] = Quantized(codes, scales, tensor.bits, arrays, tensor.states)

@@ -6619,11 +6619,13 @@ def correction_shapes(shapes: dict[str, tuple[int, ...]], rows: int, columns: in
 # This coder is COMPRESSOR=pergroup. In it, every probability is a ratio of integers.
 #
 # All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). The
-# context of a weight is the sum of two coded scale classes, of its row and of its column. In a trellis, the context
-# also holds the quantizer that the row has reached. Each context counts its symbols as they pass, starting from a
-# bell-shaped prior, so no table is stored. A single matrix with many rows (the embedding) is coded in passes, each as
-# large as all passes before it. From the rows that are known by then, a pass uses linear prediction along the columns
-# and, where it pays, one earlier row that resembles the new one.
+# context of a weight is the sum of two coded scale classes, of its row and of its column. Weights of equal size have
+# small codes where their scales are large, so the stored scales tell most of a class, and only the rest is coded. In a
+# trellis, the context also holds the quantizer that the row has reached. Each context counts its symbols as they pass,
+# starting from a bell-shaped prior, so no table is stored. Of int16 codes with large scale classes, only the high bits
+# are symbols. A single matrix with many rows (the embedding) is coded in passes, each as large as all passes before it.
+# From the rows that are known by then, a pass uses linear prediction along the columns and, where it pays, one earlier
+# row that resembles the new one.
 #
 # Why decoding is exact on any machine: counts are integers. A table's frequencies are integers n_i that sum to 2^24
 # minus their number. constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, then gives exactly
@@ -6943,40 +6945,40 @@ class Predictor:
         self.reference[used] = (high * 256 + low) % self.n
 
 
-def code_pass(
-    coder: RangeCoder,
-    model: ContextModel,
-    side_model: ContextModel,
-    codes: np.ndarray | None,
-    shape: tuple[int, int, int],
-    trellis: tuple,
-    predictor: Predictor | None,
-    dtype: type,
-    hints: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
-    """Encodes codes [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None.
+class BankModels(NamedTuple):
+    """What the passes of a bank share."""
 
-    They are of this dtype: int8 or int16.
-    """
-    B, r, c = shape
+    coder: RangeCoder
+    symbols: ContextModel  # of integers, by scale class and quantizer
+    side: ContextModel  # contexts: a slope, the classes of rows and of columns, a row's gain and its reference's digits
+    trellis: tuple  # next state by state and parity, quantizer by state
+    dtype: type  # int8 or int16
+
+
+def code_pass(
+    models: BankModels, codes: np.ndarray | None, hints: tuple[np.ndarray, np.ndarray], predictor: Predictor | None
+) -> np.ndarray:
+    """Encodes codes [c, B * r], a bank or some of its rows, or decodes them where they are None."""
+    coder, dtype = models.coder, models.dtype
+    n, c = hints[0].size, hints[1].shape[1]
     encoding, residual = codes is not None, codes
-    out = np.empty((c, B * r), dtype=dtype) if codes is None else codes
+    out = np.empty((c, n), dtype=dtype) if codes is None else codes
     if predictor and codes is not None:
         predictor.choose_references(codes)
     if predictor:
-        predictor.code_references(coder, side_model, encoding, r)
+        predictor.code_references(coder, models.side, encoding, n)
     if predictor and codes is not None:
         means, sides = predictor.means(slice(None))
         residual = (sides * (codes - means)).astype(dtype)  # wraps around, and back in the decoder
-    rows, columns = code_scales(coder, side_model, residual, hints)
-    following = np.array(trellis[0], dtype=np.uint8)
-    quantizer = np.array(trellis[1], dtype=np.uint16)
-    quantizers = np.uint16(max(trellis[1]) + 1)
-    state = np.zeros(B * r, dtype=np.uint8)
+    rows, columns = code_scales(coder, models.side, residual, hints)
+    following = np.array(models.trellis[0], dtype=np.uint8)
+    quantizer = np.array(models.trellis[1], dtype=np.uint16)
+    quantizers = np.uint16(quantizer.max() + 1)
+    state = np.zeros(n, dtype=np.uint8)
     for j in range(c):
         scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
         integers = None if residual is None else residual[j].astype(np.int32)
-        values = code_column(coder, model, integers, scale, scale * quantizers + quantizer[state])
+        values = code_column(coder, models.symbols, integers, scale, scale * quantizers + quantizer[state])
         if not encoding and predictor:
             predictor.predict(j)
             means, sides = predictor.means(j)
@@ -6989,52 +6991,38 @@ def code_pass(
 
 
 def code_bank(
-    coder: RangeCoder,
-    codes: np.ndarray | None,
-    shape: tuple[int, int, int],
-    trellis: tuple | None,
-    doublings: int,
-    low: int,
-    high: int,
-    dtype: type,
-    hints: tuple[np.ndarray, np.ndarray],
+    models: BankModels, codes: np.ndarray | None, hints: tuple[np.ndarray, np.ndarray], doublings: int
 ) -> np.ndarray:
-    """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them.
+    """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them."""
+    B, r = hints[0].shape
+    c = hints[1].shape[1]
+    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
+    if not doublings:
+        return code_pass(models, known, hints, None).reshape(c, B, r).transpose(1, 2, 0)
+    order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
+    out = np.empty((c, r), dtype=models.dtype)
+    start = 0
+    for stop in (r >> n for n in range(doublings, -1, -1)):
+        part = np.sort(order[start:stop])  # rows of pieces that are about as frequent have similar scales
+        predictor = Predictor(out[:, order[:start]], part.size) if start else None
+        part_codes = None if known is None else known[:, part]
+        out[:, part] = code_pass(models, part_codes, (hints[0][:, part], hints[1]), predictor)
+        start = stop
+    return out.reshape(c, B, r).transpose(1, 2, 0)
 
-    low..high are the symbols, and the integers int8 or int16.
-    """
-    B, r, c = shape
+
+def bank_models(
+    coder: RangeCoder, trellis: tuple | None, doublings: int, low: int, high: int, dtype: type
+) -> BankModels:
+    """The models before the first integer. low..high are the symbols, those of a prediction's errors excepted."""
     trellis = trellis or (((0, 0),), (0,))
     if doublings:
         low, high = -128, 127
     shifts = class_shifts(dtype)
-    model = ContextModel(low, prior_counts(low, high, shifts).repeat(max(trellis[1]) + 1, axis=0), shifts)
+    symbols = ContextModel(low, prior_counts(low, high, shifts).repeat(max(trellis[1]) + 1, axis=0), shifts)
     side_classes = [n * CLASSES_PER_OCTAVE for n in (6, 3, 3, 4, 10, 10)]
-    side_model = ContextModel(-128, prior_counts(-128, 127, np.zeros(CLASSES, int))[side_classes])
-    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
-    if not doublings:
-        out = code_pass(coder, model, side_model, known, shape, trellis, None, dtype, hints)
-        return out.reshape(c, B, r).transpose(1, 2, 0)
-    order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
-    out = np.empty((c, r), dtype=dtype)
-    start = 0
-    for stop in (r >> n for n in range(doublings, -1, -1)):
-        part = np.sort(order[start:stop])
-        predictor = Predictor(out[:, order[:start]], part.size) if start else None
-        part_codes = None if known is None else known[:, part]
-        out[:, part] = code_pass(
-            coder,
-            model,
-            side_model,
-            part_codes,
-            (1, part.size, c),
-            trellis,
-            predictor,
-            dtype,
-            (hints[0][:, part], hints[1]),
-        )
-        start = stop
-    return out.reshape(c, B, r).transpose(1, 2, 0)
+    side = ContextModel(-128, prior_counts(-128, 127, np.zeros(CLASSES, int))[side_classes])
+    return BankModels(coder, symbols, side, trellis, dtype)
 
 
 def check_bank_shape(shape: tuple[int, ...]) -> None:
@@ -7086,7 +7074,8 @@ def encode_integers(
     candidates = []
     for doublings in (0, DOUBLINGS) if predictable else (0,):
         coder = RangeCoder()
-        code_bank(coder, codes, codes.shape, trellis, doublings, low, high, codes.dtype.type, hints)
+        models = bank_models(coder, trellis, doublings, low, high, codes.dtype.type)
+        code_bank(models, codes, hints, doublings)
         packed = coder.encoder.get_compressed().astype("<u4").tobytes()
         candidates.append(INTEGERS_HEADER.pack(doublings, low, high) + packed)
     return min(candidates, key=len)
@@ -7113,7 +7102,8 @@ def decode_integers(
         raise ValueError("the integers' header is invalid")
     coder = RangeCoder(data[INTEGERS_HEADER.size :])
     hints = hints or scale_hints(None, None, shape)
-    codes = code_bank(coder, None, shape, trellis, doublings, low, high, dtype, hints)
+    models = bank_models(coder, trellis, doublings, low, high, dtype)
+    codes = code_bank(models, None, hints, doublings)
     if coder.decoder is None or not coder.decoder.maybe_exhausted():
         raise ValueError("the integers end before their data")
     return codes

@@ -148,6 +148,38 @@ def test_wide_codes_that_no_quantizer_gives_are_refused(value):
         tg.load_artifact(tg.pack(stored, c), config(), set(), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("codec", ["brotli", "pergroup"])
+def test_a_cache_changes_no_byte(codec):
+    """Also where only a scale, which is in another section, has changed: it tells what the codes are like."""
+    c, stored = stored_model(RECORD_LIKE, COMPRESSOR=codec, QUANTIZER="uniform")
+    cache = {}
+    assert tg.pack(stored, c, cache) == tg.pack(stored, c)
+    first = set(cache)
+    assert tg.pack(stored, c, cache) == tg.pack(stored, c) and set(cache) == first
+    q = stored["up_bank"]
+    changed = dict(stored, up_bank=q._replace(codes=q.codes.flip(0)))
+    assert tg.pack(changed, c, cache) == tg.pack(changed, c)
+    assert {name for name, _ in set(cache) - first} == {"up_bank.codes"}
+    changed = dict(stored, up_bank=q._replace(scales=q.scales * torch.rand(q.scales.shape).half()))
+    assert tg.pack(changed, c, cache) == tg.pack(changed, c)
+    for key in cache:
+        cache[key] = b"cached"
+    assert b"cached" * len(first) in tg.pack(stored, c, cache)
+
+
+def test_scales_tell_the_codes_in_any_order_of_sections():
+    c, stored = stored_with_extras(COMPRESSOR="pergroup", COLUMN_STEPS=0.75)
+    data = tg.pack(stored, c)
+    header, offset = tg.read_header(data)
+    payloads = []
+    for section in header.sections:
+        payloads.append(data[offset : offset + section.packed_size])
+        offset += section.packed_size
+    assert header.sections[-1].name not in tg.SCALE_SECTIONS
+    turned = {**header.fields(), "sections": [s.row() for s in header.sections[::-1]]}
+    assert equal(tg.unpack(signed(turned, b"".join(payloads[::-1])))[1], stored)
+
+
 def test_fewer_bits_take_fewer_bytes():
     sizes = [len(tg.pack(stored, c)) for c, stored in (stored_model(MATRIX_BITS=b, EMBED_BITS=b) for b in (2, 4, 6, 8))]
     assert sizes == sorted(sizes) and sizes[0] < 0.5 * sizes[-1]

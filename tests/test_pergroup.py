@@ -39,10 +39,10 @@ def embedding_like(r: int = 1024, c: int = 48, seed: int = 0, scale: float = 1, 
     return np.rint(scale * (x + rng.normal(size=(r, c)) * 0.4)).clip(-limit, limit).astype(dtype)[None]
 
 
-def same(codes: np.ndarray, trellis=None) -> bytes:
+def same(codes: np.ndarray, trellis=None, hints=None) -> bytes:
     """The bytes, after a check that they give the codes back."""
-    data = p.encode_integers(codes, trellis)
-    back = p.decode_integers(data, codes.shape, trellis, codes.dtype.type)
+    data = p.encode_integers(codes, trellis, hints)
+    back = p.decode_integers(data, codes.shape, trellis, codes.dtype.type, hints)
     assert back.dtype == codes.dtype and np.array_equal(back, codes)
     return data
 
@@ -153,6 +153,59 @@ def test_near_the_entropy_of_a_known_source(spread, dtype):
     cdf = np.vectorize(lambda x: 0.5 * (1 + erf(x / sqrt(2))))
     bits = -np.log2(cdf((codes + 0.5) / scale) - cdf((codes - 0.5) / scale)).sum()
     assert 8 * len(same(codes.astype(dtype))) < 1.01 * bits
+
+
+def scaled(shape, seed: int = 0):
+    """Codes of equally large weights, with the fp16 scales of their rows and exponents of their columns' scales."""
+    rng = np.random.default_rng(seed)
+    B, r, c = shape
+    scales = np.exp2(rng.normal(-4, 0.5, (B, r))).astype(np.float16)
+    exponents = np.rint(rng.normal(0, 1.5, (B, c))).astype(np.int8)
+    steps = scales.astype(float)[..., None] * 2.0 ** (exponents[:, None] / 2)
+    return np.rint(rng.normal(0, 0.3, shape) / steps).clip(-128, 127).astype(np.int8), scales, exponents
+
+
+def test_stored_scales_tell_the_classes():
+    shape = (4, 200, 150)
+    codes, scales, exponents = scaled(shape)
+    plain = len(same(codes))
+    both = len(same(codes, None, p.scale_hints(scales, exponents, shape)))
+    rows = len(same(codes, None, p.scale_hints(scales, None, shape)))
+    columns = len(same(codes, None, p.scale_hints(None, exponents, shape)))
+    classes = 4 * (200 + 150)
+    assert both < min(rows, columns) and max(rows, columns) < plain - 40 and both < plain - 2 * classes / 8
+    wrong = p.scale_hints(scales[:, ::-1].copy(), exponents[:, ::-1].copy(), shape)
+    assert len(same(codes, None, wrong)) < plain + 10  # what does not help is not used
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 30)),
+    st.integers(0, 99),
+    st.sampled_from([np.int8, np.int16]),
+    TRELLISES,
+)
+def test_round_trip_with_any_scales(shape, seed, dtype, trellis):
+    """Any 16 bits are scales of a file that somebody forged, and any bytes are exponents."""
+    rng = np.random.default_rng(seed)
+    scales = rng.integers(0, 1 << 16, shape[:2], dtype=np.uint16).view(np.float16)
+    exponents = rng.integers(-128, 128, (shape[0], shape[2]), dtype=np.int8)
+    same(draw(shape, 5, seed, dtype), trellis, p.scale_hints(scales, exponents, shape))
+
+
+def test_hints_follow_the_logarithm():
+    """Within a hundredth of an octave, in integers: 64 sixteenths of a class for each octave."""
+    scales = np.arange(0x0400, 0x7C00, dtype=np.uint16).view(np.float16)[None]
+    rows, columns = p.scale_hints(scales, np.arange(-128, 128, dtype=np.int8)[None], (1, scales.size, 256))
+    error = rows[0] + 64 * np.log2(scales[0].astype(float))
+    assert np.ptp(error) / 64 < 0.04 and rows.dtype == columns.dtype == np.int32
+    assert columns[0].tolist() == [-32 * e for e in range(-128, 128)]
+    for wrong in (p.scale_hints(scales, None, (2, 3, 4)), p.scale_hints(None, scales[0], (2, 3, 4))):
+        assert not wrong[0].any() and not wrong[1].any() and wrong[0].shape == (2, 3) and wrong[1].shape == (2, 4)
+
+
+def test_many_rows_do_not_take_one_step_each():
+    same(np.zeros((1, p.MAX_COLUMNS + 1, 2), dtype=np.int8))
 
 
 def reference_decode(words: list[int], tables: list[list[int]]) -> list[int]:

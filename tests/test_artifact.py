@@ -199,7 +199,34 @@ def test_each_codec_packs_and_takes_exactly_the_expected_bytes():
         tg.decompress("zip", b"", 0)
 
 
-@pytest.mark.parametrize("codec", ANY_BYTES)
+NUMBERS = st.integers(0, 9) | st.integers(0, 65535)
+
+
+@examples(max_examples=100)
+@given(st.lists(NUMBERS, max_size=300), st.data())
+def test_a_table_gives_back_its_numbers_or_refuses(numbers, data):
+    content = np.array(numbers, dtype="<u2").tobytes()
+    packed = tg.compress("table", content)
+    assert tg.decompress("table", packed, len(content)) == content
+    for wrong in (len(content) + 2, max(0, len(content) - 2), len(content) + 1):
+        if wrong != len(content):
+            with pytest.raises(tg.ArtifactError):
+                tg.decompress("table", packed, wrong)
+    forged = mutated(data.draw, tg.decompress("brotli", packed, 4 + 2 * len(set(numbers)) + len(content)))
+    try:
+        assert len(tg.decompress("table", tg.compress("brotli", forged), len(content))) == len(content)
+    except tg.ArtifactError:
+        return
+
+
+def test_numbers_of_few_values_take_fewer_bytes_as_a_table():
+    grid = np.exp2(np.random.default_rng(0).integers(-80, -40, 20_000) / 16).astype("<f2").tobytes()
+    assert len(tg.compress("table", grid)) < 0.9 * len(tg.compress("brotli", grid))
+    every = np.arange(1 << 16, dtype="<u2").tobytes()
+    assert tg.decompress("table", tg.compress("table", every), len(every)) == every
+
+
+@pytest.mark.parametrize("codec", [*ANY_BYTES, "table"])
 def test_a_bomb_is_not_unpacked(codec):
     """16 MiB of zeros where 100 bytes are expected: refused without allocating them (LZMA's window takes 64 MiB)."""
     bomb = tg.compress(codec, bytes(2**24 if codec != "lzma" else 2**27))

@@ -39,4 +39,4 @@ def test_the_mixture_finds_what_the_coder_does_not_model():
     level = np.repeat(np.exp2(rng.choice([-1.0, 2.5], (1, 200, 20))), 10, axis=2)
     codes = np.rint(rng.normal(size=level.shape) * level).clip(-127, 127).astype(np.int8)
     coder = pack.ideal_coder(codes, tg.IntegerBank(codes.shape, 0))
-    assert pack.mixer_bits(coder) < 0.95 * coder.symbol_bits
+    assert pack.mixer_bits(coder) < 0.97 * coder.symbol_bits

@@ -44,6 +44,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -171,7 +172,8 @@ class IdealCoder(t.RangeCoder):
 def ideal_coder(codes: np.ndarray, form: t.IntegerBank) -> IdealCoder:
     """The coder after the shorter of a bank's forms."""
     runs: list[IdealCoder] = []
-    range_coder, code_column, code_scales = t.RangeCoder, t.code_column, t.code_scales
+    code_column = t.code_column
+    code_scales = t.code_scales
 
     def make() -> IdealCoder:
         runs.append(IdealCoder())
@@ -188,11 +190,8 @@ def ideal_coder(codes: np.ndarray, form: t.IntegerBank) -> IdealCoder:
         coder.passes[-1].append((integers, classes, contexts - classes * (len(model.counts) // t.CLASSES)))
         return values
 
-    try:
-        t.RangeCoder, t.code_column, t.code_scales = make, column, scales
+    with mock.patch.multiple(t, RangeCoder=make, code_column=column, code_scales=scales):
         t.encode_integers(codes, form.trellis, form.hints)
-    finally:
-        t.RangeCoder, t.code_column, t.code_scales = range_coder, code_column, code_scales
     return min(runs, key=lambda run: run.bits)
 
 

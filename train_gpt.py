@@ -7051,6 +7051,16 @@ def scale_hints(
     return rows, columns
 
 
+def normal_bits(codes: np.ndarray) -> float:
+    """About the bits of codes [B, r, c] without prediction: normal deviates with scales of rows and columns."""
+    square = codes.astype(np.float32) ** 2 + np.float32(1 / 12)
+    columns = square.mean(1, keepdims=True)
+    rows = (square / columns).mean(2)
+    _, r, c = codes.shape
+    logs = r * np.log2(columns).sum(dtype=np.float64) + c * np.log2(rows).sum(dtype=np.float64)
+    return 0.5 * (codes.size * math.log2(2 * math.pi * math.e) + float(logs))
+
+
 def encode_integers(
     codes: np.ndarray, trellis: tuple | None = None, hints: tuple[np.ndarray, np.ndarray] | None = None
 ) -> bytes:
@@ -7071,8 +7081,10 @@ def encode_integers(
     low = min(low, 126)
     high = max(high, low + 1)
     predictable = matrices == 1 and 256 <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
-    candidates = []
-    for doublings in (0, DOUBLINGS) if predictable else (0,):
+    candidates: list[bytes] = []
+    for doublings in (DOUBLINGS, 0) if predictable else (0,):
+        if candidates and 8 * len(candidates[0]) < 0.97 * normal_bits(codes):
+            break  # prediction has saved so much that the plain form need not be tried
         coder = RangeCoder()
         models = bank_models(coder, trellis, doublings, low, high, codes.dtype.type)
         code_bank(models, codes, hints, doublings)

@@ -132,6 +132,17 @@ def test_prediction_of_a_single_matrix(scale, dtype, trellis):
     assert data[0] == 5 and len(data) < most * len(p.encode_integers(codes.reshape(2, -1, codes.shape[2]), trellis))
 
 
+def test_the_plain_form_is_tried_only_where_it_may_be_shorter(monkeypatch):
+    tried = []
+    models = p.bank_models
+    monkeypatch.setattr(p, "bank_models", lambda *a: tried.append(a[2]) or models(*a))
+    assert p.encode_integers(embedding_like())[0] == 5 and tried == [5]
+    noise = draw((1, 600, 40), 3, 0)
+    tried.clear()
+    assert p.encode_integers(noise)[0] == 0 and tried == [5, 0]
+    assert abs(8 * len(p.encode_integers(noise)) / p.normal_bits(noise) - 1) < 0.03
+
+
 def test_a_context_of_the_quantizer_pays():
     rng = np.random.default_rng(0)
     codes, following = np.zeros((4, 500, 60), dtype=np.int8), np.array(TRELLIS8[0])

@@ -5670,7 +5670,7 @@ EXTRAS = {
     "residual_scales": (torch.float16, 2),  # [n, r]
 }
 INT8_LIMIT = 127  # the largest magnitude of a code of up to 8 bits, so that codes are symmetric
-CODE_LIMIT = 2047  # ... of any code
+WIDE_LIMIT = 2047  # ... of one of 9 to 12 bits
 SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
@@ -6053,7 +6053,7 @@ def check_codes(q: Quantized) -> None:
     """Errors: ValueError for codes, bits or scales that no quantizer produces."""
     if not 2 <= q.bits <= 12:
         raise ValueError(f"it claims codes of {q.bits} bits")
-    kind, limit = (torch.int8, INT8_LIMIT) if q.bits <= 8 else (torch.int16, CODE_LIMIT)
+    kind, limit = (torch.int8, INT8_LIMIT) if q.bits <= 8 else (torch.int16, WIDE_LIMIT)
     if q.scales is None or q.codes.dtype != kind or q.codes.dim() not in (2, 3):
         raise ValueError(f"its codes of {q.bits} bits are not matrices of {kind} with scales")
     if q.scales.dtype != torch.float16 or q.scales.shape != q.codes.shape[:-1]:
@@ -6121,7 +6121,7 @@ def encode_uniform(
     """
     if factor is None:
         return round_to_nearest(weights, bits, sigmas)
-    max_level = CODE_LIMIT if config.target_bytes else 0
+    max_level = WIDE_LIMIT if config.target_bytes else 0
     scales, exponents = fit_scales(weights, factor, bits, sigmas, config, 2.0**log2_scale_offset, max_level, salient)
     limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
     if salient is not None:
@@ -6149,7 +6149,7 @@ def check_uniform(q: Quantized) -> None:
 # codes (octal h0, h1).
 TRELLISES = {4: ((0, 2), (2, 0), (1, 3), (3, 1)), 8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))}
 UNGERBOECK = {16: (0o23, 0o04), 32: (0o45, 0o10)}
-TRELLIS_LIMIT = CODE_LIMIT  # |k|
+TRELLIS_LIMIT = WIDE_LIMIT  # |k|
 TRELLIS_DISTORTION = 0.27  # squared error, in scales^2, that prices a bit: 0.23 to 0.25 as measured, more does best
 TRELLIS_SCALE = 0.52  # times a uniform quantizer's scale, for about the same number of bits
 TRELLIS_ROWS = {"cpu": 1 << 12, "cuda": 1 << 16}  # rows searched at once, to bound the memory
@@ -6939,11 +6939,13 @@ def correction_shapes(shapes: dict[str, tuple[int, ...]], rows: int, columns: in
 # This coder is COMPRESSOR=pergroup. In it, every probability is a ratio of integers.
 #
 # All rows of a bank are coded together, column by column, with constriction's range coder (arXiv 2201.01741). The
-# context of a weight is the sum of two coded scale classes, of its row and of its column. In a trellis, the context
-# also holds the quantizer that the row has reached. Each context counts its symbols as they pass, starting from a
-# bell-shaped prior, so no table is stored. A single matrix with many rows (the embedding) is coded in passes, each as
-# large as all passes before it. From the rows that are known by then, a pass uses linear prediction along the columns
-# and, where it pays, one earlier row that resembles the new one.
+# context of a weight is the sum of two coded scale classes, of its row and of its column. Weights of equal size have
+# small codes where their scales are large, so the stored scales tell most of a class, and only the rest is coded. In a
+# trellis, the context also holds the quantizer that the row has reached. Each context counts its symbols as they pass,
+# starting from a bell-shaped prior, so no table is stored. Of int16 codes with large scale classes, only the high bits
+# are symbols. A single matrix with many rows (the embedding) is coded in passes, each as large as all passes before it.
+# From the rows that are known by then, a pass uses linear prediction along the columns and, where it pays, one earlier
+# row that resembles the new one.
 #
 # Why decoding is exact on any machine: counts are integers. A table's frequencies are integers n_i that sum to 2^24
 # minus their number. constriction's formula, floor(cumulative * ((2^24 - symbols) / sum)) + index, then gives exactly
@@ -6951,8 +6953,9 @@ def correction_shapes(shapes: dict[str, tuple[int, ...]], rows: int, columns: in
 # operations on whole arrays, each with one defined rounding, and products of matrices of integers below 2^53, which
 # are exact in any order of summation.
 PRECISION = 1 << 24  # what the probabilities of constriction's tables sum to
-CLASSES = 44  # scale classes, of standard deviations 2^-3 to 2^7.75
+CLASSES = 60  # scale classes, of standard deviations 2^-3 to 2^11.75
 CLASSES_PER_OCTAVE = 4
+UNSHIFTED = 7 * CLASSES_PER_OCTAVE  # the last class (a standard deviation of 2^4) whose int16 are coded whole
 INCREMENT = 32  # what a symbol adds to its count
 PRIOR_SYMBOLS = 48  # symbols that the prior counts for
 INTEGERS_HEADER = struct.Struct("<Bbb")  # doublings of the passes (0: no prediction), smallest and largest symbol
@@ -6968,9 +6971,19 @@ def power_of_two(sixteenths: int) -> int:
     return math.isqrt(math.isqrt(math.isqrt(math.isqrt(1 << sixteenths))))
 
 
-def prior_counts(low: int, high: int) -> np.ndarray:
-    """Prior counts [CLASSES, symbols] of low..high, proportional to (1 + k^2 / 16 v)^-8 with the class's variance v."""
-    v = np.array([power_of_two(320 + 32 * n // CLASSES_PER_OCTAVE) / 2**26 for n in range(CLASSES)])[:, None]
+def class_shifts(dtype: type) -> np.ndarray:
+    """Low bits that are coded apart, as likely 0 as 1, by scale class: none of an int8."""
+    octaves_above = -((UNSHIFTED - np.arange(CLASSES)) // CLASSES_PER_OCTAVE)
+    return octaves_above.clip(0) * (dtype != np.int8)
+
+
+def prior_counts(low: int, high: int, shifts: np.ndarray) -> np.ndarray:
+    """Prior counts [CLASSES, symbols] of low..high, proportional to (1 + k^2 / 16 v)^-8.
+
+    v is the class's variance, after the shift of what is coded apart.
+    """
+    logs = 32 * np.arange(CLASSES) // CLASSES_PER_OCTAVE - 32 * shifts
+    v = np.array([power_of_two(320 + log) / 2**26 for log in logs.tolist()])[:, None]
     bell = 16 * v / (16 * v + np.arange(low, high + 1, dtype=np.float64) ** 2)
     for _ in range(3):
         bell = bell * bell
@@ -7006,8 +7019,9 @@ class RangeCoder:
 class ContextModel:
     """Adaptive symbol counts int64 [contexts, symbols]. A context's table is rebuilt when they grew by a sixteenth."""
 
-    def __init__(self, low: int, counts: np.ndarray):
+    def __init__(self, low: int, counts: np.ndarray, shifts: np.ndarray | None = None):
         self.low = low
+        self.shifts = shifts  # by scale class; only `code_column` needs them
         self.counts = counts
         self.totals = counts.sum(1).tolist()
         self.rebuild_at = [0] * len(counts)
@@ -7045,56 +7059,132 @@ class ContextModel:
         return values
 
 
-def running_mean(mean: np.ndarray, classes: np.ndarray, n: int) -> np.ndarray:
-    """The running mean of scale classes, in sixteenths, after the class of number n."""
-    return mean + ((16 * classes - mean) >> min(n, 3))
+def code_bits(coder: RangeCoder, integers: np.ndarray | None, count: int, bits: int) -> np.ndarray:
+    """Encodes integers [count] of up to 8 bits, all equally likely, or decodes them where they are None; int32."""
+    table = coder.categorical(np.full(1 << bits, (PRECISION >> bits) - 1.0), perfect=False)
+    return coder.code(None if integers is None else integers.astype(np.int32), count, table)
 
 
-def choose_class_deltas(variance: np.ndarray, samples: int) -> np.ndarray:
-    """Deltas [B, n] to the scale classes of integers, `samples` for each of the variances [B, n]. Encoder only.
+def code_column(
+    coder: RangeCoder, model: ContextModel, integers: np.ndarray | None, classes: np.ndarray, contexts: np.ndarray
+) -> np.ndarray:
+    """Encodes integers [n], of scale classes [n], in contexts uint16 [n], or decodes them where they are None; int32.
 
-    A delta is relative to the running mean of the classes before it, which starts at variance 1. Each class minimizes
-    the bits of its integers and of its delta together; what deltas cost is estimated in three rounds.
+    The contexts' symbols are the integers without the low bits of their class. An int16 out of their range is an
+    outlier: its symbol is the smallest or largest of an int8, and all its 16 bits follow.
+    """
+    shifts = model.shifts[classes]
+    whole = None if integers is None else integers + (1 << shifts >> 1)
+    values = model.code(coder, None if whole is None else (whole >> shifts).clip(-128, 127), contexts)
+    outliers = (values == -128) | (values == 127) if model.shifts.any() else np.zeros(0, bool)
+    for shift in range(1, 1 + shifts.max(initial=0)):
+        at = (shifts == shift).nonzero()[0]
+        low = code_bits(coder, None if whole is None else whole[at] & (1 << shift) - 1, at.size, shift)
+        values[at] = (values[at] << shift) + low - (1 << shift - 1)
+    if outliers.any():
+        at = outliers.nonzero()[0]
+        parts = [None if integers is None else integers[at] >> shift & 255 for shift in (8, 0)]
+        high, low = (code_bits(coder, part, at.size, 8) for part in parts)
+        values[at] = (high << 8 | low).astype(np.int16)
+    return values
+
+
+class ClassBases:
+    """What the scale classes [B, n] are expected to be: the running mean of those before, and a share of the hints.
+
+    In sixteenths of a class. The mean is that of classes without their hints, and starts at variance 1.
+    """
+
+    def __init__(self, hints: np.ndarray, slope: int):
+        self.hints = (hints - hints.sum(1, keepdims=True) // hints.shape[1]) * slope >> 3
+        self.mean = np.full(len(hints), 48 * CLASSES_PER_OCTAVE)
+
+    def base(self, n: int) -> np.ndarray:
+        """The expected classes [B] of number n."""
+        return self.mean + self.hints[:, n] + 8 >> 4
+
+    def observe(self, n: int, classes: np.ndarray) -> None:
+        """Takes in the classes [B] of number n."""
+        self.mean = self.mean + ((16 * classes - self.hints[:, n] - self.mean) >> min(n, 3))
+
+
+def choose_slope(variance: np.ndarray, hints: np.ndarray) -> int:
+    """The eighths of the hints [B, n] by which the classes of these variances follow them. Encoder only."""
+    classes = 8 * CLASSES_PER_OCTAVE * np.log2(variance)
+    x = hints - hints.mean(1, keepdims=True)
+    return int(np.rint(8 * (x * classes).sum() / max((x * x).sum(), 1)).clip(-32, 32))
+
+
+def choose_class_deltas(variance: np.ndarray, samples: int, hints: np.ndarray, slope: int) -> np.ndarray:
+    """Deltas [B, n] to the expected scale classes of integers, `samples` for each of the variances. Encoder only.
+
+    Each class minimizes the bits of its integers and of its delta together; what deltas cost is estimated in three
+    rounds.
     """
     deltas = np.zeros(variance.shape, dtype=np.int64)
     choices = np.arange(-64, 64)
     delta_bits = 1.0 + 2 * abs(choices)
-    for _ in range(3):
-        mean = np.full(len(variance), 48 * CLASSES_PER_OCTAVE)
-        for n in range(variance.shape[1]):
-            base = mean + 8 >> 4
-            excess = variance[:, n, None] * 4.0 ** (3 - (base[:, None] + choices) / CLASSES_PER_OCTAVE)
-            bits = samples * (choices / CLASSES_PER_OCTAVE + excess / math.log(4)) + delta_bits
+    class_bits = samples * choices / CLASSES_PER_OCTAVE
+    excess_bits = samples / math.log(4) * 4.0 ** (3 - choices / CLASSES_PER_OCTAVE)
+    count = variance.shape[1]
+    for stop in (min(count, 512), min(count, 512), count):
+        bases = ClassBases(hints, slope)
+        for n in range(stop):
+            base = bases.base(n)
+            excess = variance[:, n] * 4.0 ** (-base / CLASSES_PER_OCTAVE)
+            bits = excess[:, None] * excess_bits + class_bits + delta_bits
             deltas[:, n] = choices[bits.argmin(1)]
-            mean = running_mean(mean, base + deltas[:, n], n)
-        seen = np.bincount(deltas.ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
+            bases.observe(n, base + deltas[:, n])
+        seen = np.bincount(deltas[:, :stop].ravel() + 64, minlength=128) + 0.3 / (1 + choices**2)
         delta_bits = math.log2(seen.sum()) - np.log2(seen)
     return deltas
 
 
 def code_classes(
-    coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, shape: tuple[int, int, int]
+    coder: RangeCoder,
+    side_model: ContextModel,
+    context: int,
+    variance: np.ndarray | None,
+    samples: int,
+    hints: np.ndarray,
+) -> np.ndarray:
+    """Scale classes [B, n]: chosen from variances [B, n] of `samples` codes each, or decoded (variance None).
+
+    The side model's first context is the slope's, and `context` that of the deltas.
+    """
+    slope = deltas = None
+    if variance is not None:
+        slope = np.array([choose_slope(variance, hints)])
+        deltas = choose_class_deltas(variance, samples, hints, slope.item()).ravel()
+    slope = side_model.code(coder, slope, np.zeros(1, np.uint16)).item()
+    deltas = side_model.code(coder, deltas, np.full(hints.size, context, np.uint16)).reshape(hints.shape)
+    bases = ClassBases(hints, slope)
+    classes = np.empty(hints.shape, dtype=np.int64)
+    for n in range(classes.shape[1]):
+        classes[:, n] = bases.base(n) + deltas[:, n]
+        bases.observe(n, classes[:, n])
+    return classes
+
+
+def code_scales(
+    coder: RangeCoder, side_model: ContextModel, codes: np.ndarray | None, hints: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale classes of rows [B, r] and columns [B, c]: chosen from int8 codes [c, B * r], or decoded (codes None)."""
-    B, r, c = shape
-    rows = deltas = None
+    """Scale classes of rows [B, r], relative to variance 1, and of columns [B, c] of codes [c, B * r]."""
+    B, r = hints[0].shape
+    c = hints[1].shape[1]
+    row_hints = hints[0] if r <= MAX_COLUMNS else np.zeros((B * r, 1), np.int32)  # one at a time would take too long
+    square = row_variance = column_variance = None
     if codes is not None:
         square = codes.reshape(c, B, r).astype(np.float32) ** 2 + np.float32(1 / 12)
-        rows = choose_class_deltas((square / square.mean(2, keepdims=True)).mean(0).reshape(-1, 1), c).ravel()
-        row_variance = np.float32(4) ** (rows.reshape(B, r) / CLASSES_PER_OCTAVE)
-        deltas = choose_class_deltas((square / row_variance).mean(2).T, r).ravel()
-    rows = side_model.code(coder, rows, np.zeros(B * r, np.uint16)).reshape(B, r)
-    deltas = side_model.code(coder, deltas, np.ones(B * c, np.uint16)).reshape(B, c)
-    columns = np.empty_like(deltas)
-    mean = np.full(B, 48 * CLASSES_PER_OCTAVE)
-    for j in range(c):
-        columns[:, j] = (mean + 8 >> 4) + deltas[:, j]
-        mean = running_mean(mean, columns[:, j], j)
-    return rows, columns
+        row_variance = (square / square.mean(2, keepdims=True)).mean(0).reshape(row_hints.shape)
+    rows = code_classes(coder, side_model, 1, row_variance, c, row_hints).reshape(B, r) - 3 * CLASSES_PER_OCTAVE
+    if square is not None:
+        column_variance = (square / np.float32(4) ** (rows / CLASSES_PER_OCTAVE).astype(np.float32)).mean(2).T
+    return rows, code_classes(coder, side_model, 2, column_variance, r, hints[1])
 
 
 class Predictor:
-    """Predicts new rows from n known ones, int8 [n, c]. All values are integers, those below in float64.
+    """Predicts new rows from n known ones, [c, n]. All values are integers, those below in float64.
 
     The covariance of the known rows is L D L^T, so a row is L times its innovations e. The prediction of column j is
     the sum over i < j of L[j, i] e[i] (L in 4096ths, e in sixteenths), plus the row's `gain`, in eighths, times the
@@ -7102,12 +7192,13 @@ class Predictor:
     """
 
     def __init__(self, known: np.ndarray, rows: int):
-        n, c = known.shape
+        c, n = known.shape
         self.n = n
+        self.limit = np.iinfo(known.dtype).max + 1
         self.values = np.zeros((c, n + rows))
-        self.values[:, :n] = known.T
-        rest = self.values @ self.values.T
-        rest.flat[:: c + 1] += 4 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
+        self.values[:, :n] = known
+        rest = self.values[:, :n] @ self.values[:, :n].T
+        rest.flat[:: c + 1] += 2 * c * (rest.diagonal() / n + 1)  # a ridge, because the first passes have few rows
         factor = np.eye(c)
         for j in range(c):
             factor[j + 1 :, j] = rest[j + 1 :, j] / rest[j, j]
@@ -7129,23 +7220,29 @@ class Predictor:
         self.observe(j, 0)  # sets the innovations of the known rows
 
     def observe(self, j: int, column: np.ndarray | int) -> None:
-        """Takes in column j of the new rows, int8 [rows]."""
+        """Takes in column j of the new rows [rows]."""
         self.values[j, self.n :] = column
-        self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**13), 2**13)
+        self.innovations[j] = (16 * self.values[j] - self.predicted[j]).clip(-(2**17), 2**17)
 
-    def means(self, j: int | slice) -> np.ndarray:
-        """The predicted integers of the new rows in columns j, int64."""
-        from_reference = np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
-        return np.floor((self.predicted[j][..., self.n :] + from_reference + 8) / 16).clip(-128, 127).astype(np.int64)
+    def means(self, j: int | slice) -> tuple[np.ndarray, np.ndarray]:
+        """The predicted integers of the new rows in columns j, and the side (1 or -1) of them on which to expect more.
+
+        int64.
+        """
+        exact = self.predicted[j][..., self.n :] + np.floor(self.gain * self.innovations[j][..., self.reference] / 8)
+        means = np.floor((exact + 8) / 16)
+        sides = np.where(exact < 16 * means, -1, 1)
+        return means.clip(-self.limit, self.limit - 1).astype(np.int64), sides
 
     def choose_references(self, columns: np.ndarray) -> None:
-        """Takes in the new rows int8 [c, rows] and finds the known row that saves most of each. Encoder only."""
+        """Takes in the new rows [c, rows] and finds the known row that saves most of each. Encoder only."""
         for j, column in enumerate(columns):
             self.predict(j)
             self.observe(j, column)
-        old, new = np.split(self.innovations.astype(np.float32), [self.n], axis=1)
-        old_power = (old**2).sum(0) + 1
-        new_power = (new**2).sum(0) + 1
+        spread = np.sqrt((self.innovations[:, self.n :] ** 2).mean(1, keepdims=True) + 1)
+        old, new = np.split((self.innovations / spread).astype(np.float32), [self.n], axis=1)
+        old_power = (old**2).sum(0) + 1e-3
+        new_power = (new**2).sum(0) + 1e-3
         products = [new[:, i : i + 1024].T @ (old / np.sqrt(old_power)) for i in range(0, new.shape[1], 1024)]
         best = np.concatenate([p.max(1) for p in products]).clip(0)
         self.reference = np.concatenate([p.argmax(1) for p in products])
@@ -7161,81 +7258,91 @@ class Predictor:
 
         if not encoding:
             self.reference = np.zeros(rows, dtype=np.int64)
-        self.gain = code(self.gain, rows, 2)
+        self.gain = code(self.gain, rows, 3)
         used = self.gain.nonzero()[0]
         digits = divmod(self.reference[used], 256)
-        high, low = [code(digit - 128, used.size, 3 + i) + 128 for i, digit in enumerate(digits)]
+        high, low = [code(digit - 128, used.size, 4 + i) + 128 for i, digit in enumerate(digits)]
         self.reference[used] = (high * 256 + low) % self.n
 
 
+class BankModels(NamedTuple):
+    """What the passes of a bank share."""
+
+    coder: RangeCoder
+    symbols: ContextModel  # of integers, by scale class and quantizer
+    side: ContextModel  # contexts: a slope, the classes of rows and of columns, a row's gain and its reference's digits
+    trellis: tuple  # next state by state and parity, quantizer by state
+    dtype: type  # int8 or int16
+
+
 def code_pass(
-    coder: RangeCoder,
-    model: ContextModel,
-    side_model: ContextModel,
-    codes: np.ndarray | None,
-    shape: tuple[int, int, int],
-    trellis: tuple,
-    predictor: Predictor | None,
+    models: BankModels, codes: np.ndarray | None, hints: tuple[np.ndarray, np.ndarray], predictor: Predictor | None
 ) -> np.ndarray:
-    """Encodes codes int8 [c, B * r], a bank [B, r, c] or some of its rows, or decodes them where they are None."""
-    B, r, c = shape
+    """Encodes codes [c, B * r], a bank or some of its rows, or decodes them where they are None."""
+    coder, dtype = models.coder, models.dtype
+    n, c = hints[0].size, hints[1].shape[1]
     encoding, residual = codes is not None, codes
-    out = np.empty((c, B * r), dtype=np.int8) if codes is None else codes
+    out = np.empty((c, n), dtype=dtype) if codes is None else codes
     if predictor and codes is not None:
         predictor.choose_references(codes)
     if predictor:
-        predictor.code_references(coder, side_model, encoding, r)
+        predictor.code_references(coder, models.side, encoding, n)
     if predictor and codes is not None:
-        residual = (codes - predictor.means(slice(None))).astype(np.int8)  # wraps around, and back in the decoder
-    rows, columns = code_classes(coder, side_model, residual, shape)
-    following = np.array(trellis[0], dtype=np.uint8)
-    quantizer = np.array(trellis[1], dtype=np.uint16)
-    quantizers = np.uint16(max(trellis[1]) + 1)
-    state = np.zeros(B * r, dtype=np.uint8)
+        means, sides = predictor.means(slice(None))
+        residual = (sides * (codes - means)).astype(dtype)  # wraps around, and back in the decoder
+    rows, columns = code_scales(coder, models.side, residual, hints)
+    following = np.array(models.trellis[0], dtype=np.uint8)
+    quantizer = np.array(models.trellis[1], dtype=np.uint16)
+    quantizers = np.uint16(quantizer.max() + 1)
+    state = np.zeros(n, dtype=np.uint8)
     for j in range(c):
         scale = (rows + columns[:, j, None]).clip(0, CLASSES - 1).astype(np.uint16).ravel()
-        values = model.code(coder, None if residual is None else residual[j], scale * quantizers + quantizer[state])
+        integers = None if residual is None else residual[j].astype(np.int32)
+        values = code_column(coder, models.symbols, integers, scale, scale * quantizers + quantizer[state])
         if not encoding and predictor:
             predictor.predict(j)
-            out[j] = (values + predictor.means(j)).astype(np.int8)
+            means, sides = predictor.means(j)
+            out[j] = (means + sides * values).astype(dtype)
             predictor.observe(j, out[j])
         elif not encoding:
-            out[j] = values
+            out[j] = values.astype(dtype)
         state = following[state, out[j] & 1]
     return out
 
 
 def code_bank(
-    coder: RangeCoder,
-    codes: np.ndarray | None,
-    shape: tuple[int, int, int],
-    trellis: tuple | None,
-    doublings: int,
-    low: int,
-    high: int,
+    models: BankModels, codes: np.ndarray | None, hints: tuple[np.ndarray, np.ndarray], doublings: int
 ) -> np.ndarray:
     """Encodes integers [B, r, c] at once or, with doublings, in that many passes and one; or decodes them."""
-    B, r, c = shape
+    B, r = hints[0].shape
+    c = hints[1].shape[1]
+    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
+    if not doublings:
+        return code_pass(models, known, hints, None).reshape(c, B, r).transpose(1, 2, 0)
+    order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
+    out = np.empty((c, r), dtype=models.dtype)
+    start = 0
+    for stop in (r >> n for n in range(doublings, -1, -1)):
+        part = np.sort(order[start:stop])  # rows of pieces that are about as frequent have similar scales
+        predictor = Predictor(out[:, order[:start]], part.size) if start else None
+        part_codes = None if known is None else known[:, part]
+        out[:, part] = code_pass(models, part_codes, (hints[0][:, part], hints[1]), predictor)
+        start = stop
+    return out.reshape(c, B, r).transpose(1, 2, 0)
+
+
+def bank_models(
+    coder: RangeCoder, trellis: tuple | None, doublings: int, low: int, high: int, dtype: type
+) -> BankModels:
+    """The models before the first integer. low..high are the symbols, those of a prediction's errors excepted."""
     trellis = trellis or (((0, 0),), (0,))
     if doublings:
         low, high = -128, 127
-    model = ContextModel(low, prior_counts(low, high).repeat(max(trellis[1]) + 1, axis=0))
-    side_classes = [3 * CLASSES_PER_OCTAVE, 3 * CLASSES_PER_OCTAVE, 4 * CLASSES_PER_OCTAVE, -1, -1]
-    side_model = ContextModel(-128, prior_counts(-128, 127)[side_classes])
-    known = None if codes is None else np.ascontiguousarray(codes.transpose(2, 0, 1)).reshape(c, B * r)
-    if not doublings:
-        out = code_pass(coder, model, side_model, known, shape, trellis, None)
-        return out.reshape(c, B, r).transpose(1, 2, 0)
-    order = (np.arange(r) * 2654435761 % 2**32).argsort(kind="stable")  # every pass gets rows of every kind
-    out = np.empty((c, r), dtype=np.int8)
-    start = 0
-    for n in range(doublings, -1, -1):
-        part = order[start : r >> n]
-        predictor = Predictor(out[:, order[:start]].T, part.size) if start else None
-        part_codes = None if known is None else known[:, part]
-        out[:, part] = code_pass(coder, model, side_model, part_codes, (1, part.size, c), trellis, predictor)
-        start = r >> n
-    return out.reshape(c, B, r).transpose(1, 2, 0)
+    shifts = class_shifts(dtype)
+    symbols = ContextModel(low, prior_counts(low, high, shifts).repeat(max(trellis[1]) + 1, axis=0), shifts)
+    side_classes = [n * CLASSES_PER_OCTAVE for n in (6, 3, 3, 4, 10, 10)]
+    side = ContextModel(-128, prior_counts(-128, 127, np.zeros(CLASSES, int))[side_classes])
+    return BankModels(coder, symbols, side, trellis, dtype)
 
 
 def check_bank_shape(shape: tuple[int, ...]) -> None:
@@ -7244,32 +7351,79 @@ def check_bank_shape(shape: tuple[int, ...]) -> None:
         raise ValueError(f"a bank of shape {shape} cannot be coded")
 
 
-def encode_integers(codes: np.ndarray, trellis: tuple | None = None) -> bytes:
-    """Bytes of int8 codes [B, r, c], columns in processing order.
+def scale_hints(
+    scales: np.ndarray | None, exponents: np.ndarray | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteenths of scale classes that the rows [B, r] and columns [B, c] of codes lose by the scales of their weights.
+
+    From fp16 scales of the rows, and exponents e of the columns' scales 2^(e / 2); None, or another size, gives zeros.
+    A bank whose weights are equally large has small codes where its scales are large. Integers alone.
+    """
+    B, r, c = shape
+    octave = 16 * CLASSES_PER_OCTAVE
+    rows, columns = np.zeros((B, r), dtype=np.int32), np.zeros((B, c), dtype=np.int32)
+    if scales is not None and scales.size == rows.size:
+        bits = scales.astype(np.float16).view(np.uint16).reshape(rows.shape).astype(np.int32)
+        mantissa = bits & 1023
+        rows -= (bits + (11 * mantissa * (1024 - mantissa) >> 15)) * octave >> 10  # 1024 log2, but for a constant
+    if exponents is not None and exponents.size == columns.size:
+        columns -= exponents.reshape(columns.shape).astype(np.int32) * octave // 2
+    return rows, columns
+
+
+def normal_bits(codes: np.ndarray) -> float:
+    """About the bits of codes [B, r, c] without prediction: normal deviates with scales of rows and columns."""
+    square = codes.astype(np.float32) ** 2 + np.float32(1 / 12)
+    columns = square.mean(1, keepdims=True)
+    rows = (square / columns).mean(2)
+    _, r, c = codes.shape
+    logs = r * np.log2(columns).sum(dtype=np.float64) + c * np.log2(rows).sum(dtype=np.float64)
+    return 0.5 * (codes.size * math.log2(2 * math.pi * math.e) + float(logs))
+
+
+def encode_integers(
+    codes: np.ndarray, trellis: tuple | None = None, hints: tuple[np.ndarray, np.ndarray] | None = None
+) -> bytes:
+    """Bytes of int8 or int16 codes [B, r, c], columns in processing order.
 
     trellis: (next state [states][k & 1], quantizer [states]) of codes of which every row starts in state 0, or None.
+    hints: by `scale_hints`, the same for the decoder.
     """
     check_bank_shape(codes.shape)
     if not codes.size:
         return b""
+    hints = hints or scale_hints(None, None, codes.shape)
     matrices, rows, columns = codes.shape
-    low = min(int(codes.min()), 126)
-    high = max(int(codes.max()), low + 1)
+    low = max(int(codes.min()), -128)
+    high = min(int(codes.max()), 127)
+    if codes.dtype != np.int8:
+        low, high = min(low, 0), max(high, 0)  # what is shifted comes nearer to 0
+    low = min(low, 126)
+    high = max(high, low + 1)
     predictable = matrices == 1 and 256 <= rows <= PREDICTED_ROWS and columns <= PREDICTED_COLUMNS
-    candidates = []
-    for doublings in (0, DOUBLINGS) if predictable else (0,):
+    candidates: list[bytes] = []
+    for doublings in (DOUBLINGS, 0) if predictable else (0,):
+        if candidates and 8 * len(candidates[0]) < 0.97 * normal_bits(codes):
+            break  # prediction has saved so much that the plain form need not be tried
         coder = RangeCoder()
-        code_bank(coder, codes, codes.shape, trellis, doublings, low, high)
+        models = bank_models(coder, trellis, doublings, low, high, codes.dtype.type)
+        code_bank(models, codes, hints, doublings)
         packed = coder.encoder.get_compressed().astype("<u4").tobytes()
         candidates.append(INTEGERS_HEADER.pack(doublings, low, high) + packed)
     return min(candidates, key=len)
 
 
-def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | None = None) -> np.ndarray:
-    """The int8 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
+def decode_integers(
+    data: bytes,
+    shape: tuple[int, int, int],
+    trellis: tuple | None = None,
+    dtype: type = np.int8,
+    hints: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """The int8 or int16 [B, r, c] of `encode_integers`. Errors: ValueError for bytes that no codes give."""
     check_bank_shape(shape)
     if not math.prod(shape):
-        return np.zeros(shape, dtype=np.int8)
+        return np.zeros(shape, dtype=dtype)
     data = bytes(data)
     if len(data) < INTEGERS_HEADER.size:
         raise ValueError("the integers have no header")
@@ -7279,7 +7433,9 @@ def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | N
     if low >= high or doublings not in ((0, DOUBLINGS) if predictable else (0,)):
         raise ValueError("the integers' header is invalid")
     coder = RangeCoder(data[INTEGERS_HEADER.size :])
-    codes = code_bank(coder, None, shape, trellis, doublings, low, high)
+    hints = hints or scale_hints(None, None, shape)
+    models = bank_models(coder, trellis, doublings, low, high, dtype)
+    codes = code_bank(models, None, hints, doublings)
     if coder.decoder is None or not coder.decoder.maybe_exhausted():
         raise ValueError("the integers end before their data")
     return codes
@@ -7289,7 +7445,7 @@ def decode_integers(data: bytes, shape: tuple[int, int, int], trellis: tuple | N
 # Artifact: a container with a header, lengths and checksums; nothing in it can run code
 # ---------------------------------------------------------------------------------------------------------------
 
-MAGIC = b"PGOLF\x00\x00\x02"
+MAGIC = b"PGOLF\x00\x00\x03"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the packed header, its CRC-32
 HEADER_LIMIT = 1 << 20
 CONTENT_LIMIT = 3 << 26  # bytes of all unpacked sections: twice as many fit into 512 MiB
@@ -7297,6 +7453,9 @@ FILE_LIMIT = CONTENT_LIMIT + (1 << 24)  # bytes of a file, whose sections may be
 CONTENT_RATIO = 64  # bytes of content for each byte of a file, at most, ...
 SMALL_CONTENT = 1 << 24  # ... beyond this much, which any file may unpack to: an untrained model is mostly zeros
 TEXT_LIMIT = 1024  # characters of a setting
+
+
+TABLE_SIZE = struct.Struct("<I")  # of a section that is a table of numbers, and indices
 
 
 class ArtifactError(ConfigError):
@@ -7316,6 +7475,14 @@ class IntegerBank(NamedTuple):
 
     shape: tuple[int, int, int]  # [B, r, c]
     states: int  # of their trellis; 0: none
+    dtype: type = np.int8  # or int16
+    scales: np.ndarray | None = None  # fp16, of the rows
+    exponents: np.ndarray | None = None  # of the columns' scales
+
+    @property
+    def hints(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the scales say of the codes."""
+        return scale_hints(self.scales, self.exponents, self.shape)
 
     @property
     def trellis(self) -> tuple[list, list] | None:
@@ -7358,6 +7525,27 @@ def decompress_brotli(data: bytes, size: int, _bank: IntegerBank | None) -> byte
     return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
 
 
+def compress_table(data: bytes, _bank: IntegerBank | None) -> bytes:
+    """16-bit numbers of few values: their table and, in brotli's form too, indices into it, low bytes first.
+
+    Scales on a logarithmic grid take a fifth less than in brotli's form alone.
+    """
+    table, indices = np.unique(np.frombuffer(data, "<u2"), return_inverse=True)
+    planes = indices.astype("<u2").view(np.uint8).reshape(-1, 2).T
+    return compress_brotli(TABLE_SIZE.pack(table.size) + table.tobytes() + planes.tobytes(), None)
+
+
+def decompress_table(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
+    """Inverse of `compress_table`. Errors: IndexError or ValueError for an index without a number."""
+    content = decompress_brotli(data, TABLE_SIZE.size + min(size, 1 << 17) + size, None)
+    count, start = TABLE_SIZE.unpack_from(content)[0], TABLE_SIZE.size
+    table = np.frombuffer(content, "<u2", count, start)
+    planes = np.frombuffer(content, np.uint8, size, start + table.nbytes)
+    if start + table.nbytes + size != len(content):
+        raise ValueError("the table's indices end before their data")
+    return table[np.ascontiguousarray(planes.reshape(2, -1).T).view("<u2").ravel()].tobytes()
+
+
 def compress_lzma(data: bytes, _bank: IntegerBank | None) -> bytes:
     """LZMA at its strongest level, with the shortest of its headers."""
     import lzma
@@ -7377,17 +7565,19 @@ def decompress_lzma(data: bytes, size: int, _bank: IntegerBank | None) -> bytes:
 
 
 def compress_integers(data: bytes, bank: IntegerBank | None) -> bytes:
-    """int8 codes of a bank by section Entropy coding."""
+    """Codes of a bank by section Entropy coding."""
     if bank is None:
         raise ValueError("integers that are no bank's")
-    return encode_integers(np.frombuffer(data, np.int8).reshape(bank.shape), bank.trellis)
+    codes = np.frombuffer(data, np.dtype(bank.dtype).newbyteorder("<")).astype(bank.dtype, copy=False)
+    return encode_integers(codes.reshape(bank.shape), bank.trellis, bank.hints)
 
 
 def decompress_integers(data: bytes, size: int, bank: IntegerBank | None) -> bytes:
     """Inverse of `compress_integers`. Errors: ArtifactError or ValueError."""
-    if bank is None or math.prod(bank.shape) != size:
+    if bank is None or math.prod(bank.shape) * np.dtype(bank.dtype).itemsize != size:
         raise ArtifactError("codes integers that are no bank's")
-    return decode_integers(data, bank.shape, bank.trellis).tobytes()
+    codes = decode_integers(data, bank.shape, bank.trellis, bank.dtype, bank.hints)
+    return codes.astype(codes.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class Codec(NamedTuple):
@@ -7399,13 +7589,14 @@ class Codec(NamedTuple):
 
     compress: Callable[[bytes, IntegerBank | None], bytes]
     decompress: Callable[[bytes, int, IntegerBank | None], bytes]
-    integers_only: bool = False  # other sections take brotli
+    integers_only: bool = False  # other sections take brotli, and scales a table
 
 
 CODECS = {
     "zstd": Codec(compress_zstd, decompress_zstd),
     "brotli": Codec(compress_brotli, decompress_brotli),
     "lzma": Codec(compress_lzma, decompress_lzma),
+    "table": Codec(compress_table, decompress_table),  # only of scales
     "pergroup": Codec(compress_integers, decompress_integers, integers_only=True),
 }
 
@@ -7437,14 +7628,20 @@ def part_dtype(part: str, bits: int) -> np.dtype:
     """The type of an array's numbers in the artifact."""
     if part in EXTRAS:
         return np.dtype(str(EXTRAS[part][0]).removeprefix("torch.")).newbyteorder("<")
-    return np.dtype("<f2" if part == "scales" or bits == 16 else "i1")
+    if part == "scales" or bits == 16:
+        return np.dtype("<f2")
+    return np.dtype("i1" if bits <= 8 else "<i2")
+
+
+INTEGERS = (np.dtype("i1"), np.dtype("<i2"))  # the types of codes
+SCALE_SECTIONS = ("scales", "columns")
 
 
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
-    if part in ("scales", "columns"):
+    if part in SCALE_SECTIONS:
         return part  # of all tensors together: q, k and v have the same columns, which the codec notices
-    return f"{name}.{part}" if dtype.itemsize == 1 and size >= 4096 else dtype.name
+    return f"{name}.{part}" if dtype in INTEGERS and size >= 4096 else dtype.name
 
 
 def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
@@ -7503,7 +7700,7 @@ class TensorHeader:
             shapes[part] = parse_shape(extra_shape)
             if part not in EXTRAS or len(shapes[part]) != EXTRAS[part][1]:
                 raise ArtifactError(f"its tensor {name!r} has an unknown array {part!r}, or one of other dimensions")
-        if bits not in (*range(2, 9), 16):
+        if bits not in (*range(2, 13), 16):
             raise ArtifactError(f"its tensor {name!r} has {bits} bits")
         if states not in (0, *TRELLISES, *UNGERBOECK):
             raise ArtifactError(f"its tensor {name!r} has an unknown trellis with {states} states")
@@ -7569,12 +7766,44 @@ def integer_banks(tensors: Iterable[TensorHeader]) -> dict[str, IntegerBank]:
     banks = {}
     for tensor in tensors:
         for part, shape in tensor.parts().items():
-            section = section_of(tensor.name, part, part_dtype(part, tensor.bits), math.prod(shape))
+            dtype = part_dtype(part, tensor.bits)
+            section = section_of(tensor.name, part, dtype, math.prod(shape))
             if section == f"{tensor.name}.{part}" and len(shape) in (2, 3):
                 states = tensor.states if part == "codes" else 0
                 *matrices, rows, columns = shape
-                banks[section] = IntegerBank((matrices[0] if matrices else 1, rows, columns), states)
+                banks[section] = IntegerBank((matrices[0] if matrices else 1, rows, columns), states, dtype.type)
     return banks
+
+
+def with_scales(
+    banks: dict[str, IntegerBank], tensors: Iterable[TensorHeader], contents: Mapping[str, bytes | memoryview]
+) -> dict[str, IntegerBank]:
+    """The banks with the scales of their weights, from the contents of the sections that hold them.
+
+    Errors: ArtifactError for a section that is too short.
+    """
+    places = dict.fromkeys(SCALE_SECTIONS, 0)
+    hinted = dict(banks)
+    for tensor in tensors:
+        arrays = {}
+        for part, shape in tensor.parts().items():
+            if part in places:
+                dtype = part_dtype(part, tensor.bits)
+                stop = places[part] + math.prod(shape) * dtype.itemsize
+                arrays[part] = np.frombuffer(section_content(contents, part, places[part], stop), dtype)
+                places[part] = stop
+        section = f"{tensor.name}.codes"
+        if section in banks:
+            hinted[section] = banks[section]._replace(scales=arrays.get("scales"), exponents=arrays.get("columns"))
+    return hinted
+
+
+def section_content(contents: Mapping[str, bytes | memoryview], section: str, start: int, stop: int):
+    """A part of a section's content. Errors: ArtifactError where it is shorter."""
+    content = contents.get(section, b"")
+    if len(content) < stop:
+        raise ArtifactError(f"its section {section!r} is too short for its tensors")
+    return content[start:stop]
 
 
 # --- Writing ---
@@ -7588,8 +7817,11 @@ def arrays_of(q: Quantized) -> Iterator[tuple[str, Tensor]]:
     yield from sorted(q.extras.items())
 
 
-def pack(stored: dict[str, Quantized], config: Config) -> bytes:
-    """The artifact's bytes: prefix, header (model settings, sections, tensors), then the sections."""
+def pack(stored: dict[str, Quantized], config: Config, cache: dict[tuple[str, bytes], bytes] | None = None) -> bytes:
+    """The artifact's bytes: prefix, header (model settings, sections, tensors), then the sections.
+
+    A `cache` keeps packed sections by name and digest of what they are made of, for calls with the same cache.
+    """
     contents: dict[str, list[bytes]] = {}
     for name, q in stored.items():
         for part, array in arrays_of(q):
@@ -7597,18 +7829,32 @@ def pack(stored: dict[str, Quantized], config: Config) -> bytes:
             content = array.cpu().contiguous().numpy().astype(dtype, copy=False).tobytes()
             contents.setdefault(section_of(name, part, dtype, array.numel()), []).append(content)
     tensors = tuple(TensorHeader.of(name, q) for name, q in stored.items())
-    banks = integer_banks(tensors)
+    whole = {name: b"".join(parts) for name, parts in contents.items()}
+    banks = with_scales(integer_banks(tensors), tensors, whole)
     sections, payload = [], []
-    for name, parts in contents.items():
-        content = b"".join(parts)
+    for name, content in whole.items():
         codec = config.compressor
         if CODECS[codec].integers_only and name not in banks:
-            codec = "brotli"
-        packed = compress(codec, content, banks.get(name))
+            codec = "table" if name == "scales" else "brotli"
+        key = (name, digest_of(codec, content, banks.get(name)))
+        packed = cache[key] if cache is not None and key in cache else compress(codec, content, banks.get(name))
+        if cache is not None:
+            cache[key] = packed
         sections.append(SectionHeader(name, codec, len(packed), len(content), zlib.crc32(packed)))
         payload.append(packed)
     header = Header(dataclasses.asdict(config.model), tuple(sections), tensors).pack()
     return b"".join((PREFIX.pack(MAGIC, len(header), zlib.crc32(header)), header, *payload))
+
+
+def digest_of(codec: str, content: bytes, bank: IntegerBank | None) -> bytes:
+    """SHA-256 of all that a section's packed bytes depend on."""
+    digest = hashlib.sha256(content)
+    digest.update(codec.encode())
+    if bank is not None:
+        digest.update(repr((bank.shape, bank.states, bank.dtype)).encode())
+        for scales in (bank.scales, bank.exponents):
+            digest.update(b"" if scales is None else scales.tobytes())
+    return digest.digest()
 
 
 def pack_within(
@@ -7883,16 +8129,24 @@ def read_sections(data: bytes, header: Header, offset: int) -> dict[str, memoryv
     limit = min(CONTENT_LIMIT, max(SMALL_CONTENT, CONTENT_RATIO * len(data)))
     if size > limit:
         raise ArtifactError(f"claims {size} bytes of content, which is more than {limit}")
-    banks = integer_banks(header.tensors)
-    contents: dict[str, memoryview] = {}
+    packed: dict[str, bytes] = {}
     for section in header.sections:
-        packed = data[offset : offset + section.packed_size]
+        packed[section.name] = data[offset : offset + section.packed_size]
         offset += section.packed_size
-        if len(packed) != section.packed_size or zlib.crc32(packed) != section.checksum:
+        if len(packed[section.name]) != section.packed_size or zlib.crc32(packed[section.name]) != section.checksum:
             raise ArtifactError(f"is damaged: the checksum of its section {section.name!r} does not match")
-        contents[section.name] = memoryview(decompress(section.codec, packed, section.size, banks.get(section.name)))
     if offset != len(data):
         raise ArtifactError(f"has {len(data) - offset} bytes too many")
+    banks = integer_banks(header.tensors)
+    contents: dict[str, memoryview] = {}
+    for coded in (False, True):  # scales first: the banks need them
+        if coded:
+            banks = with_scales(banks, header.tensors, contents)
+        for section in header.sections:
+            if (section.name in banks) == coded:
+                bank = banks.get(section.name)
+                content = decompress(section.codec, packed[section.name], section.size, bank)
+                contents[section.name] = memoryview(content)
     return contents
 
 
@@ -7906,12 +8160,10 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Quantized]]:
         for part, shape in tensor.parts().items():
             dtype = part_dtype(part, tensor.bits)
             section = section_of(tensor.name, part, dtype, math.prod(shape))
-            content = contents.get(section, memoryview(b""))
             size = math.prod(shape) * dtype.itemsize
-            if len(content) < size:
-                raise ArtifactError(f"its section {section!r} is too short for its tensors")
-            contents[section] = content[size:]
-            numbers = np.frombuffer(content[:size], dtype).astype(dtype.newbyteorder("="))
+            content = section_content(contents, section, 0, size)
+            contents[section] = memoryview(contents.get(section, b""))[size:]
+            numbers = np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))
             arrays[part] = torch.from_numpy(numbers).view(shape)
         codes, scales = arrays.pop("codes"), arrays.pop("scales", None)
         stored[tensor.name] = Quantized(codes, scales, tensor.bits, arrays, tensor.states)

@@ -47,6 +47,16 @@ def stored_with_extras(base=RECORD_LIKE, **knobs):
     return c, tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)[::2])
 
 
+def widened(stored, bits=11):
+    """The stored tensors with int16 codes in the banks, of a sixteenth of the step."""
+    wide = dict(stored)
+    for name in (*tg.BANKS, "embedding"):
+        q = stored[name]
+        codes = 16 * q.codes.short() + torch.arange(q.codes.numel()).view(q.codes.shape).short() % 13
+        wide[name] = q._replace(codes=codes.clamp(-tg.WIDE_LIMIT, tg.WIDE_LIMIT), bits=bits, scales=q.scales / 16)
+    return wide
+
+
 def equal(x, y):
     """Whether two stored models are the same in every array of every tensor."""
     return list(x) == list(y) and all(
@@ -112,6 +122,64 @@ def test_any_number_of_bits(bits):
     assert equal(tg.unpack(tg.pack(stored, c))[1], stored)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
+def test_wide_codes_come_back(quantizer, codec):
+    """Codes of 9 to 12 bits, in sections of their own and, where they are few, in one that they share."""
+    for base, own in ((RECORD_LIKE, True), (dict(RECORD_LIKE, **SMALL), False)):
+        c, stored = stored_with_extras(base, COMPRESSOR=codec, QUANTIZER=quantizer, NUM_LAYERS=6, AWQ_GROUPS=3)
+        for bits in (9, 12):
+            wide = widened(stored, bits)
+            data = tg.pack(wide, c)
+            assert equal(tg.unpack(data)[1], wide)
+            sections = {section.name for section in tg.read_header(data)[0].sections}
+            assert ("embedding.codes" in sections) is own and (own or "int16" in sections)
+            model, _ = tg.load_artifact(data, config(), set(), torch.device("cpu"))
+            weights = tg.dequantize(wide)
+            assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("value", [-2048, 2048, 2**15 - 1, -(2**15)])
+def test_wide_codes_that_no_quantizer_gives_are_refused(value):
+    c, stored = stored_model(**SMALL, COMPRESSOR="pergroup")
+    stored = widened(stored)
+    stored["embedding"].codes[3, 2] = value
+    with pytest.raises(tg.ArtifactError, match="its codes are not within -2047..2047"):
+        tg.load_artifact(tg.pack(stored, c), config(), set(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("codec", ["brotli", "pergroup"])
+def test_a_cache_changes_no_byte(codec):
+    """Also where only a scale, which is in another section, has changed: it tells what the codes are like."""
+    c, stored = stored_model(RECORD_LIKE, COMPRESSOR=codec, QUANTIZER="uniform")
+    cache = {}
+    assert tg.pack(stored, c, cache) == tg.pack(stored, c)
+    first = set(cache)
+    assert tg.pack(stored, c, cache) == tg.pack(stored, c) and set(cache) == first
+    q = stored["up_bank"]
+    changed = dict(stored, up_bank=q._replace(codes=q.codes.flip(0)))
+    assert tg.pack(changed, c, cache) == tg.pack(changed, c)
+    assert {name for name, _ in set(cache) - first} == {"up_bank.codes"}
+    changed = dict(stored, up_bank=q._replace(scales=q.scales * torch.rand(q.scales.shape).half()))
+    assert tg.pack(changed, c, cache) == tg.pack(changed, c)
+    for key in cache:
+        cache[key] = b"cached"
+    assert b"cached" * len(first) in tg.pack(stored, c, cache)
+
+
+def test_scales_tell_the_codes_in_any_order_of_sections():
+    c, stored = stored_with_extras(COMPRESSOR="pergroup", COLUMN_STEPS=0.75)
+    data = tg.pack(stored, c)
+    header, offset = tg.read_header(data)
+    payloads = []
+    for section in header.sections:
+        payloads.append(data[offset : offset + section.packed_size])
+        offset += section.packed_size
+    assert header.sections[-1].name not in tg.SCALE_SECTIONS
+    turned = {**header.fields(), "sections": [s.row() for s in header.sections[::-1]]}
+    assert equal(tg.unpack(signed(turned, b"".join(payloads[::-1])))[1], stored)
+
+
 def test_fewer_bits_take_fewer_bytes():
     sizes = [len(tg.pack(stored, c)) for c, stored in (stored_model(MATRIX_BITS=b, EMBED_BITS=b) for b in (2, 4, 6, 8))]
     assert sizes == sorted(sizes) and sizes[0] < 0.5 * sizes[-1]
@@ -131,7 +199,34 @@ def test_each_codec_packs_and_takes_exactly_the_expected_bytes():
         tg.decompress("zip", b"", 0)
 
 
-@pytest.mark.parametrize("codec", ANY_BYTES)
+NUMBERS = st.integers(0, 9) | st.integers(0, 65535)
+
+
+@examples(max_examples=100)
+@given(st.lists(NUMBERS, max_size=300), st.data())
+def test_a_table_gives_back_its_numbers_or_refuses(numbers, data):
+    content = np.array(numbers, dtype="<u2").tobytes()
+    packed = tg.compress("table", content)
+    assert tg.decompress("table", packed, len(content)) == content
+    for wrong in (len(content) + 2, max(0, len(content) - 2), len(content) + 1):
+        if wrong != len(content):
+            with pytest.raises(tg.ArtifactError):
+                tg.decompress("table", packed, wrong)
+    forged = mutated(data.draw, tg.decompress("brotli", packed, 4 + 2 * len(set(numbers)) + len(content)))
+    try:
+        assert len(tg.decompress("table", tg.compress("brotli", forged), len(content))) == len(content)
+    except tg.ArtifactError:
+        return
+
+
+def test_numbers_of_few_values_take_fewer_bytes_as_a_table():
+    grid = np.exp2(np.random.default_rng(0).integers(-80, -40, 20_000) / 16).astype("<f2").tobytes()
+    assert len(tg.compress("table", grid)) < 0.9 * len(tg.compress("brotli", grid))
+    every = np.arange(1 << 16, dtype="<u2").tobytes()
+    assert tg.decompress("table", tg.compress("table", every), len(every)) == every
+
+
+@pytest.mark.parametrize("codec", [*ANY_BYTES, "table"])
 def test_a_bomb_is_not_unpacked(codec):
     """16 MiB of zeros where 100 bytes are expected: refused without allocating them (LZMA's window takes 64 MiB)."""
     bomb = tg.compress(codec, bytes(2**24 if codec != "lzma" else 2**27))
@@ -253,6 +348,7 @@ FORGERIES = {
     "another trellis": lambda h: {**h, "tensors": [[n, b, s, e, 32] for n, b, s, e, t in h["tensors"]]},
     "twice": lambda h: {**h, "tensors": h["tensors"] * 2},
     "sections twice": lambda h: {**h, "sections": h["sections"] * 2},
+    "wider": lambda h: {**h, "tensors": [[n, b if b == 16 else 9, s, e, t] for n, b, s, e, t in h["tensors"]]},
     "odd bits": lambda h: {**h, "tensors": [[n, 99 if b < 16 else b, s, e, t] for n, b, s, e, t in h["tensors"]]},
     "a bool for an int": lambda h: {**h, "tensors": [[n, b, s, e, False] for n, b, s, e, t in h["tensors"]]},
     "unknown array": lambda h: {**h, "tensors": [[n, b, s, {"code": [1]}, t] for n, b, s, e, t in h["tensors"]]},
@@ -333,7 +429,7 @@ def test_a_header_says_what_is_wrong_with_it():
         (tg.TensorHeader.parse, ["w", 6, [3, -4], {}, 0], "not a list of sizes"),
         (tg.TensorHeader.parse, ["w", 6, [3, True], {}, 0], "not a list of sizes"),
         (tg.TensorHeader.parse, ["w", 7.0, [3, 4], {}, 0], "tensor row"),
-        (tg.TensorHeader.parse, ["w", 12, [3, 4], {}, 0], "has 12 bits"),
+        (tg.TensorHeader.parse, ["w", 13, [3, 4], {}, 0], "has 13 bits"),
         (tg.TensorHeader.parse, ["w", 6, [3, 4], {"columns": [4]}, 0], "array 'columns'"),
         (tg.TensorHeader.parse, ["w", 6, [3, 4], {"rows": [4]}, 0], "array 'rows'"),
         (tg.TensorHeader.parse, ["w", 6, [3, 4], {}, 5], "trellis with 5 states"),
@@ -399,12 +495,13 @@ def test_no_mutation_does_more_than_be_refused(codec):
     # A looped layer and one of two lanes: more layers would make a model slower to build, and no other section.
     layers = dict(NUM_LAYERS=3, LOOP_START=1, LOOP_END=1, PARALLEL_START_LAYER=2, XSA_LAST_N=3)
     c, stored = stored_with_extras(dict(RECORD_LIKE, **SMALL), COMPRESSOR=codec, AWQ_GROUPS=3, **layers)
-    container, here = tg.pack(stored, c), config()
+    wide = dict(stored, up_bank=widened(stored)["up_bank"], embedding=widened(stored)["embedding"])
+    containers, here = [tg.pack(stored, c), tg.pack(wide, c)], config()
 
     @examples(max_examples=MUTATIONS // len(CODECS))
     @given(st.data())
     def attack(data):
-        forged = forge(data.draw, container)
+        forged = forge(data.draw, data.draw(st.sampled_from(containers)))
         try:
             model, _ = tg.load_artifact(forged, here, set(), torch.device("cpu"))
             assert all(p.dim() <= 3 for p in model.parameters())

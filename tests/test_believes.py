@@ -813,7 +813,7 @@ def test_pairs_of_numbers_that_contradict_each_other_are_refused():
     assert attack(forged(fields, data[offset:]) for fields in files) == 0
 
 
-@pytest.mark.parametrize("codec", tg.CODECS)
+@pytest.mark.parametrize("codec", ["zstd", "brotli", "lzma", "pergroup"])
 def test_cut_and_flipped_files_are_refused(codec):
     c, stored = stored_small(COMPRESSOR=codec)
     data = tg.pack(stored, c)

@@ -1053,6 +1053,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         gptq_calibration_batches=8,
         quantizer="trellis",
         column_steps=0.75,
+        matrix_steps=0.85,
+        row_steps=0.75,
+        std_steps=0.5,
+        guided_hessians=True,
+        tune_steps=60,
         compressor="pergroup",
         target_bytes=2_000_000,
         eval_stride=128,
@@ -1101,6 +1106,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         quantizer="trellis",
         trellis_states=16,
         column_steps=0.75,
+        matrix_steps=0.85,
+        row_steps=0.75,
+        std_steps=0.5,
+        guided_hessians=True,
+        tune_steps=60,
         target_bytes=16_000_000,
         gated_attn_quant_gate=True,
         lqer_enabled=True,
@@ -5829,7 +5839,7 @@ def calibration_sums(trainer: Trainer, steps: range) -> dict[str, Tensor]:
 
 
 def reserve_calibration(trainer: Trainer) -> None:
-    """Reserves the seconds that calibration will take, measured on the slowest rank, unless they are given.
+    """Reserves the seconds that calibration and tuning will take, measured on the slowest rank, unless they are given.
 
     The training's clock stops at the time limit less this reserve.
     """
@@ -5838,9 +5848,17 @@ def reserve_calibration(trainer: Trainer) -> None:
         return
     batches = config.gptq_calibration_batches
     one = run.time_second_call(lambda: calibration_sums(trainer, range(1)))
-    seconds = min(1.1 * batches * max(run.gather(one)), 0.9 * config.max_wallclock_seconds)
+    seconds = batches * one
+    if config.tune_steps:
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        plain = dataclasses.replace(config, quantizer="uniform", lqer_enabled=False)
+        tuning = Tuning(quantize(weights, Calibration({}), plain), trainer.model, config)
+        batch = tuning_batch(trainer.loader, config, 0)
+        seconds += config.tune_steps * run.time_second_call(lambda: tuning.step(batch))
+    seconds = min(1.1 * max(run.gather(seconds)), 0.9 * config.max_wallclock_seconds)
     trainer.config = dataclasses.replace(config, gptq_reserve_seconds=seconds)
-    run.log(f"calibration: {batches} batches, {seconds:.2f} s of the time limit are reserved")
+    tuned = f" and {config.tune_steps} steps of tuning" if config.tune_steps else ""
+    run.log(f"calibration: {batches} batches{tuned}, {seconds:.2f} s of the time limit are reserved")
 
 
 def calibrate(trainer: Trainer, first_step: int) -> Calibration:
@@ -6775,6 +6793,13 @@ def quantize(
     return stored
 
 
+def tuning_batch(loader: TrainLoader, config: Config, step: int) -> Batch:
+    """The first sequences of a training step, up to CALIBRATION_TOKENS: the same on any number of ranks."""
+    count = max(1, min(loader.layout.sequences, CALIBRATION_TOKENS // config.train_seq_len))
+    first = step * loader.layout.sequences
+    return send(loader.read_sequences(range(first, first + count)), loader.run.device)
+
+
 def adopt_scales(q: Quantized, log2_scales: Tensor, config: Config) -> Quantized:
     """A stored tensor of integers with other scales, in their stored form."""
     return q._replace(scales=round_scales(torch.exp2(log2_scales), config.scale_grid))
@@ -6833,6 +6858,11 @@ class Tuning:
             expected = self.teacher.log_probabilities(batch.ids, batch.documents, looped=looped)
         found = self.student.log_probabilities(batch.ids, batch.documents, looped=looped)
         return (expected.exp() * (expected - found)).sum(-1).mean()
+
+    @torch.no_grad()
+    def mean_divergence(self, batches: list[Batch]) -> float:
+        """The mean of `divergence` over batches of one size."""
+        return sum(self.divergence(batch).item() for batch in batches) / len(batches)
 
     def step(self, batch: Batch) -> float:
         """One step; returns the divergence before it."""
@@ -7947,6 +7977,7 @@ class ByteSearch:
         self.bits_at = gaussian_bits(weights, self.factors, config)
         self.stored = {n: encode_tensor(n, w, None, config) for n, w in weights.items() if n not in self.factors}
         self.best: Attempt | None = None
+        self.packed: dict[tuple[str, bytes], bytes] = {}
 
     def encode(self, name: str, offset: float, every: int = 1) -> Quantized:
         """One tensor, or some of its rows, with scales moved by `offset` octaves."""
@@ -7980,7 +8011,7 @@ class ByteSearch:
         if self.config.lqer_enabled:
             hessians = {name: self.calibration.hessians[name] for name in self.factors}
             correct_errors(stored, self.weights, hessians, self.config, lines.append)
-        attempt = Attempt(pack(stored, self.config), lines)
+        attempt = Attempt(pack(stored, self.config, self.packed), lines)
         excess = len(attempt.data) - self.limit
         if self.best is None or (excess <= 0) > self.fits or (excess <= 0) == self.fits and abs(excess) < self.distance:
             self.best = attempt
@@ -9084,7 +9115,7 @@ class Trained(NamedTuple):
     end: Progress
     score: Score  # before quantization
     data_stall: float  # fraction of the step time
-    over_limit: float  # seconds of training and calibration beyond the time limit
+    loader: TrainLoader  # for the text of TUNE_STEPS
 
 
 def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evaluator) -> Trained:
@@ -9124,21 +9155,21 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         broken = max(run.gather(nonfinite((*calibration.hessians.items(), *calibration.rows.items()))))
         if broken:
             raise diverged(config, f"the inputs of {broken!r} are not finite during calibration")
-    return Trained(model, calibration, end, score, data_stall, log_overrun(config, run, end))
+    return Trained(model, calibration, end, score, data_stall, loader)
 
 
 def log_overrun(config: Config, run: Run, end: Progress) -> float:
-    """Seconds by which training and calibration exceeded the time limit; a warning where that is more than two steps.
+    """Seconds by which all that reads training text exceeded the time limit; a warning where it is more than two steps.
 
     The last step may end after the limit, and the clock is read a step late on a GPU.
     """
     if not config.max_wallclock_seconds:
         return 0.0
-    spent = end.seconds + run.seconds["calibrate"]
+    spent = end.seconds + run.seconds["calibrate"] + run.seconds.get("tune", 0.0)
     over = max(0.0, spent - config.max_wallclock_seconds)
     if over > 2 * end.seconds / end.step:
         run.log(
-            f"warning: training and calibration took {spent:.1f} s, {over:.1f} s over MAX_WALLCLOCK_SECONDS="
+            f"warning: training, calibration and tuning took {spent:.1f} s, {over:.1f} s over MAX_WALLCLOCK_SECONDS="
             f"{config.max_wallclock_seconds:g}: raise GPTQ_RESERVE_SECONDS"
         )
     return over
@@ -9146,11 +9177,38 @@ def log_overrun(config: Config, run: Run, end: Progress) -> float:
 
 def quantize_model(trained: Trained, weights: dict[str, Tensor], config: Config, run: Run) -> bytes:
     """The artifact of a trained model. Errors: ConfigError where GPTQ cannot use the model's activations."""
-    limit = (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
     try:
-        return make_artifact(weights, trained.calibration, limit, config, run.log)
+        return make_artifact(weights, trained.calibration, bytes_for_model(config), config, run.log)
     except FloatingPointError as error:
         raise diverged(config, str(error)) from None
+
+
+def bytes_for_model(config: Config) -> int:
+    """What the code leaves of the bytes."""
+    return (config.target_bytes or config.artifact_limit_bytes) - shipped_code()[0]
+
+
+def tune_artifact(data: bytes, trained: Trained, limit: int, config: Config, run: Run) -> bytes:
+    """The artifact after TUNE_STEPS, or the given one where tuning did not help, or made it too large.
+
+    It reads what training would have read after calibration's batches. Whether it helped is measured on text that it
+    did not see.
+    """
+    first = trained.end.step + config.gptq_calibration_batches
+    last = first + config.tune_steps
+    tuning = Tuning(unpack(data)[1], trained.model, config)
+    unseen = [tuning_batch(trained.loader, config, step) for step in range(last, last + 4)]
+    before = tuning.mean_divergence(unseen)
+    for step in range(first, last):
+        tuning.step(tuning_batch(trained.loader, config, step))
+    after = tuning.mean_divergence(unseen)
+    tuned = pack(tuning.tuned(), config)
+    kept = after < before and len(tuned) <= max(limit, len(data))
+    run.log(
+        f"tune:{config.tune_steps} steps of {unseen[0].ids.numel()} tokens, divergence {before:.6f} -> {after:.6f} nats"
+        f", {len(data)} -> {len(tuned)} bytes, {'kept' if kept else 'not kept'}"
+    )
+    return tuned if kept else data
 
 
 def save_artifact(
@@ -9178,6 +9236,9 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
     weights = {name: p.detach() for name, p in trained.model.named_parameters()}
     with Stage(run, "quantize"):
         data = run.on_main(lambda: quantize_model(trained, weights, config, run)) or b""
+    if config.tune_steps:
+        with Stage(run, "tune"):
+            data = run.on_main(lambda: tune_artifact(data, trained, bytes_for_model(config), config, run)) or b""
     with Stage(run, "pack"):
         sections = run.on_main(lambda: save_artifact(data, trained, weights, config, run)) or []
     end, tokens = trained.end, trained.end.step * config.train_batch_tokens
@@ -9188,7 +9249,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
         steps=end.step,
         train_tokens=tokens,
         train_seconds=end.seconds,
-        seconds_over_limit=trained.over_limit,
+        seconds_over_limit=log_overrun(config, run, end),
         tokens_per_second=tokens / end.seconds,
         data_wait_share=trained.data_stall,
         parameters=parameter_count(config),

@@ -1,11 +1,16 @@
-"""What each quantization method gains on a trained model: bits per byte at equal bytes, bytes at equal error.
+"""What each quantization method loses at equal bytes, on models of several sizes and trainings.
 
-    python bench/quantize.py [--seconds 110] [--data data/builtin_sp4096] [--json FILE]
+    python bench/quantize.py [--models demo,long,small,large] [--folder runs/quantize] [--seeds 3] [--json FILE]
     python bench/quantize.py --untrained [--json FILE]
 
-It trains the demo's model, collects its Hessians once, and quantizes the same weights with every method. The reference
-is plain GPTQ at the demo's *_CLIP_SIGMAS. `pergroup` packs the integers of all methods. "error" is the sum over banks
-of tr(E H E^T) / tr(W H W^T). This is one model and one seed, so small differences are noise.
+It trains the models that are not in the folder yet, minutes each on two cores, on the built-in text. For each model and
+each calibration seed, the reference is a public peer's pipeline (PR #2163 of openai/parameter-golf): GPTQ on a uniform
+grid with its clip ranges, its low-rank corrections, and its arrangement for lrzip. Where there is no lrzip, `pergroup`
+packs its integers, which makes it smaller than it is. Every other method gets as many bytes as the peer took.
+
+Lost is what quantization adds to bits per byte on validation text, in float32. It is noisy; the divergence
+KL(float model || quantized model), in the same unit, is not. Predicted is half the sum of rows[r] E_r H E_r^T over all
+matrices, from calibration alone. Intervals are 95%, over calibration seeds.
 
 With --untrained nothing is trained, and only times are measured: random weights and Hessians of PRESET=record, or as
 knobs in the environment say, take the way of a run from weights to an artifact and back.
@@ -18,91 +23,304 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in train_gpt.py
 
 import argparse
+import dataclasses
 import json
 import math
+import shutil
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import pack as coders  # noqa: E402
 import train_gpt as t  # noqa: E402
 
-METHODS = {
-    "GPTQ": dict(QUANTIZER="uniform", COLUMN_STEPS=0),
-    "GPTQ, column scales": dict(QUANTIZER="uniform", COLUMN_STEPS=0.75),
-    "trellis of 4": dict(QUANTIZER="trellis", TRELLIS_STATES=4, COLUMN_STEPS=0),
-    "trellis of 8": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0),
-    "trellis of 8, no rate term": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, TRELLIS_RATE=0),
-    "trellis of 8, column scales": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0.75),
-    "trellis of 32, column scales": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75),
-    "trellis 32, column scales, LQER": dict(QUANTIZER="trellis", TRELLIS_STATES=32, COLUMN_STEPS=0.75, LQER_ENABLED=1),
-    "trellis of 8, AWQ-lite": dict(QUANTIZER="trellis", TRELLIS_STATES=8, COLUMN_STEPS=0, AWQ_GROUPS=8),
+DEMO = dict(PRESET="demo", DATA_PATH="data/builtin_sp4096", MAX_WALLCLOCK_SECONDS=0, TRAIN_LOG_EVERY=0)
+SMALL_RECORD = dict(
+    DEMO,
+    PRESET="record",
+    TTT_MODE="none",
+    TRAIN_SEQ_LEN=256,
+    MICRO_BATCH_TOKENS=4096,
+    WARMUP_STEPS=1,
+    VAL_LOSS_EVERY=0,
+    VAL_BATCH_SIZE=4096,
+    EVAL_STRIDE=128,
+    EMA_DECAY=0.99,
+    MUON_MOMENTUM_WARMUP_STEPS=100,
+    ITERATIONS=320,
+)
+MODELS = {
+    "demo": dict(DEMO, ITERATIONS=280),
+    "long": dict(DEMO, ITERATIONS=1120),
+    "small": dict(
+        SMALL_RECORD,
+        DATA_PATH="data/builtin_sp1024",
+        VOCAB_SIZE=1024,
+        NUM_LAYERS=6,
+        MODEL_DIM=192,
+        NUM_HEADS=3,
+        NUM_KV_HEADS=3,
+        TRAIN_BATCH_TOKENS=4096,
+        PARALLEL_START_LAYER=4,
+        LOOP_START=2,
+        LOOP_END=3,
+        XSA_LAST_N=6,
+    ),
+    "large": dict(
+        SMALL_RECORD,
+        VOCAB_SIZE=4096,
+        NUM_LAYERS=8,
+        MODEL_DIM=256,
+        NUM_HEADS=4,
+        NUM_KV_HEADS=2,
+        TRAIN_BATCH_TOKENS=2048,
+        PARALLEL_START_LAYER=6,
+        LOOP_START=3,
+        LOOP_END=5,
+        XSA_LAST_N=8,
+    ),
+}
+PEER = dict(
+    QUANTIZER="uniform",
+    EMBED_BITS=7,
+    COLUMN_STEPS=0,
+    SCALE_GRID=0,
+    TARGET_BYTES=0,
+    LQER_ENABLED=1,
+    LQER_SELECT="norm",
+    LQER_ASYM_ENABLED="1",
+)
+BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, TARGET_BYTES=1, TUNE_STEPS=0, SCALE_GRID=16)
+BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
+SENSITIVE = dict(BEFORE, MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, LQER_ENABLED=0)
+METHODS: dict[str, dict[str, Any]] = {
+    "trellis of 16, LQER": BEFORE,
+    "uniform, by sensitivity": dict(SENSITIVE, QUANTIZER="uniform"),
+    "trellis of 8, by sensitivity": dict(SENSITIVE, TRELLIS_STATES=8),
+    "trellis of 16, by sensitivity": SENSITIVE,
+    "the same, tuned": dict(SENSITIVE, TUNE_STEPS=60),
 }
 
 
-def config(options: argparse.Namespace, **knobs) -> t.Config:
-    environment = dict(
-        PRESET="demo",
-        DATA_PATH=options.data,
-        MAX_WALLCLOCK_SECONDS=options.seconds,
-        DEVICE="auto",
-        COMPRESSOR="pergroup",
-        TRAIN_LOG_EVERY=0,
-        TARGET_BYTES=1,
-    )
-    environment |= {name: value for name, value in os.environ.items() if name in t.Config.__dataclass_fields__}
-    return t.config_from_env({n: str(v) for n, v in {**environment, **knobs}.items()}, torch.cuda.is_available())[0]
+def knobs_of(environment: dict[str, Any]) -> t.Config:
+    """The Config of knobs as in an environment; relative data paths are those of the project."""
+    values = {name: str(value) for name, value in environment.items()}
+    values["DATA_PATH"] = str(ROOT / values["DATA_PATH"])
+    return t.config_from_env(values, torch.cuda.is_available())[0]
 
 
-def trained(options: argparse.Namespace, folder: str):
-    """Trains the demo's model -> (evaluator, model, weights, Hessians)."""
-    c = config(options)
-    run = t.start_run(c, dict(ARTIFACT_DIR=folder))
-    loader, evaluator = t.TrainLoader(c, run), t.Evaluator(c, run)
-    model = t.new_model(c)
-    trainer = t.Trainer(model.to(run.device), loader, c, run)
-    end = t.train(trainer, lambda: evaluator(trainer.forward))
-    trainer.use_average()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return evaluator, model, weights, t.collect_hessians(trainer, end.step)
+class Bench(NamedTuple):
+    """A trained model and what is needed to quantize and to measure it."""
+
+    trainer: t.Trainer
+    step: int  # at which training ended
+    weights: dict[str, Tensor]
+    environment: dict[str, Any]
 
 
-def error_of(stored: dict, weights: dict, hessians: dict) -> float:
-    """Sum over banks of the relative weighted error."""
+def open_model(name: str, folder: Path, artifacts: str) -> Bench:
+    """A model from the folder, or trained and saved there. It computes in float32."""
+    environment = dict(MODELS[name], COMPUTE_DTYPE="float32")
+    file, done = folder / f"{name}.npz", folder / f"{name}.json"
+    config = knobs_of(environment)
+    run = t.start_run(config, dict(ARTIFACT_DIR=artifacts))
+    if not done.is_file():
+        print(f"training {name}: {config.iterations} steps", flush=True)
+        fast = knobs_of(MODELS[name])
+        trainer = t.Trainer(t.new_model(fast).to(run.device), t.TrainLoader(fast, run), fast, run)
+        end = t.train(trainer, lambda: None)  # pyright: ignore[reportArgumentType] # never validates
+        trainer.use_average()
+        trainer.loader.ahead.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **{n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()})
+        t.write_atomic(done, json.dumps(dict(step=end.step)))
+    model = t.new_model(config).to(run.device)
+    saved = np.load(file)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(torch.from_numpy(saved[n]))
+    trainer = t.Trainer(model, t.TrainLoader(config, run), config, run)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return Bench(trainer, json.loads(done.read_text())["step"], weights, environment)
+
+
+class Text:
+    """Validation text, with the float model's predictions on it."""
+
+    def __init__(self, bench: Bench, tokens: int):
+        config = bench.trainer.config
+        self.model, self.looped = bench.trainer.model, config.loops
+        stream, length = t.TokenStream(config, "val"), config.train_seq_len
+        rows = np.stack([stream.read(i * length, (i + 1) * length + 1) for i in range(tokens // length)]).astype(
+            np.int64
+        )
+        ids, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+        self.tokens = targets.size
+        self.bytes = int(t.Vocabulary(config).target_bytes(ids, targets).sum())
+        starts = t.document_starts(ids.copy())
+        self.batches = []
+        for at in range(0, len(ids), 8):
+            part = slice(at, at + 8)
+            batch = t.to_device(ids[part], targets[part], starts[part], bench.trainer.run.device)
+            self.batches.append((batch, self.predict(batch)))
+
+    @torch.no_grad()
+    def predict(self, batch: t.Batch) -> Tensor:
+        """Logarithms of the next token's probabilities, by the model with its present weights."""
+        return self.model.log_probabilities(batch.ids, batch.documents, looped=self.looped)
+
+    @torch.no_grad()
+    def compare(self, weights: dict[str, Tensor], float_weights: dict[str, Tensor]) -> tuple[float, float]:
+        """(bits per byte lost, divergence in bits per byte) of these weights; the model gets its own ones back."""
+        load(self.model, weights)
+        lost = divergence = 0.0
+        for batch, expected in self.batches:
+            found = self.predict(batch)
+            divergence += (expected.exp() * (expected - found)).sum().item()
+            lost += (expected - found).gather(-1, batch.targets[..., None]).sum(dtype=torch.float64).item()
+        load(self.model, float_weights)
+        return t.Score(lost, self.tokens, self.bytes).bpb, t.Score(divergence, self.tokens, self.bytes).bpb
+
+
+@torch.no_grad()
+def load(model: t.GPT, weights: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+
+
+def predicted(stored: dict[str, t.Quantized], bench: Bench, calibration: t.Calibration) -> float:
+    """Half the sum of rows[r] E_r H E_r^T over all matrices with a Hessian, in nats per token."""
     total = 0.0
-    for name, hessian in hessians.items():
-        w, back = t.as_batch(weights[name]), t.as_batch(t.restore(stored[name])).to(weights[name].device)
-        total += (t.weighted_error(w - back, hessian).sum() / t.weighted_error(w, hessian).sum()).item()
-    return total
+    for name, hessian in calibration.hessians.items():
+        error = t.as_batch(bench.weights[name] - t.restore(stored[name]).to(hessian.device))
+        error = error * calibration.rows[name].sqrt()[..., None]
+        total += t.weighted_error(error, hessian).sum().item()
+    return total / 2
 
 
-def bytes_at_error(c: t.Config, weights: dict, hessians: dict, error: float) -> int:
-    """Bytes with the scales that give an error: each attempt corrects the last one by 6.02 dB per doubling."""
-    offset = 0.0
-    for _ in range(5):
-        stored = t.quantize(weights, hessians, c, log2_scale_offset=offset)
-        excess = 0.5 * math.log2(error_of(stored, weights, hessians) / error)
-        if abs(excess) < 0.002:
-            break
-        offset -= excess
-    return len(t.pack(stored, c))
+def peer_bytes(stored: dict[str, t.Quantized], config: t.Config) -> tuple[int, str]:
+    """Bytes of an artifact whose integers are packed in the peers' arrangement, and by what."""
+    data = t.pack(stored, config)
+    if not shutil.which("lrzip"):
+        return len(data), "pergroup"
+    names = [name for name in coders.BANKS if name in stored and stored[name].scales is not None]
+    banks = {name: t.as_batch(stored[name].codes).numpy() for name in names}
+    sections = {f"{name}.codes" for name in names}
+    ours = sum(s.packed_size for s in t.read_header(data)[0].sections if s.name in sections)
+    return len(data) - ours + coders.peers_pack(banks)[1], "lrzip"
 
 
-def random_hessians(weights: dict, generator: torch.Generator) -> dict:
-    """Mean X^T X of correlated random inputs for each bank, as `collect_hessians` gives: [matrices, in, in] float32."""
-    hessians = {}
+def tune(data: bytes, bench: Bench, config: t.Config, limit: int) -> bytes:
+    """The artifact after TUNE_STEPS on training text, as a run does it."""
+    trained = t.Trained(
+        bench.trainer.model,
+        t.Calibration({}),
+        t.Progress(bench.step, 0.0),
+        t.Score(0.0, 1, 1),
+        0.0,
+        bench.trainer.loader,
+    )
+    return t.tune_artifact(data, trained, limit, config, bench.trainer.run)
+
+
+def measure(name: str, bench: Bench, text: Text, seed: int) -> list[dict[str, Any]]:
+    """Rows of the peer's pipeline and of all methods, calibrated on the batches of a seed."""
+    trainer = bench.trainer
+    first = bench.step + 1000 * seed
+    config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 16})
+    calibrations = {}
+    for guided in (False, True):
+        changes = {} if guided else dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
+        trainer.config = dataclasses.replace(config, **changes)
+        calibrations[guided] = t.calibrate(trainer, first)
+    rows = []
+
+    def add(method: str, stored: dict[str, t.Quantized], size: int, seconds: float, note: str = "") -> None:
+        lost, divergence = text.compare(t.dequantize(stored), bench.weights)
+        expected = t.Score(predicted(stored, bench, calibrations[True]) * text.tokens, text.tokens, text.bytes).bpb
+        row = dict(model=name, seed=seed, method=method, bytes=size, bpb_lost=lost, divergence=divergence)
+        rows.append(dict(row, predicted=expected, seconds=seconds, note=note))
+        print(
+            f"{name:6} seed {seed} {method:30} {size:9,} bytes  lost {lost:8.5f}  divergence {divergence:.5f}  "
+            f"predicted {expected:.5f}  {seconds:5.1f} s  {note}",
+            flush=True,
+        )
+
+    c = knobs_of({**bench.environment, **BLIND, **PEER})
+    start = time.perf_counter()
+    stored = t.quantize(bench.weights, calibrations[False], c)
+    limit, packer = peer_bytes(stored, c)
+    add("peer", stored, limit, time.perf_counter() - start, packer)
+    lines: list[str] = []
+    for method, knobs in METHODS.items():
+        c = knobs_of({**bench.environment, **knobs})
+        start = time.perf_counter()
+        lines.clear()
+        data = t.quantize_within(bench.weights, calibrations[c.takes_sensitivities], limit, c, lines.append)
+        if c.tune_steps:
+            data = tune(data, bench, c, limit)
+        note = next(line.partition("scale ")[2] for line in lines if line.startswith("target:"))
+        add(method, t.unpack(data)[1], len(data), time.perf_counter() - start, note)
+    return rows
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval (Student); infinite for one value."""
+    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+    n = len(values)
+    if n < 2:
+        return values[0], math.inf
+    return statistics.mean(values), quantiles.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A table in Markdown: means and intervals over seeds, and each method's divergence over the peer's."""
+    lines = [
+        "| model | method | bytes | bpb lost | divergence, bpb | over the peer's | predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == name]
+        peers = {row["seed"]: row["divergence"] for row in of_model if row["method"] == "peer"}
+        for method in dict.fromkeys(row["method"] for row in of_model):
+            own = [row for row in of_model if row["method"] == method]
+            cells = [
+                f"{m:.5f} ± {h:.5f}" for m, h in (interval([r[k] for r in own]) for k in ("bpb_lost", "divergence"))
+            ]
+            mean, half = interval([row["divergence"] / peers[row["seed"]] for row in own])
+            size = statistics.mean(row["bytes"] for row in own)
+            expected = statistics.mean(row["predicted"] for row in own)
+            lines.append(
+                f"| {name} | {method} | {size:,.0f} | {cells[0]} | {cells[1]} | {mean:.3f} ± {half:.3f} "
+                f"| {expected:.5f} |"
+            )
+    return "\n".join(lines)
+
+
+def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -> t.Calibration:
+    """Hessians of correlated random inputs for each bank, and log-normal sensitivities of their rows."""
+    hessians, sensitivities = {}, {}
     for name in (*t.BANKS, "head" if "head" in weights else "embedding"):
         w = t.as_batch(weights[name])
         inputs = torch.randn(2 * w.size(-1), w.size(-1), generator=generator)
         inputs *= torch.logspace(-1, 1, w.size(-1))  # columns of very different sizes, as activations have
         inputs += 0.5 * inputs.roll(1, 1)
         one = (inputs.mT @ inputs / len(inputs)).to(w.device)
-        hessians[name] = one.expand(len(w), -1, -1).clone()
-    return hessians
+        hessians[name] = one.expand(len(w), -1, -1) * torch.exp(torch.randn(len(w), 1, 1, generator=generator)).to(
+            w.device
+        )
+        rows = torch.exp(torch.randn(w.shape[:2], generator=generator)).to(w.device)
+        sensitivities[name] = rows / rows.mean(1, keepdim=True)
+    return t.Calibration(hessians, sensitivities)
 
 
 def time_untrained(environment: dict[str, str]) -> dict:
@@ -115,7 +333,7 @@ def time_untrained(environment: dict[str, str]) -> dict:
     for name in (*t.BANKS, "embedding"):
         w = weights[name]
         w.copy_(torch.randn(w.shape, generator=generator) * w.size(-1) ** -0.5)
-    hessians, rows = random_hessians(weights, generator), []
+    calibration, rows = random_calibration(weights, generator), []
 
     def timed(name: str, compute):
         run.synchronize()
@@ -127,13 +345,13 @@ def time_untrained(environment: dict[str, str]) -> dict:
         return result
 
     print(f"{t.parameter_count(c)} random weights; torch {torch.__version__}, {t.hardware(run)}")
-    factors = timed("factors of Hessians", lambda: t.factor_hessians(hessians, c))
-    stored = timed("one attempt", lambda: t.quantize(weights, hessians, c, factors=factors))
+    factors = timed("factors of Hessians", lambda: t.plan_quantization(weights, calibration, c))
+    stored = timed("one attempt", lambda: t.quantize(weights, calibration, c, factors=factors))
     data = timed("packing", lambda: t.pack(stored, c))
     back = timed("unpacking", lambda: t.unpack(data)[1])
     timed("dequantization", lambda: t.dequantize(back))
     limit = (c.target_bytes or c.artifact_limit_bytes) - t.shipped_code()[0]
-    data = timed("the whole stage", lambda: t.make_artifact(weights, hessians, limit, c, print))
+    data = timed("the whole stage", lambda: t.make_artifact(weights, calibration, limit, c, print))
     print(f"{len(data)} bytes of {limit}; peak memory {run.peak_memory() / 2**20:.0f} MiB")
     return dict(
         rows=rows,
@@ -148,59 +366,32 @@ def time_untrained(environment: dict[str, str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=110)
-    parser.add_argument("--data", default=str(ROOT / "data" / "builtin_sp4096"))
+    parser.add_argument("--models", default=",".join(MODELS), help="some of " + ", ".join(MODELS))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quantize", help="where trained models are kept")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
+    parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--untrained", action="store_true", help="times alone, at PRESET's sizes")
     options = parser.parse_args()
+    names = options.models.split(",")
+    if not set(names) <= set(MODELS):
+        parser.error(f"--models: must be some of {', '.join(MODELS)}")
     if options.untrained:
         found = time_untrained(dict(os.environ))
-        if options.json:
-            t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        evaluator, model, weights, hessians = trained(options, folder)
-    exact = evaluator(model).bpb
-    c_plain = config(options, **METHODS["GPTQ"])
-    plain = t.quantize(weights, hessians, c_plain)
-    limit, error = len(t.pack(plain, c_plain)), error_of(plain, weights, hessians)
-    print(
-        f"float {exact:.5f} bpb; plain GPTQ takes {limit} bytes; torch {torch.__version__}, {t.hardware(evaluator.run)}"
-    )
-    print(
-        f"{'at equal bytes':32} {'bytes':>8} {'error':>9} {'dB':>6} {'bpb lost':>9} {'seconds':>8}  "
-        "bytes at equal error"
-    )
-    rows = []
-    for name, knobs in METHODS.items():
-        c, start = config(options, **knobs), time.perf_counter()
-        t.quantize(weights, hessians, c)
-        seconds = time.perf_counter() - start
-        data = t.quantize_within(weights, hessians, limit, c, lambda line: None)
-        stored = t.unpack(data)[1]
-        with torch.no_grad():
-            for key, value in t.dequantize(stored).items():
-                model.get_parameter(key).copy_(value)
-        found, lost = error_of(stored, weights, hessians), evaluator(model).bpb - exact
-        same_error = bytes_at_error(c, weights, hessians, error)
-        rows.append(
-            dict(
-                method=name,
-                bytes=len(data),
-                error=found,
-                bpb_lost=lost,
-                seconds=seconds,
-                bytes_at_equal_error=same_error,
-                ratio=same_error / limit,
-            )
-        )
-        print(
-            f"{name:32} {len(data):8} {found:9.5f} {10 * math.log10(error / found):6.2f} {lost:9.5f} {seconds:8.1f}  "
-            f"{same_error} ({same_error / limit:.3f})",
-            flush=True,
-        )
+    else:
+        rows = []
+        for name in names:
+            with tempfile.TemporaryDirectory() as artifacts:
+                bench = open_model(name, options.folder, artifacts)
+                text = Text(bench, options.tokens)
+                for seed in range(options.seeds):
+                    rows += measure(name, bench, text, seed)
+                bench.trainer.loader.ahead.close()
+        print(report(rows))
+        machine = dict(torch=torch.__version__, hardware=t.hardware(bench.trainer.run))
+        found = dict(rows=rows, tokens=options.tokens, **machine)
     if options.json:
-        t.write_atomic(options.json, json.dumps(dict(float_bpb=exact, rows=rows), indent=1) + "\n")
+        t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

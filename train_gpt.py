@@ -727,7 +727,7 @@ class Config(ModelConfig):
     tune_steps: int = knob(
         0,
         "steps that tune scales, vectors and all fp16 tensors after quantization, to the float model's predictions on "
-        "training batches",
+        "training batches; 0: none",
         Observed.BYTES,
         low=0,
     )
@@ -6020,7 +6020,8 @@ def with_row_steps(
     """
     if not config.takes_sensitivities and config.std_steps == 1:
         return factors
-    steps, total, count = {}, 0.0, 0
+    steps, total = {}, 0.0
+    count = 0
     for name, factor in factors.items():
         batch = as_batch(weights[name]).float()
         exponents = column_exponents(factor, config.column_steps).float()
@@ -6805,6 +6806,9 @@ def adopt_scales(q: Quantized, log2_scales: Tensor, config: Config) -> Quantized
     return q._replace(scales=round_scales(torch.exp2(log2_scales), config.scale_grid))
 
 
+LOG2_E = math.log2(math.e)
+
+
 class Tuning:
     """Tunes what stays continuous once the integers are fixed: row scales, and all that is stored in fp16.
 
@@ -6818,7 +6822,9 @@ class Tuning:
         self.teacher = constant_view(model)
         self.student = copy.deepcopy(model)
         device = next(model.parameters()).device
-        self.masters, self.directions, self.fixed = {}, {}, {}
+        self.masters: dict[str, Tensor] = {}
+        self.directions: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}
         for name, q in stored.items():
             if q.scales is None:
                 self.masters[name] = q.codes.float().to(device)
@@ -6832,7 +6838,7 @@ class Tuning:
             self.fixed[name] = restore(q).to(device) - self.directions[name] * scales[..., None]
         self.adam = torch.optim.Adam(
             [
-                dict(params=[self.masters[n] for n in self.directions], lr=config.tune_scale_lr / math.log(2)),
+                dict(params=[self.masters[n] for n in self.directions], lr=config.tune_scale_lr * LOG2_E),
                 dict(params=[m for n, m in self.masters.items() if n not in self.directions], lr=config.tune_vector_lr),
             ]
         )
@@ -6873,7 +6879,7 @@ class Tuning:
                 gradient = torch.zeros_like(p) if p.grad is None else p.grad.float()
                 if name in self.directions:
                     scales = torch.exp2(self.masters[name])
-                    gradient = math.log(2) * scales * (gradient * self.directions[name]).sum(-1)
+                    gradient = scales / LOG2_E * (gradient * self.directions[name]).sum(-1)
                 self.masters[name].grad = gradient
                 p.grad = None
         self.adam.step()
@@ -7968,7 +7974,8 @@ class ByteSearch:
     """
 
     def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
-        self.weights, self.calibration, self.limit, self.config = weights, calibration, limit, config
+        self.weights, self.calibration = weights, calibration
+        self.limit, self.config = limit, config
         self.factors = plan_quantization(weights, calibration, config)
         self.salient = salient_columns(weights, calibration.hessians, config) if config.awq_groups else {}
         self.counts = {name: weights[name].numel() for name in self.factors}
@@ -8045,7 +8052,8 @@ class ByteSearch:
     def run(self, log: Callable[[str], None]) -> bytes:
         """The artifact. Where no scales meet the limit, it is larger, or smaller by more than a thousandth."""
         low, high = LOG2_SCALE_RANGE
-        self.offset, offsets, tries = self.first_offset(), {}, 0
+        self.offset, tries = self.first_offset(), 0
+        offsets: dict[str, float] = {}  # of each bank; none: all are quantized anew
         while tries < 12:
             if not offsets:
                 offsets = dict.fromkeys(self.counts, self.offset)

@@ -6016,30 +6016,33 @@ def with_row_steps(
 
     At high rates the loss is least for given bytes where rows[r] * det(H)^(1/c) * scale^2 is the same everywhere.
     Smaller exponents do better: sensitivities are estimates, and insensitive rows would get less than a bit. All steps
-    together keep their geometric mean over the weights.
+    together keep their geometric mean over the weights. Rows and matrices of zeros take no bits, and no part in means.
     """
     if not config.takes_sensitivities and config.std_steps == 1:
         return factors
-    steps, total = {}, 0.0
-    count = 0
+    steps, counts = {}, {}
     for name, factor in factors.items():
         batch = as_batch(weights[name]).float()
         exponents = column_exponents(factor, config.column_steps).float()
         bits, sigmas = quantization_bits(name, batch.numel(), config)
-        plain = clip_range(batch / torch.exp2(exponents / 2)[:, None], sigmas) / 2 ** (bits - 1)
-        plain = plain.clamp_min(1e-12).log2()
-        spread = (plain - plain.mean(1, keepdim=True)).clamp(-STEP_LIMIT, STEP_LIMIT)
-        step = (config.std_steps - 1) * spread
+        plain = clip_range(batch / torch.exp2(exponents / 2)[:, None], sigmas) / (2 ** (bits - 1) - 1)
+        live = (plain > 1e-12).double()  # [B, r]
+        share = live / live.sum(1, keepdim=True).clamp_min(1)
+        plain = torch.where(live > 0, plain, 1.0).log2()
+        center = (share * plain).sum(1, keepdim=True)
+        step = (config.std_steps - 1) * (plain - center).clamp(-STEP_LIMIT, STEP_LIMIT)
         if calibration.rows:
             sensitivity = (calibration.rows[name] + SENSITIVITY_FLOOR).log2()
-            step -= config.row_steps / 2 * (sensitivity - sensitivity.mean(1, keepdim=True))
+            step -= config.row_steps / 2 * (sensitivity - (share * sensitivity).sum(1, keepdim=True))
             log_det = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2().mean(1)
-            step += config.matrix_steps * (log_det - plain.mean(1))[:, None]
+            step += config.matrix_steps * (log_det[:, None] - center)
         steps[name] = step
-        total += step.double().sum().item() * batch.size(-1)
-        count += batch.numel()
-    limited = {name: (step - total / count).clamp(-STEP_LIMIT, STEP_LIMIT) for name, step in steps.items()}
-    return {name: factor._replace(log2_steps=limited[name]) for name, factor in factors.items()}
+        counts[name] = live * batch.size(-1)
+    every, weight = (torch.cat([x.flatten() for x in parts.values()]) for parts in (steps, counts))
+    usual = every[weight > 0].median() if weight.any() else every.new_zeros(())
+    steps = {name: (step - usual).clamp(-STEP_LIMIT, STEP_LIMIT) for name, step in steps.items()}
+    excess = sum((steps[name] * counts[name]).sum() for name in steps) / weight.sum().clamp_min(1)
+    return {name: factor._replace(log2_steps=(steps[name] - excess).float()) for name, factor in factors.items()}
 
 
 def column_extras(exponents: Tensor) -> dict[str, Tensor]:

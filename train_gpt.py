@@ -6139,11 +6139,12 @@ def encode_uniform(
 ) -> Quantized:
     """GPTQ on a uniform grid, or rounding to nearest without a Hessian.
 
-    With TARGET_BYTES the scales follow from the bytes, and codes may have up to 12 bits. Salient columns have 8.
+    Where scales follow from TARGET_BYTES or from sensitivities, codes may have up to 12 bits: clipping to fewer would
+    cost more than any scale gains. Salient columns have 8.
     """
     if factor is None:
         return round_to_nearest(weights, bits, sigmas)
-    max_level = WIDE_LIMIT if config.target_bytes else 0
+    max_level = WIDE_LIMIT if config.target_bytes or factor.log2_steps is not None else 0
     scales, exponents = fit_scales(weights, factor, bits, sigmas, config, 2.0**log2_scale_offset, max_level, salient)
     limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
     if salient is not None:

@@ -6725,11 +6725,13 @@ def fit_residuals(
     """RVQ: every matrix's error in RVQ_BITS over its whole range, sorted by what is saved per byte, most first."""
     residuals = []
     for name, hessian in hessians.items():
+        if stored[name].scales is None:
+            continue
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
         limit = 2 ** (config.rvq_bits - 1) - 1
         scales = row_scales(errors, config.rvq_bits, 0.0, config.scale_grid)
         # Rounded to nearest, some matrices would only get worse.
-        codes = gptq(errors, factor_hessian(hessian, config.gptq_damp), scales, limit)
+        codes = gptq(errors, factor_hessian(hessian, config.gptq_damp), scales, limit).to(torch.int8)
         remaining = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
         for i, saved in enumerate((weighted_error(errors, hessian) - remaining).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
@@ -6785,16 +6787,16 @@ def quantize(
     `log2_scale_offset` multiplies the scales of tensors with a Hessian by a power of two. `factors` are those of
     `plan_quantization`, if they are known already.
     """
-    hessians = calibration.hessians
     if factors is None:
         factors = plan_quantization(weights, calibration, config)
+    hessians = {name: calibration.hessians[name] for name in factors}  # not those of what stays fp16
     salient = salient_columns(weights, hessians, config) if config.awq_groups and hessians else {}
     stored = {
         name: encode_tensor(name, value, factors.get(name), config, log2_scale_offset, salient.get(name))
         for name, value in weights.items()
     }
     if config.lqer_enabled and factors:
-        correct_errors(stored, weights, {name: hessians[name] for name in factors}, config, log)
+        correct_errors(stored, weights, hessians, config, log)
     return stored
 
 
@@ -7978,10 +7980,11 @@ class ByteSearch:
     """
 
     def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
-        self.weights, self.calibration = weights, calibration
-        self.limit, self.config = limit, config
+        self.weights, self.config = weights, config
+        self.limit = limit
         self.factors = plan_quantization(weights, calibration, config)
-        self.salient = salient_columns(weights, calibration.hessians, config) if config.awq_groups else {}
+        self.hessians = {name: calibration.hessians[name] for name in self.factors}  # not those of what stays fp16
+        self.salient = salient_columns(weights, self.hessians, config) if config.awq_groups else {}
         self.counts = {name: weights[name].numel() for name in self.factors}
         self.total = sum(self.counts.values())
         self.passes = 0.0  # quantizations of all weights; samples and single banks count in proportion
@@ -8020,8 +8023,7 @@ class ByteSearch:
         lines: list[str] = []
         stored = {name: self.stored[name]._replace(extras=dict(self.stored[name].extras)) for name in self.weights}
         if self.config.lqer_enabled:
-            hessians = {name: self.calibration.hessians[name] for name in self.factors}
-            correct_errors(stored, self.weights, hessians, self.config, lines.append)
+            correct_errors(stored, self.weights, self.hessians, self.config, lines.append)
         attempt = Attempt(pack(stored, self.config, self.packed), lines)
         excess = len(attempt.data) - self.limit
         if self.best is None or (excess <= 0) > self.fits or (excess <= 0) == self.fits and abs(excess) < self.distance:

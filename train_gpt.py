@@ -6807,11 +6807,6 @@ def tuning_batch(loader: TrainLoader, config: Config, step: int) -> Batch:
     return send(loader.read_sequences(range(first, first + count)), loader.run.device)
 
 
-def adopt_scales(q: Quantized, log2_scales: Tensor, config: Config) -> Quantized:
-    """A stored tensor of integers with other scales, in their stored form."""
-    return q._replace(scales=round_scales(torch.exp2(log2_scales), config.scale_grid))
-
-
 LOG2_E = math.log2(math.e)
 
 
@@ -6829,39 +6824,40 @@ class Tuning:
         self.student = copy.deepcopy(model)
         device = next(model.parameters()).device
         self.masters: dict[str, Tensor] = {}
-        self.directions: dict[str, Tensor] = {}
-        self.fixed: dict[str, Tensor] = {}
+        self.levels: dict[str, Tensor] = {}
+        self.grids: dict[str, int] = {}  # scales of what is rounded to the nearest are on none
         for name, q in stored.items():
             if q.scales is None:
                 self.masters[name] = q.codes.float().to(device)
                 continue
-            scales = q.scales.float().to(device)
-            self.masters[name] = scales.log2()
-            plain = q._replace(
-                scales=torch.ones_like(q.scales), extras={k: v for k, v in q.extras.items() if k == "columns"}
-            )
-            self.directions[name] = quantizer_of(q).decode(plain).to(device)
-            self.fixed[name] = restore(q).to(device) - self.directions[name] * scales[..., None]
+            self.masters[name] = q.scales.float().to(device).log2()
+            on_grid = torch.equal(round_scales(q.scales.float(), config.scale_grid), q.scales)
+            self.grids[name] = config.scale_grid if on_grid else 0
+            plain = q._replace(scales=torch.ones_like(q.scales), extras={})
+            self.levels[name] = quantizer_of(q).decode(plain).to(device)
+        self.extras = {name: {part: array.to(device) for part, array in q.extras.items()} for name, q in stored.items()}
         self.adam = torch.optim.Adam(
             [
-                dict(params=[self.masters[n] for n in self.directions], lr=config.tune_scale_lr * LOG2_E),
-                dict(params=[m for n, m in self.masters.items() if n not in self.directions], lr=config.tune_vector_lr),
+                dict(params=[self.masters[n] for n in self.levels], lr=config.tune_scale_lr * LOG2_E),
+                dict(params=[m for n, m in self.masters.items() if n not in self.levels], lr=config.tune_vector_lr),
             ]
         )
-        rate = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, config.tune_steps)
-        self.schedule = rate
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, config.tune_steps)
         self.update_student()
+
+    def scales_of(self, name: str) -> Tensor:
+        """The row scales that a tensor's masters round to, float16: on the grid where the first scales are."""
+        return round_scales(torch.exp2(self.masters[name]), self.grids[name])
 
     @torch.no_grad()
     def update_student(self) -> None:
         """Copies what the masters round to into the quantized model."""
         for name, p in self.student.named_parameters():
-            master = self.masters[name]
-            if name not in self.directions:
-                p.copy_(master.half())
+            if name not in self.levels:
+                p.copy_(self.masters[name].half())
                 continue
-            scales = round_scales(torch.exp2(master), self.config.scale_grid).float()
-            p.copy_(self.directions[name] * scales[..., None] + self.fixed[name])
+            q = self.stored[name]._replace(scales=self.scales_of(name), extras=self.extras[name])
+            p.copy_(add_extras(apply_scales(self.levels[name], q), q))
 
     def divergence(self, batch: Batch) -> Tensor:
         """KL(float model || quantized model), the mean over a batch's tokens, in nats."""
@@ -6883,9 +6879,9 @@ class Tuning:
         with torch.no_grad():
             for name, p in self.student.named_parameters():
                 gradient = torch.zeros_like(p) if p.grad is None else p.grad.float()
-                if name in self.directions:
-                    scales = torch.exp2(self.masters[name])
-                    gradient = scales / LOG2_E * (gradient * self.directions[name]).sum(-1)
+                if name in self.levels:
+                    q = self.stored[name]._replace(scales=torch.exp2(self.masters[name]), extras=self.extras[name])
+                    gradient = (gradient * apply_scales(self.levels[name], q)).sum(-1) / LOG2_E
                 self.masters[name].grad = gradient
                 p.grad = None
         self.adam.step()
@@ -6893,23 +6889,18 @@ class Tuning:
         self.update_student()
         return loss.item()
 
-    def tuned(self, scales: bool = True) -> dict[str, Quantized]:
-        """The stored tensors with what was learned, or with the first scales."""
-        result = {}
-        for name, q in self.stored.items():
-            master = self.masters[name].cpu()
-            if q.scales is None:
-                result[name] = q._replace(codes=master.half())
-            else:
-                result[name] = adopt_scales(q, master, self.config) if scales else q
-        return result
+    def tuned(self) -> dict[str, Quantized]:
+        """The stored tensors with what was learned."""
+        return {
+            name: q._replace(codes=self.masters[name].half().cpu())
+            if q.scales is None
+            else q._replace(scales=self.scales_of(name).cpu())
+            for name, q in self.stored.items()
+        }
 
 
-def restore(q: Quantized) -> Tensor:
-    """Float32 weights of one stored tensor: what its quantizer decodes, plus corrections and residuals."""
-    if q.scales is None:
-        return q.codes.float()
-    values = quantizer_of(q).decode(q)
+def add_extras(values: Tensor, q: Quantized) -> Tensor:
+    """Adds a stored tensor's corrections and residuals to its values, in place."""
     batch = as_batch(values)
     for n, matrix in enumerate(q.extras["corrected"].tolist() if "corrected" in q.extras else ()):
         left, right = (factor_values(q.extras[side][n], q.extras[side + "_scales"][n]) for side in ("left", "right"))
@@ -6917,6 +6908,11 @@ def restore(q: Quantized) -> Tensor:
     for n, matrix in enumerate(q.extras["refined"].tolist() if "refined" in q.extras else ()):
         batch[matrix] += q.extras["residual"][n].float() * q.extras["residual_scales"][n].float()[:, None]
     return values
+
+
+def restore(q: Quantized) -> Tensor:
+    """Float32 weights of one stored tensor: what its quantizer decodes, plus corrections and residuals."""
+    return q.codes.float() if q.scales is None else add_extras(quantizer_of(q).decode(q), q)
 
 
 def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:

@@ -7673,13 +7673,14 @@ def part_dtype(part: str, bits: int) -> np.dtype:
 
 INTEGERS = (np.dtype("i1"), np.dtype("<i2"))  # the types of codes
 SCALE_SECTIONS = ("scales", "columns")
+OWN_SECTION = 4096  # integers from which on an array has a section of its own
 
 
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
     if part in SCALE_SECTIONS:
         return part  # of all tensors together: q, k and v have the same columns, which the codec notices
-    return f"{name}.{part}" if dtype in INTEGERS and size >= 4096 else dtype.name
+    return f"{name}.{part}" if dtype in INTEGERS and size >= OWN_SECTION else dtype.name
 
 
 def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
@@ -7916,7 +7917,7 @@ def pack_within(
 
 
 LOG2_SCALE_RANGE = (-8.0, 8.0)  # how far TARGET_BYTES may move log2 of the scales
-SAMPLED = 8  # one of so many rows is quantized to predict the bytes
+SAMPLED = 8  # one of so many rows is quantized to predict the bytes, more of them in small banks
 COLUMN_BITS = 3  # what a column's scale class takes in the integers' code, however many rows it has
 LARGEST_SHIFT = 0.12  # octaves by which the scales of one bank may be moved alone, to meet the bytes exactly
 
@@ -8001,7 +8002,8 @@ class ByteSearch:
 
     def sampled_bytes(self, offset: float) -> tuple[float, float]:
         """Bytes of the integers and of all else, from those of a sample of rows."""
-        sample = {name: self.encode(name, offset, SAMPLED) for name in self.counts}
+        every = {name: min(SAMPLED, max(1, count // OWN_SECTION)) for name, count in self.counts.items()}
+        sample = {name: self.encode(name, offset, every[name]) for name in self.counts}
         codes = other = 0.0
         for section in read_header(pack({**self.stored, **sample}, self.config))[0].sections:
             name = section.name.removesuffix(".codes")
@@ -8038,6 +8040,8 @@ class ByteSearch:
         """Where the model of the bits, corrected by a sample, meets the bytes."""
         begin = solve_offset(self.bits_at, 8 * self.limit)
         codes, other = self.sampled_bytes(begin)
+        if not codes:
+            return begin
         return solve_offset(self.bits_at, 8 * (self.limit * (1 - 1 / 4000) - other) * self.bits_at(begin) / (8 * codes))
 
     def shift_one(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:

@@ -6762,9 +6762,10 @@ def encode_tensor(
     config: Config,
     log2_scale_offset: float = 0.0,
     salient: Tensor | None = None,
+    elements: int | None = None,
 ) -> Quantized:
-    """One parameter in its stored form: fp16, or integers by QUANTIZER."""
-    bits, sigmas = quantization_bits(name, value.numel(), config)
+    """One parameter in its stored form: fp16, or integers by QUANTIZER. `elements` are those of all, given some rows."""
+    bits, sigmas = quantization_bits(name, elements or value.numel(), config)
     if bits == 16:
         return Quantized(value.half(), None, 16, {})
     encode = QUANTIZERS[config.quantizer].encode
@@ -8000,7 +8001,8 @@ class ByteSearch:
             steps = factor.log2_steps
             factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
         self.passes += value.numel() / self.total
-        return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name))
+        elements = self.counts[name]
+        return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name), elements)
 
     def sampled_bytes(self, offset: float) -> tuple[float, float]:
         """Bytes of the integers and of all else, from those of a sample of rows.

@@ -6764,7 +6764,7 @@ def encode_tensor(
     salient: Tensor | None = None,
     elements: int | None = None,
 ) -> Quantized:
-    """One parameter in its stored form: fp16, or integers by QUANTIZER. `elements` are those of all, given some rows."""
+    """One parameter in its stored form: fp16, or integers by QUANTIZER. Of some rows alone, `elements` counts all."""
     bits, sigmas = quantization_bits(name, elements or value.numel(), config)
     if bits == 16:
         return Quantized(value.half(), None, 16, {})
@@ -6879,7 +6879,7 @@ class Tuning:
         loss.backward()
         with torch.no_grad():
             for name, p in self.student.named_parameters():
-                gradient = torch.zeros_like(p) if p.grad is None else p.grad.float()
+                gradient = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
                 if name in self.levels:
                     q = self.stored[name]._replace(scales=torch.exp2(self.masters[name]), extras=self.extras[name])
                     gradient = (gradient * apply_scales(self.levels[name], q)).sum(-1) / LOG2_E

@@ -263,7 +263,8 @@ def test_reset_forgets_everything():
 # --------------------------------------------------------------------------------------------------------------- ranks
 
 
-SENSITIVE = dict(ROW_STEPS=0.75, MATRIX_STEPS=0.85, STD_STEPS=0.5, TUNE_STEPS=3, TARGET_BYTES=1)
+FITTED = dict(GUIDED_HESSIANS=1, TUNE_STEPS=3, TARGET_BYTES=1, COMPRESSOR="pergroup")
+SENSITIVE = dict(ROW_STEPS=0.75, MATRIX_STEPS=0.85, STD_STEPS=0.5)
 
 
 def jobs_for(data):
@@ -317,7 +318,7 @@ def jobs_for(data):
         dict(name="exact score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float64")),
         dict(name="hessians", kind="calibration", knobs=dict(record, COMPUTE_DTYPE="float64")),
         dict(name="sensitivities", kind="calibration", knobs=dict(record, **SENSITIVE, **exact)),
-        dict(name="guided", kind="calibration", knobs=dict(record, **SENSITIVE, **exact, GUIDED_HESSIANS=1)),
+        dict(name="guided", kind="calibration", knobs=dict(record, **SENSITIVE, **exact, **FITTED)),
     ]
 
 

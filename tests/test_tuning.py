@@ -1,12 +1,13 @@
 """Tuning after quantization: what it computes with is what is stored, its gradients, what it gains, when it is kept."""
 
+import json
 import math
 
 import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, build_model, config, single_run, strings
 
 TUNE = dict(TUNE_STEPS=12, TRAIN_BATCH_TOKENS=256, COMPUTE_DTYPE="float32", MATRIX_BITS=3, EMBED_BITS=4)
 TUNE |= dict(ATTN_CLIP_SIGMAS=3, MLP_CLIP_SIGMAS=3, EMBED_CLIP_SIGMAS=3, MATRIX_CLIP_SIGMAS=3)
@@ -207,3 +208,17 @@ def test_seconds_over_the_limit_count_tuning(capsys):
     c = config(TINY, MAX_WALLCLOCK_SECONDS=100)
     assert tg.log_overrun(c, run, tg.Progress(100, 90.0)) == 13.0
     assert "training, calibration and tuning took 113.0 s, 13.0 s over" in capsys.readouterr().out
+
+
+def test_a_run_tunes_in_a_stage_of_its_own(data, tmp_path, capfd, monkeypatch):
+    """The score is of the tuned artifact, and the summary has the stage's seconds."""
+    monkeypatch.chdir(tmp_path)
+    values = dict(TINY, **TUNE, DATA_PATH=data, RUN_ID="run", ITERATIONS=6, MODE="train", TUNE_SCALE_LR=0.01)
+    values |= dict(MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, MAX_WALLCLOCK_SECONDS=600)
+    assert tg.main([], strings(values)) == 0
+    summary = json.loads((tmp_path / "logs" / "run" / "summary.json").read_text())
+    assert summary["seconds"]["tune"] > 0 and summary["seconds_over_limit"] == 0
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("tune:12 steps of 256 tokens"))
+    artifact = (tmp_path / "logs" / "run" / tg.CONTAINER_FILE).read_bytes()
+    before, after = line.partition(" nats, ")[2].split(" bytes")[0].split(" -> ")
+    assert len(artifact) == int(after if line.endswith(", kept") else before) == summary["model_bytes"]

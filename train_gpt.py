@@ -7909,8 +7909,9 @@ def pack_within(
 
 LOG2_SCALE_RANGE = (-8.0, 8.0)  # how far TARGET_BYTES may move log2 of the scales
 SAMPLED = 8  # one of so many rows is quantized to predict the bytes
-COLUMN_BITS = 3  # what a column's scale class takes in the integers' code, however many rows it has
-LARGEST_SHIFT = 0.12  # octaves by which the scales of one bank may be moved alone, to meet the bytes exactly
+COLUMN_BITS = 0.5  # what a column's scale class takes in the integers' code, however many rows it has
+LARGEST_SHIFT = 0.15  # octaves by which the scales of some banks may be moved alone, to meet the bytes exactly
+LARGEST_PART = 0.36  # of all weights, that these banks may hold
 
 
 def gaussian_bits(
@@ -7964,7 +7965,7 @@ class ByteSearch:
     """Quantizes a model to fill a number of bytes to a thousandth, mostly in 1.2 quantizations of all weights.
 
     A model of the bits says where to begin, and a sample of rows, quantized and packed, corrects it. Then all weights
-    are quantized. What is still missing or too much is met by the scales of one bank, where a small shift is enough.
+    are quantized. What is still missing or too much is met by the scales of few banks, where a small shift is enough.
     """
 
     def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
@@ -7982,12 +7983,14 @@ class ByteSearch:
     def encode(self, name: str, offset: float, every: int = 1) -> Quantized:
         """One tensor, or some of its rows, with scales moved by `offset` octaves."""
         value, factor = self.weights[name], self.factors[name]
-        if every > 1:
-            value = as_batch(value)[:, ::every]
-            steps = factor.log2_steps
-            factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
-        self.passes += value.numel() / self.total
-        return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name))
+        self.passes += value.numel() / self.total / every
+        if every == 1:
+            return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name))
+        steps = factor.log2_steps
+        factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
+        rows, grid = as_batch(value)[:, ::every].float(), quantization_bits(name, value.numel(), self.config)
+        encode = QUANTIZERS[self.config.quantizer].encode
+        return encode(rows, factor, *grid, self.config, offset, self.salient.get(name))
 
     def sampled_bytes(self, offset: float) -> tuple[float, float]:
         """Bytes of the integers and of all else, from those of a sample of rows."""
@@ -8031,16 +8034,23 @@ class ByteSearch:
         codes, other = self.sampled_bytes(begin)
         return solve_offset(self.bits_at, 8 * (self.limit * (1 - 1 / 4000) - other) * self.bits_at(begin) / (8 * codes))
 
-    def shift_one(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:
-        """Moves the scales of the smallest bank for which that is no more than LARGEST_SHIFT, if there is one."""
-        shifts = {name: octaves_of_all * self.total / count for name, count in self.counts.items()}
-        small = [name for name in shifts if abs(shifts[name] + offsets[name] - self.offset) <= LARGEST_SHIFT]
-        if not small:
-            return False
-        name = min(small, key=self.counts.__getitem__)
-        offsets[name] += shifts[name]
-        self.stored[name] = self.encode(name, offsets[name])
-        return True
+    def shift_some(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:
+        """Moves the scales of as few weights as LARGEST_SHIFT allows: one bank, or two. False where that is not enough.
+
+        `octaves_of_all` is how far all scales would have to move.
+        """
+        names = sorted(self.counts, key=self.counts.__getitem__)
+        groups = [*itertools.combinations(names, 1), *itertools.combinations(names, 2)]
+        for group in sorted(groups, key=lambda group: sum(self.counts[name] for name in group)):
+            count = sum(self.counts[name] for name in group)
+            shift = octaves_of_all * self.total / count
+            moved = max(abs(offsets[name] + shift - self.offset) for name in group)
+            if moved <= LARGEST_SHIFT and count <= LARGEST_PART * self.total:
+                for name in group:
+                    offsets[name] += shift
+                    self.stored[name] = self.encode(name, offsets[name])
+                return True
+        return False
 
     def run(self, log: Callable[[str], None]) -> bytes:
         """The artifact. Where no scales meet the limit, it is larger, or smaller by more than a thousandth."""
@@ -8056,7 +8066,7 @@ class ByteSearch:
                 break
             slope = (self.bits_at(self.offset) - self.bits_at(self.offset + 0.125)) / 0.125
             octaves = 8 * (excess + self.limit / 4000) / max(slope, 1.0)
-            if self.shift_one(octaves, offsets):
+            if self.shift_some(octaves, offsets):
                 continue
             low, high = (self.offset, high) if excess > 0 else (low, self.offset)
             guess = min(max(self.offset + octaves, low), high)

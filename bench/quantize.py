@@ -1,6 +1,6 @@
 """What each quantization method loses at equal bytes, on models of several sizes and trainings.
 
-    python bench/quantize.py [--models demo,long,small,large] [--folder runs/quantize] [--seeds 3] [--json FILE]
+    python bench/quantize.py [--models demo,long,small,large] [--methods before,trellis16] [--seeds 3] [--json FILE]
     python bench/quantize.py --untrained [--json FILE]
 
 It trains the models that are not in the folder yet, minutes each on two cores, on the built-in text. For each model and
@@ -103,11 +103,11 @@ BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, TARGET
 BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
 SENSITIVE = dict(BEFORE, MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, LQER_ENABLED=0)
 METHODS: dict[str, dict[str, Any]] = {
-    "trellis of 16, LQER": BEFORE,
-    "uniform, by sensitivity": dict(SENSITIVE, QUANTIZER="uniform"),
-    "trellis of 8, by sensitivity": dict(SENSITIVE, TRELLIS_STATES=8),
-    "trellis of 16, by sensitivity": SENSITIVE,
-    "the same, tuned": dict(SENSITIVE, TUNE_STEPS=60),
+    "before": BEFORE,  # steps by the weights' spread alone
+    "uniform": dict(SENSITIVE, QUANTIZER="uniform"),
+    "trellis8": dict(SENSITIVE, TRELLIS_STATES=8),
+    "trellis16": SENSITIVE,
+    "tuned": dict(SENSITIVE, TUNE_STEPS=60),
 }
 
 
@@ -232,11 +232,11 @@ def tune(data: bytes, bench: Bench, config: t.Config, limit: int) -> bytes:
     return t.tune_artifact(data, trained, limit, config, bench.trainer.run)
 
 
-def measure(name: str, bench: Bench, text: Text, seed: int) -> list[dict[str, Any]]:
-    """Rows of the peer's pipeline and of all methods, calibrated on the batches of a seed."""
+def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) -> list[dict[str, Any]]:
+    """Rows of the peer's pipeline and of some methods, calibrated on the batches of a seed."""
     trainer = bench.trainer
     first = bench.step + 1000 * seed
-    config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 16})
+    config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 32})
     calibrations = {}
     for guided in (False, True):
         changes = {} if guided else dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
@@ -261,8 +261,8 @@ def measure(name: str, bench: Bench, text: Text, seed: int) -> list[dict[str, An
     limit, packer = peer_bytes(stored, c)
     add("peer", stored, limit, time.perf_counter() - start, packer)
     lines: list[str] = []
-    for method, knobs in METHODS.items():
-        c = knobs_of({**bench.environment, **knobs})
+    for method in methods:
+        c = knobs_of({**bench.environment, **METHODS[method]})
         start = time.perf_counter()
         lines.clear()
         data = t.quantize_within(bench.weights, calibrations[c.takes_sensitivities], limit, c, lines.append)
@@ -368,14 +368,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="some of " + ", ".join(MODELS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quantize", help="where trained models are kept")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of " + ", ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
     parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--untrained", action="store_true", help="times alone, at PRESET's sizes")
     options = parser.parse_args()
-    names = options.models.split(",")
-    if not set(names) <= set(MODELS):
-        parser.error(f"--models: must be some of {', '.join(MODELS)}")
+    names, methods = options.models.split(","), options.methods.split(",")
+    for option, given, known in (("models", names, MODELS), ("methods", methods, METHODS)):
+        if not set(given) <= set(known):
+            parser.error(f"--{option}: must be some of {', '.join(known)}")
     if options.untrained:
         found = time_untrained(dict(os.environ))
     else:
@@ -385,7 +387,7 @@ def main() -> None:
                 bench = open_model(name, options.folder, artifacts)
                 text = Text(bench, options.tokens)
                 for seed in range(options.seeds):
-                    rows += measure(name, bench, text, seed)
+                    rows += measure(name, bench, text, seed, methods)
                 bench.trainer.loader.ahead.close()
         print(report(rows))
         machine = dict(torch=torch.__version__, hardware=t.hardware(bench.trainer.run))

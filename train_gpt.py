@@ -727,7 +727,7 @@ class Config(ModelConfig):
     tune_steps: int = knob(
         0,
         "steps that tune scales, vectors and all fp16 tensors after quantization, to the float model's predictions on "
-        "training batches",
+        "training batches; 0: none",
         Observed.BYTES,
         low=0,
     )
@@ -6016,29 +6016,33 @@ def with_row_steps(
 
     At high rates the loss is least for given bytes where rows[r] * det(H)^(1/c) * scale^2 is the same everywhere.
     Smaller exponents do better: sensitivities are estimates, and insensitive rows would get less than a bit. All steps
-    together keep their geometric mean over the weights.
+    together keep their geometric mean over the weights. Rows and matrices of zeros take no bits, and no part in means.
     """
     if not config.takes_sensitivities and config.std_steps == 1:
         return factors
-    steps, total, count = {}, 0.0, 0
+    steps, counts = {}, {}
     for name, factor in factors.items():
         batch = as_batch(weights[name]).float()
         exponents = column_exponents(factor, config.column_steps).float()
         bits, sigmas = quantization_bits(name, batch.numel(), config)
-        plain = clip_range(batch / torch.exp2(exponents / 2)[:, None], sigmas) / 2 ** (bits - 1)
-        plain = plain.clamp_min(1e-12).log2()
-        spread = (plain - plain.mean(1, keepdim=True)).clamp(-STEP_LIMIT, STEP_LIMIT)
-        step = (config.std_steps - 1) * spread
+        plain = clip_range(batch / torch.exp2(exponents / 2)[:, None], sigmas) / (2 ** (bits - 1) - 1)
+        live = (plain > 1e-12).double()  # [B, r]
+        share = live / live.sum(1, keepdim=True).clamp_min(1)
+        plain = torch.where(live > 0, plain, 1.0).log2()
+        center = (share * plain).sum(1, keepdim=True)
+        step = (config.std_steps - 1) * (plain - center).clamp(-STEP_LIMIT, STEP_LIMIT)
         if calibration.rows:
             sensitivity = (calibration.rows[name] + SENSITIVITY_FLOOR).log2()
-            step -= config.row_steps / 2 * (sensitivity - sensitivity.mean(1, keepdim=True))
+            step -= config.row_steps / 2 * (sensitivity - (share * sensitivity).sum(1, keepdim=True))
             log_det = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2().mean(1)
-            step += config.matrix_steps * (log_det - plain.mean(1))[:, None]
+            step += config.matrix_steps * (log_det[:, None] - center)
         steps[name] = step
-        total += step.double().sum().item() * batch.size(-1)
-        count += batch.numel()
-    limited = {name: (step - total / count).clamp(-STEP_LIMIT, STEP_LIMIT) for name, step in steps.items()}
-    return {name: factor._replace(log2_steps=limited[name]) for name, factor in factors.items()}
+        counts[name] = live * batch.size(-1)
+    every, weight = (torch.cat([x.flatten() for x in parts.values()]) for parts in (steps, counts))
+    usual = every[weight > 0].median() if weight.any() else every.new_zeros(())
+    steps = {name: (step - usual).clamp(-STEP_LIMIT, STEP_LIMIT) for name, step in steps.items()}
+    excess = sum((steps[name] * counts[name]).sum() for name in steps) / weight.sum().clamp_min(1)
+    return {name: factor._replace(log2_steps=(steps[name] - excess).float()) for name, factor in factors.items()}
 
 
 def column_extras(exponents: Tensor) -> dict[str, Tensor]:
@@ -6135,11 +6139,12 @@ def encode_uniform(
 ) -> Quantized:
     """GPTQ on a uniform grid, or rounding to nearest without a Hessian.
 
-    With TARGET_BYTES the scales follow from the bytes, and codes may have up to 12 bits. Salient columns have 8.
+    Where scales follow from TARGET_BYTES or from sensitivities, codes may have up to 12 bits: clipping to fewer would
+    cost more than any scale gains. Salient columns have 8.
     """
     if factor is None:
         return round_to_nearest(weights, bits, sigmas)
-    max_level = WIDE_LIMIT if config.target_bytes else 0
+    max_level = WIDE_LIMIT if config.target_bytes or factor.log2_steps is not None else 0
     scales, exponents = fit_scales(weights, factor, bits, sigmas, config, 2.0**log2_scale_offset, max_level, salient)
     limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
     if salient is not None:
@@ -6720,11 +6725,13 @@ def fit_residuals(
     """RVQ: every matrix's error in RVQ_BITS over its whole range, sorted by what is saved per byte, most first."""
     residuals = []
     for name, hessian in hessians.items():
+        if stored[name].scales is None:
+            continue
         errors = as_batch(weights[name]).float() - as_batch(restore(stored[name]))
         limit = 2 ** (config.rvq_bits - 1) - 1
         scales = row_scales(errors, config.rvq_bits, 0.0, config.scale_grid)
         # Rounded to nearest, some matrices would only get worse.
-        codes = gptq(errors, factor_hessian(hessian, config.gptq_damp), scales, limit)
+        codes = gptq(errors, factor_hessian(hessian, config.gptq_damp), scales, limit).to(torch.int8)
         remaining = weighted_error(errors - codes.float() * scales.float()[..., None], hessian)
         for i, saved in enumerate((weighted_error(errors, hessian) - remaining).tolist()):
             size = entropy(codes[i]) * codes[i].numel() / 8 + 2 * scales[i].numel()
@@ -6780,16 +6787,16 @@ def quantize(
     `log2_scale_offset` multiplies the scales of tensors with a Hessian by a power of two. `factors` are those of
     `plan_quantization`, if they are known already.
     """
-    hessians = calibration.hessians
     if factors is None:
         factors = plan_quantization(weights, calibration, config)
+    hessians = {name: calibration.hessians[name] for name in factors}  # not those of what stays fp16
     salient = salient_columns(weights, hessians, config) if config.awq_groups and hessians else {}
     stored = {
         name: encode_tensor(name, value, factors.get(name), config, log2_scale_offset, salient.get(name))
         for name, value in weights.items()
     }
     if config.lqer_enabled and factors:
-        correct_errors(stored, weights, {name: hessians[name] for name in factors}, config, log)
+        correct_errors(stored, weights, hessians, config, log)
     return stored
 
 
@@ -6800,9 +6807,7 @@ def tuning_batch(loader: TrainLoader, config: Config, step: int) -> Batch:
     return send(loader.read_sequences(range(first, first + count)), loader.run.device)
 
 
-def adopt_scales(q: Quantized, log2_scales: Tensor, config: Config) -> Quantized:
-    """A stored tensor of integers with other scales, in their stored form."""
-    return q._replace(scales=round_scales(torch.exp2(log2_scales), config.scale_grid))
+LOG2_E = math.log2(math.e)
 
 
 class Tuning:
@@ -6818,38 +6823,41 @@ class Tuning:
         self.teacher = constant_view(model)
         self.student = copy.deepcopy(model)
         device = next(model.parameters()).device
-        self.masters, self.directions, self.fixed = {}, {}, {}
+        self.masters: dict[str, Tensor] = {}
+        self.levels: dict[str, Tensor] = {}
+        self.grids: dict[str, int] = {}  # scales of what is rounded to the nearest are on none
         for name, q in stored.items():
             if q.scales is None:
                 self.masters[name] = q.codes.float().to(device)
                 continue
-            scales = q.scales.float().to(device)
-            self.masters[name] = scales.log2()
-            plain = q._replace(
-                scales=torch.ones_like(q.scales), extras={k: v for k, v in q.extras.items() if k == "columns"}
-            )
-            self.directions[name] = quantizer_of(q).decode(plain).to(device)
-            self.fixed[name] = restore(q).to(device) - self.directions[name] * scales[..., None]
+            self.masters[name] = q.scales.float().to(device).log2()
+            on_grid = torch.equal(round_scales(q.scales.float(), config.scale_grid), q.scales)
+            self.grids[name] = config.scale_grid if on_grid else 0
+            plain = q._replace(scales=torch.ones_like(q.scales), extras={})
+            self.levels[name] = quantizer_of(q).decode(plain).to(device)
+        self.extras = {name: {part: array.to(device) for part, array in q.extras.items()} for name, q in stored.items()}
         self.adam = torch.optim.Adam(
             [
-                dict(params=[self.masters[n] for n in self.directions], lr=config.tune_scale_lr / math.log(2)),
-                dict(params=[m for n, m in self.masters.items() if n not in self.directions], lr=config.tune_vector_lr),
+                dict(params=[self.masters[n] for n in self.levels], lr=config.tune_scale_lr * LOG2_E),
+                dict(params=[m for n, m in self.masters.items() if n not in self.levels], lr=config.tune_vector_lr),
             ]
         )
-        rate = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, config.tune_steps)
-        self.schedule = rate
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, config.tune_steps)
         self.update_student()
+
+    def scales_of(self, name: str) -> Tensor:
+        """The row scales that a tensor's masters round to, float16: on the grid where the first scales are."""
+        return round_scales(torch.exp2(self.masters[name]), self.grids[name])
 
     @torch.no_grad()
     def update_student(self) -> None:
         """Copies what the masters round to into the quantized model."""
         for name, p in self.student.named_parameters():
-            master = self.masters[name]
-            if name not in self.directions:
-                p.copy_(master.half())
+            if name not in self.levels:
+                p.copy_(self.masters[name].half())
                 continue
-            scales = round_scales(torch.exp2(master), self.config.scale_grid).float()
-            p.copy_(self.directions[name] * scales[..., None] + self.fixed[name])
+            q = self.stored[name]._replace(scales=self.scales_of(name), extras=self.extras[name])
+            p.copy_(add_extras(apply_scales(self.levels[name], q), q))
 
     def divergence(self, batch: Batch) -> Tensor:
         """KL(float model || quantized model), the mean over a batch's tokens, in nats."""
@@ -6871,9 +6879,9 @@ class Tuning:
         with torch.no_grad():
             for name, p in self.student.named_parameters():
                 gradient = torch.zeros_like(p) if p.grad is None else p.grad.float()
-                if name in self.directions:
-                    scales = torch.exp2(self.masters[name])
-                    gradient = math.log(2) * scales * (gradient * self.directions[name]).sum(-1)
+                if name in self.levels:
+                    q = self.stored[name]._replace(scales=torch.exp2(self.masters[name]), extras=self.extras[name])
+                    gradient = (gradient * apply_scales(self.levels[name], q)).sum(-1) / LOG2_E
                 self.masters[name].grad = gradient
                 p.grad = None
         self.adam.step()
@@ -6881,23 +6889,18 @@ class Tuning:
         self.update_student()
         return loss.item()
 
-    def tuned(self, scales: bool = True) -> dict[str, Quantized]:
-        """The stored tensors with what was learned, or with the first scales."""
-        result = {}
-        for name, q in self.stored.items():
-            master = self.masters[name].cpu()
-            if q.scales is None:
-                result[name] = q._replace(codes=master.half())
-            else:
-                result[name] = adopt_scales(q, master, self.config) if scales else q
-        return result
+    def tuned(self) -> dict[str, Quantized]:
+        """The stored tensors with what was learned."""
+        return {
+            name: q._replace(codes=self.masters[name].half().cpu())
+            if q.scales is None
+            else q._replace(scales=self.scales_of(name).cpu())
+            for name, q in self.stored.items()
+        }
 
 
-def restore(q: Quantized) -> Tensor:
-    """Float32 weights of one stored tensor: what its quantizer decodes, plus corrections and residuals."""
-    if q.scales is None:
-        return q.codes.float()
-    values = quantizer_of(q).decode(q)
+def add_extras(values: Tensor, q: Quantized) -> Tensor:
+    """Adds a stored tensor's corrections and residuals to its values, in place."""
     batch = as_batch(values)
     for n, matrix in enumerate(q.extras["corrected"].tolist() if "corrected" in q.extras else ()):
         left, right = (factor_values(q.extras[side][n], q.extras[side + "_scales"][n]) for side in ("left", "right"))
@@ -6905,6 +6908,11 @@ def restore(q: Quantized) -> Tensor:
     for n, matrix in enumerate(q.extras["refined"].tolist() if "refined" in q.extras else ()):
         batch[matrix] += q.extras["residual"][n].float() * q.extras["residual_scales"][n].float()[:, None]
     return values
+
+
+def restore(q: Quantized) -> Tensor:
+    """Float32 weights of one stored tensor: what its quantizer decodes, plus corrections and residuals."""
+    return q.codes.float() if q.scales is None else add_extras(quantizer_of(q).decode(q), q)
 
 
 def dequantize(stored: dict[str, Quantized]) -> dict[str, Tensor]:
@@ -7665,13 +7673,14 @@ def part_dtype(part: str, bits: int) -> np.dtype:
 
 INTEGERS = (np.dtype("i1"), np.dtype("<i2"))  # the types of codes
 SCALE_SECTIONS = ("scales", "columns")
+OWN_SECTION = 4096  # integers from which on an array has a section of its own
 
 
 def section_of(name: str, part: str, dtype: np.dtype, size: int) -> str:
     """The section that holds an array: large arrays of codes have their own, small arrays share one for each type."""
     if part in SCALE_SECTIONS:
         return part  # of all tensors together: q, k and v have the same columns, which the codec notices
-    return f"{name}.{part}" if dtype in INTEGERS and size >= 4096 else dtype.name
+    return f"{name}.{part}" if dtype in INTEGERS and size >= OWN_SECTION else dtype.name
 
 
 def check_types(row: Any, types: tuple[type, ...], what: str) -> None:
@@ -7908,7 +7917,7 @@ def pack_within(
 
 
 LOG2_SCALE_RANGE = (-8.0, 8.0)  # how far TARGET_BYTES may move log2 of the scales
-SAMPLED = 8  # one of so many rows is quantized to predict the bytes
+SAMPLED = 8  # one of so many rows is quantized to predict the bytes, more of them in small banks
 COLUMN_BITS = 0.5  # what a column's scale class takes in the integers' code, however many rows it has
 LARGEST_SHIFT = 0.15  # octaves by which the scales of some banks may be moved alone, to meet the bytes exactly
 LARGEST_PART = 0.36  # of all weights, that these banks may hold
@@ -7969,9 +7978,11 @@ class ByteSearch:
     """
 
     def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
-        self.weights, self.calibration, self.limit, self.config = weights, calibration, limit, config
+        self.weights, self.config = weights, config
+        self.limit = limit
         self.factors = plan_quantization(weights, calibration, config)
-        self.salient = salient_columns(weights, calibration.hessians, config) if config.awq_groups else {}
+        self.hessians = {name: calibration.hessians[name] for name in self.factors}  # not those of what stays fp16
+        self.salient = salient_columns(weights, self.hessians, config) if config.awq_groups else {}
         self.counts = {name: weights[name].numel() for name in self.factors}
         self.total = sum(self.counts.values())
         self.passes = 0.0  # quantizations of all weights; samples and single banks count in proportion
@@ -7994,7 +8005,8 @@ class ByteSearch:
 
     def sampled_bytes(self, offset: float) -> tuple[float, float]:
         """Bytes of the integers and of all else, from those of a sample of rows."""
-        sample = {name: self.encode(name, offset, SAMPLED) for name in self.counts}
+        every = {name: min(SAMPLED, max(1, count // OWN_SECTION)) for name, count in self.counts.items()}
+        sample = {name: self.encode(name, offset, every[name]) for name in self.counts}
         codes = other = 0.0
         for section in read_header(pack({**self.stored, **sample}, self.config))[0].sections:
             name = section.name.removesuffix(".codes")
@@ -8012,8 +8024,7 @@ class ByteSearch:
         lines: list[str] = []
         stored = {name: self.stored[name]._replace(extras=dict(self.stored[name].extras)) for name in self.weights}
         if self.config.lqer_enabled:
-            hessians = {name: self.calibration.hessians[name] for name in self.factors}
-            correct_errors(stored, self.weights, hessians, self.config, lines.append)
+            correct_errors(stored, self.weights, self.hessians, self.config, lines.append)
         attempt = Attempt(pack(stored, self.config, self.packed), lines)
         excess = len(attempt.data) - self.limit
         if self.best is None or (excess <= 0) > self.fits or (excess <= 0) == self.fits and abs(excess) < self.distance:
@@ -8032,6 +8043,8 @@ class ByteSearch:
         """Where the model of the bits, corrected by a sample, meets the bytes."""
         begin = solve_offset(self.bits_at, 8 * self.limit)
         codes, other = self.sampled_bytes(begin)
+        if not codes:
+            return begin
         return solve_offset(self.bits_at, 8 * (self.limit * (1 - 1 / 4000) - other) * self.bits_at(begin) / (8 * codes))
 
     def shift_some(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:
@@ -8055,7 +8068,8 @@ class ByteSearch:
     def run(self, log: Callable[[str], None]) -> bytes:
         """The artifact. Where no scales meet the limit, it is larger, or smaller by more than a thousandth."""
         low, high = LOG2_SCALE_RANGE
-        self.offset, offsets, tries = self.first_offset(), {}, 0
+        self.offset, tries = self.first_offset(), 0
+        offsets: dict[str, float] = {}  # of each bank; none: all are quantized anew
         while tries < 12:
             if not offsets:
                 offsets = dict.fromkeys(self.counts, self.offset)

@@ -102,7 +102,7 @@ ENTER = "        ledger.score(scored, nll)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
 READ = "        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]\n"
-CALIBRATE = "                model(*trainer.loader.batch(step, micro), looped=trainer.config.loops, fused_mlp=False)\n"
+CALIBRATE = "                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
 CHUNK_SCORE = "            self.ledger.score(scored, nll)\n            for step in range("
 COUNTED = "        self.ledger.train_on(scored[counted])\n"
@@ -177,11 +177,12 @@ OUTSIDE = [
         "Hessians from validation",
         TRAINING,
         (
-            before("        hessians = collect_hessians(trainer, end.step)\n", "trainer.evaluator = evaluator"),
+            before("        calibration = calibrate(trainer, end.step)\n", "trainer.evaluator = evaluator"),
             (
                 CALIBRATE,
-                "                own = trainer.evaluator\n"
-                "                own.score_sequences(model, own.sequences[: own.batch_size], ScoreLedger(own))\n",
+                f"{CALIBRATE}"
+                "                    own = trainer.evaluator\n"
+                "                    own.score_sequences(model, own.sequences[: own.batch_size], ScoreLedger(own))\n",
             ),
         ),
     ),

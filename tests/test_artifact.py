@@ -31,7 +31,7 @@ def stored_model(base=TINY, **knobs):
     """A config, and the stored form of a model with random weights, rounded to nearest."""
     c = config(base, **knobs)
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
-    return c, tg.quantize(weights, {}, c)
+    return c, tg.quantize(weights, tg.Calibration({}), c)
 
 
 def stored_with_extras(base=RECORD_LIKE, **knobs):
@@ -43,7 +43,7 @@ def stored_with_extras(base=RECORD_LIKE, **knobs):
     for name in (*tg.BANKS, "embedding"):
         x = torch.randn(len(tg.as_batch(weights[name])), 50, weights[name].size(-1), generator=generator)
         hessians[name] = x.mT @ x
-    stored = tg.quantize(weights, hessians, c)
+    stored = tg.quantize(weights, tg.Calibration(hessians), c)
     return c, tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)[::2])
 
 

@@ -444,14 +444,14 @@ def test_weights_that_are_not_finite_are_named(name, mode, data, tmp_path, capfd
 
 
 def test_activations_that_are_not_finite_during_calibration_are_named(data, tmp_path, capfd, monkeypatch):
-    collect = tg.collect_hessians
+    calibrate = tg.calibrate
 
     def broken(*arguments):
-        hessians = collect(*arguments)
-        hessians["up_bank"][0, 0, 0] = math.nan
-        return hessians
+        calibration = calibrate(*arguments)
+        calibration.hessians["up_bank"][0, 0, 0] = math.nan
+        return calibration
 
-    monkeypatch.setattr(tg, "collect_hessians", broken)
+    monkeypatch.setattr(tg, "calibrate", broken)
     line = refused(dict(RUN, DATA_PATH=data), tmp_path, capfd, monkeypatch)
     assert "the inputs of 'up_bank' are not finite during calibration" in line
 
@@ -474,7 +474,7 @@ def forged_folder(folder, name):
     """Makes a run's folder with an artifact of such numbers; returns what is said of it."""
     knobs = dict(LOGIT_SOFTCAP=1e308) if "softcap" in name else {}
     c = config(dict(RUN, DATA_PATH="", **knobs))
-    stored = tg.quantize({n: p.detach() for n, p in build_model(c, spread=0.1).named_parameters()}, {}, c)
+    stored = tg.quantize({n: p.detach() for n, p in build_model(c, spread=0.1).named_parameters()}, tg.Calibration({}), c)
     if name == "NaN":
         stored["skip_weights"].codes[0, 3] = math.nan
     if name == "infinite scale":
@@ -755,7 +755,7 @@ def stored_small(base=RECORD_LIKE, **knobs):
     for name in (*tg.BANKS, "embedding"):
         x = torch.randn(len(tg.as_batch(weights[name])), 50, weights[name].size(-1))
         hessians[name] = x.mT @ x
-    stored = tg.quantize(weights, hessians, c)
+    stored = tg.quantize(weights, tg.Calibration(hessians), c)
     return c, tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)[::2])
 
 

@@ -257,7 +257,7 @@ def test_training_over_its_time_is_found(folder, capsys):
         path.write_text(
             json.dumps(dict(s, steps=1000, train_seconds=seconds, seconds=dict(s["seconds"], calibrate=calibrate)))
         )
-        assert ("of training and calibration are over 600" in check(folder, capsys, "--no-load")[1]) is found
+        assert ("of training, calibration and tuning are over 600" in check(folder, capsys, "--no-load")[1]) is found
 
 
 def test_a_damaged_artifact_does_not_load(folder, capsys):

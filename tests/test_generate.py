@@ -63,7 +63,7 @@ def folder(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("generate")
     c = config(RECORD_LIKE)
     weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
-    (folder / "model.pgolf").write_bytes(tg.pack(tg.quantize(weights, {}, c), c))
+    (folder / "model.pgolf").write_bytes(tg.pack(tg.quantize(weights, tg.Calibration({}), c), c))
     (folder / "config.json").write_text(json.dumps(dict(data_path=str(data), tokenizer_path="")))
     (folder / "caseops.model").write_bytes(caseops_tokenizer())
     return folder

@@ -47,7 +47,7 @@ def test_gptq_beats_rounding_to_nearest(shape, bits):
         limit = 2 ** (bits - 1) - 1
         scales = tg.row_scales(w, bits, 3.0 if bits < 6 else 0.0)
         codes = tg.gptq(w, tg.factor_hessian(hessian, 0.01), scales, limit)
-        assert codes.dtype == torch.int8 and codes.abs().max() <= limit
+        assert codes.dtype == torch.int16 and codes.abs().max() <= limit
         ours, plain = (weighted_error(w, x, scales, hessian) for x in (codes, nearest(w, scales, limit)))
         assert ours <= plain * (1 + 1e-6)
         if shape[1] >= 40 and bits >= 3:
@@ -175,7 +175,7 @@ def quantized(base, bits=None, **knobs):
         for name, w in weights.items()
         if name in (*tg.BANKS, head)
     }
-    return c, model, weights, tg.quantize(weights, hessians, c)
+    return c, model, weights, tg.quantize(weights, tg.Calibration(hessians), c)
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, TIE_EMBEDDINGS=0)], ids=["tiny", "record", "untied"])
@@ -206,7 +206,7 @@ def test_every_parameter_is_stored_in_the_form_of_its_role(base):
 def test_quantizing_what_was_quantized_changes_nothing():
     c, model, weights, stored = quantized(TINY)
     once = tg.dequantize(stored)
-    again = tg.quantize(once, {}, c)  # to nearest, of values that lie on the grid of another scale or of its own
+    again = tg.quantize(once, tg.Calibration({}), c)  # to nearest, of values that lie on the grid of another scale or of its own
     for name in once:
         if stored[name].bits == 16:
             assert torch.equal(again[name].codes, stored[name].codes)
@@ -257,7 +257,7 @@ def test_gptq_lite_takes_the_best_of_five_quantiles_for_each_row(bits):
 def test_gptq_lite_knows_no_hessian_and_residuals_refine_it():
     c, model, weights, stored = quantized(POLY_LIKE)
     assert c.quantizer == "gptq_lite" and c.rvq_enabled
-    assert all(torch.equal(stored[name].codes, q.codes) for name, q in tg.quantize(weights, {}, c).items())
+    assert all(torch.equal(stored[name].codes, q.codes) for name, q in tg.quantize(weights, tg.Calibration({}), c).items())
     hessians = {
         name: torch.eye(w.size(-1)).expand(len(tg.as_batch(w)), -1, -1)
         for name, w in weights.items()
@@ -292,11 +292,16 @@ def test_tables_are_stored_by_their_size():
 # ------------------------------------------------------------------------------------------------ table of quantizers
 
 
+def plan(w, hessian, c):
+    """The factor of one bank, w."""
+    return {"w": tg.factor_hessian(hessian, c.gptq_damp, tg.QUANTIZERS[c.quantizer].natural_order)}
+
+
 def encoded(name, bits=6, with_factor=True, **knobs):
     """A random bank, its Hessians, and its stored form by one row of the table."""
     c = config(QUANTIZER=name, **knobs)
     w, hessian = torch.cat((matrix(20, 30, 1), matrix(20, 30, 2))), correlated(200, 30)[1].expand(2, -1, -1)
-    factors = tg.factor_hessians({"w": hessian}, c) if with_factor else {}
+    factors = plan(w, hessian, c) if with_factor else {}
     return w, hessian, tg.QUANTIZERS[name].encode(w, factors.get("w"), bits, 4.0, c)
 
 
@@ -387,7 +392,7 @@ def test_hessians_are_the_mean_products_of_every_matrix_inputs(base, data, monke
     """Against X^T X of the arguments of F.linear, told apart by the weight that they meet."""
     trainer = make_trainer(base, data, NEFTUNE_ALPHA=5)
     model, c = trainer.model, trainer.config
-    found = tg.collect_hessians(trainer, 7)
+    found = tg.calibrate(trainer, 7).hessians
     inputs, linear = {}, torch.nn.functional.linear
 
     def watch(x, weight, bias=None):
@@ -418,13 +423,13 @@ def test_hessians_are_the_mean_products_of_every_matrix_inputs(base, data, monke
 
 def test_hooks_are_removed(data):
     trainer = make_trainer(TINY, data)
-    tg.collect_hessians(trainer, 0)
-    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+    tg.calibrate(trainer, 0)
+    assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
 def test_calibration_reads_other_batches_with_another_start(data):
     trainer = make_trainer(TINY, data)
-    first, same, other = (tg.collect_hessians(trainer, step)["qo_bank"] for step in (0, 0, 5))
+    first, same, other = (tg.calibrate(trainer, step).hessians["qo_bank"] for step in (0, 0, 5))
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
@@ -445,13 +450,15 @@ def test_gptq_of_a_trained_model_loses_less_than_rounding(data):
     trainer = tg.Trainer(model, tg.TrainLoader(c, single_run()), c, single_run())
     tg.train(trainer, None)
     evaluator, weights = tg.Evaluator(c, single_run()), {n: p.detach().clone() for n, p in model.named_parameters()}
-    hessians = tg.collect_hessians(trainer, 40)
-    ours, plain = (total_error(weights, tg.quantize(weights, h, c), hessians) for h in (hessians, {}))
+    hessians = tg.calibrate(trainer, 40).hessians
+    ours, plain = (
+        total_error(weights, tg.quantize(weights, tg.Calibration(h), c), hessians) for h in (hessians, {})
+    )
     assert all((ours[name] < plain[name]).all() for name in hessians)  # each matrix of the model
     exact, losses = evaluator(model).bpb, {}
-    for name, hessians in (("gptq", tg.collect_hessians(trainer, 40)), ("nearest", {})):
+    for name, hessians in (("gptq", tg.calibrate(trainer, 40).hessians), ("nearest", {})):
         with torch.no_grad():
-            model.load_state_dict(tg.dequantize(tg.quantize(weights, hessians, c)))
+            model.load_state_dict(tg.dequantize(tg.quantize(weights, tg.Calibration(hessians), c)))
         losses[name] = evaluator(model).bpb - exact
     assert 0 < losses["gptq"] < 0.7 * losses["nearest"]
 
@@ -474,7 +481,7 @@ def with_hessians(**knobs):
         if name in (*tg.BANKS, "embedding")
     }
     lines = []
-    return c, weights, hessians, tg.quantize(weights, hessians, c, lines.append), lines
+    return c, weights, hessians, tg.quantize(weights, tg.Calibration(hessians), c, lines.append), lines
 
 
 def test_the_weighted_error_is_the_trace():
@@ -640,7 +647,7 @@ def test_column_scales_lower_the_error_at_equal_bytes(quantizer):
     for power in (0.0, 0.75):
         for offset in (0.0, 1.0):
             c = config(QUANTIZER=quantizer, COLUMN_STEPS=power, COMPRESSOR="pergroup")
-            factor = tg.factor_hessians({"w": hessian}, c)["w"]
+            factor = plan(w, hessian, c)["w"]
             q = tg.QUANTIZERS[quantizer].encode(w, factor, 6, 13.0, c, offset)
             size = len(tg.encode_integers(q.codes.numpy(), tg.IntegerBank(q.codes.shape, q.states).trellis))
             found[power, offset] = size, math.log2(tg.weighted_error(w - tg.restore(q), hessian).item())
@@ -657,12 +664,12 @@ def test_the_scales_are_fitted_to_the_target(quantizer, compressor):
     plain, errors = len(tg.pack(stored, c)), []
     for share in (0.8, 1.0, 1.2):
         limit, lines = int(share * plain), []
-        data = tg.quantize_within(weights, hessians, limit, c, lines.append)
+        data = tg.quantize_within(weights, tg.Calibration(hessians), limit, c, lines.append)
         assert 0.995 * limit <= len(data) <= limit and f"target:{len(data)} bytes of {limit}" in lines[-1]
         errors.append(sum(e.sum().item() for e in total_error(weights, tg.unpack(data)[1], hessians).values()))
     assert errors[0] > errors[1] > errors[2]
-    assert len(tg.quantize_within(weights, hessians, 10**9, c, lines.append)) > 1.2 * plain  # as fine as int8 allows
-    smallest = tg.quantize_within(weights, hessians, 100, c, lines.append)
+    assert len(tg.quantize_within(weights, tg.Calibration(hessians), 10**9, c, lines.append)) > 1.2 * plain  # as fine as int8 allows
+    smallest = tg.quantize_within(weights, tg.Calibration(hessians), 100, c, lines.append)
     assert 100 < len(smallest) < 0.7 * plain  # nothing fits: the largest scales, and the run will say that it is over
 
 
@@ -672,7 +679,7 @@ def test_scales_are_never_too_small_for_the_codes(quantizer):
     w, (_, hessian) = matrix(64, 80), correlated(400, 80)
     w[:, ::7, 3] *= 30
     c, errors = config(QUANTIZER=quantizer, COLUMN_STEPS=0.75, TARGET_BYTES=1), []
-    factor = tg.factor_hessians({"w": hessian}, c)["w"]
+    factor = plan(w, hessian, c)["w"]
     for offset in (0.0, -1.0, -2.0, -2.5):
         q = tg.QUANTIZERS[quantizer].encode(w, factor, 8, 14.0, c, offset)
         errors.append(tg.weighted_error(w - tg.restore(q), hessian).item())
@@ -688,7 +695,7 @@ def test_scales_are_never_too_small_for_the_codes(quantizer):
 def test_weights_of_a_device_are_quantized_packed_and_held_against_what_is_read_back(device, quantizer):
     c, weights, hessians, _, _ = with_hessians(QUANTIZER=quantizer, LQER_ENABLED=1, LQER_SELECT="norm")
     weights, hessians = ({name: x.to(device) for name, x in tensors.items()} for tensors in (weights, hessians))
-    stored = tg.quantize(weights, hessians, c)
+    stored = tg.quantize(weights, tg.Calibration(hessians), c)
     data = tg.pack(tg.with_residuals(stored, tg.fit_residuals(stored, weights, hessians, c)), c)
     rows = [row for row in tg.size_table(data, tg.unpack(data)[1], weights, hessians) if "relative_error" in row]
     assert rows and all(0 < row["relative_error"] < 0.05 for row in rows)

@@ -147,11 +147,11 @@ def test_quantization_at_size_errs_less_than_rounding(device):
     base = dict(PRESET="record") if device == "cuda" else dict(RECORD_LIKE, QUANTIZER="trellis", TRELLIS_STATES=4)
     c = tg.config_from_env(strings({**base, "DEVICE": device}), torch.cuda.is_available())[0]
     weights = {name: p.detach().clone() for name, p in build_model(c, seed=1).to(device).named_parameters()}
-    hessians = quantize_bench.random_hessians(weights, torch.Generator().manual_seed(0))
-    stored = tg.quantize(weights, hessians, c)
+    calibration = quantize_bench.random_calibration(weights, torch.Generator().manual_seed(0))
+    stored = tg.quantize(weights, calibration, c)
     back = tg.unpack(tg.pack(stored, c))[1]
     assert back.keys() == stored.keys() == weights.keys()
-    for name, hessian in hessians.items():
+    for name, hessian in calibration.hessians.items():
         w = tg.as_batch(weights[name])
         bits, sigmas = tg.quantization_bits(name, weights[name].numel(), c)
         rounded = tg.restore(tg.round_to_nearest(w, bits, sigmas)).to(device)

@@ -500,13 +500,17 @@ def largest(rows: list[dict[str, Any]], key: str) -> float | None:
 
 
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
-    """Checks bytes and seconds. The last step of a training may end after the time limit; calibration may not."""
+    """Checks bytes and seconds. The last step of a training may end after the time limit; what follows may not.
+
+    Calibration and tuning read training text, so their seconds count as training's.
+    """
     for number, seed in folder.seeds.items():
         known = [seed.row, *(figures(run) for _, run in seed.sources)]
         size = largest(known, "artifact_bytes")
         train, step = largest(known, "train_wallclock_ms"), largest(known, "step_avg_ms")
         evaluation = max([seed.row.get("eval_time_s") or 0, *(run.eval_seconds or 0 for _, run in seed.sources)])
-        calibration = seed.summary.seconds.get("calibrate", 0.0) if seed.summary else 0.0
+        seconds = seed.summary.seconds if seed.summary else {}
+        after = seconds.get("calibrate", 0.0) + seconds.get("tune", 0.0)
         if size is None:
             findings.note(f"seed {number}: no source has the bytes of its artifact")
         else:
@@ -514,10 +518,10 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
         if train is None:
             findings.note(f"seed {number}: no source has its seconds of training")
         else:
-            spent = train / 1000 + calibration
+            spent = train / 1000 + after
             findings.require(
                 spent - (step or 0) / 1000 <= BUDGET_SECONDS,
-                f"seed {number}: {spent:.1f} s of training and calibration are over {BUDGET_SECONDS:.0f}",
+                f"seed {number}: {spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}",
             )
         findings.require(
             evaluation <= BUDGET_SECONDS,

@@ -365,8 +365,7 @@ def calibration(session: Session) -> None:
         trainer = script.Trainer(session.model(), loader, config, session.run())
         result.micro_steps = trainer.layout.micro_steps
         result.tokens = trainer.layout[3] * config.train_seq_len
-        with torch.no_grad():
-            script.add_hessians(trainer, range(1))
+        script.calibration_sums(trainer, range(1))
 
 
 def full_model_steps(session: Session) -> None:

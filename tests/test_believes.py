@@ -474,7 +474,8 @@ def forged_folder(folder, name):
     """Makes a run's folder with an artifact of such numbers; returns what is said of it."""
     knobs = dict(LOGIT_SOFTCAP=1e308) if "softcap" in name else {}
     c = config(dict(RUN, DATA_PATH="", **knobs))
-    stored = tg.quantize({n: p.detach() for n, p in build_model(c, spread=0.1).named_parameters()}, tg.Calibration({}), c)
+    weights = {n: p.detach() for n, p in build_model(c, spread=0.1).named_parameters()}
+    stored = tg.quantize(weights, tg.Calibration({}), c)
     if name == "NaN":
         stored["skip_weights"].codes[0, 3] = math.nan
     if name == "infinite scale":

@@ -33,10 +33,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -323,6 +325,43 @@ def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -
     return t.Calibration(hessians, sensitivities)
 
 
+class OperationCount(TorchDispatchMode):
+    """Context manager that counts torch operations that compute: on a GPU each is a launch at least."""
+
+    VIEWS = frozenset(
+        "view select slice expand unsqueeze detach alias transpose permute t as_strided split unbind _unsafe_view "
+        "unflatten squeeze diagonal split_with_sizes".split()
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.split("::")[1] not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def trellis_operations(c: t.Config) -> int:
+    """Operations of one trellis pass over all matrices, with a GPU's chunks of rows; without data, on meta tensors."""
+    make_trellis, weights = t.make_trellis, dict(t.meta_model(c).named_parameters())
+    with (
+        mock.patch.dict(t.TRELLIS_ROWS, meta=t.TRELLIS_ROWS["cuda"]),
+        mock.patch.object(
+            t, "make_trellis", lambda states, _device: t.Trellis(*(x.to("meta") for x in make_trellis(states)))
+        ),
+    ):
+        total = 0
+        for name in (*t.BANKS, "embedding"):
+            w = t.as_batch(weights[name])
+            matrices, rows, columns = w.shape
+            u = torch.empty(matrices, columns, columns, device="meta")
+            with OperationCount() as counted:
+                t.trellis_gptq(w, u, torch.empty(matrices, rows, device="meta"), u[0].new_empty(matrices, columns), c)
+            total += counted.count
+    return total
+
+
 def time_untrained(environment: dict[str, str]) -> dict:
     """Seconds of each part of quantization at PRESET's sizes, on random weights."""
     given = {name: value for name, value in environment.items() if value}
@@ -352,6 +391,9 @@ def time_untrained(environment: dict[str, str]) -> dict:
     timed("dequantization", lambda: t.dequantize(back))
     limit = (c.target_bytes or c.artifact_limit_bytes) - t.shipped_code()[0]
     data = timed("the whole stage", lambda: t.make_artifact(weights, calibration, limit, c, print))
+    operations = trellis_operations(c) if c.quantizer == "trellis" else 0
+    if operations:
+        print(f"{operations} torch operations in a trellis pass, each a launch at least on a GPU")
     print(f"{len(data)} bytes of {limit}; peak memory {run.peak_memory() / 2**20:.0f} MiB")
     return dict(
         rows=rows,
@@ -361,6 +403,7 @@ def time_untrained(environment: dict[str, str]) -> dict:
         hardware=t.hardware(run),
         torch=torch.__version__,
         peak_memory_bytes=run.peak_memory(),
+        trellis_operations=operations,
     )
 
 

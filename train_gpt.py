@@ -7057,7 +7057,7 @@ class ContextModel:
 
     def __init__(self, low: int, counts: np.ndarray, shifts: np.ndarray | None = None):
         self.low = low
-        self.shifts = shifts  # by scale class; only `code_column` needs them
+        self.shifts = np.zeros(0, np.int64) if shifts is None else shifts  # by scale class, for `code_column`
         self.counts = counts
         self.totals = counts.sum(1).tolist()
         self.rebuild_at = [0] * len(counts)
@@ -7196,7 +7196,7 @@ def code_classes(
     deltas = side_model.code(coder, deltas, np.full(hints.size, context, np.uint16)).reshape(hints.shape)
     bases = ClassBases(hints, slope)
     classes = np.empty(hints.shape, dtype=np.int64)
-    for n in range(classes.shape[1]):
+    for n in range(hints.shape[1]):
         classes[:, n] = bases.base(n) + deltas[:, n]
         bases.observe(n, classes[:, n])
     return classes

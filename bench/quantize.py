@@ -143,7 +143,8 @@ def open_model(name: str, folder: Path, artifacts: str) -> Bench:
         trainer.use_average()
         trainer.loader.ahead.close()
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **{n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()})
+        arrays: Any = {n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()}
+        np.savez(file, **arrays)
         t.write_atomic(done, json.dumps(dict(step=end.step)))
     model = t.new_model(config).to(run.device)
     saved = np.load(file)
@@ -328,9 +329,9 @@ def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -
 class OperationCount(TorchDispatchMode):
     """Context manager that counts torch operations that compute: on a GPU each is a launch at least."""
 
-    VIEWS = frozenset(
-        "view select slice expand unsqueeze detach alias transpose permute t as_strided split unbind _unsafe_view "
-        "unflatten squeeze diagonal split_with_sizes".split()
+    VIEWS = (
+        *("view", "_unsafe_view", "as_strided", "alias", "detach", "expand", "permute", "transpose", "t", "unflatten"),
+        *("select", "slice", "split", "split_with_sizes", "unbind", "squeeze", "unsqueeze", "diagonal"),
     )
 
     def __init__(self):
@@ -415,12 +416,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
     parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", type=Path, nargs="+", help="prints the table of results that --json wrote")
     parser.add_argument("--untrained", action="store_true", help="times alone, at PRESET's sizes")
     options = parser.parse_args()
     names, methods = options.models.split(","), options.methods.split(",")
     for option, given, known in (("models", names, MODELS), ("methods", methods, METHODS)):
         if not set(given) <= set(known):
             parser.error(f"--{option}: must be some of {', '.join(known)}")
+    if options.report:
+        print(report([row for file in options.report for row in json.loads(file.read_text())["rows"]]))
+        return
     if options.untrained:
         found = time_untrained(dict(os.environ))
     else:

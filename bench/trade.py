@@ -33,7 +33,7 @@ import train as bench_train  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 BITS_PER_PARAMETER = 3.55
-STEPS = {96: 300, 128: 450, 192: 700, 256: 1000}  # of the base, of 2,048 tokens each
+STEPS = {64: 200, 96: 300, 128: 450, 192: 700, 256: 1000}  # of the base, of 2,048 tokens each
 SHAPES: dict[str, dict[str, float]] = {
     "base": {},
     "MLP 5.5": dict(MLP_MULT=5.5),

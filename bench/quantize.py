@@ -408,6 +408,24 @@ def time_untrained(environment: dict[str, str]) -> dict:
     )
 
 
+def run_models(names: list[str], methods: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints models in turn. The results so far are written after each seed."""
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = dict(rows=rows, tokens=options.tokens, torch=torch.__version__)
+    for name in names:
+        with tempfile.TemporaryDirectory() as artifacts:
+            bench = open_model(name, options.folder, artifacts)
+            found |= dict(hardware=t.hardware(bench.trainer.run))
+            text = Text(bench, options.tokens)
+            for seed in range(options.seeds):
+                rows += measure(name, bench, text, seed, methods)
+                if options.json:
+                    t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
+            bench.trainer.loader.ahead.close()
+    print(report(rows))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="some of " + ", ".join(MODELS))
@@ -426,20 +444,7 @@ def main() -> None:
     if options.report:
         print(report([row for file in options.report for row in json.loads(file.read_text())["rows"]]))
         return
-    if options.untrained:
-        found = time_untrained(dict(os.environ))
-    else:
-        rows = []
-        for name in names:
-            with tempfile.TemporaryDirectory() as artifacts:
-                bench = open_model(name, options.folder, artifacts)
-                text = Text(bench, options.tokens)
-                for seed in range(options.seeds):
-                    rows += measure(name, bench, text, seed, methods)
-                bench.trainer.loader.ahead.close()
-        print(report(rows))
-        machine = dict(torch=torch.__version__, hardware=t.hardware(bench.trainer.run))
-        found = dict(rows=rows, tokens=options.tokens, **machine)
+    found = time_untrained(dict(os.environ)) if options.untrained else run_models(names, methods, options)
     if options.json:
         t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
 

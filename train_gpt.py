@@ -6016,7 +6016,7 @@ def with_row_steps(
     Smaller exponents do better: sensitivities are estimates, and insensitive rows would get less than a bit. All steps
     together keep their geometric mean over the weights. Rows and matrices of zeros take no bits, and no part in means.
     """
-    if not config.takes_sensitivities and config.std_steps == 1:
+    if not (config.matrix_steps or config.row_steps or config.std_steps != 1):
         return factors
     steps, counts = {}, {}
     for name, factor in factors.items():
@@ -6760,9 +6760,10 @@ def encode_tensor(
     config: Config,
     log2_scale_offset: float = 0.0,
     salient: Tensor | None = None,
+    elements: int | None = None,
 ) -> Quantized:
-    """One parameter in its stored form: fp16, or integers by QUANTIZER."""
-    bits, sigmas = quantization_bits(name, value.numel(), config)
+    """One parameter in its stored form: fp16, or integers by QUANTIZER. Of some rows alone, `elements` counts all."""
+    bits, sigmas = quantization_bits(name, elements or value.numel(), config)
     if bits == 16:
         return Quantized(value.half(), None, 16, {})
     encode = QUANTIZERS[config.quantizer].encode
@@ -6876,7 +6877,7 @@ class Tuning:
         loss.backward()
         with torch.no_grad():
             for name, p in self.student.named_parameters():
-                gradient = torch.zeros_like(p) if p.grad is None else p.grad.float()
+                gradient = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
                 if name in self.levels:
                     q = self.stored[name]._replace(scales=torch.exp2(self.masters[name]), extras=self.extras[name])
                     gradient = (gradient * apply_scales(self.levels[name], q)).sum(-1) / LOG2_E
@@ -7916,34 +7917,24 @@ def pack_within(
 
 LOG2_SCALE_RANGE = (-8.0, 8.0)  # how far TARGET_BYTES may move log2 of the scales
 SAMPLED = 8  # one of so many rows is quantized to predict the bytes, more of them in small banks
-COLUMN_BITS = 0.5  # what a column's scale class takes in the integers' code, however many rows it has
-LARGEST_SHIFT = 0.15  # octaves by which the scales of some banks may be moved alone, to meet the bytes exactly
-LARGEST_PART = 0.36  # of all weights, that these banks may hold
+LARGEST_SHIFT = 0.12  # octaves by which the scales of some banks may be moved alone, to meet the bytes exactly
 
 
-def gaussian_bits(
-    weights: dict[str, Tensor], factors: dict[str, HessianFactor], config: Config
-) -> Callable[[float], float]:
-    """An estimate of all codes' bits as a function of the scales' log2 offset.
+def code_variances(weights: Tensor, name: str, factor: HessianFactor, config: Config) -> tuple[Tensor, Tensor]:
+    """Variances of a bank's codes at the scales of offset 0: of rows [B, r, 1], times those of columns [B, 1, c]."""
+    batch = as_batch(weights).float()
+    bits, sigmas = quantization_bits(name, batch.numel(), config)
+    scales, exponents = fit_scales(batch, factor, bits, sigmas, config, 1.0, 0, None)
+    square = (batch / scales.float()[..., None] / torch.exp2(exponents.float() / 2)[:, None]).square()
+    overall = square.mean((1, 2), keepdim=True).clamp_min(1e-30)
+    return square.mean(2, keepdim=True), square.mean(1, keepdim=True) / overall
 
-    A weight is taken for a Gaussian deviate whose variance v, in squares of the scale, is its row's times its column's:
-    log2(1 + 2 pi e v) / 2 bits.
+
+def gaussian_bits(row: Tensor, column: Tensor, offset: float) -> float:
+    """An estimate of the bits of codes that are Gaussian deviates of variance v = row * column, at a log2 offset of
+    their scales: log2(1 + 2 pi e v) / 2 each.
     """
-    variances = []
-    for name, factor in factors.items():
-        batch = as_batch(weights[name]).float()
-        bits, sigmas = quantization_bits(name, batch.numel(), config)
-        scales, exponents = fit_scales(batch, factor, bits, sigmas, config, 1.0, 0, None)
-        square = (batch / scales.float()[..., None] / torch.exp2(exponents.float() / 2)[:, None]).square()
-        row, column = square.mean(2)[:, ::SAMPLED], square.mean(1)
-        overall = square.mean((1, 2)).clamp_min(1e-30)[:, None, None]
-        share = square.size(1) / row.size(1)
-        variances.append((share, row[:, :, None] * column[:, None] / overall * (2 * math.pi * math.e)))
-
-    def bits_at(offset: float) -> float:
-        return sum(share / 2 * torch.log2(1 + v * 4**-offset).sum().item() for share, v in variances)
-
-    return bits_at
+    return torch.log2(1 + row * column * (2 * math.pi * math.e * 4**-offset)).sum().item() / 2
 
 
 def solve_offset(bits_at: Callable[[float], float], bits: float) -> float:
@@ -7955,10 +7946,11 @@ def solve_offset(bits_at: Callable[[float], float], bits: float) -> float:
     return (low + high) / 2
 
 
-def code_bytes(data: bytes, names: Iterable[str]) -> int:
-    """Bytes of the integers of some tensors in an artifact."""
-    sections = {f"{name}.codes" for name in names}
-    return sum(section.packed_size for section in read_header(data)[0].sections if section.name in sections)
+def rows_of(q: Quantized, rows: slice) -> Quantized:
+    """Some rows of each of a bank's matrices."""
+    if q.scales is None:
+        raise ValueError("no integers")
+    return q._replace(codes=as_batch(q.codes)[:, rows], scales=q.scales.view(-1, q.codes.size(-2))[:, rows])
 
 
 class Attempt(NamedTuple):
@@ -7972,7 +7964,7 @@ class ByteSearch:
     """Quantizes a model to fill a number of bytes to a thousandth, mostly in 1.2 quantizations of all weights.
 
     A model of the bits says where to begin, and a sample of rows, quantized and packed, corrects it. Then all weights
-    are quantized. What is still missing or too much is met by the scales of few banks, where a small shift is enough.
+    are quantized. What is still missing or too much is met by the scales of some banks, where a small shift is enough.
     """
 
     def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
@@ -7984,37 +7976,53 @@ class ByteSearch:
         self.counts = {name: weights[name].numel() for name in self.factors}
         self.total = sum(self.counts.values())
         self.passes = 0.0  # quantizations of all weights; samples and single banks count in proportion
-        self.bits_at = gaussian_bits(weights, self.factors, config)
+        self.every = {name: min(SAMPLED, max(1, n // (2 * OWN_SECTION))) for name, n in self.counts.items()}
+        self.variances: dict[str, tuple[Tensor, Tensor]] = {}  # of the sampled rows
+        self.shares: dict[str, float] = {}  # bits of all rows over those of the sampled ones
+        for name, every in self.every.items():
+            row, column = code_variances(weights[name], name, self.factors[name], config)
+            self.variances[name] = row[:, ::every], column
+            self.shares[name] = gaussian_bits(row, column, 0.0) / max(gaussian_bits(row[:, ::every], column, 0.0), 1.0)
         self.stored = {n: encode_tensor(n, w, None, config) for n, w in weights.items() if n not in self.factors}
         self.best: Attempt | None = None
         self.packed: dict[tuple[str, bytes], bytes] = {}
 
+    def bits_at(self, offset: float) -> float:
+        """An estimate of all codes' bits, which falls with the scales' log2 offset."""
+        return sum(share * gaussian_bits(*self.variances[name], offset) for name, share in self.shares.items())
+
     def encode(self, name: str, offset: float, every: int = 1) -> Quantized:
         """One tensor, or some of its rows, with scales moved by `offset` octaves."""
         value, factor = self.weights[name], self.factors[name]
-        self.passes += value.numel() / self.total / every
-        if every == 1:
-            return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name))
-        steps = factor.log2_steps
-        factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
-        rows, grid = as_batch(value)[:, ::every].float(), quantization_bits(name, value.numel(), self.config)
-        encode = QUANTIZERS[self.config.quantizer].encode
-        return encode(rows, factor, *grid, self.config, offset, self.salient.get(name))
+        if every > 1:
+            value = as_batch(value)[:, ::every]
+            steps = factor.log2_steps
+            factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
+        self.passes += value.numel() / self.total
+        elements = self.counts[name]
+        return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name), elements)
 
     def sampled_bytes(self, offset: float) -> tuple[float, float]:
-        """Bytes of the integers and of all else, from those of a sample of rows."""
-        every = {name: min(SAMPLED, max(1, count // OWN_SECTION)) for name, count in self.counts.items()}
-        sample = {name: self.encode(name, offset, every[name]) for name in self.counts}
+        """Bytes of the integers and of all else, from those of a sample of rows.
+
+        What a bank takes however many rows it has, such as its columns' classes, is what two halves of the sample take
+        beyond the whole of it. It is not multiplied.
+        """
+        sample = {name: self.encode(name, offset, every) for name, every in self.every.items()}
+        whole = read_header(pack({**self.stored, **sample}, self.config))[0].sections
+        halves: dict[str, int] = {}
+        for first in (0, 1):
+            half = {name: rows_of(q, slice(first, None, 2)) for name, q in sample.items()}
+            for section in read_header(pack(half, self.config))[0].sections:
+                halves[section.name] = halves.get(section.name, 0) + section.packed_size
         codes = other = 0.0
-        for section in read_header(pack({**self.stored, **sample}, self.config))[0].sections:
-            name = section.name.removesuffix(".codes")
-            if name not in sample:
-                other += section.packed_size * (SAMPLED if name == "scales" else 1)
-                continue
-            matrices, _, columns = as_batch(sample[name].codes).shape
-            by_column = min(matrices * columns * COLUMN_BITS / 8, section.packed_size)
-            share = self.counts[name] / sample[name].codes.numel()
-            codes += share * (section.packed_size - by_column) + by_column
+        for section in whole:
+            name, size = section.name.removesuffix(".codes"), section.packed_size
+            once = min(max(halves.get(section.name, size) - size, 0), size)
+            if name in sample:
+                codes += self.shares[name] * (size - once) + once
+            else:
+                other += (SAMPLED if name == "scales" else 1) * (size - once) + once
         return codes, other
 
     def attempt(self) -> int:
@@ -8046,22 +8054,21 @@ class ByteSearch:
         return solve_offset(self.bits_at, 8 * (self.limit * (1 - 1 / 4000) - other) * self.bits_at(begin) / (8 * codes))
 
     def shift_some(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:
-        """Moves the scales of as few weights as LARGEST_SHIFT allows: one bank, or two. False where that is not enough.
-
-        `octaves_of_all` is how far all scales would have to move.
-        """
-        names = sorted(self.counts, key=self.counts.__getitem__)
-        groups = [*itertools.combinations(names, 1), *itertools.combinations(names, 2)]
-        for group in sorted(groups, key=lambda group: sum(self.counts[name] for name in group)):
-            count = sum(self.counts[name] for name in group)
-            shift = octaves_of_all * self.total / count
-            moved = max(abs(offsets[name] + shift - self.offset) for name in group)
-            if moved <= LARGEST_SHIFT and count <= LARGEST_PART * self.total:
-                for name in group:
-                    offsets[name] += shift
-                    self.stored[name] = self.encode(name, offsets[name])
-                return True
-        return False
+        """Moves the scales of as few weights as LARGEST_SHIFT allows, if not of all."""
+        groups = []
+        for size in range(1, len(self.counts)):
+            for group in itertools.combinations(self.counts, size):
+                count = sum(self.counts[name] for name in group)
+                shift = octaves_of_all * self.total / count
+                if all(abs(shift + offsets[name] - self.offset) <= LARGEST_SHIFT for name in group):
+                    groups.append((count, group))
+        if not groups:
+            return False
+        count, group = min(groups)
+        for name in group:
+            offsets[name] += octaves_of_all * self.total / count
+            self.stored[name] = self.encode(name, offsets[name])
+        return True
 
     def run(self, log: Callable[[str], None]) -> bytes:
         """The artifact. Where no scales meet the limit, it is larger, or smaller by more than a thousandth."""

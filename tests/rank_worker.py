@@ -78,10 +78,23 @@ def score(c, run):
     return dict(nats=np.array(result.nats), tokens=np.array(result.tokens), bytes=np.array(result.bytes))
 
 
-def hessians(c, run):
-    """Calibration from random weights."""
-    found = tg.collect_hessians(tg.Trainer(model_on(run, c, seed=1), tg.TrainLoader(c, run), c, run), 5)
-    return {name: array(h) for name, h in found.items()}
+def calibration(c, run):
+    """Calibration from random weights, what is quantized with it, and the artifact after tuning."""
+    model = model_on(run, c, seed=1)
+    trainer = tg.Trainer(model, tg.TrainLoader(c, run), c, run)
+    found = tg.calibrate(trainer, 5)
+    trained = tg.Trained(model, found, tg.Progress(5, 0.0), tg.Score(0.0, 1, 1), 0.0, trainer.loader)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    stored = tg.quantize(weights, found, c)
+    artifact = tg.make_artifact(weights, found, 40_000, c, lambda line: None)
+    tuned = tg.tune_artifact(artifact, trained, 10**9, c, run) if c.tune_steps else artifact
+    return {
+        **{f"hessian {name}": array(h) for name, h in found.hessians.items()},
+        **{f"rows {name}": array(r) for name, r in found.rows.items()},
+        **{f"codes {name}": array(q.codes) for name, q in stored.items()},
+        "artifact": np.frombuffer(artifact, np.uint8),
+        "tuned": np.frombuffer(tuned, np.uint8),
+    }
 
 
 def config_of(job):
@@ -92,7 +105,7 @@ def config_of(job):
 def run_jobs(jobs, run, folder):
     for job in jobs:
         arguments = dict(job.get("arguments", {}))
-        work = {"train": train, "depth": depth, "score": score, "hessians": hessians}[job["kind"]]
+        work = {"train": train, "depth": depth, "score": score, "calibration": calibration}[job["kind"]]
         result = work(config_of(job), run, **arguments)
         np.savez(folder / f"{job['name']}.{run.rank}.npz", **result)
 

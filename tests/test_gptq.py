@@ -206,7 +206,7 @@ def test_every_parameter_is_stored_in_the_form_of_its_role(base):
 def test_quantizing_what_was_quantized_changes_nothing():
     c, model, weights, stored = quantized(TINY)
     once = tg.dequantize(stored)
-    # To nearest, of values that lie on the grid of another scale or of its own.
+    # Rounded to nearest, of values that lie on the grid of another scale or of its own.
     again = tg.quantize(once, tg.Calibration({}), c)
     for name in once:
         if stored[name].bits == 16:
@@ -258,8 +258,8 @@ def test_gptq_lite_takes_the_best_of_five_quantiles_for_each_row(bits):
 def test_gptq_lite_knows_no_hessian_and_residuals_refine_it():
     c, model, weights, stored = quantized(POLY_LIKE)
     assert c.quantizer == "gptq_lite" and c.rvq_enabled
-    again = tg.quantize(weights, tg.Calibration({}), c)
-    assert all(torch.equal(stored[name].codes, q.codes) for name, q in again.items())
+    without = tg.quantize(weights, tg.Calibration({}), c)
+    assert all(torch.equal(stored[name].codes, q.codes) for name, q in without.items())
     hessians = {
         name: torch.eye(w.size(-1)).expand(len(tg.as_batch(w)), -1, -1)
         for name, w in weights.items()
@@ -669,7 +669,7 @@ def test_the_scales_are_fitted_to_the_target(quantizer, compressor):
         errors.append(sum(e.sum().item() for e in total_error(weights, tg.unpack(data)[1], hessians).values()))
     assert errors[0] > errors[1] > errors[2]
     finest = tg.quantize_within(weights, tg.Calibration(hessians), 10**9, c, lines.append)
-    assert len(finest) > 1.2 * plain  # as fine as codes of 12 bits allow
+    assert len(finest) > 1.5 * plain  # as fine as codes of 12 bits allow
     smallest = tg.quantize_within(weights, tg.Calibration(hessians), 100, c, lines.append)
     assert 100 < len(smallest) < 0.7 * plain  # nothing fits: the largest scales, and the run will say that it is over
 

@@ -263,6 +263,10 @@ def test_reset_forgets_everything():
 # --------------------------------------------------------------------------------------------------------------- ranks
 
 
+FITTED = dict(GUIDED_HESSIANS=1, TUNE_STEPS=3, TARGET_BYTES=1, COMPRESSOR="pergroup")
+SENSITIVE = dict(ROW_STEPS=0.75, MATRIX_STEPS=0.85, STD_STEPS=0.5)
+
+
 def jobs_for(data):
     """Training and scoring, exact and in the usual types; banks of 1, 4 and 6 layers, which few ranks divide."""
     record = dict(
@@ -312,7 +316,9 @@ def jobs_for(data):
         ),
         dict(name="score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float32")),
         dict(name="exact score", kind="score", knobs=dict(score, COMPUTE_DTYPE="float64")),
-        dict(name="hessians", kind="hessians", knobs=dict(record, COMPUTE_DTYPE="float64")),
+        dict(name="hessians", kind="calibration", knobs=dict(record, COMPUTE_DTYPE="float64")),
+        dict(name="sensitivities", kind="calibration", knobs=dict(record, **SENSITIVE, **exact)),
+        dict(name="guided", kind="calibration", knobs=dict(record, **SENSITIVE, **exact, **FITTED)),
     ]
 
 
@@ -356,6 +362,8 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, one_rank, 
         "score": 1e-7,
         "exact score": 1e-13,
         "hessians": 1e-4,
+        "sensitivities": 1e-4,
+        "guided": 1e-4,
     }
     for name, tolerance in tolerances.items():
         alone = dict(np.load(one_rank / f"{name}.0.npz"))
@@ -364,6 +372,9 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, one_rank, 
         for other in together[1:]:
             assert all(np.array_equal(other[key], together[0][key]) for key in alone), f"{name}: ranks differ"
         assert difference(together[0], alone) <= tolerance, name
+        if "artifact" in alone:  # integers and bytes are equal
+            for key in [key for key in alone if key in ("artifact", "tuned") or key.startswith("codes ")]:
+                assert np.array_equal(together[0][key], alone[key]), (name, key)
         if name in ("depth", "shallow"):
             assert not any(disturbed for disturbed, *_ in counts), f"{name}: a frozen layer moved"
             assert counts[0][1] > 0 and sum(momenta for *_, momenta in counts[1:]) == counts[0][2] > 0

@@ -1057,7 +1057,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         row_steps=0.75,
         std_steps=0.5,
         guided_hessians=True,
-        tune_steps=60,
         compressor="pergroup",
         target_bytes=2_000_000,
         eval_stride=128,
@@ -1110,7 +1109,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         row_steps=0.75,
         std_steps=0.5,
         guided_hessians=True,
-        tune_steps=60,
         target_bytes=16_000_000,
         gated_attn_quant_gate=True,
         lqer_enabled=True,
@@ -7060,7 +7058,7 @@ class ContextModel:
 
     def __init__(self, low: int, counts: np.ndarray, shifts: np.ndarray | None = None):
         self.low = low
-        self.shifts = shifts  # by scale class; only `code_column` needs them
+        self.shifts = np.zeros(0, np.int64) if shifts is None else shifts  # by scale class, for `code_column`
         self.counts = counts
         self.totals = counts.sum(1).tolist()
         self.rebuild_at = [0] * len(counts)
@@ -7199,7 +7197,7 @@ def code_classes(
     deltas = side_model.code(coder, deltas, np.full(hints.size, context, np.uint16)).reshape(hints.shape)
     bases = ClassBases(hints, slope)
     classes = np.empty(hints.shape, dtype=np.int64)
-    for n in range(classes.shape[1]):
+    for n in range(hints.shape[1]):
         classes[:, n] = bases.base(n) + deltas[:, n]
         bases.observe(n, classes[:, n])
     return classes

@@ -242,7 +242,7 @@ def mixer_bits(coder: IdealCoder) -> float:
     for columns in coder.passes:
         level = before = previous = np.ones(columns[0][0].size)
         for k, classes, quantizers in columns:
-            classes, quantizers = classes.astype(np.int64), quantizers.astype(np.int64)
+            classes, quantizers = (np.asarray(x, dtype=np.int64) for x in (classes, quantizers))
             size = abs(k) / 2.0 ** (classes / t.CLASSES_PER_OCTAVE - 3) + 0.05
             above = np.concatenate(([0.8], size[:-1]))  # the row before, in the same column
             row_level = np.rint(t.CLASSES_PER_OCTAVE * np.log2(level)).astype(np.int64)

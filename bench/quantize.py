@@ -1,6 +1,6 @@
 """What each quantization method loses at equal bytes, on models of several sizes and trainings.
 
-    python bench/quantize.py [--models demo,long,small,large] [--folder runs/quantize] [--seeds 3] [--json FILE]
+    python bench/quantize.py [--models demo,long,small,large] [--methods before,trellis16] [--seeds 3] [--json FILE]
     python bench/quantize.py --untrained [--json FILE]
 
 It trains the models that are not in the folder yet, minutes each on two cores, on the built-in text. For each model and
@@ -33,10 +33,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -103,11 +105,11 @@ BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, TARGET
 BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
 SENSITIVE = dict(BEFORE, MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, LQER_ENABLED=0)
 METHODS: dict[str, dict[str, Any]] = {
-    "trellis of 16, LQER": BEFORE,
-    "uniform, by sensitivity": dict(SENSITIVE, QUANTIZER="uniform"),
-    "trellis of 8, by sensitivity": dict(SENSITIVE, TRELLIS_STATES=8),
-    "trellis of 16, by sensitivity": SENSITIVE,
-    "the same, tuned": dict(SENSITIVE, TUNE_STEPS=60),
+    "before": BEFORE,  # steps by the weights' spread alone
+    "uniform": dict(SENSITIVE, QUANTIZER="uniform"),
+    "trellis8": dict(SENSITIVE, TRELLIS_STATES=8),
+    "trellis16": SENSITIVE,
+    "tuned": dict(SENSITIVE, TUNE_STEPS=60),
 }
 
 
@@ -141,7 +143,8 @@ def open_model(name: str, folder: Path, artifacts: str) -> Bench:
         trainer.use_average()
         trainer.loader.ahead.close()
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **{n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()})
+        arrays: Any = {n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()}
+        np.savez(file, **arrays)
         t.write_atomic(done, json.dumps(dict(step=end.step)))
     model = t.new_model(config).to(run.device)
     saved = np.load(file)
@@ -232,11 +235,11 @@ def tune(data: bytes, bench: Bench, config: t.Config, limit: int) -> bytes:
     return t.tune_artifact(data, trained, limit, config, bench.trainer.run)
 
 
-def measure(name: str, bench: Bench, text: Text, seed: int) -> list[dict[str, Any]]:
-    """Rows of the peer's pipeline and of all methods, calibrated on the batches of a seed."""
+def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) -> list[dict[str, Any]]:
+    """Rows of the peer's pipeline and of some methods, calibrated on the batches of a seed."""
     trainer = bench.trainer
     first = bench.step + 1000 * seed
-    config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 16})
+    config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 32})
     calibrations = {}
     for guided in (False, True):
         changes = {} if guided else dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
@@ -261,8 +264,8 @@ def measure(name: str, bench: Bench, text: Text, seed: int) -> list[dict[str, An
     limit, packer = peer_bytes(stored, c)
     add("peer", stored, limit, time.perf_counter() - start, packer)
     lines: list[str] = []
-    for method, knobs in METHODS.items():
-        c = knobs_of({**bench.environment, **knobs})
+    for method in methods:
+        c = knobs_of({**bench.environment, **METHODS[method]})
         start = time.perf_counter()
         lines.clear()
         data = t.quantize_within(bench.weights, calibrations[c.takes_sensitivities], limit, c, lines.append)
@@ -323,6 +326,43 @@ def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -
     return t.Calibration(hessians, sensitivities)
 
 
+class OperationCount(TorchDispatchMode):
+    """Context manager that counts torch operations that compute: on a GPU each is a launch at least."""
+
+    VIEWS = (
+        *("view", "_unsafe_view", "as_strided", "alias", "detach", "expand", "permute", "transpose", "t", "unflatten"),
+        *("select", "slice", "split", "split_with_sizes", "unbind", "squeeze", "unsqueeze", "diagonal"),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.split("::")[1] not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def trellis_operations(c: t.Config) -> int:
+    """Operations of one trellis pass over all matrices, with a GPU's chunks of rows; without data, on meta tensors."""
+    make_trellis, weights = t.make_trellis, dict(t.meta_model(c).named_parameters())
+    with (
+        mock.patch.dict(t.TRELLIS_ROWS, meta=t.TRELLIS_ROWS["cuda"]),
+        mock.patch.object(
+            t, "make_trellis", lambda states, _device: t.Trellis(*(x.to("meta") for x in make_trellis(states)))
+        ),
+    ):
+        total = 0
+        for name in (*t.BANKS, "embedding"):
+            w = t.as_batch(weights[name])
+            matrices, rows, columns = w.shape
+            u = torch.empty(matrices, columns, columns, device="meta")
+            with OperationCount() as counted:
+                t.trellis_gptq(w, u, torch.empty(matrices, rows, device="meta"), u[0].new_empty(matrices, columns), c)
+            total += counted.count
+    return total
+
+
 def time_untrained(environment: dict[str, str]) -> dict:
     """Seconds of each part of quantization at PRESET's sizes, on random weights."""
     given = {name: value for name, value in environment.items() if value}
@@ -352,6 +392,9 @@ def time_untrained(environment: dict[str, str]) -> dict:
     timed("dequantization", lambda: t.dequantize(back))
     limit = (c.target_bytes or c.artifact_limit_bytes) - t.shipped_code()[0]
     data = timed("the whole stage", lambda: t.make_artifact(weights, calibration, limit, c, print))
+    operations = trellis_operations(c) if c.quantizer == "trellis" else 0
+    if operations:
+        print(f"{operations} torch operations in a trellis pass, each a launch at least on a GPU")
     print(f"{len(data)} bytes of {limit}; peak memory {run.peak_memory() / 2**20:.0f} MiB")
     return dict(
         rows=rows,
@@ -361,35 +404,47 @@ def time_untrained(environment: dict[str, str]) -> dict:
         hardware=t.hardware(run),
         torch=torch.__version__,
         peak_memory_bytes=run.peak_memory(),
+        trellis_operations=operations,
     )
+
+
+def run_models(names: list[str], methods: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints models in turn. The results so far are written after each seed."""
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = dict(rows=rows, tokens=options.tokens, torch=torch.__version__)
+    for name in names:
+        with tempfile.TemporaryDirectory() as artifacts:
+            bench = open_model(name, options.folder, artifacts)
+            found |= dict(hardware=t.hardware(bench.trainer.run))
+            text = Text(bench, options.tokens)
+            for seed in range(options.seeds):
+                rows += measure(name, bench, text, seed, methods)
+                if options.json:
+                    t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
+            bench.trainer.loader.ahead.close()
+    print(report(rows))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="some of " + ", ".join(MODELS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quantize", help="where trained models are kept")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of " + ", ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
     parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", type=Path, nargs="+", help="prints the table of results that --json wrote")
     parser.add_argument("--untrained", action="store_true", help="times alone, at PRESET's sizes")
     options = parser.parse_args()
-    names = options.models.split(",")
-    if not set(names) <= set(MODELS):
-        parser.error(f"--models: must be some of {', '.join(MODELS)}")
-    if options.untrained:
-        found = time_untrained(dict(os.environ))
-    else:
-        rows = []
-        for name in names:
-            with tempfile.TemporaryDirectory() as artifacts:
-                bench = open_model(name, options.folder, artifacts)
-                text = Text(bench, options.tokens)
-                for seed in range(options.seeds):
-                    rows += measure(name, bench, text, seed)
-                bench.trainer.loader.ahead.close()
-        print(report(rows))
-        machine = dict(torch=torch.__version__, hardware=t.hardware(bench.trainer.run))
-        found = dict(rows=rows, tokens=options.tokens, **machine)
+    names, methods = options.models.split(","), options.methods.split(",")
+    for option, given, known in (("models", names, MODELS), ("methods", methods, METHODS)):
+        if not set(given) <= set(known):
+            parser.error(f"--{option}: must be some of {', '.join(known)}")
+    if options.report:
+        print(report([row for file in options.report for row in json.loads(file.read_text())["rows"]]))
+        return
+    found = time_untrained(dict(os.environ)) if options.untrained else run_models(names, methods, options)
     if options.json:
         t.write_atomic(options.json, json.dumps(found, indent=1) + "\n")
 

@@ -68,6 +68,7 @@ PRESETS = {
     "poly5": dict(XSA_LAST_N=2, VE_LAYERS="2,3"),
 }
 NO_DECAY = dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0)
+BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0)  # scales without sensitivities
 ROWS = {
     "record": {
         "XSA off": dict(XSA_LAST_N=0),
@@ -94,7 +95,7 @@ ROWS = {
         "untied head": dict(TIE_EMBEDDINGS=0),
         "LQER off": dict(LQER_ENABLED=0),
         "uniform quantizer": dict(QUANTIZER="uniform"),
-        "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0),
+        "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0, **BLIND),
         "column scales off": dict(COLUMN_STEPS=0),
         "brotli": dict(COMPRESSOR="brotli"),
         "AWQ-lite on": dict(AWQ_GROUPS=8),

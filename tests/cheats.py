@@ -572,7 +572,7 @@ UNNOTICED = [
         (
             (
                 READ,
-                f"{READ}        if place[0] > 100:\n"
+                f"{READ}        if positions.start > 100 * self.layout.sequences:\n"
                 "            tokens[0] = TokenStream(self.config, 'val').read(0, length + 1)\n",
             ),
         ),

@@ -7954,10 +7954,17 @@ def rows_of(q: Quantized, rows: slice) -> Quantized:
 
 
 class Attempt(NamedTuple):
-    """An artifact, and the log lines of its quantization."""
+    """An artifact, and how it was made."""
 
     data: bytes
-    lines: list[str]
+    excess: int  # bytes beyond the limit
+    offset: float  # log2 of what all scales were multiplied with, before some were moved
+    lines: list[str]  # of the log
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Larger is better: one that fits, and then one nearer to the limit."""
+        return self.excess <= 0, -abs(self.excess)
 
 
 class ByteSearch:
@@ -7984,6 +7991,7 @@ class ByteSearch:
             self.variances[name] = row[:, ::every], column
             self.shares[name] = gaussian_bits(row, column, 0.0) / max(gaussian_bits(row[:, ::every], column, 0.0), 1.0)
         self.stored = {n: encode_tensor(n, w, None, config) for n, w in weights.items() if n not in self.factors}
+        self.offset = 0.0  # log2 of what all scales are multiplied with
         self.best: Attempt | None = None
         self.packed: dict[tuple[str, bytes], bytes] = {}
 
@@ -8031,19 +8039,11 @@ class ByteSearch:
         stored = {name: self.stored[name]._replace(extras=dict(self.stored[name].extras)) for name in self.weights}
         if self.config.lqer_enabled:
             correct_errors(stored, self.weights, self.hessians, self.config, lines.append)
-        attempt = Attempt(pack(stored, self.config, self.packed), lines)
-        excess = len(attempt.data) - self.limit
-        if self.best is None or (excess <= 0) > self.fits or (excess <= 0) == self.fits and abs(excess) < self.distance:
+        data = pack(stored, self.config, self.packed)
+        attempt = Attempt(data, len(data) - self.limit, self.offset, lines)
+        if self.best is None or attempt.rank > self.best.rank:
             self.best = attempt
-        return excess
-
-    @property
-    def fits(self) -> bool:
-        return self.best is not None and len(self.best.data) <= self.limit
-
-    @property
-    def distance(self) -> int:
-        return abs(len(self.best.data) - self.limit) if self.best else sys.maxsize
+        return attempt.excess
 
     def first_offset(self) -> float:
         """Where the model of the bits, corrected by a sample, meets the bytes."""
@@ -8095,7 +8095,7 @@ class ByteSearch:
         for line in self.best.lines:
             log(line)
         log(
-            f"target:{len(self.best.data)} bytes of {self.limit} for the model, scale x{2**self.offset:.4f}, "
+            f"target:{len(self.best.data)} bytes of {self.limit} for the model, scale x{2**self.best.offset:.4f}, "
             f"{self.passes:.2f} passes, packed {tries} times"
         )
         return self.best.data

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import intervals  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 VARIANTS = {
@@ -65,7 +66,6 @@ SMALL = dict(
     ALLOW_SHARED_WINDOWS="1",
 )
 LAST = 50  # steps whose losses are averaged
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided 95% quantiles by number of seeds
 
 
 def train_once(environment: dict[str, str], score: bool = True) -> dict[str, float]:
@@ -86,9 +86,7 @@ def train_once(environment: dict[str, str], score: bool = True) -> dict[str, flo
 def difference(results: dict[str, dict[str, dict[str, float]]], variant: str, key: str) -> tuple[float, float]:
     """Mean difference to bf16 over the seeds, and half of its 95% interval (NaN for one seed)."""
     found = [of_seed[variant][key] - of_seed["bf16"][key] for of_seed in results.values()]
-    quantile = STUDENT.get(len(found), 1.96)
-    half = quantile * statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return statistics.mean(found), half
+    return statistics.mean(found), intervals.half_width(found) if len(found) > 1 else math.nan
 
 
 def table(content: dict[str, Any]) -> list[str]:

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import intervals  # noqa: E402
 import pack as coders  # noqa: E402
 import train_gpt as t  # noqa: E402
 
@@ -278,11 +279,7 @@ def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) 
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval (Student); infinite for one value."""
-    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    n = len(values)
-    if n < 2:
-        return values[0], math.inf
-    return statistics.mean(values), quantiles.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n)
+    return statistics.mean(values), intervals.half_width(values) if len(values) > 1 else math.inf
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -390,7 +387,7 @@ def time_untrained(environment: dict[str, str]) -> dict:
     data = timed("packing", lambda: t.pack(stored, c))
     back = timed("unpacking", lambda: t.unpack(data)[1])
     timed("dequantization", lambda: t.dequantize(back))
-    limit = (c.target_bytes or c.artifact_limit_bytes) - t.shipped_code()[0]
+    limit = t.bytes_for_model(c)
     data = timed("the whole stage", lambda: t.make_artifact(weights, calibration, limit, c, print))
     operations = trellis_operations(c) if c.quantizer == "trellis" else 0
     if operations:

@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+import intervals  # noqa: E402
 import train_gpt as t  # noqa: E402
 from streams import write_shard  # noqa: E402
 
@@ -50,7 +50,6 @@ ORDERS = {
     "length": dict(TTT_ORDER="length", PHASED_TTT_PREFIX_DOCS="3000", PHASED_TTT_NUM_PHASES="4"),
     "stream": dict(TTT_ORDER="stream"),
 }
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided 95% quantiles by number of seeds
 
 
 def write_part(data: Path, folder: Path, first: int, documents: int) -> np.ndarray:
@@ -113,9 +112,7 @@ def gain(row: dict[str, Any], order: str) -> float:
 def mean_and_interval(values: list[float]) -> str:
     """Mean of the seeds with the half-width of its confidence interval, where there are 2 to 6."""
     mean = f"{statistics.mean(values):.4f}"
-    if len(values) not in STUDENT:
-        return mean
-    return f"{mean} ± {STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+    return f"{mean} ± {intervals.half_width(values):.4f}" if 2 <= len(values) <= 6 else mean
 
 
 def table(rows: list[dict[str, Any]]) -> str:

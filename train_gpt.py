@@ -10,7 +10,7 @@ One file, from text shards to bits per byte, for the public Parameter Golf chall
 Every setting is an environment variable (section Config); importing this file reads none and starts nothing.
 Sections, in the order in which data meets them; each calls only those above it:
 
-    Config -> Run -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training
+    Config -> Run -> Checkpoint -> Data -> Score -> Kernels -> Model -> Adapters -> Optimizers -> Schedules -> Training
     -> Quantization -> Entropy coding -> Artifact -> Evaluation -> TTT -> Stages -> main
 
 Shapes in comments: B sequences in a batch, T tokens in a sequence, d model width, H query heads, K key/value heads,
@@ -29,6 +29,7 @@ if __name__ == "__main__":
     # On GPUs test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -48,6 +49,7 @@ import resource
 import shutil
 import struct
 import tempfile
+import threading
 import time
 import warnings
 import zlib
@@ -55,7 +57,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -349,6 +351,20 @@ class Config(ModelConfig):
     )
     run_id: str = knob("", "name of the run's folder under logs/; empty: date, time, preset and seed", Observed.FOLDER)
     artifact_dir: str = knob("", "path of the run's folder; empty: logs/$RUN_ID", Observed.FOLDER)
+    checkpoint_every_seconds: float = knob(
+        60.0,
+        "seconds of training, or of test-time training, between checkpoints in the run's folder, which go when the run "
+        "ends; 0: none",
+        Observed.LOG,
+        low=0,
+    )
+    resume: str = knob(
+        "auto",
+        "what to go on from; auto: from the run's folder, where a run with the same settings was cut off; 0: nothing; "
+        "else a checkpoint, or the folder of a run that has some, for a training in another folder, whose settings may "
+        "differ",
+        Observed.REFUSAL,
+    )
     seed: int = knob(
         1337,
         "random seed of the initial weights, the data order, NEFTune's noise and LoRA's initial weights",
@@ -1572,20 +1588,30 @@ def help_text() -> str:
 CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file under a temporary name in the same folder, then renames it: a reader never sees half of it."""
-    data = content.encode() if isinstance(content, str) else content
+@contextlib.contextmanager
+def written_aside(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write under a temporary name in the same folder, renamed at the end: a reader never sees half of it.
+
+    `durable`: it outlives a power failure.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, content: bytes | str, durable: bool = True) -> None:
+    """Writes a file aside, then renames it."""
+    with written_aside(path, durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -1599,6 +1625,21 @@ def to_json(value: Any, **options: Any) -> str:
         return [finite(inner) for inner in part] if isinstance(part, list | tuple) else part
 
     return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """The value as a JSON object. Errors: ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object")
+    return value
+
+
+def json_count(row: dict[str, Any], key: str, where: str) -> int:
+    """A whole number of a row. Errors: ValueError."""
+    value = row.get(key)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{where}.{key} must be a whole number from 0 to 2^63 - 1")
+    return value
 
 
 def available_cores() -> int:
@@ -1624,6 +1665,11 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     control: Any = None  # a gloo group for values on the host: broadcasting them never waits for a GPU's queue
     step_end: torch.cuda.Event | None = None  # of the last step that was queued
+    running: tuple[str, float] | None = None  # the stage that runs, and when it began
+    journal: Journal | None = None  # on rank 0, with CHECKPOINT_EVERY_SECONDS
+    checkpoints: Checkpoints | None = None  # on every rank, with CHECKPOINT_EVERY_SECONDS
+    attempts: int = 1  # of this run, this one counted
+    results: dict[str, Any] = field(default_factory=dict)  # what earlier attempts finished
 
     @property
     def is_main(self) -> bool:
@@ -1640,6 +1686,39 @@ class Run:
         """Writes a line to metrics.jsonl, on rank 0."""
         if self.is_main:
             self.append("metrics.jsonl", to_json(values))
+
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds by stage, with those of the stage that runs."""
+        seconds, running = dict(self.seconds), self.running
+        if running:
+            name, begin = running
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+        return seconds
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of a stage, as JSON holds it: computed, or taken from an earlier attempt that finished it."""
+        if name not in self.results:
+            self.results[name] = compute()
+            if self.journal:
+                self.journal.finish(name, self.results[name])
+        return self.results[name]
+
+    def resumption_rows(self) -> dict[str, Any]:
+        """The summary's rows about earlier attempts: how often the run went on, from where, how long it stood still."""
+        journal = self.journal
+        return dict(
+            resumed=self.attempts - 1,
+            resumed_at_steps=journal.resumed_at if journal else [],
+            idle_seconds=journal.idle_seconds if journal else 0.0,
+        )
+
+    def close(self) -> None:
+        """Ends the threads of checkpoints, which stay for the next attempt."""
+        if self.checkpoints:
+            self.checkpoints.flush()
+            self.checkpoints.pool.shutdown()
+        if self.journal:
+            self.journal.close()
 
     def path(self, name: str) -> Path:
         """A file of the run's folder."""
@@ -1750,9 +1829,11 @@ class Stage:
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
+        self.run.running = self.name, self.start
 
     def __exit__(self, *_) -> None:
         self.run.synchronize()
+        self.run.running = None
         self.run.seconds[self.name] = self.run.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
 
 
@@ -1809,9 +1890,55 @@ def open_folder(run: Run, config: Config) -> None:
         raise ConfigError(*problem)
     run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
     if run.is_main:
+        goes_on = cut_off(folder, config) and not setting_that_differs(folder, config)
         write_atomic(folder / (run.prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
         # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
         (folder / (run.prefix + SUMMARY_FILE)).unlink(missing_ok=True)
+        if not goes_on:
+            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)
+    if config.checkpoint_every_seconds:
+        start_checkpoints(run, config)
+
+
+def checkpoint_folder(folder: Path, config: Config) -> Path:
+    """Where a run in this folder has its checkpoints."""
+    return folder / ("eval_checkpoint" if config.mode == "eval" else "checkpoint")
+
+
+def start_checkpoints(run: Run, config: Config) -> None:
+    """Gives a run what it needs to be gone on from, and takes over what an earlier attempt finished."""
+    folder = checkpoint_folder(run.path(""), config)
+    if run.is_main:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob("*.safetensors.*"):  # a kill in the middle of writing
+            left.unlink()
+        run.journal = Journal(folder / JOURNAL_FILE, run)
+        run.journal.read()
+        run.journal.start()
+        run.attempts, run.results = run.journal.attempts, dict(run.journal.results)
+    run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
+    run.checkpoints = Checkpoints(folder, run.log)
+
+
+def cut_off(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
+    prefix = "eval_" if config.mode == "eval" else ""
+    begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
+    wanted = config.resume != "0" and config.checkpoint_every_seconds > 0
+    return wanted and begun and not (folder / (prefix + SUMMARY_FILE)).exists()
+
+
+def setting_that_differs(folder: Path, config: Config) -> str:
+    """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
+    prefix = "eval_" if config.mode == "eval" else ""
+    try:
+        before = json_object(json.loads((folder / (prefix + "config.json")).read_text()), "config.json")
+    except (OSError, ValueError, RecursionError):
+        return "its config.json cannot be read"
+    for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
+        if name not in OPERATIONAL and before.get(name) != value:
+            return f"it has {name.upper()}={before.get(name)}, and this one {value}"
+    return ""
 
 
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
@@ -1831,8 +1958,13 @@ def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
             pass
     except OSError as error:
         return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
-    if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE} & set(taken):
-        return name, str(folder), "already holds a run, which is never overwritten; choose another name"
+    if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE, "checkpoint"} & set(taken):
+        if not cut_off(folder, config):
+            return name, str(folder), "already holds a run, which is never overwritten; choose another name"
+        differs = setting_that_differs(folder, config)
+        if differs:
+            advice = "give its settings again to go on with it, or choose another name"
+            return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
     return None
 
 
@@ -1852,6 +1984,214 @@ def hardware(run: Run) -> str:
         return f"{run.world} x {torch.cuda.get_device_name()}"
     model = cpu_info("model name") or platform.processor() or platform.machine()
     return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoint: what a run that was killed goes on from
+# ---------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_VERSION = 1
+JOURNAL_FILE = "run.json"
+TENSOR_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+# Settings that may differ when a run goes on: they change where and how fast it computes, and no result.
+OPERATIONAL = ("run_id", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
+
+
+def host_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in host memory, not copied where it is contiguous."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes tensors of host memory, and a JSON object, aside; then renames the file.
+
+    The form is that of safetensors (huggingface.co/docs/safetensors), so other programs can read it: no pickle. Its
+    metadata hold the JSON object, and a SHA-256 of everything else.
+    """
+    names = {dtype: name for name, dtype in TENSOR_TYPES.items()}
+    table: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        table[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
+    text = to_json(dict(state))
+    digest = tensor_digest(table, text, map(host_bytes, tensors.values()))
+    header = json.dumps({"__metadata__": dict(state=text, sha256=digest), **table}).encode()
+    header += b" " * (-len(header) % 8)
+    with written_aside(path) as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors.values():
+            file.write(host_bytes(tensor))
+
+
+def tensor_digest(table: dict[str, Any], state: str, parts: Iterable[Any]) -> str:
+    """SHA-256 of a checkpoint file: of its table, its state and its tensors' bytes."""
+    digest = hashlib.sha256(json.dumps([table, state]).encode())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, in host memory, and the JSON object of a file by `write_tensors`. Errors: OSError, ValueError."""
+    raw = np.fromfile(path, np.uint8)
+    try:
+        length = int.from_bytes(raw[:8].tobytes(), "little")
+        table = json.loads(raw[8 : 8 + length].tobytes())
+        metadata, data = table.pop("__metadata__"), raw[8 + length :]
+        if tensor_digest(table, metadata["state"], [data]) != metadata["sha256"]:
+            raise ValueError("its checksum is wrong")
+        tensors = {}
+        for name, row in table.items():
+            begin, end = row["data_offsets"]
+            flat = torch.from_numpy(data[begin:end].copy()).view(TENSOR_TYPES[row["dtype"]])
+            tensors[name] = flat.reshape(row["shape"])
+        return tensors, json_object(json.loads(metadata["state"]), "its state")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"is no checkpoint, or a damaged one ({error})") from None
+
+
+def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The name of the first tensor that holds an infinity or a NaN; empty where none does."""
+    return next((name for name, values in weights if not torch.isfinite(values).all()), "")
+
+
+class Snapshot:
+    """Copies of tensors at one moment, for another thread: taking them does not wait for the device."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.device = next((t.device for t in self.copies.values() if t.device.type == "cuda"), None)
+        self.taken = None
+        if self.device is not None:
+            self.taken = torch.cuda.Event()
+            self.taken.record(torch.cuda.current_stream(self.device))
+
+    def on_host(self) -> dict[str, Tensor]:
+        """The copies in host memory. A GPU sends them on a stream of their own, beside the training's."""
+        if self.taken is None:
+            return self.copies
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            stream.wait_event(self.taken)
+            return {name: copy.cpu() for name, copy in self.copies.items()}
+
+
+class Checkpoints:
+    """Files that a run goes on from. A thread writes them; a step waits only for the copy of its tensors."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None]):
+        self.folder, self.log = folder, log
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread still writes the last one."""
+        return self.pending is not None and not self.pending.done()
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], stale: Callable) -> None:
+        """Copies the tensors and lets the thread write them. Then it deletes the files that `stale()` lists."""
+        self.flush()
+        snapshot = Snapshot(tensors)
+        self.pending = self.pool.submit(self.write, name, snapshot, dict(state), stale)
+
+    def write(self, name: str, snapshot: Snapshot, state: dict[str, Any], stale: Callable[[], Iterable[Path]]) -> None:
+        """What the thread does. Values that are not finite are not written: the last good checkpoint stays."""
+        tensors = snapshot.on_host()
+        if nonfinite(tensors.items()):
+            return
+        try:
+            write_tensors(self.folder / name, tensors, state)
+            for path in stale():
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            self.log(f"warning: checkpoint {self.folder / name} cannot be written ({error.strerror}); the run goes on")
+
+    def flush(self) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def numbered(self) -> list[Path]:
+        """The checkpoints of the training, the newest first."""
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+
+class Journal:
+    """What a run has finished and spent so far, on rank 0: in run.json, which a thread of its own writes every second.
+
+    The same command, given again after a kill, finds there which results are final, how many seconds count already,
+    and when the run was last alive.
+    """
+
+    def __init__(self, path: Path, run: Run):
+        self.path, self.run = path, run
+        self.attempts, self.idle_seconds = 1, 0.0
+        self.resumed_at: list[int] = []
+        self.train_seconds = 0.0
+        self.results: dict[str, Any] = {}
+        self.ended = threading.Event()
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self.keep_writing, name="journal", daemon=True)
+
+    def read(self) -> bool:
+        """Takes over what an earlier attempt left; its seconds count. Returns whether there is something."""
+        try:
+            left = json_object(json.loads(self.path.read_text()), "run.json")
+            self.attempts = json_count(left, "attempts", "run.json") + 1
+            self.idle_seconds = float(left["idle_seconds"]) + max(0.0, time.time() - float(left["alive"]))
+            self.train_seconds = float(left["train_seconds"])
+            self.results = json_object(left["results"], "results")
+            self.resumed_at = list(left["resumed_at"])
+            for stage, seconds in json_object(left["seconds"], "seconds").items():
+                self.run.seconds[stage] = self.run.seconds.get(stage, 0.0) + float(seconds)
+            return True
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    def start(self) -> None:
+        """Writes the file now, and from now on every second."""
+        self.write()
+        self.thread.start()
+
+    def keep_writing(self) -> None:
+        """What the thread does."""
+        while not self.ended.wait(1.0):
+            self.write()
+
+    def write(self) -> None:
+        """Writes the file. A disk that refuses it costs only what would have been gone on from."""
+        content = dict(
+            attempts=self.attempts,
+            idle_seconds=self.idle_seconds,
+            resumed_at=self.resumed_at,
+            train_seconds=self.train_seconds,
+            seconds=self.run.seconds_so_far(),
+            results=self.results,
+            alive=time.time(),
+        )
+        with self.lock, contextlib.suppress(OSError):
+            write_atomic(self.path, to_json(content) + "\n", durable=False)
+
+    def finish(self, name: str, result: Any) -> None:
+        """Records a result that a later attempt takes as it is."""
+        self.results = {**self.results, name: result}
+        self.write()
+
+    def close(self) -> None:
+        """Ends the thread, and writes the file once more if it is still there."""
+        if not self.ended.is_set():
+            self.ended.set()
+            self.thread.join()
+            self.write()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2174,21 +2514,6 @@ def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: 
 
 
 # The manifest. Its rows check themselves: each raises a ValueError that says where in the file something is wrong.
-
-
-def json_object(value: Any, where: str) -> dict[str, Any]:
-    """The value as a JSON object. Errors: ValueError."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be an object")
-    return value
-
-
-def json_count(row: dict[str, Any], key: str, where: str) -> int:
-    """A whole number of a row. Errors: ValueError."""
-    value = row.get(key)
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{where}.{key} must be a whole number from 0 to 2^63 - 1")
-    return value
 
 
 def json_digest(value: Any, where: str) -> str:
@@ -5258,6 +5583,24 @@ class Muon:
         for waiting in pending:
             self.apply(waiting, self.lr * multiplier)
 
+    def whole_momentum(self) -> list[Tensor]:
+        """The momentum of all ranks, in the shapes of the banks: the same on any number of ranks."""
+        whole = self.momentum
+        if self.run.world > 1:
+            whole = [
+                torch.empty(m.size(0) * self.run.world, *m.shape[1:], dtype=m.dtype, device=m.device) for m in whole
+            ]
+            for gathered, shard in zip(whole, self.momentum, strict=True):
+                dist.all_gather_into_tensor(gathered, shard)
+        return [m[: bank.size(0)] for m, bank in zip(whole, self.banks, strict=True)]
+
+    def load_momentum(self, whole: list[Tensor]) -> None:
+        """Takes this rank's shard of such a momentum."""
+        for values, momentum in zip(whole, self.momentum, strict=True):
+            size = momentum.size(0)
+            own = values[self.run.rank * size : (self.run.rank + 1) * size]
+            momentum.zero_()[: len(own)].copy_(own)
+
     def apply(self, pending: PendingUpdate, lr: float) -> None:
         """Weight decay and the gathered update of one bank."""
         bank, matrices, update, handle = pending
@@ -5294,6 +5637,23 @@ class Optimizers:
         for momentum in self.muon.momentum:
             momentum.zero_()
         self.adam = self.new_adam()
+
+    def state(self) -> dict[str, Tensor]:
+        """All state, by name, the same on any number of ranks."""
+        tensors = {f"muon.{name}": m for name, m in zip(BANKS, self.muon.whole_momentum(), strict=True)}
+        for name, p in self.model.named_parameters():
+            tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state.get(p, {}).items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        self.reset()
+        self.muon.load_momentum([tensors[f"muon.{name}"] for name in BANKS])
+        for name, p in self.model.named_parameters():
+            rows = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if rows["step"] is not None:
+                counter = rows["step"].to(p.device if self.adam.defaults["fused"] else "cpu")
+                self.adam.state[p] = {**rows, "step": counter}
 
     @torch.no_grad()
     def step(self, beta: float, multiplier: float, trainable_layers: int) -> None:
@@ -5342,6 +5702,9 @@ class Progress(NamedTuple):
 
     step: int
     seconds: float
+
+
+START = Progress(0, 0.0)
 
 
 def fraction_done(p: Progress, config: Config) -> float:
@@ -5538,6 +5901,43 @@ class Trainer:
         self.swa_count = 0
         self.optimizers.reset()
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, by name, the same on any number of ranks."""
+        names = [name for name, _ in self.model.named_parameters()]
+        tensors = self.optimizers.state()
+        for kind, values in dict(weights=self.parameters(), ema=self.ema, swa=self.swa).items():
+            tensors |= {f"{kind}.{name}": value for name, value in zip(names, values or [], strict=bool(values))}
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], swa_count: int) -> None:
+        """Takes over what `state` gave. An EMA that was not kept starts at the weights."""
+        names = [name for name, _ in self.model.named_parameters()]
+        copy_all(self.parameters(), [tensors[f"weights.{name}"] for name in names])
+        if self.ema is not None:
+            copy_all(self.ema, [tensors.get(f"ema.{name}", tensors[f"weights.{name}"]) for name in names])
+        if self.swa is not None and f"swa.{names[0]}" in tensors:
+            copy_all(self.swa, [tensors[f"swa.{name}"] for name in names])
+            self.swa_count = swa_count
+        self.optimizers.load(tensors)
+
+    def save(self, p: Progress, ended: bool) -> None:
+        """A checkpoint of the training, after a step. The last two are kept."""
+        run, tensors = self.run, self.state()
+        if not run.is_main or run.checkpoints is None or (run.checkpoints.busy and not ended):
+            return
+        kept = run.checkpoints
+        state = dict(
+            version=CHECKPOINT_VERSION,
+            step=p.step,
+            seconds=p.seconds,
+            ended=ended,
+            swa_count=self.swa_count,
+            train_tokens=len(self.loader.stream),
+            config=dataclasses.asdict(self.config),
+        )
+        kept.save(f"step-{p.step:09d}.safetensors", tensors, state, lambda: kept.numbered()[2:])
+
     def use_average(self) -> None:
         """Puts the averaged weights into the model: the EMA, the SWA, or the mean of both where both are kept."""
         averages = [] if self.ema is None else [self.ema]
@@ -5549,19 +5949,27 @@ class Trainer:
             copy_all(self.parameters(), means)
 
 
-def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
-    """The training loop: until ITERATIONS or the time limit. Returns where it ended."""
+def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = START, ended: bool = False) -> Progress:
+    """The training loop: until ITERATIONS or the time limit. Returns where it ended.
+
+    `progress` is where the training was cut off, and `ended` says that only what follows it is missing.
+    """
     config, run = trainer.config, trainer.run
-    progress, since = Progress(0, 0.0), time.perf_counter()
+    saved, since = progress.seconds, time.perf_counter()
     variant = StepVariant(looped=False, trainable_layers=config.num_layers, fake_quant=False)
     while True:
-        last = fraction_done(progress, config) >= 1.0
+        last = ended or fraction_done(progress, config) >= 1.0
         if config.val_loss_every and (last or progress.step % config.val_loss_every == 0):
             run.synchronize()
             log_validation(run, config, progress, validate())
             since = time.perf_counter()
         if last:
+            if run.checkpoints and not ended:
+                trainer.save(progress, ended=True)
             return progress
+        if run.checkpoints and progress.seconds - saved >= config.checkpoint_every_seconds:
+            saved = progress.seconds
+            trainer.save(progress, ended=False)
         previous, variant = variant, step_variant_at(progress, config)
         log_variant_change(run, config, progress, previous, variant)
         nats = trainer.step(progress, *variant)
@@ -5569,9 +5977,98 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> Progress:
         now = time.perf_counter()
         progress = Progress(progress.step + 1, run.broadcast(progress.seconds + now - since))
         since = now
+        if run.journal:
+            run.journal.train_seconds = progress.seconds
         early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
         if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(run, config, progress, nats)
+
+
+class Resumed(NamedTuple):
+    """What a training goes on from: the checkpoint's file, its tensors on rank 0, and its state."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
+    if path.is_file():
+        return [path]
+    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
+
+
+def newest_checkpoint(trainer: Trainer) -> Resumed | None:
+    """The newest good checkpoint of this run or, where it has none, of RESUME=PATH; None: the training is new.
+
+    Errors: ConfigError where RESUME=PATH holds none that this training can go on from.
+    """
+    config, run = trainer.config, trainer.run
+    given = [] if config.resume in ("auto", "0") else checkpoints_at(Path(config.resume))
+    own = run.checkpoints.numbered() if run.checkpoints and run.attempts > 1 else []
+    for path in (*own, *given):
+        try:
+            tensors, state = read_tensors(path)
+            check_resumed(trainer, tensors, state)
+        except (OSError, ValueError) as error:
+            run.log(f"warning: {path} {error}; an older checkpoint is used, if there is one")
+            continue
+        return Resumed(str(path), tensors, state)
+    if config.resume not in ("auto", "0"):
+        raise ConfigError("RESUME", config.resume, "holds no checkpoint that this training can go on from")
+    return None
+
+
+def check_resumed(trainer: Trainer, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Errors: ValueError where a checkpoint is not of such a model, or of other training text."""
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"has version {state.get('version')}, and this script reads {CHECKPOINT_VERSION}")
+    if state["train_tokens"] != len(trainer.loader.stream):
+        raise ValueError(
+            f"is of a training on {state['train_tokens']} tokens of text, not {len(trainer.loader.stream)}"
+        )
+    for name, p in trainer.model.named_parameters():
+        found = tensors.get(f"weights.{name}")
+        if found is None or found.shape != p.shape or found.dtype != p.dtype:
+            raise ValueError(f"is of another model: its weights {name!r} are not {p.dtype} {list(p.shape)}")
+
+
+def find_resumed(trainer: Trainer) -> Resumed | None:
+    """What the training goes on from, on every rank; rank 0 alone has the tensors. None: the training is new."""
+    run = trainer.run
+    found = run.on_main(lambda: newest_checkpoint(trainer))
+    path, state = run.broadcast_object((found.path, found.state) if found else ("", {}))
+    return (found or Resumed(path, {}, state)) if path else None
+
+
+def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
+    """Takes over a checkpoint on every rank. Returns where the training is.
+
+    What this run computed after the checkpoint is lost, but its seconds count.
+    """
+    run = trainer.run
+    spent = run.broadcast(run.journal.train_seconds if run.journal else 0.0) if run.attempts > 1 else 0.0
+    if resumed is None:
+        return Progress(0, spent)
+    state = resumed.state
+    table = run.broadcast_object([(name, t.dtype, t.shape) for name, t in resumed.tensors.items()])
+    tensors = {}
+    for name, dtype, shape in table:
+        tensor = resumed.tensors[name] if run.is_main else torch.empty(shape, dtype=dtype)
+        tensors[name] = tensor.to(run.device)
+        if run.world > 1:
+            dist.broadcast(tensors[name], 0)
+    trainer.load(tensors, state["swa_count"])
+    seconds = max(state["seconds"], spent)
+    run.log(f"resumed from {resumed.path}: step {state['step']}, {seconds:.1f} s of training count")
+    for name, before in state["config"].items():
+        now = json.loads(to_json(getattr(trainer.config, name, None)))
+        if now != before and name not in (*OPERATIONAL, "gptq_reserve_seconds"):  # which is measured
+            run.log(f"resumed with another setting: {name.upper()} {before} -> {now}")
+    if run.journal:
+        run.journal.resumed_at.append(state["step"])
+    return Progress(state["step"], seconds)
 
 
 def log_variant_change(run: Run, config: Config, p: Progress, before: StepVariant, after: StepVariant) -> None:
@@ -5616,11 +6113,6 @@ def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
     run.log(f"data stall: {share:.2%} of step time")
     run.metric(data_wait_share=share)
     return share
-
-
-def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """The name of the first tensor that holds an infinity or a NaN; empty where none does."""
-    return next((name for name, values in weights if not torch.isfinite(values).all()), "")
 
 
 def require_finite(score: Score, error: Callable[[str], ConfigError], loss: str = "the validation loss") -> Score:
@@ -9152,8 +9644,11 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
     with Stage(run, "setup"):
         model, graphs = new_model(config), graphs_compiled()
         trainer = Trainer(model.to(run.device), loader, config, run)
+        resumed = find_resumed(trainer)
+    ended = resumed is not None and resumed.state["ended"] and run.attempts > 1
     with Stage(run, "warmup"):
-        trainer.warm_up(evaluator.warm_up)
+        if not ended:
+            trainer.warm_up(evaluator.warm_up)
         steps, warm = config.warmup_steps, graphs_compiled()
         unit = "step" if steps == 1 else "steps"
         run.log(f"warmup: {steps} {unit} per graph variant, {warm - graphs} graphs, state restored")
@@ -9165,7 +9660,8 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
             warm = graphs_compiled()
     with Stage(run, "train"):
         loader.data_stall = 0.0
-        end = train(trainer, lambda: evaluator(trainer.forward))
+        begin = load_resumed(trainer, resumed)
+        end = train(trainer, lambda: evaluator(trainer.forward), begin, ended)
         data_stall = log_data_stall(run, end, loader.data_stall)
         evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
@@ -9371,6 +9867,12 @@ def log_setup(run: Run, config: Config, notes: list[str]) -> str:
     for note in notes:
         run.log(note)
     run.log(f"{run.folder}  {hardware(run)}  {versions()}")
+    if run.attempts > 1:
+        run.log(f"resumed: attempt {run.attempts} of this run, with the same settings")
+    if config.checkpoint_every_seconds:
+        run.log(
+            f"checkpoints: every {config.checkpoint_every_seconds:g} s in {checkpoint_folder(run.path(''), config)}"
+        )
     attention, why = choose_attention(config)
     run.log(
         f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{config.compute_dtype} "
@@ -9413,6 +9915,9 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
             f"{share:.1%} of the limit of {s['artifact_limit_bytes']}"
         )
         yield f"           code {s['code_form']}"
+    if s["resumed"]:
+        times = "once" if s["resumed"] == 1 else f"{s['resumed']} times"
+        yield f"resumed    {times}, stood still for {s['idle_seconds']:.1f} s in all; the seconds of all attempts count"
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
     yield f"seconds    {stages}; total {sum(s['seconds'].values()):.1f}"
     yield f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}"
@@ -9460,19 +9965,23 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         preset=config.preset, seed=config.seed, mode=config.mode, attention=attention, ranks=run.world
     )
     if loader and evaluator:
-        summary |= write_artifact(train_model(config, run, loader, evaluator), config, run)
+        summary |= run.once(
+            "artifact", lambda: write_artifact(train_model(config, run, loader, evaluator), config, run)
+        )
         summary |= dict(audit=evaluator.data_check.rows)
     if config.mode != "train":
         summary |= evaluate_artifact(config, explicit, run, evaluator)
     save_compile_cache(config, run)
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
-    summary |= dict(seconds=run.seconds, **machine)
+    summary |= dict(seconds=run.seconds, **machine, **run.resumption_rows())
     if config.mode != "train":
         spent = sum(run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES)
         with_compilation = spent + run.seconds.get("compile", 0.0)
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         write_atomic(run.path(run.prefix + SUMMARY_FILE), to_json(summary, indent=1) + "\n")
+        run.close()
+        shutil.rmtree(checkpoint_folder(run.path(""), config), ignore_errors=True)
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
@@ -9512,6 +10021,7 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
             run.barrier()  # a rank that leaves early would cut off what others still send
             return code
         finally:
+            run.close()
             if run.world > 1:
                 dist.destroy_process_group()
     except ConfigError as error:

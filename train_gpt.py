@@ -45,6 +45,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import resource
 import shutil
 import struct
@@ -1669,7 +1670,11 @@ class Run:
     journal: Journal | None = None  # on rank 0, with CHECKPOINT_EVERY_SECONDS
     checkpoints: Checkpoints | None = None  # on every rank, with CHECKPOINT_EVERY_SECONDS
     attempts: int = 1  # of this run, this one counted
-    results: dict[str, Any] = field(default_factory=dict)  # what earlier attempts finished
+    resumed_at: list[int] = field(default_factory=list)  # steps at which attempts went on from a checkpoint
+    resumed_from: str = ""  # another run's checkpoint, by RESUME
+    idle_seconds: float = 0.0  # between attempts
+    results: dict[str, Any] = field(default_factory=dict)  # what this attempt and earlier ones finished
+    artifact_sha256: str = ""  # of the artifact that is scored
 
     @property
     def is_main(self) -> bool:
@@ -1698,18 +1703,23 @@ class Run:
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of a stage, as JSON holds it: computed, or taken from an earlier attempt that finished it."""
         if name not in self.results:
-            self.results[name] = compute()
+            result = compute()
+            self.results = {**self.results, name: result}  # a new one: the journal's thread may be reading the old
             if self.journal:
-                self.journal.finish(name, self.results[name])
+                self.journal.write()
         return self.results[name]
+
+    def scored(self, stage: str) -> str:
+        """The name under which a score of this artifact is kept."""
+        return f"{stage} of {self.artifact_sha256}"
 
     def resumption_rows(self) -> dict[str, Any]:
         """The summary's rows about earlier attempts: how often the run went on, from where, how long it stood still."""
-        journal = self.journal
         return dict(
             resumed=self.attempts - 1,
-            resumed_at_steps=journal.resumed_at if journal else [],
-            idle_seconds=journal.idle_seconds if journal else 0.0,
+            resumed_at_steps=self.resumed_at,
+            resumed_from=self.resumed_from,
+            idle_seconds=self.idle_seconds,
         )
 
     def close(self) -> None:
@@ -1915,9 +1925,15 @@ def start_checkpoints(run: Run, config: Config) -> None:
         run.journal = Journal(folder / JOURNAL_FILE, run)
         run.journal.read()
         run.journal.start()
-        run.attempts, run.results = run.journal.attempts, dict(run.journal.results)
     run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
-    run.checkpoints = Checkpoints(folder, run.log)
+    run.checkpoints = Checkpoints(folder, config.checkpoint_every_seconds, run.log)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
+    if path.is_file():
+        return [path]
+    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
 
 
 def cut_off(folder: Path, config: Config) -> bool:
@@ -1944,6 +1960,12 @@ def setting_that_differs(folder: Path, config: Config) -> str:
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
     """Creates the folder. Returns the arguments of a ConfigError where it cannot be used, else None."""
     name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
+    given = config.resume not in ("auto", "0")
+    if given and (config.mode == "eval" or not checkpoints_at(Path(config.resume))):
+        allowed = (
+            "must be auto or 0 with MODE=eval" if config.mode == "eval" else "holds no checkpoint, step-*.safetensors"
+        )
+        return "RESUME", config.resume, allowed
     if config.mode == "eval":
         if not (config.artifact_dir or config.run_id):
             return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
@@ -2050,8 +2072,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {}
         for name, row in table.items():
             begin, end = row["data_offsets"]
-            flat = torch.from_numpy(data[begin:end].copy()).view(TENSOR_TYPES[row["dtype"]])
-            tensors[name] = flat.reshape(row["shape"])
+            tensors[name] = torch.empty(row["shape"], dtype=TENSOR_TYPES[row["dtype"]])
+            host_bytes(tensors[name])[:] = memoryview(data[begin:end])
         return tensors, json_object(json.loads(metadata["state"]), "its state")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"is no checkpoint, or a damaged one ({error})") from None
@@ -2086,21 +2108,20 @@ class Snapshot:
 class Checkpoints:
     """Files that a run goes on from. A thread writes them; a step waits only for the copy of its tensors."""
 
-    def __init__(self, folder: Path, log: Callable[[str], None]):
-        self.folder, self.log = folder, log
+    def __init__(self, folder: Path, every: float, log: Callable[[str], None]):
+        self.folder, self.every, self.log = folder, every, log
         self.pool = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future | None = None
+        self.pending: list[Future] = []
 
     @property
     def busy(self) -> bool:
-        """Whether the thread still writes the last one."""
-        return self.pending is not None and not self.pending.done()
+        """Whether the thread still writes."""
+        return any(not future.done() for future in self.pending)
 
     def save(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], stale: Callable) -> None:
         """Copies the tensors and lets the thread write them. Then it deletes the files that `stale()` lists."""
-        self.flush()
-        snapshot = Snapshot(tensors)
-        self.pending = self.pool.submit(self.write, name, snapshot, dict(state), stale)
+        self.pending = [future for future in self.pending if not future.done()]
+        self.pending.append(self.pool.submit(self.write, name, Snapshot(tensors), dict(state), stale))
 
     def write(self, name: str, snapshot: Snapshot, state: dict[str, Any], stale: Callable[[], Iterable[Path]]) -> None:
         """What the thread does. Values that are not finite are not written: the last good checkpoint stays."""
@@ -2115,10 +2136,10 @@ class Checkpoints:
             self.log(f"warning: checkpoint {self.folder / name} cannot be written ({error.strerror}); the run goes on")
 
     def flush(self) -> None:
-        """Waits until the last checkpoint is on the disk."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
+        """Waits until all checkpoints are on the disk."""
+        for future in self.pending:
+            future.result()
+        self.pending.clear()
 
     def numbered(self) -> list[Path]:
         """The checkpoints of the training, the newest first."""
@@ -2134,28 +2155,24 @@ class Journal:
 
     def __init__(self, path: Path, run: Run):
         self.path, self.run = path, run
-        self.attempts, self.idle_seconds = 1, 0.0
-        self.resumed_at: list[int] = []
         self.train_seconds = 0.0
-        self.results: dict[str, Any] = {}
         self.ended = threading.Event()
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.keep_writing, name="journal", daemon=True)
 
-    def read(self) -> bool:
-        """Takes over what an earlier attempt left; its seconds count. Returns whether there is something."""
+    def read(self) -> None:
+        """Takes over what an earlier attempt left; its seconds count."""
+        run = self.run
         try:
-            left = json_object(json.loads(self.path.read_text()), "run.json")
-            self.attempts = json_count(left, "attempts", "run.json") + 1
-            self.idle_seconds = float(left["idle_seconds"]) + max(0.0, time.time() - float(left["alive"]))
-            self.train_seconds = float(left["train_seconds"])
-            self.results = json_object(left["results"], "results")
-            self.resumed_at = list(left["resumed_at"])
-            for stage, seconds in json_object(left["seconds"], "seconds").items():
-                self.run.seconds[stage] = self.run.seconds.get(stage, 0.0) + float(seconds)
-            return True
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
+            left = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return
+        run.attempts = left["attempts"] + 1
+        run.idle_seconds = left["idle_seconds"] + max(0.0, time.time() - left["alive"])
+        run.resumed_at, run.resumed_from, run.results = left["resumed_at"], left["resumed_from"], left["results"]
+        self.train_seconds = left["train_seconds"]
+        for stage, seconds in left["seconds"].items():
+            run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
 
     def start(self) -> None:
         """Writes the file now, and from now on every second."""
@@ -2169,22 +2186,19 @@ class Journal:
 
     def write(self) -> None:
         """Writes the file. A disk that refuses it costs only what would have been gone on from."""
+        run = self.run
         content = dict(
-            attempts=self.attempts,
-            idle_seconds=self.idle_seconds,
-            resumed_at=self.resumed_at,
+            attempts=run.attempts,
+            idle_seconds=run.idle_seconds,
+            resumed_at=run.resumed_at,
+            resumed_from=run.resumed_from,
             train_seconds=self.train_seconds,
-            seconds=self.run.seconds_so_far(),
-            results=self.results,
+            seconds=run.seconds_so_far(),
+            results=run.results,
             alive=time.time(),
         )
         with self.lock, contextlib.suppress(OSError):
             write_atomic(self.path, to_json(content) + "\n", durable=False)
-
-    def finish(self, name: str, result: Any) -> None:
-        """Records a result that a later attempt takes as it is."""
-        self.results = {**self.results, name: result}
-        self.write()
 
     def close(self) -> None:
         """Ends the thread, and writes the file once more if it is still there."""
@@ -5956,6 +5970,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
     """
     config, run = trainer.config, trainer.run
     saved, since = progress.seconds, time.perf_counter()
+    guard = LossGuard(config, run)
     variant = StepVariant(looped=False, trainable_layers=config.num_layers, fake_quant=False)
     while True:
         last = ended or fraction_done(progress, config) >= 1.0
@@ -5973,15 +5988,20 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         previous, variant = variant, step_variant_at(progress, config)
         log_variant_change(run, config, progress, previous, variant)
         nats = trainer.step(progress, *variant)
+        known = guard.send(nats)
         run.pace()
+        problem = guard.problem(known) if run.is_main else ""
         now = time.perf_counter()
-        progress = Progress(progress.step + 1, run.broadcast(progress.seconds + now - since))
-        since = now
+        # Rank 0's clock counts; that the loss has gone wrong travels with it.
+        seconds = run.broadcast(math.nan if problem else progress.seconds + now - since)
+        if math.isnan(seconds):
+            raise exploded(trainer, progress.step + 1, problem)
+        progress, since = Progress(progress.step + 1, seconds), now
         if run.journal:
             run.journal.train_seconds = progress.seconds
         early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
         if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
-            log_step(run, config, progress, nats)
+            log_step(trainer, progress, nats)
 
 
 class Resumed(NamedTuple):
@@ -5990,13 +6010,6 @@ class Resumed(NamedTuple):
     path: str
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
-    if path.is_file():
-        return [path]
-    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
 
 
 def newest_checkpoint(trainer: Trainer) -> Resumed | None:
@@ -6066,8 +6079,9 @@ def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
         now = json.loads(to_json(getattr(trainer.config, name, None)))
         if now != before and name not in (*OPERATIONAL, "gptq_reserve_seconds"):  # which is measured
             run.log(f"resumed with another setting: {name.upper()} {before} -> {now}")
-    if run.journal:
-        run.journal.resumed_at.append(state["step"])
+    run.resumed_at = [*run.resumed_at, state["step"]]
+    if not run.checkpoints or Path(resumed.path).parent != run.checkpoints.folder:
+        run.resumed_from = resumed.path
     return Progress(state["step"], seconds)
 
 
@@ -6082,18 +6096,71 @@ def log_variant_change(run: Run, config: Config, p: Progress, before: StepVarian
         run.log(f"step:{p.step} late QAT enabled: attention rounded to {attention} bits, MLP to {mlp} bits")
 
 
-def diverged(config: Config, what: str) -> ConfigError:
-    """The error of a training that has diverged."""
+def diverged(config: Config, what: str, run: Run | None = None) -> ConfigError:
+    """The error of a training that has diverged. With `run`, it names the checkpoint to go on from."""
     advice = f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
+    good = []
+    if run and run.checkpoints:
+        run.checkpoints.flush()
+        good = run.checkpoints.numbered()
+    if good:
+        advice += f"; RESUME={good[0]} and another RUN_ID go on from the last checkpoint"
     return ConfigError("MATRIX_LR", config.matrix_lr, advice)
 
 
-def log_step(run: Run, config: Config, p: Progress, nats: Tensor) -> None:
+class LossGuard:
+    """Notices, by rank 0's loss of each step, that a training has gone wrong. It never waits for a GPU.
+
+    A loss that is not finite spreads to all weights within a step, so that rank 0 sees it one step later at most.
+    """
+
+    def __init__(self, config: Config, run: Run):
+        self.tokens = config.train_batch_tokens / run.world
+        self.least = math.log(config.vocab_size)
+        self.limit: float | None = None
+        self.waiting: Tensor | None = None  # a GPU's loss on its way to the host
+
+    def send(self, nats: Tensor) -> Tensor | None:
+        """Takes the nats of the step that was queued. Returns those of the step before it, which a GPU has finished
+        after `Run.pace`; on a CPU those of this step."""
+        if nats.device.type == "cpu":
+            return nats
+        arrived, self.waiting = self.waiting, torch.empty((), dtype=nats.dtype, pin_memory=True)
+        self.waiting.copy_(nats, non_blocking=True)
+        return arrived
+
+    def problem(self, nats: Tensor | None) -> str:
+        """What is wrong with a loss: it is not finite, or twice what the first step, or guessing, costs."""
+        if nats is None:
+            return ""
+        loss = nats.item() / self.tokens
+        if self.limit is None:
+            self.limit = 2 * max(loss, self.least)
+        if math.isfinite(loss) and loss <= self.limit:
+            return ""
+        return f"the training loss is {loss:.4g}" if math.isfinite(loss) else f"the training loss is {loss}"
+
+
+def exploded(trainer: Trainer, step: int, problem: str) -> ConfigError:
+    """The error of a training whose loss has gone wrong: it names the first weights that are not finite, or largest."""
+    weights = dict(trainer.model.named_parameters())
+    broken = nonfinite(weights.items())
+    if broken:
+        count = sum(not torch.isfinite(p).all() for p in weights.values())
+        where = f"the first of {count} tensors of weights that are not finite is {broken!r}"
+    else:
+        largest = max(weights, key=lambda name: weights[name].detach().abs().max().item())
+        where = f"the largest weight, {weights[largest].detach().abs().max().item():.3g}, is in {largest!r}"
+    return diverged(trainer.config, f"{problem} at step {step}, and {where}", trainer.run)
+
+
+def log_step(trainer: Trainer, p: Progress, nats: Tensor) -> None:
     """The line of a training step, in the form that the community's scripts parse, and its metrics."""
+    config, run = trainer.config, trainer.run
     run.all_reduce(nats)
     loss, fraction = nats.item() / config.train_batch_tokens, fraction_done(p, config)
     if not math.isfinite(loss):
-        raise diverged(config, f"the training loss is {loss} at step {p.step}")
+        raise exploded(trainer, p.step, f"the training loss is {loss}")
     ms, tokens = 1000 * p.seconds, p.step * config.train_batch_tokens
     eta = p.seconds / fraction * (1 - fraction) if fraction else 0.0
     lr_scale = lr_multiplier(p, config)
@@ -6134,7 +6201,7 @@ def log_score(run: Run, stage: str, score: Score) -> None:
 def log_validation(run: Run, config: Config, p: Progress, score: Score) -> None:
     """The line of a validation during the training, in the form that the community's scripts parse."""
     ms = 1000 * p.seconds
-    require_finite(score, lambda problem: diverged(config, f"{problem} at step {p.step}"))
+    require_finite(score, lambda problem: diverged(config, f"{problem} at step {p.step}", run))
     run.log(f"step:{p.step}/{config.iterations} {score} train_time:{ms:.0f}ms step_avg:{ms / max(p.step, 1):.2f}ms")
     run.metric(step=p.step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=p.seconds)
 
@@ -8945,9 +9012,25 @@ class ScoreLedger:
             self.nll[positions] = nll.cpu().numpy()[places]
         self.waiting.clear()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank has scored, for a checkpoint."""
+        self.fetch()
+        scored = self.own_counts > 0
+        return dict(scored=torch.from_numpy(np.packbits(scored)), nll=torch.from_numpy(self.nll[scored]))
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Enters what was scored before the run was cut off."""
+        scored = np.unpackbits(tensors["scored"].numpy(), count=len(self.nll)).astype(bool)
+        self.own_counts += scored
+        self.nll[scored] = tensors["nll"].numpy()
+
+    def scored(self, positions: np.ndarray) -> np.ndarray:
+        """Whether each target was scored, by this rank or, when the ranks last shared, by any."""
+        return (self.own_counts[positions] | self.all_counts[positions]) > 0
+
     def train_on(self, positions: np.ndarray) -> None:
         """Declares that weights are about to train on these targets."""
-        if not (self.own_counts[positions] | self.all_counts[positions]).all():
+        if not self.scored(positions).all():
             raise IllegalScore("a target would be trained on before it was scored")
 
     def share(self) -> None:
@@ -8984,6 +9067,145 @@ class ScoreLedger:
             write_atomic(self.run.path(f"{self.run.prefix}scores_{stage}.npy"), file.getvalue())
 
 
+class StageFile(NamedTuple):
+    """The name of a checkpoint of an evaluation stage: what one rank has scored, in a phase with fixed weights."""
+
+    stage: str
+    attempt: int
+    phase: int
+    number: int  # counts this rank's files
+    rank: int
+    world: int
+
+    def __str__(self) -> str:
+        return "{}-{:04d}-{:06d}-{:06d}-{}of{}.safetensors".format(*self)
+
+    @classmethod
+    def parse(cls, name: str) -> StageFile | None:
+        """The parts of such a name; None for another one."""
+        match = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\d+)-(\d+)of(\d+)\.safetensors", name)
+        return cls(match[1], *map(int, match.groups()[1:])) if match else None
+
+
+class StageState(NamedTuple):
+    """Where an evaluation stage was cut off."""
+
+    phase: int
+    own: list[dict[str, Tensor]]  # what counts as scored by this rank
+    seen: list[dict[str, Tensor]]  # the files of all ranks, or this rank's alone if there are as many ranks as before
+    shared: dict[str, Tensor]  # what all ranks have in the phase: weights that have trained
+
+
+class StageCheckpoints:
+    """Checkpoints of an evaluation stage: each rank writes what it has scored, rank 0 also the weights of a phase.
+
+    Ranks write at times of their own, but a phase begins for all at once, and each then writes a file. So a phase can
+    be gone on from if it has a file of every rank, and the weights.
+    """
+
+    def __init__(self, run: Run, stage: str, ledger: ScoreLedger):
+        self.run, self.stage, self.ledger = run, stage, ledger
+        self.files = run.checkpoints
+        # What a file of another model, or of another validation stream, has not.
+        self.state = dict(version=CHECKPOINT_VERSION, targets=len(ledger.nll), artifact=run.artifact_sha256)
+        self.number, self.saved = 0, time.perf_counter()
+        self.shared_phase = 0  # the last one whose weights rank 0 has written
+        self.keep_from = 0  # phases before this one are not needed any more
+        self.restored = 0  # targets that earlier attempts scored
+
+    def shared_path(self, phase: int) -> Path:
+        """The file of a phase's weights."""
+        return self.run.path(
+            f"{cast(Checkpoints, self.files).folder.name}/{self.stage}-weights-{phase:06d}.safetensors"
+        )
+
+    def due(self) -> bool:
+        """Whether it is time for this rank to write."""
+        files = self.files
+        return files is not None and time.perf_counter() - self.saved >= files.every and not files.busy
+
+    def save(self, phase: int, own: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None) -> None:
+        """Writes what this rank has scored and has of its own and, on rank 0, the phase's weights if not yet done."""
+        if self.files is None:
+            return
+        self.saved, state = time.perf_counter(), self.state
+        if shared and self.run.is_main and phase > self.shared_phase:
+            self.files.save(self.shared_path(phase).name, shared, state, lambda: ())
+            self.shared_phase = phase
+        self.number += 1
+        name = StageFile(self.stage, self.run.attempts, phase, self.number, self.run.rank, self.run.world)
+        self.files.save(str(name), {**self.ledger.tensors(), **own}, state, functools.partial(self.stale, name))
+
+    def begin_phase(self) -> None:
+        """Ranks agree on which phases they need no more. All that any rank wrote is on the disk before."""
+        if self.files is not None:
+            self.files.flush()
+            self.run.barrier()
+            self.keep_from = int(self.run.broadcast(self.shared_phase))
+
+    def names(self) -> Iterator[StageFile]:
+        """The files of the stage."""
+        for path in cast(Checkpoints, self.files).folder.glob(f"{self.stage}-*.safetensors"):
+            name = StageFile.parse(path.name)
+            if name and name.stage == self.stage:
+                yield name
+
+    def stale(self, newest: StageFile) -> list[Path]:
+        """This rank's files that `newest` replaces: of phases that are not needed, and all but two of its own phase."""
+        own = [n for n in self.names() if n.rank == newest.rank and n.attempt == newest.attempt]
+        old = [n for n in own if n.phase < self.keep_from or (n.phase == newest.phase and n.number < newest.number - 1)]
+        folder = cast(Checkpoints, self.files).folder
+        weights = [self.shared_path(phase) for phase in range(self.keep_from)] if newest.rank == 0 else []
+        return [folder / str(name) for name in old] + weights
+
+    def read(self, path: Path) -> dict[str, Tensor] | None:
+        """The tensors of a file, or None if it is missing, damaged or of another model or validation stream."""
+        try:
+            tensors, state = read_tensors(path)
+        except (OSError, ValueError):
+            return None
+        return tensors if state == self.state else None
+
+    def newest(self, moving: bool) -> tuple[int, list[str]] | None:
+        """The newest phase that can be gone on from, and the files of its ranks. `moving`: weights train."""
+        folder = cast(Checkpoints, self.files).folder
+        by_phase: dict[tuple[int, int, int], list[StageFile]] = {}
+        for name in self.names():
+            by_phase.setdefault((name.attempt, name.phase, name.world), []).append(name)
+        for (_, phase, world), names in sorted(by_phase.items(), reverse=True):
+            if moving and phase and self.read(self.shared_path(phase)) is None:
+                continue
+            found = {n.rank: str(n) for n in sorted(names) if self.read(folder / str(n)) is not None}
+            if len(found) == world:
+                return phase, [found[rank] for rank in range(world)]
+        return None
+
+    def restore(self, moving: bool) -> StageState | None:
+        """Where the stage was cut off, its scores entered in the ledger; None where it begins."""
+        run = self.run
+        if self.files is None or run.attempts == 1:
+            return None
+        found = run.broadcast_object(self.newest(moving) if run.is_main else None)
+        if found is None:
+            return None
+        phase, names = found
+        if len(names) == run.world:
+            names = [names[run.rank]]
+        seen = [self.read(self.files.folder / name) for name in names]
+        shared = self.read(self.shared_path(phase)) if moving and phase else {}
+        if None in run.gather(None if None in seen or shared is None else True):
+            return None  # a rank does not see the files of the others: on several machines the folder must be shared
+        seen = cast(list[dict[str, Tensor]], seen)
+        own = seen if len(found[1]) == run.world or run.is_main else []
+        for tensors in own:
+            self.ledger.load(tensors)
+        self.ledger.share()
+        self.shared_phase = phase
+        self.restored = int((self.ledger.all_counts > 0).sum())
+        run.log(f"{self.stage}: resumed in phase {phase}, after {self.restored} of {len(self.ledger.nll)} targets")
+        return StageState(phase, own, seen, cast(dict[str, Tensor], shared))
+
+
 class ProgressMeter:
     """Progress of an evaluation stage: its projected seconds, before it starts and every half minute.
 
@@ -9013,6 +9235,10 @@ class ProgressMeter:
                 f"warning: EVAL_BUDGET_SECONDS={budget:g}: {self.stage} is projected to end after "
                 f"{projected:.0f} s of evaluation, unpacking included"
             )
+
+    def skip(self, work: float) -> None:
+        """Takes out work that was finished before the run was cut off."""
+        self.total -= work
 
     def advance(self, work: float) -> None:
         """Adds finished work, in the unit of `total`. Ranks advance alike, so rank 0 speaks for all."""
@@ -9080,6 +9306,11 @@ class Evaluator:
         ids, targets = (self.tokens[p].astype(np.int64) for p in (position, position + 1))
         return to_device(ids, targets, starts, self.run.device), scored
 
+    def first_scored(self, sequences: list[list[int]]) -> int:
+        """The position of an input whose target a batch scores."""
+        first, _, scored = self.windows[sequences[0][0]]
+        return int(first + scored)
+
     def score_sequences(
         self,
         forward: Callable,
@@ -9108,16 +9339,26 @@ class Evaluator:
         work = f"{len(self.windows)} windows of up to {config.eval_context} tokens, stride {config.eval_step}"
         ProgressMeter(self.run, config, "sliding", batches).project(seconds, f"{work}, {batches} batches")
 
-    def __call__(self, forward: Callable, stage: str = "") -> Score:
+    def __call__(self, forward: Callable, stage: str = "", resumable: bool = False) -> Score:
         """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore.
 
-        `stage` names the file of EVAL_SCORES.
+        `stage` names the file of EVAL_SCORES. `resumable`: it goes on where an earlier attempt of this run was cut off,
+        which needs the very same model.
         """
         ledger, batches = ScoreLedger(self), self.batches(self.sequences)
         meter = ProgressMeter(self.run, self.config, "sliding", len(batches))
+        kept = StageCheckpoints(self.run, stage, ledger) if resumable else None
+        if kept:
+            kept.restore(moving=False)
         for number in range(self.run.rank, len(batches), self.run.world):
+            work = min(self.run.world, len(batches) - number)
+            if ledger.scored(self.first_scored(batches[number])):
+                meter.skip(work)
+                continue
             self.score_sequences(forward, batches[number], ledger)
-            meter.advance(min(self.run.world, len(batches) - number))
+            meter.advance(work)
+            if kept and kept.due():
+                kept.save(0, {})
         return Score(ledger.close(stage), len(self.tokens) - 1, self.bytes)
 
 
@@ -9168,6 +9409,24 @@ class FullModelSGD:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and momentum, by name."""
+        tensors = {}
+        for name, p in self.model.named_parameters():
+            tensors[f"weights.{name}"] = p.detach()
+            momentum = self.optimizer.state[p].get("momentum_buffer") if p in self.optimizer.state else None
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        for name, p in self.model.named_parameters():
+            p.copy_(tensors[f"weights.{name}"])
+            if f"momentum.{name}" in tensors:
+                self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{name}"].to(p.device)
 
     def drop_step(self, batch: Batch) -> None:
         """Computes the gradients of a micro-batch, and drops them."""
@@ -9239,6 +9498,7 @@ class PhasedTTT:
             self.a_sum = {key: torch.zeros_like(a, dtype=torch.float64) for key, a in self.phase_a.items()}
         work = sum(self.cost(batch).sum() for begin, end in self.phases() for batch in self.batches(begin, end))
         self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", float(work))
+        self.kept = StageCheckpoints(self.run, self.meter.stage, self.ledger)
 
     def plan(self) -> None:
         """Order of the documents, ends of the phases, ends of the chunks."""
@@ -9277,19 +9537,68 @@ class PhasedTTT:
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything trains on it."""
-        for begin, end in self.phases():
-            for batch in self.batches(begin, end):
-                if self.adapters:
-                    self.start_batch(self.adapters, batch)
-                if not self.meter.done:
-                    self.project(batch)
-                self.score_and_adapt(batch)
-                if self.adapters:
-                    self.finish_batch(self.adapters, batch)
-                self.meter.advance(float(self.cost(batch).sum()))
-            if end in self.phase_ends and self.adapters:
+        begun = self.restore()
+        for phase, (begin, end) in enumerate(self.phases()):
+            for batch in map(self.not_scored, self.batches(begin, end)):
+                if len(batch):
+                    self.run_batch(batch)
+                if self.kept.due():
+                    self.kept.save(phase if self.adapters else 0, self.own_state(), self.shared_state())
+            if end in self.phase_ends and self.adapters and phase >= begun:
                 self.finish_phase(begin, end)
+                self.kept.begin_phase()
+                self.kept.save(phase + 1, self.own_state())
         return Score(self.ledger.close(self.meter.stage), len(self.tokens) - 1, self.evaluator.bytes)
+
+    def run_batch(self, documents: np.ndarray) -> None:
+        """Scores a batch, while its adapters learn."""
+        if self.adapters:
+            self.start_batch(self.adapters, documents)
+        if not self.meter.done:
+            self.project(documents)
+        self.score_and_adapt(documents)
+        if self.adapters:
+            self.finish_batch(self.adapters, documents)
+        self.meter.advance(float(self.cost(documents).sum()))
+
+    def not_scored(self, documents: np.ndarray) -> np.ndarray:
+        """Those of a batch that were not scored before the run was cut off: all, unless there were other ranks."""
+        scored = self.ledger.scored(self.offsets[documents])
+        self.meter.skip(float(self.cost(documents[scored]).sum()) if scored.any() else 0.0)
+        return documents[~scored]
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a checkpoint of this rank holds beside its scores: its part of the sum of A."""
+        return {f"a_sum.{key}": a for key, a in self.a_sum.items()} if self.adapters else {}
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What all ranks have in a phase: the weights, and A at the start of each document."""
+        if not self.adapters:
+            return {}
+        weights = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | {f"a.{key}": a for key, a in self.phase_a.items()}
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Goes on where an earlier attempt of this run was cut off. Returns the phase."""
+        state = self.kept.restore(moving=self.adapters is not None)
+        if state is None:
+            return 0
+        for name, p in self.model.named_parameters():
+            if state.shared:
+                p.copy_(state.shared[f"weights.{name}"])
+        if self.adapters:
+            self.restore_adapters(state)
+        self.kept.save(state.phase, self.own_state())  # the files of this number of ranks
+        return state.phase
+
+    def restore_adapters(self, state: StageState) -> None:
+        """A at the start of each document, and this rank's part of the sum of A."""
+        for key in self.a_sum:
+            if state.shared:
+                self.phase_a[key] = state.shared[f"a.{key}"].to(self.run.device)
+            for tensors in state.own:
+                self.a_sum[key] += tensors[f"a_sum.{key}"].to(self.run.device)
 
     def phases(self) -> list[tuple[int, int]]:
         """Places in the order at which each phase begins and ends."""
@@ -9504,6 +9813,18 @@ class LengthOrderTTT(PhasedTTT):
         adapters.arrange(np.argsort(self.place[documents] - first))
         self.stream_a[stream] = adapters.a
 
+    def own_state(self) -> dict[str, Tensor]:
+        """A of this rank's streams."""
+        return {f"stream.{n}.{key}": a for n, stream in self.stream_a.items() for key, a in stream.items()}
+
+    def restore_adapters(self, state: StageState) -> None:
+        """A of all streams, whatever rank has them now."""
+        for tensors in state.seen:
+            for name, a in tensors.items():
+                if name.startswith("stream."):
+                    _, number, key = name.split(".", 2)
+                    self.stream_a.setdefault(int(number), {})[key] = a.to(self.run.device)
+
     def first_and_stream(self, documents: np.ndarray) -> tuple[int, int]:
         """Place in the order of a batch's first document, and the batch's stream."""
         first = int(self.place[documents].min())
@@ -9525,6 +9846,7 @@ class ChunkTTT:
         self.size = config.ttt_chunk_tokens
         self.count = -(-(len(evaluator.tokens) - 1) // self.size)
         self.meter = ProgressMeter(evaluator.run, config, "ttt" if adapt else "ttt_baseline", self.count)
+        self.kept = StageCheckpoints(evaluator.run, self.meter.stage, self.ledger)
 
     def new_sgd(self) -> FullModelSGD:
         """The optimizer of all weights, with no momentum yet."""
@@ -9545,7 +9867,9 @@ class ChunkTTT:
         forward = compiled_forward(self.model)
         sgd = self.new_sgd()
         self.project(forward, len(windows), sgd)
-        for chunk in range(self.count):
+        begun = self.restore(sgd)
+        self.meter.skip(begun)
+        for chunk in range(begun, self.count):
             own = windows[edges[chunk] : edges[chunk + 1]]
             batches = self.evaluator.batches(pack_sequences(own, config.eval_context))
             for sequences in batches[run.rank :: run.world]:
@@ -9556,7 +9880,24 @@ class ChunkTTT:
                 for _ in range(config.ttt_epochs):
                     sgd.step(positions, config.ttt_lr * self.decay(chunk))
             self.meter.advance(1)
+            self.save(chunk + 1, sgd)
         return Score(self.ledger.close(self.meter.stage), end, self.evaluator.bytes)
+
+    def save(self, chunk: int, sgd: FullModelSGD) -> None:
+        """A checkpoint before a chunk, where rank 0 finds that it is time for one."""
+        if self.kept.files is not None and chunk < self.count and self.evaluator.run.broadcast(self.kept.due()):
+            self.kept.begin_phase()
+            self.kept.save(chunk, {}, sgd.state() if self.adapt else None)
+
+    @torch.no_grad()
+    def restore(self, sgd: FullModelSGD) -> int:
+        """Goes on where an earlier attempt of this run was cut off. Returns the next chunk."""
+        state = self.kept.restore(moving=self.adapt)
+        if state is None:
+            return 0
+        if self.adapt:
+            sgd.load(state.shared)
+        return state.phase
 
     def decay(self, chunk: int) -> float:
         """Multiplier of TTT_LR after a chunk, over a fixed number of tokens: it must not know where the stream ends."""
@@ -9601,25 +9942,30 @@ def compile_evaluation(evaluator: Evaluator, model: GPT) -> None:
         torch.cuda.empty_cache()  # what test-time training took is more than the training leaves
 
 
+def ttt_baseline(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, Any]:
+    """Scores the windows of TTT_MODE without any training. The summary's row."""
+    score = method()
+    require_finite(score, ArtifactError, "the validation loss of its model, by the windows of TTT_MODE,")
+    log_score(run, "ttt_baseline", score)
+    return dict(val_bpb_ttt_baseline=score.bpb)
+
+
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
     config, run = evaluator.config, evaluator.run
     method = ttt_method(config)
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
-        score = method(evaluator, model, adapt=False)()
-        require_finite(score, ArtifactError, "the validation loss of its model, by the windows of TTT_MODE,")
-        log_score(run, "ttt_baseline", score)
-        rows |= dict(val_bpb_ttt_baseline=score.bpb)
-    begin = time.perf_counter()
-    score = method(evaluator, model)()
+        rows |= run.once(run.scored("ttt_baseline"), lambda: ttt_baseline(method(evaluator, model, adapt=False), run))
+    begin, training = time.perf_counter(), method(evaluator, model)
+    score = training()
     require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
     log_score(run, "ttt", score)
     return rows | dict(
         val_bpb_ttt=score.bpb,
         val_bpb=score.bpb,
         val_loss=score.loss,
-        ttt_targets_per_second=score.tokens / (time.perf_counter() - begin),
+        ttt_targets_per_second=(score.tokens - training.kept.restored) / (time.perf_counter() - begin),
     )
 
 
@@ -9667,7 +10013,7 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         trainer.use_average()
         broken = max(run.gather(nonfinite(model.named_parameters())))
         if broken:
-            raise diverged(config, f"the weights {broken!r} are not finite after the training")
+            raise diverged(config, f"the weights {broken!r} are not finite after the training", run)
     with Stage(run, "validate"):
         score = evaluator(trainer.forward, "pre_quant")
         require_finite(score, functools.partial(diverged, config))
@@ -9782,15 +10128,22 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
     )
 
 
-def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None) -> dict[str, Any]:
-    """Reads the artifact back from its file and scores it. Returns the summary's rows about it."""
+def evaluate_artifact(
+    config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None, compiled: bool
+) -> dict[str, Any]:
+    """Reads the artifact back from its file and scores it. Returns the summary's rows about it.
+
+    `compiled`: this process has compiled what the evaluation needs, as a training does.
+    """
     with Stage(run, "unpack"):
         data = run.broadcast_object(run.on_main(lambda: read_artifact(run.path(CONTAINER_FILE))))
+        run.artifact_sha256 = hashlib.sha256(data).hexdigest()
         model, config = load_artifact(data, config, explicit, run.device)
     if evaluator is None:
         with Stage(run, "evaluate"):
             evaluator = make_evaluator(config, run)
             log_data(run, evaluator)
+    if not compiled:
         if config.compile == "1":
             with Stage(run, "compile"):
                 compile_evaluation(evaluator, model)
@@ -9798,9 +10151,7 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
             evaluator.project(compiled_forward(model))
     warm = graphs_compiled()
     with Stage(run, "evaluate"):
-        score = evaluator(compiled_forward(model), "quantized")
-        require_finite(score, ArtifactError, "the validation loss of its model")
-        log_score(run, "quantized", score)
+        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model)))
     rows = dict(
         **sizes(len(data), config, run),
         val_bpb_quantized=score.bpb,
@@ -9817,10 +10168,18 @@ def evaluate_artifact(config: Config, explicit: set[str], run: Run, evaluator: E
     )
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
-            rows |= test_time_training(evaluator, model)
+            rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model))
     if config.compile == "1":
         run.log(f"recompiled: {graphs_compiled() - warm} graphs in the evaluation")
     return rows
+
+
+def score_artifact(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
+    """The fields of an artifact's score before test-time training."""
+    score = evaluator(compiled_forward(model), "quantized", resumable=True)
+    require_finite(score, ArtifactError, "the validation loss of its model")
+    log_score(evaluator.run, "quantized", score)
+    return dataclasses.asdict(score)
 
 
 def make_evaluator(config: Config, run: Run) -> Evaluator:
@@ -9918,6 +10277,8 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
     if s["resumed"]:
         times = "once" if s["resumed"] == 1 else f"{s['resumed']} times"
         yield f"resumed    {times}, stood still for {s['idle_seconds']:.1f} s in all; the seconds of all attempts count"
+    if s["resumed_from"]:
+        yield f"resumed    from {s['resumed_from']}, another run's"
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s["seconds"].items())
     yield f"seconds    {stages}; total {sum(s['seconds'].values()):.1f}"
     yield f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}"
@@ -9964,13 +10325,14 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     summary: dict[str, Any] = dict(
         preset=config.preset, seed=config.seed, mode=config.mode, attention=attention, ranks=run.world
     )
+    trains = "artifact" not in run.results and config.mode != "eval"
     if loader and evaluator:
         summary |= run.once(
             "artifact", lambda: write_artifact(train_model(config, run, loader, evaluator), config, run)
         )
         summary |= dict(audit=evaluator.data_check.rows)
     if config.mode != "train":
-        summary |= evaluate_artifact(config, explicit, run, evaluator)
+        summary |= evaluate_artifact(config, explicit, run, evaluator, compiled=trains)
     save_compile_cache(config, run)
     machine = dict(peak_memory_bytes=run.peak_memory(), versions=versions(), hardware=hardware(run))
     summary |= dict(seconds=run.seconds, **machine, **run.resumption_rows())

@@ -1,0 +1,75 @@
+"""Runs train_gpt.py, and kills it at a chosen moment. What it does is counted in events, listed in EVENTS.
+
+KILL_AT: the event, counted from 1. KILL_EVENT counts events of one name alone, KILL_STAGE those in one stage, which
+begins with such an event. KILL_SECONDS: the first such event after so many seconds of the stage. EVENTS_FILE: a file
+that gets a line for each event. On several ranks, rank 0 is killed.
+"""
+
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg  # noqa: E402
+
+# What a run does, one event for each call. The process is killed before it, or in the middle of it for a renaming:
+# what was written aside is there by then, and nothing has its name yet.
+EVENTS = [
+    (tg.Stage, "__enter__"),
+    (tg.Trainer, "step"),
+    (tg.Evaluator, "score_sequences"),
+    (tg.PhasedTTT, "run_batch"),
+    (tg.FullModelSGD, "step"),
+    (tg, "calibration_sums"),
+    (tg, "write_tensors"),
+    (tg, "pack"),
+    (os, "replace"),
+    (os, "fsync"),
+]
+
+
+class Killer:
+    """Counts events, and kills this process at one of them."""
+
+    def __init__(self, take):
+        self.at, self.after = int(take("KILL_AT", "0")), float(take("KILL_SECONDS", "0"))
+        self.stage, self.event = take("KILL_STAGE", ""), take("KILL_EVENT", "")
+        self.file = take("EVENTS_FILE", "")
+        self.count, self.begun, self.running = 0, 0.0, ""
+        if (self.stage or self.after) and not self.at:
+            self.at = 1
+
+    def happens(self, name, arguments):
+        """Counts an event, and is the end of it where it was chosen."""
+        if name == "__enter__":
+            self.running, self.begun = arguments[0].name, time.perf_counter()
+        if self.file:
+            with open(self.file, "a") as lines:
+                lines.write(f"{name} {self.running if name == '__enter__' else ''}\n")
+        chosen = self.event in ("", name) and self.stage in ("", self.running)
+        self.count += chosen and time.perf_counter() - self.begun >= self.after
+        if chosen and self.at and self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, owner, name):
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def event(*arguments, **more):
+            if name != "replace" or "run.json" not in str(arguments[0]):  # the journal's come by the clock
+                self.happens(name, arguments)
+            return real(*arguments, **more)
+
+        setattr(owner, name, event)
+
+
+if __name__ == "__main__":
+    environment = dict(os.environ)
+    killer = Killer(environment.pop)
+    if environment.get("RANK", "0") == "0":
+        for owner, name in EVENTS:
+            killer.watch(owner, name)
+    sys.exit(tg.main(sys.argv[1:], environment))

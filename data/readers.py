@@ -37,7 +37,7 @@ MAX_LINE_BYTES = 128 << 20  # of a .jsonl file: a line and its document are in m
 MAX_STRUCTURE_BYTES = 2 << 20  # of a line, outside of its strings: each becomes up to 60 bytes of Python objects
 LARGE_LINE = 1 << 20  # shorter lines take little memory whatever they hold
 BATCH_BYTES = 8 << 20  # text of a .parquet file that is in memory at a time, about
-BATCH_ROWS = 256  # at most, as a file may be wrong about the size of its texts
+BATCH_ROWS = 128  # at most: a file may hold a long text once, and a million references to it
 PARQUET_MEMORY = 1 << 30  # that reading a batch may take: a page is unpacked in one piece
 EXPANSION = 250  # text that people wrote is packed to a twentieth at best, what programs wrote to a hundredth
 EXPANSION_FLOOR = 256 << 20
@@ -306,10 +306,7 @@ def _joined(parts: list[bytes]) -> bytes:
 
 
 def _parquet_file(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
-    """The column's texts, in row groups that are read a piece at a time; a null is an empty text.
-
-    The column is read as indices of a dictionary, as a file may hold a long text once and refer to it a million times.
-    """
+    """The column's texts, in row groups that are read a piece at a time; a null is an empty text."""
     arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
     arrow.allocate_buffer(1)  # From Arrow's own pool, which reserves a gigabyte of addresses the first time.
     arrow.set_memory_pool(arrow.system_memory_pool())  # What is taken from this one counts in `_memory_limit`.
@@ -317,10 +314,8 @@ def _parquet_file(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
     try:
         with _memory_limit():
             # Without these two it would read a row group's bytes at once.
-            settings = {"pre_buffer": False, "buffer_size": CHUNK_BYTES}
-            reader = parquet.ParquetFile(file, **settings)
-            _check_column(path, reader.schema_arrow, field)
-            reader = parquet.ParquetFile(file, metadata=reader.metadata, read_dictionary=[field], **settings)
+            reader = parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK_BYTES)
+        _check_column(path, reader.schema_arrow, field)
         for number in range(reader.num_row_groups):
             for column in _batches(reader, number, field):
                 yield from _column_texts(column, path, rows, unpacking)

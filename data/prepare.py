@@ -36,6 +36,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import lzma
 import math
@@ -233,7 +234,7 @@ def load_codec(model: Model) -> Codec:
 def tokenize(model: Model, segments: list[tuple[str, str]]) -> list[bytes | None]:
     """`Codec.encode_segment` of each segment. None where a document is to be dropped."""
     codec = load_codec(model)
-    return [codec.encode_segment(*segment) for segment in segments]
+    return [codec.encode_segment(text, before) if text else b"" for text, before in segments]
 
 
 def write_shards(
@@ -768,7 +769,8 @@ EPILOG = """\
 A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
 .jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
 torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
-all that is in them, in sorted order.
+all that is in them, in sorted order. Hidden names, links, other endings and special files in them are left out and
+counted. Text must be UTF-8. An archive that unpacks to 256 MiB and 250 times its size is refused.
 hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
 sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
 for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
@@ -984,10 +986,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Terminated as error:
         message, code = "interrupted" + _notes(error, kept), 128 + error.args[0]
     else:
-        if before:
-            print("already prepared")
-        print("\n".join(summary_lines(manifest, options.out)))
-        return 0
+        try:
+            with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # Another object in its place.
+                sys.stdout.reconfigure(errors="backslashreplace")  # --out may have letters that a terminal lacks.
+            print(
+                "\n".join((["already prepared"] if before else []) + [*summary_lines(manifest, options.out)]),
+                flush=True,
+            )
+            return 0
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends.
+            message, code = f"standard output: {error.strerror}; the files in {options.out} are complete", 2
     print("prepare.py: error: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
 

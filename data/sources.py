@@ -73,7 +73,8 @@ def files_inside(folder: Path, left_out: Counter[str], out: Path | None = None) 
 
     Links are not followed: they may lead out of the folder, into a loop, or to a file that is read anyway.
     """
-    found, waiting, entries = [], [str(folder)], 0
+    found, waiting = [], [str(folder)]
+    entries = 0
     reasons: Counter[str] = Counter()
     output = os.path.realpath(out) if out else None
     while waiting:

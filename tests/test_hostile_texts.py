@@ -4,7 +4,6 @@ and what is not read is refused in one line or counted."""
 import errno
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -27,7 +26,6 @@ import hub
 import prepare
 import published
 import readers
-import shards
 import sources
 from errors import PrepareError
 from helpers import ROOT, examples
@@ -216,31 +214,16 @@ def test_an_archive_may_unpack_to_many_times_its_size_while_that_is_little(tmp_p
 @pytest.mark.parametrize("text", ["", "a"])
 def test_few_documents_wait_for_their_tokens(tmp_path, monkeypatch, text):
     """Neither empty documents nor tiny ones gather in memory until there are half a million characters."""
-    read_ahead, yielded, handled = [], itertools.count(), itertools.count()
     source = write_jsonl(tmp_path / "a.jsonl", [*([text] * 20_000), *(story(seed) for seed in range(30))])
-    texts, original = sources.Sources.__iter__, shards.Shards.handled
-
-    def counted(self):
-        for item in texts(self):
-            read_ahead.append(next(yielded))
-            yield item
-
-    def handle(self, *rest, **more):
-        read_ahead[-1] -= next(handled)
-        return original(self, *rest, **more)
-
-    made = options(source, out=tmp_path / "out")
+    made, sizes = options(source, out=tmp_path / "out"), []
     prepare.prepare(made)
-    with monkeypatch.context() as patch:
-        patch.setattr(sources.Sources, "__iter__", counted)
-        patch.setattr(shards.Shards, "handled", handle)
-        sizes = []
-        patch.setattr(prepare, "tokenize", lambda model, segments: sizes.append(len(segments)) or [b""] * len(segments))
-        found, _ = prepare.survey(sources.Sources(made), made)
-        model = prepare.Model(str(tmp_path / "out" / "tokenizer.model"), "", False)
-        output = prepare.Shards(tmp_path, 1000, False)
-        prepare.write_shards(sources.Sources(made), found, model, output, made, lambda count: None)
-        output.close()
+    found, _ = prepare.survey(sources.Sources(made), made)
+    model = prepare.Model(str(tmp_path / "out" / "tokenizer.model"), "", False)
+    output = prepare.Shards(tmp_path, 1000, False)
+    tokenize = prepare.tokenize
+    monkeypatch.setattr(prepare, "tokenize", lambda *each: sizes.append(len(each[1])) or tokenize(*each))
+    prepare.write_shards(sources.Sources(made), found, model, output, made, lambda count: None)
+    output.close()
     assert max(sizes) <= 2100 and sum(sizes) == 20_030 and output.documents == 20_030
 
 

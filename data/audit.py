@@ -103,11 +103,13 @@ def sha256_of(path: Path) -> str:
 
 def document_keys(stream: ShardStream, offsets: np.ndarray) -> np.ndarray:
     """Offsets [n + 1] of documents -> [n] uint64 keys from the length and eight tokens: equal for equal documents."""
-    lengths = np.diff(offsets)
-    places = offsets[:-1, None] + (lengths[:, None] - 1) * np.arange(1, 9) // 8  # spread out: web pages begin alike
-    keys = lengths.astype(np.uint64)
-    for tokens in stream.take(places).T:
-        keys = keys * HASH_FACTOR + tokens
+    keys = np.diff(offsets).astype(np.uint64)
+    for start in range(0, len(keys), BLOCK):  # A shard may hold a document every other token.
+        block = offsets[start : start + BLOCK + 1]
+        lengths = np.diff(block)
+        places = block[:-1, None] + (lengths[:, None] - 1) * np.arange(1, 9) // 8  # spread out: web pages begin alike
+        for tokens in stream.take(places).T:
+            keys[start : start + BLOCK] = keys[start : start + BLOCK] * HASH_FACTOR + tokens
     return keys
 
 
@@ -299,10 +301,11 @@ def audit_shards(
         read_whole = [*validation, *sidecars]
         digests = dict(zip([path.name for path in read_whole], pool.map(sha256_of, read_whole), strict=True))
     copies = [numbers for search in searches for numbers in search.copies]
+    shared = {numbers[0]: len(numbers) for numbers in copies}  # A validation document is in one list, or in none.
     for path, search in zip(training, searches, strict=True):
         digests[path.name] = search.sha256
     return {
-        "shared_documents": len({number for numbers in copies for number in numbers}),
+        "shared_documents": sum(shared.values()),
         "shared_copies": len(copies),
         "windows": windows.row(),
         "sha256": dict(sorted(digests.items())),

@@ -116,6 +116,7 @@ class Repository:
                 self.repo, folder or None, recursive=True, revision=self.commit, repo_type="dataset"
             ):
                 if isinstance(item, self.hub.hf_api.RepoFile):
+                    _check_listed(self.repo, item.path, item.size)
                     sha256 = item.lfs.sha256 if item.lfs else None
                     listed[item.path] = RemoteFile(item.path, item.size, item.blob_id, sha256)
         return listed
@@ -239,6 +240,14 @@ class Repository:
             raise PrepareError(
                 f"{place}: {what}: no connection ({reason}); what has arrived is kept, the same command goes on"
             ) from None
+
+
+def _check_listed(repo: str, path: object, size: object) -> None:
+    """Refuse what a hub lists where it would lie outside of the folder for downloads. Raises PrepareError."""
+    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
+    inside = bool(parts) and not path.startswith("/") and ".." not in parts and path.isprintable()
+    if not inside or type(size) is not int or size < 0:
+        raise PrepareError(f"{repo}: the hub lists a file {path!a} of {size!a} bytes, which is no path or size")
 
 
 def check_room(option: str, folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:

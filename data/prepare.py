@@ -36,11 +36,13 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import lzma
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -63,17 +65,18 @@ import shards  # noqa: E402
 from errors import PrepareError  # noqa: E402
 from options import ROOT, Options  # noqa: E402
 from progress import Report  # noqa: E402
+from readers import CHUNK_BYTES, open_regular, read_small, read_texts  # noqa: E402
 from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
 from sources import (  # noqa: E402
-    CHUNK_BYTES,
     Sources,
     Splitter,
     builtin_packages,
+    counted,
     is_remote,
     list_files,
     package_versions,
 )
-from text import cut, from_json, text_hash, to_json  # noqa: E402
+from text import cut, from_json, printable, text_hash, to_json  # noqa: E402
 from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
 
 FORMAT = 1
@@ -86,6 +89,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE_DOCUMENT_BYTES = 1 << 20  # of one document, that the tokenizer is trained on, at most
 SAMPLE_OVERHEAD = 256  # bytes of memory that a sampled document takes besides its text
 BATCH_CHARACTERS = 512 << 10  # of text that one worker tokenizes at a time
+SEGMENT_COST = 256  # characters that a segment counts besides its own: a million short ones take memory too
+MAX_TOKENIZER_BYTES = 64 << 20
+MAX_VALIDATION_BYTES = 1 << 30  # of text: the audit holds the validation tokens in memory, about 2 bytes for each
+MAX_VALIDATION_DOCUMENTS = 2_000_000  # and for each document 400 bytes
 REFERENCE_BYTES = 16 << 20  # more would take minutes at 3 MB/s, and hundreds of MB of memory
 
 
@@ -113,7 +120,7 @@ class Survey:
 
 def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
     """Read everything once. Returns what there is, and a sample of the training side to train a tokenizer on."""
-    count = size = empty = 0
+    count = size = empty = held_out = 0
     low, high = 1 << 64, -1
     digest = shards.NOTHING
     sample = Sample(0 if options.tokenizer else options.sample_bytes)
@@ -125,6 +132,7 @@ def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
         empty += not data
         count += bool(data)
         size += len(data)
+        held_out += len(data) if sources.known.get(number) == "val" else 0
         if data and number not in sources.known:
             low, high = min(low, number), max(high, number)
         if data and sources.known.get(number) != "val":
@@ -132,9 +140,25 @@ def survey(sources: Sources, options: Options) -> tuple[Survey, list[str]]:
         del data
     if not count:
         raise PrepareError(f"{' '.join(options.sources)}: there is no text in it")
+    _check_validation(options, sources.val_fraction * count, max(held_out, sources.val_fraction * size))
     threshold = _threshold(sources.val_fraction, low, high, set(sources.known.values()))
     splitter = Splitter(threshold, sources.known)
     return Survey(count, size, empty, digest.hex(), threshold), sample.texts(splitter)
+
+
+def _check_validation(options: Options, documents: float, size: float) -> None:
+    """Refuse a validation side that does not fit into memory. Raises PrepareError."""
+    over = max(documents / MAX_VALIDATION_DOCUMENTS, size / MAX_VALIDATION_BYTES)
+    if over <= 1:
+        return
+    if options.val_documents:
+        option = f"--val-documents {options.val_documents}"
+    else:
+        option = f"--val-fraction {options.val_fraction}"
+    raise PrepareError(
+        f"{option}: about {size / 1e9:.1f} GB of text for validation, which the audit holds in memory; at most "
+        f"{MAX_VALIDATION_BYTES / 1e9:.1f} GB and {MAX_VALIDATION_DOCUMENTS:,} documents; divide it by {over:.1f}"
+    )
 
 
 class Sample:
@@ -210,7 +234,7 @@ def load_codec(model: Model) -> Codec:
 def tokenize(model: Model, segments: list[tuple[str, str]]) -> list[bytes | None]:
     """`Codec.encode_segment` of each segment. None where a document is to be dropped."""
     codec = load_codec(model)
-    return [codec.encode_segment(*segment) for segment in segments]
+    return [codec.encode_segment(text, before) if text else b"" for text, before in segments]
 
 
 def write_shards(
@@ -232,7 +256,7 @@ def write_shards(
             raise changed
         for text in texts:
             document, count = describe(text, splitter, options.seed), 0
-            for segment in codec.segments(text) if text else ():
+            for segment in codec.segments(text):  # One of an empty text too, or a billion of them would wait here.
                 count += 1
                 yield segment
             del text  # No part of a large document may stay in memory while the next one is read.
@@ -247,7 +271,7 @@ def write_shards(
             segments_tokens = [ready.popleft() for _ in range(count)]
             tokens = [part for part in segments_tokens if part is not None]
             written = contents(codec, document, tokens) if len(tokens) == count else None
-            if tokens and written:
+            if document.size and written:
                 output.add(document, written)
             output.handled(document, dropped=not written)
             progress(document.size)
@@ -282,7 +306,7 @@ def in_batches(segments: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, 
     batch, held = [], 0
     for segment in segments:
         batch.append(segment)
-        held += len(segment[0])
+        held += len(segment[0]) + SEGMENT_COST
         if held >= BATCH_CHARACTERS:
             yield batch
             batch, held = [], 0
@@ -336,7 +360,7 @@ def fingerprint(options: Options, listed: list[tuple[str, Path | None]]) -> str:
 
 def program() -> dict:
     """What made the output besides the options and the texts."""
-    made_by = (prepare, Sources, Codec, Shards, text_hash, audit.audit_splits)
+    made_by = (prepare, Sources, read_texts, Codec, Shards, text_hash, audit.audit_splits)
     modules = [sys.modules[item.__module__] for item in made_by] + [caseops, corpus]
     files = [Path(module.__file__ or "") for module in modules]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -368,7 +392,8 @@ def read_manifest(folder: Path, name: str = "manifest.json") -> dict | None:
     """The manifest of a folder, or None if it has none. Raises PrepareError if it is not one of ours."""
     path = folder / name
     try:
-        manifest = from_json(path.read_bytes())
+        with open_regular(path) as file:
+            manifest = from_json(file.read())
         check_manifest(manifest)
     except FileNotFoundError:
         return None
@@ -545,7 +570,7 @@ def prepare(options: Options) -> tuple[dict, bool]:
     or a kill, what is finished is kept, and the next call with the same options continues from there.
     """
     options, given = _complete(options)
-    listed = list_files(options.sources)
+    listed = list_files(options.sources, None, options.out)
     mark = fingerprint(options, listed)
     with output_folder(options.out):
         manifest = check_folder(options, mark)
@@ -582,7 +607,9 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
     if not options.tokenizer:
         return dataclasses.replace(options, vocab_size=options.vocab_size or 1024), None
     try:
-        model = options.tokenizer.read_bytes()
+        model = read_small(options.tokenizer, MAX_TOKENIZER_BYTES)
+    except PrepareError as error:
+        raise PrepareError(f"--tokenizer {error}") from None
     except OSError as error:
         raise PrepareError(f"--tokenizer {options.tokenizer}: {error.strerror}") from None
     size = Codec(model, f"--tokenizer {options.tokenizer}", options.caseops).vocab_size
@@ -660,7 +687,7 @@ def _manifest(options: Options, mark: str, source: list[dict], model: bytes, tra
 def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dict:
     """Write all files of a preparation into a folder, or those that it lacks; the manifest last."""
     report = Report(options.quiet)
-    report.say("reading " + " ".join(options.sources))
+    report.say(printable("reading " + " ".join(options.sources)))
     sources = Sources(options, report)
     found = _surveyed(folder, sources, options, mark)
     training = _tokenizer(folder, options, model, report)
@@ -688,6 +715,7 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
         "dropped_documents": output.dropped,
         "empty_documents": found.empty,
         "duplicates_of_validation": sources.duplicates,
+        "left_out": dict(sorted((sources.left_out + sources.passed_over).items())),
         "reference_compressors": reference_compressors(folder / "validation"),
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
         "audit": found_shared,
@@ -741,7 +769,8 @@ EPILOG = """\
 A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
 .jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
 torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
-all that is in them, in sorted order.
+all that is in them, in sorted order. Hidden names, links, other endings and special files in them are left out and
+counted. Text must be UTF-8. An archive that unpacks to 256 MiB and 250 times its size is refused.
 hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
 sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
 for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
@@ -818,7 +847,7 @@ def _add_text_options(add: Callable) -> None:
     )
     add(
         "--val-documents",
-        type=_whole(1, 2**62),
+        type=_whole(1, MAX_VALIDATION_DOCUMENTS),
         metavar="N",
         help="the first N documents are for validation (default: 50000 of docs_selected.jsonl, else by hash)",
     )
@@ -901,12 +930,16 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
         yield f"left out of training: {manifest['duplicates_of_validation']:,} documents that validate"
     if manifest.get("dropped_documents"):
         yield f"dropped: {manifest['dropped_documents']:,} documents that decoding does not give back"
+    if manifest.get("empty_documents"):
+        yield f"empty: {manifest['empty_documents']:,} documents without text"
+    if manifest.get("left_out"):
+        yield f"left out: {counted(manifest['left_out'])}"
     if "reference_compressors" in manifest:
         reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
         yield f"bits per byte of the validation text: {reference}"
     yield from audit.overlap_lines(manifest["audit"])
-    yield f"written: {out / 'manifest.json'}"
-    knobs = f"DATA_PATH={out} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
+    yield f"written: {printable(str(out / 'manifest.json'))}"
+    knobs = f"DATA_PATH={shlex.quote(printable(str(out)))} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""
     yield f"train on it: {knobs} python train_gpt.py"
 
@@ -945,17 +978,26 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = str(error) + _notes(error), 2
     except OSError as error:
         message, code = _disk_error(error, options.out) + _notes(error), 2
+    except MemoryError as error:
+        message, code = "not enough memory; try fewer --workers, or a smaller --sample-bytes" + _notes(error), 2
     except BrokenProcessPool as error:
         message, code = "a worker process was killed, perhaps for want of memory; try fewer --workers", 2
         message += _notes(error)
     except Terminated as error:
         message, code = "interrupted" + _notes(error, kept), 128 + error.args[0]
     else:
-        if before:
-            print("already prepared")
-        print("\n".join(summary_lines(manifest, options.out)))
-        return 0
-    print("prepare.py: error: " + " ".join(message.split()), file=sys.stderr)
+        try:
+            with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # Another object in its place.
+                sys.stdout.reconfigure(errors="backslashreplace")  # --out may have letters that a terminal lacks.
+            print(
+                "\n".join((["already prepared"] if before else []) + [*summary_lines(manifest, options.out)]),
+                flush=True,
+            )
+            return 0
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends.
+            message, code = f"standard output: {error.strerror}; the files in {options.out} are complete", 2
+    print("prepare.py: error: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 

@@ -26,6 +26,7 @@ from errors import PrepareError
 from hub import RemoteFile, Repository, check_room
 from options import Options
 from progress import Bar
+from readers import read_small
 from shards import read_shard
 from text import from_json
 from tokenizer import Codec
@@ -46,6 +47,7 @@ TEXT_OPTIONS = (
 )
 TOKENIZER = "tokenizer.model"  # its name in --out
 CHUNK_TOKENS = 4 << 20
+DESCRIPTION_BYTES = 64 << 20  # of a JSON file or a tokenizer in a repository, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +270,7 @@ def download(options: Options, folder: Path, pinned: str | None, bar: Bar) -> Do
         raise PrepareError(f"{repository.repo}: there is no {path} (404)")
     repository.fetch({folder / "published.json": listed[path]}, lambda count: None)
     try:
-        manifest = from_json((folder / "published.json").read_bytes())
+        manifest = from_json(read_small(folder / "published.json", DESCRIPTION_BYTES))
     except ValueError as error:
         raise PrepareError(f"{repository.repo}: {path}: not JSON: {error}") from None
     export = find_export(listed, manifest, name, root, options.train_shards, repository.repo)
@@ -431,7 +433,7 @@ def check_documents(path: Path) -> None:
     if path.name != f"{DOCUMENTS}.jsonl" or not beside.is_file():
         return
     try:
-        described = from_json(beside.read_bytes())
+        described = from_json(read_small(beside, DESCRIPTION_BYTES))
         count, digest = described.get("num_docs"), described.get("docs_sha256")
     except (ValueError, AttributeError):
         raise PrepareError(f"{beside}: not a JSON object") from None

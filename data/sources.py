@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import importlib.metadata
-import io
-import json
 import os
 import platform
 import random
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import zstandard
 
 import corpus
 import hub
 import published
-from errors import PrepareError, library
+from errors import PrepareError
 from options import Options
 from progress import Report, bar_of
-from text import cut, text_hash
+from readers import SUFFIXES, read_texts
+from text import text_hash
 
-if TYPE_CHECKING:
-    import pyarrow
-
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
-CHUNK_BYTES = 1 << 20
-MAX_LINE_BYTES = 128 << 20  # of a .jsonl file: a line and its document are in memory, in several forms
-BATCH_BYTES = 8 << 20  # text of a .parquet file that is in memory at a time, about
+MAX_ENTRIES = 1_000_000  # files and folders in a source: their names are in memory
+MAX_ENDINGS = 20  # that are counted each; the other files are counted together
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
-    """The sources with folders replaced by the files in them, sorted; the path is None for builtin and the hub's."""
+def list_files(
+    sources: Iterable[str], left_out: Counter[str] | None = None, out: Path | None = None
+) -> list[tuple[str, Path | None]]:
+    """The sources with folders replaced by the files in them, sorted; the path is None for builtin and the hub's.
+
+    left_out: counts what is left out of folders, by the reason. out: the folder of the output, which is no source.
+    """
+    left_out = Counter() if left_out is None else left_out
     listed = []
     for source in sources:
         path = Path(source)
@@ -50,21 +45,98 @@ def list_files(sources: Iterable[str]) -> list[tuple[str, Path | None]]:
                 raise PrepareError(f"{source}: builtin can be given once; builtin:numpy,torch names several packages")
             listed.append((source, None))
         elif path.is_dir():
-            inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-            inside = sorted((item for item in inside if item.name.endswith(SUFFIXES)), key=lambda item: item.parts)
+            reasons = Counter()
+            inside = sorted(files_inside(path, reasons, out), key=lambda item: item.parts)
             if not inside:
-                raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file")
+                there = f" (left out: {counted(reasons)})" if reasons else ""
+                raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file{there}")
             listed += [(str(item), item) for item in inside]
-        elif not path.exists():
+            left_out.update(reasons)
+        elif not os.path.lexists(path):
             raise PrepareError(
                 f"{source}: no such file or folder (nor is it builtin, hf:OWNER/NAME, "
                 f"{published.DOCUMENTS}, {', '.join(published.VARIANTS)})"
             )
         elif not path.name.endswith(SUFFIXES):
             raise PrepareError(f"{source}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
+        elif not path.exists():
+            raise PrepareError(f"{source}: a link that leads nowhere")
+        elif not path.is_file():
+            raise PrepareError(f"{source}: not a regular file")
         else:
             listed.append((source, path))
     return listed
+
+
+def files_inside(folder: Path, left_out: Counter[str], out: Path | None = None) -> list[Path]:
+    """The files of text in a folder and in all folders in it. What is left out is counted by the reason.
+
+    Links are not followed: they may lead out of the folder, into a loop, or to a file that is read anyway.
+    """
+    found, waiting = [], [str(folder)]
+    entries = 0
+    reasons: Counter[str] = Counter()
+    output = os.path.realpath(out) if out else None
+    while waiting:
+        inside = waiting.pop()
+        try:
+            with os.scandir(inside) as items:
+                for item in items:
+                    entries += 1
+                    if entries > MAX_ENTRIES:
+                        raise PrepareError(
+                            f"{folder}: more than {MAX_ENTRIES:,} files and folders; put texts together in .jsonl files"
+                        )
+                    reason = _reason_against(item, output)
+                    if reason:
+                        reasons[reason] += 1
+                    elif item.is_dir(follow_symlinks=False):
+                        waiting.append(item.path)
+                    else:
+                        found.append(Path(item.path))
+        except OSError:
+            if inside == str(folder):
+                raise
+            reasons["unreadable folders"] += 1
+    left_out.update(_few_endings(reasons))
+    return found
+
+
+def _reason_against(item: os.DirEntry[str], output: str | None) -> str:
+    """Why an entry of a folder is no source, in the plural; empty if it is one, or a folder to look into."""
+    if item.is_symlink():
+        return "symbolic links"
+    is_folder = item.is_dir(follow_symlinks=False)
+    if is_folder and output and os.path.realpath(item.path) == output:
+        return "output folders"
+    if item.name.startswith("."):
+        return "hidden folders" if is_folder else "hidden files"
+    if is_folder:
+        return ""
+    if not item.is_file(follow_symlinks=False):
+        return "FIFOs, sockets and devices"
+    if not item.name.endswith(SUFFIXES):
+        ending = os.path.splitext(item.name)[1]
+        plain = ending.isascii() and ending[1:].isalnum() and len(ending) <= 12
+        return f"files ending in {ending}" if plain else "files of other endings"
+    return "" if os.access(item.path, os.R_OK) else "unreadable files"
+
+
+def _few_endings(reasons: Counter[str]) -> Counter[str]:
+    """The same with the rarest endings counted together, so that no folder fills the report."""
+    few = Counter()
+    endings = 0
+    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+        if reason.startswith("files ending in "):
+            endings += 1
+            reason = reason if endings <= MAX_ENDINGS else "files of other endings"
+        few[reason] += count
+    return few
+
+
+def counted(left_out: dict[str, int]) -> str:
+    """Reasons with their counts, for people."""
+    return "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
 
 
 def is_remote(source: str) -> bool:
@@ -82,139 +154,6 @@ def builtin_packages(source: str) -> tuple[str, ...]:
     if not set(names) <= set(corpus.PACKAGES):
         raise PrepareError(f"{source}: allowed packages are {', '.join(corpus.PACKAGES)}")
     return names
-
-
-def read_texts(path: Path, max_document_bytes: int, text_field: str) -> Iterator[str]:
-    """The documents of one file, in its order."""
-    if path.name.endswith(".txt"):
-        with open(path, "rb") as file:
-            yield from _text_file(str(path), file, max_document_bytes)
-    elif path.name.endswith(".parquet"):
-        yield from _parquet_file(path, text_field)
-    else:
-        yield from _jsonl_file(path, text_field)
-
-
-def _text_file(name: str, file: io.BufferedIOBase, limit: int) -> Iterator[str]:
-    buffer, start = file.read(limit + 1), 0
-    while buffer:
-        end = len(buffer) if len(buffer) <= limit else cut(buffer, limit)
-        yield _decode(buffer[:end], name, start)
-        start += end
-        buffer = buffer[end:] + file.read(limit + 1 - (len(buffer) - end))
-
-
-def _decode(data: bytes, name: str, start: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PrepareError(f"{name}: not UTF-8 at byte offset {start + error.start}") from None
-
-
-def _jsonl_file(path: Path, field: str) -> Iterator[str]:
-    number, start = 0, 0
-    for line in _lines(_chunks(path), path):
-        number += 1
-        where = f"{path}:{number}"
-        text = _decode(line, where, start)
-        start += len(line) + 1
-        del line  # Of a line of 100 MB nothing may stay that is not needed any more.
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        if not text or text.isspace():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PrepareError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise PrepareError(f'{where}: no text in field "{field}" (--text-field names the field)')
-        del text
-        yield record.pop(field)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if it is .zst or .gz; a cut-off or damaged one is an error, not a short text."""
-    if path.name.endswith(".zst"):
-        yield from _zstd_chunks(path)
-        return
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
-        try:
-            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
-        except EOFError:
-            raise PrepareError(f"{path}: damaged gzip file: it ends too early") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise PrepareError(f"{path}: damaged gzip file: {error}") from None
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        unpacker = None
-        for packed in iter(lambda: file.read(CHUNK_BYTES // 8), b""):
-            while packed:
-                unpacker = unpacker or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                try:
-                    yield unpacker.decompress(packed)
-                except zstandard.ZstdError as error:
-                    raise PrepareError(f"{path}: damaged zstd file: {error}") from None
-                packed, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
-        if unpacker is not None:
-            raise PrepareError(f"{path}: damaged zstd file: it ends too early")
-
-
-def _parquet_file(path: Path, field: str) -> Iterator[str]:
-    """The column's texts, in row groups that are read a piece at a time; a null is an empty text."""
-    arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
-    try:
-        # Without these two it would read a row group's bytes at once.
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
-            _check_column(path, file.schema_arrow, field)
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                rows = max(1, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
-                for batch in file.iter_batches(rows, row_groups=[number], columns=[field], use_threads=False):
-                    yield from (text or "" for text in batch.column(0).to_pylist())
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # The disk's, not the file's.
-        raise PrepareError(f"{path}: damaged parquet file: {error}") from None
-
-
-def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
-    """Raise PrepareError unless the file has one column of this name, which holds text."""
-    types = library("pyarrow").types
-    found = [item.type for item in schema if item.name == field]
-    if len(found) != 1:
-        raise PrepareError(f'{path}: no column "{field}" (--text-field names it); there are {", ".join(schema.names)}')
-    kind = found[0].value_type if types.is_dictionary(found[0]) else found[0]
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise PrepareError(f'{path}: column "{field}" holds {found[0]}, not text (--text-field names another)')
-
-
-def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    parts = []
-    held, number = 0, 1
-    for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            parts.append(line)
-            yield _joined(parts)
-            held, number = 0, number + 1
-        parts.append(rest)
-        held += len(rest)
-        if held > MAX_LINE_BYTES:
-            raise PrepareError(
-                f"{path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes, which is the most that "
-                "memory is kept for; cut the document"
-            )
-    if last := _joined(parts):
-        yield last
-
-
-def _joined(parts: list[bytes]) -> bytes:
-    """The parts in one; the list is empty then."""
-    data = b"".join(parts)
-    parts.clear()
-    return data
 
 
 # ------------------------------------------------------------------------------------------------------------ split
@@ -257,6 +196,7 @@ class Sources:
     described: what the manifest says of each source. known: the side of documents that have one, by `text_hash`.
     With --val-documents, or docs_selected.jsonl, the first documents are for validation and all others for training.
     A later document that equals one of the first is left out and counted in `duplicates`.
+    left_out: what is left out of folders. passed_over: what the files of the last pass hold besides documents.
     """
 
     def __init__(self, options: Options, report: Report | None = None):
@@ -268,7 +208,9 @@ class Sources:
         self.known: dict[int, str] = {}
         self.described: list[dict] = []
         self.duplicates = 0
-        for name, path in list_files(options.sources):
+        self.left_out: Counter[str] = Counter()
+        self.passed_over: Counter[str] = Counter()
+        for name, path in list_files(options.sources, self.left_out, options.out):
             if is_remote(name):
                 self._download(name)
             elif path is None:
@@ -334,11 +276,12 @@ class Sources:
         return self._split_by_place() if self.first else self._texts()
 
     def _texts(self) -> Iterator[str]:
+        self.passed_over.clear()
         for name, path in self.files:
             if path is None:
                 yield from (document.text for document in self.builtin[name])
             else:
-                yield from read_texts(path, self.options.max_document_bytes, self.options.text_field)
+                yield from read_texts(path, self.options.max_document_bytes, self.options.text_field, self.passed_over)
 
     def _split_by_place(self) -> Iterator[str]:
         number, self.duplicates = -1, 0
@@ -360,7 +303,7 @@ class Sources:
 
 def validation_documents(options: Options) -> int | None:
     """How many of the first documents validate, or None where a hash decides. Raises PrepareError."""
-    names = [path.name if path else name for name, path in list_files(options.sources)]
+    names = [path.name if path else name for name, path in list_files(options.sources, None, options.out)]
     listed = [name == published.DOCUMENTS or name.startswith(f"{published.DOCUMENTS}.jsonl") for name in names]
     if any(listed[1:]):
         raise PrepareError(

@@ -1,4 +1,4 @@
-"""Where to cut a text, and its hash; JSON that any parser takes."""
+"""Where to cut a text, and its hash; JSON that any parser takes; lines for the terminal."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def cut(data: bytes, limit: int) -> int:
     while end > max(1, limit - 3) and data[end] & 0xC0 == 0x80:
         end -= 1
     return end
+
+
+def printable(text: str) -> str:
+    """A line for the terminal: what is no printable character of it, as a name of a file may hold, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -399,7 +399,7 @@ def test_sources_of_all_kinds_in_a_stable_order(tmp_path):
     alone.write_bytes("\ufefffirst\r\nsecond\u0085".encode())
     (tmp_path / "empty.txt").write_bytes(b"")
     made = options(alone, folder, tmp_path / "empty.txt", out=tmp_path / "out", text_field="body")
-    assert list(prepare.Sources(made)) == ["\ufefffirst\r\nsecond\u0085", texts[1], texts[0], texts[2], texts[2]]
+    assert list(prepare.Sources(made)) == ["first\r\nsecond\u0085", texts[1], texts[0], texts[2], texts[2]]
     names = [Path(name).name for name, _ in prepare.list_files(made.sources)]
     assert names == ["alone.txt", "a.jsonl", "one.txt", "c.jsonl.zst", "empty.txt"]
 

@@ -31,6 +31,7 @@ import hub_server
 import prepare
 import processes
 import published
+import readers
 import shards
 import sources
 import train_gpt as tg
@@ -765,7 +766,7 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [texts[at : at + 3000] for at in range(0, len(texts), 3000)], 20_000)
     del texts
     tracemalloc.start()  # Sees Python's own strings; Arrow's buffers are counted by Arrow.
-    pool = pyarrow.default_memory_pool()
+    pool = pyarrow.system_memory_pool()  # The one that it is read with.
     before, most, size = pool.bytes_allocated(), 0, 0
     try:
         for text in sources.read_texts(path, 1, "text"):
@@ -774,7 +775,7 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert size == 60e6 and peak < 3 * sources.BATCH_BYTES and most < 3 * sources.BATCH_BYTES
+    assert size == 60e6 and peak < 3 * readers.BATCH_BYTES and most < 3 * readers.BATCH_BYTES
 
 
 def test_lines_of_100_megabytes(tmp_path):
@@ -791,8 +792,8 @@ def test_lines_of_100_megabytes(tmp_path):
 
 def test_a_line_that_memory_is_not_kept_for_is_refused(tmp_path, monkeypatch):
     """In one line, by its number, as soon as it is too long; a line of just the most is read."""
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     path, line = tmp_path / "a.jsonl", json.dumps({"text": "x" * 988})
     assert len(line) == 1000
     path.write_text(f"{line}\n{line}\n")

@@ -1918,13 +1918,17 @@ def checkpoint_folder(folder: Path, config: Config) -> Path:
 def start_checkpoints(run: Run, config: Config) -> None:
     """Gives a run what it needs to be gone on from, and takes over what an earlier attempt finished."""
     folder = checkpoint_folder(run.path(""), config)
-    if run.is_main:
+
+    def start_journal() -> None:
         folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.safetensors.*"):  # a kill in the middle of writing
+        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
             left.unlink()
-        run.journal = Journal(folder / JOURNAL_FILE, run)
-        run.journal.read()
-        run.journal.start()
+        journal = Journal(folder / JOURNAL_FILE, run)
+        journal.read()
+        journal.start()
+        run.journal = journal
+
+    run.on_main(start_journal)
     run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
     run.checkpoints = Checkpoints(folder, config.checkpoint_every_seconds, run.log)
 
@@ -1934,6 +1938,22 @@ def checkpoints_at(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
+
+
+def resume_problem(config: Config) -> str:
+    """Why RESUME=PATH cannot be gone on from; else an empty string."""
+    if config.resume in ("auto", "0"):
+        return ""
+    if config.mode == "eval":
+        return "must be auto or 0 with MODE=eval"
+    problem = "holds no checkpoint, step-*.safetensors"
+    for path in checkpoints_at(Path(config.resume)):
+        try:
+            read_tensors(path)
+            return ""
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    return problem
 
 
 def cut_off(folder: Path, config: Config) -> bool:
@@ -1960,12 +1980,9 @@ def setting_that_differs(folder: Path, config: Config) -> str:
 def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
     """Creates the folder. Returns the arguments of a ConfigError where it cannot be used, else None."""
     name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
-    given = config.resume not in ("auto", "0")
-    if given and (config.mode == "eval" or not checkpoints_at(Path(config.resume))):
-        allowed = (
-            "must be auto or 0 with MODE=eval" if config.mode == "eval" else "holds no checkpoint, step-*.safetensors"
-        )
-        return "RESUME", config.resume, allowed
+    problem = resume_problem(config)
+    if problem:
+        return "RESUME", config.resume, problem
     if config.mode == "eval":
         if not (config.artifact_dir or config.run_id):
             return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
@@ -2027,6 +2044,8 @@ OPERATIONAL = ("run_id", "artifact_dir", "resume", "checkpoint_every_seconds", "
 
 def host_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in host memory, not copied where it is contiguous."""
+    if not tensor.numel():
+        return memoryview(bytearray())  # torch cannot view nothing as bytes
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
@@ -2147,7 +2166,7 @@ class Checkpoints:
 
 
 class Journal:
-    """What a run has finished and spent so far, on rank 0: in run.json, which a thread of its own writes every second.
+    """What a run has finished and spent so far, on rank 0: in run.json, which a thread writes twice a second.
 
     The same command, given again after a kill, finds there which results are final, how many seconds count already,
     and when the run was last alive.
@@ -2161,27 +2180,30 @@ class Journal:
         self.thread = threading.Thread(target=self.keep_writing, name="journal", daemon=True)
 
     def read(self) -> None:
-        """Takes over what an earlier attempt left; its seconds count."""
+        """Takes over what an earlier attempt left; its seconds count. Errors: ConfigError for a damaged file."""
         run = self.run
-        try:
-            left = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+        if not self.path.exists():
             return
-        run.attempts = left["attempts"] + 1
-        run.idle_seconds = left["idle_seconds"] + max(0.0, time.time() - left["alive"])
-        run.resumed_at, run.resumed_from, run.results = left["resumed_at"], left["resumed_from"], left["results"]
-        self.train_seconds = left["train_seconds"]
-        for stage, seconds in left["seconds"].items():
-            run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
+        try:
+            left = json_object(json.loads(self.path.read_text()), JOURNAL_FILE)
+            run.attempts = left["attempts"] + 1
+            run.idle_seconds = left["idle_seconds"] + max(0.0, time.time() - left["alive"])
+            run.resumed_at, run.resumed_from = left["resumed_at"], left["resumed_from"]
+            run.results = json_object(left["results"], "results")
+            self.train_seconds = left["train_seconds"]
+            for stage, seconds in left["seconds"].items():
+                run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(str(self.path), "", f"cannot be gone on from ({error!r}); choose another name") from None
 
     def start(self) -> None:
-        """Writes the file now, and from now on every second."""
+        """Writes the file now, and from now on twice a second."""
         self.write()
         self.thread.start()
 
     def keep_writing(self) -> None:
         """What the thread does."""
-        while not self.ended.wait(1.0):
+        while not self.ended.wait(0.5):
             self.write()
 
     def write(self) -> None:
@@ -2202,7 +2224,7 @@ class Journal:
 
     def close(self) -> None:
         """Ends the thread, and writes the file once more if it is still there."""
-        if not self.ended.is_set():
+        if self.thread.is_alive():
             self.ended.set()
             self.thread.join()
             self.write()

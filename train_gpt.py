@@ -1592,7 +1592,8 @@ def help_text() -> str:
 # Run: rank, world, device, clock, log
 # ---------------------------------------------------------------------------------------------------------------
 
-CONTAINER_FILE, SUMMARY_FILE, LOCK_FILE = "model.pgolf", "summary.json", "run.lock"
+CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
+LOCK_FILE = "run.lock"  # empty but for the process number; it is there as long as the run
 LINES_LIMIT = 2**22  # bytes of a log that wait in memory while it cannot be written
 RESCUE_SECONDS = 600.0  # in which the model is tried again where no folder takes it; ranks wait for 20 minutes
 
@@ -1812,8 +1813,7 @@ class Run:
     def flush(self, name: str, file: LineFile) -> OSError | None:
         """Writes the lines of a file that wait. Returns the error of a failure, about which the first line warns."""
         try:
-            if name not in self.elsewhere:
-                self.check_folder()
+            self.check_folder(name)
             file.flush()
         except OSError as error:
             if "lines" not in self.warned:
@@ -1828,9 +1828,12 @@ class Run:
             self.warned.add(text)
             complain(f"warning: {text}")
 
-    def check_folder(self) -> None:
-        """Raises an OSError where the folder was removed or replaced since it was locked: it may be another run's."""
-        if self.lock and not self.lock.holds():
+    def check_folder(self, name: str) -> None:
+        """Raises an OSError where the folder, to which a file belongs, is no longer the one that this run locked.
+
+        It was removed or replaced, and may be another run's.
+        """
+        if name not in self.elsewhere and self.lock and not self.lock.holds():
             raise OSError(errno.ESTALE, "the folder was removed or replaced while the run went on")
 
     def save(self, name: str, content: bytes | str, patience: float = 0.0) -> Path | None:
@@ -1841,7 +1844,7 @@ class Run:
         deadline = time.monotonic() + patience
         while True:
             try:
-                self.check_folder()
+                self.check_folder(name)
                 write_atomic(self.path(name), content)
                 self.lost.discard(name)
                 return self.path(name)
@@ -1854,9 +1857,11 @@ class Run:
     def restore(self) -> None:
         """Writes files that this run has kept in memory again, elsewhere, where they or the folder have vanished."""
         for name, content in self.kept.items():
-            ours = name in self.elsewhere or not self.lock or self.lock.holds()
-            if not (ours and os.path.isfile(self.path(name))):
-                keep_elsewhere(self, name, content, OSError(errno.ENOENT, "it was removed while the run went on"))
+            try:
+                self.check_folder(name)
+                os.stat(self.path(name))
+            except OSError as error:
+                keep_elsewhere(self, name, content, error)
 
     def finish(self) -> bool:
         """Whether rank 0's files are all in the folder. What has vanished or waits in memory is written elsewhere."""
@@ -1869,8 +1874,9 @@ class Run:
             if path:
                 file.path = path
                 file.waiting.clear()
-            if file.dropped:
-                self.warn(f"{file.dropped} lines of {file.path} are missing: they could not be written in time")
+            missing = file.dropped + file.waiting.count(b"\n")
+            if missing:
+                self.warn(f"{missing} lines of {file.path} are missing")
                 self.lost.add(name)
         return not self.elsewhere and not self.lost
 
@@ -1975,7 +1981,7 @@ def keep_elsewhere(run: Run, name: str, content: bytes | str, error: OSError) ->
 
     Returns its path, which `Run.path` also gives from now on; None where no folder takes it.
     """
-    problem = f"{run.path(name)} cannot be kept ({error.strerror})"
+    problem = f"{run.path(name)} cannot be written ({error.strerror})"
     for folder in rescue_folders(run):
         path = folder / name
         try:

@@ -1878,6 +1878,9 @@ class Run:
             if missing:
                 self.warn(f"{missing} lines of {file.path} are missing")
                 self.lost.add(name)
+        if len(self.elsewhere) > 1:
+            places = ", ".join(str(path) for path in self.elsewhere.values())
+            self.warn(f"{self.folder} is not complete; elsewhere are {places}")
         return not self.elsewhere and not self.lost
 
     def close(self) -> None:
@@ -1977,7 +1980,7 @@ class Run:
 
 
 def keep_elsewhere(run: Run, name: str, content: bytes | str, error: OSError) -> Path | None:
-    """Writes a file that cannot be in the run's folder into another one, which a line on stderr names.
+    """Writes a file that cannot be in the run's folder into another one, which stderr names.
 
     Returns its path, which `Run.path` also gives from now on; None where no folder takes it.
     """
@@ -1992,10 +1995,11 @@ def keep_elsewhere(run: Run, name: str, content: bytes | str, error: OSError) ->
                 with contextlib.suppress(OSError):
                     empty.rmdir()  # fails where there is something in it
             continue
+        if folder != run.rescue or name == CONTAINER_FILE:  # `Run.finish` names all of them
+            run.warn(f"{problem}: written to {path} instead")
         run.rescue = folder
         run.elsewhere[name] = path
         run.lost.discard(name)
-        run.warn(f"{problem}: written to {path} instead")
         return path
     run.lost.add(name)
     run.warn(f"{problem}, nor anywhere else")
@@ -9539,9 +9543,9 @@ def save_artifact(
             check_stored(q)
         except ValueError as error:
             raise diverged(config, f"the quantized weights {name!r} cannot be stored: {error}") from None
-    run.kept[CONTAINER_FILE] = data
     if not run.save(CONTAINER_FILE, data, RESCUE_SECONDS):
         raise ConfigError(CONTAINER_FILE, "", "could not be written anywhere, and is lost")
+    run.kept[CONTAINER_FILE] = data
     sections = size_table(data, stored, weights, trained.calibration.hessians)
     for line in format_table(sections):
         run.log(line)

@@ -1,6 +1,5 @@
-"""What a run has made outlives full disks, closed streams and removed folders, and one run at a time writes a folder."""
+"""What a run made outlives full disks, closed streams and removed folders; one run at a time writes to a folder."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -21,12 +20,12 @@ from helpers import (
     TINY,
     built_once,
     clean_environment,
-    environment,
+    config,
     fork,
     run_command,
     single_run,
+    snapshot,
     strings,
-    wait_until,
     working_folder,
 )
 
@@ -101,10 +100,6 @@ def rescued(place):
     return found
 
 
-def warnings_of(errors):
-    return [line for line in errors.splitlines() if line.startswith("warning: ")]
-
-
 def test_a_run_leaves_its_files_and_no_lock(undisturbed):
     assert {p.name for p in undisturbed.iterdir()} == FILES
 
@@ -138,7 +133,9 @@ def test_what_cannot_be_in_the_folder_is_in_another_one(run, folder, undisturbed
     summary = folder / "logs" / "run" / "summary.json" if name != "summary.json" else path
     expected = json.loads((undisturbed / "summary.json").read_text())
     assert json.loads(summary.read_text())["val_bpb"] == expected["val_bpb"] and "val_bpb" in out
-    assert tg.main([], strings(dict(RUN, MODE="eval", ARTIFACT_DIR=path.parent))) == (2 if name != "model.pgolf" else 0)
+    if name == "model.pgolf":  # the folder is one of a run: its model can be scored there
+        code, out, errors = run(MODE="eval", ARTIFACT_DIR=path.parent)
+        assert (code, errors) == (0, "") and f"{expected['val_bpb']:.4f} quantized" in out
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -149,7 +146,10 @@ def test_lines_that_cannot_be_written_end_nothing(run, folder, undisturbed, monk
     exit_code, out, errors = run()
     assert exit_code == tg.EXIT_ELSEWHERE and faults.failed > 1
     first, second = errors.splitlines()
-    assert first == f"warning: logs/run/{name} cannot be written ({os.strerror(code)}); the run goes on and tries again later"
+    assert (
+        first
+        == f"warning: logs/run/{name} cannot be written ({os.strerror(code)}); the run goes on and tries again later"
+    )
     assert second.endswith(f" written to {rescued(folder) / name} instead")
     lines = (rescued(folder) / name).read_text()
     assert lines == out if name == "log.txt" else len(lines.splitlines()) == len(metrics(undisturbed))
@@ -211,9 +211,7 @@ def test_a_compile_cache_that_cannot_be_written_is_left_out(tmp_path, monkeypatc
     monkeypatch.setattr(tg.torch.compiler, "save_cache_artifacts", lambda: saved)
     run = single_run()
     run.folder = tmp_path
-    knobs = strings(dict(RUN, COMPILE=1, COMPILE_CACHE=1))
-    config = tg.dataclasses.replace(tg.config_from_env(strings(RUN), False)[0], compile_cache=True)
-    assert knobs and tg.save_compile_cache(config, run) is None
+    tg.save_compile_cache(tg.dataclasses.replace(config(RUN), compile_cache=True), run)
     assert "the compile cache was not written: No space left" in (tmp_path / "log.txt").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["log.txt"] and run.finish()
 
@@ -230,9 +228,14 @@ def test_the_first_disk_with_room_takes_the_model(run, folder, undisturbed, monk
         monkeypatch.setattr(tg.Path, "home", lambda: Path("/dev/shm"))
     code, out, errors = run()
     there = Path("/dev/shm") if place == "home" else folder.parent / "tmp"
-    (found,) = {Path(line.split(" written to ")[1].removesuffix(" instead")).parent for line in errors.splitlines()}
+    first, last = errors.splitlines()
+    found = Path(first.split(" written to ")[1].removesuffix(" instead")).parent
     try:
-        assert code == tg.EXIT_ELSEWHERE and found.parent == there and len(errors.splitlines()) == 2
+        assert code == tg.EXIT_ELSEWHERE and found.parent == there
+        assert (
+            last
+            == f"warning: logs/run is not complete; elsewhere are {found / 'model.pgolf'}, {found / 'summary.json'}"
+        )
         assert (found / "model.pgolf").read_bytes() == (undisturbed / "model.pgolf").read_bytes()
         assert {p.name for p in found.iterdir()} == {"model.pgolf", "summary.json"}
         assert not list(folder.parent.glob("*/run-rescued-*/*")) or place == "tmp"
@@ -292,55 +295,326 @@ def test_a_full_disk_at_the_start_is_refused(run, folder, monkeypatch):
 
 def test_an_artifact_over_the_limit_and_elsewhere(run, folder, monkeypatch):
     Faults(monkeypatch, errno.ENOSPC, "fsync", "model.pgolf", folder / "logs")
-    code, out, errors = run(ARTIFACT_LIMIT_BYTES=90_000, TARGET_BYTES=100_000, EMBED_BITS=16)
-    assert code in (1, tg.EXIT_ELSEWHERE)
-    assert "error: the artifact is " in out and str(rescued(folder)) in errors and code == tg.EXIT_ELSEWHERE
+    monkeypatch.setattr(tg, "shipped_code", lambda: (15_990_000, "counted by this test"))
+    code, out, errors = run(ARTIFACT_LIMIT_BYTES=16_000_000, TARGET_BYTES=17_000_000)
+    assert code == tg.EXIT_ELSEWHERE
+    assert "error: the artifact is " in out and str(rescued(folder) / "model.pgolf") in errors
+
+
+# A training whose disk has no room left from its first step on: argv[1] is where it is mounted.
+FULL = """
+import contextlib, os, sys
+sys.path.insert(0, sys.argv[2])
+import train_gpt as tg
+step = tg.Trainer.step
+
+def step_and_fill(trainer, *arguments):
+    if trainer.run.is_main:
+        with open(sys.argv[1] + "/rest", "wb", buffering=0) as rest, contextlib.suppress(OSError):
+            while rest.write(bytes(4096)):
+                pass
+    return step(trainer, *arguments)
+
+tg.Trainer.step = step_and_fill
+sys.exit(tg.main([], dict(os.environ)))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 96 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "none", place]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this user cannot mount a file system; the faults above take its place")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_is_really_full(data, tmp_path, undisturbed, ranks):
-    """A file system of 96 KiB where this process may mount one; else a limit on the size of files, in the same place."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "none", small]
-    mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    before = f"(__import__('pathlib').Path({str(small)!r}) / 'run' / 'log.txt')"
-    filler = tmp_path / "fill.py"
-    filler.write_text(
-        f"import runpy, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt as tg\n"
-        "step = tg.Trainer.step\n"
-        "def full(trainer, *arguments):\n"
-        "    if trainer.run.is_main:\n"
-        f"        {'fill()' if mounted else 'limit()'}\n"
-        "    return step(trainer, *arguments)\n"
-        "def limit():\n"
-        "    import resource\n"
-        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({before}.stat().st_size, resource.RLIM_INFINITY))\n"
-        "    real = tg.rescue_folders\n"
-        "    def free(run):\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "        yield from real(run)\n"
-        "    tg.rescue_folders = free\n"
-        "def fill():\n"
-        f"    with open({str(small / 'rest')!r}, 'wb', buffering=0) as file:\n"
-        "        try:\n"
-        "            while True:\n"
-        "                file.write(bytes(4096))\n"
-        "        except OSError:\n"
-        "            pass\n"
-        "tg.Trainer.step = full\n"
-        "sys.exit(tg.main(sys.argv[1:], dict(tg.os.environ)))\n"
-    )
+def test_a_disk_that_is_really_full(data, tmp_path, undisturbed, small_disk, ranks):
+    (tmp_path / "full.py").write_text(FULL)
+    values = dict(RUN, DATA_PATH=data, ARTIFACT_DIR=small_disk / "run")
+    done = fork(tmp_path / "full.py", values, small_disk, ROOT, ranks=ranks, cwd=tmp_path)
+    assert done.returncode == tg.EXIT_ELSEWHERE and "Traceback" not in done.stderr, done.stderr
+    place = rescued(tmp_path)
+    assert f"written to {place / 'model.pgolf'} instead" in done.stderr
+    assert ranks > 1 or (place / "model.pgolf").read_bytes() == (undisturbed / "model.pgolf").read_bytes()
+    assert json.loads((place / "summary.json").read_text())["val_bpb"] > 0
+    logs = [folder / "log.txt" for folder in (small_disk / "run", place)]  # the first may have had room for all
+    assert "".join(log.read_text() for log in logs if log.exists()) == done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ folders that vanish
+
+
+def removed(folder):
+    shutil.rmtree(folder)
+
+
+def replaced_by_a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("mine")
+
+
+def replaced_by_another_run(folder):
+    folder.rename(folder.with_name("moved"))
+    shutil.copytree(folder.with_name("moved"), folder)
+    (folder / "model.pgolf").write_text("another run's")
+
+
+@pytest.mark.parametrize("change", [removed, replaced_by_a_file, replaced_by_another_run])
+@pytest.mark.parametrize(
+    "owner, moment", [(tg.Trainer, "step"), (tg, "read_back"), (tg, "require_finite"), (tg, "summary_lines")]
+)
+def test_a_folder_that_vanishes_takes_nothing_with_it(run, folder, undisturbed, monkeypatch, change, owner, moment):
+    """In training, before the artifact is read back, after it was, and after the summary was written."""
+    real, done = getattr(owner, moment), []
+    place = folder / "logs" / "run"
+
+    def at_the_moment(*arguments, **options):
+        if not done and (moment == "step" or (place / "model.pgolf").exists()):
+            change(place)
+            done.append(snapshot(folder / "logs"))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, moment, at_the_moment)
+    code, out, errors = run()
+    assert done and code == tg.EXIT_ELSEWHERE, errors
+    assert snapshot(folder / "logs") == done[0]  # what is there now is someone else's, or nothing
+    model = rescued(folder) / "model.pgolf"
+    assert f"written to {model} instead" in errors and len(errors.splitlines()) <= 4, errors
+    assert errors.splitlines()[-1].startswith("warning: logs/run is not complete; elsewhere are ")
+    assert all(str(path) in errors.splitlines()[-1] for path in model.parent.iterdir())
+    assert model.read_bytes() == (undisturbed / "model.pgolf").read_bytes()
+    assert (model.parent / "log.txt").read_text().splitlines()[-1] == out.splitlines()[-1]
+    expected = json.loads((undisturbed / "summary.json").read_text())["val_bpb"]
+    assert f"{expected:.4f} quantized, packed, read back" in out
+
+
+def test_an_artifact_that_cannot_be_read_back_is_written_elsewhere(run, folder, undisturbed, monkeypatch):
+    real = tg.Path.read_bytes
+
+    def read_bytes(path):
+        if path == Path("logs/run/model.pgolf"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(tg.Path, "read_bytes", read_bytes)
+    code, out, errors = run()
+    assert code == tg.EXIT_ELSEWHERE and "cannot be read: Input/output error" in errors
+    assert (rescued(folder) / "model.pgolf").read_bytes() == (undisturbed / "model.pgolf").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- one at a time
+
+RACE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import train_gpt as tg
+begin, go = os.pipe()
+children = []
+for _ in range(4):
+    child = os.fork()
+    if not child:
+        os.close(go)
+        os.read(begin, 1)  # until the parent has closed its end, for all alike
+        os._exit(tg.main([], dict(os.environ)))
+    children.append(child)
+os.close(go)
+print("codes", *sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def test_of_runs_begun_at_once_one_goes_on(data, tmp_path):
+    (tmp_path / "race.py").write_text(RACE)
+    done = fork(tmp_path / "race.py", dict(RUN, DATA_PATH=data, ITERATIONS=20), ROOT, cwd=tmp_path)
+    assert "codes 0 2 2 2" in done.stdout, done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == 3 and all(line.startswith("error: RUN_ID=logs/run: ") for line in errors)
+    assert {p.name for p in (tmp_path / "logs" / "run").iterdir()} == FILES
+    log = (tmp_path / "logs" / "run" / "log.txt").read_text()
+    assert log.count("step:20/20") == 1 == log.count("peak memory")
+
+
+@pytest.mark.parametrize("mode, name", [("all", "run.lock"), ("eval", "eval_run.lock")])
+def test_a_folder_in_use_is_refused(run, folder, undisturbed, mode, name):
+    shutil.copytree(undisturbed, folder / "logs" / "run")
+    before = snapshot(folder)
+    lock = tg.FolderLock(folder / "logs" / "run" / name)
+    code, out, errors = run(MODE=mode)
+    assert code == 2 and out == ""
+    assert errors == f"error: RUN_ID=logs/run: another run writes there now, process {os.getpid()}\n"
+    lock.release()
+    assert snapshot(folder) == before
+    if mode == "eval":
+        assert run(MODE=mode)[0] == 0
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        lock = tg.FolderLock(tmp_path / "run.lock")
+        os.write(writer, b"%d" % lock.file.fileno())
+        signal.pause()
+    assert os.read(reader, 1)
+    with pytest.raises(BlockingIOError) as refused:
+        tg.FolderLock(tmp_path / "run.lock")
+    assert refused.value.strerror == str(child)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "run.lock").exists()
+    tg.FolderLock(tmp_path / "run.lock").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_has_one_holder_while_others_end(tmp_path):
+    """Processes that take the lock and give it back all the time: never two inside at once."""
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if not child:
+            os._exit(compete(tmp_path))
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * 4
+
+
+def compete(folder):
+    """Takes the lock 200 times. Returns 1 where another process had it too."""
+    taken = 0
+    while taken < 200:
+        try:
+            lock = tg.FolderLock(folder / "run.lock")
+        except BlockingIOError:
+            continue
+        try:
+            os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return 1
+        os.unlink(folder / "inside")
+        lock.release()
+        taken += 1
+    return 0
+
+
+def test_a_lock_is_not_inherited(tmp_path):
+    lock = tg.FolderLock(tmp_path / "run.lock")
+    child = subprocess.Popen(["sleep", "1800"], close_fds=False)
+    lock.file.close()
     try:
-        done = fork(filler, dict(RUN, DATA_PATH=data, ARTIFACT_DIR=small / "run"), ranks=ranks, cwd=tmp_path)
+        tg.FolderLock(tmp_path / "run.lock").release()
     finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", small], check=True)
-    found = rescued(tmp_path)
-    assert done.returncode == tg.EXIT_ELSEWHERE and len(warnings_of(done.stderr)) <= 6, done.stderr
-    assert "Traceback" not in done.stderr
-    if ranks == 1:
-        assert (found / "model.pgolf").read_bytes() == (undisturbed / "model.pgolf").read_bytes()
-    assert str(found / "model.pgolf") in done.stderr and "val_bpb" in done.stdout
-    if mounted:
-        assert json.loads((found / "summary.json").read_text())["val_bpb"] > 0
+        child.kill()
+        child.wait()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(run, folder, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    code, out, errors = run()
+    assert code == 0 and {p.name for p in (folder / "logs" / "run").iterdir()} == FILES
+    (line,) = errors.splitlines()
+    assert line.startswith("warning: logs/run is on a file system without locks")
+
+
+def test_a_strangers_folder_cannot_have_other_files_written(run, folder, undisturbed):
+    place, mine = folder / "logs" / "run", folder / "mine"
+    shutil.copytree(undisturbed, place)
+    mine.write_text("mine")
+    (place / "eval_run.lock").symlink_to(mine)
+    code, out, errors = run(MODE="eval")
+    assert code == 2 and "must be a folder that can be written to" in errors
+    (place / "eval_run.lock").unlink()
+    (place / "eval_log.txt").symlink_to(mine)
+    os.mkfifo(place / "eval_metrics.jsonl")
+    code, out, errors = run(MODE="eval")
+    assert code == tg.EXIT_ELSEWHERE and (rescued(folder) / "eval_log.txt").read_text() == out
+    assert mine.read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+# Runs a script as Python does, in a process that was forked: argv[1] is done first.
+PREPARED = """
+import runpy, sys
+prepare, script = sys.argv[1:3]
+sys.argv = sys.argv[2:]
+exec(prepare)
+runpy.run_path(script, run_name="__main__")
+"""
+CLOSED_PIPE = "import os; ends = os.pipe(); os.dup2(ends[1], {0}); os.close(ends[0])"
+STREAMS = {
+    "a closed pipe": CLOSED_PIPE.format(1),
+    "two closed pipes": CLOSED_PIPE.format(1) + "; " + CLOSED_PIPE.format(2),
+    "a full disk": "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+    "not for writing": "import os; os.dup2(os.open('/dev/null', os.O_RDONLY), 1)",
+    "closed": "import os; os.close(1); sys.stdout = None",
+    "all closed": "import os; [os.close(number) for number in range(3)]; sys.stdout = sys.stderr = None",
+    "closed by Python": "sys.stdout.close()",
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_run_needs_no_standard_output(data, tmp_path, undisturbed, kind):
+    (tmp_path / "prepared.py").write_text(PREPARED)
+    values = dict(RUN, DATA_PATH=data)
+    done = fork(tmp_path / "prepared.py", values, STREAMS[kind], SCRIPT, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    silent = kind in ("closed", "all closed", "two closed pipes")
+    assert done.stderr == "" if silent else done.stderr.count("\n") == 1 and "log.txt has every line" in done.stderr
+    folder = tmp_path / "logs" / "run"
+    assert {p.name for p in folder.iterdir()} == FILES
+    for name in ("model.pgolf", *SCORES):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+    logs = [(place / "log.txt").read_text().splitlines() for place in (folder, undisturbed)]
+    assert len(logs[0]) == len(logs[1]) and logs[0][-1].startswith("peak memory")
+
+
+def test_letters_that_standard_output_lacks_are_escaped(data, tmp_path):
+    name = "läufer \udcff"  # the second one is what Python makes of a byte that is not UTF-8
+    (tmp_path / "prepared.py").write_text(PREPARED)
+    prepare = "import os; os.environ['RUN_ID'] = 'läufer \\udcff'; sys.stdout.reconfigure(encoding='ascii')"
+    done = fork(tmp_path / "prepared.py", dict(RUN, DATA_PATH=data), prepare, SCRIPT, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nlogs/l\\xe4ufer \\udcff  " in done.stdout
+    log = (tmp_path / "logs" / name / "log.txt").read_text()
+    assert "\nlogs/läufer \\udcff  " in log and len(log.splitlines()) == len(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "shell, code, out, errors",
+    [
+        ("--help | head -n 1", 0, 1, 0),
+        ("--help > /dev/full", 3, 0, 1),
+        ("--no-such-option 2>&-", 2, 1, 0),
+    ],
+)
+def test_what_python_says_as_it_ends(shell, code, out, errors, tmp_path):
+    """A process of its own, with the interpreter's last flush: no complaint, and no exit code 120."""
+    command = f"{sys.executable} {SCRIPT} {shell.partition(' | ')[0]}"
+    if "|" in shell:
+        command = f"({command}; echo $? > code) | {shell.partition(' | ')[2]}; exit $(cat code)"
+    done = run_command(["bash", "-c", command], env=clean_environment({}), cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert (len(done.stdout.splitlines()), len(done.stderr.splitlines())) == (out, errors), done.stderr
+
+
+@pytest.mark.parametrize("kind, code", [("a closed pipe", 0), ("closed", 0), ("all closed", 0), ("a full disk", 3)])
+def test_a_plan_needs_no_standard_output(tmp_path, kind, code):
+    (tmp_path / "prepared.py").write_text(PREPARED)
+    done = fork(tmp_path / "prepared.py", RUN, STREAMS[kind], SCRIPT, "--dry-run", cwd=tmp_path)
+    errors = "error: standard output cannot be written ([Errno 28] No space left on device)\n" if code else ""
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", errors)
+
+
+def test_the_exit_codes_are_documented(capfd):
+    assert tg.main(["--help"], {}) == 0
+    text = capfd.readouterr().out
+    page = (ROOT / "README.md").read_text()
+    for code, meaning in tg.EXIT_CODES.items():
+        assert f"{code:3}  {meaning}\n" in text and f"| {code} | {meaning} |" in page

@@ -1602,7 +1602,7 @@ def say(text: str, stream: TextIO | None) -> Exception | None:
     """Prints a line; what the stream's encoding lacks is escaped. Returns the error of a failure, and raises none."""
     if stream is None:  # the process was started without it
         return None
-    encoding = getattr(stream, "encoding", None) or "utf-8"
+    encoding = stream.encoding or "utf-8"
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()

@@ -586,6 +586,9 @@ def test_letters_that_standard_output_lacks_are_escaped(data, tmp_path):
     assert "\nlogs/läufer \\udcff  " in log and len(log.splitlines()) == len(done.stdout.splitlines())
 
 
+BUFFERED = dict(PYTHONUNBUFFERED="")  # else nothing is left for the last flush
+
+
 @pytest.mark.parametrize(
     "shell, code, out, errors",
     [
@@ -599,7 +602,7 @@ def test_what_python_says_as_it_ends(shell, code, out, errors, tmp_path):
     command = f"{sys.executable} {SCRIPT} {shell.partition(' | ')[0]}"
     if "|" in shell:
         command = f"({command}; echo $? > code) | {shell.partition(' | ')[2]}; exit $(cat code)"
-    done = run_command(["bash", "-c", command], env=clean_environment({}), cwd=tmp_path)
+    done = run_command(["bash", "-c", command], env=clean_environment(BUFFERED), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert (len(done.stdout.splitlines()), len(done.stderr.splitlines())) == (out, errors), done.stderr
 
@@ -613,6 +616,16 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     )
     done = fork(tmp_path / "prepared.py", RUN, STREAMS["all closed"], SCRIPT, "--help", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "streams").read_text() == " ".join(["/dev/null"] * 3)
+
+
+def test_what_others_have_printed_is_no_fault_of_the_run(tmp_path):
+    """A library's line that is still in the buffer as the interpreter ends."""
+    code = (
+        "import runpy, sys; print('a line'); sys.argv[1:] = ['--no']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = f'{sys.executable} -c "import sys; sys.argv[0] = {str(SCRIPT)!r}; {code}" > /dev/full'
+    done = run_command(["bash", "-c", command], env=clean_environment(BUFFERED), cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("kind, code", [("a closed pipe", 0), ("closed", 0), ("all closed", 0), ("a full disk", 3)])

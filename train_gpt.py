@@ -28,6 +28,10 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # On GPUs test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # The next file that is opened would get the number of a closed standard stream, and the messages with it.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(spare, True)
+    os.close(spare)
 
 import contextlib
 import copy
@@ -35,6 +39,8 @@ import dataclasses
 import datetime
 import difflib
 import enum
+import errno
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -48,6 +54,7 @@ import platform
 import re
 import resource
 import shutil
+import stat
 import struct
 import tempfile
 import threading
@@ -58,7 +65,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 import numpy as np
 import torch
@@ -1559,11 +1566,25 @@ def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[
     return options, environment
 
 
+EXIT_ELSEWHERE = 3
+EXIT_CODES = {
+    0: "the run did what it was asked",
+    1: "the artifact is over its limit; or an error in the program, with its traceback",
+    2: "a setting, the data or the folder must be mended; one line names it",
+    EXIT_ELSEWHERE: "the run ended, but could not write everything where it belongs; stderr names what is where",
+    4: "another rank died or hung",
+    130: "interrupted",
+}
+
+
 def help_text() -> str:
     """The table of knobs, generated from Config and PRESETS."""
     lines = [
         "usage: [KNOB=value ...] python train_gpt.py [--mode all|train|eval] [--dry-run] [--help]",
         "       [KNOB=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py",
+        "",
+        "Exit codes:",
+        *(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()),
         "",
         "Every knob is an environment variable: its type and default, then each preset that differs.",
     ]
@@ -1587,6 +1608,48 @@ def help_text() -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
+RUN_FILES = {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE, "checkpoint"}  # of a run that was begun
+LOCK_FILE = "run.lock"  # empty but for the process number; it is there as long as the run
+LINES_LIMIT = 2**22  # bytes of a log that wait in memory while it cannot be written
+RESCUE_SECONDS = 600.0  # in which the model is tried again where no folder takes it; ranks wait for 20 minutes
+
+
+def say(text: str, stream: TextIO | None) -> Exception | None:
+    """Prints a line; what the stream's encoding lacks is escaped. Returns the error of a failure, and raises none."""
+    if stream is None:  # the process was started without it
+        return None
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except (OSError, ValueError) as error:  # a closed pipe, a full disk; a stream that was closed
+        return error
+    return None
+
+
+def complain(text: str) -> None:
+    """Prints a line on stderr, or on stdout where stderr cannot be written."""
+    if sys.stderr is None or say(text, sys.stderr):
+        say(text, sys.stdout)
+
+
+def show(text: str) -> int:
+    """Prints what was asked for. Returns the exit code; `| head` closes the pipe when it has read enough."""
+    error = say(text, sys.stdout)
+    if error is None or isinstance(error, BrokenPipeError):
+        return 0
+    complain(f"error: standard output cannot be written ({error})")
+    return EXIT_ELSEWHERE
+
+
+def settle_output() -> None:
+    """Drops what standard output and error cannot write, about which the interpreter would complain as it ends."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 @contextlib.contextmanager
@@ -1605,7 +1668,8 @@ def written_aside(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.unlink(name)
         raise
 
 
@@ -1613,6 +1677,88 @@ def write_atomic(path: Path, content: bytes | str, durable: bool = True) -> None
     """Writes a file aside, then renames it."""
     with written_aside(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+class FolderLock:
+    """An exclusive lock on a file of a run's folder. The system releases it when the process ends, however that ends.
+
+    Errors: BlockingIOError where another process holds it, with its number as the text; OSError.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.supported = True  # by the file system
+        for _ in range(100):
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "rb+")
+            if not stat.S_ISREG(os.fstat(self.file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, f"{path.name} there is not a plain file")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = self.file.read(20).strip()
+                raise BlockingIOError(error.errno, holder.decode() if holder.isdigit() else "unknown") from None
+            except OSError:
+                self.supported = False
+            # A holder removes the file as it ends. Who had opened it before then locks a file without a name, while
+            # another process makes a new one of this name and locks that.
+            if self.holds():
+                break
+            self.file.close()
+        else:
+            raise OSError(errno.ESTALE, f"{path.name} there is replaced all the time")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), f"{os.getpid()}\n".encode())
+
+    def holds(self) -> bool:
+        """Whether the locked file is still the one in the folder."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path, follow_symlinks=False))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Removes the file while it is locked, and unlocks it."""
+        with contextlib.suppress(OSError):
+            if self.holds():
+                os.unlink(self.path)
+        self.file.close()
+
+
+class LineFile:
+    """Adds lines to a file. Those that cannot be written wait in memory for the next try, up to LINES_LIMIT bytes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting = bytearray()
+        self.dropped = 0  # lines that found no room
+        self.lock = threading.RLock()
+
+    def add(self, line: str) -> None:
+        """Adds a line to those that wait."""
+        data = line.encode(errors="backslashreplace") + b"\n"
+        with self.lock:
+            if len(self.waiting) + len(data) > LINES_LIMIT:
+                self.dropped += 1
+            else:
+                self.waiting += data
+
+    def flush(self) -> None:
+        """Writes the lines that wait. Errors: OSError; what was not written still waits."""
+        # A link or a FIFO of this name in a stranger's folder must be neither followed nor waited for.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        with self.lock:
+            handle, written = os.open(self.path, flags, 0o644), 0
+            try:
+                while written < len(self.waiting):
+                    written += os.write(handle, self.waiting[written:])
+            except OSError:
+                del self.waiting[:written]
+                with contextlib.suppress(OSError):
+                    os.close(handle)
+                raise
+            os.close(handle)  # a network's file system may report only here that it is full
+            self.waiting.clear()
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -1663,6 +1809,13 @@ class Run:
     device: torch.device
     folder: Path | None = None
     prefix: str = ""  # of the names of files: MODE=eval leaves the training's files alone
+    lock: FolderLock | None = None  # of the folder, on rank 0
+    lines: dict[str, LineFile] = field(default_factory=dict)  # by the file's name
+    kept: dict[str, bytes] = field(default_factory=dict)  # what `finish` writes again where it has vanished
+    elsewhere: dict[str, Path] = field(default_factory=dict)  # files that could not be in the folder
+    rescue: Path | None = None  # the folder that has them
+    lost: set[str] = field(default_factory=set)  # files that could not be written anywhere
+    warned: set[str] = field(default_factory=set)  # what a warning was given of, once
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     control: Any = None  # a gloo group for values on the host: broadcasting them never waits for a GPU's queue
     step_end: torch.cuda.Event | None = None  # of the last step that was queued
@@ -1684,7 +1837,8 @@ class Run:
     def log(self, text: str) -> None:
         """Writes a line to stdout and log.txt, on rank 0."""
         if self.is_main:
-            print(text, flush=True)
+            if say(text, sys.stdout):
+                self.warn("standard output cannot be written; the run goes on, and log.txt has every line")
             self.append("log.txt", text)
 
     def metric(self, **values: Any) -> None:
@@ -1722,8 +1876,8 @@ class Run:
             idle_seconds=self.idle_seconds,
         )
 
-    def close(self) -> None:
-        """Ends the threads of checkpoints, which stay for the next attempt."""
+    def end_checkpoints(self) -> None:
+        """Ends the threads of checkpoints. The files stay for the next attempt."""
         if self.checkpoints:
             self.checkpoints.flush()
             self.checkpoints.pool.shutdown()
@@ -1731,16 +1885,99 @@ class Run:
             self.journal.close()
 
     def path(self, name: str) -> Path:
-        """A file of the run's folder."""
+        """A file of the run: in its folder, or where it had to be written."""
         if self.folder is None:
             raise RuntimeError("the run has no folder yet")
-        return self.folder / name
+        return self.elsewhere.get(name, self.folder / name)
 
     def append(self, name: str, line: str) -> None:
-        """Appends a line to a file in the run's folder, if there is one yet."""
+        """Appends a line to a file in the run's folder, if there is one yet. Where that fails, the line waits."""
         if self.folder:
-            with open(self.folder / (self.prefix + name), "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            name = self.prefix + name
+            file = self.lines.setdefault(name, LineFile(self.folder / name))
+            file.add(line)
+            self.flush(name, file)
+
+    def flush(self, name: str, file: LineFile) -> OSError | None:
+        """Writes the lines of a file that wait. Returns the error of a failure, about which the first line warns."""
+        try:
+            self.check_folder(name)
+            file.flush()
+        except OSError as error:
+            if "lines" not in self.warned:
+                self.warned.add("lines")
+                self.warn(f"{file.path} cannot be written ({error.strerror}); the run goes on and tries again later")
+            return error
+        return None
+
+    def warn(self, text: str) -> None:
+        """A warning on stderr; each text once."""
+        if text not in self.warned:
+            self.warned.add(text)
+            complain(f"warning: {text}")
+
+    def check_folder(self, name: str) -> None:
+        """Raises an OSError where the folder, to which a file belongs, is no longer the one that this run locked.
+
+        It was removed or replaced, and may be another run's.
+        """
+        if name not in self.elsewhere and self.lock and not self.lock.holds():
+            raise OSError(errno.ESTALE, "the folder was removed or replaced while the run went on")
+
+    def save(self, name: str, content: bytes | str, patience: float = 0.0) -> Path | None:
+        """Writes a file of the run whole, in its folder or, where that fails, in another one, which stderr names.
+
+        Returns its path, or None where no folder takes it, after this many seconds of trying again.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.check_folder(name)
+                write_atomic(self.path(name), content)
+                self.lost.discard(name)
+                return self.path(name)
+            except OSError as error:
+                path = keep_elsewhere(self, name, content, error)
+            if path or time.monotonic() >= deadline:
+                return path
+            time.sleep(min(5.0, patience / 20))
+
+    def restore(self) -> None:
+        """Writes files that this run has kept in memory again, elsewhere, where they or the folder have vanished."""
+        for name, content in self.kept.items():
+            try:
+                self.check_folder(name)
+                os.stat(self.path(name))
+            except OSError as error:
+                keep_elsewhere(self, name, content, error)
+
+    def finish(self) -> bool:
+        """Whether rank 0's files are all in the folder. What has vanished or waits in memory is written elsewhere."""
+        if not self.folder:
+            return True
+        self.restore()
+        for name, file in self.lines.items():
+            error = self.flush(name, file) if file.waiting else None
+            path = keep_elsewhere(self, name, bytes(file.waiting), error) if error else None
+            if path:
+                file.path = path
+                file.waiting.clear()
+            missing = file.dropped + file.waiting.count(b"\n")
+            if missing:
+                self.warn(f"{missing} lines of {file.path} are missing")
+                self.lost.add(name)
+        if len(self.elsewhere) > 1:
+            places = ", ".join(str(path) for path in self.elsewhere.values())
+            self.warn(f"{self.folder} is not complete; elsewhere are {places}")
+        return not self.elsewhere and not self.lost
+
+    def close(self) -> None:
+        """Ends the writing and unlocks the folder."""
+        self.end_checkpoints()
+        self.finish()
+        if self.lock:
+            self.lock.release()
+            self.lock = None
 
     def broadcast(self, value: float) -> float:
         """Returns rank 0's number on every rank."""
@@ -1831,6 +2068,49 @@ class Run:
         return time.perf_counter() - begin
 
 
+def keep_elsewhere(run: Run, name: str, content: bytes | str, error: OSError) -> Path | None:
+    """Writes a file that cannot be in the run's folder into another one, which stderr names.
+
+    Returns its path, which `Run.path` also gives from now on; None where no folder takes it.
+    """
+    problem = f"{run.path(name)} cannot be written ({error.strerror})"
+    for folder in rescue_folders(run):
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+        except OSError:
+            for empty in (path.parent, folder):
+                with contextlib.suppress(OSError):
+                    empty.rmdir()  # fails where there is something in it
+            continue
+        if folder != run.rescue or name == CONTAINER_FILE:  # `Run.finish` names all of them
+            run.warn(f"{problem}: written to {path} instead")
+        run.rescue = folder
+        run.elsewhere[name] = path
+        run.lost.discard(name)
+        return path
+    run.lost.add(name)
+    run.warn(f"{problem}, nor anywhere else")
+    return None
+
+
+def rescue_folders(run: Run) -> Iterator[Path]:
+    """Folders for what the run's own one cannot take: the one that was used before, then new ones on other disks.
+
+    Shared memory is the last: it works where every disk is full, and loses what it holds with the next start.
+    """
+    if run.rescue:
+        yield run.rescue
+    name = (run.folder.absolute().name if run.folder else "")[:100] or "run"
+    for place in (Path.cwd, tempfile.gettempdir, Path.home, lambda: "/dev/shm"):
+        try:
+            folder = tempfile.mkdtemp(prefix=f"{name}-rescued-", dir=place())  # a new name: nobody waits there
+        except (OSError, RuntimeError):  # RuntimeError: a user without a home
+            continue
+        yield Path(folder)
+
+
 class Stage:
     """Context manager that adds the seconds of a stage to `Run.seconds`."""
 
@@ -1895,24 +2175,24 @@ def open_folder(run: Run, config: Config) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
     folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.broadcast_object(folder_problem(folder, config) if run.is_main else None)
+    problem = run.broadcast_object(folder_problem(run, folder, config) if run.is_main else None)
     if problem:
         raise ConfigError(*problem)
-    run.folder, run.prefix = folder, "eval_" if config.mode == "eval" else ""
-    if run.is_main:
-        goes_on = cut_off(folder, config) and not setting_that_differs(folder, config)
-        write_atomic(folder / (run.prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
-        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
-        (folder / (run.prefix + SUMMARY_FILE)).unlink(missing_ok=True)
-        if not goes_on:
-            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)
+    run.folder, run.prefix = folder, file_prefix(config)
+    if run.lock and not run.lock.supported:
+        run.warn(f"{folder} is on a file system without locks: nothing keeps a second run from writing there too")
     if config.checkpoint_every_seconds:
         start_checkpoints(run, config)
 
 
+def file_prefix(config: Config) -> str:
+    """What the names of a run's files begin with: an evaluation leaves the training's files alone."""
+    return "eval_" if config.mode == "eval" else ""
+
+
 def checkpoint_folder(folder: Path, config: Config) -> Path:
     """Where a run in this folder has its checkpoints."""
-    return folder / ("eval_checkpoint" if config.mode == "eval" else "checkpoint")
+    return folder / (file_prefix(config) + "checkpoint")
 
 
 def start_checkpoints(run: Run, config: Config) -> None:
@@ -1930,7 +2210,7 @@ def start_checkpoints(run: Run, config: Config) -> None:
 
     run.on_main(start_journal)
     run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
-    run.checkpoints = Checkpoints(folder, config.checkpoint_every_seconds, run.log)
+    run.checkpoints = Checkpoints(folder, config.checkpoint_every_seconds, run.warn)
 
 
 def checkpoints_at(path: Path) -> list[Path]:
@@ -1958,17 +2238,16 @@ def resume_problem(config: Config) -> str:
 
 def cut_off(folder: Path, config: Config) -> bool:
     """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
-    prefix = "eval_" if config.mode == "eval" else ""
     begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
     wanted = config.resume != "0" and config.checkpoint_every_seconds > 0
-    return wanted and begun and not (folder / (prefix + SUMMARY_FILE)).exists()
+    return wanted and begun and not (folder / (file_prefix(config) + SUMMARY_FILE)).exists()
 
 
 def setting_that_differs(folder: Path, config: Config) -> str:
     """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
-    prefix = "eval_" if config.mode == "eval" else ""
     try:
-        before = json_object(json.loads((folder / (prefix + "config.json")).read_text()), "config.json")
+        text = (folder / (file_prefix(config) + "config.json")).read_text()
+        before = json_object(json.loads(text), "config.json")
     except (OSError, ValueError, RecursionError):
         return "its config.json cannot be read"
     for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
@@ -1977,9 +2256,12 @@ def setting_that_differs(folder: Path, config: Config) -> str:
     return ""
 
 
-def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
-    """Creates the folder. Returns the arguments of a ConfigError where it cannot be used, else None."""
-    name = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID"
+def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, str] | None:
+    """Creates the folder, locks it and writes config.json; for rank 0.
+
+    Returns the arguments of a ConfigError where the folder cannot be used, else None.
+    """
+    name, prefix = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID", file_prefix(config)
     problem = resume_problem(config)
     if problem:
         return "RESUME", config.resume, problem
@@ -1992,18 +2274,24 @@ def folder_problem(folder: Path, config: Config) -> tuple[str, str, str] | None:
         return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        taken = sorted(p.name for p in folder.iterdir())
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
-    if config.mode != "eval" and {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE, "checkpoint"} & set(taken):
-        if not cut_off(folder, config):
+        run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
+        taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
+        goes_on = cut_off(folder, config)
+        differs = setting_that_differs(folder, config) if goes_on else ""
+        if taken and not goes_on:
             return name, str(folder), "already holds a run, which is never overwritten; choose another name"
-        differs = setting_that_differs(folder, config)
-        if differs:
+        if taken and differs:
             advice = "give its settings again to go on with it, or choose another name"
             return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
+        if differs or not goes_on:
+            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
+        write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
+        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
+        (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
+    except BlockingIOError as error:
+        return name, str(folder), f"another run writes there now, process {error.strerror}"
+    except OSError as error:
+        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
     return None
 
 
@@ -2127,8 +2415,8 @@ class Snapshot:
 class Checkpoints:
     """Files that a run goes on from. A thread writes them; a step waits only for the copy of its tensors."""
 
-    def __init__(self, folder: Path, every: float, log: Callable[[str], None]):
-        self.folder, self.every, self.log = folder, every, log
+    def __init__(self, folder: Path, every: float, warn: Callable[[str], None]):
+        self.folder, self.every, self.warn = folder, every, warn
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: list[Future] = []
 
@@ -2152,7 +2440,7 @@ class Checkpoints:
             for path in stale():
                 path.unlink(missing_ok=True)
         except OSError as error:
-            self.log(f"warning: checkpoint {self.folder / name} cannot be written ({error.strerror}); the run goes on")
+            self.warn(f"checkpoints in {self.folder} cannot be written ({error.strerror}); the run goes on without")
 
     def flush(self) -> None:
         """Waits until all checkpoints are on the disk."""
@@ -2190,6 +2478,7 @@ class Journal:
             run.idle_seconds = left["idle_seconds"] + max(0.0, time.time() - left["alive"])
             run.resumed_at, run.resumed_from = left["resumed_at"], left["resumed_from"]
             run.results = json_object(left["results"], "results")
+            run.elsewhere = {name: Path(path) for name, path in left["elsewhere"].items() if Path(path).exists()}
             self.train_seconds = left["train_seconds"]
             for stage, seconds in left["seconds"].items():
                 run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
@@ -2215,6 +2504,7 @@ class Journal:
             resumed_at=run.resumed_at,
             resumed_from=run.resumed_from,
             train_seconds=self.train_seconds,
+            elsewhere={name: str(path) for name, path in run.elsewhere.items()},
             seconds=run.seconds_so_far(),
             results=run.results,
             alive=time.time(),
@@ -9086,7 +9376,7 @@ class ScoreLedger:
         if self.run.is_main:
             file = io.BytesIO()
             np.save(file, scores.numpy())
-            write_atomic(self.run.path(f"{self.run.prefix}scores_{stage}.npy"), file.getvalue())
+            self.run.save(f"{self.run.prefix}scores_{stage}.npy", file.getvalue())
 
 
 class StageFile(NamedTuple):
@@ -10117,7 +10407,9 @@ def save_artifact(
             check_stored(q)
         except ValueError as error:
             raise diverged(config, f"the quantized weights {name!r} cannot be stored: {error}") from None
-    write_atomic(run.path(CONTAINER_FILE), data)
+    if not run.save(CONTAINER_FILE, data, RESCUE_SECONDS):
+        raise ConfigError(CONTAINER_FILE, "", "could not be written anywhere, and is lost")
+    run.kept[CONTAINER_FILE] = data
     sections = size_table(data, stored, weights, trained.calibration.hessians)
     for line in format_table(sections):
         run.log(line)
@@ -10150,6 +10442,18 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
     )
 
 
+def read_back(run: Run) -> bytes:
+    """The bytes of the run's artifact from its file; one of this run's that cannot be read is written anew."""
+    run.restore()
+    try:
+        return read_artifact(run.path(CONTAINER_FILE))
+    except ArtifactError as error:
+        data = run.kept.get(CONTAINER_FILE)
+        if data is None or not keep_elsewhere(run, CONTAINER_FILE, data, OSError(errno.EIO, str(error))):
+            raise
+        return read_artifact(run.path(CONTAINER_FILE))
+
+
 def evaluate_artifact(
     config: Config, explicit: set[str], run: Run, evaluator: Evaluator | None, compiled: bool
 ) -> dict[str, Any]:
@@ -10158,7 +10462,7 @@ def evaluate_artifact(
     `compiled`: this process has compiled what the evaluation needs, as a training does.
     """
     with Stage(run, "unpack"):
-        data = run.broadcast_object(run.on_main(lambda: read_artifact(run.path(CONTAINER_FILE))))
+        data = run.broadcast_object(run.on_main(lambda: read_back(run)))
         run.artifact_sha256 = hashlib.sha256(data).hexdigest()
         model, config = load_artifact(data, config, explicit, run.device)
     if evaluator is None:
@@ -10232,7 +10536,11 @@ def save_compile_cache(config: Config, run: Run) -> None:
     """With COMPILE_CACHE, writes what this process compiled, or read from such a file."""
     saved = torch.compiler.save_cache_artifacts() if config.compile_cache and run.is_main else None
     if saved is not None:
-        write_atomic(run.path(COMPILE_CACHE_FILE), saved[0])
+        try:
+            write_atomic(run.path(COMPILE_CACHE_FILE), saved[0])
+        except OSError as error:  # the next run compiles again
+            run.log(f"warning: the compile cache was not written: {error.strerror}")
+            return
         run.log(f"compile cache: {sum(map(len, saved[1].artifacts.values()))} entries, {len(saved[0])} bytes written")
 
 
@@ -10326,7 +10634,7 @@ def dry_run(config: Config, world: int) -> str:
 
 
 def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> int:
-    """All stages of the mode. Returns the exit code: 1 where the artifact is over its limit."""
+    """All stages of the mode. Returns the exit code: 1 for an artifact over its limit, or EXIT_ELSEWHERE."""
     loader = evaluator = None
     if config.mode != "eval":
         numbers = parameter_count(config)
@@ -10363,14 +10671,18 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         with_compilation = spent + run.seconds.get("compile", 0.0)
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
-        write_atomic(run.path(run.prefix + SUMMARY_FILE), to_json(summary, indent=1) + "\n")
-        run.close()
-        shutil.rmtree(checkpoint_folder(run.path(""), config), ignore_errors=True)
+        run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
+        if not run.elsewhere and not run.lost:
+            run.end_checkpoints()
+            shutil.rmtree(checkpoint_folder(run.path(""), config), ignore_errors=True)
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:
         run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
+    whole = run.broadcast(float(run.finish()))
+    if not whole:
+        return EXIT_ELSEWHERE
     return 1 if over > 0 else 0
 
 
@@ -10390,14 +10702,13 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
     try:
         options, environment = parse_arguments(arguments, environment)
         if "--help" in options:
-            print(help_text())
-            return 0
+            return show(help_text())
         config, explicit, notes = config_from_env(environment, torch.cuda.is_available())
         if "--dry-run" in options:
             plan = dry_run(config, rank_variable(environment, "WORLD_SIZE", 1))
-            print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
-            print(plan)
-            return 0
+            for note in notes:
+                say(note, sys.stderr)
+            return show(plan)
         refuse_silent_cpu(config, explicit, environment)
         run = start_run(config, environment)
         try:
@@ -10410,12 +10721,15 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
                 dist.destroy_process_group()
     except ConfigError as error:
         if environment.get("RANK", "0") in ("0", "") or not environment["RANK"].isdecimal():
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], dict(os.environ)))
+    try:
+        sys.exit(main(sys.argv[1:], dict(os.environ)))
+    finally:
+        settle_output()

@@ -122,8 +122,9 @@ def test_a_folder_with_other_files_may_be_used(tmp_path):
     run = single_run()
     tg.open_folder(run, config(ARTIFACT_DIR=tmp_path))
     assert run.folder == tmp_path and (tmp_path / "notes.txt").read_text() == "mine"
+    run.close()
     with pytest.raises(tg.ConfigError, match="already holds a run"):
-        tg.open_folder(single_run(), config(ARTIFACT_DIR=tmp_path))
+        tg.open_folder(single_run(), config(ARTIFACT_DIR=tmp_path, RESUME=0))
 
 
 def test_errors_name_what_stands_where():

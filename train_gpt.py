@@ -1884,6 +1884,13 @@ class Run:
         if self.journal:
             self.journal.close()
 
+    def remove_checkpoints(self, config: Config) -> None:
+        """Removes what a run that has ended does not need any more."""
+        self.end_checkpoints()
+        with contextlib.suppress(OSError):
+            self.check_folder("checkpoint")
+            shutil.rmtree(checkpoint_folder(self.path(""), config))
+
     def path(self, name: str) -> Path:
         """A file of the run: in its folder, or where it had to be written."""
         if self.folder is None:
@@ -2210,7 +2217,7 @@ def start_checkpoints(run: Run, config: Config) -> None:
 
     run.on_main(start_journal)
     run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
-    run.checkpoints = Checkpoints(folder, config.checkpoint_every_seconds, run.warn)
+    run.checkpoints = Checkpoints(run, folder, config.checkpoint_every_seconds)
 
 
 def checkpoints_at(path: Path) -> list[Path]:
@@ -2415,8 +2422,9 @@ class Snapshot:
 class Checkpoints:
     """Files that a run goes on from. A thread writes them; a step waits only for the copy of its tensors."""
 
-    def __init__(self, folder: Path, every: float, warn: Callable[[str], None]):
-        self.folder, self.every, self.warn = folder, every, warn
+    def __init__(self, run: Run, folder: Path, every: float):
+        self.run, self.folder = run, folder
+        self.every = every  # seconds
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: list[Future] = []
 
@@ -2436,11 +2444,12 @@ class Checkpoints:
         if nonfinite(tensors.items()):
             return
         try:
+            self.run.check_folder(name)
             write_tensors(self.folder / name, tensors, state)
             for path in stale():
                 path.unlink(missing_ok=True)
         except OSError as error:
-            self.warn(f"checkpoints in {self.folder} cannot be written ({error.strerror}); the run goes on without")
+            self.run.warn(f"checkpoints in {self.folder} cannot be written ({error.strerror}); the run goes on without")
 
     def flush(self) -> None:
         """Waits until all checkpoints are on the disk."""
@@ -2510,6 +2519,7 @@ class Journal:
             alive=time.time(),
         )
         with self.lock, contextlib.suppress(OSError):
+            run.check_folder(JOURNAL_FILE)
             write_atomic(self.path, to_json(content) + "\n", durable=False)
 
     def close(self) -> None:
@@ -6373,7 +6383,7 @@ def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
     What this run computed after the checkpoint is lost, but its seconds count.
     """
     run = trainer.run
-    spent = run.broadcast(run.journal.train_seconds if run.journal else 0.0) if run.attempts > 1 else 0.0
+    spent = run.broadcast(run.journal.train_seconds if run.journal else 0.0)
     if resumed is None:
         return Progress(0, spent)
     state = resumed.state
@@ -9416,7 +9426,8 @@ class StageCheckpoints:
     """
 
     def __init__(self, run: Run, stage: str, ledger: ScoreLedger):
-        self.run, self.stage, self.ledger = run, stage, ledger
+        self.run, self.stage = run, stage
+        self.ledger = ledger
         self.files = run.checkpoints
         # What a file of another model, or of another validation stream, has not.
         self.state = dict(version=CHECKPOINT_VERSION, targets=len(ledger.nll), artifact=run.artifact_sha256)
@@ -10672,9 +10683,8 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
-        if not run.elsewhere and not run.lost:
-            run.end_checkpoints()
-            shutil.rmtree(checkpoint_folder(run.path(""), config), ignore_errors=True)
+        if not run.lost:
+            run.remove_checkpoints(config)
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes

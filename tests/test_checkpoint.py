@@ -110,8 +110,9 @@ def test_no_damage_goes_unnoticed(tmp_path):
 
 def kept(folder):
     folder.mkdir(exist_ok=True)
-    lines = []
-    return tg.Checkpoints(folder, 1.0, lines.append), lines
+    run, lines = single_run(), []
+    run.warn = lines.append
+    return tg.Checkpoints(run, folder, 1.0), lines
 
 
 def test_a_step_does_not_wait_for_the_disk(tmp_path, monkeypatch):
@@ -315,12 +316,12 @@ def refused(done):
 def test_a_folder_is_gone_on_with_only_by_the_same_settings(data, tmp_path):
     folder = tmp_path / "run"
     cut_off(data, folder)
-    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "run.lock"}
     line = refused(go(data, folder, SEED=8))
     assert "holds a run that was cut off, and it has SEED=7, and this one 8" in line
     assert "already holds a run" in refused(go(data, folder, RESUME=0))
     assert "already holds a run" in refused(go(data, folder, CHECKPOINT_EVERY_SECONDS=0))
-    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "run.lock"}
     assert go(data, folder, CPU_THREADS=2, CHECKPOINT_EVERY_SECONDS=5).returncode == 0
     assert "already holds a run" in refused(go(data, folder))
 

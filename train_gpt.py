@@ -1884,13 +1884,6 @@ class Run:
         if self.journal:
             self.journal.close()
 
-    def remove_checkpoints(self, config: Config) -> None:
-        """Removes what a run that has ended does not need any more."""
-        self.end_checkpoints()
-        with contextlib.suppress(OSError):
-            self.check_folder("checkpoint")
-            shutil.rmtree(checkpoint_folder(self.path(""), config))
-
     def path(self, name: str) -> Path:
         """A file of the run: in its folder, or where it had to be written."""
         if self.folder is None:
@@ -2177,131 +2170,6 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     return run
 
 
-def open_folder(run: Run, config: Config) -> None:
-    """Creates the run's folder and writes config.json. Errors: ConfigError where the folder cannot be used."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
-    folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.broadcast_object(folder_problem(run, folder, config) if run.is_main else None)
-    if problem:
-        raise ConfigError(*problem)
-    run.folder, run.prefix = folder, file_prefix(config)
-    if run.lock and not run.lock.supported:
-        run.warn(f"{folder} is on a file system without locks: nothing keeps a second run from writing there too")
-    if config.checkpoint_every_seconds:
-        start_checkpoints(run, config)
-
-
-def file_prefix(config: Config) -> str:
-    """What the names of a run's files begin with: an evaluation leaves the training's files alone."""
-    return "eval_" if config.mode == "eval" else ""
-
-
-def checkpoint_folder(folder: Path, config: Config) -> Path:
-    """Where a run in this folder has its checkpoints."""
-    return folder / (file_prefix(config) + "checkpoint")
-
-
-def start_checkpoints(run: Run, config: Config) -> None:
-    """Gives a run what it needs to be gone on from, and takes over what an earlier attempt finished."""
-    folder = checkpoint_folder(run.path(""), config)
-
-    def start_journal() -> None:
-        folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
-            left.unlink()
-        journal = Journal(folder / JOURNAL_FILE, run)
-        journal.read()
-        journal.start()
-        run.journal = journal
-
-    run.on_main(start_journal)
-    run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
-    run.checkpoints = Checkpoints(run, folder, config.checkpoint_every_seconds)
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
-    if path.is_file():
-        return [path]
-    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
-
-
-def resume_problem(config: Config) -> str:
-    """Why RESUME=PATH cannot be gone on from; else an empty string."""
-    if config.resume in ("auto", "0"):
-        return ""
-    if config.mode == "eval":
-        return "must be auto or 0 with MODE=eval"
-    problem = "holds no checkpoint, step-*.safetensors"
-    for path in checkpoints_at(Path(config.resume)):
-        try:
-            read_tensors(path)
-            return ""
-        except (OSError, ValueError) as error:
-            problem = str(error)
-    return problem
-
-
-def cut_off(folder: Path, config: Config) -> bool:
-    """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
-    begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
-    wanted = config.resume != "0" and config.checkpoint_every_seconds > 0
-    return wanted and begun and not (folder / (file_prefix(config) + SUMMARY_FILE)).exists()
-
-
-def setting_that_differs(folder: Path, config: Config) -> str:
-    """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
-    try:
-        text = (folder / (file_prefix(config) + "config.json")).read_text()
-        before = json_object(json.loads(text), "config.json")
-    except (OSError, ValueError, RecursionError):
-        return "its config.json cannot be read"
-    for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
-        if name not in OPERATIONAL and before.get(name) != value:
-            return f"it has {name.upper()}={before.get(name)}, and this one {value}"
-    return ""
-
-
-def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, str] | None:
-    """Creates the folder, locks it and writes config.json; for rank 0.
-
-    Returns the arguments of a ConfigError where the folder cannot be used, else None.
-    """
-    name, prefix = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID", file_prefix(config)
-    problem = resume_problem(config)
-    if problem:
-        return "RESUME", config.resume, problem
-    if config.mode == "eval":
-        if not (config.artifact_dir or config.run_id):
-            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
-        if not (folder / CONTAINER_FILE).is_file():
-            return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
-    if "/" in config.run_id or config.run_id in (".", ".."):
-        return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
-        taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
-        goes_on = cut_off(folder, config)
-        differs = setting_that_differs(folder, config) if goes_on else ""
-        if taken and not goes_on:
-            return name, str(folder), "already holds a run, which is never overwritten; choose another name"
-        if taken and differs:
-            advice = "give its settings again to go on with it, or choose another name"
-            return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
-        if differs or not goes_on:
-            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
-        write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
-        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
-        (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
-    except BlockingIOError as error:
-        return name, str(folder), f"another run writes there now, process {error.strerror}"
-    except OSError as error:
-        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
-    return None
-
-
 def versions() -> dict[str, str]:
     """What a reader of a log needs to repeat it."""
     return dict(
@@ -2321,7 +2189,7 @@ def hardware(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoint: what a run that was killed goes on from
+# Checkpoint: the run's folder, and what a run that was killed goes on from
 # ---------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 1
@@ -2528,6 +2396,139 @@ class Journal:
             self.ended.set()
             self.thread.join()
             self.write()
+
+
+def open_folder(run: Run, config: Config) -> None:
+    """Creates the run's folder and writes config.json. Errors: ConfigError where the folder cannot be used."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
+    folder = Path(config.artifact_dir or Path("logs") / name)
+    problem = run.broadcast_object(folder_problem(run, folder, config) if run.is_main else None)
+    if problem:
+        raise ConfigError(*problem)
+    run.folder, run.prefix = folder, file_prefix(config)
+    if run.lock and not run.lock.supported:
+        run.warn(f"{folder} is on a file system without locks: nothing keeps a second run from writing there too")
+    if config.checkpoint_every_seconds:
+        start_checkpoints(run, config)
+
+
+def file_prefix(config: Config) -> str:
+    """What the names of a run's files begin with: an evaluation leaves the training's files alone."""
+    return "eval_" if config.mode == "eval" else ""
+
+
+def checkpoint_folder(folder: Path, config: Config) -> Path:
+    """Where a run in this folder has its checkpoints."""
+    return folder / (file_prefix(config) + "checkpoint")
+
+
+def start_checkpoints(run: Run, config: Config) -> None:
+    """Gives a run what it needs to be gone on from, and takes over what an earlier attempt finished."""
+    folder = checkpoint_folder(run.path(""), config)
+
+    def start_journal() -> None:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
+            left.unlink()
+        journal = Journal(folder / JOURNAL_FILE, run)
+        journal.read()
+        journal.start()
+        run.journal = journal
+
+    run.on_main(start_journal)
+    run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
+    run.checkpoints = Checkpoints(run, folder, config.checkpoint_every_seconds)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
+    if path.is_file():
+        return [path]
+    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
+
+
+def resume_problem(config: Config) -> str:
+    """Why RESUME=PATH cannot be gone on from; else an empty string."""
+    if config.resume in ("auto", "0"):
+        return ""
+    if config.mode == "eval":
+        return "must be auto or 0 with MODE=eval"
+    problem = "holds no checkpoint, step-*.safetensors"
+    for path in checkpoints_at(Path(config.resume)):
+        try:
+            read_tensors(path)
+            return ""
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    return problem
+
+
+def cut_off(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
+    begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
+    wanted = config.resume != "0" and config.checkpoint_every_seconds > 0
+    return wanted and begun and not (folder / (file_prefix(config) + SUMMARY_FILE)).exists()
+
+
+def setting_that_differs(folder: Path, config: Config) -> str:
+    """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
+    try:
+        text = (folder / (file_prefix(config) + "config.json")).read_text()
+        before = json_object(json.loads(text), "config.json")
+    except (OSError, ValueError, RecursionError):
+        return "its config.json cannot be read"
+    for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
+        if name not in OPERATIONAL and before.get(name) != value:
+            return f"it has {name.upper()}={before.get(name)}, and this one {value}"
+    return ""
+
+
+def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, str] | None:
+    """Creates the folder, locks it and writes config.json; for rank 0.
+
+    Returns the arguments of a ConfigError where the folder cannot be used, else None.
+    """
+    name, prefix = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID", file_prefix(config)
+    problem = resume_problem(config)
+    if problem:
+        return "RESUME", config.resume, problem
+    if config.mode == "eval":
+        if not (config.artifact_dir or config.run_id):
+            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
+        if not (folder / CONTAINER_FILE).is_file():
+            return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
+    if "/" in config.run_id or config.run_id in (".", ".."):
+        return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
+        taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
+        goes_on = cut_off(folder, config)
+        differs = setting_that_differs(folder, config) if goes_on else ""
+        if taken and not goes_on:
+            return name, str(folder), "already holds a run, which is never overwritten; choose another name"
+        if taken and differs:
+            advice = "give its settings again to go on with it, or choose another name"
+            return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
+        if differs or not goes_on:
+            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
+        write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
+        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
+        (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
+    except BlockingIOError as error:
+        return name, str(folder), f"another run writes there now, process {error.strerror}"
+    except OSError as error:
+        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
+    return None
+
+
+def remove_checkpoints(run: Run, config: Config) -> None:
+    """Removes what a run that has ended does not need any more."""
+    run.end_checkpoints()
+    with contextlib.suppress(OSError):
+        run.check_folder("checkpoint")
+        shutil.rmtree(checkpoint_folder(run.path(""), config))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -10265,7 +10266,7 @@ def compile_evaluation(evaluator: Evaluator, model: GPT) -> None:
         torch.cuda.empty_cache()  # what test-time training took is more than the training leaves
 
 
-def ttt_baseline(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, Any]:
+def score_without_training(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, Any]:
     """Scores the windows of TTT_MODE without any training. The summary's row."""
     score = method()
     require_finite(score, ArtifactError, "the validation loss of its model, by the windows of TTT_MODE,")
@@ -10279,7 +10280,9 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     method = ttt_method(config)
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
-        rows |= run.once(run.scored("ttt_baseline"), lambda: ttt_baseline(method(evaluator, model, adapt=False), run))
+        rows |= run.once(
+            run.scored("ttt_baseline"), lambda: score_without_training(method(evaluator, model, adapt=False), run)
+        )
     begin, training = time.perf_counter(), method(evaluator, model)
     score = training()
     require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
@@ -10684,7 +10687,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     if run.is_main:
         run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
         if not run.lost:
-            run.remove_checkpoints(config)
+            remove_checkpoints(run, config)
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes

@@ -52,7 +52,7 @@ import select
 import shutil
 import signal
 import socket
-
+import stat
 import struct
 import tempfile
 import threading
@@ -1733,7 +1733,7 @@ class Run:
         """Notes the stage that begins, and lets the other ranks know."""
         self.stage = stage
         if self.watchdog:
-            self.watchdog.ring()
+            self.watchdog.send(kind="stage", stage=stage)
 
     def guard(self) -> contextlib.AbstractContextManager[None]:
         """A context in which an error of this rank ends all ranks, with one line."""
@@ -1921,7 +1921,8 @@ class Effort:
 
     def other_work(self) -> tuple[float, int]:
         """CPU seconds of threads and child processes that may work for the main thread, and bytes from and to disks."""
-        mine, total, moved = str(threading.get_native_id()), cpu_of_descendants(os.getpid()), 0
+        mine, moved = str(threading.get_native_id()), 0
+        total = cpu_of_descendants(os.getpid())
         with contextlib.suppress(OSError, KeyError):  # a thread may end meanwhile
             for thread in Path("/proc/self/task").iterdir():
                 state, name = ProcessState.of(f"self/task/{thread.name}"), (thread / "comm").read_text().lower()
@@ -1957,14 +1958,16 @@ class Peer:
     """What this process knows of another rank: its address, its process where that can be seen, its last report."""
 
     def __init__(self, rank: int, card: dict[str, Any], home: str, master: str, now: float):
-        self.rank, self.pid, self.started = rank, int(card["pid"]), card["started"]
+        self.rank, self.pid = rank, int(card["pid"])
+        self.started = card["started"]  # "" where a system does not tell
         self.local = card["home"] == home  # started by the same process on the same machine
         # A loopback address is that of the machine which all others reach as the master.
         self.address = (master if not self.local and card["host"].startswith("127.") else card["host"], card["port"])
-        self.stage, self.idle, self.place = "start", 0.0, ""
+        self.stage, self.place = "start", ""
+        self.idle = self.cpu = 0.0
         self.heard = self.running = now  # when it last gave a sign of life, and was last not stopped
         self.reachable = self.local  # whether its datagrams come through
-        self.done, self.cpu, self.handle = False, 0.0, -1
+        self.done, self.handle = False, -1
         if self.local and hasattr(os, "pidfd_open"):  # wakes the thread at once when the process ends
             with contextlib.suppress(OSError):
                 self.handle = os.pidfd_open(self.pid)
@@ -2048,15 +2051,16 @@ class Watchdog:
         """The store by which ranks find each other: torchrun's, or rank 0's. Errors: ConfigError, RankError."""
         rank, world = self.run.rank, self.run.world
         hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        wait = datetime.timedelta(seconds=self.limits.arrival)
-        try:
-            store = dist.TCPStore(self.master, self.port, world, hosts, wait, wait_for_workers=False)
-        except (dist.DistError, RuntimeError) as error:
+        address, deadline = (self.master, self.port), time.monotonic() + self.limits.arrival
+        while not answers(address, listening=hosts):  # the store itself would write a page where nobody answers
             if hosts:
-                why = str(error).splitlines()[0]
-                raise ConfigError("MASTER_PORT", self.port, f"rank 0 cannot listen there: {why}") from None
-            absent = f"rank 0 did not start within {self.limits.arrival:.0f} s: nobody answers at"
-            raise RankError(f"{absent} {self.master}:{self.port}", rank == 1 or world == 1) from None
+                raise ConfigError("MASTER_PORT", self.port, "rank 0 cannot listen there: is it in use?")
+            if time.monotonic() > deadline or self.orphaned():
+                absent = f"rank 0 did not start within {self.limits.arrival:.0f} s: nobody answers at"
+                raise RankError(f"{absent} {self.master}:{self.port}", rank == 1)
+            time.sleep(0.1)
+        wait = datetime.timedelta(seconds=self.limits.arrival)
+        store = dist.TCPStore(self.master, self.port, world, hosts, wait, wait_for_workers=False)
         return dist.PrefixStore(f"train_gpt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def meet(self, store: Any) -> None:
@@ -2187,10 +2191,8 @@ class Watchdog:
         """Notes signals that came."""
         with contextlib.suppress(OSError):
             for number in self.wakeup.recv(64):
-                if number:
+                if number:  # not by `ring`
                     self.signals.setdefault(number, now)
-                else:
-                    self.report(now)  # of a new stage
 
     def report(self, now: float) -> Sight:
         """Tells the others how this rank is doing, and which ones it knows to be alive."""
@@ -2248,10 +2250,13 @@ class Watchdog:
         kind = message["kind"]
         peer.heard, peer.reachable = now, True
         if kind == "report":
-            peer.stage, peer.idle, peer.place = message["stage"], message["idle"], message["place"]
+            peer.stage, peer.place = message["stage"], message["place"]
+            peer.idle = message["idle"]
             for rank in message["sees"]:
                 if rank in self.peers and not self.peers[rank].local:
                     self.peers[rank].heard = now
+        elif kind == "stage":
+            peer.stage = message["stage"]
         elif kind == "spoken":
             self.spoken = True
         else:
@@ -2293,6 +2298,16 @@ class Watchdog:
             if dead:
                 break
             select.select([self.socket], [], [], 0.1)
+
+
+def answers(address: tuple[str, int], listening: bool) -> bool:
+    """Whether somebody accepts connections there; or for one who will, whether the port is free."""
+    try:
+        connect = socket.create_server(("", address[1])) if listening else socket.create_connection(address, 2)
+        connect.close()
+    except OSError:
+        return False
+    return True
 
 
 def write_error(text: str) -> None:
@@ -2428,6 +2443,7 @@ def hardware(run: Run) -> str:
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+OPEN_SHARDS = 128  # files: FineWeb's 10 billion tokens have 103, and a process may often have 1024
 SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
 WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 
@@ -2454,6 +2470,74 @@ class Batch(NamedTuple):
     documents: Documents
 
 
+class FileStamp(NamedTuple):
+    """What changes when a file is rewritten."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path | int) -> FileStamp | None:
+        """The stamp of a file, by its path or descriptor, or None where there is no such file."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def unreadable(path: Path, error: OSError) -> ConfigError:
+    """The error of a file that cannot be read."""
+    return ConfigError(str(path), "", f"cannot be read ({error.strerror or error})")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A context in which a file is read. Errors: ConfigError that names it, for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+class InputFile:
+    """A file that any thread reads at any position. It is closed with its last user.
+
+    A memory map would be no faster, and a file that becomes shorter, or that cannot be read, would end the process
+    without a word. Errors: ConfigError that names the file.
+    """
+
+    def __init__(self, path: Path, stamp: FileStamp | None = None):
+        self.path, self.handle = path, -1
+        with reading(path):  # without blocking: to open a pipe would wait for its writer
+            self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            regular = stat.S_ISREG(os.fstat(self.handle).st_mode)
+        if not regular:
+            raise ConfigError(str(path), "", "is not a regular file")
+        if stamp not in (None, FileStamp.of(self.handle)):
+            raise ConfigError(str(path), "", "was rewritten during the run: run it again on files that stay")
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+    def read(self, offset: int, count: int, kind: str = "<u2") -> np.ndarray:
+        """Numbers of a NumPy type from a byte offset on, [count]."""
+        numbers = np.empty(count, kind)
+        buffer, done = memoryview(numbers).cast("B"), 0
+        while done < len(buffer):
+            try:  # not `reading`, which would take as long as the read
+                got = os.preadv(self.handle, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(self.path, error) from None
+            if not got:
+                end, wanted = offset + done, offset + len(buffer)
+                raise ConfigError(str(self.path), "", f"ends at byte {end}, and {wanted} are needed: it was cut off")
+            done += got
+        return numbers
+
+
 class ShardHeader(NamedTuple):
     """The first three of a shard's 256 little-endian int32 numbers; the others are not used."""
 
@@ -2464,20 +2548,19 @@ class ShardHeader(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> ShardHeader:
         """The header of a file that is a whole shard. Errors: ConfigError naming the file."""
-        numbers = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
-        whole = len(numbers) == SHARD_HEADER_BYTES // 4
-        header = cls(*numbers[:3].tolist()) if whole else cls(0, 0, 0)
-        header.check(path)
+        file, size = InputFile(path), path.stat().st_size
+        whole = size >= SHARD_HEADER_BYTES
+        header = cls(*file.read(0, 3, "<i4").tolist()) if whole else cls(0, 0, 0)
+        header.check(path, size)
         return header
 
-    def check(self, path: Path) -> None:
+    def check(self, path: Path, actual: int) -> None:
         """Holds the header against the format and the file's size. Errors: ConfigError naming the file."""
         if self.magic != SHARD_MAGIC or self.version != SHARD_VERSION:
             raise ConfigError(
                 str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}"
             )
         expected = SHARD_HEADER_BYTES + 2 * self.tokens
-        actual = path.stat().st_size
         if self.tokens < 0 or actual != expected:
             raise ConfigError(
                 str(path),
@@ -2486,18 +2569,32 @@ class ShardHeader(NamedTuple):
             )
 
 
+class Shard:
+    """The tokens of a shard, read when a slice of them is asked for. Errors: ConfigError naming the file."""
+
+    def __init__(self, path: Path, opened: Callable[[Path, FileStamp | None], InputFile], stamp: FileStamp | None):
+        self.path, self.stamp = path, stamp
+        self.opened = opened
+        self.tokens = ShardHeader.read(path).tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """[n] uint16."""
+        start, stop, _ = part.indices(self.tokens)
+        file = self.opened(self.path, self.stamp)
+        return file.read(SHARD_HEADER_BYTES + 2 * start, max(0, stop - start))
+
+
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, [n] uint16, memory-mapped. Errors: ConfigError naming the file."""
-    tokens = ShardHeader.read(path).tokens
-    if not tokens:
-        return np.zeros(0, np.uint16)
-    # A plain array over the map: slices of a memmap cost ten times as much.
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
+    """All tokens of a shard, [n] uint16. Errors: ConfigError naming the file."""
+    return Shard(path, InputFile, FileStamp.of(path))[:]
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file, in hexadecimal digits. Errors: ConfigError naming the file."""
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -2522,31 +2619,16 @@ def shard_paths(config: Config, split: str) -> list[Path]:
     return paths
 
 
-class FileStamp(NamedTuple):
-    """What changes when a file is rewritten."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileStamp | None:
-        """The stamp of a file, or None where there is no such file."""
-        try:
-            status = path.stat()
-        except OSError:
-            return None
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
-
-
 class TokenStream:
-    """All shards of a split as one sequence of tokens."""
+    """All shards of a split as one sequence of tokens. Errors: ConfigError naming a file that cannot be read."""
 
     def __init__(self, config: Config, split: str):
         self.paths = shard_paths(config, split)
         self.vocab_size = config.vocab_size
         self.stamps = {path: FileStamp.of(path) for path in self.paths}  # before anything is read
-        self.shards = [open_shard(path) for path in self.paths]
+        # A file that is open stays what it was when another takes its name.
+        opened = functools.lru_cache(maxsize=OPEN_SHARDS)(InputFile)
+        self.shards = [Shard(path, opened, stamp) for path, stamp in self.stamps.items()]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         if len(self) < 2:
             raise ConfigError(
@@ -2564,7 +2646,7 @@ class TokenStream:
             part = self.shards[shard][offset : offset + stop - start]
             parts.append(part)
             start, shard = start + len(part), shard + 1
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
@@ -2941,8 +3023,8 @@ def scan_shard(stream: TokenStream, number: int, hashed: bool) -> ShardScan:
     """Reads a shard once, in blocks."""
     shard = stream.shards[number]
     documents, highest = 0, -1
-    with open(stream.paths[number], "rb") as file:
-        digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
+    header = InputFile(stream.paths[number]).read(0, SHARD_HEADER_BYTES, "u1")
+    digest = hashlib.sha256(header.data)
     for offset in range(0, len(shard), SCAN_BLOCK):
         block = shard[offset : offset + SCAN_BLOCK]
         documents += int(np.count_nonzero(block == BOS_ID))
@@ -3298,7 +3380,7 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
                 f"{path} is missing; `data/prepare.py --caseops` makes shards with their byte counts",
             )
         counts.append(open_shard(path))
-        if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
+        if len(counts[-1]) != len(tokens) or counts[-1][tokens[:] == BOS_ID].any():
             raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
     return np.concatenate(counts)
 

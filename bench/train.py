@@ -287,18 +287,15 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         for remark in remarks:
             print(remark, file=sys.stderr)
         run = t.start_run(c, environment)
-        try:
+        with run.guard():
             result = measured(c, run, options)
-            run.barrier()
-        finally:
-            if run.world > 1:
-                t.dist.destroy_process_group()
+            run.leave()
         if run.is_main:
             print(table(result))
             print(json.dumps(result))
             if options.json:
                 t.write_atomic(options.json, json.dumps(result, indent=1) + "\n")
-    except (t.ConfigError, OSError) as error:
+    except (t.ConfigError, t.RankError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

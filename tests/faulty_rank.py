@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-import train_gpt as tg
+import train_gpt as tg  # noqa: E402
 
 
 def strike(fault):
-    """This process has a fault."""
+    """This process has a fault, at a time that is left in a file."""
+    Path("struck").write_text(str(time.time()))
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "stop":

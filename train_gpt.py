@@ -2078,19 +2078,29 @@ class Watchdog:
         store.set(f"rank {run.rank}", json.dumps(card))
         missing = set(range(run.world)) - {run.rank}
         while missing := {rank for rank in missing if not store.check([f"rank {rank}"])}:
-            waited = time.monotonic() - begin
-            near = {rank for rank in missing if rank // run.local_world == run.rank // run.local_world}
-            if waited > (self.limits.arrival if near else self.limits.arrival_elsewhere):
-                names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, sorted(missing)))}"
-                speaks = run.rank == min(set(range(run.world)) - missing)
-                raise RankError(f"{names} did not start within {waited:.0f} s", speaks)
-            if self.orphaned():
-                raise RankError("torchrun has ended", run.is_main)
+            if store.check(["absent"]):
+                raise RankError(store.get("absent").decode(), False)
+            if absent := self.absent(missing, time.monotonic() - begin):
+                line = f"{absent}, says rank {run.rank}"
+                speaks = store.compare_set("absent", "", line).decode() == line
+                time.sleep(1)  # the store may end with this process, and the others must read that first
+                raise RankError(line, speaks)
             time.sleep(0.02)
         cards = [json.loads(store.get(f"rank {rank}")) for rank in range(run.world)]
         self.secret, now = cards[0]["secret"], time.monotonic()
         others = [rank for rank in range(run.world) if rank != run.rank]
         self.peers = {rank: Peer(rank, cards[rank], card["home"], self.master, now) for rank in others}
+
+    def absent(self, missing: set[int], waited: float) -> str:
+        """Why there is no use in waiting any longer for these ranks; empty where there is."""
+        if self.orphaned():
+            return "torchrun has ended"
+        here = self.run.rank // self.run.local_world
+        near = any(rank // self.run.local_world == here for rank in missing)
+        if waited < (self.limits.arrival if near else self.limits.arrival_elsewhere):
+            return ""
+        names = ", ".join(map(str, sorted(missing)))
+        return f"rank{'s' if len(missing) > 1 else ''} {names} did not start within {waited:.0f} s"
 
     def start(self) -> None:
         """Begins to watch. From here on signals reach the thread, whatever the main thread does."""
@@ -2532,8 +2542,8 @@ class InputFile:
             except OSError as error:
                 raise unreadable(self.path, error) from None
             if not got:
-                end, wanted = offset + done, offset + len(buffer)
-                raise ConfigError(str(self.path), "", f"ends at byte {end}, and {wanted} are needed: it was cut off")
+                size, wanted = os.fstat(self.handle).st_size, offset + len(buffer)
+                raise ConfigError(str(self.path), "", f"has {size} bytes, and {wanted} are needed: it was cut off")
             done += got
         return numbers
 
@@ -2548,10 +2558,16 @@ class ShardHeader(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> ShardHeader:
         """The header of a file that is a whole shard. Errors: ConfigError naming the file."""
-        file, size = InputFile(path), path.stat().st_size
+        return cls.of(InputFile(path))
+
+    @classmethod
+    def of(cls, file: InputFile) -> ShardHeader:
+        """The header of an open file that is a whole shard. Errors: ConfigError naming the file."""
+        with reading(file.path):
+            size = os.fstat(file.handle).st_size
         whole = size >= SHARD_HEADER_BYTES
         header = cls(*file.read(0, 3, "<i4").tolist()) if whole else cls(0, 0, 0)
-        header.check(path, size)
+        header.check(file.path, size)
         return header
 
     def check(self, path: Path, actual: int) -> None:
@@ -2575,7 +2591,7 @@ class Shard:
     def __init__(self, path: Path, opened: Callable[[Path, FileStamp | None], InputFile], stamp: FileStamp | None):
         self.path, self.stamp = path, stamp
         self.opened = opened
-        self.tokens = ShardHeader.read(path).tokens
+        self.tokens = ShardHeader.of(opened(path, stamp)).tokens
 
     def __len__(self) -> int:
         return self.tokens

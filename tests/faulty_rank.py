@@ -1,6 +1,6 @@
 """One rank of a run: train_gpt.py whose ranks notice faults sooner, and of which one has a fault when a stage begins.
 
-The argument is JSON: rank, stage, fault (kill, stop, hang, raise, refuse) and limits, by the names of RankLimits.
+The argument is JSON: rank, stage, fault (see `strike`) and limits, by the names of RankLimits.
 """
 
 import json
@@ -25,6 +25,8 @@ def strike(fault):
         time.sleep(3600)
     elif fault == "refuse":
         raise tg.ConfigError("file.bin", "", "cannot be read (of this rank)")
+    elif fault == "cut":
+        os.truncate("shard.bin", 3000)
     elif fault == "raise":
         raise LookupError("a bug of this rank")
 

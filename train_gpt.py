@@ -1735,6 +1735,11 @@ class Run:
         if self.watchdog:
             self.watchdog.send(kind="stage", stage=stage)
 
+    def alive(self) -> None:
+        """Says that this rank does not hang, for a loop that waits for something on purpose."""
+        if self.watchdog:
+            self.watchdog.effort.since = time.monotonic()
+
     def guard(self) -> contextlib.AbstractContextManager[None]:
         """A context in which an error of this rank ends all ranks, with one line."""
         return self.watchdog.guard() if self.watchdog else contextlib.nullcontext()
@@ -1887,11 +1892,11 @@ class Effort:
     """How long the main thread has neither computed nor waited for other ranks; asked on another thread.
 
     Computing is time on a CPU: its own, that of other threads that may work for it, or of child processes, as of a
-    compiler; and bytes read from a disk, or written. A thread that waits for a GPU spins, so it computes. Threads of
+    compiler; and bytes read or written, as from a slow network's files. A thread that waits for a GPU spins, so it computes. Threads of
     communication do not count: some spin while a collective is under way, whoever it waits for.
     """
 
-    BACKGROUND = ("pt_nccl", "pt_gloo", "gloo", "nccl", "cuda")  # names of threads that work for nobody
+    BACKGROUND = ("pt_nccl", "pt_gloo", "pt_tcpstore", "gloo", "nccl", "cuda")  # names of threads that work for nobody
     SHARE = 0.01  # of a core, below which is no work
 
     def __init__(self) -> None:
@@ -1920,16 +1925,16 @@ class Effort:
         return time.process_time()
 
     def other_work(self) -> tuple[float, int]:
-        """CPU seconds of threads and child processes that may work for the main thread, and bytes from and to disks."""
+        """CPU seconds of threads and children that may work for the main thread, and bytes they have read and written."""
         mine, moved = str(threading.get_native_id()), 0
         total = cpu_of_descendants(os.getpid())
-        with contextlib.suppress(OSError, KeyError):  # a thread may end meanwhile
-            for thread in Path("/proc/self/task").iterdir():
+        for thread in Path("/proc/self/task").glob("*"):
+            with contextlib.suppress(OSError, KeyError):  # it has ended
                 state, name = ProcessState.of(f"self/task/{thread.name}"), (thread / "comm").read_text().lower()
                 if state and thread.name != mine and not name.startswith(self.BACKGROUND):
                     total += state.cpu
-            rows = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-            moved = int(rows["read_bytes"]) + int(rows["write_bytes"])
+                    rows = dict(line.split(": ") for line in (thread / "io").read_text().splitlines())
+                    moved += int(rows["rchar"]) + int(rows["wchar"])
         return total, moved
 
 
@@ -2292,12 +2297,18 @@ class Watchdog:
 
     def speak(self, verdict: Verdict) -> None:
         """Writes the line, and tells the others."""
+        writer = threading.Thread(target=self.write_line, args=(verdict,), daemon=True)
+        writer.start()
+        writer.join(self.TERM)  # the main thread may hang because nothing can be written
+        self.spoken = True
+        self.send(kind="spoken")
+
+    def write_line(self, verdict: Verdict) -> None:
+        """Writes the line on stderr, and in the log where a rank is lost."""
         write_error(verdict.line + "\n")
         if verdict.code == RANK_LOST:
             with contextlib.suppress(OSError):
                 self.run.append("log.txt", verdict.line)
-        self.spoken = True
-        self.send(kind="spoken")
 
     def await_line(self, speaker: Peer) -> None:
         """Waits until a rank has written the line, or cannot."""

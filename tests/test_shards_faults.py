@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import audit
+import errors
 import train_gpt as tg
 from helpers import TINY, config, fork, write_shard
 from test_ranks import WORKER, error_lines
@@ -51,6 +53,19 @@ def test_a_shard_that_is_cut_off_while_it_is_read(tmp_path):
     )
     assert refusal(tg.scan_shard, stream, 1, True).startswith(f"{stream.paths[1]}: has 2224 bytes")
     assert stream.read(2000, 2010).tolist() == list(range(2000, 2010))
+
+
+def test_the_audit_names_a_shard_that_is_cut_off_too(tmp_path):
+    write_stream(tmp_path)
+    paths = sorted(tmp_path.glob("*.bin"))
+    stream = audit.ShardStream(paths)
+    places = np.random.default_rng(0).integers(0, len(stream), (40, 8))
+    assert np.array_equal(stream.take(places), places) and stream.take(places).dtype == np.uint16
+    os.truncate(paths[1], 1024 + 2 * 600)
+    assert stream.read(0, 1600).tolist() == list(range(1600))
+    for ask in (lambda: stream.read(0, 1601), lambda: stream.take(np.array([1990]))):
+        with pytest.raises(errors.PrepareError, match=r"fineweb_train_000001\.bin: was cut off: token"):
+            ask()
 
 
 @pytest.mark.parametrize("call", ["preadv", "open"])

@@ -1892,8 +1892,8 @@ class Effort:
     """How long the main thread has neither computed nor waited for other ranks; asked on another thread.
 
     Computing is time on a CPU: its own, that of other threads that may work for it, or of child processes, as of a
-    compiler; and bytes read or written, as from a slow network's files. A thread that waits for a GPU spins, so it computes. Threads of
-    communication do not count: some spin while a collective is under way, whoever it waits for.
+    compiler; and bytes read or written, as of files on a slow network. A thread that waits for a GPU spins, so it
+    computes. Threads of communication do not count: some spin while a collective is under way, whoever it waits for.
     """
 
     BACKGROUND = ("pt_nccl", "pt_gloo", "pt_tcpstore", "gloo", "nccl", "cuda")  # names of threads that work for nobody
@@ -1925,7 +1925,7 @@ class Effort:
         return time.process_time()
 
     def other_work(self) -> tuple[float, int]:
-        """CPU seconds of threads and children that may work for the main thread, and bytes they have read and written."""
+        """CPU seconds of threads and children that may work for the main thread, and bytes they read and wrote."""
         mine, moved = str(threading.get_native_id()), 0
         total = cpu_of_descendants(os.getpid())
         for thread in Path("/proc/self/task").glob("*"):

@@ -1802,11 +1802,7 @@ LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
 
 
 class RankError(Exception):
-    """A rank that did not come to the start of the run. Exit code 4."""
-
-    def __init__(self, text: str, speaks: bool):
-        super().__init__(text)
-        self.speaks = speaks  # whether this rank is the one that prints it
+    """A rank that did not come to the start of the run; one of the others has printed its line. Exit code 4."""
 
 
 class RankLimits(NamedTuple):
@@ -2055,14 +2051,18 @@ class Watchdog:
     def open_store(self, environment: Mapping[str, str]) -> Any:
         """The store by which ranks find each other: torchrun's, or rank 0's. Errors: ConfigError, RankError."""
         rank, world = self.run.rank, self.run.world
-        hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        address, deadline = (self.master, self.port), time.monotonic() + self.limits.arrival
+        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        hosts = rank == 0 and not agent
+        deadline = time.monotonic() + min(self.limits.arrival, 15.0 if agent else math.inf)  # torchrun is there before
+        address = (self.master, self.port)
         while not answers(address, listening=hosts):  # the store itself would write a page where nobody answers
             if hosts:
                 raise ConfigError("MASTER_PORT", self.port, "rank 0 cannot listen there: is it in use?")
             if time.monotonic() > deadline or self.orphaned():
-                absent = f"rank 0 did not start within {self.limits.arrival:.0f} s: nobody answers at"
-                raise RankError(f"{absent} {self.master}:{self.port}", rank == 1)
+                line = f"{'torchrun' if agent else 'rank 0'} does not answer at {self.master}:{self.port}"
+                if rank == 1 or world == 1:  # the others wait for it as long
+                    write_error(f"error: {line}\n")
+                raise RankError(line)
             time.sleep(0.1)
         wait = datetime.timedelta(seconds=self.limits.arrival)
         store = dist.TCPStore(self.master, self.port, world, hosts, wait, wait_for_workers=False)
@@ -2084,12 +2084,13 @@ class Watchdog:
         missing = set(range(run.world)) - {run.rank}
         while missing := {rank for rank in missing if not store.check([f"rank {rank}"])}:
             if store.check(["absent"]):
-                raise RankError(store.get("absent").decode(), False)
+                raise RankError(store.get("absent").decode())
             if absent := self.absent(missing, time.monotonic() - begin):
                 line = f"{absent}, says rank {run.rank}"
-                speaks = store.compare_set("absent", "", line).decode() == line
+                if store.compare_set("absent", "", line).decode() == line:
+                    write_error(f"error: {line}\n")
                 time.sleep(1)  # the store may end with this process, and the others must read that first
-                raise RankError(line, speaks)
+                raise RankError(line)
             time.sleep(0.02)
         cards = [json.loads(store.get(f"rank {rank}")) for rank in range(run.world)]
         self.secret, now = cards[0]["secret"], time.monotonic()
@@ -10185,9 +10186,7 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
             code = execute(config, explicit, notes, run)
             run.leave()
         return code
-    except RankError as error:
-        if error.speaks:
-            print(f"error: {error}", file=sys.stderr)
+    except RankError:
         return RANK_LOST
     except ConfigError as error:
         if environment.get("RANK", "0") in ("0", "") or not environment["RANK"].isdecimal():

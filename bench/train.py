@@ -295,9 +295,11 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
             print(json.dumps(result))
             if options.json:
                 t.write_atomic(options.json, json.dumps(result, indent=1) + "\n")
-    except (t.ConfigError, t.RankError, OSError) as error:
+    except (t.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except t.RankError:
+        return t.RANK_LOST
     return 0
 
 

@@ -2080,7 +2080,7 @@ class Watchdog:
             home=f"{socket.gethostname()} {self.parent}",
             secret=self.secret,
         )
-        store.set(f"rank {run.rank}", json.dumps(card))
+        store.set(f"rank {run.rank}", to_json(card))
         missing = set(range(run.world)) - {run.rank}
         while missing := {rank for rank in missing if not store.check([f"rank {rank}"])}:
             if store.check(["absent"]):
@@ -2245,7 +2245,7 @@ class Watchdog:
 
     def send(self, **message: Any) -> None:
         """Sends a message to all other ranks."""
-        data = json.dumps(dict(message, secret=self.secret, rank=self.run.rank)).encode()
+        data = to_json(dict(message, secret=self.secret, rank=self.run.rank)).encode()
         for peer in self.peers.values():
             with contextlib.suppress(OSError):
                 self.socket.sendto(data, peer.address)

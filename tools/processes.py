@@ -30,9 +30,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # ------------------------------------------------------------------------------------------------------- for a caller
 
 
-def start(
-    command: list[str], *, supervised: bool = True, patience: int = PATIENCE, **options: Any
-) -> subprocess.Popen:
+def start(command: list[str], *, supervised: bool = True, patience: int = PATIENCE, **options: Any) -> subprocess.Popen:
     """Starts a command that ends with this process; takes the options of subprocess.Popen.
 
     SIGTERM to a supervised command goes to the command alone, and SIGKILL after `patience` seconds to all that is left;

@@ -47,7 +47,11 @@ class Unreadable(UserError):
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path}: {reason}")
-        self.reason = reason
+        self.path, self.reason = path, reason
+
+    def name_in(self, folder: Path) -> str:
+        """The file's name within a folder."""
+        return str(self.path.relative_to(folder) if self.path.is_relative_to(folder) else self.path)
 
 
 # ---------------------------------------------------------------------------------------------------------- plain files
@@ -99,6 +103,14 @@ def open_plain(path: Path, inside: Path | None = None) -> int:
     return handle
 
 
+def wrong_kind(path: Path, inside: Path) -> str:
+    """What is wrong with a folder's entry as a file to read, in words; empty: nothing. Errors: Unreadable."""
+    words = kind_of(os.stat(real_path(path, inside)).st_mode)
+    if not words:
+        os.close(open_plain(path, inside))
+    return f"is {words}" if words else ""
+
+
 def chunks(path: Path, kind: str, inside: Path | None) -> Iterator[bytes]:
     """The bytes of a plain file. Errors: Unreadable, also for more bytes than files of this kind may have."""
     handle, total, limit = open_plain(path, inside), 0, LIMITS[kind]
@@ -145,6 +157,17 @@ def file_size(path: Path, inside: Path | None = None) -> int:
     handle = open_plain(path, inside)
     try:
         return os.fstat(handle).st_size
+    finally:
+        os.close(handle)
+
+
+def read_head(path: Path, count: int) -> bytes:
+    """The first bytes of a plain file of any size. Errors: Unreadable."""
+    handle = open_plain(path)
+    try:
+        return os.read(handle, count)
+    except OSError as error:
+        raise Unreadable(path, reason_of(error)) from None
     finally:
         os.close(handle)
 
@@ -324,7 +347,9 @@ def record(fields: dict[str, Kind], needed: tuple[str, ...] = ()) -> Kind:
     def keep(value: Any) -> Any:
         if not isinstance(value, dict) or any(value.get(name) is None for name in needed):
             return None
-        kept = {name: None if value[name] is None else k.keep(value[name]) for name, k in fields.items() if name in value}
+        kept = {
+            name: None if value[name] is None else k.keep(value[name]) for name, k in fields.items() if name in value
+        }
         return None if any(kept[name] is None and value[name] is not None for name in kept) else kept
 
     return Kind(f"an object with {', '.join(fields)}", keep)

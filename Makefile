@@ -107,7 +107,7 @@ prove: $(VENV)/tools
 
 # Shows a submission of `make reproduce` at the root: make publish FOLDER=submissions/demo-1a2b3c4d
 publish: $(VENV)/tools
-	$(PY) tools/publish.py $(FOLDER) --data $(DATA)
+	$(PY) tools/publish.py $(FOLDER) --run --data $(DATA)
 	$(PY) tools/docs.py
 
 # make sweep ARGS="MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py"

@@ -17,10 +17,8 @@ Each disagreement is named. A note says what could not be checked. Exit code 0: 
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import contextlib
-import hashlib
 import math
 import re
 import sys
@@ -81,17 +79,6 @@ ROW = dict(
     val_bytes=POSITIVE,
     shared_documents=COUNT,
     strictly_causal=FLAG,
-)
-RULE = strangers.record(dict(rule=TEXT, holds=FLAG, tried=TEXT, found=TEXT), ("rule", "tried"))
-PROOF = dict(
-    form=TEXT,
-    script_sha256=TEXT,
-    artifact_sha256=TEXT,
-    evaluations=COUNT,
-    ranks=COUNT,
-    compile=TEXT,
-    remarks=strangers.list_of(TEXT, 100),
-    rules=strangers.list_of(RULE, 100),
 )
 CONTENT = dict(
     {name: TEXT for name in ("author", "name", "blurb", "date", "track", "hardware", "attention_backend", "dataset")},
@@ -697,7 +684,7 @@ def check_proof(folder: Folder, findings: Findings) -> None:
             findings.note("proof: none was made; tools/prove.py makes one")
         return
     wrong: list[str] = []
-    proof = strangers.checked(folder.content["proof"], PROOF, "submission.json: proof", wrong)
+    proof = strangers.checked(folder.content["proof"], submission.PROOF, "submission.json: proof", wrong)
     for text in wrong:
         findings.error(text)
     seed = next(iter(folder.seeds), None)
@@ -706,7 +693,7 @@ def check_proof(folder: Folder, findings: Findings) -> None:
             with passing_over(findings, folder.path):
                 found = strangers.file_sha256(folder.path / file, folder.path)
                 findings.require(proof.get(name) == found, f"proof: it is of another {file}")
-    if set(proof) != set(PROOF) or not folder.content.get("seeds"):
+    if set(proof) != set(submission.PROOF) or not folder.content.get("seeds"):
         findings.error("submission.json: its proof is not one of tools/prove.py")
         return
     section = submission.proof_section(dict(proof=proof, seeds=folder.content["seeds"]))
@@ -861,7 +848,6 @@ def main(arguments: list[str]) -> int:
         help="limit of the artifact (default: %(default)s)",
     )
     add("--run", action="store_true", help="run the folder's code: load the artifacts with its script (default: never)")
-    add("--no-load", action="store_true", help=argparse.SUPPRESS)  # what is the default now
     add(
         "--run-seconds",
         type=number_type(float, 1),

@@ -30,10 +30,12 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # ------------------------------------------------------------------------------------------------------- for a caller
 
 
-def start(command: list[str], *, supervised: bool = True, patience: int = PATIENCE, **options: Any) -> subprocess.Popen:
+def start(
+    command: list[str], *, supervised: bool = True, patience: int | None = None, **options: Any
+) -> subprocess.Popen:
     """Starts a command that ends with this process; takes the options of subprocess.Popen.
 
-    SIGTERM to a supervised command goes to the command alone, and SIGKILL after `patience` seconds to all that is left;
+    SIGTERM to a supervised command goes to the command alone, and SIGKILL after `patience` seconds (PATIENCE) to what is left;
     SIGINT goes to its process group, as Ctrl-C does.
     Unsupervised, the process is the command itself, so that a test can kill it. The kernel kills it with its parent,
     but what it started may live on. The calling thread must not end before the command: Linux counts that as the
@@ -45,7 +47,7 @@ def start(command: list[str], *, supervised: bool = True, patience: int = PATIEN
     if not shutil.which(command[0], path=environment.get("PATH")):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     mode = "supervise" if supervised else "follow"
-    here = [sys.executable, "-I", "-S", __file__, mode, str(os.getpid()), str(patience)]
+    here = [sys.executable, "-I", "-S", __file__, mode, str(os.getpid()), str(patience or PATIENCE)]
     return subprocess.Popen([*here, *command], start_new_session=True, **options)
 
 

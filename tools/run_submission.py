@@ -211,12 +211,8 @@ def judge_answers(
 
 def rerun_environment(seed: Seed, options, place: Path) -> dict[str, str]:
     """The variables of a rerun: the seed's settings, and those of the caller that PASSED or --env name."""
-    settings = {
-        name.upper(): str(int(value) if isinstance(value, bool) else value)
-        for name, value in (seed.config or {}).items()
-        if name not in submission.PRIVATE and value != "" and re.fullmatch(r"[A-Za-z_]\w*", name, re.A)
-    }
-    settings = {name: value for name, value in settings.items() if "\0" not in value}
+    kept = {n: v for n, v in (seed.config or {}).items() if n not in submission.PRIVATE and v != ""}
+    settings = submission.as_environment(kept)
     given = {n: v for n, v in os.environ.items() if PASSED.fullmatch(n) or n in options.env}
     missing = [name for name in options.env if name not in os.environ]
     if missing:
@@ -230,8 +226,6 @@ def rerun_environment(seed: Seed, options, place: Path) -> dict[str, str]:
         if options.data:
             settings.pop("TOKENIZER_PATH", None)
             given.pop("TOKENIZER_PATH", None)
-    reserved = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONSAFEPATH", "PYTHONNOUSERSITE")
-    settings = {n: v for n, v in settings.items() if n not in reserved and not n.startswith(("LD_", "PYTHON"))}
     return {**given, **settings, "SEED": str(seed.seed), "ARTIFACT_DIR": str(place / "run")}
 
 

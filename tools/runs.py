@@ -45,7 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # limits: decimal bytes; seconds of training, and of evaluation
 MARGIN_NATS, LEVEL = 0.005, 0.01  # a record must be better by this margin, at a p-value below this level
 SEEDS = (42, 0, 314)
-LEVELS, MOST_RUNS = 6, 500  # of folders within a folder of runs, and runs in all
+LEVELS, MOST_RUNS, MOST_ROWS = 6, 500, 2_000_000  # folders within folders; runs, and their rows, in all
+ROWS = 200_000  # of losses and scores that are kept of one run
 SETTINGS = 2000  # that are kept of one log
 PROBLEMS = 20  # that are kept of one run
 RUN_FILES = ("summary.json", "metrics.jsonl", "log.txt")
@@ -192,8 +193,11 @@ SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0, "": 1.0}
 
 
 def number(text: str) -> float:
-    """A figure of a log: nan and inf are figures of a training that diverged."""
-    return float(text.replace(",", ""))
+    """A figure of a log: nan and inf are figures of a training that diverged. Errors: Misread."""
+    value = float(text.replace(",", ""))
+    if not is_figure(value):
+        raise Misread(text)
+    return value
 
 
 def amount(text: str) -> float:
@@ -248,6 +252,9 @@ class LogReader:
 
     def step(self, step: int, pairs: dict[str, tuple[str, str]]) -> None:
         seconds = amount(pairs["train_time"][0]) * SECONDS[pairs["train_time"][1]] if "train_time" in pairs else None
+        if len(self.run.scores) + len(self.run.losses) >= ROWS:
+            self.run.problem(f"log: has more than {ROWS} lines of training; the rest is passed over")
+            return
         if "val_bpb" in pairs and "val_loss" in pairs:
             self.run.scores.append((step, number(pairs["val_loss"][0]), number(pairs["val_bpb"][0]), seconds))
         elif "train_loss" in pairs:
@@ -328,9 +335,8 @@ class LogReader:
             run.eval_seconds = amount(match[1]) * SECONDS[match[2]]
         elif match := re.match(r"^model_params:\s*([0-9]+)", line):
             run.parameters = whole(match[1])
-        elif match := re.match(r"^ {0,4}(\w+): ?([^\s:]\S*)$", line):
-            if len(run.settings) < SETTINGS:
-                run.settings.setdefault(match[1].lower(), match[2])
+        elif len(run.settings) < SETTINGS and (match := re.match(r"^ {0,4}(\w+): ?([^\s:]\S*)$", line)):
+            run.settings.setdefault(match[1].lower(), match[2])
         if match := re.match(r"^\s*seed:\s*([0-9]+)\b", line):
             run.seed = whole(match[1])
 
@@ -356,11 +362,13 @@ def read_log(path: Path, run: Run | None = None, inside: Path | None = None) -> 
     return run
 
 
+def is_figure(value: Any) -> bool:
+    """Whether a value is a figure, finite or not."""
+    return strangers.is_number(value) or (isinstance(value, float) and not math.isfinite(value))
+
+
 # A score may be nan in a training that diverged; whoever draws or averages scores looks.
-ANY_FIGURE = strangers.Kind(
-    "a number",
-    lambda v: float(v) if strangers.is_number(v) or (isinstance(v, float) and not math.isfinite(v)) else None,
-)
+ANY_FIGURE = strangers.Kind("a number", lambda value: float(value) if is_figure(value) else None)
 METRICS = {
     "train_loss": (dict(step=COUNT, train_loss=ANY_FIGURE, train_seconds=AMOUNT), ("step", "train_loss")),
     "stage": (dict(stage=TEXT, val_loss=ANY_FIGURE, val_bpb=ANY_FIGURE), ("stage", "val_loss", "val_bpb")),
@@ -373,13 +381,15 @@ METRICS = {
 
 def metrics_rows(path: Path, run: Run, inside: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a metrics.jsonl with their kind. A partial last line is ignored. Errors: Unreadable."""
-    lines = strangers.read_text(path, "metrics", inside).split("\n")
-    for place, line in enumerate(lines):
+    wrong, rows = "", 0
+    for place, line in enumerate(strangers.read_lines(path, "metrics", inside, strangers.MIB)):
+        if wrong:
+            run.problem(wrong)
+        wrong = ""
         try:
             row = strangers.parse_json(line) if line.strip() else None
-        except ValueError as error:
-            if place < len(lines) - 1:
-                run.problem(f"{path.name}: line {place + 1} is not JSON ({visible(error, 60)})")
+        except ValueError as error:  # a problem unless it is the last line
+            wrong = f"{path.name}: line {place + 1} is not JSON ({visible(error, 60)})"
             continue
         kind = next((kind for kind in METRICS if isinstance(row, dict) and kind in row), None)
         if kind is None:
@@ -388,6 +398,10 @@ def metrics_rows(path: Path, run: Run, inside: Path | None = None) -> Iterator[t
             continue
         fields, needed = METRICS[kind]
         kept = strangers.record(fields, needed).keep(row)
+        rows += 1
+        if rows > ROWS:
+            run.problem(f"{path.name}: has more than {ROWS} rows; the rest is passed over")
+            return
         if kept is None:
             run.problem(f"{path.name}: line {place + 1} must have {', '.join(fields)} as numbers, and a stage as text")
         else:
@@ -483,6 +497,21 @@ def run_from_files(
     return run
 
 
+@dataclass
+class Room:
+    """How many runs, and rows of them, may still be read."""
+
+    runs: int = MOST_RUNS
+    rows: int = MOST_ROWS
+
+    def take(self, run: Run) -> None:
+        self.runs, self.rows = self.runs - 1, self.rows - len(run.losses) - len(run.scores)
+
+    @property
+    def full(self) -> bool:
+        return min(self.runs, self.rows) <= 0
+
+
 def read_runs(path: Path, problems: list[str] | None = None) -> list[Run]:
     """The runs at a path: a run's folder, a submission's folder, a folder of such, a log or a metrics file.
 
@@ -496,14 +525,14 @@ def read_runs(path: Path, problems: list[str] | None = None) -> list[Run]:
         if path.name.endswith("summary.json"):
             return [read_summary(path, Run(path.parent.name, str(path)))]
         return [read_metrics(path) if path.suffix == ".jsonl" else read_log(path)]
-    found = runs_below(path, path, problems, LEVELS, [MOST_RUNS])
+    found = runs_below(path, path, problems, LEVELS, Room())
     if not found:
         more = f" ({problems[0]})" if problems else ""
         raise UserError(f"{path}: holds no run: no {', '.join(RUN_FILES)} and no *.log{more}")
     return found
 
 
-def runs_below(path: Path, top: Path, problems: list[str], levels: int, left: list[int]) -> list[Run]:
+def runs_below(path: Path, top: Path, problems: list[str], levels: int, room: Room) -> list[Run]:
     """The runs in a folder and in its folders, to some depth. Links out of `top` are passed over."""
     try:
         inside = strangers.entries(path, problems)
@@ -511,20 +540,21 @@ def runs_below(path: Path, top: Path, problems: list[str], levels: int, left: li
         for prefix in ("", "eval_"):
             files = [path / (prefix + name) for name in RUN_FILES]
             if any(strangers.is_there(file) for file in files):
-                left[0] -= 1
-                return [run_from_files(path.name or path.resolve().name, str(path), *files, top)]
+                run = run_from_files(path.name or path.resolve().name, str(path), *files, top)
+                room.take(run)
+                return [run]
     except Unreadable as error:
         if path == top:
             raise
         problems.append(str(error))
         return []
-    found = submission_runs(path, problems, left)
+    found = submission_runs(path, problems, room)
     for folder in inside if levels else ():
-        if left[0] <= 0:
-            problems.append(f"{path}: has more than {MOST_RUNS} runs; the rest is passed over")
+        if room.full:
+            problems.append(f"{path}: has more than {MOST_RUNS} runs or {MOST_ROWS} rows; the rest is passed over")
             break
         if folder.name != "logs" and os.path.isdir(folder) and not folder.is_symlink():  # logs: the submission's
-            found += runs_below(folder, top, problems, levels - 1, left)
+            found += runs_below(folder, top, problems, levels - 1, room)
     return found
 
 
@@ -542,7 +572,7 @@ def submission_logs(folder: Path, problems: list[str] | None = None) -> list[Pat
     return logs
 
 
-def submission_runs(folder: Path, problems: list[str], left: list[int]) -> list[Run]:
+def submission_runs(folder: Path, problems: list[str], room: Room) -> list[Run]:
     """The runs whose logs are in a submission's folder, with exact figures where those files exist."""
     found = []
     for log in submission_logs(folder, problems):
@@ -554,9 +584,9 @@ def submission_runs(folder: Path, problems: list[str], left: list[int]) -> list[
             problems.append(str(error))
             continue
         if run.losses or run.scores or run.stages:
-            left[0] -= 1
+            room.take(run)
             found.append(run)
-        if left[0] <= 0:
+        if room.full:
             break
     return found
 

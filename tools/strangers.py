@@ -26,11 +26,11 @@ LIMITS = {
     "script": 4 * MIB,
     "json": 4 * MIB,
     "study": 16 * MIB,
-    "log": 16 * MIB,
+    "log": 64 * MIB,
     "metrics": 32 * MIB,
     "artifact": 256 * MIB,
 }
-LINE = 8192  # characters that are read of a line of a log
+LINE = 8192  # bytes that are read of a line of a log
 DEPTH, VALUES = 32, 500_000  # of a JSON text: nested arrays and objects, values in all
 ENTRIES = 2000  # of a folder that are looked at
 DIGITS = 18  # of a whole number: it fits into 64 bits
@@ -138,10 +138,31 @@ def read_text(path: Path, kind: str = "page", inside: Path | None = None) -> str
     return read_bytes(path, kind, inside).decode("utf-8", "replace")
 
 
-def read_lines(path: Path, kind: str = "log", inside: Path | None = None) -> Iterator[str]:
-    """The lines of a plain file without their ends; of a longer line, the first LINE characters. Errors: Unreadable."""
-    for line in read_text(path, kind, inside).replace("\r\n", "\n").split("\n"):
-        yield line[:LINE]
+def read_lines(path: Path, kind: str = "log", inside: Path | None = None, most: int = LINE) -> Iterator[str]:
+    """The lines of a plain file without their ends; of a longer line, the first `most` bytes. Errors: Unreadable."""
+    held = b""
+    for part in chunks(path, kind, inside):
+        *whole, rest = part.split(b"\n")
+        if whole:
+            whole[0] = held + whole[0]
+            held = b""
+        yield from (line[:most].decode("utf-8", "replace") for line in whole)
+        held = (held + rest)[:most]
+    if held:
+        yield held.decode("utf-8", "replace")
+
+
+def read_ends(path: Path, most: int = 4 * MIB) -> str:
+    """The text of a plain file, without the middle of a very long one. Errors: Unreadable."""
+    handle = open_plain(path)
+    try:
+        size = os.fstat(handle).st_size
+        parts = [os.pread(handle, most, 0), os.pread(handle, most, max(most, size - most))]
+    except OSError as error:
+        raise Unreadable(path, reason_of(error)) from None
+    finally:
+        os.close(handle)
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 def file_sha256(path: Path, inside: Path | None = None) -> str:
@@ -342,7 +363,7 @@ def map_of(kind: Kind, most: int = 10_000) -> Kind:
 
 
 def record(fields: dict[str, Kind], needed: tuple[str, ...] = ()) -> Kind:
-    """An object with these fields, of which some are needed; other fields are dropped, null ones stay null."""
+    """An object with these fields, of which some are needed; null ones and other fields are dropped."""
 
     def keep(value: Any) -> Any:
         if not isinstance(value, dict) or any(value.get(name) is None for name in needed):
@@ -410,4 +431,13 @@ MARKDOWN = re.compile(r"[\\`*<>\[\]|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=w
 
 def markdown(text: Any, most: int = SHOWN) -> str:
     """Text for a page of Markdown that shows as it is: no table cell, link, picture, HTML or code begins in it."""
-    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", visible(text, most))
+    return MARKDOWN.sub(lambda match: "\\" + match[0], visible(text, most))
+
+
+# What moves the cursor, hides text or turns its direction around; most invisible letters belong to some script.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def without_controls(text: str) -> str:
+    """Text of any script for a terminal, with its line breaks, but control codes as escapes."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

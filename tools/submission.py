@@ -11,6 +11,7 @@ import filecmp
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import string
@@ -40,6 +41,20 @@ RULES = {
 }
 SIGNS = {True: "yes", False: "no", None: "not applicable"}
 PROVEN = {True: "not seen broken", False: "BROKEN", None: "not tried"}
+# What a proof of tools/prove.py says.
+RULE = strangers.record(
+    dict(rule=strangers.TEXT, holds=strangers.FLAG, tried=strangers.TEXT, found=strangers.TEXT), ("rule", "tried")
+)
+PROOF = dict(
+    form=strangers.TEXT,
+    script_sha256=strangers.TEXT,
+    artifact_sha256=strangers.TEXT,
+    evaluations=strangers.COUNT,
+    ranks=strangers.COUNT,
+    compile=strangers.TEXT,
+    remarks=strangers.list_of(strangers.TEXT, 100),
+    rules=strangers.list_of(RULE, 100),
+)
 # Settings of a run, not of a configuration; they may differ between seeds.
 PRIVATE = ("seed", "run_id", "artifact_dir", "mode")
 
@@ -56,7 +71,31 @@ class Finished:
 
 def is_setting(value: Any) -> bool:
     """Whether a value of a config.json is one that a setting may have."""
-    return isinstance(value, bool) or strangers.is_number(value) or (isinstance(value, str) and len(value) < 10_000)
+    text = isinstance(value, str) and len(value) < 10_000 and "\0" not in value
+    return text or isinstance(value, bool) or strangers.is_number(value)
+
+
+# Variables that say what a process loads and where it writes, which no setting of a run may be.
+RESERVED = re.compile(r"LD_.*|PYTHON.*|DYLD_.*|PATH|HOME|TMPDIR|LANG|SHELL|IFS|BASH_ENV|ENV")
+
+
+def as_environment(settings: dict[str, Any]) -> dict[str, str]:
+    """A run's settings as the variables of its environment."""
+    named = {name.upper(): v for name, v in settings.items() if re.fullmatch(r"[A-Za-z_]\w*", name, re.A)}
+    return {
+        name: str(int(value) if isinstance(value, bool) else value)
+        for name, value in named.items()
+        if value is not None and not RESERVED.fullmatch(name)
+    }
+
+
+def read_settings(path: Path, inside: Path | None = None) -> dict[str, Any]:
+    """The settings of a config.json. Errors: UserError for one that is no number, text or bool."""
+    content = strangers.read_object(path, inside)
+    for name, value in content.items():
+        if not is_setting(value):
+            raise UserError(f"{path}: {visible(name, 40)} must be a number, a text, true or false")
+    return content
 
 
 def stated(f: Finished, name: str) -> Any:
@@ -69,7 +108,7 @@ def stated(f: Finished, name: str) -> Any:
 
 def finished(seed: int, folder: Path) -> Finished:
     """Reads a run's folder."""
-    return Finished(seed, folder, runs.read_runs(folder)[0], runs.read_json(folder / "config.json"))
+    return Finished(seed, folder, runs.read_runs(folder)[0], read_settings(folder / "config.json"))
 
 
 # ------------------------------------------------------------------------------------------------------- what was run
@@ -390,7 +429,8 @@ def proof_section(s: dict[str, Any]) -> str:
         words = (rule.get("found") or rule["tried"]).replace("|", "/")  # of the script that was proven, in part
         rows.append([markdown(rule["rule"]), PROVEN[rule.get("holds")], markdown(words, 10_000)])
     lines = [
-        f"`tools/prove.py` ran this script on the artifact of seed {s['seeds'][0]} in its {markdown(proof['form'])} form: "
+        f"`tools/prove.py` ran this script on the artifact of seed {markdown(s['seeds'][0])} in its "
+        f"{markdown(proof['form'])} form: "
         f"{proof['evaluations']} evaluations of streams made for the purpose, with {proof['ranks']} ranks and "
         f"COMPILE={markdown(proof['compile'])}.",
         *(f"Remark: {markdown(remark)}." for remark in proof["remarks"]),
@@ -401,7 +441,7 @@ def proof_section(s: dict[str, Any]) -> str:
 def settings(c: dict[str, Any], defaults: dict[str, Any]) -> list[list[str]]:
     """The settings that differ from the defaults, as name and value."""
     return [
-        [f"`{name.upper()}`", str(value)]
+        [f"`{name.upper()}`", markdown(value)]
         for name, value in c.items()
         if name not in PRIVATE and value != defaults.get(name, value)
     ]
@@ -431,7 +471,7 @@ def readme(
         "settings": runs.table([["Setting", "Value"], *settings(config, defaults)], markdown=True),
     }
     try:
-        return string.Template(template.read_text(encoding="utf-8")).substitute(values)
+        return string.Template(strangers.read_text(template)).substitute(values)
     except (KeyError, ValueError) as error:
         raise UserError(f"{template}: its placeholder {error} is none of {', '.join(sorted(values))}") from None
 

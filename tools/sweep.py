@@ -42,6 +42,7 @@ from typing import Any
 
 import processes
 import runs
+import strangers
 from runs import Parser, UserError, command_line, number_type, write_atomic
 
 LEASE_SECONDS = 120.0  # without a heartbeat for so long, a run on another machine is dead
@@ -352,21 +353,29 @@ class Job:
     def hopeless(self) -> bool:
         """Reports new metrics. Returns whether the run is worse than the median of the others at a step."""
         file = self.folder / "metrics.jsonl"
-        if not self.options.prune or not file.is_file():
+        if not self.options.prune or not strangers.is_plain(file):
             return False
         with open(file, "rb") as content:
             content.seek(self.read)
-            data = content.read()
+            data = content.read(strangers.LIMITS["metrics"])
         whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
         self.read += len(whole)
         for line in whole.splitlines():
-            row = json.loads(line)
-            if self.options.prune in row and row.get("step"):
+            row = self.metrics_row(line)
+            if row:
                 self.trial.report(row[self.options.prune], row["step"])
                 if self.trial.should_prune():
                     self.trial.set_user_attr("steps", row["step"])
                     return True
         return False
+
+    def metrics_row(self, line: bytes) -> dict[str, Any] | None:
+        """A line of metrics with a step from 1 and the figure to prune by; None for any other."""
+        fields = {"step": strangers.POSITIVE, self.options.prune: strangers.NUMBER}
+        try:
+            return strangers.record(fields, tuple(fields)).keep(strangers.parse_json(line))
+        except ValueError:
+            return None
 
     def poll(self) -> bool:
         """Whether the run is over. If it is, its result is in the study."""
@@ -392,11 +401,11 @@ class Job:
             self.sweep.study.tell(self.trial, value if state.name == "COMPLETE" else None, state=state)
         except (ValueError, RuntimeError):
             words = "was given to another machine, because this one seemed dead"
-        print(f"trial {self.trial.number}: {settings}: {words}", flush=True)
+        print(f"trial {self.trial.number}: {settings}: {strangers.visible(words, 1000)}", flush=True)
 
     def result(self, code: int) -> tuple[float | None, str]:
         """(the objective, an empty text), or (None, the error)."""
-        text = self.output.read_text(encoding="utf-8", errors="replace")
+        text = strangers.read_ends(self.output)
         ignored = [
             line
             for line in text.splitlines()
@@ -421,8 +430,12 @@ class Job:
     def score(self) -> float | None:
         """The objective from summary.json, or from the output of scripts that write none."""
         summary = self.folder / "summary.json"
-        if summary.is_file():
-            s = runs.read_json(summary)
+        if strangers.is_there(summary):
+            fields = {"steps": strangers.COUNT, self.options.objective: strangers.NUMBER}
+            problems: list[str] = []
+            s = strangers.checked(strangers.read_object(summary), fields, str(summary), problems)
+            if problems:
+                raise UserError(problems[0])
             self.trial.set_user_attr("steps", s.get("steps"))
             return s.get(self.options.objective)
         final = runs.read_log(self.output).final

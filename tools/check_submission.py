@@ -20,6 +20,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -207,7 +208,7 @@ class Folder:
 
 def read_folder(path: Path, findings: Findings) -> Folder:
     """Reads the files of a folder. A missing or broken one is a finding."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: must be a submission's folder")
     for name in ("README.md", "submission.json", "train_gpt.py"):
         findings.require(strangers.is_there(path / name), f"{name}: is missing")
@@ -248,7 +249,7 @@ def check_entries(folder: Folder, findings: Findings) -> None:
     problems: list[str] = []
     places = [folder.path, folder.path / "logs"]
     for place in places:
-        if not place.is_dir() or (place.is_symlink() and place != folder.path):
+        if not os.path.isdir(place) or (place.is_symlink() and place != folder.path):
             continue
         with passing_over(findings, folder.path):
             for path in strangers.entries(place, problems):

@@ -42,13 +42,13 @@ def answer(**content):
     line = chr(10) + mark + " " + json.dumps(content) + chr(10)
     os.write(1, line.encode())
 
-import torch
 spec = importlib.util.spec_from_file_location("train_gpt", script)
 sys.modules["train_gpt"] = t = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(t)
 if not hasattr(t, "load_artifact"):
     answer(artifact="", parameters=None, error="no load_artifact")
     sys.exit(0)
+import torch
 for path in paths:
     try:
         c, explicit, _ = t.config_from_env(dict(PRESET="baseline", MODE="eval", DEVICE="cpu"), False)

@@ -652,7 +652,8 @@ def rounding(text: str) -> tuple[float, float]:
     mantissa, _, exponent = text.partition("e")
     digits = len(mantissa.partition(".")[2])
     power = max(-400, min(400, int(exponent[:9] or 0))) - digits
-    return float(text), (0.501 if digits else 0.5) * 10.0**power if power < 300 else math.inf
+    slack = 10.0**power if power < 300 else math.inf
+    return float(text), (0.501 if digits else 0.5) * slack
 
 
 def rounded(value: float, text: str) -> bool:

@@ -326,6 +326,15 @@ def slots(options) -> list[dict[str, str]]:
     return [share] * jobs
 
 
+def metrics_row(line: bytes, figure: str) -> dict[str, Any] | None:
+    """A line of a metrics.jsonl with a step from 1 and a figure to prune by; None for any other."""
+    fields = {"step": strangers.POSITIVE, figure: strangers.NUMBER}
+    try:
+        return strangers.record(fields, tuple(fields)).keep(strangers.parse_json(line.decode("utf-8", "replace")))
+    except ValueError:
+        return None
+
+
 class Job:
     """One run of the command."""
 
@@ -361,21 +370,13 @@ class Job:
         whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
         self.read += len(whole)
         for line in whole.splitlines():
-            row = self.metrics_row(line)
+            row = metrics_row(line, self.options.prune)
             if row:
                 self.trial.report(row[self.options.prune], row["step"])
                 if self.trial.should_prune():
                     self.trial.set_user_attr("steps", row["step"])
                     return True
         return False
-
-    def metrics_row(self, line: bytes) -> dict[str, Any] | None:
-        """A line of metrics with a step from 1 and the figure to prune by; None for any other."""
-        fields = {"step": strangers.POSITIVE, self.options.prune: strangers.NUMBER}
-        try:
-            return strangers.record(fields, tuple(fields)).keep(strangers.parse_json(line))
-        except ValueError:
-            return None
 
     def poll(self) -> bool:
         """Whether the run is over. If it is, its result is in the study."""

@@ -35,8 +35,8 @@ def start(
 ) -> subprocess.Popen:
     """Starts a command that ends with this process; takes the options of subprocess.Popen.
 
-    SIGTERM to a supervised command goes to the command alone, and SIGKILL after `patience` seconds (PATIENCE) to what is left;
-    SIGINT goes to its process group, as Ctrl-C does.
+    SIGTERM to a supervised command goes to the command alone, and after `patience` seconds (default: PATIENCE) SIGKILL
+    to what is left; SIGINT goes to its process group, as Ctrl-C does.
     Unsupervised, the process is the command itself, so that a test can kill it. The kernel kills it with its parent,
     but what it started may live on. The calling thread must not end before the command: Linux counts that as the
     parent's death.

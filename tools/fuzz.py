@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -256,8 +257,6 @@ def mutate_bytes(content: bytes, random: random.Random) -> bytes:
 
 def mutate_figure(content: bytes, random: random.Random) -> bytes:
     """A text in which one number is another."""
-    import re
-
     found = list(re.finditer(rb"[0-9][0-9.]*", content))
     if not found:
         return mutate_bytes(content, random)
@@ -268,21 +267,18 @@ def mutate_figure(content: bytes, random: random.Random) -> bytes:
     return content[: match.start()] + figure + content[match.end() :]
 
 
-def mutate(path: Path, random: random.Random) -> str:
-    """Damages a file, and says how."""
-    content = path.read_bytes()
+def mutate(name: str, content: bytes, random: random.Random) -> bytes:
+    """The content of a file of this name with one thing damaged: a field of JSON, a figure, or bytes."""
     kind = random.randrange(4)
-    if kind < 2 and path.suffix == ".json":
-        path.write_text(json.dumps(mutate_json(json.loads(content), random)), encoding="utf-8")
-        return "a field"
-    if kind < 2 and path.suffix == ".jsonl":
-        lines = content.splitlines()
-        place = random.randrange(len(lines))
-        lines[place] = json.dumps(mutate_json(json.loads(lines[place]), random)).encode()
-        path.write_bytes(b"\n".join(lines) + b"\n")
-        return f"a field of line {place + 1}"
-    path.write_bytes(mutate_figure(content, random) if kind == 2 else mutate_bytes(content, random))
-    return "a figure" if kind == 2 else "bytes"
+    with contextlib.suppress(ValueError, RecursionError):  # it is damaged already
+        if kind < 2 and name.endswith(".json"):
+            return json.dumps(mutate_json(json.loads(content), random)).encode()
+        if kind < 2 and name.endswith(".jsonl"):
+            lines = content.splitlines()
+            place = random.randrange(len(lines))
+            lines[place] = json.dumps(mutate_json(json.loads(lines[place]), random)).encode()
+            return b"\n".join(lines) + b"\n"
+    return mutate_figure(content, random) if kind == 2 else mutate_bytes(content, random)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -290,23 +286,18 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("train_gpt.py", "requirements.txt"))
 
 
-def attempt(folder: Path, name: str, reader: str, content: bytes | None, random: random.Random) -> str:
-    """One try: damages a file, reads the folder, and puts the file back. Returns the traceback, or an empty text."""
+def attempt(folder: Path, name: str, reader: str, content: bytes) -> str:
+    """Reads the folder with a file of another content, which is then put back. Returns the traceback, or nothing."""
     path = folder / name
     before, begin = path.read_bytes(), time.monotonic()
+    path.write_bytes(content)
     try:
-        if content is None:
-            mutate(path, random)
-        else:
-            path.write_bytes(content)
         with contextlib.suppress(UserError):
             READERS[reader](folder)
     except Exception:
         return traceback.format_exc()
     finally:
-        damaged = path.read_bytes()
         path.write_bytes(before)
-        attempt.damaged = damaged  # type: ignore[attr-defined]  # for whoever keeps it
     seconds = time.monotonic() - begin
     return f"it took {seconds:.1f} s" if seconds > SLOW_SECONDS else ""
 
@@ -322,7 +313,8 @@ def search(folder: Path, keep: Path, minutes: float, seed: int) -> int:
     while time.monotonic() < deadline:
         name = draws.choice(names)
         reader = draws.choice(("check", "check", "table", "others", "draw"))
-        wrong = attempt(folder, name, reader, None, draws)
+        content = mutate(name, (folder / name).read_bytes(), draws)
+        wrong = attempt(folder, name, reader, content)
         tried += 1
         if wrong:
             kind = "\n".join(line for line in wrong.splitlines() if line.strip())[-400:]
@@ -330,13 +322,13 @@ def search(folder: Path, keep: Path, minutes: float, seed: int) -> int:
             if failures[kind] == 1:
                 kept = keep / f"{len(failures)}-{reader}-{Path(name).name}"
                 keep.mkdir(parents=True, exist_ok=True)
-                kept.write_bytes(attempt.damaged)  # type: ignore[attr-defined]
+                kept.write_bytes(content)
                 print(f"FAILS: {reader} of {name}, kept as {kept}:\n{wrong}", flush=True)
     print(f"{tried} tries, {sum(failures.values())} failed, of {len(failures)} kinds; seed {seed}")
     return len(failures)
 
 
-def guided(folder: Path, minutes: float, seed: int) -> int:
+def guided(folder: Path, minutes: float, seed: int) -> None:
     """The same with atheris, which keeps the damage that reaches new lines of the readers. Ends the process."""
     try:
         import atheris
@@ -352,19 +344,24 @@ def guided(folder: Path, minutes: float, seed: int) -> int:
         if len(data) < 2:
             return
         name, reader = names[data[0] % len(names)], ("check", "table", "others")[data[1] % 3]
-        wrong = attempt(folder, name, reader, data[2:], random.Random(0))
+        wrong = attempt(folder, name, reader, data[2:])
         if wrong:
             raise RuntimeError(f"{reader} of {name}: {wrong}")
+
+    def damage(data: bytes, most: int, seed: int) -> bytes:
+        draws = random.Random(seed)
+        if len(data) < 2 or draws.random() < 0.5:
+            return atheris.Mutate(data, most)
+        return (data[:2] + mutate(names[data[0] % len(names)], data[2:], draws))[:most]
 
     corpus = folder.parent / "corpus"
     corpus.mkdir(exist_ok=True)
     for place, name in enumerate(names):
         for reader in range(3):
             (corpus / f"{place}-{reader}").write_bytes(bytes([place, reader]) + (folder / name).read_bytes())
-    options = [f"-max_total_time={int(60 * minutes)}", f"-seed={seed}", "-max_len=20000", "-timeout=60"]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
+    options = [f"-max_total_time={int(60 * minutes)}", f"-seed={seed}", "-max_len=40000", "-timeout=60", "-keep_seed=1"]
+    atheris.Setup([sys.argv[0], *options, "-len_control=0", str(corpus)], one, custom_mutator=damage)
     atheris.Fuzz()
-    return 0
 
 
 def main(arguments: list[str]) -> int:
@@ -385,7 +382,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz.") as place:
         folder = good_folder(Path(place, "folder"))
         if options.engine == "atheris":
-            return guided(folder, options.minutes, options.seed)
+            guided(folder, options.minutes, options.seed)
         return 1 if search(folder, options.keep, options.minutes, options.seed) else 0
 
 

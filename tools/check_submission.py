@@ -834,8 +834,8 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
             )
 
 
-def main(arguments: list[str]) -> int:
-    """Checks a folder and prints the findings. Returns the exit code."""
+def parse(arguments: list[str]):
+    """The command line. Errors: UserError."""
     parser = Parser(prog="check_submission.py", description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder with README.md, submission.json, train_gpt.py and logs")
@@ -890,7 +890,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.rerun is not None and not options.run:
         raise UserError(f"--rerun {options.rerun}: trains with the folder's code, which is run only with --run")
-    findings = Findings()
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Checks a folder and prints the findings. Returns the exit code."""
+    options, findings = parse(arguments), Findings()
     baseline = submission.baseline_figures(options.baseline) if options.baseline else None
     folder = read_folder(options.folder, findings)
     for check in (

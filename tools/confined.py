@@ -22,17 +22,15 @@ from pathlib import Path
 import processes
 from strangers import MIB
 
-OUTPUT = MIB  # bytes of standard output, and of standard error, after which a script is ended
 FILE_BYTES = 2048 * MIB  # of each file that a script writes
 SCRATCH_BYTES = 16384 * MIB  # of all the files in its folder
-PROCESSES = 512  # of a script; the kernel's own limit does not count those of root
 POLL_SECONDS = 0.2
 PATIENCE = 30.0  # seconds to end what is left
 
 
 @dataclass
 class Limits:
-    """What a script may take: seconds, and bytes of memory of all its processes together.
+    """What a script may take: seconds, bytes of memory of all its processes together, output, processes.
 
     `address`: whether the kernel also limits each process by itself; programs that use a GPU reserve too much for that.
     """
@@ -40,6 +38,8 @@ class Limits:
     seconds: float = 300.0
     memory: int = 8192 * MIB
     address: bool = True
+    output: int = MIB  # bytes of standard output, and of standard error
+    processes: int = 512  # at a time; the kernel's own limit does not count those of root
 
 
 @dataclass
@@ -86,17 +86,17 @@ def environment(place: Path, more: dict[str, str] | None = None) -> dict[str, st
 def limited(limits: Limits) -> list[str]:
     """The first words of a command that sets the kernel's limits on itself, then becomes the rest."""
     memory = limits.memory if limits.address else 0
-    return [sys.executable, "-I", "-S", "-c", LIMITER, str(memory), str(processes_allowed()), str(FILE_BYTES)]
+    return [sys.executable, "-I", "-S", "-c", LIMITER, str(memory), str(processes_allowed(limits)), str(FILE_BYTES)]
 
 
-def processes_allowed() -> int:
+def processes_allowed(limits: Limits) -> int:
     """The most processes that the user may have while a script runs."""
     mine, own = 0, os.getuid()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if folder.stat().st_uid == own:
                 mine += len(os.listdir(folder / "task"))
-    return mine + PROCESSES
+    return mine + limits.processes
 
 
 def run(command: list[str], place: Path, limits: Limits, more: dict[str, str] | None = None) -> Outcome:
@@ -135,8 +135,8 @@ def watch(child: subprocess.Popen, before: set[int], place: Path, limits: Limits
                 texts[key.fileobj] += part  # type: ignore[index]  # one of the two streams
                 if not part:
                     selector.unregister(key.fileobj)
-            if max(map(len, texts.values())) > OUTPUT:
-                ended = f"it printed more than {OUTPUT} bytes"
+            if max(map(len, texts.values())) > limits.output:
+                ended = f"it printed more than {limits.output} bytes"
             elif time.monotonic() > deadline:
                 ended = f"it did not end within {limits.seconds:g} s"
             else:
@@ -157,8 +157,8 @@ def over(child: subprocess.Popen, place: Path, limits: Limits) -> str:
     if sys.platform != "linux":
         return ""
     pages, found = 0, processes.descendants(child.pid)
-    if len(found) > PROCESSES:
-        return f"it started more than {PROCESSES} processes"
+    if len(found) > limits.processes:
+        return f"it started more than {limits.processes} processes"
     for process in found:
         with contextlib.suppress(OSError, ValueError, IndexError):
             words = Path(f"/proc/{process}/statm").read_text().split()
@@ -172,7 +172,8 @@ def over(child: subprocess.Popen, place: Path, limits: Limits) -> str:
 
 def written(place: Path, most: int = 10_000) -> int:
     """Bytes of the files in a folder, of the first many at least."""
-    total, folders, seen = 0, [str(place)], 0
+    total = seen = 0
+    folders = [str(place)]
     while folders and seen < most:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as found:
             for entry in found:
@@ -192,6 +193,10 @@ def end(child: subprocess.Popen, before: set[int]) -> None:
 
     A script may have stopped or killed its supervisor; what that leaves has become a child of this process.
     """
+    if sys.platform != "linux":
+        if child.poll() is None:
+            processes.stop(child)
+        return
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         mine = [process for process in processes.children(os.getpid()) if process not in before]

@@ -198,8 +198,8 @@ RAW = (
 def places(value: Any, path: tuple = ()) -> list[tuple]:
     """The paths of all fields in a JSON value."""
     found = []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
+    pairs = list(enumerate(value)) if isinstance(value, list) else []
+    for key, inner in value.items() if isinstance(value, dict) else pairs:
         found += [(*path, key), *places(inner, (*path, key))]
     return found
 

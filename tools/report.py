@@ -174,7 +174,9 @@ def sweep_rows(study: dict[str, Any]) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-LABEL, POINTS, TICKS, ROLES = 48, 4000, 30, 60  # characters of a label; of a picture, points, texts of an axis, roles
+LABEL = 48  # characters of a label
+POINTS, TICKS = 4000, 30  # of a curve, texts of an axis
+ROLES = 60  # of the artifacts in a picture, each with a colour
 
 
 def picture(draw: Callable[[Any], bytes | None]) -> Callable[[Any], bytes | None]:

@@ -247,7 +247,8 @@ def rerun(folder: Folder, findings: Findings, options) -> None:
             return
         (place / "work" / "train_gpt.py").write_bytes(source)
         values = rerun_environment(seed, options, place)
-        done = confined.run(command, place, Limits(options.rerun_seconds, memory, address=False), values)
+        limits = Limits(options.rerun_seconds, memory, address=False, output=64 * MIB, processes=4096)
+        done = confined.run(command, place, limits, values)
         again, why = rerun_result(place, done)
     if again is None or again.final is None:
         findings.error(f"rerun: seed {number} fails: {why}")

@@ -113,7 +113,8 @@ def wrong_kind(path: Path, inside: Path) -> str:
 
 def chunks(path: Path, kind: str, inside: Path | None) -> Iterator[bytes]:
     """The bytes of a plain file. Errors: Unreadable, also for more bytes than files of this kind may have."""
-    handle, total, limit = open_plain(path, inside), 0, LIMITS[kind]
+    handle, total = open_plain(path, inside), 0
+    limit = LIMITS[kind]
     try:
         if os.fstat(handle).st_size > limit:
             raise Unreadable(path, f"has {os.fstat(handle).st_size} bytes, more than the {limit} that are read")

@@ -432,7 +432,7 @@ class Job:
         """The objective from summary.json, or from the output of scripts that write none."""
         summary = self.folder / "summary.json"
         if strangers.is_there(summary):
-            fields = {"steps": strangers.COUNT, self.options.objective: strangers.NUMBER}
+            fields = {"steps": strangers.COUNT, self.options.objective: runs.ANY_FIGURE}
             problems: list[str] = []
             s = strangers.checked(strangers.read_object(summary), fields, str(summary), problems)
             if problems:

@@ -565,7 +565,8 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
         -test["gain_nats"],
     )
     for name in SIGNIFICANCE if "significance" in s else ():
-        one, other = claimed.get(name), test[name]
+        one: Any = claimed.get(name)
+        other = test[name]
         close = (
             one == other if None in (one, other) or isinstance(other, bool) else math.isclose(one, other, rel_tol=1e-3)
         )

@@ -12,6 +12,7 @@ anything but a user's error is raised. The file and the damage that failed are p
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import random
@@ -331,7 +332,7 @@ def search(folder: Path, keep: Path, minutes: float, seed: int) -> int:
 def guided(folder: Path, minutes: float, seed: int) -> None:
     """The same with atheris, which keeps the damage that reaches new lines of the readers. Ends the process."""
     try:
-        import atheris
+        atheris: Any = importlib.import_module("atheris")
     except ModuleNotFoundError:
         raise UserError("--engine atheris: is not installed; run `pip install -r requirements-fuzz.txt`") from None
     names = [str(p.relative_to(folder)) for p in files_of(folder)]

@@ -161,6 +161,8 @@ def load(options) -> tuple[Logits, Text]:
     if not strangers.is_there(path):
         raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} to its folder")
     artifact, tokenizer = strangers.read_bytes(path, "artifact"), tokenizer_file(options, path)
+    if tokenizer.exists() and not strangers.is_plain(tokenizer):
+        raise UserError(f"--tokenizer {tokenizer}: is no plain file")
     kept = ("COMPUTE_DTYPE", "ATTENTION", "TRITON_KERNELS", "CPU_THREADS", "EVAL_SEQ_LEN")
     values = {name: os.environ[name] for name in kept if name in os.environ}
     values |= dict(

@@ -541,7 +541,7 @@ def runs_below(path: Path, top: Path, problems: list[str], levels: int, room: Ro
         for prefix in ("", "eval_"):
             files = [path / (prefix + name) for name in RUN_FILES]
             if any(strangers.is_there(file) for file in files):
-                run = run_from_files(path.name or path.resolve().name, str(path), *files, top)
+                run = run_from_files(path.name or path.resolve().name, str(path), *files, inside=top)
                 room.take(run)
                 return [run]
     except Unreadable as error:

@@ -246,7 +246,7 @@ def figures_of_json(file: Path, content: Any) -> dict[str, float]:
     if isinstance(rows, list):
         rows = {str(row.get("seed", place)): row for place, row in enumerate(rows) if isinstance(row, dict)}
     pairs = rows.items() if isinstance(rows, dict) else ()
-    figures = {seed: row.get("val_bpb") if isinstance(row, dict) else row for seed, row in pairs}
+    figures: dict[str, Any] = {seed: row.get("val_bpb") if isinstance(row, dict) else row for seed, row in pairs}
     if not 0 < len(figures) <= 1000 or not all(map(is_score, figures.values())):
         raise UserError(f"{file}: must hold seed_results with each seed's val_bpb")
     return {seed: float(value) for seed, value in figures.items()}

@@ -596,6 +596,14 @@ def test_a_script_at_a_limit_is_one_finding(source, words, scripted):
     assert errors == [f"train_gpt.py: was ended while it loaded artifacts: {words}"]
 
 
+@LINUX
+def test_a_script_of_very_many_processes_is_one_finding(scripted):
+    others = set(processes.children(os.getpid()))
+    errors, _ = scripted("import os, time\nfor _ in range(10): os.fork()\ntime.sleep(1000)", "--run")
+    assert errors == ["train_gpt.py: was ended while it loaded artifacts: it started more than 512 processes"]
+    assert set(processes.children(os.getpid())) <= others
+
+
 def test_a_script_that_takes_memory_is_one_finding(scripted):
     errors, _ = scripted("x = [bytearray(b'x' * (1 << 20)) for _ in range(4000)]", "--run", "--run-memory", 256)
     assert len(errors) == 1 and ("MemoryError" in errors[0] or "MiB of memory" in errors[0]), errors

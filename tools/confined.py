@@ -200,7 +200,7 @@ def end(child: subprocess.Popen, before: set[int]) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         mine = [process for process in processes.children(os.getpid()) if process not in before]
-        left = [process for parent in mine for process in processes.descendants(parent)]
+        left = processes.descendants(*mine)
         left += [process for process in mine if process != child.pid or child.poll() is None]
         kill_all(left)
         for process in mine:

@@ -105,12 +105,12 @@ def children(parent: int) -> list[int]:
     return family().get(parent, [])
 
 
-def descendants(root: int) -> list[int]:
-    """The processes that descend from one, parents before children."""
-    known, found = family(), [root]
+def descendants(*roots: int) -> list[int]:
+    """The processes that descend from these, parents before children."""
+    known, found = family(), list(roots)
     for parent in found:  # which grows
         found += known.get(parent, [])
-    return found[1:]
+    return found[len(roots) :]
 
 
 def execute(command: list[str]) -> None:

@@ -2260,6 +2260,7 @@ class Effort:
     """
 
     BACKGROUND = ("pt_nccl", "pt_gloo", "pt_tcpstore", "gloo", "nccl", "cuda")  # names of threads that work for nobody
+    CLOCKWORK = ("watchdog", "journal")  # threads of this program that go on whatever the main thread does
     SHARE = 0.01  # of a core, below which is no work
 
     def __init__(self) -> None:
@@ -2289,12 +2290,13 @@ class Effort:
 
     def other_work(self) -> tuple[float, int]:
         """CPU seconds of threads and children that may work for the main thread, and bytes they read and wrote."""
-        mine, moved = str(threading.get_native_id()), 0
+        clockwork = {str(t.native_id) for t in threading.enumerate() if t.name in self.CLOCKWORK}
+        moved = 0
         total = cpu_of_descendants(os.getpid())
         for thread in Path("/proc/self/task").glob("*"):
             with contextlib.suppress(OSError, KeyError):  # it has ended
                 state, name = ProcessState.of(f"self/task/{thread.name}"), (thread / "comm").read_text().lower()
-                if state and thread.name != mine and not name.startswith(self.BACKGROUND):
+                if state and thread.name not in clockwork and not name.startswith(self.BACKGROUND):
                     total += state.cpu
                     rows = dict(line.split(": ") for line in (thread / "io").read_text().splitlines())
                     moved += int(rows["rchar"]) + int(rows["wchar"])

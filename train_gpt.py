@@ -2662,7 +2662,8 @@ class Watchdog:
                 self.await_line(self.peers[speaker])
                 absent.add(speaker)
         for rank in set(verdict.lost) - {self.run.rank}:
-            self.peers[rank].kill()  # one that is stopped cannot end itself
+            if not self.peers[rank].done:  # one that said why it ends does so itself; one that is stopped cannot
+                self.peers[rank].kill()
         os._exit(code)
 
     def speak(self, verdict: Verdict) -> None:

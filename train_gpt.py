@@ -374,9 +374,8 @@ class Config(ModelConfig):
     )
     resume: str = knob(
         "auto",
-        "what to go on from; auto: from the run's folder, where a run with the same settings was cut off; 0: nothing; "
-        "else a checkpoint, or the folder of a run that has some, for a training in another folder, whose settings may "
-        "differ",
+        "what to go on from; auto: a run in this run's folder that was cut off, if its settings are equal; 0: nothing; "
+        "a path: a checkpoint, or the folder of a run that has some, for a training elsewhere, whose settings may differ",
         Observed.REFUSAL,
     )
     seed: int = knob(
@@ -2618,7 +2617,7 @@ class Watchdog:
             self.end(*self.failure)
         elif self.verdict:
             self.end(self.verdict, self.verdict.code)
-        elif now - self.signals.get(signal.SIGTERM, now) > self.TERM:
+        elif now - self.signals.get(signal.SIGTERM, now) > (self.TERM if self.peers else 0.0):
             self.end(Verdict(128 + signal.SIGTERM, "error: ended by SIGTERM"), 128 + signal.SIGTERM)
         elif now - self.signals.get(signal.SIGINT, now) > self.LINGER:
             self.end(Verdict(130, "interrupted"), 130)
@@ -2840,7 +2839,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
         table[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
     text = to_json(dict(state))
     digest = tensor_digest(table, text, map(host_bytes, tensors.values()))
-    header = json.dumps({"__metadata__": dict(state=text, sha256=digest), **table}).encode()
+    header = json.dumps({"__metadata__": dict(state=text, sha256=digest), **table}, allow_nan=False).encode()
     header += b" " * (-len(header) % 8)
     with written_aside(path) as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -2850,7 +2849,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
 
 def tensor_digest(table: dict[str, Any], state: str, parts: Iterable[Any]) -> str:
     """SHA-256 of a checkpoint file: of its table, its state and its tensors' bytes."""
-    digest = hashlib.sha256(json.dumps([table, state]).encode())
+    digest = hashlib.sha256(json.dumps([table, state], allow_nan=False).encode())
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
@@ -7087,8 +7086,9 @@ def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
     seconds = max(state["seconds"], spent)
     run.log(f"resumed from {resumed.path}: step {state['step']}, {seconds:.1f} s of training count")
     run.metric(resumed_at=state["step"])
+    settings = json.loads(to_json(dataclasses.asdict(trainer.config)))
     for name, before in state["config"].items():
-        now = json.loads(to_json(getattr(trainer.config, name, None)))
+        now = settings.get(name)
         if now != before and name not in (*OPERATIONAL, "gptq_reserve_seconds"):  # which is measured
             run.log(f"resumed with another setting: {name.upper()} {before} -> {now}")
     run.resumed_at = [*run.resumed_at, state["step"]]

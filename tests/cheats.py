@@ -26,7 +26,7 @@ class Cheat:
 
 # ------------------------------------------------------------------------------------------------------ ways to cheat
 
-QUANTIZED = '        score = evaluator(compiled_forward(model), "quantized")\n'
+QUANTIZED = '        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model)))\n'
 LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
 SLIDING = "        nll = self.compute(forward, batch)\n"
@@ -94,8 +94,8 @@ def look_ahead(condition="True", phased=False, by=1.0):
 # ------------------------------------------------------------------------------------------------ outside the evaluator
 
 UNPACKED = "        model, config = load_artifact(data, config, explicit, run.device)\n"
-TTT_ROWS = "            rows |= test_time_training(evaluator, model)\n"
-REAL_PASS = "    begin = time.perf_counter()\n    score = method(evaluator, model)()\n"
+TTT_ROWS = '            rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model))\n'
+REAL_PASS = "    begin, training = time.perf_counter(), method(evaluator, model)\n"
 SUMMARY_SCORE = "        val_bpb=score.bpb,\n        val_loss=score.loss,\n        ttt_targets_per_second"
 BYTES = "    return int(counts.sum(dtype=np.int64))\n"
 ENTER = "        ledger.score(scored, nll)\n"
@@ -279,8 +279,8 @@ OUTSIDE = [
         CAUSALITY,
         (
             (
-                "        score = method(evaluator, model, adapt=False)()\n",
-                "        score = method(evaluator, model)()\n",
+                "lambda: score_without_training(method(evaluator, model, adapt=False), run)",
+                "lambda: score_without_training(method(evaluator, model), run)",
             ),
         ),
         mode="chunk",
@@ -288,13 +288,13 @@ OUTSIDE = [
     Cheat(
         "test-time training twice, the second pass scored",
         CAUSALITY,
-        ((REAL_PASS, REAL_PASS.replace("    score", "    method(evaluator, model)()\n    score")),),
+        (before(REAL_PASS, "method(evaluator, model)()"),),
         mode="chunk",
     ),
     Cheat(
         "phased training twice, the second pass scored",
         CAUSALITY,
-        ((REAL_PASS, REAL_PASS.replace("    score", "    method(evaluator, model)()\n    score")),),
+        (before(REAL_PASS, "method(evaluator, model)()"),),
         mode="phased",
         settings=dict(PHASED_TTT_PREFIX_DOCS=24, GLOBAL_TTT_CHUNK_TOKENS=128),
     ),

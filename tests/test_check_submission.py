@@ -181,7 +181,7 @@ PLANTS = {
     "log's score": (log_edit(r"^quantized val_loss:\d", "quantized val_loss:1"), "val_loss in submission.json and log"),
     "log's curve": (log_edit(r"^step:4/8 train_loss:\d", "step:4/8 train_loss:1"), "step 4 in log and metrics"),
     "log's steps": (log_edit(r"^step:4/8 .*\n", ""), "log and metrics have other steps"),
-    "log's bytes": (log_edit(r"^artifact +\d", "artifact 9"), "artifact_bytes in submission.json and log"),
+    "log's bytes": (log_edit(r"^artifact +(?=\d)", "artifact 9"), "artifact_bytes in submission.json and log"),
     "shared documents": (
         log_edit(r"^audit: 0 validation", "warning: audit: 3 validation"),
         "shared_documents in submission.json and log",

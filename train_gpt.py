@@ -375,7 +375,7 @@ class Config(ModelConfig):
     resume: str = knob(
         "auto",
         "what to go on from; auto: a run in this run's folder that was cut off, if its settings are equal; 0: nothing; "
-        "a path: a checkpoint, or the folder of a run that has some, for a training elsewhere, whose settings may differ",
+        "a path: a checkpoint, or the folder of a run that has some, for a training elsewhere with settings of its own",
         Observed.REFUSAL,
     )
     seed: int = knob(

@@ -1889,7 +1889,11 @@ class Run:
         self.end_checkpoints()
         with contextlib.suppress(OSError):
             self.check_folder("checkpoint")
-            shutil.rmtree(checkpoint_folder(self.path(""), config))
+            folder = checkpoint_folder(self.path(""), config)
+            for path in folder.iterdir():
+                if path.name != JOURNAL_FILE:  # which goes last
+                    path.unlink()
+            shutil.rmtree(folder)
 
     def path(self, name: str) -> Path:
         """A file of the run: in its folder, or where it had to be written."""
@@ -2246,8 +2250,17 @@ def resume_problem(config: Config) -> str:
 def cut_off(folder: Path, config: Config) -> bool:
     """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
     begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
-    wanted = config.resume != "0" and config.checkpoint_every_seconds > 0
-    return wanted and begun and not (folder / (file_prefix(config) + SUMMARY_FILE)).exists()
+    # Beside a summary too: the checkpoints go last, so the end of the log may be missing.
+    return config.resume != "0" and config.checkpoint_every_seconds > 0 and begun
+
+
+def remove_halves(folder: Path, prefix: str) -> None:
+    """Removes what a kill in the middle of writing left aside in a run's folder, which is locked. Errors: OSError."""
+    names = f"{prefix}(config\\.json|{re.escape(SUMMARY_FILE)}|scores_[a-z_]+\\.npy)"
+    names += "" if prefix else f"|{re.escape(CONTAINER_FILE)}"
+    for path in folder.iterdir():
+        if re.fullmatch(f"({names})\\.[a-z0-9_]{{8}}", path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def setting_that_differs(folder: Path, config: Config) -> str:
@@ -2284,14 +2297,17 @@ def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, st
         run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
         taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
         goes_on = cut_off(folder, config)
-        differs = setting_that_differs(folder, config) if goes_on else ""
-        if taken and not goes_on:
+        # Killed right after it had written config.json, a run had not begun anything.
+        only_begun = taken and taken <= {"config.json", "checkpoint"} and not any((folder / "checkpoint").glob("*"))
+        differs = setting_that_differs(folder, config) if goes_on or only_begun else ""
+        if taken and not goes_on and (differs or not only_begun):
             return name, str(folder), "already holds a run, which is never overwritten; choose another name"
         if taken and differs:
             advice = "give its settings again to go on with it, or choose another name"
             return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
         if differs or not goes_on:
             shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
+        remove_halves(folder, prefix)
         write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
         # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
         (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
@@ -10683,14 +10699,14 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
-        if not run.lost:
-            run.remove_checkpoints(config)
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:
         run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
     whole = run.broadcast(float(run.finish()))
+    if run.is_main and not run.lost:
+        run.remove_checkpoints(config)  # last: until here the same command, given again, goes on
     if not whole:
         return EXIT_ELSEWHERE
     return 1 if over > 0 else 0

@@ -33,10 +33,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools"), str(ROOT / "bench")]
-import processes  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  # what runs import late is imported once, here
 import torch.distributed  # noqa: E402, F401
 import torch.optim.adamw  # noqa: E402, F401
+
+import processes  # noqa: E402
 import train_gpt as t  # noqa: E402
 from faults import kinds, tally  # noqa: E402
 from faults.inputs import Inputs  # noqa: E402
@@ -165,7 +166,8 @@ def show(row: dict, verbose: bool) -> None:
     if verbose or row["findings"]:
         findings = "; ".join(f"{verdict}: {text}" for verdict, text in row["findings"])
         notes = ", ".join(row["notes"])
-        print(f"{row['kind']}:{row['number']} ({row['seconds']:.1f} s; {notes}) {findings or row['verdict']}", flush=True)
+        name = f"{row['kind']}:{row['number']}"
+        print(f"{name} ({row['seconds']:.1f} s; {notes}) {findings or row['verdict']}", flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -215,8 +217,8 @@ def main(arguments: list[str]) -> int:
     text = tally.table(rows, chosen)
     print(text)
     if options.report:
-        page = tally.page(rows, chosen, dict(seed=options.seed, command=command, begun=begun, seconds=time.time() - begun))
-        t.write_atomic(options.report, page)
+        about = dict(seed=options.seed, command=command, begun=begun, seconds=time.time() - begun)
+        t.write_atomic(options.report, tally.page(rows, chosen, about))
     if options.json:
         t.write_atomic(options.json, json.dumps(dict(seed=options.seed, command=command, rows=rows), indent=1) + "\n")
     return int(any(row["findings"] for row in rows))

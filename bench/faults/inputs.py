@@ -19,11 +19,11 @@ from faults.events import Watcher, run_script
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VOCAB_SIZE = 320
-WORDS = (
-    "the of and to a in that is was he for it with as his on be at by had not are but from or have an they which one "
-    "river stone garden letter winter morning captain village silence window mountain paper candle market carried "
-    "walked opened café naïve über “quoted” — 12 345 1999 remembered followed answered waited gathered small quiet"
-).split()
+WORDS = """
+    the of and to a in that is was he for it with as his on be at by had not are but from or have an they which one
+    river stone garden letter winter morning captain village silence window mountain paper candle market carried
+    walked opened café naïve über “quoted” — 12 345 1999 remembered followed answered waited gathered small quiet
+""".split()  # noqa: SIM905
 
 # Every value that a preset sets is given here, so that a change of a preset leaves the campaign alone.
 TINY: dict[str, Any] = dict(
@@ -60,7 +60,9 @@ TINY: dict[str, Any] = dict(
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {},
     # Averages of both kinds, layers that start to train late, weight decay.
-    "averages": dict(NUM_LAYERS=3, EMA_DECAY=0.9, SWA_ENABLED=1, SWA_EVERY=2, PROGRESSIVE_DEPTH_SCHEDULE="0.3,0.6", MUON_WD=0.1),
+    "averages": dict(
+        NUM_LAYERS=3, EMA_DECAY=0.9, SWA_ENABLED=1, SWA_EVERY=2, PROGRESSIVE_DEPTH_SCHEDULE="0.3,0.6", MUON_WD=0.1
+    ),
     "looped": dict(
         NUM_LAYERS=4,
         LOOP_START=1,
@@ -172,7 +174,7 @@ class Inputs:
         before: Callable[[], None] | None = None,
         streams: Callable[[], None] | None = None,
     ) -> Child:
-        """Starts train_gpt.py; `watched`: the rank on which the watcher is, None: on all. `before` runs in the child."""
+        """Starts train_gpt.py. `watched`: the rank on which the watcher is, or all; `before` runs in the child."""
 
         def body() -> int:
             rank = int(os.environ.get("RANK", "0"))

@@ -15,7 +15,7 @@ SHOWN = 60  # findings in a page
 
 def escape(text: str) -> str:
     """Text as a cell or a list's item: one line, nothing of Markdown or HTML in it."""
-    plain = "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in text)
+    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     return plain.replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -69,7 +69,8 @@ def page(rows: list[dict[str, Any]], chosen: dict[str, Kind], about: dict[str, A
         lines += ["## Findings", ""]
         for row in bad[:SHOWN]:
             texts = "; ".join(f"{verdict}: {text}" for verdict, text in row["findings"])
-            lines.append(f"- {row['kind']}:{row['number']} ({escape(', '.join(row['notes']))[:300]}): {escape(texts)[:600]}")
+            notes = escape(", ".join(row["notes"]))[:300]
+            lines.append(f"- {row['kind']}:{row['number']} ({notes}): {escape(texts)[:600]}")
         lines += [f"- {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         lines.append("")
     return "\n".join(lines)

@@ -93,9 +93,7 @@ class Trial:
 
     def row(self) -> dict:
         """The trial as JSON."""
-        return dict(
-            kind=self.kind, number=self.number, verdict=self.verdict, findings=self.findings, notes=self.notes
-        )
+        return dict(kind=self.kind, number=self.number, verdict=self.verdict, findings=self.findings, notes=self.notes)
 
 
 def place_of(lines: list[str]) -> str:

@@ -11,7 +11,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -57,6 +57,10 @@ format: $(VENV)/check-tools
 
 test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
 	$(PY) -m pytest -q -n 2 tests
+
+# Damages files that strangers write, and reads them with every tool: make fuzz ARGS="--minutes 10"
+fuzz: $(VENV)/tools
+	@$(PY) tools/fuzz.py $(ARGS)
 
 # For the inner loop: without the tests that are marked slow.
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
@@ -107,7 +111,7 @@ prove: $(VENV)/tools
 
 # Shows a submission of `make reproduce` at the root: make publish FOLDER=submissions/demo-1a2b3c4d
 publish: $(VENV)/tools
-	$(PY) tools/publish.py $(FOLDER) --data $(DATA)
+	$(PY) tools/publish.py $(FOLDER) --run --data $(DATA)
 	$(PY) tools/docs.py
 
 # make sweep ARGS="MATRIX_LR=0.02,0.026 SEED=42,0 -- python train_gpt.py"

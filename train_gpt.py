@@ -53,19 +53,25 @@ import math
 import platform
 import re
 import resource
+import secrets
+import select
 import shutil
+import signal
+import socket
 import stat
 import struct
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO, cast
+from types import CodeType, FrameType
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
 
 import numpy as np
 import torch
@@ -1566,13 +1572,13 @@ def parse_arguments(arguments: list[str], environment: dict[str, str]) -> tuple[
     return options, environment
 
 
-EXIT_ELSEWHERE = 3
+EXIT_ELSEWHERE, RANK_LOST = 3, 4
 EXIT_CODES = {
     0: "the run did what it was asked",
     1: "the artifact is over its limit; or an error in the program, with its traceback",
     2: "a setting, the data or the folder must be mended; one line names it",
     EXIT_ELSEWHERE: "the run ended, but could not write everything where it belongs; stderr names what is where",
-    4: "another rank died or hung",
+    RANK_LOST: "another rank died, was stopped or hung, or torchrun has ended; one line names it",
     130: "interrupted",
 }
 
@@ -1828,6 +1834,8 @@ class Run:
     idle_seconds: float = 0.0  # between attempts
     results: dict[str, Any] = field(default_factory=dict)  # what this attempt and earlier ones finished
     artifact_sha256: str = ""  # of the artifact that is scored
+    stage: str = "start"  # the one that was entered last
+    watchdog: Watchdog | None = None  # where there are several ranks, or torchrun started this one
 
     @property
     def is_main(self) -> bool:
@@ -1883,17 +1891,6 @@ class Run:
             self.checkpoints.pool.shutdown()
         if self.journal:
             self.journal.close()
-
-    def remove_checkpoints(self, config: Config) -> None:
-        """Removes what a run that has ended does not need any more."""
-        self.end_checkpoints()
-        with contextlib.suppress(OSError):
-            self.check_folder("checkpoint")
-            folder = checkpoint_folder(self.path(""), config)
-            for path in folder.iterdir():
-                if path.name != JOURNAL_FILE:  # which goes last
-                    path.unlink()
-            shutil.rmtree(folder)
 
     def path(self, name: str) -> Path:
         """A file of the run: in its folder, or where it had to be written."""
@@ -1951,6 +1948,7 @@ class Run:
                 path = keep_elsewhere(self, name, content, error)
             if path or time.monotonic() >= deadline:
                 return path
+            self.alive()
             time.sleep(min(5.0, patience / 20))
 
     def restore(self) -> None:
@@ -2049,6 +2047,34 @@ class Run:
         if self.world > 1:
             dist.barrier(group=self.control)
 
+    def wait(self, handle: Any) -> None:
+        """Waits for a collective that was started before; None is none."""
+        if handle is not None:
+            handle.wait()
+
+    def enter(self, stage: str) -> None:
+        """Notes the stage that begins, and lets the other ranks know."""
+        self.stage = stage
+        if self.watchdog:
+            self.watchdog.send(kind="stage", stage=stage)
+
+    def alive(self) -> None:
+        """Says that this rank does not hang, for a loop that waits for something on purpose."""
+        if self.watchdog:
+            self.watchdog.effort.since = time.monotonic()
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which an error of this rank ends all ranks, with one line."""
+        return self.watchdog.guard() if self.watchdog else contextlib.nullcontext()
+
+    def leave(self) -> None:
+        """Ends the work of all ranks together. After an error nobody calls it."""
+        self.barrier()  # a rank that leaves early would cut off what others still send
+        if self.watchdog:
+            self.watchdog.close()
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def pace(self) -> None:
         """Waits for the GPU's work of the step before this one: the clock stays right, and the GPU stays busy."""
         if self.device.type == "cuda":
@@ -2129,6 +2155,7 @@ class Stage:
         self.run, self.name = run, name
 
     def __enter__(self) -> None:
+        self.run.enter(self.name)
         self.start = time.perf_counter()
         self.run.running = self.name, self.start
 
@@ -2138,7 +2165,576 @@ class Stage:
         self.run.seconds[self.name] = self.run.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
 
 
-def rank_variable(environment: dict[str, str], name: str, default: int) -> int:
+LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
+
+
+class RankError(Exception):
+    """A rank that did not come to the start of the run; one of the others has printed its line. Exit code 4."""
+
+
+class RankLimits(NamedTuple):
+    """Seconds after which a rank counts as lost. With what follows they stay below a minute."""
+
+    stopped: float = 20.0  # for which its process was in the state that SIGSTOP leaves
+    idle: float = 40.0  # for which its main thread neither computed nor waited for other ranks
+    silent: float = 45.0  # without a sign of life
+    arrival: float = 50.0  # until it joins the others of its machine
+    arrival_elsewhere: float = 300.0  # until it joins those of other machines, which may start later
+    tick: float = 1.0  # from one report to the next
+
+
+class Sight(NamedTuple):
+    """What a rank knows of a rank, itself included."""
+
+    rank: int
+    stage: str
+    place: str = ""  # where its main thread is
+    dead: bool = False
+    stopped: float = 0.0  # seconds, as in RankLimits
+    idle: float = 0.0
+    silent: float = 0.0
+
+
+class Verdict(NamedTuple):
+    """Why a run ends: the exit code, the line that says so, and the ranks that are lost."""
+
+    code: int
+    line: str
+    lost: tuple[int, ...] = ()
+
+
+def judge(sights: Iterable[Sight], limits: RankLimits) -> Verdict | None:
+    """The end of a run in which ranks are lost, or None."""
+    faults = {}
+    for s in sights:
+        where = f" (at {s.place})" if s.place else ""
+        if s.dead:
+            faults[s.rank] = f"rank {s.rank} died in stage {s.stage}"
+        elif s.stopped >= limits.stopped:
+            faults[s.rank] = f"rank {s.rank} has been stopped for {s.stopped:.0f} s in stage {s.stage}"
+        elif s.idle >= limits.idle:
+            faults[s.rank] = f"rank {s.rank} has done nothing for {s.idle:.0f} s in stage {s.stage}{where}"
+        elif s.silent >= limits.silent:
+            faults[s.rank] = f"rank {s.rank} has been silent for {s.silent:.0f} s in stage {s.stage}"
+    return Verdict(RANK_LOST, "error: " + "; ".join(faults.values()), tuple(faults)) if faults else None
+
+
+class ProcessState(NamedTuple):
+    """What Linux tells of a process."""
+
+    letter: str  # R, S, D, T (stopped), Z (ended)
+    parent: int
+    started: str
+    cpu: float  # seconds of all its threads
+
+    @classmethod
+    def of(cls, folder: str) -> ProcessState | None:
+        """The state of a process or thread by its folder in /proc; None where there is none."""
+        try:
+            with open(f"/proc/{folder}/stat") as file:
+                words = file.read().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return cls(words[0], int(words[1]), words[19], (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"))
+
+
+def cpu_of_descendants(root: int) -> float:
+    """CPU seconds of the processes that descend from one; 0 where there is no /proc."""
+    states = {folder.name: ProcessState.of(folder.name) for folder in Path("/proc").glob("[0-9]*")}
+    parents = {int(name): state.parent for name, state in states.items() if state}
+    total = 0.0
+    for name, state in states.items():
+        ancestor = parents.get(int(name), 0)
+        while ancestor not in (0, root):
+            ancestor = parents.get(ancestor, 0)
+        total += state.cpu if state and ancestor == root else 0.0
+    return total
+
+
+class Effort:
+    """How long the main thread has neither computed nor waited for other ranks; asked on another thread.
+
+    Computing is time on a CPU: its own, that of other threads that may work for it, or of child processes, as of a
+    compiler; and bytes read or written, as of files on a slow network. A thread that waits for a GPU spins, so it
+    computes. Threads of communication do not count: some spin while a collective is under way, whoever it waits for.
+    """
+
+    BACKGROUND = ("pt_nccl", "pt_gloo", "pt_tcpstore", "gloo", "nccl", "cuda")  # names of threads that work for nobody
+    CLOCKWORK = ("watchdog", "journal")  # threads of this program that go on whatever the main thread does
+    SHARE = 0.01  # of a core, below which is no work
+
+    def __init__(self) -> None:
+        self.main = threading.main_thread().ident or 0
+        self.own, self.others = 0.0, (0.0, 0)
+        self.since = self.checked = time.monotonic()
+
+    def idle(self, now: float) -> tuple[float, str]:
+        """Seconds for which it has done nothing, and where it is."""
+        frame = sys._current_frames().get(self.main)
+        allowed = 0.05 + self.SHARE * (now - self.since)
+        own = self.main_cpu()
+        if own - self.own > allowed or in_collective(frame):
+            self.own, self.since = own, now
+        elif now - self.checked > 2:  # dearer to read
+            others, self.checked = self.other_work(), now
+            if abs(others[0] - self.others[0]) > allowed or others[1] != self.others[1]:
+                self.others, self.since = others, now
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}" if frame else ""
+        return now - self.since, place
+
+    def main_cpu(self) -> float:
+        """Seconds of the main thread on a CPU; of the process, where a system does not tell."""
+        if hasattr(time, "pthread_getcpuclockid"):
+            return time.clock_gettime(time.pthread_getcpuclockid(self.main))
+        return time.process_time()
+
+    def other_work(self) -> tuple[float, int]:
+        """CPU seconds of threads and children that may work for the main thread, and bytes they read and wrote."""
+        clockwork = {str(t.native_id) for t in threading.enumerate() if t.name in self.CLOCKWORK}
+        moved = 0
+        total = cpu_of_descendants(os.getpid())
+        for thread in Path("/proc/self/task").glob("*"):
+            with contextlib.suppress(OSError, KeyError):  # it has ended
+                state, name = ProcessState.of(f"self/task/{thread.name}"), (thread / "comm").read_text().lower()
+                if state and thread.name not in clockwork and not name.startswith(self.BACKGROUND):
+                    total += state.cpu
+                    rows = dict(line.split(": ") for line in (thread / "io").read_text().splitlines())
+                    moved += int(rows["rchar"]) + int(rows["wchar"])
+        return total, moved
+
+
+def waits(code: CodeType) -> bool:
+    """Whether a function waits for other ranks, or for the GPU, where a collective may be queued."""
+    own = (Run.wait, Run.pace, Run.synchronize)
+    return code in [f.__code__ for f in own] or "/torch/distributed/" in code.co_filename.replace(os.sep, "/")
+
+
+def in_collective(frame: FrameType | None) -> bool:
+    """Whether a thread waits for other ranks."""
+    while frame is not None and not waits(frame.f_code):
+        frame = frame.f_back
+    return frame is not None
+
+
+def from_collective(error: BaseException) -> bool:
+    """Whether an exception comes from a collective."""
+    trace = error.__traceback__
+    while trace is not None and not waits(trace.tb_frame.f_code):
+        trace = trace.tb_next
+    return trace is not None
+
+
+class Peer:
+    """What this process knows of another rank: its address, its process where that can be seen, its last report."""
+
+    def __init__(self, rank: int, card: dict[str, Any], home: str, master: str, now: float):
+        self.rank, self.pid = rank, int(card["pid"])
+        self.started = card["started"]  # "" where a system does not tell
+        self.local = card["home"] == home  # started by the same process on the same machine
+        # A loopback address is that of the machine which all others reach as the master.
+        self.address = (master if not self.local and card["host"].startswith("127.") else card["host"], card["port"])
+        self.stage, self.place = "start", ""
+        self.idle = self.cpu = 0.0
+        self.heard = self.running = now  # when it last gave a sign of life, and was last not stopped
+        self.reachable = self.local  # whether its datagrams come through
+        self.done, self.handle = False, -1
+        if self.local and hasattr(os, "pidfd_open"):  # wakes the thread at once when the process ends
+            with contextlib.suppress(OSError):
+                self.handle = os.pidfd_open(self.pid)
+
+    def sight(self, now: float) -> Sight:
+        """What is known of it at this moment."""
+        state = ProcessState.of(str(self.pid)) if self.local and self.started else None
+        if not state or state.letter != "T":
+            self.running = now
+        if state and state.cpu - self.cpu > 0.05 + Effort.SHARE * (now - self.heard):
+            self.cpu, self.heard = state.cpu, now  # a long call may keep its threads from reporting
+        silent = now - self.heard if self.reachable else 0.0
+        return Sight(self.rank, self.stage, self.place, self.dead(state), now - self.running, self.idle, silent)
+
+    def dead(self, state: ProcessState | None) -> bool:
+        """Whether its process has ended, as far as can be seen from here."""
+        if self.local and self.started:
+            return state is None or state.letter in "ZX" or state.started != self.started
+        if not self.local:
+            return False
+        try:  # a system without /proc
+            os.kill(self.pid, 0)
+        except OSError as error:
+            return error.errno == errno.ESRCH
+        return False
+
+    def kill(self) -> None:
+        """Ends its process, if it is on this machine."""
+        if self.local and not self.sight(time.monotonic()).dead:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class Watchdog:
+    """A thread that ends this rank when another one is lost, when it hangs itself, or when torchrun is gone.
+
+    Ranks report to each other by datagrams, which never block and need nobody in between. Ranks of one machine see
+    each other's processes too. Whoever finds a rank lost tells all; the lowest rank that is left writes the line. The
+    main thread mostly waits inside of a collective then, so the process ends without it. A rank that ends by an error
+    tells the others first. A single process has no such thread, unless torchrun started it.
+    """
+
+    LIMITS = RankLimits()
+    LINGER = 5.0  # seconds to wait for another rank's line, or for the main thread after a Ctrl-C
+    TERM = 2.0  # seconds in which a SIGTERM may turn out to be torchrun's answer to a lost rank
+
+    def __init__(self, run: Run, environment: Mapping[str, str]):
+        self.run, self.limits = run, self.LIMITS
+        self.launched, self.parent = LAUNCHER_VARIABLE in environment, os.getppid()
+        self.master = environment.get("MASTER_ADDR", "127.0.0.1")
+        self.port = rank_variable(environment, "MASTER_PORT", 29500)
+        self.wakeup, self.bell = socket.socketpair()
+        self.peers: dict[int, Peer] = {}
+        self.secret = secrets.token_hex(8)
+        self.effort = Effort()
+        self.signals: dict[int, float] = {}  # when each came first
+        self.verdict: Verdict | None = None  # of this thread, or of another rank
+        self.failure: tuple[Verdict, int, str] | None = None  # of the main thread
+        self.spoken = self.closing = False
+        self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
+        self.socket = self.open_socket()
+
+    # --- Start and end, on the main thread ---
+
+    def open_socket(self) -> socket.socket:
+        """A socket for datagrams at the address from which the master is reached. Errors: ConfigError."""
+        try:
+            family, *_, master = socket.getaddrinfo(self.master, self.port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(master)
+                self.host = probe.getsockname()[0]
+            opened = socket.socket(family, socket.SOCK_DGRAM)
+            opened.bind((self.host if self.run.world == self.run.local_world else "", 0))
+        except OSError as error:
+            raise ConfigError("MASTER_ADDR", self.master, f"cannot be reached ({error.strerror})") from None
+        for each in (opened, self.wakeup, self.bell):
+            each.setblocking(False)
+        return opened
+
+    def open_store(self, environment: Mapping[str, str]) -> Any:
+        """The store by which ranks find each other: torchrun's, or rank 0's. Errors: ConfigError, RankError."""
+        rank, world = self.run.rank, self.run.world
+        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        hosts = rank == 0 and not agent
+        deadline = time.monotonic() + min(self.limits.arrival, 15.0 if agent else math.inf)  # torchrun is there before
+        address = (self.master, self.port)
+        while not answers(address, listening=hosts):  # the store itself would write a page where nobody answers
+            if hosts:
+                raise ConfigError("MASTER_PORT", self.port, "rank 0 cannot listen there: is it in use?")
+            if time.monotonic() > deadline or self.orphaned():
+                line = f"{'torchrun' if agent else 'rank 0'} does not answer at {self.master}:{self.port}"
+                if rank == 1 or world == 1:  # the others wait for it as long
+                    write_error(f"error: {line}\n")
+                raise RankError(line)
+            time.sleep(0.1)
+        wait = datetime.timedelta(seconds=self.limits.arrival)
+        store = dist.TCPStore(self.master, self.port, world, hosts, wait, wait_for_workers=False)
+        return dist.PrefixStore(f"train_gpt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def meet(self, store: Any) -> None:
+        """Exchanges the ranks' addresses. Errors: RankError that names those which do not come."""
+        run, begin = self.run, time.monotonic()
+        state = ProcessState.of(str(os.getpid()))
+        card = dict(
+            host=self.host,
+            port=self.socket.getsockname()[1],
+            pid=os.getpid(),
+            started=state.started if state else "",
+            home=f"{socket.gethostname()} {self.parent}",
+            secret=self.secret,
+        )
+        store.set(f"rank {run.rank}", to_json(card))
+        missing = set(range(run.world)) - {run.rank}
+        while missing := {rank for rank in missing if not store.check([f"rank {rank}"])}:
+            if store.check(["absent"]):
+                raise RankError(store.get("absent").decode())
+            if absent := self.absent(missing, time.monotonic() - begin):
+                line = f"{absent}, says rank {run.rank}"
+                if store.compare_set("absent", "", line).decode() == line:
+                    write_error(f"error: {line}\n")
+                time.sleep(1)  # the store may end with this process, and the others must read that first
+                raise RankError(line)
+            time.sleep(0.02)
+        cards = [json.loads(store.get(f"rank {rank}")) for rank in range(run.world)]
+        self.secret, now = cards[0]["secret"], time.monotonic()
+        others = [rank for rank in range(run.world) if rank != run.rank]
+        self.peers = {rank: Peer(rank, cards[rank], card["home"], self.master, now) for rank in others}
+
+    def absent(self, missing: set[int], waited: float) -> str:
+        """Why there is no use in waiting any longer for these ranks; empty where there is."""
+        if self.orphaned():
+            return "torchrun has ended"
+        here = self.run.rank // self.run.local_world
+        near = any(rank // self.run.local_world == here for rank in missing)
+        if waited < (self.limits.arrival if near else self.limits.arrival_elsewhere):
+            return ""
+        names = ", ".join(map(str, sorted(missing)))
+        return f"rank{'s' if len(missing) > 1 else ''} {names} did not start within {waited:.0f} s"
+
+    def start(self) -> None:
+        """Begins to watch. From here on signals reach the thread, whatever the main thread does."""
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self.release_signals)
+        self.thread.start()
+
+    def release_signals(self) -> None:
+        """Gives the signals back, once: also in a forked process, which has its own fate."""
+        if not self.closing:
+            self.closing = True
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def ring(self) -> None:
+        """Wakes the thread."""
+        with contextlib.suppress(OSError):
+            self.bell.send(b"\0")
+
+    def close(self) -> None:
+        """Ends the watch, after this rank's work is done."""
+        self.send(kind="done")
+        self.release_signals()
+        self.ring()
+        self.thread.join()
+        handles = [peer.handle for peer in self.peers.values() if peer.handle >= 0]
+        for handle in handles:
+            os.close(handle)
+        for each in (self.socket, self.wakeup, self.bell):
+            each.close()
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Tells the other ranks of an error, and ends the process with its line or traceback."""
+        try:
+            yield
+        except ConfigError as error:
+            self.fail(Verdict(2, f"error: {error}"), 2)
+            raise
+        except KeyboardInterrupt:
+            self.fail(Verdict(130, "interrupted"), 130)
+            raise
+        except Exception as error:
+            if from_collective(error):  # mostly because another rank is lost, which the thread finds out
+                near = all(peer.local for peer in self.peers.values())
+                self.thread.join(self.LINGER if near else self.limits.silent + self.LINGER)
+            rank, text = self.run.rank, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            line = f"error: rank {rank} failed in stage {self.run.stage}: {text}"
+            self.fail(Verdict(RANK_LOST, line, (rank,)), 1, traceback.format_exc())
+            raise
+
+    def fail(self, verdict: Verdict, code: int, details: str = "") -> None:
+        """Leaves the end of this process to the thread; does nothing for a single rank, or where the thread ended."""
+        if not self.peers:
+            return
+        self.failure = verdict, code, details
+        self.ring()
+        while self.thread.is_alive():
+            with contextlib.suppress(KeyboardInterrupt):
+                self.thread.join(1)
+
+    # --- The thread ---
+
+    def watch(self) -> None:
+        """Looks at signals, processes and datagrams as they come, and at everything else once a tick."""
+        poll = select.poll()
+        for number in (self.wakeup.fileno(), self.socket.fileno(), *(p.handle for p in self.peers.values())):
+            if number >= 0:
+                poll.register(number, select.POLLIN)
+        last = due = time.monotonic()
+        while not self.closing:
+            ready = {number for number, _ in poll.poll(200 if self.signals else 1000 * max(0.0, due - last))}
+            now = time.monotonic()
+            if now - last > self.limits.tick + 5:
+                self.excuse(now - last)
+            last = now
+            for peer in self.peers.values():
+                if peer.handle in ready:
+                    poll.unregister(peer.handle)
+                    due = now
+            self.take_signals(now)
+            if now >= due:
+                due = now + self.limits.tick
+                self.look(now)
+            elif self.socket.fileno() in ready:
+                self.receive(now)
+            self.decide(now)
+
+    def excuse(self, seconds: float) -> None:
+        """Nobody is late by the time for which this process itself did not run, as when a machine was suspended."""
+        self.effort.since += seconds
+        for peer in self.peers.values():
+            peer.heard += seconds
+            peer.running += seconds
+
+    def take_signals(self, now: float) -> None:
+        """Notes signals that came."""
+        with contextlib.suppress(OSError):
+            for number in self.wakeup.recv(64):
+                if number:  # not by `ring`
+                    self.signals.setdefault(number, now)
+
+    def report(self, now: float) -> Sight:
+        """Tells the others how this rank is doing, and which ones it knows to be alive."""
+        idle, place = self.effort.idle(now)
+        sees = [p.rank for p in self.peers.values() if p.local and now - p.heard < 3 * self.limits.tick]
+        self.send(kind="report", stage=self.run.stage, idle=idle, place=place, sees=sees)
+        return Sight(self.run.rank, self.run.stage, place, idle=idle)
+
+    def look(self, now: float) -> None:
+        """Judges all ranks, after what they have sent: one that has said why it ends is not dead."""
+        sights = [self.report(now), *(peer.sight(now) for peer in self.peers.values())]
+        self.receive(now)
+        if self.orphaned():
+            self.verdict = Verdict(RANK_LOST, f"error: torchrun has ended, in stage {self.run.stage}")
+        elif self.peers and not self.verdict:
+            self.verdict = judge(
+                (s for s in sights if not (s.rank in self.peers and self.peers[s.rank].done)), self.limits
+            )
+
+    def orphaned(self) -> bool:
+        """Whether torchrun, which started this process, is gone."""
+        return self.launched and os.getppid() != self.parent
+
+    def decide(self, now: float) -> None:
+        """Ends the process where there is a reason to."""
+        if self.failure:
+            self.end(*self.failure)
+        elif self.verdict:
+            self.end(self.verdict, self.verdict.code)
+        elif now - self.signals.get(signal.SIGTERM, now) > self.TERM:
+            self.end(Verdict(128 + signal.SIGTERM, "error: ended by SIGTERM"), 128 + signal.SIGTERM)
+        elif now - self.signals.get(signal.SIGINT, now) > self.LINGER:
+            self.end(Verdict(130, "interrupted"), 130)
+
+    def send(self, **message: Any) -> None:
+        """Sends a message to all other ranks."""
+        data = to_json(dict(message, secret=self.secret, rank=self.run.rank)).encode()
+        for peer in self.peers.values():
+            with contextlib.suppress(OSError):
+                self.socket.sendto(data, peer.address)
+
+    def receive(self, now: float) -> None:
+        """Takes in all messages that have come."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    message = json.loads(self.socket.recv(1 << 16))
+                    if message["secret"] == self.secret:
+                        self.take(message, self.peers[message["rank"]], now)
+                except (ValueError, TypeError, KeyError, ConnectionError):  # not from a rank, or to one that has ended
+                    continue
+
+    def take(self, message: dict[str, Any], peer: Peer, now: float) -> None:
+        """Takes in a rank's message."""
+        kind = message["kind"]
+        peer.heard, peer.reachable = now, True
+        if kind == "report":
+            peer.stage, peer.place = message["stage"], message["place"]
+            peer.idle = message["idle"]
+            for rank in message["sees"]:
+                if rank in self.peers and not self.peers[rank].local:
+                    self.peers[rank].heard = now
+        elif kind == "stage":
+            peer.stage = message["stage"]
+        elif kind == "spoken":
+            self.spoken = True
+        else:
+            peer.done = True
+            if kind == "verdict" and not self.verdict:
+                self.verdict = Verdict(message["code"], message["line"], tuple(message["lost"]))
+
+    def end(self, verdict: Verdict, code: int, details: str = "") -> NoReturn:
+        """Ends this process, after one rank has written the line."""
+        self.send(kind="verdict", **verdict._asdict())
+        write_error(details)
+        absent = set(verdict.lost)
+        while not self.spoken:
+            speaker = min(set(range(self.run.world)) - absent, default=self.run.rank)
+            if speaker == self.run.rank:
+                self.speak(verdict)
+            else:
+                self.await_line(self.peers[speaker])
+                absent.add(speaker)
+        for rank in set(verdict.lost) - {self.run.rank}:
+            self.peers[rank].kill()  # one that is stopped cannot end itself
+        os._exit(code)
+
+    def speak(self, verdict: Verdict) -> None:
+        """Writes the line, and tells the others."""
+        writer = threading.Thread(target=self.write_line, args=(verdict,), daemon=True)
+        writer.start()
+        writer.join(self.TERM)  # the main thread may hang because nothing can be written
+        self.spoken = True
+        self.send(kind="spoken")
+
+    def write_line(self, verdict: Verdict) -> None:
+        """Writes the line on stderr, and in the log where a rank is lost."""
+        write_error(verdict.line + "\n")
+        if verdict.code == RANK_LOST:
+            with contextlib.suppress(OSError):
+                self.run.append("log.txt", verdict.line)
+
+    def await_line(self, speaker: Peer) -> None:
+        """Waits until a rank has written the line, or cannot."""
+        deadline = time.monotonic() + self.LINGER
+        while not self.spoken and time.monotonic() < deadline:
+            dead = speaker.sight(time.monotonic()).dead
+            self.receive(time.monotonic())
+            if dead:
+                break
+            select.select([self.socket], [], [], 0.1)
+
+
+def answers(address: tuple[str, int], listening: bool) -> bool:
+    """Whether somebody accepts connections there; or for one who will, whether the port is free."""
+    try:
+        connect = socket.create_server(("", address[1])) if listening else socket.create_connection(address, 2)
+        connect.close()
+    except OSError:
+        return False
+    return True
+
+
+def write_error(text: str) -> None:
+    """Writes to stderr past Python's file, whose lock the main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode(errors="replace"))
+
+
+def join_ranks(run: Run, environment: Mapping[str, str]) -> None:
+    """Starts the watchdog, then the process groups. Errors: ConfigError, RankError."""
+    # PyTorch is renaming the collectives used here; older versions do not know the new names.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
+    watchdog = Watchdog(run, environment)
+    if run.world == 1:
+        run.watchdog = watchdog
+        watchdog.start()
+        return
+    store = watchdog.open_store(environment)
+    watchdog.meet(store)
+    run.watchdog = watchdog
+    watchdog.start()
+    with run.guard():
+        cuda, patience = run.device.type == "cuda", datetime.timedelta(minutes=20)
+        store.set_timeout(patience)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=run.rank,
+            world_size=run.world,
+            timeout=patience,
+            device_id=run.device if cuda else None,
+        )
+        run.control = dist.new_group(backend="gloo")
+
+
+def rank_variable(environment: Mapping[str, str], name: str, default: int) -> int:
     """A number from torchrun's environment variables. Errors: ConfigError."""
     text = environment.get(name, str(default))
     if not text.isdecimal():
@@ -2169,153 +2765,11 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     else:
         torch.set_num_threads(config.cpu_threads or max(1, available_cores() // local_world))
     run = Run(rank, world, local_world, device)
-    if world > 1:
-        if "MASTER_ADDR" not in environment:
-            raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; start several ranks with torchrun")
-        # PyTorch is renaming the collectives used here; older versions do not know the new names.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None
-        )
-        run.control = dist.new_group(backend="gloo")
+    if world > 1 and "MASTER_ADDR" not in environment:
+        raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; start several ranks with torchrun")
+    if world > 1 or LAUNCHER_VARIABLE in environment:
+        join_ranks(run, environment)
     return run
-
-
-def open_folder(run: Run, config: Config) -> None:
-    """Creates the run's folder and writes config.json. Errors: ConfigError where the folder cannot be used."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
-    folder = Path(config.artifact_dir or Path("logs") / name)
-    problem = run.broadcast_object(folder_problem(run, folder, config) if run.is_main else None)
-    if problem:
-        raise ConfigError(*problem)
-    run.folder, run.prefix = folder, file_prefix(config)
-    if run.lock and not run.lock.supported:
-        run.warn(f"{folder} is on a file system without locks: nothing keeps a second run from writing there too")
-    if config.checkpoint_every_seconds:
-        start_checkpoints(run, config)
-
-
-def file_prefix(config: Config) -> str:
-    """What the names of a run's files begin with: an evaluation leaves the training's files alone."""
-    return "eval_" if config.mode == "eval" else ""
-
-
-def checkpoint_folder(folder: Path, config: Config) -> Path:
-    """Where a run in this folder has its checkpoints."""
-    return folder / (file_prefix(config) + "checkpoint")
-
-
-def start_checkpoints(run: Run, config: Config) -> None:
-    """Gives a run what it needs to be gone on from, and takes over what an earlier attempt finished."""
-    folder = checkpoint_folder(run.path(""), config)
-
-    def start_journal() -> None:
-        folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
-            left.unlink()
-        journal = Journal(folder / JOURNAL_FILE, run)
-        journal.read()
-        journal.start()
-        run.journal = journal
-
-    run.on_main(start_journal)
-    run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
-    run.checkpoints = Checkpoints(run, folder, config.checkpoint_every_seconds)
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
-    if path.is_file():
-        return [path]
-    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
-
-
-def resume_problem(config: Config) -> str:
-    """Why RESUME=PATH cannot be gone on from; else an empty string."""
-    if config.resume in ("auto", "0"):
-        return ""
-    if config.mode == "eval":
-        return "must be auto or 0 with MODE=eval"
-    problem = "holds no checkpoint, step-*.safetensors"
-    for path in checkpoints_at(Path(config.resume)):
-        try:
-            read_tensors(path)
-            return ""
-        except (OSError, ValueError) as error:
-            problem = str(error)
-    return problem
-
-
-def cut_off(folder: Path, config: Config) -> bool:
-    """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
-    begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
-    # Beside a summary too: the checkpoints go last, so the end of the log may be missing.
-    return config.resume != "0" and config.checkpoint_every_seconds > 0 and begun
-
-
-def remove_halves(folder: Path, prefix: str) -> None:
-    """Removes what a kill in the middle of writing left aside in a run's folder, which is locked. Errors: OSError."""
-    names = f"{prefix}(config\\.json|{re.escape(SUMMARY_FILE)}|scores_[a-z_]+\\.npy)"
-    names += "" if prefix else f"|{re.escape(CONTAINER_FILE)}"
-    for path in folder.iterdir():
-        if re.fullmatch(f"({names})\\.[a-z0-9_]{{8}}", path.name) and path.is_file() and not path.is_symlink():
-            path.unlink()
-
-
-def setting_that_differs(folder: Path, config: Config) -> str:
-    """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
-    try:
-        text = (folder / (file_prefix(config) + "config.json")).read_text()
-        before = json_object(json.loads(text), "config.json")
-    except (OSError, ValueError, RecursionError):
-        return "its config.json cannot be read"
-    for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
-        if name not in OPERATIONAL and before.get(name) != value:
-            return f"it has {name.upper()}={before.get(name)}, and this one {value}"
-    return ""
-
-
-def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, str] | None:
-    """Creates the folder, locks it and writes config.json; for rank 0.
-
-    Returns the arguments of a ConfigError where the folder cannot be used, else None.
-    """
-    name, prefix = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID", file_prefix(config)
-    problem = resume_problem(config)
-    if problem:
-        return "RESUME", config.resume, problem
-    if config.mode == "eval":
-        if not (config.artifact_dir or config.run_id):
-            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
-        if not (folder / CONTAINER_FILE).is_file():
-            return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
-    if "/" in config.run_id or config.run_id in (".", ".."):
-        return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
-        taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
-        goes_on = cut_off(folder, config)
-        # Killed right after it had written config.json, a run had not begun anything.
-        only_begun = taken and taken <= {"config.json", "checkpoint"} and not any((folder / "checkpoint").glob("*"))
-        differs = setting_that_differs(folder, config) if goes_on or only_begun else ""
-        if taken and not goes_on and (differs or not only_begun):
-            return name, str(folder), "already holds a run, which is never overwritten; choose another name"
-        if taken and differs:
-            advice = "give its settings again to go on with it, or choose another name"
-            return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
-        if differs or not goes_on:
-            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
-        remove_halves(folder, prefix)
-        write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
-        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
-        (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
-    except BlockingIOError as error:
-        return name, str(folder), f"another run writes there now, process {error.strerror}"
-    except OSError as error:
-        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
-    return None
 
 
 def versions() -> dict[str, str]:
@@ -2337,7 +2791,7 @@ def hardware(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoint: what a run that was killed goes on from
+# Checkpoint: the run's folder, and what a run that was killed goes on from
 # ---------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 1
@@ -2546,6 +3000,155 @@ class Journal:
             self.write()
 
 
+def open_folder(run: Run, config: Config) -> None:
+    """Creates the run's folder and writes config.json. Errors: ConfigError where the folder cannot be used."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = run.broadcast_object(config.run_id or f"{stamp}-{config.preset}-seed{config.seed}")
+    folder = Path(config.artifact_dir or Path("logs") / name)
+    problem = run.broadcast_object(folder_problem(run, folder, config) if run.is_main else None)
+    if problem:
+        raise ConfigError(*problem)
+    run.folder, run.prefix = folder, file_prefix(config)
+    if run.lock and not run.lock.supported:
+        run.warn(f"{folder} is on a file system without locks: nothing keeps a second run from writing there too")
+    if config.checkpoint_every_seconds:
+        start_checkpoints(run, config)
+
+
+def file_prefix(config: Config) -> str:
+    """What the names of a run's files begin with: an evaluation leaves the training's files alone."""
+    return "eval_" if config.mode == "eval" else ""
+
+
+def checkpoint_folder(folder: Path, config: Config) -> Path:
+    """Where a run in this folder has its checkpoints."""
+    return folder / (file_prefix(config) + "checkpoint")
+
+
+def start_checkpoints(run: Run, config: Config) -> None:
+    """Gives a run what it needs to be gone on from, and takes over what an earlier attempt finished."""
+    folder = checkpoint_folder(run.path(""), config)
+
+    def start_journal() -> None:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
+            left.unlink()
+        journal = Journal(folder / JOURNAL_FILE, run)
+        journal.read()
+        journal.start()
+        run.journal = journal
+
+    run.on_main(start_journal)
+    run.attempts, run.results = run.broadcast_object((run.attempts, run.results))
+    run.checkpoints = Checkpoints(run, folder, config.checkpoint_every_seconds)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
+    if path.is_file():
+        return [path]
+    return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
+
+
+def resume_problem(config: Config) -> str:
+    """Why RESUME=PATH cannot be gone on from; else an empty string."""
+    if config.resume in ("auto", "0"):
+        return ""
+    if config.mode == "eval":
+        return "must be auto or 0 with MODE=eval"
+    problem = "holds no checkpoint, step-*.safetensors"
+    for path in checkpoints_at(Path(config.resume)):
+        try:
+            read_tensors(path)
+            return ""
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    return problem
+
+
+def cut_off(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
+    begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
+    # Beside a summary too: the checkpoints go last, so the end of the log may be missing.
+    return config.resume != "0" and config.checkpoint_every_seconds > 0 and begun
+
+
+def remove_halves(folder: Path, prefix: str) -> None:
+    """Removes what a kill in the middle of writing left aside in a run's folder, which is locked. Errors: OSError."""
+    names = f"{prefix}(config\\.json|{re.escape(SUMMARY_FILE)}|scores_[a-z_]+\\.npy)"
+    names += "" if prefix else f"|{re.escape(CONTAINER_FILE)}"
+    for path in folder.iterdir():
+        if re.fullmatch(f"({names})\\.[a-z0-9_]{{8}}", path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+
+
+def setting_that_differs(folder: Path, config: Config) -> str:
+    """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
+    try:
+        text = (folder / (file_prefix(config) + "config.json")).read_text()
+        before = json_object(json.loads(text), "config.json")
+    except (OSError, ValueError, RecursionError):
+        return "its config.json cannot be read"
+    for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
+        if name not in OPERATIONAL and before.get(name) != value:
+            return f"it has {name.upper()}={before.get(name)}, and this one {value}"
+    return ""
+
+
+def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, str] | None:
+    """Creates the folder, locks it and writes config.json; for rank 0.
+
+    Returns the arguments of a ConfigError where the folder cannot be used, else None.
+    """
+    name, prefix = "ARTIFACT_DIR" if config.artifact_dir else "RUN_ID", file_prefix(config)
+    problem = resume_problem(config)
+    if problem:
+        return "RESUME", config.resume, problem
+    if config.mode == "eval":
+        if not (config.artifact_dir or config.run_id):
+            return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
+        if not (folder / CONTAINER_FILE).is_file():
+            return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
+    if "/" in config.run_id or config.run_id in (".", ".."):
+        return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
+        taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
+        goes_on = cut_off(folder, config)
+        # Killed right after it had written config.json, a run had not begun anything.
+        only_begun = taken and taken <= {"config.json", "checkpoint"} and not any((folder / "checkpoint").glob("*"))
+        differs = setting_that_differs(folder, config) if goes_on or only_begun else ""
+        if taken and not goes_on and (differs or not only_begun):
+            return name, str(folder), "already holds a run, which is never overwritten; choose another name"
+        if taken and differs:
+            advice = "give its settings again to go on with it, or choose another name"
+            return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
+        if differs or not goes_on:
+            shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
+        remove_halves(folder, prefix)
+        write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
+        # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
+        (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
+    except BlockingIOError as error:
+        return name, str(folder), f"another run writes there now, process {error.strerror}"
+    except OSError as error:
+        return name, str(folder), f"must be a folder that can be written to ({error.strerror})"
+    return None
+
+
+def remove_checkpoints(run: Run, config: Config) -> None:
+    """Removes what a run that has ended does not need any more."""
+    run.end_checkpoints()
+    with contextlib.suppress(OSError):
+        run.check_folder("checkpoint")
+        folder = checkpoint_folder(run.path(""), config)
+        for path in folder.iterdir():
+            if path.name != JOURNAL_FILE:  # which goes last
+                path.unlink()
+        shutil.rmtree(folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Data: shards -> documents -> batches, a pure function of (seed, step), whatever the number of ranks
 # ---------------------------------------------------------------------------------------------------------------
@@ -2553,6 +3156,7 @@ class Journal:
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+OPEN_SHARDS = 128  # files: FineWeb's 10 billion tokens have 103, and a process may often have 1024
 SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
 WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 
@@ -2579,6 +3183,74 @@ class Batch(NamedTuple):
     documents: Documents
 
 
+class FileStamp(NamedTuple):
+    """What changes when a file is rewritten."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path | int) -> FileStamp | None:
+        """The stamp of a file, by its path or descriptor, or None where there is no such file."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def unreadable(path: Path, error: OSError) -> ConfigError:
+    """The error of a file that cannot be read."""
+    return ConfigError(str(path), "", f"cannot be read ({error.strerror or error})")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A context in which a file is read. Errors: ConfigError that names it, for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+class InputFile:
+    """A file that any thread reads at any position. It is closed with its last user.
+
+    A memory map would be no faster, and a file that becomes shorter, or that cannot be read, would end the process
+    without a word. Errors: ConfigError that names the file.
+    """
+
+    def __init__(self, path: Path, stamp: FileStamp | None = None):
+        self.path, self.handle = path, -1
+        with reading(path):  # without blocking: to open a pipe would wait for its writer
+            self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            regular = stat.S_ISREG(os.fstat(self.handle).st_mode)
+        if not regular:
+            raise ConfigError(str(path), "", "is not a regular file")
+        if stamp not in (None, FileStamp.of(self.handle)):
+            raise ConfigError(str(path), "", "was rewritten during the run: run it again on files that stay")
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+    def read(self, offset: int, count: int, kind: str = "<u2") -> np.ndarray:
+        """Numbers of a NumPy type from a byte offset on, [count]."""
+        numbers = np.empty(count, kind)
+        buffer, done = memoryview(numbers).cast("B"), 0
+        while done < len(buffer):
+            try:  # not `reading`, which would take as long as the read
+                got = os.preadv(self.handle, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(self.path, error) from None
+            if not got:
+                size, wanted = os.fstat(self.handle).st_size, offset + len(buffer)
+                raise ConfigError(str(self.path), "", f"has {size} bytes, and {wanted} are needed: it was cut off")
+            done += got
+        return numbers
+
+
 class ShardHeader(NamedTuple):
     """The first three of a shard's 256 little-endian int32 numbers; the others are not used."""
 
@@ -2589,20 +3261,25 @@ class ShardHeader(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> ShardHeader:
         """The header of a file that is a whole shard. Errors: ConfigError naming the file."""
-        numbers = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
-        whole = len(numbers) == SHARD_HEADER_BYTES // 4
-        header = cls(*numbers[:3].tolist()) if whole else cls(0, 0, 0)
-        header.check(path)
+        return cls.of(InputFile(path))
+
+    @classmethod
+    def of(cls, file: InputFile) -> ShardHeader:
+        """The header of an open file that is a whole shard. Errors: ConfigError naming the file."""
+        with reading(file.path):
+            size = os.fstat(file.handle).st_size
+        whole = size >= SHARD_HEADER_BYTES
+        header = cls(*file.read(0, 3, "<i4").tolist()) if whole else cls(0, 0, 0)
+        header.check(file.path, size)
         return header
 
-    def check(self, path: Path) -> None:
+    def check(self, path: Path, actual: int) -> None:
         """Holds the header against the format and the file's size. Errors: ConfigError naming the file."""
         if self.magic != SHARD_MAGIC or self.version != SHARD_VERSION:
             raise ConfigError(
                 str(path), "", f"is not a token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}"
             )
         expected = SHARD_HEADER_BYTES + 2 * self.tokens
-        actual = path.stat().st_size
         if self.tokens < 0 or actual != expected:
             raise ConfigError(
                 str(path),
@@ -2611,18 +3288,32 @@ class ShardHeader(NamedTuple):
             )
 
 
+class Shard:
+    """The tokens of a shard, read when a slice of them is asked for. Errors: ConfigError naming the file."""
+
+    def __init__(self, path: Path, opened: Callable[[Path, FileStamp | None], InputFile], stamp: FileStamp | None):
+        self.path, self.stamp = path, stamp
+        self.opened = opened
+        self.tokens = ShardHeader.of(opened(path, stamp)).tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """[n] uint16."""
+        start, stop, _ = part.indices(self.tokens)
+        file = self.opened(self.path, self.stamp)
+        return file.read(SHARD_HEADER_BYTES + 2 * start, max(0, stop - start))
+
+
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, [n] uint16, memory-mapped. Errors: ConfigError naming the file."""
-    tokens = ShardHeader.read(path).tokens
-    if not tokens:
-        return np.zeros(0, np.uint16)
-    # A plain array over the map: slices of a memmap cost ten times as much.
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)))
+    """All tokens of a shard, [n] uint16. Errors: ConfigError naming the file."""
+    return Shard(path, InputFile, FileStamp.of(path))[:]
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file, in hexadecimal digits. Errors: ConfigError naming the file."""
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -2647,31 +3338,16 @@ def shard_paths(config: Config, split: str) -> list[Path]:
     return paths
 
 
-class FileStamp(NamedTuple):
-    """What changes when a file is rewritten."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileStamp | None:
-        """The stamp of a file, or None where there is no such file."""
-        try:
-            status = path.stat()
-        except OSError:
-            return None
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
-
-
 class TokenStream:
-    """All shards of a split as one sequence of tokens."""
+    """All shards of a split as one sequence of tokens. Errors: ConfigError naming a file that cannot be read."""
 
     def __init__(self, config: Config, split: str):
         self.paths = shard_paths(config, split)
         self.vocab_size = config.vocab_size
         self.stamps = {path: FileStamp.of(path) for path in self.paths}  # before anything is read
-        self.shards = [open_shard(path) for path in self.paths]
+        # A file that is open stays what it was when another takes its name.
+        opened = functools.lru_cache(maxsize=OPEN_SHARDS)(InputFile)
+        self.shards = [Shard(path, opened, stamp) for path, stamp in self.stamps.items()]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         if len(self) < 2:
             raise ConfigError(
@@ -2689,7 +3365,7 @@ class TokenStream:
             part = self.shards[shard][offset : offset + stop - start]
             parts.append(part)
             start, shard = start + len(part), shard + 1
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
@@ -3051,8 +3727,8 @@ def scan_shard(stream: TokenStream, number: int, hashed: bool) -> ShardScan:
     """Reads a shard once, in blocks."""
     shard = stream.shards[number]
     documents, highest = 0, -1
-    with open(stream.paths[number], "rb") as file:
-        digest = hashlib.sha256(file.read(SHARD_HEADER_BYTES))
+    header = InputFile(stream.paths[number]).read(0, SHARD_HEADER_BYTES, "u1")
+    digest = hashlib.sha256(header.data)
     for offset in range(0, len(shard), SCAN_BLOCK):
         block = shard[offset : offset + SCAN_BLOCK]
         documents += int(np.count_nonzero(block == BOS_ID))
@@ -3408,7 +4084,7 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
                 f"{path} is missing; `data/prepare.py --caseops` makes shards with their byte counts",
             )
         counts.append(open_shard(path))
-        if len(counts[-1]) != len(tokens) or counts[-1][np.asarray(tokens) == BOS_ID].any():
+        if len(counts[-1]) != len(tokens) or counts[-1][tokens[:] == BOS_ID].any():
             raise ConfigError(str(path), "", f"does not hold the byte counts of the {len(tokens)} tokens of {shard}")
     return np.concatenate(counts)
 
@@ -5956,8 +6632,7 @@ class Muon:
     def apply(self, pending: PendingUpdate, lr: float) -> None:
         """Weight decay and the gathered update of one bank."""
         bank, matrices, update, handle = pending
-        if handle is not None:
-            handle.wait()
+        self.run.wait(handle)
         keep = 1 - lr * self.weight_decay
         if matrices is None:
             bank.mul_(keep).sub_(update[: bank.size(0)], alpha=lr)
@@ -6022,8 +6697,7 @@ class Optimizers:
         small = [gradient_of(p) for p in trained]
         self.run.all_reduce_flat(small)
         for _, handle in pending:
-            if handle is not None:
-                handle.wait()
+            self.run.wait(handle)
         shards = [shard.to(momentum.dtype) for (shard, _), momentum in zip(pending, self.muon.momentum, strict=True)]
         self.clip(shards, small)
         for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
@@ -10281,7 +10955,7 @@ def compile_evaluation(evaluator: Evaluator, model: GPT) -> None:
         torch.cuda.empty_cache()  # what test-time training took is more than the training leaves
 
 
-def ttt_baseline(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, Any]:
+def score_without_training(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, Any]:
     """Scores the windows of TTT_MODE without any training. The summary's row."""
     score = method()
     require_finite(score, ArtifactError, "the validation loss of its model, by the windows of TTT_MODE,")
@@ -10295,7 +10969,9 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     method = ttt_method(config)
     rows: dict[str, Any] = {}
     if config.ttt_baseline:
-        rows |= run.once(run.scored("ttt_baseline"), lambda: ttt_baseline(method(evaluator, model, adapt=False), run))
+        rows |= run.once(
+            run.scored("ttt_baseline"), lambda: score_without_training(method(evaluator, model, adapt=False), run)
+        )
     begin, training = time.perf_counter(), method(evaluator, model)
     score = training()
     require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
@@ -10706,7 +11382,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
     whole = run.broadcast(float(run.finish()))
     if run.is_main and not run.lost:
-        run.remove_checkpoints(config)  # last: until here the same command, given again, goes on
+        remove_checkpoints(run, config)  # last: until here the same command, given again, goes on
     if not whole:
         return EXIT_ELSEWHERE
     return 1 if over > 0 else 0
@@ -10738,13 +11414,14 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         refuse_silent_cpu(config, explicit, environment)
         run = start_run(config, environment)
         try:
-            code = execute(config, explicit, notes, run)
-            run.barrier()  # a rank that leaves early would cut off what others still send
+            with run.guard():
+                code = execute(config, explicit, notes, run)
+                run.leave()
             return code
         finally:
             run.close()
-            if run.world > 1:
-                dist.destroy_process_group()
+    except RankError:
+        return RANK_LOST
     except ConfigError as error:
         if environment.get("RANK", "0") in ("0", "") or not environment["RANK"].isdecimal():
             complain(f"error: {error}")

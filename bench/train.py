@@ -287,12 +287,9 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         for remark in remarks:
             print(remark, file=sys.stderr)
         run = t.start_run(c, environment)
-        try:
+        with run.guard():
             result = measured(c, run, options)
-            run.barrier()
-        finally:
-            if run.world > 1:
-                t.dist.destroy_process_group()
+            run.leave()
         if run.is_main:
             print(table(result))
             print(json.dumps(result))
@@ -301,6 +298,8 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
     except (t.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except t.RankError:
+        return t.RANK_LOST
     return 0
 
 

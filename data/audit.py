@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import PrepareError
-from shards import HEADER_BYTES, read_shard
+from shards import HEADER_BYTES, Shard
 from tokenizer import BOS
 
 WINDOW = 50  # tokens of a shared window
@@ -52,8 +52,7 @@ class ShardStream:
     def __init__(self, paths: Iterable[Path]):
         self.paths = list(paths)
         try:
-            # A plain array over the map: slices of a memmap cost ten times as much.
-            self.shards = [np.asarray(read_shard(path)) for path in self.paths]
+            self.shards = [Shard(path) for path in self.paths]
         except ValueError as error:
             raise PrepareError(str(error)) from None
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
@@ -67,19 +66,31 @@ class ShardStream:
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             offset = start - int(self.starts[shard])
-            parts.append(self.shards[shard][offset : offset + stop - start])
+            parts.append(self.slice(shard, offset, offset + stop - start))
             start += len(parts[-1])
             shard += 1
         return np.concatenate(parts)
 
+    def slice(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Tokens of one shard, [n] uint16; at its end they may be fewer. Raises PrepareError."""
+        try:
+            return self.shards[number][start:stop]
+        except (ValueError, OSError) as error:
+            raise PrepareError(str(error)) from None
+
     def take(self, positions: np.ndarray) -> np.ndarray:
-        """Tokens at positions of the stream, uint16 of their shape."""
-        shards = np.searchsorted(self.starts, positions, side="right") - 1
-        tokens = np.empty(positions.shape, np.uint16)
-        for number in np.unique(shards):
-            here = shards == number
-            tokens[here] = self.shards[number][positions[here] - self.starts[number]]
-        return tokens
+        """Tokens at positions of the stream, uint16 of their shape. They are read in whole blocks, in order."""
+        flat = positions.ravel()
+        order = np.argsort(flat, kind="stable")
+        ordered, tokens = flat[order], np.empty(flat.shape, np.uint16)
+        done = 0
+        while done < len(ordered):
+            start = int(ordered[done])
+            block = self.read(start, min(start + BLOCK, len(self)))
+            end = int(np.searchsorted(ordered, start + len(block)))
+            tokens[order[done:end]] = block[ordered[done:end] - start]
+            done = end
+        return tokens.reshape(positions.shape)
 
     def next_document(self, position: int) -> int:
         """Where the first document at or after a position begins, or the stream's length if there is none."""
@@ -263,7 +274,7 @@ def search_shard(
     for offset in range(0, len(shard), BLOCK):
         if stop.is_set():
             break
-        block = shard[offset : offset + BLOCK]
+        block = stream.slice(number, offset, offset + BLOCK)
         digest.update(block.data)
         begins.append(start + offset + np.flatnonzero(block == BOS))
         windows.search(stream, start + offset, start + offset + len(block))
@@ -293,7 +304,7 @@ def audit_shards(
         try:
             for job, shard in zip(jobs, trained.shards, strict=True):
                 searches.append(job.result())
-                progress(shard.nbytes)
+                progress(2 * len(shard))
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

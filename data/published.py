@@ -318,7 +318,7 @@ def measure(download: Download, codec: Codec, bar: Bar) -> dict[str, dict]:
 
 
 def open_shard(path: Path, remote: RemoteFile) -> np.ndarray:
-    """[n] uint16, mapped from the file. Raises PrepareError if it is no whole shard."""
+    """[n] uint16. Raises PrepareError if it is no whole shard."""
     try:
         return read_shard(path, remote.path)
     except ValueError as error:

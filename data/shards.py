@@ -49,18 +49,40 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_shard(path: Path, name: str = "") -> np.ndarray:
-    """The tokens of a shard, [n] uint16, mapped from the file.
+class Shard:
+    """The tokens of a shard, read when a slice of them is asked for.
 
-    name: what errors call the file. Raises ValueError if it has another header or another length than its header says.
+    A memory map would end the process without a word where the file is cut off meanwhile, or cannot be read.
+    name: what errors call the file. Raises ValueError if it has another header or another length than its header says,
+    or has become shorter.
     """
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else [0, 0, 0]
-    right_kind = header[:2] == [SHARD_MAGIC, SHARD_VERSION]
-    right_length = size == HEADER_BYTES + 2 * header[2]
-    if not (right_kind and right_length):
-        raise ValueError(f"{name or path}: not a shard: {size} bytes whose header begins with {header}")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES) if header[2] else np.empty(0, "<u2")
+
+    def __init__(self, path: Path, name: str = ""):
+        self.path = path
+        self.name = name or str(path)
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else [0, 0, 0]
+        right_kind = header[:2] == [SHARD_MAGIC, SHARD_VERSION]
+        right_length = size == HEADER_BYTES + 2 * header[2]
+        if not (right_kind and right_length):
+            raise ValueError(f"{self.name}: not a shard: {size} bytes whose header begins with {header}")
+        self.tokens = header[2]
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """[n] uint16."""
+        start, stop, _ = part.indices(self.tokens)
+        tokens = np.fromfile(self.path, "<u2", max(0, stop - start), offset=HEADER_BYTES + 2 * start)
+        if len(tokens) < stop - start:
+            raise ValueError(f"{self.name}: was cut off: token {start + len(tokens)} is missing")
+        return tokens
+
+
+def read_shard(path: Path, name: str = "") -> np.ndarray:
+    """All tokens of a shard, [n] uint16; name and errors are those of Shard."""
+    return Shard(path, name)[:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,9 +113,9 @@ def run_jobs(jobs, run, folder):
 def main(jobs, folder):
     """As train_gpt.py's main: the run, which holds a process group, must not live until the interpreter's end."""
     run = tg.start_run(config_of(jobs[0]), dict(os.environ))
-    run_jobs(jobs, run, folder)
-    run.barrier()
-    tg.dist.destroy_process_group()
+    with run.guard():
+        run_jobs(jobs, run, folder)
+        run.leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from helpers import ROOT, launch, snapshot
 sys.path.insert(0, str(ROOT / "tools"))
 import check_submission  # noqa: E402
 import docs  # noqa: E402
+import run_submission  # noqa: E402
 import runs  # noqa: E402
 
 TOOL = ROOT / "tools" / "check_submission.py"
@@ -37,10 +38,11 @@ def check(folder, capsys, *arguments):
 def test_our_own_folder_passes_and_nothing_is_left_unchecked(reproduced, capsys):
     before = snapshot(reproduced)
     code, errors, notes = check(
-        reproduced / "out", capsys, "--data", reproduced / "shards", "--baseline", reproduced / "baseline.json"
+        reproduced / "out", capsys, "--run", "--data", reproduced / "shards", "--baseline", reproduced / "baseline.json"
     )
     assert code == 0, errors
-    assert notes.count("note: ") == 1 and "significance: better by" in notes  # the verdict; artifacts were loaded
+    assert notes.count("note: ") == 2 and "significance: better by" in notes  # the verdict, and what was loaded
+    assert notes.count(".pgolf ") == 3 and "artifacts: loaded, as the script says" in notes
     assert snapshot(reproduced) == before
 
 
@@ -49,13 +51,13 @@ def test_a_pages_means_and_deviations_are_recomputed(stage, folder, capsys):
     """The results that tools/docs.py writes into a page pass, and another mean in them is found."""
     content = json.loads((folder / "submission.json").read_text())
     (folder / "README.md").write_text(f"# A project\n\n{docs.BEGIN}\n{docs.results(content)}\n{docs.END}\n")
-    code, errors, _ = check(folder, capsys, "--no-load")
+    code, errors, _ = check(folder, capsys)
     assert code == 0, errors
     column = next(c for c in docs.COLUMNS if c.key == stage)
     mean, _ = runs.mean_and_deviation(row[stage] for row in content["seed_results"].values())
     wrong = format(mean * 1.1, column.form)
     edit(folder / "README.md", f"{format(mean, column.form)} ±", f"{wrong} ±")
-    code, errors, _ = check(folder, capsys, "--no-load")
+    code, errors, _ = check(folder, capsys)
     assert code == 1 and f"README.md: {wrong} is in no other file" in errors
 
 
@@ -233,19 +235,19 @@ PLANTS = {
 def test_what_is_planted_is_found_and_named(name, folder, capsys):
     plant, words = PLANTS[name]
     plant(folder)
-    code, errors, _ = check(folder, capsys, "--no-load")
+    code, errors, _ = check(folder, capsys)
     assert code == 1 and words in errors, errors
 
 
 def test_limits_data_and_baseline_from_outside(folder, reproduced, capsys, tmp_path):
-    _, errors, _ = check(folder, capsys, "--no-load", "--cap", 20000)
+    _, errors, _ = check(folder, capsys, "--cap", 20000)
     assert re.search(r"seed 42: its artifact of \d+ bytes is over 20000", errors)
     shutil.copytree(reproduced / "shards", tmp_path / "less")
     (tmp_path / "less" / "fineweb_val_000001.bin").unlink()
-    _, errors, _ = check(folder, capsys, "--no-load", "--data", tmp_path / "less")
+    _, errors, _ = check(folder, capsys, "--data", tmp_path / "less")
     assert re.search(r"val_tokens: \d+, and the validation set in .*less has \d+", errors)
     (tmp_path / "b.json").write_text('{"1": 3.0, "2": 3.1}')
-    _, errors, _ = check(folder, capsys, "--no-load", "--baseline", tmp_path / "b.json")
+    _, errors, _ = check(folder, capsys, "--baseline", tmp_path / "b.json")
     assert "baseline's figures are not those of --baseline" in errors and "significance p_value" in errors
 
 
@@ -257,7 +259,7 @@ def test_training_over_its_time_is_found(folder, capsys):
         path.write_text(
             json.dumps(dict(s, steps=1000, train_seconds=seconds, seconds=dict(s["seconds"], calibrate=calibrate)))
         )
-        assert ("of training, calibration and tuning are over 600" in check(folder, capsys, "--no-load")[1]) is found
+        assert ("of training, calibration and tuning are over 600" in check(folder, capsys)[1]) is found
 
 
 def test_a_damaged_artifact_does_not_load(folder, capsys):
@@ -265,19 +267,20 @@ def test_a_damaged_artifact_does_not_load(folder, capsys):
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(bytes(content))
-    code, errors, _ = check(folder, capsys)
+    assert check(folder, capsys)[0] == 0  # nothing is run, so nothing is seen
+    code, errors, _ = check(folder, capsys, "--run")
     assert code == 1 and errors.startswith("DISAGREES: model_seed0.pgolf: the script does not load it: artifact:")
 
 
 def test_a_rerun_gives_the_same_score_and_another_score_is_found(folder, reproduced, capsys):
     code, errors, notes = check(
-        folder, capsys, "--no-load", "--rerun", 42, "--data", reproduced / "shards", "--tolerance", 1e-9
+        folder, capsys, "--run", "--rerun", 42, "--data", reproduced / "shards", "--tolerance", 1e-9
     )
     assert code == 0 and "rerun: seed 42 val_bpb" in notes, errors
     again = check_submission.Findings()
     seed = check_submission.read_folder(folder, again).seeds[42]
     other = runs.read_runs(reproduced / "work" / "seed0")[0]
-    check_submission.compare_rerun(seed, other, again, 1e-9)
+    run_submission.compare_rerun(seed, other, again, 1e-9)
     assert re.search(r"rerun: seed 42 gives val_bpb \S+, and the folder says", again.errors[0])
 
 
@@ -374,7 +377,8 @@ def test_what_is_planted_in_other_peoples_is_found(plant, words, peers, capsys):
 def test_what_a_user_can_mend(peers, tmp_path, monkeypatch, capsys):
     for arguments, words in (
         (["none"], "none: must be a submission's folder"),
-        ([str(peers), "--rerun", "7"], "--rerun 7"),
+        ([str(peers), "--run", "--rerun", "7"], "--rerun 7"),
+        ([str(peers), "--rerun", "42"], "only with --run"),
         ([str(peers), "--data", str(ROOT / "tests")], "holds no fineweb_val"),
         ([str(peers), "--baseline", "no.json"], "no.json: there is no such"),
         ([], "FOLDER"),

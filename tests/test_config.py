@@ -817,6 +817,7 @@ def test_sections_stand_in_the_houses_order():
     house = [
         "Config",
         "Run",
+        "Checkpoint",
         "Data",
         "Score",
         "Kernels",

@@ -123,6 +123,7 @@ CHANGES = {
     "GPTQ_DAMP": (0.5, dict(MATRIX_BITS=3)),
     "SEED": (8, {}),
     "RUN_ID": ("other", {}),
+    "RESUME": ("missing", {}),
     "ARTIFACT_DIR": ("elsewhere", {}),
     "PRESET": ("poly5", dict(PRESET="record")),  # what no setting overrides can differ
     "MODE": ("train", {}),

@@ -372,5 +372,5 @@ def test_another_script_is_noticed(reproduced, tmp_path):
     shutil.copytree(reproduced / "out", tmp_path / "out")
     script = tmp_path / "out" / "train_gpt.py"
     script.write_bytes(script.read_bytes()[:-1] + b" ")
-    done = launch(ROOT / "tools" / "check_submission.py", {}, str(tmp_path / "out"), "--no-load")
+    done = launch(ROOT / "tools" / "check_submission.py", {}, str(tmp_path / "out"))
     assert done.returncode == 1 and "DISAGREES: train_gpt.py: is not the script that ran" in done.stdout

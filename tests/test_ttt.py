@@ -1085,9 +1085,9 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
 
 def main(folder, out):
     run = tg.start_run(config(CPU_THREADS=1), dict(os.environ))
-    (out / f"scores.{run.rank}.json").write_text(json.dumps(rank_scores(folder, run)))
-    run.barrier()
-    tg.dist.destroy_process_group()
+    with run.guard():
+        (out / f"scores.{run.rank}.json").write_text(json.dumps(rank_scores(folder, run)))
+        run.leave()
 
 
 if __name__ == "__main__":

@@ -4,22 +4,25 @@
     python tools/check_submission.py records/FOLDER --rerun 42
 
 It checks files, seeds and configurations, and every number of README.md, submission.json and the logs against each
-other. It compares sizes and times with the limits, and recomputes mean, deviation and p-value. It compiles the script
-and loads the artifacts that are there, which runs the folder's script. --rerun trains a seed again with that script and
-compares. Each disagreement is named. A note says what could not be checked. Exit code 0: no disagreement; 1: some
-disagreements; 2: a user's error.
+other. It compares sizes and times with the limits, and recomputes mean, deviation and p-value. It compiles the script.
+
+The folder's code is run only with --run: then the script loads the artifacts that are there, and with --rerun it trains
+a seed again. It runs with an empty environment, in a scratch folder, within limits of time, memory and output, and what
+it started is ended. That is no sandbox: a hostile script can still read files and use the network, and what it says of
+its artifacts is what it says.
+
+Each disagreement is named. A note says what could not be checked. Exit code 0: no disagreement; 1: some disagreements;
+2: a user's error.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import bisect
+import contextlib
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,10 +31,13 @@ from typing import Any
 
 import numpy as np
 
-import processes
+import run_submission
 import runs
+import strangers
 import submission
-from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line, number_type, read_json
+from confined import Limits
+from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line, figures, number_type
+from strangers import AMOUNT, COUNT, FLAG, INTEGER, NUMBER, OBJECT, POSITIVE, TEXT, Kind, Unreadable, visible
 
 MARKER = "<!-- Made by tools/reproduce.py"
 CORE = ("author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total")
@@ -55,25 +61,76 @@ OURS = (
     "technique_summary",
     "compliance",
 )
+# The kinds of the fields that are computed with. A row may hold more figures and texts.
+SIGNIFICANCE = dict(gain_nats=NUMBER, p_value=NUMBER, p_value_margin=NUMBER, holds=FLAG)
+ROW = dict(
+    val_loss=NUMBER,
+    val_bpb=NUMBER,
+    pre_quant_val_bpb=NUMBER,
+    quantized_val_bpb=NUMBER,
+    artifact_bytes=COUNT,
+    code_bytes=COUNT,
+    model_bytes=COUNT,
+    steps=COUNT,
+    train_wallclock_ms=AMOUNT,
+    step_avg_ms=AMOUNT,
+    eval_time_s=AMOUNT,
+    target_tokens=POSITIVE,
+    val_tokens=COUNT,
+    val_bytes=POSITIVE,
+    shared_documents=COUNT,
+    strictly_causal=FLAG,
+)
+CONTENT = dict(
+    {name: TEXT for name in ("author", "name", "blurb", "date", "track", "hardware", "attention_backend", "dataset")},
+    github_id=TEXT,
+    pytorch_version=TEXT,
+    cuda_version=TEXT,
+    technique_summary=TEXT,
+    script_sha256=TEXT,
+    val_loss=Kind(NUMBER.words, NUMBER.keep, null=False),
+    val_bpb=Kind(NUMBER.words, NUMBER.keep, null=False),
+    val_loss_std=AMOUNT,
+    val_bpb_std=AMOUNT,
+    bytes_total=Kind(COUNT.words, COUNT.keep, null=False),
+    artifact_bytes_mean=AMOUNT,
+    artifact_bytes_max=COUNT,
+    comparison_baseline_bpb=NUMBER,
+    delta_vs_leaderboard_bpb=NUMBER,
+    delta_vs_leaderboard_nats=NUMBER,
+    seeds=strangers.list_of(strangers.either(INTEGER, TEXT), 1000),
+    seed_results=strangers.either(OBJECT, strangers.list_of(OBJECT)),
+    baseline=OBJECT,
+    significance=OBJECT,
+    compliance=OBJECT,
+    proof=OBJECT,
+)
+SEEDS = 100  # rows of seeds that are read
+FINDINGS = 500  # of each kind that are kept
 # Settings in other people's logs that may differ between runs of one configuration.
 LOCAL = re.compile(r"seed|run_?id|path|dir|date|time|file|port|rank|host|url|name|step|log")
 
 
 @dataclass
 class Findings:
-    """Number of comparisons, the disagreements, and notes on what could not be checked."""
+    """Number of comparisons, the disagreements, and notes on what could not be checked; texts of strangers included."""
 
     compared: int = 0
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    dropped: int = 0  # after the first FINDINGS of them
+
+    def add(self, texts: list[str], text: str) -> None:
+        if len(texts) >= FINDINGS:
+            self.dropped += 1
+        elif (line := visible(text, 1000)) not in texts:
+            texts.append(line)
 
     def error(self, text: str) -> None:
-        if text not in self.errors:
-            self.errors.append(text)
+        self.add(self.errors, text)
 
     def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
+        self.add(self.notes, text)
 
     def require(self, holds: bool, text: str) -> None:
         """Counts a check; adds the text as an error if it does not hold."""
@@ -92,7 +149,7 @@ class Findings:
 
 
 def plain(value: Any) -> str:
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    return f"{value:.10g}" if isinstance(value, float) else visible(value, 80)
 
 
 def agree(one: Any, other: Any) -> bool:
@@ -101,6 +158,8 @@ def agree(one: Any, other: Any) -> bool:
         return str(one) == str(other)
     if isinstance(one, int) and isinstance(other, int):
         return one == other
+    if isinstance(one, bool) or isinstance(other, bool):
+        return False
     if not (math.isfinite(one) and math.isfinite(other)):
         return False
     decimals = min(len(repr(float(x)).partition(".")[2]) if "e" not in repr(float(x)) else 16 for x in (one, other))
@@ -129,10 +188,11 @@ class Seed:
 
 @dataclass
 class Folder:
-    """The content of a submission's files."""
+    """The content of a submission's files: the fields of submission.json of the right kind, and all of it."""
 
     path: Path
     content: dict[str, Any]
+    everything: dict[str, Any]
     page: str
     seeds: dict[int, Seed]
     logs: list[Run]
@@ -148,39 +208,84 @@ class Folder:
 
 def read_folder(path: Path, findings: Findings) -> Folder:
     """Reads the files of a folder. A missing or broken one is a finding."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: must be a submission's folder")
     for name in ("README.md", "submission.json", "train_gpt.py"):
-        findings.require((path / name).is_file(), f"{name}: is missing")
-    content: Any = {}
-    if (path / "submission.json").is_file():
-        try:
-            content = read_json(path / "submission.json")
-        except UserError as error:
-            findings.error(f"submission.json: {error}")
-    if not isinstance(content, dict):
-        findings.error("submission.json: must be an object")
-        content = {}
-    page = (path / "README.md").read_text(encoding="utf-8", errors="replace") if (path / "README.md").is_file() else ""
-    folder = Folder(path, content, page, {}, [])
+        findings.require(strangers.is_there(path / name), f"{name}: is missing")
+    everything: dict[str, Any] = {}
+    page = ""
+    problems: list[str] = []
+    if strangers.is_there(path / "submission.json"):
+        with passing_over(findings, path):
+            everything = strangers.read_object(path / "submission.json", path, problems)
+    for text in problems:
+        findings.error(f"submission.json: {text}")
+    if strangers.is_there(path / "README.md"):
+        with passing_over(findings, path):
+            page = strangers.read_text(path / "README.md", "page", path)
+    wrong: list[str] = []
+    content = strangers.checked(everything, CONTENT, "submission.json", wrong) if everything else {}
+    for text in wrong:
+        findings.error(text)
+    folder = Folder(path, content, everything, page, {}, [])
     read_rows(folder, findings)
     read_logs(folder, findings)
+    check_entries(folder, findings)
     return folder
+
+
+@contextlib.contextmanager
+def passing_over(findings: Findings, folder: Path) -> Iterator[None]:
+    """Makes a file of a folder that cannot be read a finding."""
+    try:
+        yield
+    except Unreadable as error:
+        findings.error(f"{error.name_in(folder)}: {error.reason}")
+
+
+def check_entries(folder: Folder, findings: Findings) -> None:
+    """Names what a folder holds under the names that are read, and is no plain file; other such entries in notes."""
+    wanted = re.compile(r".*\.(log|txt|jsonl?|md|py|pgolf)|logs")
+    problems: list[str] = []
+    places = [folder.path, folder.path / "logs"]
+    for place in places:
+        if not os.path.isdir(place) or (place.is_symlink() and place != folder.path):
+            continue
+        with passing_over(findings, folder.path):
+            for path in strangers.entries(place, problems):
+                try:
+                    reason = strangers.wrong_kind(path, folder.path)
+                except Unreadable as error:
+                    reason = error.reason
+                if reason and not (reason == "is a folder" and not re.fullmatch(r".+\..+", path.name)):
+                    name = path.relative_to(folder.path)
+                    (findings.error if wanted.fullmatch(path.name) else findings.note)(f"{name}: {reason}")
+    for text in problems:
+        findings.note(text)
 
 
 def read_rows(folder: Folder, findings: Findings) -> None:
     """Reads the rows of seed_results in submission.json, which may be a list or keyed by seed."""
     rows = folder.content.get("seed_results", {})
-    if isinstance(rows, list):
-        rows = {str(row.get("seed")): row for row in rows if isinstance(row, dict)}
-    for name, row in rows.items() if isinstance(rows, dict) else ():
-        if not str(name).isdecimal() or not isinstance(row, dict):
-            findings.error(f"submission.json: seed_results {name!r} is no seed with its figures")
+    pairs = list(rows.items()) if isinstance(rows, dict) else [(row.get("seed"), row) for row in rows]
+    if len(pairs) > SEEDS:
+        findings.error(f"submission.json: seed_results has {len(pairs)} rows; those after {SEEDS} are passed over")
+    for name, row in pairs[:SEEDS]:
+        number = name if isinstance(name, int) and not isinstance(name, bool) else strangers.whole_number(str(name))
+        if number is None or number < 0 or not isinstance(row, dict):
+            findings.error(f"submission.json: seed_results {visible(repr(name), 40)} is no seed with its figures")
             continue
-        folder.seeds[int(name)] = Seed(
-            int(name),
-            {key: value for key, value in row.items() if isinstance(value, (int, float, str)) or value is None},
-        )
+        if number in folder.seeds:
+            findings.error(f"submission.json: seed_results has seed {number} twice")
+            continue
+        wrong: list[str] = []
+        figures = strangers.checked(row, ROW, f"submission.json: seed_results {number}", wrong)
+        for text in wrong:
+            findings.error(text)
+        others = {
+            key: row[key] for key in row if key not in ROW and (strangers.is_number(row[key]) or TEXT.keep(row[key]))
+        }
+        folder.seeds[number] = Seed(number, others | figures)
     if not folder.seeds:
         findings.note("submission.json: has no seed_results; the logs alone give the seeds' figures")
 
@@ -188,32 +293,62 @@ def read_rows(folder: Folder, findings: Findings) -> None:
 def read_logs(folder: Folder, findings: Findings) -> None:
     """Reads the logs and the files beside them, and assigns each to its seed."""
     contents = Counter()
-    for log in runs.submission_logs(folder.path):
-        run = runs.read_log(log)
-        if not (run.stages or run.losses or run.scores):
-            continue
-        folder.logs.append(run)
-        contents[hashlib.sha256(log.read_bytes()).digest()] += 1
-        named = re.search(r"seed_?(\d+)", log.stem)
-        if run.seed is None:
-            findings.note(f"{log.name}: does not say its seed")
-            continue
-        if named:
-            findings.same(f"{log.name}: seed in its name and in its text", int(named[1]), run.seed)
-        seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
-        findings.require(seed.log is None, f"{log.name}: another log of seed {run.seed} is there too")
-        seed.log, tail = run, log.stem.removeprefix("train_")
-        beside = {
-            kind: log.with_name(f"{kind}_{tail}{end}")
-            for kind, end in (("metrics", ".jsonl"), ("summary", ".json"), ("config", ".json"))
-        }
-        if beside["metrics"].is_file():
-            seed.metrics = runs.read_metrics(beside["metrics"], Run(log.stem, str(beside["metrics"])))
-        if beside["summary"].is_file():
-            seed.summary = runs.apply_summary(Run(log.stem, str(beside["summary"])), read_json(beside["summary"]))
-        seed.config = read_json(beside["config"]) if beside["config"].is_file() else None
+    logs: list[Path] = []
+    with passing_over(findings, folder.path):
+        logs = runs.submission_logs(folder.path)
+    if len(logs) > SEEDS:
+        findings.error(f"logs: there are {len(logs)}; those after {SEEDS} are passed over")
+    for log in logs[:SEEDS]:
+        with passing_over(findings, folder.path):
+            run = runs.read_log(log, inside=folder.path)
+            if not (run.stages or run.losses or run.scores):
+                continue
+            folder.logs.append(run)
+            contents[strangers.file_sha256(log, folder.path)] += 1
+            read_log_of_seed(folder, findings, log, run)
     findings.require(bool(folder.logs), "logs: there is no log of a run (*.log, *.txt, logs/)")
     findings.require(max(contents.values(), default=1) == 1, "logs: two of them are the same file")
+
+
+def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) -> None:
+    """Assigns a log to its seed, with the metrics, the summary and the settings beside it."""
+    for text in run.problems:
+        findings.error(f"{log.name}: {text}")
+    named = runs.seed_in_name(log.stem)
+    if run.seed is None:
+        findings.note(f"{log.name}: does not say its seed")
+        return
+    findings.same(f"{log.name}: seed in its name and in its text", named, run.seed)
+    seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
+    findings.require(seed.log is None, f"{log.name}: another log of seed {run.seed} is there too")
+    seed.log, tail = run, log.stem.removeprefix("train_")
+    metrics, summary, config = (
+        log.with_name(f"{kind}_{tail}{end}")
+        for kind, end in (("metrics", ".jsonl"), ("summary", ".json"), ("config", ".json"))
+    )
+    if strangers.is_there(metrics):
+        with passing_over(findings, folder.path):
+            seed.metrics = runs.read_metrics(metrics, Run(log.stem, str(metrics)), folder.path)
+    if strangers.is_there(summary):
+        with passing_over(findings, folder.path):
+            seed.summary = runs.read_summary(summary, Run(log.stem, str(summary)), folder.path)
+    if strangers.is_there(config):
+        with passing_over(findings, folder.path):
+            seed.config = read_config(config, folder.path, findings)
+    for _, source in seed.sources:
+        for text in source.problems:
+            findings.error(text if source is not run else f"{log.name}: {text}")
+
+
+def read_config(path: Path, inside: Path, findings: Findings) -> dict[str, Any]:
+    """The settings of a config.json: a number, a text or a bool each. Errors: Unreadable."""
+    problems: list[str] = []
+    content = strangers.read_object(path, inside, problems)
+    wrong = [name for name, value in content.items() if not submission.is_setting(value)]
+    problems += [f"{visible(name, 40)} must be a number, a text, true or false" for name in wrong[:5]]
+    for text in problems:
+        findings.error(f"{path.name}: {text}")
+    return {name: value for name, value in content.items() if submission.is_setting(value)}
 
 
 # ------------------------------------------------------------------------------------------------- seeds and settings
@@ -222,9 +357,9 @@ def read_logs(folder: Folder, findings: Findings) -> None:
 def check_fields(folder: Folder, findings: Findings) -> None:
     wanted = OURS if folder.ours else CORE
     for name in wanted:
-        findings.require(name in folder.content, f"submission.json: has no {name}")
+        findings.require(name in folder.everything, f"submission.json: has no {name}")
     if folder.ours:
-        findings.require((folder.path / "requirements.txt").is_file(), "requirements.txt: is missing")
+        findings.require(strangers.is_there(folder.path / "requirements.txt"), "requirements.txt: is missing")
 
 
 def check_seeds(folder: Folder, findings: Findings) -> None:
@@ -286,28 +421,6 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def figures(run: Run) -> dict[str, Any]:
-    """The figures of a source, by their names in submission.json."""
-    final, stages = run.final, run.stages
-    return dict(
-        val_loss=final.loss if final else None,
-        val_bpb=final.bpb if final else None,
-        pre_quant_val_bpb=stages["pre_quant"].bpb if "pre_quant" in stages else None,
-        quantized_val_bpb=stages["quantized"].bpb if "quantized" in stages else None,
-        artifact_bytes=run.artifact_bytes,
-        code_bytes=run.code_bytes,
-        model_bytes=run.model_bytes,
-        steps=run.steps,
-        train_wallclock_ms=1000 * run.train_seconds if run.train_seconds else None,
-        step_avg_ms=run.step_avg_ms,
-        target_tokens=run.targets,
-        val_tokens=run.val_tokens,
-        val_bytes=run.val_bytes,
-        shared_documents=run.shared_documents,
-        strictly_causal=run.strictly_causal,
-    )
-
-
 def check_sources(folder: Folder, findings: Findings) -> None:
     """Compares each seed's row, log, metrics and summary with each other."""
     for number, seed in folder.seeds.items():
@@ -351,9 +464,7 @@ def check_curve(number: int, seed: Seed, findings: Findings) -> None:
 def check_row(folder: Folder, findings: Findings) -> None:
     """Checks that the figures of each row are consistent."""
     for number, seed in folder.seeds.items():
-        r = seed.row
-        if not all(isinstance(value, (int, float)) for value in r.values()):
-            continue
+        r = {name: value for name, value in seed.row.items() if name in ROW}
         if {"code_bytes", "model_bytes", "artifact_bytes"} <= set(r):
             findings.same(
                 f"seed {number}: code_bytes + model_bytes and artifact_bytes",
@@ -367,7 +478,7 @@ def check_row(folder: Folder, findings: Findings) -> None:
                 r["train_wallclock_ms"],
                 max(1.0, 0.006 * r["steps"]),
             )
-        if {"val_loss", "val_bpb", "target_tokens", "val_bytes"} <= set(r) and r["val_bytes"]:
+        if {"val_loss", "val_bpb", "target_tokens", "val_bytes"} <= set(r):
             findings.same(
                 f"seed {number}: val_bpb, and val_loss in bits per byte",
                 r["val_bpb"],
@@ -418,11 +529,14 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
 def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, float] | None) -> None:
     """Recomputes the differences to the baseline and the test."""
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
-    stated = s.get("baseline")
-    if not isinstance(stated, dict):
-        stated = {}
+    wrong: list[str] = []
+    bpb = strangers.map_of(NUMBER, SEEDS)
+    stated = strangers.checked(s.get("baseline", {}), dict(val_bpb=bpb), "submission.json: baseline", wrong)
+    claimed = strangers.checked(s.get("significance", {}), SIGNIFICANCE, "submission.json: significance", wrong)
+    for text in wrong:
+        findings.error(text)
     theirs = baseline or stated.get("val_bpb")
-    if baseline and isinstance(stated.get("val_bpb"), dict):
+    if baseline and "val_bpb" in stated:
         findings.require(
             sorted(baseline.values()) == sorted(stated["val_bpb"].values()),
             "submission.json: baseline's figures are not those of --baseline",
@@ -450,8 +564,9 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
         s.get("delta_vs_leaderboard_nats"),
         -test["gain_nats"],
     )
-    for name in ("gain_nats", "p_value", "p_value_margin", "holds") if isinstance(s.get("significance"), dict) else ():
-        one, other = s["significance"].get(name), test[name]
+    for name in SIGNIFICANCE if "significance" in s else ():
+        one: Any = claimed.get(name)
+        other = test[name]
         close = (
             one == other if None in (one, other) or isinstance(other, bool) else math.isclose(one, other, rel_tol=1e-3)
         )
@@ -482,8 +597,7 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     found = runs.shard_tokens(shards)
     for value in tokens:
         findings.require(value == found, f"val_tokens: {value}, and the validation set in {data} has {found}")
-    manifest = read_json(data / "manifest.json") if (data / "manifest.json").is_file() else {}
-    expected = manifest.get("splits", {}).get("val", {}).get("bytes")
+    expected = submission.manifest(data).get("val_bytes")
     for number, seed in folder.seeds.items():
         findings.same(f"seed {number}: val_bytes and the manifest's in {data}", seed.row.get("val_bytes"), expected)
     if folder.ours and "dataset" in folder.content:
@@ -554,8 +668,9 @@ def check_claims(folder: Folder, findings: Findings) -> None:
             f"submission.json: track {s['track']!r} is for 8 H100s, and the logs say {hardware.strip()}",
         )
     rows = [seed.row for seed in folder.seeds.values()]
-    if folder.ours and isinstance(s.get("compliance"), dict) and all("target_tokens" in r for r in rows):
-        for name, value in submission.compliance(rows, s.get("significance")).items():
+    if folder.ours and "compliance" in s and all(set(submission.COMPLIANCE_NEEDS) <= set(r) for r in rows):
+        test = strangers.checked(s.get("significance", {}), SIGNIFICANCE, "", [])  # named by check_comparison
+        for name, value in submission.compliance(rows, test and dict(test, holds=test.get("holds"))).items():
             findings.require(
                 s["compliance"].get(name) == value,
                 f"submission.json: compliance {name} is {s['compliance'].get(name)}, and must be {value}",
@@ -564,31 +679,35 @@ def check_claims(folder: Folder, findings: Findings) -> None:
 
 def check_proof(folder: Folder, findings: Findings) -> None:
     """Checks that a proof is of this folder's script and artifact, and that the page says what it found."""
-    proof = folder.content.get("proof")
-    if not folder.ours or "proof" not in folder.content:
+    if not folder.ours or "proof" not in folder.everything:
         return
-    if not isinstance(proof, dict):
-        findings.note("proof: none was made; tools/prove.py makes one")
+    if "proof" not in folder.content:
+        if folder.everything["proof"] is None:
+            findings.note("proof: none was made; tools/prove.py makes one")
         return
+    wrong: list[str] = []
+    proof = strangers.checked(folder.content["proof"], submission.PROOF, "submission.json: proof", wrong)
+    for text in wrong:
+        findings.error(text)
     seed = next(iter(folder.seeds), None)
     for name, file in (("script_sha256", "train_gpt.py"), ("artifact_sha256", f"model_seed{seed}.pgolf")):
-        if (folder.path / file).is_file():
-            found = hashlib.sha256((folder.path / file).read_bytes()).hexdigest()
-            findings.require(proof.get(name) == found, f"proof: it is of another {file}")
-    try:
-        section = submission.proof_section(folder.content)
-    except (KeyError, TypeError, AttributeError):
+        if strangers.is_there(folder.path / file):
+            with passing_over(findings, folder.path):
+                found = strangers.file_sha256(folder.path / file, folder.path)
+                findings.require(proof.get(name) == found, f"proof: it is of another {file}")
+    if set(proof) != set(submission.PROOF) or not folder.content.get("seeds"):
         findings.error("submission.json: its proof is not one of tools/prove.py")
         return
+    section = submission.proof_section(dict(proof=proof, seeds=folder.content["seeds"]))
     findings.require(section in folder.page, "README.md: does not say what the proof in submission.json says")
     for rule in proof["rules"]:
-        if rule["holds"] is False:
-            findings.note(f"proof: {rule['rule']} is broken: {rule['found']}")
+        if rule.get("holds") is False:
+            findings.note(f"proof: {rule['rule']} is broken: {rule.get('found')}")
 
 
 # ------------------------------------------------------------------------------------------------------------- README
 
-TOKEN = re.compile(r"(?<![\w./-])[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w]|\.\d)")
+TOKEN = re.compile(r"(?<![\w./-])[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![\w]|\.[0-9])")
 COLUMNS = (
     ("ttt", "val_bpb"),
     ("pre", "pre_quant_val_bpb"),
@@ -605,28 +724,34 @@ COLUMNS = (
 
 
 def numbers_in(value: Any) -> Iterator[float]:
-    """Every number in a JSON value, including those in its strings and keys."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from numbers_in(key)
-            yield from numbers_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from numbers_in(inner)
-    elif isinstance(value, str):
-        yield from (float(x.replace(",", "")) for x in TOKEN.findall(value))
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield float(value)
+    """Every finite number in a JSON value, including those in its strings and keys."""
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            left += [*inner.values(), *inner]
+        elif isinstance(inner, list):
+            left += inner
+        elif isinstance(inner, str):
+            found = (float(text.replace(",", "")) for text in TOKEN.findall(inner))
+            yield from (x for x in found if math.isfinite(x))
+        elif isinstance(inner, (int, float)) and not isinstance(inner, bool) and math.isfinite(inner):
+            yield float(inner)
 
 
-def forms(values: Iterable[float]) -> set[float]:
-    """The numbers, also divided by 1000 (ms as s) and by 10^6 (bytes as MB), with either sign."""
-    known = set(values)
-    return known | {x / 1000 for x in known} | {x / 1e6 for x in known if x > 1e5} | {-x for x in known}
+class Known:
+    """Numbers, also divided by 1000 (ms as s) and by 10^6 (bytes as MB), with either sign."""
 
+    def __init__(self, values: Iterable[float]):
+        known = {float(value) for value in values}
+        self.any = bool(known)
+        known |= {x / 1000 for x in known} | {x / 1e6 for x in known if x > 1e5} | {-x for x in known}
+        self.sorted = sorted(known)
 
-def known_as(text: str, known: Iterable[float]) -> bool:
-    return any(runs.rounded(value, text) for value in known)
+    def has(self, text: str) -> bool:
+        """Whether one of the numbers, rounded, is this text: if any, then one of its two neighbours."""
+        place = bisect.bisect_left(self.sorted, runs.rounding(text)[0])
+        return any(runs.rounded(value, text) for value in self.sorted[max(0, place - 1) : place + 1])
 
 
 def column_statistics(folder: Folder) -> Iterator[float]:
@@ -641,9 +766,9 @@ def column_statistics(folder: Folder) -> Iterator[float]:
 def check_page(folder: Folder, findings: Findings) -> None:
     """Checks README.md: rows of seeds against their seed; on our own page, other numbers against all figures."""
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
-    known = forms(
+    known = Known(
         [
-            *numbers_in(folder.content),
+            *numbers_in(folder.everything),
             *numbers_in([s.config for s in folder.seeds.values()]),
             *(x for r in folder.logs for x in numbers_in({k: v for k, v in figures(r).items() if v})),
             *column_statistics(folder),
@@ -664,16 +789,16 @@ def check_page(folder: Folder, findings: Findings) -> None:
             continue
         elif not header:
             header = cells
-        elif (match := re.fullmatch(r"(?:seed\s*)?(\d+)", cells[0], re.I)) and "seed" in header[0].lower():
+        elif (match := re.fullmatch(r"(?:seed\s*)?([0-9]{1,18})", cells[0], re.I)) and "seed" in header[0].lower():
             rows += 1
             check_page_row(folder, findings, int(match[1]), header, cells)
             continue
         if folder.ours or re.match(r"^\W*(mean|average|avg|std|3-seed)", line, re.I):
             for text in TOKEN.findall(line):
                 if len(re.sub(r"\D", "", text)) >= 3:
-                    findings.require(known_as(text, known), f"README.md: {text} is in no other file: {row[:80]}")
+                    findings.require(known.has(text), f"README.md: {text} is in no other file: {row[:80]}")
         else:
-            claims.update(t for t in TOKEN.findall(line) if re.fullmatch(r"[01]\.\d{4,}", t) and not known_as(t, known))
+            claims.update(t for t in TOKEN.findall(line) if re.fullmatch(r"[01]\.[0-9]{4,}", t) and not known.has(t))
     if folder.seeds and folder.page:
         findings.require(
             rows == 0 or rows >= len(folder.seeds),
@@ -699,161 +824,19 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
         return
     seed = folder.seeds[number]
     values = [seed.row, *(figures(run) for _, run in seed.sources)]
-    everything = forms(x for v in values for x in numbers_in({k: x for k, x in v.items() if x is not None}))
+    everything = Known(x for v in values for x in numbers_in({k: x for k, x in v.items() if x is not None}))
     for title, cell in zip(header[1:], cells[1:], strict=False):
         key = next((key for word, key in COLUMNS if word in title.lower()), None)
-        own = forms(float(v[key]) for v in values if key and isinstance(v.get(key), (int, float)))
+        own = Known(float(v[key]) for v in values if key and isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
             findings.require(
-                known_as(text, own if folder.ours and own else everything),
+                (own if folder.ours and own.any else everything).has(text),
                 f"README.md: seed {number}, {title}: {text} is not in its log or row",
             )
 
 
-# ---------------------------------------------------------------------------------------------------- script, artifact
-
-LOADER = """
-import importlib.util, json, sys
-import torch
-spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[1])
-sys.modules["train_gpt"] = t = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(t)
-if not hasattr(t, "load_artifact"):
-    sys.exit("no load_artifact")
-for path in sys.argv[2:]:
-    try:
-        c, explicit, _ = t.config_from_env(dict(PRESET="baseline", MODE="eval", DEVICE="cpu"), False)
-        model, _ = t.load_artifact(open(path, "rb").read(), c, explicit, torch.device("cpu"))
-        assert all(torch.isfinite(p).all() for p in model.parameters()), "weights are not finite"
-        print(json.dumps(sum(p.numel() for p in model.parameters())))
-    except Exception as error:
-        print(json.dumps(str(error)))
-"""
-
-
-def check_script(folder: Folder, findings: Findings, load: bool) -> None:
-    """Checks that the script compiles, has the size in the logs, and loads the artifacts that are there."""
-    script = folder.path / "train_gpt.py"
-    if not script.is_file():
-        return
-    try:
-        compile(script.read_bytes(), str(script), "exec", dont_inherit=True)
-        findings.compared += 1
-    except (SyntaxError, ValueError) as error:
-        findings.error(f"train_gpt.py: does not compile: {error}")
-        return
-    counted = {x for s in folder.seeds.values() for x in (s.row.get("code_bytes"), s.log and s.log.code_bytes) if x}
-    size = script.stat().st_size
-    for value in sorted(counted):
-        text = f"train_gpt.py: has {size} bytes, and the runs counted {value}"
-        (findings.require(size == value, text) if folder.ours else size == value or findings.note(text))
-    stated = folder.content.get("script_sha256")
-    if stated is not None:
-        same, text = (
-            stated == hashlib.sha256(script.read_bytes()).hexdigest(),
-            "train_gpt.py: is not the script that ran",
-        )
-        (findings.require(same, text) if folder.ours else same or findings.note(text))
-    artifacts = {seed: path for seed in folder.seeds for path in folder.path.glob(f"*seed{seed}.pgolf")}
-    for seed, path in artifacts.items():
-        for source, run in folder.seeds[seed].sources:
-            findings.same(
-                f"{path.name}: its bytes and model_bytes in the {source}", path.stat().st_size, run.model_bytes
-            )
-    if not artifacts or not load:
-        findings.note("artifacts: none is in the folder, so none was loaded" if load else "artifacts: not loaded")
-        return
-    load_artifacts(folder, findings, script, artifacts)
-
-
-def load_artifacts(folder: Folder, findings: Findings, script: Path, artifacts: dict[int, Path]) -> None:
-    """Has the folder's own script read its artifacts, in another process."""
-    command = [sys.executable, "-c", LOADER, str(script), *map(str, artifacts.values())]
-    done = processes.run(command, errors="replace")
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if last == "no load_artifact":
-        findings.note("artifacts: the script has no load_artifact, so none was loaded")
-        return
-    findings.require(done.returncode == 0, f"train_gpt.py: cannot be imported to load artifacts: {last}")
-    for seed, path, line in zip(artifacts, artifacts.values(), done.stdout.splitlines(), strict=False):
-        answer, log = json.loads(line), folder.seeds[seed].log
-        findings.require(isinstance(answer, int), f"{path.name}: the script does not load it: {answer}")
-        if isinstance(answer, int) and log:
-            findings.same(f"{path.name}: its parameters, and those of the log", answer, log.parameters)
-
-
-# -------------------------------------------------------------------------------------------------------------- rerun
-
-
-def rerun(folder: Folder, findings: Findings, options) -> None:
-    """Trains a seed again with the folder's script and settings, and compares the score."""
-    number, script = options.rerun, (folder.path / "train_gpt.py").resolve()
-    if number not in folder.seeds:
-        raise UserError(f"--rerun {number}: must be one of the folder's seeds: {', '.join(map(str, folder.seeds))}")
-    seed = folder.seeds[number]
-    settings = {
-        name.upper(): str(int(value) if isinstance(value, bool) else value)
-        for name, value in (seed.config or {}).items()
-        if name not in submission.PRIVATE and value != ""
-    }
-    data = options.data or settings.get("DATA_PATH") or os.environ.get("DATA_PATH")
-    for name in ("DATA_PATH", "TOKENIZER_PATH"):
-        if name in settings:
-            settings[name] = str(Path(settings[name]).resolve())
-    if data:
-        settings["DATA_PATH"] = str(Path(data).resolve())
-        settings.pop("TOKENIZER_PATH", None) if options.data else None
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={options.nproc}",
-        str(script),
-    ]
-    with tempfile.TemporaryDirectory(prefix="rerun.") as place:
-        values = {**os.environ, **settings, "SEED": str(number), "ARTIFACT_DIR": str(Path(place, "run"))}
-        log = Path(place, f"seed{number}.txt")
-        with open(log, "w", encoding="utf-8") as file:
-            child = processes.start(command, env=values, stdout=file, stderr=subprocess.STDOUT, cwd=place)
-            try:
-                code = child.wait()
-            except BaseException:
-                processes.stop(child)
-                raise
-        written = Path(place, "run") if Path(place, "run", "summary.json").is_file() else log
-        again, text = runs.read_runs(written)[0], log.read_text(errors="replace")
-    if code or not again.final:
-        errors = [line for line in text.splitlines() if line.startswith("error: ")] or text.strip().splitlines()[-1:]
-        findings.error(f"rerun: seed {number} fails: {' '.join(errors)[-300:]}")
-        return
-    compare_rerun(seed, again, findings, options.tolerance)
-
-
-def compare_rerun(seed: Seed, again: Run, findings: Findings, tolerance: float) -> None:
-    """Score, tokens and bytes of a rerun against what the folder says."""
-    number = seed.seed
-    before = seed.row or (figures(seed.log) if seed.log else {})
-    was, now = before.get("val_bpb"), figures(again)["val_bpb"]
-    if was is None or now is None:
-        findings.error(f"rerun: seed {number} has no val_bpb {'in the folder' if was is None else 'now'}")
-        return
-    findings.note(
-        f"rerun: seed {number} val_bpb {now:.6f}, and {was:.6f} in the folder (difference {now - was:+.6f}); "
-        f"{again.steps} steps, and {before.get('steps')}; artifact {again.artifact_bytes} bytes, and "
-        f"{before.get('artifact_bytes')}"
-    )
-    findings.require(
-        abs(now - was) <= tolerance,
-        f"rerun: seed {number} gives val_bpb {now:.6f}, and the folder says "
-        f"{was:.6f}; they are more than --tolerance {tolerance:g} apart",
-    )
-    for key in ("target_tokens", "val_bytes"):
-        findings.same(f"rerun: seed {number} {key}, now and in the folder", figures(again)[key], before.get(key))
-
-
-def main(arguments: list[str]) -> int:
-    """Checks a folder and prints the findings. Returns the exit code."""
+def parse(arguments: list[str]):
+    """The command line. Errors: UserError."""
     parser = Parser(prog="check_submission.py", description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder with README.md, submission.json, train_gpt.py and logs")
@@ -866,9 +849,38 @@ def main(arguments: list[str]) -> int:
         metavar="BYTES",
         help="limit of the artifact (default: %(default)s)",
     )
-    add("--no-load", action="store_true", help="do not load the artifacts, which runs the folder's script")
-    add("--rerun", type=number_type(int, 0), metavar="SEED", help="train this seed again and compare")
+    add("--run", action="store_true", help="run the folder's code: load the artifacts with its script (default: never)")
+    add(
+        "--run-seconds",
+        type=number_type(float, 1),
+        default=300.0,
+        metavar="S",
+        help="time limit of loading (default: %(default)g)",
+    )
+    add(
+        "--run-memory",
+        type=number_type(int, 64),
+        default=8192,
+        metavar="MIB",
+        help="memory limit of loading (default: %(default)s)",
+    )
+    add("--rerun", type=number_type(int, 0), metavar="SEED", help="train this seed again and compare; needs --run too")
     add("--nproc", type=number_type(int, 1), default=1, metavar="N", help="ranks of the rerun (default: 1)")
+    add(
+        "--rerun-seconds",
+        type=number_type(float, 1),
+        default=14400.0,
+        metavar="S",
+        help="time limit of the rerun (default: %(default)g)",
+    )
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also hand the rerun this variable; it gets the seed's settings, and of this environment CUDA_*, NCCL_*, "
+        "OMP_*, DEVICE, DATA_PATH, TOKENIZER_PATH, CPU_THREADS and LD_LIBRARY_PATH",
+    )
     add(
         "--tolerance",
         type=number_type(float, 0),
@@ -877,7 +889,14 @@ def main(arguments: list[str]) -> int:
         help="allowed difference of a rerun's val_bpb (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    findings = Findings()
+    if options.rerun is not None and not options.run:
+        raise UserError(f"--rerun {options.rerun}: trains with the folder's code, which is run only with --run")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Checks a folder and prints the findings. Returns the exit code."""
+    options, findings = parse(arguments), Findings()
     baseline = submission.baseline_figures(options.baseline) if options.baseline else None
     folder = read_folder(options.folder, findings)
     for check in (
@@ -895,13 +914,19 @@ def main(arguments: list[str]) -> int:
     check_comparison(folder, findings, baseline)
     check_data(folder, findings, options.data)
     check_limits(folder, findings, options.cap)
-    check_script(folder, findings, not options.no_load)
+    run_submission.check_script(folder, findings)
+    if options.run:
+        run_submission.load_artifacts(folder, findings, Limits(options.run_seconds, options.run_memory << 20))
+    else:
+        findings.note("script: not run without --run, so no artifact was loaded and no seed was trained again")
     if options.rerun is not None:
-        rerun(folder, findings, options)
+        run_submission.rerun(folder, findings, options)
     for note in findings.notes:
         print(f"note: {note}")
     for error in findings.errors:
         print(f"DISAGREES: {error}")
+    if findings.dropped:
+        print(f"and {findings.dropped} more, which are not listed")
     print(f"{findings.compared} comparisons, {len(findings.errors)} disagreements, {len(findings.notes)} notes")
     return 1 if findings.errors else 0
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from runs import Parser, UserError, command_line, read_json, write_atomic  # noqa: E402
+from strangers import markdown  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ docs/knobs.md
 
@@ -130,10 +131,11 @@ def results(s: dict[str, Any]) -> str:
     shown = [(c, values if adapted or c.key != "val_bpb" else []) for c, values in columns]
     table = [["Seed", *(c.title for c in COLUMNS)]]
     for place, seed in enumerate(rows):
-        table.append([seed, *(format(values[place], c.form) if values else "" for c, values in shown)])
+        table.append([markdown(seed), *(format(values[place], c.form) if values else "" for c, values in shown)])
     summary = [(c, runs.mean_and_deviation(values) if values else None) for c, values in shown]
     table.append(["mean ± sample deviation", *(pair and with_deviation(*pair, c.form) or "" for c, pair in summary)])
-    return f"{runs.table(table, markdown=True)}\n\n{s['hardware']}; {s['dataset']}; {s['date']}."
+    about = "; ".join(markdown(s[name], 2000) for name in ("hardware", "dataset", "date"))
+    return f"{runs.table(table, markdown=True)}\n\n{about}."
 
 
 def with_deviation(mean: float, deviation: float | None, form: str) -> str:

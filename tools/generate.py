@@ -24,8 +24,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import caseops  # noqa: E402
+import strangers  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from runs import Parser, UserError, command_line, number_type, read_json  # noqa: E402
+from runs import Parser, UserError, command_line, number_type  # noqa: E402
 
 LETTERS = re.compile(f"[A-Za-z{''.join(caseops.OPERATORS.values())}]*$")
 
@@ -132,10 +133,14 @@ def lines_of(pieces: Iterator[str], lines: int) -> Iterator[str]:
 
 def tokenizer_file(options, artifact: Path) -> Path:
     """The tokenizer: of --tokenizer, TOKENIZER_PATH or DATA_PATH, or of the config.json beside the artifact."""
-    c = {}
+    c: dict[str, str] = {}
     for name in ("config.json", "eval_config.json"):
-        if (artifact.parent / name).is_file():
-            c = read_json(artifact.parent / name)
+        if strangers.is_there(file := artifact.parent / name):
+            problems: list[str] = []
+            fields = dict(tokenizer_path=strangers.TEXT, data_path=strangers.TEXT)
+            c = strangers.checked(strangers.read_object(file), fields, str(file), problems)
+            if problems:
+                raise UserError(problems[0])
             break
     path = options.tokenizer or os.environ.get("TOKENIZER_PATH")
     if not path and os.environ.get("DATA_PATH"):
@@ -153,8 +158,11 @@ def tokenizer_file(options, artifact: Path) -> Path:
 def load(options) -> tuple[Logits, Text]:
     """The model and its tokenizer. Errors: UserError, tg.ConfigError."""
     path = options.artifact / tg.CONTAINER_FILE if options.artifact.is_dir() else options.artifact
-    if not path.is_file():
+    if not strangers.is_there(path):
         raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} to its folder")
+    artifact, tokenizer = strangers.read_bytes(path, "artifact"), tokenizer_file(options, path)
+    if tokenizer.exists() and not strangers.is_plain(tokenizer):
+        raise UserError(f"--tokenizer {tokenizer}: is no plain file")
     kept = ("COMPUTE_DTYPE", "ATTENTION", "TRITON_KERNELS", "CPU_THREADS", "EVAL_SEQ_LEN")
     values = {name: os.environ[name] for name in kept if name in os.environ}
     values |= dict(
@@ -162,13 +170,13 @@ def load(options) -> tuple[Logits, Text]:
         MODE="eval",
         DEVICE=options.device,
         COMPILE="0",
-        TOKENIZER_PATH=str(tokenizer_file(options, path)),
+        TOKENIZER_PATH=str(tokenizer),
     )
     c, explicit, _ = tg.config_from_env(values, torch.cuda.is_available())
     device = torch.device(c.device)
     if c.device == "cpu":
         torch.set_num_threads(c.cpu_threads or tg.available_cores())
-    model, c = tg.load_artifact(path.read_bytes(), c, explicit, device)
+    model, c = tg.load_artifact(artifact, c, explicit, device)
     return Logits(model, c, device), Text(c)
 
 
@@ -222,7 +230,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(str(error)) from None
     prompt = text.encode(options.prompt)
     for piece in lines_of(text.stream(written(logits, prompt, text, options)), options.lines):
-        print(piece, end="", flush=True)
+        print(strangers.without_controls(piece), end="", flush=True)  # the tokenizer may be a stranger's
     print(flush=True)
     return 0
 

@@ -30,10 +30,13 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # ------------------------------------------------------------------------------------------------------- for a caller
 
 
-def start(command: list[str], *, supervised: bool = True, **options: Any) -> subprocess.Popen:
+def start(
+    command: list[str], *, supervised: bool = True, patience: int | None = None, **options: Any
+) -> subprocess.Popen:
     """Starts a command that ends with this process; takes the options of subprocess.Popen.
 
-    SIGTERM to a supervised command goes to the command alone; SIGINT goes to its process group, as Ctrl-C does.
+    SIGTERM to a supervised command goes to the command alone, and after `patience` seconds (default: PATIENCE) SIGKILL
+    to what is left; SIGINT goes to its process group, as Ctrl-C does.
     Unsupervised, the process is the command itself, so that a test can kill it. The kernel kills it with its parent,
     but what it started may live on. The calling thread must not end before the command: Linux counts that as the
     parent's death.
@@ -44,7 +47,7 @@ def start(command: list[str], *, supervised: bool = True, **options: Any) -> sub
     if not shutil.which(command[0], path=environment.get("PATH")):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     mode = "supervise" if supervised else "follow"
-    here = [sys.executable, "-I", "-S", __file__, mode, str(os.getpid()), str(PATIENCE)]
+    here = [sys.executable, "-I", "-S", __file__, mode, str(os.getpid()), str(patience or PATIENCE)]
     return subprocess.Popen([*here, *command], start_new_session=True, **options)
 
 
@@ -87,17 +90,27 @@ def prctl(option: int, value: int) -> bool:
     return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
 
 
-def descendants(root: int) -> list[int]:
-    """The processes that descend from one, parents before children, from /proc; empty where there is none."""
+def family() -> dict[int, list[int]]:
+    """The children of every process, from /proc; empty where there is none."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(folder.name))
-    found = [root]
+    return children
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process has started, or was given as orphans."""
+    return family().get(parent, [])
+
+
+def descendants(*roots: int) -> list[int]:
+    """The processes that descend from these, parents before children."""
+    known, found = family(), list(roots)
     for parent in found:  # which grows
-        found += children.get(parent, [])
-    return found[1:]
+        found += known.get(parent, [])
+    return found[len(roots) :]
 
 
 def execute(command: list[str]) -> None:

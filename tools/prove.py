@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -35,7 +36,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 import caseops  # noqa: E402
 import pack_code  # noqa: E402
 import processes
-from runs import CAP_BYTES, ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, write_atomic
+import run_submission
+import runs
+import strangers
+import submission
+from runs import CAP_BYTES, ROOT, SEEDS, Parser, UserError, command_line, number_type, write_atomic
 from streams import BOS, Maker, Stream, read_stream
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
@@ -154,7 +159,7 @@ class Subject:
         """The run's settings as variables; None leaves a variable out."""
         values = {name.upper(): value for name, value in self.settings.items() if name not in OURS}
         values |= more
-        words = {name: str(int(v) if isinstance(v, bool) else v) for name, v in values.items() if v is not None}
+        words = submission.as_environment(values)
         kept = {name: value for name, value in os.environ.items() if name not in {*values, *RANKS, "RUN_ID"}}
         return {**kept, **words, "TOKENIZER_PATH": str(self.tokenizer)}
 
@@ -214,23 +219,72 @@ class Subject:
 def read_evaluation(files: Iterable[Path], seconds: float = 0.0) -> Evaluation | None:
     """What these files of a run say, summary.json and scores_<stage>.npy; None without a summary."""
     files = sorted(files)
-    scores = {path.stem.partition("scores_")[2]: np.load(path) for path in files if path.match("*scores_*.npy")}
+    scores = {path.stem.partition("scores_")[2]: read_scores(path) for path in files if path.match("*scores_*.npy")}
     summary = next((path for path in files if path.name.endswith("summary.json")), None)
-    return None if summary is None else Evaluation(scores, read_json(summary), seconds)
+    return None if summary is None else Evaluation(scores, read_said(summary, Refused), seconds)
+
+
+def read_scores(path: Path) -> np.ndarray:
+    """The scores [n] that a script wrote, which is a stranger. Errors: Refused."""
+    try:
+        content = io.BytesIO(strangers.read_bytes(path, "artifact"))
+        shape, _, kind = SCORE_HEADERS[np.lib.format.read_magic(content)](content)
+        if len(shape) == 1 and kind in (np.float32, np.float64):
+            return np.frombuffer(content.read(shape[0] * kind.itemsize), kind, shape[0])
+    except (KeyError, ValueError, UserError) as error:
+        raise Refused(f"{path.name}: is not an array of scores ({error})") from None
+    raise Refused(f"{path.name}: must hold one array of float32 or float64")
+
+
+SCORE_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+SAID = runs.SUMMARY | runs.SUMMARY_SCORES | dict(ranks=strangers.COUNT)
+
+
+def read_said(path: Path, wrong: type[Exception] = UserError) -> dict[str, Any]:
+    """What a summary.json says, in the fields that a proof looks at. Errors: `wrong` for another form."""
+    problems: list[str] = []
+    try:
+        said = strangers.checked(strangers.read_object(path), SAID, path.name, problems)
+    except UserError as error:
+        raise wrong(str(error)) from None
+    if problems:
+        raise wrong(problems[0])
+    return said
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a config.json, those that a proof computes with as numbers. Errors: UserError."""
+    settings, problems = submission.read_settings(path), []
+    strangers.checked(settings, dict.fromkeys(COUNTED, strangers.COUNT), str(path), problems)
+    if problems:
+        raise UserError(problems[0])
+    return settings
+
+
+COUNTED = (
+    "phased_ttt_prefix_docs",
+    "phased_ttt_prefix_tokens",
+    "phased_ttt_num_phases",
+    "global_ttt_chunk_tokens",
+    "ttt_chunk_tokens",
+)
 
 
 def one_of(folder: Path, names: list[str]) -> Path | None:
     """The first of these files that the folder holds."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return next((folder / name for name in names if strangers.is_there(folder / name)), None)
 
 
 def shipped_script(options, work: Path) -> Path:
     """The script to prove: --script, the folder's own, that of `make reproduce`, or this project's, packed."""
     folder = options.folder
     given = options.script or one_of(folder, ["train_gpt.py", "../train_gpt.py"]) or ROOT / "train_gpt.py"
-    if not given.is_file():
+    if not strangers.is_there(given):
         raise UserError(f"--script {given}: there is no such file")
-    (work / "train_gpt.py").write_bytes(pack_code.pack(given.read_bytes()))
+    source = strangers.read_bytes(given, "script")
+    if wrong := run_submission.compile_error(source):
+        raise UserError(f"--script {given}: does not compile ({wrong})")
+    (work / "train_gpt.py").write_bytes(pack_code.pack(source))
     return work / "train_gpt.py"
 
 
@@ -238,7 +292,8 @@ def claimed_ranks(summary: dict[str, Any]) -> int:
     """The number of ranks that a summary states, in its `ranks` or in its line of hardware."""
     words = str(summary.get("hardware", "")).split(", ")[-1].split()
     stated = summary.get("ranks") or (words[0] if len(words) == 2 and words[1].startswith("rank") else 1)
-    return int(stated) if str(stated).isdigit() else 1
+    ranks = strangers.whole_number(str(stated))
+    return ranks if ranks and 1 <= ranks <= 1024 else 1
 
 
 def read_subject(options, work: Path) -> Subject:
@@ -251,8 +306,10 @@ def read_subject(options, work: Path) -> Subject:
         raise UserError(
             f"{folder}: holds no {ARTIFACT} (`make reproduce ARGS=--with-artifacts` keeps one for each seed)"
         )
-    settings = read_json(config) if config else {}
-    said = read_json(summary) if summary else {}
+    settings = read_settings(config) if config else {}
+    said = read_said(summary) if summary else {}
+    if wrong := strangers.wrong_kind(artifact, artifact.parent):
+        raise UserError(f"{artifact}: {wrong}")
     data = options.data or Path(str(settings.get("data_path", "")))
     tokenizer = options.tokenizer or Path(str(settings.get("tokenizer_path") or data / "tokenizer.model"))
     if not tokenizer.is_file():
@@ -653,8 +710,8 @@ class Proof:
             place = int((stream.counts > self.tokens.widths[stream.tokens]).argmax())
             wrong.append(f"the sidecar counts {stream.counts[place]} bytes for token {place}, more than its piece has")
         again = self.evaluate(stream, "the run's validation set", scores=False)
-        if not self.same_score(said["val_bpb"], again.summary.get("val_bpb")):
-            wrong.append(f"the run says {said['val_bpb']}, and its artifact gives {again.summary.get('val_bpb')}")
+        if not self.same_score(said.get("val_bpb", math.nan), again.summary.get("val_bpb")):
+            wrong.append(f"the run says {said.get('val_bpb')}, and its artifact gives {again.summary.get('val_bpb')}")
         tried = f"{len(stream) - 1} targets and {decoded} decoded bytes of the run's validation set, scored again"
         return Verdict("the claimed score", not wrong, tried, "; ".join(wrong))
 
@@ -741,11 +798,12 @@ def main(arguments: list[str]) -> int:
         tokens, verdicts = subject.tokens, []
         maker = Maker(read_stream(options.data), tokens.widths, tokens.ordinary, options.draw)
         for remark in subject.remarks:
-            print(f"remark: {remark}")
+            print(f"remark: {strangers.visible(remark)}")
         proof = Proof(subject, maker, options.size, lambda text: print(text, flush=True))
         for verdict in prove(proof, options.data):
             verdicts.append(verdict)
-            print(f"{SIGNS[verdict.holds]}  {verdict.rule}: {verdict.found or verdict.tried}", flush=True)
+            words = strangers.visible(verdict.found or verdict.tried, 10_000)
+            print(f"{SIGNS[verdict.holds]}  {verdict.rule}: {words}", flush=True)
         result = report(subject, verdicts, "short" if options.short else "full", time.perf_counter() - begin)
     if options.out:
         write_atomic(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -14,15 +14,23 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
+import os
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import runs
-from runs import CAP_BYTES, Parser, Run, UserError, command_line, read_json, write_atomic
+import strangers
+from runs import CAP_BYTES, Parser, Run, UserError, command_line, write_atomic
+from strangers import markdown, visible
 
+WARNINGS = 100  # that are printed
 MARKER = "<!-- made by tools/report.py -->"
 # Okabe and Ito's colours, for colour-blind readers. After the last one they repeat with another line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -39,35 +47,67 @@ STAGES = {
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(words: list[str]) -> tuple[list[Run], list[dict[str, Any]]]:
-    """(runs, sweeps) at the paths. Runs get unique names. Errors: UserError."""
+def read(words: list[str], problems: list[str] | None = None) -> tuple[list[Run], list[dict[str, Any]]]:
+    """(runs, sweeps) at the paths. Runs get unique names. What is passed over is among the problems.
+
+    Errors: UserError.
+    """
+    problems = [] if problems is None else problems
     found: list[Run] = []
     sweeps = []
     for word in words:
         name, sign, place = word.partition("=")
-        path = Path(place) if sign and not Path(word).exists() else Path(word)
+        path = Path(place) if sign and not os.path.exists(word) else Path(word)
         study = path if path.name == "study.json" else path / "study.json"
-        if study.is_file():
+        if strangers.is_there(study):
             sweeps.append(read_study(study))
             continue
-        several = runs.read_runs(path)
+        several = runs.read_runs(path, problems)
         for run in several:
             if sign and path == Path(place):
                 run.name = name if len(several) == 1 else f"{name} {run.name}"
         found += several
     for run in found:
+        problems += [f"{run.source}: {text}" for text in run.problems]
         if not (run.losses or run.scores or run.stages or run.artifact_bytes):
             raise UserError(f"{run.source}: holds no training log line and no score")
     rename(found)
     return found, sweeps
 
 
+TRIAL = strangers.record(
+    dict(
+        trial=strangers.COUNT,
+        state=strangers.TEXT,
+        values=strangers.map_of(strangers.either(strangers.TEXT, strangers.NUMBER), 100),
+        value=strangers.NUMBER,
+        seconds=strangers.AMOUNT,
+        error=strangers.TEXT,
+    ),
+    ("trial", "state", "values"),
+)
+STUDY = dict(
+    name=strangers.TEXT,
+    objective=strangers.TEXT,
+    variables=strangers.list_of(strangers.TEXT, 50),
+    trials=strangers.list_of(TRIAL),
+)
+
+
 def read_study(path: Path) -> dict[str, Any]:
     """A sweep's study.json. Errors: UserError."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"name", "objective", "variables", "trials"} <= set(content):
+    content = strangers.read_json(path, kind="study")
+    if not isinstance(content, dict) or not set(STUDY) <= set(content):
         raise UserError(f"{path}: is not a sweep's study.json")
-    return content
+    problems: list[str] = []
+    study = strangers.checked(content, STUDY, str(path), problems)
+    if problems or set(study) != set(STUDY):
+        raise UserError(problems[0] if problems else f"{path}: is not a sweep's study.json")
+    for trial in study["trials"]:
+        trial["values"] = {name: str(value) for name, value in trial["values"].items()}
+        for name in ("value", "seconds", "error"):
+            trial.setdefault(name, None)
+    return study
 
 
 def rename(found: list[Run]) -> None:
@@ -76,9 +116,9 @@ def rename(found: list[Run]) -> None:
         lambda run, _: f"{Path(run.source).parent.name}/{run.name}",
         lambda run, place: f"{run.name} ({place})",
     ):
-        names = [run.name for run in found]
+        names = Counter(run.name for run in found)
         for place, run in enumerate(found):
-            if names.count(run.name) > 1:
+            if names[run.name] > 1:
                 run.name = add(run, place + 1)
 
 
@@ -134,6 +174,42 @@ def sweep_rows(study: dict[str, Any]) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
+LABEL = 48  # characters of a label
+POINTS, TICKS = 4000, 30  # of a curve, texts of an axis
+ROLES = 60  # of the artifacts in a picture, each with a colour
+
+
+def picture(draw: Callable[[Any], bytes | None]) -> Callable[[Any], bytes | None]:
+    """A function that draws, with every text as it is: a `$` begins no formula. Fonts may lack letters."""
+
+    @wraps(draw)
+    def quietly(what: Any) -> bytes | None:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return draw(what)
+
+    return quietly
+
+
+def label_of(text: str) -> str:
+    """A text for a picture. matplotlib leaves labels out that begin with an underscore."""
+    short = visible(text if len(text) <= LABEL else text[: LABEL - 1] + "\u2026")
+    return f" {short}" if short.startswith("_") else short
+
+
+def points_of(rows: list[tuple], column: int) -> list[tuple[float, float]]:
+    """The points of a curve that can be drawn: (position, loss), both finite."""
+    return [(row[column], row[1]) for row in rows if strangers.is_number(row[column]) and strangers.is_number(row[1])]
+
+
+def thinned(points: list) -> list:
+    """At most POINTS of a curve, evenly, with its last one."""
+    stride = -(-len(points) // POINTS) or 1
+    return points[(len(points) - 1) % stride :: stride]
+
+
 def style(place: int) -> dict[str, Any]:
     return dict(color=COLOURS[place % len(COLOURS)], linestyle=LINES[place // len(COLOURS) % len(LINES)])
 
@@ -169,23 +245,25 @@ def legend(fig, ax, entries: int) -> None:
 def smoothed(values: list[float]) -> list[float]:
     """A running mean over 1/50 of a curve; short curves stay as they are."""
     width = max(1, len(values) // 50)
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[i + 1] - sums[max(0, i - width + 1)]) / min(width, i + 1) for i in range(len(values))]
 
 
+@picture
 def loss_picture(found: list[Run]) -> bytes | None:
     """Training loss (thin) and validation loss (points), against step and against time."""
-    drawn = [run for run in found if run.losses or run.scores]
+    drawn = [run for run in found if points_of([*run.losses, *run.scores], 0)]
     if not drawn:
         return None
     fig, axes = figure(11, 4.6 + 0.18 * math.ceil(len(drawn) / 3), 2, sharey=True)
     for place, run in enumerate(drawn):
         for ax, column in ((axes[0], 0), (axes[1], -1)):
-            points = [(x, row[1]) for row in run.losses if (x := row[column]) is not None]
-            scores = [(x, row[1]) for row in run.scores if (x := row[column]) is not None]
-            label = run.name
+            points, scores = points_of(run.losses, column), thinned(points_of(run.scores, column))
+            label = label_of(run.name)
             if points:
-                x, y = zip(*points, strict=True)
-                ax.plot(x, smoothed(list(y)), linewidth=1.3, label=label, **style(place))
+                smooth = smoothed([y for _, y in points])
+                x, y = zip(*thinned([(x, y) for (x, _), y in zip(points, smooth, strict=True)]), strict=True)
+                ax.plot(x, y, linewidth=1.3, label=label, **style(place))
                 label = None
             if scores:
                 x, y = zip(*scores, strict=True)
@@ -209,34 +287,31 @@ def loss_picture(found: list[Run]) -> bytes | None:
 
 def curve_range(run: Run) -> tuple[float, float]:
     """The range to show of a loss curve: its minimum, and its maximum after the first 5% of training."""
-    rows = [(row[0], row[1]) for row in (*run.losses, *run.scores) if math.isfinite(row[1])]
+    rows = points_of([*run.losses, *run.scores], 0)
     last = max(step for step, _ in rows)
     values = [value for _, value in rows]
     late = [value for step, value in rows if step > last / 20]
     return min(values), max(late or values) + 0.1 * (max(values) - min(values)) * (len(rows) < 20)
 
 
+@picture
 def stage_picture(found: list[Run]) -> bytes | None:
     """Bits per byte at each stage, with the last value of each run as text."""
-    drawn = [run for run in found if run.stages]
-    kept = [stage for stage in STAGES if any(stage in run.stages for run in drawn)]
-    if not drawn or not kept:
+    curves = [(run, [(s, run.stages[s].bpb) for s in STAGES if s in run.stages]) for run in found]
+    curves = [(run, [(s, bpb) for s, bpb in points if strangers.is_number(bpb)]) for run, points in curves]
+    curves = [(run, points) for run, points in curves if points]
+    kept = [stage for stage in STAGES if any(stage in dict(points) for _, points in curves)]
+    if not kept:
         return None
-    fig, (ax,) = figure(2.2 + 2.2 * len(kept), 4.2 + 0.18 * math.ceil(len(drawn) / 3))
-    for place, run in enumerate(drawn):
-        points = [(kept.index(s), run.stages[s].bpb) for s in kept if s in run.stages]
-        ax.plot(*zip(*points, strict=True), marker="o", markersize=5, linewidth=1.4, label=run.name, **style(place))
-    ends = sorted(
-        (
-            run.stages[[s for s in kept if s in run.stages][-1]].bpb,
-            place,
-            kept.index([s for s in kept if s in run.stages][-1]),
-        )
-        for place, run in enumerate(drawn)
-    )
+    fig, (ax,) = figure(2.2 + 2.2 * len(kept), 4.2 + 0.18 * math.ceil(len(curves) / 3))
+    ends = []
+    for place, (run, points) in enumerate(curves):
+        x, y = [kept.index(s) for s, _ in points], [bpb for _, bpb in points]
+        ax.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=label_of(run.name), **style(place))
+        ends.append((y[-1], place, x[-1]))
     low, high = ax.get_ylim()
     last = -math.inf
-    for value, place, x in ends:  # move overlapping texts up
+    for value, place, x in sorted(ends):  # move overlapping texts up
         y = max(value, last + 0.045 * (high - low))
         last = y
         ax.annotate(
@@ -251,7 +326,7 @@ def stage_picture(found: list[Run]) -> bytes | None:
     ax.set_xticks(range(len(kept)), [STAGES[stage] for stage in kept])
     ax.set_xlim(-0.3, len(kept) - 0.4)
     ax.set(ylabel="bits per byte", title="Validation score at each stage")
-    legend(fig, ax, len(drawn))
+    legend(fig, ax, len(curves))
     return png(fig)
 
 
@@ -267,6 +342,7 @@ def bytes_by_role(run: Run) -> dict[str, int]:
     return ({"code": run.code_bytes} if run.code_bytes else {}) | parts
 
 
+@picture
 def bytes_picture(found: list[Run]) -> bytes | None:
     """A stacked bar of roles for each artifact. Roles below 1/50 of their artifact are grouped as `other`."""
     drawn = [(run, bytes_by_role(run)) for run in found]
@@ -281,7 +357,7 @@ def bytes_picture(found: list[Run]) -> bytes | None:
             for role, count in parts.items()
             if role == "code" or count >= sum(parts.values()) / 50
         )
-    )
+    )[:ROLES]
     from matplotlib import colormaps
 
     colours = {role: colormaps["tab20"](place % 20) for place, role in enumerate(kept)} | {"other": "#999999"}
@@ -299,7 +375,7 @@ def bytes_picture(found: list[Run]) -> bytes | None:
                 edgecolor="white",
                 linewidth=0.5,
                 height=0.7,
-                label=role if count else None,
+                label=label_of(role) if count else None,
             )
             left += count / unit
         ax.annotate(
@@ -312,7 +388,7 @@ def bytes_picture(found: list[Run]) -> bytes | None:
         )
     if largest > CAP_BYTES / 2:
         ax.axvline(CAP_BYTES / unit, color="black", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(drawn)), [run.name for run, _ in drawn], fontsize=8)
+    ax.set_yticks(range(len(drawn)), [label_of(run.name) for run, _ in drawn], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.12 * max(largest, CAP_BYTES if largest > CAP_BYTES / 2 else 0) / unit)
     ax.set(xlabel=name, title="Bytes of the artifacts by role" + (", limit dashed" if largest > CAP_BYTES / 2 else ""))
@@ -328,9 +404,11 @@ def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[t
     try:
         numbers = sorted({float(text) for text in texts})
     except ValueError:
+        numbers = []
+    if not numbers or not all(map(strangers.is_number, numbers)):
         words = sorted(set(texts))
         places = {word: i / max(1, len(words) - 1) for i, word in enumerate(words)}
-        return places.__getitem__, [(place, word) for word, place in places.items()]
+        return places.__getitem__, [(places[word], label_of(word)) for word in words[:: -(-len(words) // TICKS)]]
     log = numbers[0] > 0 and numbers[-1] / numbers[0] >= 8
     scale = math.log if log else float
     low, high = scale(numbers[0]), scale(numbers[-1])
@@ -345,13 +423,14 @@ def axis_of(name: str, texts: list[str]) -> tuple[Callable[[str], float], list[t
     return place, [(place(str(x)), f"{x:.5g}") for x in shown]
 
 
+@picture
 def sweep_picture(study: dict[str, Any]) -> bytes | None:
     """Parallel coordinates: a line for each finished run, through its values to its score; dark is best."""
-    done = [t for t in study["trials"] if t["state"] == "complete"]
+    done = [t for t in study["trials"] if t["state"] == "complete" and t["value"] is not None]
     if not done:
         return None
     names = [*study["variables"], study["objective"]]
-    table = [{**t["values"], study["objective"]: str(t["value"])} for t in done]
+    table = [dict.fromkeys(names, "-") | t["values"] | {study["objective"]: str(t["value"])} for t in done]
     fig, (ax,) = figure(2.2 + 2.1 * len(names), 4.6)
     places = {}
     for x, name in enumerate(names):
@@ -381,7 +460,7 @@ def sweep_picture(study: dict[str, Any]) -> bytes | None:
             alpha=0.9,
             linewidth=1 + 1.8 * (share == 1),
         )
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), [label_of(name) for name in names])
     ax.set_xlim(-0.2, len(names) - 0.5)
     ax.set_ylim(-0.05, 1.05)
     ax.set_yticks([])
@@ -389,7 +468,9 @@ def sweep_picture(study: dict[str, Any]) -> bytes | None:
     ax.grid(False)
     failed = len(study["trials"]) - len(done)
     ax.set_title(
-        f"{study['name']}: {len(done)} finished runs, {failed} others; dark: low {study['objective']}", fontsize=10
+        f"{label_of(study['name'])}: {len(done)} finished runs, {failed} others; dark: low "
+        f"{label_of(study['objective'])}",
+        fontsize=10,
     )
     return png(fig)
 
@@ -406,7 +487,7 @@ def html_table(rows: list[list[str]]) -> str:
     """Rows as an HTML table; the first row is the head."""
 
     def line(row: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{html.escape(visible(cell))}</{tag}>" for cell in row) + "</tr>"
 
     return (
         "<div class=wide><table>"
@@ -419,13 +500,13 @@ def html_table(rows: list[list[str]]) -> str:
 def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str, bytes]]]) -> None:
     """Writes report.md, its PNGs and report.html. Errors: UserError if the folder holds files of something else."""
     page = out / "report.html"
-    ours = page.is_file() and MARKER in page.read_text(errors="replace")[:200]
+    ours = strangers.is_plain(page, out) and MARKER.encode() in strangers.read_head(page, 200)
     if out.exists() and any(out.iterdir()) and not ours:
         raise UserError(f"--out {out}: is a folder with other files, which are not overwritten; choose another name")
     text, body = [MARKER], []
     for title, rows, pictures in sections:
-        text += [f"# {title}", "", runs.table(rows, markdown=True), ""]
-        body += [f"<h1>{html.escape(title)}</h1>", html_table(rows)]
+        text += [f"# {markdown(title)}", "", runs.table(runs.stranger_rows(rows), markdown=True), ""]
+        body += [f"<h1>{html.escape(visible(title))}</h1>", html_table(rows)]
         for name, content in pictures.items():
             write_atomic(out / name, content)
             text += [f"![{name.removesuffix('.png')}]({name})", ""]
@@ -436,7 +517,7 @@ def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str,
     write_atomic(out / "report.md", "\n".join(text))
     write_atomic(
         page,
-        f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8><title>{html.escape(sections[0][0])}"
+        f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8><title>{html.escape(visible(sections[0][0]))}"
         f"</title><style>{STYLE}</style>{''.join(body)}</html>\n",
     )
 
@@ -448,7 +529,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: print the table only)")
     parser.add_argument("--title", default="Runs", help="of the report (default: Runs)")
     options = parser.parse_args(arguments)
-    found, sweeps = read(options.paths)
+    problems: list[str] = []
+    found, sweeps = read(options.paths, problems)
+    for text in problems[:WARNINGS]:
+        print(f"warning: {visible(text)}", file=sys.stderr)
+    if len(problems) > WARNINGS:
+        print(f"warning: and {len(problems) - WARNINGS} more", file=sys.stderr)
     sections = []
     if found:
         pictures = (
@@ -472,7 +558,7 @@ def main(arguments: list[str]) -> int:
             options.out,
             [(title, rows, {name: p for name, p in pictures.items() if p}) for title, rows, pictures in sections],
         )
-        print(f"written: {options.out / 'report.html'}")
+        print(f"written: {visible(options.out / 'report.html')}")
     return 0
 
 

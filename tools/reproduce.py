@@ -27,8 +27,9 @@ from typing import Any
 
 import pack_code
 import processes
+import strangers
 import submission
-from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, read_json, write_atomic
+from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, write_atomic
 
 FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
 PROOFS = ("short", "full", "none")
@@ -136,10 +137,11 @@ def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
     """Writes the plan and the packed script to the folder of the runs. Errors: UserError if it holds another plan."""
     file = work / "plan.json"
     if file.is_file():
-        before = read_json(file)
+        before = strangers.read_object(file)
         changed = [name for name in plan if before.get(name) != plan[name]]
         if "config" in changed:
-            other = before.get("config", {})
+            other = before.get("config")
+            other = other if isinstance(other, dict) else {}
             changed = [name.upper() for name, value in plan["config"].items() if other.get(name) != value]
         if changed:
             raise UserError(f"--work {work}: holds runs with other {', '.join(changed)}; choose another folder")
@@ -155,10 +157,15 @@ def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
 
 def complete(folder: Path, seed: int) -> bool:
     """Whether a seed's run is complete. Errors: UserError if it is of another seed or its artifact is too large."""
-    if not (folder / "summary.json").is_file():
+    file = folder / "summary.json"
+    if not strangers.is_there(file):
         return False
-    s = read_json(folder / "summary.json")
-    if s.get("seed") != seed or "val_bpb" not in s:
+    fields = dict.fromkeys(("artifact_bytes", "artifact_limit_bytes"), strangers.COUNT)
+    fields |= dict(seed=strangers.INTEGER, val_bpb=strangers.NUMBER)
+    s = strangers.checked(strangers.read_object(file), fields, str(file), problems := [])
+    if problems:
+        raise UserError(problems[0])
+    if s.get("seed") != seed or set(s) != set(fields):
         raise UserError(f"{folder}: does not hold a complete run of seed {seed}")
     if s["artifact_bytes"] > s["artifact_limit_bytes"]:
         raise UserError(
@@ -215,7 +222,7 @@ def prove(script: Path, options, folder: Path) -> dict[str, Any] | None:
     if options.proof == "none":
         return None
     file = folder.with_name(f"{folder.name}.proof.json")
-    if not file.is_file() or read_json(file).get("form") != options.proof:
+    if not file.is_file() or strangers.read_object(file).get("form") != options.proof:
         print(f"proof: {folder}", flush=True)
         tool = [sys.executable, str(ROOT / "tools" / "prove.py"), str(folder), "--script", str(script)]
         form = ["--short"] if options.proof == "short" else []
@@ -227,7 +234,17 @@ def prove(script: Path, options, folder: Path) -> dict[str, Any] | None:
             raise
         if code not in (0, 1):
             raise UserError(f"--proof {options.proof}: tools/prove.py {folder} ended with exit code {code}")
-    return read_json(file)
+    return read_proof(file)
+
+
+def read_proof(file: Path) -> dict[str, Any]:
+    """The result that tools/prove.py wrote. Errors: UserError."""
+    problems: list[str] = []
+    content = strangers.read_object(file)
+    proof = strangers.checked(content, submission.PROOF, str(file), problems)
+    if problems or set(proof) != set(submission.PROOF):
+        raise UserError(problems[0] if problems else f"{file}: is not a proof of tools/prove.py")
+    return content
 
 
 # -------------------------------------------------------------------------------------------------------- the results

@@ -1,36 +1,57 @@
 """Shared code of the tools: reading runs from folders and logs, statistics over seeds, one-line errors.
 
 A run is read from its folder (summary.json, metrics.jsonl, log.txt), from a metrics file, or from a log alone. The log
-may be ours or in the format of the challenge's public records. A figure that is not in a source is None or absent.
+may be ours or in the format of the challenge's public records. A figure that is not in a source is None or absent. What
+a source says in a wrong form is among the run's problems. tools/strangers.py opens the files.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 import os
 import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import strangers
+from strangers import (
+    AMOUNT,
+    COUNT,
+    FLAG,
+    INTEGER,
+    NUMBER,
+    TEXT,
+    Unreadable,
+    UserError,
+    either,
+    map_of,
+    markdown,
+    read_json,
+    visible,
+)
+
+__all__ = ["Unreadable", "UserError", "read_json", "visible"]
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0  # limits: decimal bytes; seconds of training, and of evaluation
 MARGIN_NATS, LEVEL = 0.005, 0.01  # a record must be better by this margin, at a p-value below this level
 SEEDS = (42, 0, 314)
+LEVELS = 6  # of folders within folders that are looked into
+MOST_RUNS, MOST_ROWS = 500, 2_000_000  # that are read at once; losses and scores count as rows
+ROWS = 200_000  # of losses and scores that are kept of one run
+SETTINGS = 2000  # that are kept of one log
+PROBLEMS = 20  # that are kept of one run
 RUN_FILES = ("summary.json", "metrics.jsonl", "log.txt")
 EVALUATION_STAGES = ("unpack", "evaluate", "ttt")
-
-
-class UserError(Exception):
-    """A user's error: one line that names the argument or file, its value, and what is allowed. Exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,16 +83,19 @@ def number_type(kind: type, low: float, high: float = math.inf) -> Callable[[str
 
 def command_line(main: Callable[[list[str]], int]) -> int:
     """Runs a tool's main. A user's error gives one line and exit code 2, an interrupt exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced by something else
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return main(sys.argv[1:])
     except UserError as error:
-        message, code = " ".join(str(error).split()), 2
+        message, code = visible(" ".join(str(error).split()), 2000), 2
     except ModuleNotFoundError as error:
         if error.name and (ROOT / "tools" / f"{error.name.split('.')[0]}.py").exists():
             raise
         message, code = f"{error.name}: is not installed; run `pip install -r requirements-tools.txt`", 2
     except OSError as error:
-        message, code = f"{error.filename2 or error.filename or 'a file'}: {error.strerror or error}", 2
+        message, code = f"{visible(error.filename2 or error.filename or 'a file')}: {error.strerror or error}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     print(f"error: {message}" if code == 2 else message, file=sys.stderr)
@@ -90,14 +114,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file. Errors: UserError naming it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -140,6 +156,12 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     sections: list[dict] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # what its files say in a wrong form
+
+    def problem(self, text: str) -> None:
+        """Keeps a problem; of very many, the first ones."""
+        if text not in self.problems and len(self.problems) < PROBLEMS:
+            self.problems.append(text)
 
     @property
     def final(self) -> Stage | None:
@@ -151,18 +173,20 @@ class Run:
         return 1000 * self.train_seconds / self.steps if self.train_seconds and self.steps else None
 
 
-NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
-PAIR = re.compile(rf"([A-Za-z_][\w/]*):\s*({NUMBER})(ms|s|m)?(?![\w.])")
-STEP = re.compile(r"^(?:step:\s*)?(\d+)/(\d+)\s+(?=(?:train|val)_loss)")
-STAGE = re.compile(rf"^([A-Za-z][\w +.()-]*?):?\s+val_loss:\s*({NUMBER})\s+val_bpb:\s*({NUMBER})(.*)$")
-SIZE = re.compile(r"^(Total submission size|Code size|Serialized model)\b([^:]*):\s*([\d,]+) bytes")
+# One way to match each text, so that no line takes more than its length in steps.
+FIGURE = r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|nan|inf)"
+PAIR = re.compile(rf"(?<![\w/])([A-Za-z_][\w/]*):\s*({FIGURE})(ms|s|m)?(?![\w.])")
+STEP = re.compile(r"^(?:step:\s*)?([0-9]+)/([0-9]+)\s+(?=(?:train|val)_loss)")
+NAME = re.compile(r"[A-Za-z][\w +.()-]*:?\s+")
+SCORE = re.compile(rf"\s*({FIGURE})\s+val_bpb:\s*({FIGURE})(.*)$")
+SIZE = re.compile(r"^(Total submission size|Code size|Serialized model)\b([^:]*):\s*([0-9,]+) bytes")
 OURS = {
-    "artifact": re.compile(r"^artifact +(\d+) bytes \(code (\d+) \+ model (\d+)\)"),
-    "read back": re.compile(r"^val_bpb .*read back; (\d+) targets, (\d+) bytes"),
-    "trained": re.compile(r"^trained +(\d+) steps, .* (\d+) parameters$"),
+    "artifact": re.compile(r"^artifact +([0-9]+) bytes \(code ([0-9]+) \+ model ([0-9]+)\)"),
+    "read back": re.compile(r"^val_bpb .*read back; ([0-9]+) targets, ([0-9]+) bytes"),
+    "trained": re.compile(r"^trained +([0-9]+) steps, .* ([0-9]+) parameters$"),
     "seconds": re.compile(r"^seconds +(.*); (?:in all|total)"),
-    "folder": re.compile(r"^\S+  (.*ranks?|\d+ x .*?)  (\{.*\})$"),
-    "shared": re.compile(r"^(?:warning: )?audit: (\d+) validation documents are in the training shards too"),
+    "folder": re.compile(r"^\S+  (.*ranks?|[0-9]+ x .*?)  (\{.*\})$"),
+    "shared": re.compile(r"^(?:warning: )?audit: ([0-9]+) validation documents are in the training shards too"),
     "attention": re.compile(r"^device:\w+ .*\battention:(\w+)"),
     "causal": re.compile(r"^ +strictly causal: (yes|no)$"),
 }
@@ -170,7 +194,31 @@ SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0, "": 1.0}
 
 
 def number(text: str) -> float:
-    return float(text.replace(",", ""))
+    """A figure of a log: nan and inf are figures of a training that diverged. Errors: Misread."""
+    value = float(text.replace(",", ""))
+    if not is_figure(value):
+        raise Misread(text)
+    return value
+
+
+def amount(text: str) -> float:
+    """A figure of a log that is finite and not negative, such as seconds. Errors: Misread."""
+    value = number(text)
+    if not 0 <= value <= strangers.LARGEST:
+        raise Misread(text)
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number of a log. Errors: Misread for one with more digits than any count has."""
+    value = strangers.whole_number(text.replace(",", ""))
+    if value is None:
+        raise Misread(text)
+    return value
+
+
+class Misread(Exception):
+    """A figure that cannot be one."""
 
 
 def stage_name(words: str) -> str | None:
@@ -192,18 +240,22 @@ class LogReader:
         self.run, self.exact = run, set()
 
     def feed(self, line: str) -> None:
-        """Reads one line, without its newline."""
-        if match := STEP.match(line):
-            self.step(int(match[1]), {name: (value, unit) for name, value, unit in PAIR.findall(line)})
-        elif match := STAGE.match(line):
-            self.stage(match)
-        elif match := SIZE.match(line):
-            self.size(match[1], match[2], int(number(match[3])))
-        else:
-            self.other(line)
+        """Reads one line, without its newline. A line with an impossible figure is a problem of the run."""
+        try:
+            if match := STEP.match(line):
+                self.step(whole(match[1]), {name: (value, unit) for name, value, unit in PAIR.findall(line)})
+            elif match := SIZE.match(line):
+                self.size(match[1], match[2], whole(match[3]))
+            elif not self.stage(line):
+                self.other(line)
+        except Misread as error:
+            self.run.problem(f"log: the figure {visible(error, 40)} is impossible: {visible(line, 60)}")
 
     def step(self, step: int, pairs: dict[str, tuple[str, str]]) -> None:
-        seconds = number(pairs["train_time"][0]) * SECONDS[pairs["train_time"][1]] if "train_time" in pairs else None
+        seconds = amount(pairs["train_time"][0]) * SECONDS[pairs["train_time"][1]] if "train_time" in pairs else None
+        if len(self.run.scores) + len(self.run.losses) >= ROWS:
+            self.run.problem(f"log: has more than {ROWS} lines of training; the rest is passed over")
+            return
         if "val_bpb" in pairs and "val_loss" in pairs:
             self.run.scores.append((step, number(pairs["val_loss"][0]), number(pairs["val_bpb"][0]), seconds))
         elif "train_loss" in pairs:
@@ -211,16 +263,22 @@ class LogReader:
         if step and seconds is not None:
             self.run.steps, self.run.train_seconds = step, seconds
 
-    def stage(self, match: re.Match) -> None:
-        name = stage_name(match[1])
-        if name is None or (name in self.exact and "exact" not in match[1]):
-            return
-        if "exact" in match[1]:
+    def stage(self, line: str) -> bool:
+        """Whether the line is a stage's score, which it keeps where the stage is known."""
+        words, found, rest = line.partition("val_loss:")
+        match = SCORE.match(rest) if found and NAME.fullmatch(words) else None
+        if not match:
+            return False
+        name = stage_name(words)
+        if name is None or (name in self.exact and "exact" not in words):
+            return True
+        if "exact" in words:
             self.exact.add(name)
-        pairs = {n: number(v) * SECONDS[unit] for n, v, unit in PAIR.findall(match[4])}
+        pairs = {n: amount(v) * SECONDS[unit] for n, v, unit in PAIR.findall(match[3]) if n == "eval_time"}
         before = self.run.stages.get(name)
         seconds = pairs.get("eval_time", before.seconds if before else None)
-        self.run.stages[name] = Stage(number(match[2]), number(match[3]), seconds)
+        self.run.stages[name] = Stage(number(match[1]), number(match[2]), seconds)
+        return True
 
     def size(self, what: str, form: str, count: int) -> None:
         """Keeps the last total, since records first print that of the unquantized model."""
@@ -235,51 +293,69 @@ class LogReader:
     def other(self, line: str) -> None:
         run = self.run
         if match := OURS["artifact"].match(line):
-            run.artifact_bytes, run.code_bytes, run.model_bytes = (int(x) for x in match.groups())
+            run.artifact_bytes, run.code_bytes, run.model_bytes = map(whole, match.groups())
         elif match := OURS["read back"].match(line):
-            run.targets, run.val_bytes = int(match[1]), int(match[2])
+            run.targets, run.val_bytes = whole(match[1]), whole(match[2])
         elif match := OURS["trained"].match(line):
-            run.steps, run.parameters = int(match[1]), int(match[2])
+            run.steps, run.parameters = whole(match[1]), whole(match[2])
         elif match := OURS["seconds"].match(line):
-            run.seconds = {n: float(s) for n, s in (part.rsplit(" ", 1) for part in match[1].split(", "))}
-        elif match := OURS["folder"].match(line):
+            run.seconds = self.stage_seconds(match[1])
+        elif line.endswith("}") and (match := OURS["folder"].match(line)):
             run.hardware = match[1]
             run.versions = dict(re.findall(r"'(\w+)': '([^']*)'", match[2]))
         elif match := OURS["attention"].match(line):
             run.attention = match[1]
         elif match := OURS["shared"].match(line):
-            run.shared_documents = int(match[1])
+            run.shared_documents = whole(match[1])
         elif match := OURS["causal"].match(line):
             run.strictly_causal = match[1] == "yes"
         else:
             self.records(line)
 
+    def stage_seconds(self, text: str) -> dict[str, float]:
+        """Seconds by stage of a list such as `train 9.1, pack 0.2`. Errors: Misread."""
+        found = {}
+        for part in text.split(", "):
+            name, _, value = part.rpartition(" ")
+            if not re.fullmatch(FIGURE, value):
+                raise Misread(value)
+            found[name] = amount(value)
+        return found
+
     def records(self, line: str) -> None:
         """Lines that only logs of public records have."""
         run = self.run
-        if match := re.match(r"^stopping_early: .*train_time:\s*([\d.]+)ms.*step:\s*(\d+)/", line):
-            run.train_seconds, run.steps = float(match[1]) / 1000, int(match[2])
-        elif match := re.match(r"^val_loader:.*tokens:\s*(\d+)|^val_tokens:\s*(\d+)", line):
-            run.val_tokens = int(match[1] or match[2])
-        elif match := re.match(r"^total_eval_time:\s*([\d.]+)(ms|s)", line):
-            run.eval_seconds = float(match[1]) * SECONDS[match[2]]
-        elif match := re.match(r"^model_params:\s*(\d+)", line):
-            run.parameters = int(match[1])
-        elif match := re.match(r"^ {0,4}(\w+): ?([^\s:]\S*)$", line):
+        if line.startswith("stopping_early: "):
+            pairs = {name: (value, unit) for name, value, unit in PAIR.findall(line)}
+            step = re.search(r"step:\s*([0-9]+)/", line)
+            if step and pairs.get("train_time", ("", ""))[1] == "ms":
+                run.train_seconds, run.steps = amount(pairs["train_time"][0]) / 1000, whole(step[1])
+        elif match := re.match(r"^val_loader:.*tokens:\s*([0-9]+)|^val_tokens:\s*([0-9]+)", line):
+            run.val_tokens = whole(match[1] or match[2])
+        elif match := re.match(rf"^total_eval_time:\s*({FIGURE})(ms|s)", line):
+            run.eval_seconds = amount(match[1]) * SECONDS[match[2]]
+        elif match := re.match(r"^model_params:\s*([0-9]+)", line):
+            run.parameters = whole(match[1])
+        elif len(run.settings) < SETTINGS and (match := re.match(r"^ {0,4}(\w+): ?([^\s:]\S*)$", line)):
             run.settings.setdefault(match[1].lower(), match[2])
-        if match := re.match(r"^\s*seed:\s*(\d+)\b", line):
-            run.seed = int(match[1])
+        if match := re.match(r"^\s*seed:\s*([0-9]+)\b", line):
+            run.seed = whole(match[1])
 
 
-def read_log(path: Path, run: Run | None = None) -> Run:
-    """A Run from a text log, or the given Run with the log's figures added."""
+def seed_in_name(stem: str) -> int | None:
+    """The seed that a file's name says, such as train_seed42."""
+    match = re.search(r"seed_?([0-9]+)", stem)
+    return strangers.whole_number(match[1]) if match else None
+
+
+def read_log(path: Path, run: Run | None = None, inside: Path | None = None) -> Run:
+    """A Run from a text log, or the given Run with the log's figures added. Errors: Unreadable."""
     run = run or Run(path.stem, str(path))
     reader = LogReader(run)
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            reader.feed(line.rstrip("\r\n"))
-    if run.seed is None and (match := re.search(r"seed_?(\d+)", path.stem)):
-        run.seed = int(match[1])
+    for line in strangers.read_lines(path, "log", inside):
+        reader.feed(line.rstrip("\r"))
+    if run.seed is None:
+        run.seed = seed_in_name(path.stem)
     if run.eval_seconds is None and (run.seconds.keys() & set(EVALUATION_STAGES)):
         run.eval_seconds = sum(run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES)
     if run.eval_seconds is None and (times := [s.seconds for s in run.stages.values() if s.seconds]):
@@ -287,22 +363,62 @@ def read_log(path: Path, run: Run | None = None) -> Run:
     return run
 
 
-def read_metrics(path: Path, run: Run | None = None) -> Run:
-    """A Run from metrics.jsonl, whose numbers are exact; the log's are rounded. A partial last line is ignored."""
+def is_figure(value: Any) -> bool:
+    """Whether a value is a figure, finite or not."""
+    return strangers.is_number(value) or (isinstance(value, float) and not math.isfinite(value))
+
+
+# A score may be nan in a training that diverged; whoever draws or averages scores looks.
+ANY_FIGURE = strangers.Kind("a number", lambda value: float(value) if is_figure(value) else None)
+METRICS = {
+    "train_loss": (dict(step=COUNT, train_loss=ANY_FIGURE, train_seconds=AMOUNT), ("step", "train_loss")),
+    "stage": (dict(stage=TEXT, val_loss=ANY_FIGURE, val_bpb=ANY_FIGURE), ("stage", "val_loss", "val_bpb")),
+    "val_bpb": (
+        dict(step=COUNT, val_loss=ANY_FIGURE, val_bpb=ANY_FIGURE, train_seconds=AMOUNT),
+        ("step", "val_loss", "val_bpb"),
+    ),
+}
+
+
+def metrics_rows(path: Path, run: Run, inside: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a metrics.jsonl with their kind. A partial last line is ignored. Errors: Unreadable."""
+    wrong, rows = "", 0
+    for place, line in enumerate(strangers.read_lines(path, "metrics", inside, strangers.MIB)):
+        if wrong:
+            run.problem(wrong)
+        wrong = ""
+        try:
+            row = strangers.parse_json(line) if line.strip() else None
+        except ValueError as error:  # a problem unless it is the last line
+            wrong = f"{path.name}: line {place + 1} is not JSON ({visible(error, 60)})"
+            continue
+        kind = next((kind for kind in METRICS if isinstance(row, dict) and kind in row), None)
+        if kind is None:
+            if row is not None and not isinstance(row, dict):
+                run.problem(f"{path.name}: line {place + 1} must be an object, and is {strangers.brief(row)}")
+            continue
+        fields, needed = METRICS[kind]
+        kept = strangers.record(fields, needed).keep(row)
+        rows += 1
+        if rows > ROWS:
+            run.problem(f"{path.name}: has more than {ROWS} rows; the rest is passed over")
+            return
+        if kept is None:
+            run.problem(f"{path.name}: line {place + 1} must have {', '.join(fields)} as numbers, and a stage as text")
+        else:
+            yield kind, kept
+
+
+def read_metrics(path: Path, run: Run | None = None, inside: Path | None = None) -> Run:
+    """A Run from metrics.jsonl, whose numbers are exact; the log's are rounded. Errors: Unreadable."""
     run = run or Run(path.parent.name or path.stem, str(path))
     losses, scores = [], []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    for row in filter(lambda r: isinstance(r, dict), rows):
-        if "train_loss" in row:
+    for kind, row in metrics_rows(path, run, inside):
+        if kind == "train_loss":
             losses.append((row["step"], row["train_loss"], row.get("train_seconds")))
-        elif "stage" in row:
+        elif kind == "stage":
             run.stages[row["stage"]] = Stage(row["val_loss"], row["val_bpb"])
-        elif "val_bpb" in row:
+        else:
             scores.append((row["step"], row["val_loss"], row["val_bpb"], row.get("train_seconds")))
     run.losses, run.scores = losses or run.losses, scores or run.scores
     done = [(row[0], row[-1]) for row in (*run.losses, *run.scores) if row[0] and row[-1]]
@@ -311,108 +427,191 @@ def read_metrics(path: Path, run: Run | None = None) -> Run:
     return run
 
 
-def apply_summary(run: Run, s: dict[str, Any]) -> Run:
-    """The Run with the exact figures of a summary.json."""
-    names = (
-        "seed",
-        "code_bytes",
-        "model_bytes",
-        "artifact_bytes",
-        "steps",
-        "train_seconds",
-        "val_bytes",
-        "parameters",
-        "hardware",
-        "versions",
-        "sections",
-        "seconds",
-        "attention",
-        "strictly_causal",
-    )
-    for name in names:
-        if s.get(name) is not None:
+SECTION = strangers.record(dict(section=TEXT, bytes=COUNT), ("section", "bytes"))
+SUMMARY = dict(
+    seed=INTEGER,
+    code_bytes=COUNT,
+    model_bytes=COUNT,
+    artifact_bytes=COUNT,
+    steps=COUNT,
+    train_seconds=AMOUNT,
+    val_bytes=COUNT,
+    parameters=COUNT,
+    hardware=TEXT,
+    versions=map_of(either(TEXT, strangers.Kind("null", lambda v: "None" if v is None else None))),
+    sections=strangers.list_of(SECTION),
+    seconds=map_of(AMOUNT),
+    attention=TEXT,
+    strictly_causal=FLAG,
+)
+SUMMARY_SCORES = dict(
+    val_tokens=COUNT,
+    audit=either(TEXT, strangers.OBJECT),
+    val_loss=NUMBER,
+    val_bpb=NUMBER,
+    **{f"val_{what}_{stage}": NUMBER for what in ("loss", "bpb") for stage in ("pre_quant", "quantized", "ttt")},
+)
+
+
+def apply_summary(run: Run, content: Any, where: str = "summary.json") -> Run:
+    """The Run with the exact figures of a summary.json. Fields of a wrong type are problems of the run."""
+    s = strangers.checked(content, SUMMARY | SUMMARY_SCORES, where, run.problems)
+    for name in SUMMARY:
+        if name in s:
             setattr(run, name, s[name])
     run.targets = s.get("val_tokens", run.targets)
-    leaks = s.get("audit", {}).get("leak_audit", s.get("audit"))  # older summaries have one level less
-    if isinstance(leaks, dict):  # "none" where the data were never audited
-        run.shared_documents = leaks.get("shared_documents", run.shared_documents)
+    audit = s.get("audit")  # "none" where the data were never audited
+    leaks = audit.get("leak_audit", audit) if isinstance(audit, dict) else None  # older summaries have one level less
+    if isinstance(leaks, dict):
+        shared = strangers.checked(leaks, dict(shared_documents=COUNT), f"{where}: audit", run.problems)
+        run.shared_documents = shared.get("shared_documents", run.shared_documents)
     for stage in ("pre_quant", "quantized"):
-        if f"val_bpb_{stage}" in s:
+        if f"val_bpb_{stage}" in s and f"val_loss_{stage}" in s:
             run.stages[stage] = Stage(s[f"val_loss_{stage}"], s[f"val_bpb_{stage}"])
-    if s.get("val_bpb_ttt") is not None:
+    if "val_bpb_ttt" in s and "val_loss" in s:
         run.stages["ttt"] = Stage(s["val_loss"], s["val_bpb_ttt"])
     if run.seconds.keys() & set(EVALUATION_STAGES):
         run.eval_seconds = sum(run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES)
     return run
 
 
-def run_from_files(name: str, source: str, summary: Path | None, metrics: Path | None, log: Path | None) -> Run:
-    """One run from those of its files that exist. Exact figures replace rounded ones."""
+def read_summary(path: Path, run: Run, inside: Path | None = None) -> Run:
+    """The Run with the figures of a summary.json. Errors: Unreadable."""
+    problems: list[str] = []
+    content = strangers.read_object(path, inside, problems)
+    for text in problems:
+        run.problem(f"{path.name}: {text}")
+    return apply_summary(run, content, path.name)
+
+
+def run_from_files(
+    name: str, source: str, summary: Path | None, metrics: Path | None, log: Path | None, inside: Path | None = None
+) -> Run:
+    """One run from those of its files that exist. Exact figures replace rounded ones. Errors: Unreadable."""
     run = Run(name, source)
-    if log and log.is_file():
-        read_log(log, run)
-    if metrics and metrics.is_file():
-        read_metrics(metrics, run)
-    if summary and summary.is_file():
-        apply_summary(run, read_json(summary))
+    if log and strangers.is_there(log):
+        read_log(log, run, inside)
+    if metrics and strangers.is_there(metrics):
+        read_metrics(metrics, run, inside)
+    if summary and strangers.is_there(summary):
+        read_summary(summary, run, inside)
     return run
 
 
-def read_runs(path: Path) -> list[Run]:
+@dataclass
+class Room:
+    """How many runs, and rows of them, may still be read."""
+
+    runs: int = MOST_RUNS
+    rows: int = MOST_ROWS
+
+    def take(self, run: Run) -> None:
+        self.runs, self.rows = self.runs - 1, self.rows - len(run.losses) - len(run.scores)
+
+    @property
+    def full(self) -> bool:
+        return min(self.runs, self.rows) <= 0
+
+
+def read_runs(path: Path, problems: list[str] | None = None) -> list[Run]:
     """The runs at a path: a run's folder, a submission's folder, a folder of such, a log or a metrics file.
 
-    Errors: UserError if there is none.
+    Runs inside a folder that cannot be read are passed over, and are among the problems. Errors: UserError if there is
+    no run, or the one that was named cannot be read.
     """
-    if path.is_file():
+    problems = [] if problems is None else problems
+    if not os.path.isdir(path):
+        if not strangers.is_there(path):
+            raise UserError(f"{path}: there is no such file or folder")
         if path.name.endswith("summary.json"):
-            return [apply_summary(Run(path.parent.name, str(path)), read_json(path))]
+            return [read_summary(path, Run(path.parent.name, str(path)))]
         return [read_metrics(path) if path.suffix == ".jsonl" else read_log(path)]
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such file or folder")
-    for prefix in ("", "eval_"):
-        files = [path / (prefix + name) for name in RUN_FILES]
-        if any(file.is_file() for file in files):
-            return [run_from_files(path.name, str(path), *files)]
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name != "logs")  # its logs are the submission's
-    runs = submission_runs(path) + [run for folder in folders for run in read_runs_or_none(folder)]
-    if not runs:
-        raise UserError(f"{path}: holds no run: no {', '.join(RUN_FILES)} and no *.log")
-    return runs
+    found = runs_below(path, path, problems, LEVELS, Room())
+    if not found:
+        more = f" ({problems[0]})" if problems else ""
+        raise UserError(f"{path}: holds no run: no {', '.join(RUN_FILES)} and no *.log{more}")
+    return found
 
 
-def read_runs_or_none(folder: Path) -> list[Run]:
+def runs_below(path: Path, top: Path, problems: list[str], levels: int, room: Room) -> list[Run]:
+    """The runs in a folder and in its folders, to some depth. Links out of `top` are passed over."""
     try:
-        return read_runs(folder)
-    except UserError:
+        inside = strangers.entries(path, problems)
+        strangers.real_path(path, top)
+        for prefix in ("", "eval_"):
+            files = [path / (prefix + name) for name in RUN_FILES]
+            if any(strangers.is_there(file) for file in files):
+                run = run_from_files(path.name or path.resolve().name, str(path), *files, inside=top)
+                room.take(run)
+                return [run]
+    except Unreadable as error:
+        if path == top:
+            raise
+        problems.append(str(error))
         return []
+    found = submission_runs(path, problems, room)
+    for folder in inside if levels else ():
+        if room.full:
+            problems.append(f"{path}: has more than {MOST_RUNS} runs or {MOST_ROWS} rows; the rest is passed over")
+            break
+        if folder.name != "logs" and os.path.isdir(folder) and not folder.is_symlink():  # logs: the submission's
+            found += runs_below(folder, top, problems, levels - 1, room)
+    return found
 
 
-def submission_logs(folder: Path) -> list[Path]:
-    """The text logs of a submission's folder."""
-    logs = [
-        p
-        for p in sorted(folder.iterdir())
-        if p.suffix in (".log", ".txt") and p.is_file() and not p.name.startswith(("requirements", "LICENSE"))
-    ]
+def is_log(path: Path) -> bool:
+    """Whether a file's name is that of a text log."""
+    return path.suffix in (".log", ".txt") and not path.name.startswith(("requirements", "LICENSE"))
+
+
+def submission_logs(folder: Path, problems: list[str] | None = None) -> list[Path]:
+    """The text logs of a submission's folder, whatever kind of file they are."""
+    logs = [p for p in strangers.entries(folder, problems) if is_log(p) and not os.path.isdir(p)]
     inner = folder / "logs"
-    return logs + (sorted(p for p in inner.iterdir() if p.suffix in (".log", ".txt")) if inner.is_dir() else [])
+    if os.path.isdir(inner) and not inner.is_symlink():
+        logs += [p for p in strangers.entries(inner, problems) if is_log(p)]
+    return logs
 
 
-def submission_runs(folder: Path) -> list[Run]:
+def submission_runs(folder: Path, problems: list[str], room: Room) -> list[Run]:
     """The runs whose logs are in a submission's folder, with exact figures where those files exist."""
-    runs = []
-    for log in submission_logs(folder):
+    found = []
+    for log in submission_logs(folder, problems):
         tail = log.stem.removeprefix("train_")
-        run = run_from_files(
-            f"{folder.name}/{log.stem}",
-            str(log),
-            log.with_name(f"summary_{tail}.json"),
-            log.with_name(f"metrics_{tail}.jsonl"),
-            log,
-        )
+        beside = log.with_name(f"summary_{tail}.json"), log.with_name(f"metrics_{tail}.jsonl")
+        try:
+            run = run_from_files(f"{folder.name}/{log.stem}", str(log), *beside, log, folder)
+        except Unreadable as error:
+            problems.append(str(error))
+            continue
         if run.losses or run.scores or run.stages:
-            runs.append(run)
-    return runs
+            room.take(run)
+            found.append(run)
+        if room.full:
+            break
+    return found
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """The figures of a source, by their names in submission.json."""
+    final, stages = run.final, run.stages
+    return dict(
+        val_loss=final.loss if final else None,
+        val_bpb=final.bpb if final else None,
+        pre_quant_val_bpb=stages["pre_quant"].bpb if "pre_quant" in stages else None,
+        quantized_val_bpb=stages["quantized"].bpb if "quantized" in stages else None,
+        artifact_bytes=run.artifact_bytes,
+        code_bytes=run.code_bytes,
+        model_bytes=run.model_bytes,
+        steps=run.steps,
+        train_wallclock_ms=1000 * run.train_seconds if run.train_seconds else None,
+        step_avg_ms=run.step_avg_ms,
+        target_tokens=run.targets,
+        val_tokens=run.val_tokens,
+        val_bytes=run.val_bytes,
+        shared_documents=run.shared_documents,
+        strictly_causal=run.strictly_causal,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
@@ -421,6 +620,8 @@ def submission_runs(folder: Path) -> list[Run]:
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and sample deviation (n - 1); None for the deviation of a single value."""
     values = list(values)
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan if len(values) > 1 else None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -436,7 +637,8 @@ def welch(ours: list[float], baseline: list[float], margin: float = 0.0) -> floa
         return 0.0 if ours[0] < shifted[0] else 1.0
     from scipy import stats
 
-    result: Any = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")  # scipy's class has no types
+    with warnings.catch_warnings(action="ignore"):  # of figures that are nearly the same
+        result: Any = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")  # its class has no types
     return float(result.pvalue)
 
 
@@ -445,21 +647,30 @@ def bpb_to_nats(bpb: float, targets: int, val_bytes: int) -> float:
     return bpb * math.log(2) * val_bytes / targets
 
 
-def rounded(value: float, text: str) -> bool:
-    """Whether `text` could be this number, rounded to the digits of `text`."""
+def rounding(text: str) -> tuple[float, float]:
+    """The number that a text says, and how far from it a figure may be that was rounded to the digits of the text."""
     text = text.replace(",", "").lower()
     mantissa, _, exponent = text.partition("e")
     digits = len(mantissa.partition(".")[2])
-    unit = 10.0 ** (int(exponent or 0) - digits)
-    return math.isclose(value, float(text), rel_tol=1e-12, abs_tol=unit * (0.501 if digits else 0.5))
+    power = max(-400, min(400, int(exponent[:9] or 0))) - digits
+    slack = 10.0**power if power < 300 else math.inf
+    return float(text), (0.501 if digits else 0.5) * slack
+
+
+def rounded(value: float, text: str) -> bool:
+    """Whether `text` could be this number, rounded to the digits of `text`."""
+    number, slack = rounding(text)
+    return math.isclose(value, number, rel_tol=1e-12, abs_tol=slack)
 
 
 def shard_tokens(paths: Iterable[Path]) -> int:
     """Total tokens of shards, by their headers. Errors: UserError."""
     total = 0
     for path in paths:
-        header = np.fromfile(path, dtype="<i4", count=256)
-        if len(header) < 256 or header[0] != 20240520 or path.stat().st_size != 1024 + 2 * int(header[2]):
+        head = strangers.read_head(path, 1024)
+        header = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
+        size = 1024 + 2 * int(header[2]) if len(header) == 256 else -1
+        if size < 0 or header[0] != 20240520 or strangers.file_size(path) != size:
             raise UserError(f"{path}: is not a complete token shard")
         total += int(header[2])
     return total
@@ -474,9 +685,14 @@ def validation_shards(data: Path) -> list[Path]:
 
 
 def table(rows: list[list[str]], markdown: bool = False) -> str:
-    """A text table with aligned columns. The first row is the head; numbers are right-aligned."""
+    """A text table with aligned columns. The first row is the head; numbers are right-aligned.
+
+    For a terminal, control codes in cells are shown as escapes. Markdown in cells is kept: `stranger_rows` escapes it.
+    """
+    if not markdown:
+        rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = [all(re.fullmatch(rf"({NUMBER}%?|-|)", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    right = [all(re.fullmatch(rf"({FIGURE}%?|-|)", row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
     for place, row in enumerate(rows):
         cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
@@ -486,6 +702,11 @@ def table(rows: list[list[str]], markdown: bool = False) -> str:
                 "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
             )
     return "\n".join(lines)
+
+
+def stranger_rows(rows: list[list[str]]) -> list[list[str]]:
+    """The rows of a Markdown table with cells that show as they are, whatever a stranger wrote there."""
+    return [[markdown(cell) for cell in row] for row in rows]
 
 
 def shown(value: float | None, form: str = "") -> str:

@@ -76,6 +76,8 @@ def read_stream(data: Path) -> Stream:
         raise UserError(f"--data {data}: holds no fineweb_val_*.bin to take documents from")
     sidecars = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
     with_counts = all(path.is_file() for path in sidecars)
+    if with_counts and shard_tokens(sidecars) != shard_tokens(shards):
+        raise UserError(f"--data {data}: its fineweb_val_bytes_*.bin are not as long as its shards")
 
     def values(paths: list[Path]) -> np.ndarray:
         return np.concatenate([np.fromfile(p, "<u2", TEXT_LIMIT, offset=1024) for p in paths])[:TEXT_LIMIT]

@@ -11,6 +11,7 @@ import filecmp
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import string
@@ -22,7 +23,9 @@ from typing import Any
 import numpy as np
 
 import runs
+import strangers
 from runs import BUDGET_SECONDS, CAP_BYTES, LEVEL, MARGIN_NATS, Run, UserError
+from strangers import markdown, visible
 
 TEMPLATE = Path(__file__).with_name("submission.md")
 OFFICIAL_DOCUMENTS = 50_000  # in the challenge's validation set of FineWeb
@@ -38,6 +41,20 @@ RULES = {
 }
 SIGNS = {True: "yes", False: "no", None: "not applicable"}
 PROVEN = {True: "not seen broken", False: "BROKEN", None: "not tried"}
+# What a proof of tools/prove.py says.
+RULE = strangers.record(
+    dict(rule=strangers.TEXT, holds=strangers.FLAG, tried=strangers.TEXT, found=strangers.TEXT), ("rule", "tried")
+)
+PROOF = dict(
+    form=strangers.TEXT,
+    script_sha256=strangers.TEXT,
+    artifact_sha256=strangers.TEXT,
+    evaluations=strangers.COUNT,
+    ranks=strangers.COUNT,
+    compile=strangers.TEXT,
+    remarks=strangers.list_of(strangers.TEXT, 100),
+    rules=strangers.list_of(RULE, 100),
+)
 # Settings of a run, not of a configuration; they may differ between seeds.
 PRIVATE = ("seed", "run_id", "artifact_dir", "mode")
 
@@ -52,6 +69,35 @@ class Finished:
     config: dict[str, Any]
 
 
+def is_setting(value: Any) -> bool:
+    """Whether a value of a config.json is one that a setting may have."""
+    text = isinstance(value, str) and len(value) < 10_000 and "\0" not in value
+    return text or isinstance(value, bool) or strangers.is_number(value)
+
+
+# Variables that say what a process loads and where it writes, which no setting of a run may be.
+RESERVED = re.compile(r"LD_.*|PYTHON.*|DYLD_.*|PATH|HOME|TMPDIR|LANG|SHELL|IFS|BASH_ENV|ENV")
+
+
+def as_environment(settings: dict[str, Any]) -> dict[str, str]:
+    """A run's settings as the variables of its environment."""
+    named = {name.upper(): v for name, v in settings.items() if re.fullmatch(r"[A-Za-z_]\w*", name, re.A)}
+    return {
+        name: str(int(value) if isinstance(value, bool) else value)
+        for name, value in named.items()
+        if value is not None and not RESERVED.fullmatch(name)
+    }
+
+
+def read_settings(path: Path, inside: Path | None = None) -> dict[str, Any]:
+    """The settings of a config.json. Errors: UserError for one that is no number, text or bool."""
+    content = strangers.read_object(path, inside)
+    for name, value in content.items():
+        if not is_setting(value):
+            raise UserError(f"{path}: {visible(name, 40)} must be a number, a text, true or false")
+    return content
+
+
 def stated(f: Finished, name: str) -> Any:
     """What a run says of itself. Errors: UserError where it does not."""
     value = getattr(f.run, name)
@@ -62,7 +108,7 @@ def stated(f: Finished, name: str) -> Any:
 
 def finished(seed: int, folder: Path) -> Finished:
     """Reads a run's folder."""
-    return Finished(seed, folder, runs.read_runs(folder)[0], runs.read_json(folder / "config.json"))
+    return Finished(seed, folder, runs.read_runs(folder)[0], read_settings(folder / "config.json"))
 
 
 # ------------------------------------------------------------------------------------------------------- what was run
@@ -75,8 +121,7 @@ def dataset(data: Path) -> dict[str, Any]:
         raise UserError(f"DATA_PATH={data}: holds no fineweb_val_*.bin to describe the dataset from")
     tokens = runs.shard_tokens(shards)
     documents = sum(int((np.memmap(s, dtype="<u2", mode="r", offset=1024) == 1).sum()) for s in shards)
-    file = data / "manifest.json"
-    sources = runs.read_json(file).get("source") if file.is_file() else None
+    sources = manifest(data).get("source")
     origin = "; ".join(map(source_words, sources)) if sources else "origin not recorded (no source in a manifest.json)"
     return dict(
         tokens=tokens,
@@ -85,11 +130,32 @@ def dataset(data: Path) -> dict[str, Any]:
     )
 
 
+def manifest(data: Path) -> dict[str, Any]:
+    """Of a data folder's manifest.json, what is shown: `source`, and `val_bytes` of its validation text.
+
+    Errors: UserError for a manifest of another form.
+    """
+    file, problems = data / "manifest.json", []
+    if not strangers.is_there(file):
+        return {}
+    fields = dict(source=strangers.list_of(SOURCE, 1000), splits=strangers.OBJECT)
+    content = strangers.checked(strangers.read_json(file, kind="study"), fields, str(file), problems)
+    splits = strangers.checked(content.pop("splits", {}), dict(val=strangers.OBJECT), f"{file}: splits", problems)
+    val = strangers.checked(splits.get("val", {}), dict(bytes=strangers.COUNT), f"{file}: splits.val", problems)
+    if problems:
+        raise UserError(problems[0])
+    return content | ({"val_bytes": val["bytes"]} if "bytes" in val else {})
+
+
+BUILTIN = strangers.record(dict(builtin=strangers.map_of(strangers.TEXT)), ("builtin",))
+SOURCE = strangers.either(BUILTIN, strangers.either(strangers.OBJECT, strangers.TEXT))
+
+
 def source_words(source: Any) -> str:
     """One source of a manifest in words."""
-    if isinstance(source, dict) and "builtin" in source:
+    if isinstance(source, dict) and isinstance(source.get("builtin"), dict):
         return "built-in corpus, the documentation of " + ", ".join(f"{n} {v}" for n, v in source["builtin"].items())
-    return str(source.get("path", source)) if isinstance(source, dict) else str(source)
+    return visible(source.get("path", source) if isinstance(source, dict) else source, 1000)
 
 
 def track(results: list[Finished], data: dict[str, Any]) -> str:
@@ -160,12 +226,18 @@ def significance(ours: list[float], theirs: list[float], nats_per_bpb: float) ->
 def baseline_figures(path: Path) -> dict[str, float]:
     """Each seed's val_bpb of a baseline: from a submission.json, its folder, or runs and logs. Errors: UserError."""
     file = path / "submission.json" if path.is_dir() else path
-    if file.is_file() and file.suffix == ".json":
+    if strangers.is_there(file) and file.suffix == ".json":
         return figures_of_json(file, runs.read_json(file))
     found = [(str(run.seed), run.final.bpb) for run in runs.read_runs(path) if run.final]
-    if not found or len(dict(found)) != len(found) or "None" in dict(found):
+    figures = dict(found)
+    if not found or len(figures) != len(found) or "None" in figures or not all(map(is_score, figures.values())):
         raise UserError(f"{path}: must hold scored runs of different seeds")
-    return dict(found)
+    return figures
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value can be bits per byte."""
+    return strangers.is_number(value) and 0 < value < 1000
 
 
 def figures_of_json(file: Path, content: Any) -> dict[str, float]:
@@ -173,14 +245,11 @@ def figures_of_json(file: Path, content: Any) -> dict[str, float]:
     rows = content.get("seed_results", content) if isinstance(content, dict) else None
     if isinstance(rows, list):
         rows = {str(row.get("seed", place)): row for place, row in enumerate(rows) if isinstance(row, dict)}
-    try:
-        rows = rows.items() if isinstance(rows, dict) else ()
-        figures = {seed: float(row["val_bpb"] if isinstance(row, dict) else row) for seed, row in rows}
-    except (KeyError, TypeError, ValueError):
-        figures = {}
-    if not figures or not all(math.isfinite(v) and v > 0 for v in figures.values()):
+    pairs = rows.items() if isinstance(rows, dict) else ()
+    figures: dict[str, Any] = {seed: row.get("val_bpb") if isinstance(row, dict) else row for seed, row in pairs}
+    if not 0 < len(figures) <= 1000 or not all(map(is_score, figures.values())):
         raise UserError(f"{file}: must hold seed_results with each seed's val_bpb")
-    return figures
+    return {seed: float(value) for seed, value in figures.items()}
 
 
 # --------------------------------------------------------------------------------------------------- submission.json
@@ -207,6 +276,16 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         shared_documents=run.shared_documents,
         strictly_causal=run.strictly_causal,
     )
+
+
+COMPLIANCE_NEEDS = (
+    "train_wallclock_ms",
+    "step_avg_ms",
+    "eval_time_s",
+    "artifact_bytes",
+    "target_tokens",
+    "val_tokens",
+)
 
 
 def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
@@ -347,12 +426,14 @@ def proof_section(s: dict[str, Any]) -> str:
         return "No proof was made."
     rows = [["Rule", "Holds", "What was tried, or found"]]
     for rule in proof["rules"]:
-        rows.append([rule["rule"], PROVEN[rule["holds"]], (rule["found"] or rule["tried"]).replace("|", "/")])
+        words = (rule.get("found") or rule["tried"]).replace("|", "/")  # of the script that was proven, in part
+        rows.append([markdown(rule["rule"]), PROVEN[rule.get("holds")], markdown(words, 10_000)])
     lines = [
-        f"`tools/prove.py` ran this script on the artifact of seed {s['seeds'][0]} in its {proof['form']} form: "
+        f"`tools/prove.py` ran this script on the artifact of seed {markdown(s['seeds'][0])} in its "
+        f"{markdown(proof['form'])} form: "
         f"{proof['evaluations']} evaluations of streams made for the purpose, with {proof['ranks']} ranks and "
-        f"COMPILE={proof['compile']}.",
-        *(f"Remark: {remark}." for remark in proof["remarks"]),
+        f"COMPILE={markdown(proof['compile'])}.",
+        *(f"Remark: {markdown(remark)}." for remark in proof["remarks"]),
     ]
     return "\n\n".join([*lines, runs.table(rows, markdown=True)])
 
@@ -360,7 +441,7 @@ def proof_section(s: dict[str, Any]) -> str:
 def settings(c: dict[str, Any], defaults: dict[str, Any]) -> list[list[str]]:
     """The settings that differ from the defaults, as name and value."""
     return [
-        [f"`{name.upper()}`", str(value)]
+        [f"`{name.upper()}`", markdown(value)]
         for name, value in c.items()
         if name not in PRIVATE and value != defaults.get(name, value)
     ]
@@ -390,7 +471,7 @@ def readme(
         "settings": runs.table([["Setting", "Value"], *settings(config, defaults)], markdown=True),
     }
     try:
-        return string.Template(template.read_text(encoding="utf-8")).substitute(values)
+        return string.Template(strangers.read_text(template)).substitute(values)
     except (KeyError, ValueError) as error:
         raise UserError(f"{template}: its placeholder {error} is none of {', '.join(sorted(values))}") from None
 

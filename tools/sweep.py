@@ -42,6 +42,7 @@ from typing import Any
 
 import processes
 import runs
+import strangers
 from runs import Parser, UserError, command_line, number_type, write_atomic
 
 LEASE_SECONDS = 120.0  # without a heartbeat for so long, a run on another machine is dead
@@ -325,6 +326,15 @@ def slots(options) -> list[dict[str, str]]:
     return [share] * jobs
 
 
+def metrics_row(line: bytes, figure: str) -> dict[str, Any] | None:
+    """A line of a metrics.jsonl with a step from 1 and a figure to prune by; None for any other."""
+    fields = {"step": strangers.POSITIVE, figure: strangers.NUMBER}
+    try:
+        return strangers.record(fields, tuple(fields)).keep(strangers.parse_json(line.decode("utf-8", "replace")))
+    except ValueError:
+        return None
+
+
 class Job:
     """One run of the command."""
 
@@ -352,16 +362,16 @@ class Job:
     def hopeless(self) -> bool:
         """Reports new metrics. Returns whether the run is worse than the median of the others at a step."""
         file = self.folder / "metrics.jsonl"
-        if not self.options.prune or not file.is_file():
+        if not self.options.prune or not strangers.is_plain(file):
             return False
         with open(file, "rb") as content:
             content.seek(self.read)
-            data = content.read()
+            data = content.read(strangers.LIMITS["metrics"])
         whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
         self.read += len(whole)
         for line in whole.splitlines():
-            row = json.loads(line)
-            if self.options.prune in row and row.get("step"):
+            row = metrics_row(line, self.options.prune)
+            if row:
                 self.trial.report(row[self.options.prune], row["step"])
                 if self.trial.should_prune():
                     self.trial.set_user_attr("steps", row["step"])
@@ -392,11 +402,11 @@ class Job:
             self.sweep.study.tell(self.trial, value if state.name == "COMPLETE" else None, state=state)
         except (ValueError, RuntimeError):
             words = "was given to another machine, because this one seemed dead"
-        print(f"trial {self.trial.number}: {settings}: {words}", flush=True)
+        print(f"trial {self.trial.number}: {settings}: {strangers.visible(words, 1000)}", flush=True)
 
     def result(self, code: int) -> tuple[float | None, str]:
         """(the objective, an empty text), or (None, the error)."""
-        text = self.output.read_text(encoding="utf-8", errors="replace")
+        text = strangers.read_ends(self.output)
         ignored = [
             line
             for line in text.splitlines()
@@ -421,8 +431,12 @@ class Job:
     def score(self) -> float | None:
         """The objective from summary.json, or from the output of scripts that write none."""
         summary = self.folder / "summary.json"
-        if summary.is_file():
-            s = runs.read_json(summary)
+        if strangers.is_there(summary):
+            fields = {"steps": strangers.COUNT, self.options.objective: runs.ANY_FIGURE}
+            problems: list[str] = []
+            s = strangers.checked(strangers.read_object(summary), fields, str(summary), problems)
+            if problems:
+                raise UserError(problems[0])
             self.trial.set_user_attr("steps", s.get("steps"))
             return s.get(self.options.objective)
         final = runs.read_log(self.output).final

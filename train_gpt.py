@@ -2795,6 +2795,7 @@ def hardware(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 1
+HEADER_LIMIT = 1 << 24  # bytes of a checkpoint's table, and of other JSON that is read back
 JOURNAL_FILE = "run.json"
 TENSOR_TYPES = {
     "F64": torch.float64,
@@ -2846,11 +2847,17 @@ def tensor_digest(table: dict[str, Any], state: str, parts: Iterable[Any]) -> st
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, in host memory, and the JSON object of a file by `write_tensors`. Errors: OSError, ValueError."""
-    raw = np.fromfile(path, np.uint8)
     try:
-        length = int.from_bytes(raw[:8].tobytes(), "little")
-        table = json.loads(raw[8 : 8 + length].tobytes())
-        metadata, data = table.pop("__metadata__"), raw[8 + length :]
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # to open a FIFO would wait for its writer
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a plain file")
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(min(length, HEADER_LIMIT)))
+            metadata, sizes = table.pop("__metadata__"), [row["data_offsets"][1] for row in table.values()]
+            if status.st_size != 8 + length + max(sizes, default=0):  # before it is read: it may be of any size
+                raise ValueError(f"it has {status.st_size} bytes")
+            data = np.fromfile(file, np.uint8)
         if tensor_digest(table, metadata["state"], [data]) != metadata["sha256"]:
             raise ValueError("its checksum is wrong")
         tensors = {}
@@ -2861,6 +2868,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json_object(json.loads(metadata["state"]), "its state")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"is no checkpoint, or a damaged one ({error})") from None
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a file that may be anything. Errors: OSError; ValueError for no plain file, or too many bytes."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # to open a FIFO would wait for its writer
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a plain file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size} bytes, and at most {limit} are read")
+        return file.read()
 
 
 def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -2952,7 +2970,9 @@ class Journal:
         if not self.path.exists():
             return
         try:
-            left = json_object(json.loads(self.path.read_text()), JOURNAL_FILE)
+            left = json_object(json.loads(read_regular(self.path, HEADER_LIMIT)), JOURNAL_FILE)
+            if left.pop("sha256", "") != hashlib.sha256(to_json(left).encode()).hexdigest():
+                raise ValueError("its checksum is wrong")
             run.attempts = left["attempts"] + 1
             run.idle_seconds = left["idle_seconds"] + max(0.0, time.time() - left["alive"])
             run.resumed_at, run.resumed_from = left["resumed_at"], left["resumed_from"]
@@ -2990,7 +3010,9 @@ class Journal:
         )
         with self.lock, contextlib.suppress(OSError):
             run.check_folder(JOURNAL_FILE)
-            write_atomic(self.path, to_json(content) + "\n", durable=False)
+            # A wrong digit in a result would otherwise be reported as a score.
+            digest = hashlib.sha256(to_json(content).encode()).hexdigest()
+            write_atomic(self.path, to_json(dict(content, sha256=digest)) + "\n", durable=False)
 
     def close(self) -> None:
         """Ends the thread, and writes the file once more if it is still there."""
@@ -3085,7 +3107,7 @@ def remove_halves(folder: Path, prefix: str) -> None:
 def setting_that_differs(folder: Path, config: Config) -> str:
     """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
     try:
-        text = (folder / (file_prefix(config) + "config.json")).read_text()
+        text = read_regular(folder / (file_prefix(config) + "config.json"), HEADER_LIMIT)
         before = json_object(json.loads(text), "config.json")
     except (OSError, ValueError, RecursionError):
         return "its config.json cannot be read"

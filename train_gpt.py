@@ -2662,7 +2662,8 @@ class Watchdog:
                 self.await_line(self.peers[speaker])
                 absent.add(speaker)
         for rank in set(verdict.lost) - {self.run.rank}:
-            self.peers[rank].kill()  # one that is stopped cannot end itself
+            if not self.peers[rank].done:  # one that said why it ends does so itself; one that is stopped cannot
+                self.peers[rank].kill()
         os._exit(code)
 
     def speak(self, verdict: Verdict) -> None:
@@ -11284,9 +11285,8 @@ def log_setup(run: Run, config: Config, notes: list[str]) -> str:
     if run.attempts > 1:
         run.log(f"resumed: attempt {run.attempts} of this run, with the same settings")
     if config.checkpoint_every_seconds:
-        run.log(
-            f"checkpoints: every {config.checkpoint_every_seconds:g} s in {checkpoint_folder(run.path(''), config)}"
-        )
+        folder = checkpoint_folder(run.path(""), config)
+        run.log(f"checkpoints: CHECKPOINT_EVERY_SECONDS={config.checkpoint_every_seconds:g}, in {folder}")
     attention, why = choose_attention(config)
     run.log(
         f"device:{run.device.type} ranks:{run.world} threads:{torch.get_num_threads()} dtype:{config.compute_dtype} "

@@ -265,11 +265,18 @@ def test_a_finished_training_is_not_repeated_because_packing_failed(undisturbed,
     assert "step" not in steps and "resumed from" in again.stdout
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 2)])
-def test_another_number_of_ranks_goes_on(before, after, data, tmp_path):
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A run on one rank without a baseline of test-time training."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert go(data, folder, **{**PHASED, "TTT_BASELINE": 0}).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_ranks_goes_on(before, after, alone, data, tmp_path):
     """In the training and in test-time training: every target is scored once, and the score is that of one rank."""
-    alone, knobs = tmp_path / "alone", {**PHASED, "TTT_BASELINE": 0}
-    assert go(data, alone, **knobs).returncode == 0
+    knobs = {**PHASED, "TTT_BASELINE": 0}
     for stage, moment in (("train", "step"), ("ttt", "run_batch")):
         folder = tmp_path / stage
         done = go(data, folder, ranks=before, KILL_STAGE=stage, KILL_EVENT=moment, KILL_AT=3, **knobs)
@@ -303,7 +310,7 @@ def test_the_seconds_of_all_attempts_count(data, tmp_path):
 def cut_off(data, folder, **more):
     done = go(data, folder, KILL_STAGE="train", KILL_EVENT="step", KILL_AT=5, **more)
     assert done.returncode == -9
-    return sorted((folder / "checkpoint").glob("step-*"))[-2:]  # a third may wait for being deleted
+    return sorted((folder / "checkpoint").glob("step-*.safetensors"))[-2:]  # a third may wait for being deleted
 
 
 def refused(done):

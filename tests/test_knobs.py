@@ -309,8 +309,8 @@ class Recorder:
         original(trainer)
         self.add(Observed.WEIGHTS, digest(trainer.model.parameters()))
 
-    def write(self, original, path, content):
-        original(path, content)
+    def write(self, original, path, content, **options):
+        original(path, content, **options)
         if path.name == tg.CONTAINER_FILE:
             self.add(Observed.BYTES, hashlib.sha256(content).hexdigest())
 

@@ -2796,6 +2796,7 @@ def hardware(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 1
+MANIFEST_LIMIT, TOKENIZER_LIMIT = 1 << 26, 1 << 28  # bytes that are read of files which may be anybody's
 HEADER_LIMIT = 1 << 24  # bytes of a checkpoint's table, and of other JSON that is read back
 JOURNAL_FILE = "run.json"
 TENSOR_TYPES = {
@@ -3701,7 +3702,7 @@ class Manifest:
     def content(path: Path) -> Any:
         """What the JSON file holds. Errors: ConfigError."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(read_regular(path, MANIFEST_LIMIT))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
@@ -4048,7 +4049,7 @@ class Vocabulary:
         if not path.is_file():
             raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
-            content = path.read_bytes()
+            content = read_regular(path, TOKENIZER_LIMIT)
             model = sentencepiece.SentencePieceProcessor()
             model.LoadFromSerializedProto(content)
             pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]

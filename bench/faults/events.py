@@ -51,6 +51,10 @@ class Watcher:
     def watched(self, real: Callable, name: str) -> Callable:
         @functools.wraps(real)
         def event(*arguments, **more):
+            if name == "__enter__":  # a stage has begun when it is known to all
+                result = real(*arguments, **more)
+                self.happens(name, arguments)
+                return result
             if name not in ("replace", "unlink") or "run.json" not in str(arguments[0]):  # those go by the clock
                 self.happens(name, arguments)
             return real(*arguments, **more)

@@ -96,12 +96,16 @@ def lost_rank(trial: Trial) -> None:
     stages = sorted({line.split(" ")[1] for line in reference.events} - {"start"})
     everywhere = ("data", "audit", "setup", "warmup", "train", "validate", "unpack", "evaluate", "ttt")
     stage = trial.draw.choice([s for s in stages if s in everywhere or lost == 0])
+    inside = ("step", "score_sequences", "run_batch", "calibration_sums") if trial.draw.random() < 0.4 else ()
+    name = next((e.split(" ")[0] for e in reference.events if e.endswith(f" {stage}") and e.startswith(inside)), "")
+    name = name if inside and lost == 0 else "__enter__"  # the other ranks may not have such an event
     limits = SOON if trial.draw.random() < 0.85 else {}
-    trial.note(f"{mode}: rank {lost} of {ranks} is {fault} in {stage}; {'soon' if limits else 'the real limits'}")
+    when = f"{name} of {stage}, {'soon' if limits else 'the real limits'}"
+    trial.note(f"{mode}: rank {lost} of {ranks} is {fault} at {when}")
     folder = trial.folder / "run"
     batch = dict(TRAIN_BATCH_TOKENS=768) if ranks == 3 else {}
     knobs = trial.inputs.settings("tiny", mode, ARTIFACT_DIR=folder, **batch)
-    watcher = Watcher(None, 1, FAULTS[fault], "__enter__", stage)
+    watcher = Watcher(None, 1, FAULTS[fault], name or "__enter__", stage)
 
     def before() -> None:
         t.Watchdog.LIMITS = t.RankLimits(**limits)

@@ -2969,8 +2969,6 @@ class Journal:
     def read(self) -> None:
         """Takes over what an earlier attempt left; its seconds count. Errors: ConfigError for a damaged file."""
         run = self.run
-        if not self.path.exists():
-            return
         try:
             left = json_object(json.loads(read_regular(self.path, HEADER_LIMIT)), JOURNAL_FILE)
             if left.pop("sha256", "") != hashlib.sha256(to_json(left).encode()).hexdigest():
@@ -2983,6 +2981,8 @@ class Journal:
             self.train_seconds = left["train_seconds"]
             for stage, seconds in left["seconds"].items():
                 run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
+        except FileNotFoundError:  # the run is new
+            return
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(str(self.path), "", f"cannot be gone on from ({error!r}); choose another name") from None
 
@@ -3054,9 +3054,10 @@ def start_checkpoints(run: Run, config: Config) -> None:
     folder = checkpoint_folder(run.path(""), config)
 
     def start_journal() -> None:
-        folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
-            left.unlink()
+        with contextlib.suppress(OSError):  # the first checkpoint that cannot be written is warned of
+            folder.mkdir(exist_ok=True)
+            for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
+                left.unlink()
         journal = Journal(folder / JOURNAL_FILE, run)
         journal.read()
         journal.start()

@@ -40,6 +40,7 @@ import torch.optim.adamw  # noqa: E402, F401
 import processes  # noqa: E402
 import train_gpt as t  # noqa: E402
 from faults import kinds, tally  # noqa: E402
+from faults.children import Child  # noqa: E402
 from faults.inputs import Inputs  # noqa: E402
 from faults.trials import HUNG, MISREPORTED, Kind, Skipped, Stop, Trial  # noqa: E402
 
@@ -205,6 +206,7 @@ def main(arguments: list[str]) -> int:
         inputs.prepare()
         if options.only:
             processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
+            Child.shown = True
             number = int(options.only.partition(":")[2] or 0)
             rows = [make(chosen[options.names[0]], number, options.seed, inputs, keep=True)]
             show(rows[0], True)

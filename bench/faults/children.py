@@ -87,6 +87,8 @@ def exit_code(body: Callable[[], int]) -> int:
 class Child:
     """A run on one or several ranks, forked from this process, in a process group of its own."""
 
+    shown = False  # whether everything that is printed is shown
+
     def __init__(
         self,
         body: Callable[[], int],
@@ -187,6 +189,8 @@ class Child:
         orphans = self.collect()
         text = {name: (self.folder / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr")}
         for name in text:
+            if Child.shown:
+                print(f"--- {name} of {self.folder.name}\n{text[name]}", flush=True)
             (self.folder / name).unlink()
         codes = [self.codes[pid] for pid in self.pids]
         return Ended(codes, text["stdout"], text["stderr"], took, hung, self.peak, orphans)

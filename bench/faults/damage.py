@@ -218,7 +218,7 @@ def resume_damage(trial: Trial) -> None:
     """A damaged checkpoint that RESUME=PATH names."""
     source = trial.folder / "first"
     shutil.copytree(cut_off(trial.inputs, "plain", "step", "train", 5), source)
-    path = trial.draw.choice(sorted((source / "checkpoint").glob("step-*")))
+    path = trial.draw.choice(sorted((source / "checkpoint").glob("step-*.safetensors")))
     strike(path, trial)
     target = trial.draw.choice((path, source))
     folder = trial.folder / "run"

@@ -92,7 +92,7 @@ def judge(trial: Trial, ended: Ended, folder: Path, reference: Reference, refusa
         return
     places = named_places(ended, trial)
     if ended.code == 2:
-        begun = "step:" in ended.out
+        begun = "step:" in ended.out and "could not be written anywhere, and is lost" not in ended.err
         trial.expect(not begun, LOST, f"the run gave up in the middle: {ended.err[:300]}")
     elif ended.code == 0:
         wrong = differences(results(folder), reference.results)

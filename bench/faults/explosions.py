@@ -80,7 +80,7 @@ def judge_line(trial: Trial, text: str, folder: Path, knobs: dict) -> None:
     named = re.search(r"at step (\d+)", text) and "'" in text
     trial.expect(named, MISREPORTED, f"the line names no step or tensor: {text[:400]!r}")
     kept = re.search(r"RESUME=(\S+)", text)
-    files = sorted((folder / "checkpoint").glob("step-*"))
+    files = sorted((folder / "checkpoint").glob("step-*.safetensors"))
     trial.expect(
         bool(kept) == bool(files), MISREPORTED, f"{len(files)} checkpoints are kept, and the line says: {text[:400]!r}"
     )

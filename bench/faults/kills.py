@@ -193,7 +193,8 @@ def kill_ranks(trial: Trial) -> None:
     knobs = trial.inputs.settings(model, mode, ARTIFACT_DIR=folder)
     seen = disturb(trial, knobs, reference, folder, ranks)
     exact = ranks == [2] or seen.kills == 0
-    judge(trial, folder, seen, trial.inputs.reference(model, mode, 2 if exact else 1).results, exact)
+    expected = trial.inputs.reference(model, mode, ranks[0] if exact else 1).results
+    judge(trial, folder, seen, expected, exact)
 
 
 def resume_path(trial: Trial) -> None:
@@ -208,7 +209,7 @@ def resume_path(trial: Trial) -> None:
     trial.inputs.start(knobs, trial.folder / "one", watcher).wait(120)
     step = newest_step(first)
     trial.need(step > 0, LOST, f"no checkpoint after {at - 1} steps with one at each")
-    source = trial.draw.choice((first, first / "checkpoint", max((first / "checkpoint").glob("step-*"))))
+    source = trial.draw.choice((first, first / "checkpoint", max((first / "checkpoint").glob("step-*.safetensors"))))
     kept = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
     again = knobs | dict(ARTIFACT_DIR=folder, RESUME=source)
     seen = disturb(trial, again, reference, folder, [1])

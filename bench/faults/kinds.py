@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults import damage, disks, explosions, kills, steadiness, stops
+from faults import damage, disks, explosions, kills, steadiness, stops, strange_folders, strange_texts
 from faults.trials import Kind
 
 KINDS = {
@@ -33,6 +33,13 @@ KINDS = {
         Kind("ranks", stops.lost_rank, 2, meaning="a rank killed, stopped, stuck or in error, in any stage"),
         Kind("torchrun", stops.launcher, 0.4, 300.0, "torchrun killed, ended or interrupted; a rank of it killed"),
         Kind("explosions", explosions.explosions, 2, meaning="absurd rates; numbers that are not finite"),
+        Kind(
+            "folders", strange_folders.folders, 3, meaning="damaged submissions, for check_submission.py and report.py"
+        ),
+        Kind("claims", strange_folders.claims, 0.5, meaning="a better figure in a submission: it must be found"),
+        Kind("scripts", strange_folders.scripts, 0.7, meaning="hostile scripts, with check_submission.py --run"),
+        Kind("texts", strange_texts.texts, 2, meaning="hostile texts for data/prepare.py"),
+        Kind("prepare-kill", strange_texts.killed, 1, meaning="preparations that are killed; then the same command"),
         Kind("steady", steadiness.steady, 0.5, 660.0, "30 runs in one process: memory, threads, open files", 2),
     )
 }

@@ -16,7 +16,7 @@ import numpy as np
 import zstandard
 
 from faults.children import Child, Ended, as_script
-from faults.damage import DAMAGES
+from faults.damage import DAMAGES, sparse
 from faults.inputs import ROOT, prose
 from faults.trials import LOST, MISREPORTED, Trial
 
@@ -37,8 +37,7 @@ def jsonl(texts: list[str]) -> bytes:
 def bomb(path: Path, draw: random.Random) -> None:
     """A small file that holds a gigabyte."""
     part = draw.choice((b"x", b"\0", b" ", b'{"text": "', b"[")) * (1 << 20)
-    opened = gzip.open(path, "wb") if path.suffix == ".gz" else zstandard.open(path, "wb")
-    with opened as file:
+    with gzip.open(path, "wb") if path.suffix == ".gz" else zstandard.open(path, "wb") as file:
         for _ in range(1024):
             file.write(part)
 
@@ -98,7 +97,10 @@ def make_source(trial: Trial, folder: Path) -> Path:
     if way == "damage":
         damage = draw.choice(DAMAGES)
         trial.note(f"{damage.__name__} {name}")
-        damage(path, draw)
+        if damage is sparse:
+            os.truncate(path, 1 << 28)  # what is there is read to its end
+        else:
+            damage(path, draw)
     elif way == "bomb" and path.suffix in packers:
         trial.note(f"a bomb {name}")
         bomb(path, draw)

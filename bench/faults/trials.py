@@ -12,7 +12,8 @@ from faults.children import Ended
 from faults.inputs import Inputs
 
 # From the best to the worst: what a trial counts as is its worst finding.
-SURVIVED, MISREPORTED, LOST, HUNG = "survived", "misreported", "lost", "hung"
+SURVIVED, MISREPORTED = "survived", "misreported"
+LOST, HUNG = "lost", "hung"
 VERDICTS = (SURVIVED, MISREPORTED, LOST, HUNG)
 
 

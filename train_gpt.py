@@ -1731,6 +1731,13 @@ class FolderLock:
         self.file.close()
 
 
+def cut_line(path: Path) -> bool:
+    """Whether a file ends within a line, as after a kill in the middle of a write."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        return end > 0 and file.seek(end - 1) >= 0 and file.read(1) != b"\n"
+
+
 class LineFile:
     """Adds lines to a file. Those that cannot be written wait in memory for the next try, up to LINES_LIMIT bytes."""
 
@@ -1738,6 +1745,7 @@ class LineFile:
         self.path = path
         self.waiting = bytearray()
         self.dropped = 0  # lines that found no room
+        self.fresh = True  # nothing was written yet
         self.lock = threading.RLock()
 
     def add(self, line: str) -> None:
@@ -1755,6 +1763,9 @@ class LineFile:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         with self.lock:
             handle, written = os.open(self.path, flags, 0o644), 0
+            if self.fresh and cut_line(self.path):
+                self.waiting[:0] = b"\n"
+            self.fresh = False
             try:
                 while written < len(self.waiting):
                     written += os.write(handle, self.waiting[written:])
@@ -7100,6 +7111,9 @@ def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
     run = trainer.run
     spent = run.broadcast(run.journal.train_seconds if run.journal else 0.0)
     if resumed is None:
+        if run.attempts > 1:
+            run.log(f"resumed from the beginning: step 0, {spent:.1f} s of training count")
+            run.metric(resumed_at=0)
         return Progress(0, spent)
     state = resumed.state
     table = run.broadcast_object([(name, t.dtype, t.shape) for name, t in resumed.tensors.items()])
@@ -7112,6 +7126,7 @@ def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
     trainer.load(tensors, state["swa_count"])
     seconds = max(state["seconds"], spent)
     run.log(f"resumed from {resumed.path}: step {state['step']}, {seconds:.1f} s of training count")
+    run.metric(resumed_at=state["step"])
     for name, before in state["config"].items():
         now = json.loads(to_json(getattr(trainer.config, name, None)))
         if now != before and name not in (*OPERATIONAL, "gptq_reserve_seconds"):  # which is measured

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import runs
 import train_gpt as tg
 from helpers import RECORD_LIKE, ROOT, TINY, config, fork, single_run, strings, working_folder
 from test_training import make_trainer, no_validation
@@ -368,6 +369,21 @@ def test_what_cannot_be_gone_on_from_is_refused_in_one_line(data, tmp_path):
         assert not (tmp_path / "other").exists()
     done = go(data, tmp_path / "wide", RESUME=older, MODEL_DIM=64)
     assert "is of another model" in done.stdout and refused(done).startswith(f"error: RESUME={older}: ")
+
+
+def test_reports_show_each_step_of_a_resumed_run_once(data, tmp_path):
+    """What came after the checkpoint is in the log twice, and counts once."""
+    folder = tmp_path / "run"
+    logs = dict(TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=1, CHECKPOINT_EVERY_SECONDS=60)  # only at the training's end
+    done = go(data, folder, KILL_STAGE="train", KILL_EVENT="step", KILL_AT=5, **logs)
+    assert done.returncode == -9 and go(data, folder, **logs).returncode == 0
+    steps = list(range(1, 9))
+    for read, name in ((runs.read_log, "log.txt"), (runs.read_metrics, "metrics.jsonl")):
+        found = read(folder / name)
+        assert [row[0] for row in found.losses] == steps and [row[0] for row in found.scores] == [0, *steps]
+        assert not found.problems
+    assert "step:4/8 train_loss" in (folder / "log.txt").read_text().split("resumed from the beginning: step 0, ")[0]
+    assert runs.read_runs(folder)[0].resumed == 1
 
 
 # --------------------------------------------------------------------------------------------------- NaN, explosions

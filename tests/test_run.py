@@ -51,6 +51,15 @@ def test_lines_are_added_and_evaluation_has_files_of_its_own(tmp_path):
     assert (tmp_path / "eval_log.txt").read_text() == "three\n"
 
 
+def test_a_line_that_a_kill_cut_off_stays_a_line_of_its_own(tmp_path):
+    (tmp_path / "log.txt").write_text("whole\nhal")
+    run = single_run()
+    run.folder = tmp_path
+    run.log("one")
+    run.log("two")
+    assert (tmp_path / "log.txt").read_text() == "whole\nhal\none\ntwo\n"
+
+
 def test_one_process_agrees_with_itself():
     run = single_run()
     tensor = torch.tensor([2.0])

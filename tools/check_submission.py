@@ -335,6 +335,8 @@ def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) ->
     if strangers.is_there(config):
         with passing_over(findings, folder.path):
             seed.config = read_config(config, folder.path, findings)
+    if seed.summary and seed.summary.resumed:
+        findings.note(f"seed {run.seed}: its run was cut off and went on, {seed.summary.resumed} times")
     for _, source in seed.sources:
         for text in source.problems:
             findings.error(text if source is not run else f"{log.name}: {text}")

@@ -149,6 +149,7 @@ class Run:
     val_bytes: int | None = None
     shared_documents: int | None = None  # validation documents that are in training too
     strictly_causal: bool | None = None  # whether scores depend on the artifact and earlier tokens alone
+    resumed: int = 0  # how often the run was cut off and went on
     parameters: int | None = None
     hardware: str | None = None
     attention: str | None = None
@@ -162,6 +163,11 @@ class Run:
         """Keeps a problem; of very many, the first ones."""
         if text not in self.problems and len(self.problems) < PROBLEMS:
             self.problems.append(text)
+
+    def resume(self, step: int) -> None:
+        """Forgets what was computed after a step from which the run, once cut off, went on."""
+        self.losses = [row for row in self.losses if row[0] <= step]
+        self.scores = [row for row in self.scores if row[0] < step]  # a validation is made again
 
     @property
     def final(self) -> Stage | None:
@@ -189,6 +195,7 @@ OURS = {
     "shared": re.compile(r"^(?:warning: )?audit: ([0-9]+) validation documents are in the training shards too"),
     "attention": re.compile(r"^device:\w+ .*\battention:(\w+)"),
     "causal": re.compile(r"^ +strictly causal: (yes|no)$"),
+    "resumed": re.compile(r"^resumed from .*: step ([0-9]+), [0-9.]+ s of training count$"),
 }
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0, "": 1.0}
 
@@ -309,6 +316,8 @@ class LogReader:
             run.shared_documents = whole(match[1])
         elif match := OURS["causal"].match(line):
             run.strictly_causal = match[1] == "yes"
+        elif match := OURS["resumed"].match(line):
+            run.resume(whole(match[1]))
         else:
             self.records(line)
 
@@ -371,6 +380,7 @@ def is_figure(value: Any) -> bool:
 # A score may be nan in a training that diverged; whoever draws or averages scores looks.
 ANY_FIGURE = strangers.Kind("a number", lambda value: float(value) if is_figure(value) else None)
 METRICS = {
+    "resumed_at": (dict(resumed_at=COUNT), ("resumed_at",)),
     "train_loss": (dict(step=COUNT, train_loss=ANY_FIGURE, train_seconds=AMOUNT), ("step", "train_loss")),
     "stage": (dict(stage=TEXT, val_loss=ANY_FIGURE, val_bpb=ANY_FIGURE), ("stage", "val_loss", "val_bpb")),
     "val_bpb": (
@@ -418,6 +428,9 @@ def read_metrics(path: Path, run: Run | None = None, inside: Path | None = None)
             losses.append((row["step"], row["train_loss"], row.get("train_seconds")))
         elif kind == "stage":
             run.stages[row["stage"]] = Stage(row["val_loss"], row["val_bpb"])
+        elif kind == "resumed_at":
+            losses = [loss for loss in losses if loss[0] <= row["resumed_at"]]
+            scores = [score for score in scores if score[0] < row["resumed_at"]]
         else:
             scores.append((row["step"], row["val_loss"], row["val_bpb"], row.get("train_seconds")))
     run.losses, run.scores = losses or run.losses, scores or run.scores
@@ -443,6 +456,7 @@ SUMMARY = dict(
     seconds=map_of(AMOUNT),
     attention=TEXT,
     strictly_causal=FLAG,
+    resumed=COUNT,
 )
 SUMMARY_SCORES = dict(
     val_tokens=COUNT,

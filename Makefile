@@ -11,7 +11,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -83,6 +83,11 @@ bench: venv
 	$(PY) bench/caseops.py
 	$(PY) bench/prepare.py
 	$(PY) bench/loader.py --data $(DATA)
+
+# Kills, signals, lost ranks, full disks, damage and hostile files, seeded (docs/robustness.md):
+# make campaign ARGS="--minutes 20 --seed 1 --report bench/results/campaign.md"
+campaign: $(VENV)/tools $(VENV)/data-tools
+	$(PY) bench/campaign.py $(ARGS)
 
 # Every technique of both presets switched off in turn, three seeds each; goes on where it was stopped.
 ablate: venv

@@ -2806,6 +2806,8 @@ def hardware(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 1
+MANIFEST_LIMIT, TOKENIZER_LIMIT = 1 << 26, 1 << 28  # bytes that are read of files which may be anybody's
+HEADER_LIMIT = 1 << 24  # bytes of a checkpoint's table, and of other JSON that is read back
 JOURNAL_FILE = "run.json"
 TENSOR_TYPES = {
     "F64": torch.float64,
@@ -2857,11 +2859,17 @@ def tensor_digest(table: dict[str, Any], state: str, parts: Iterable[Any]) -> st
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, in host memory, and the JSON object of a file by `write_tensors`. Errors: OSError, ValueError."""
-    raw = np.fromfile(path, np.uint8)
     try:
-        length = int.from_bytes(raw[:8].tobytes(), "little")
-        table = json.loads(raw[8 : 8 + length].tobytes())
-        metadata, data = table.pop("__metadata__"), raw[8 + length :]
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # to open a FIFO would wait for its writer
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a plain file")
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(min(length, HEADER_LIMIT)))
+            metadata, sizes = table.pop("__metadata__"), [row["data_offsets"][1] for row in table.values()]
+            if status.st_size != 8 + length + max(sizes, default=0):  # before it is read: it may be of any size
+                raise ValueError(f"it has {status.st_size} bytes")
+            data = np.fromfile(file, np.uint8)
         if tensor_digest(table, metadata["state"], [data]) != metadata["sha256"]:
             raise ValueError("its checksum is wrong")
         tensors = {}
@@ -2872,6 +2880,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json_object(json.loads(metadata["state"]), "its state")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"is no checkpoint, or a damaged one ({error})") from None
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a file that may be anything. Errors: OSError; ValueError for no plain file, or too many bytes."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # to open a FIFO would wait for its writer
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a plain file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size} bytes, and at most {limit} are read")
+        return file.read()
 
 
 def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -2960,10 +2979,10 @@ class Journal:
     def read(self) -> None:
         """Takes over what an earlier attempt left; its seconds count. Errors: ConfigError for a damaged file."""
         run = self.run
-        if not self.path.exists():
-            return
         try:
-            left = json_object(json.loads(self.path.read_text()), JOURNAL_FILE)
+            left = json_object(json.loads(read_regular(self.path, HEADER_LIMIT)), JOURNAL_FILE)
+            if left.pop("sha256", "") != hashlib.sha256(to_json(left).encode()).hexdigest():
+                raise ValueError("its checksum is wrong")
             run.attempts = left["attempts"] + 1
             run.idle_seconds = left["idle_seconds"] + max(0.0, time.time() - left["alive"])
             run.resumed_at, run.resumed_from = left["resumed_at"], left["resumed_from"]
@@ -2972,6 +2991,8 @@ class Journal:
             self.train_seconds = left["train_seconds"]
             for stage, seconds in left["seconds"].items():
                 run.seconds[stage] = run.seconds.get(stage, 0.0) + seconds
+        except FileNotFoundError:  # the run is new
+            return
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(str(self.path), "", f"cannot be gone on from ({error!r}); choose another name") from None
 
@@ -3001,7 +3022,9 @@ class Journal:
         )
         with self.lock, contextlib.suppress(OSError):
             run.check_folder(JOURNAL_FILE)
-            write_atomic(self.path, to_json(content) + "\n", durable=False)
+            # A wrong digit in a result would otherwise be reported as a score.
+            digest = hashlib.sha256(to_json(content).encode()).hexdigest()
+            write_atomic(self.path, to_json(dict(content, sha256=digest)) + "\n", durable=False)
 
     def close(self) -> None:
         """Ends the thread, and writes the file once more if it is still there."""
@@ -3041,9 +3064,10 @@ def start_checkpoints(run: Run, config: Config) -> None:
     folder = checkpoint_folder(run.path(""), config)
 
     def start_journal() -> None:
-        folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
-            left.unlink()
+        with contextlib.suppress(OSError):  # the first checkpoint that cannot be written is warned of
+            folder.mkdir(exist_ok=True)
+            for left in folder.glob("*.*.*"):  # what a kill in the middle of writing left aside
+                left.unlink()
         journal = Journal(folder / JOURNAL_FILE, run)
         journal.read()
         journal.start()
@@ -3080,14 +3104,23 @@ def resume_problem(config: Config) -> str:
 def cut_off(folder: Path, config: Config) -> bool:
     """Whether the folder holds a run that did not end, and RESUME lets this one go on from it."""
     begun = (checkpoint_folder(folder, config) / JOURNAL_FILE).is_file()
-    wanted = config.resume != "0" and config.checkpoint_every_seconds > 0
-    return wanted and begun and not (folder / (file_prefix(config) + SUMMARY_FILE)).exists()
+    # Beside a summary too: the checkpoints go last, so the end of the log may be missing.
+    return config.resume != "0" and config.checkpoint_every_seconds > 0 and begun
+
+
+def remove_halves(folder: Path, prefix: str) -> None:
+    """Removes what a kill in the middle of writing left aside in a run's folder, which is locked. Errors: OSError."""
+    names = f"{prefix}(config\\.json|{re.escape(SUMMARY_FILE)}|scores_[a-z_]+\\.npy)"
+    names += "" if prefix else f"|{re.escape(CONTAINER_FILE)}"
+    for path in folder.iterdir():
+        if re.fullmatch(f"({names})\\.[a-z0-9_]{{8}}", path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def setting_that_differs(folder: Path, config: Config) -> str:
     """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
     try:
-        text = (folder / (file_prefix(config) + "config.json")).read_text()
+        text = read_regular(folder / (file_prefix(config) + "config.json"), HEADER_LIMIT)
         before = json_object(json.loads(text), "config.json")
     except (OSError, ValueError, RecursionError):
         return "its config.json cannot be read"
@@ -3118,14 +3151,17 @@ def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, st
         run.lock = FolderLock(folder / (prefix + LOCK_FILE))  # first: a run that is just beginning has no files yet
         taken = config.mode != "eval" and RUN_FILES & {p.name for p in folder.iterdir()}
         goes_on = cut_off(folder, config)
-        differs = setting_that_differs(folder, config) if goes_on else ""
-        if taken and not goes_on:
+        # Killed right after it had written config.json, a run had not begun anything.
+        only_begun = taken and taken <= {"config.json", "checkpoint"} and not any((folder / "checkpoint").glob("*"))
+        differs = setting_that_differs(folder, config) if goes_on or only_begun else ""
+        if taken and not goes_on and (differs or not only_begun):
             return name, str(folder), "already holds a run, which is never overwritten; choose another name"
         if taken and differs:
             advice = "give its settings again to go on with it, or choose another name"
             return name, str(folder), f"holds a run that was cut off, and {differs}; {advice}"
         if differs or not goes_on:
             shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
+        remove_halves(folder, prefix)
         write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
         # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
         (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
@@ -3141,7 +3177,11 @@ def remove_checkpoints(run: Run, config: Config) -> None:
     run.end_checkpoints()
     with contextlib.suppress(OSError):
         run.check_folder("checkpoint")
-        shutil.rmtree(checkpoint_folder(run.path(""), config))
+        folder = checkpoint_folder(run.path(""), config)
+        for path in folder.iterdir():
+            if path.name != JOURNAL_FILE:  # which goes last
+                path.unlink()
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3673,7 +3713,7 @@ class Manifest:
     def content(path: Path) -> Any:
         """What the JSON file holds. Errors: ConfigError."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(read_regular(path, MANIFEST_LIMIT))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
@@ -4020,7 +4060,7 @@ class Vocabulary:
         if not path.is_file():
             raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
-            content = path.read_bytes()
+            content = read_regular(path, TOKENIZER_LIMIT)
             model = sentencepiece.SentencePieceProcessor()
             model.LoadFromSerializedProto(content)
             pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
@@ -11374,14 +11414,14 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
-        if not run.lost:
-            remove_checkpoints(run, config)
     for line in summary_lines(summary):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:
         run.log(f"error: the artifact is {over} bytes over ARTIFACT_LIMIT_BYTES={config.artifact_limit_bytes}")
     whole = run.broadcast(float(run.finish()))
+    if run.is_main and not run.lost:
+        remove_checkpoints(run, config)  # last: until here the same command, given again, goes on
     if not whole:
         return EXIT_ELSEWHERE
     return 1 if over > 0 else 0

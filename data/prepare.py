@@ -29,6 +29,11 @@ reference compressors.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import argparse
 import contextlib
 import dataclasses
@@ -44,7 +49,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import threading
 from collections import deque

@@ -6,9 +6,10 @@ import pytest
 
 from helpers import ROOT
 
+FOLDERS = ("data", "tools", "tools/h100", "bench", "bench/faults")
 FILES = [
     ROOT / "train_gpt.py",
-    *(path for folder in ("data", "tools", "tools/h100", "bench") for path in (ROOT / folder).glob("*.py")),
+    *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")),
 ]
 
 

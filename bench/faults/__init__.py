@@ -1,0 +1,1 @@
+"""The kinds of trials of bench/campaign.py, and what they share."""

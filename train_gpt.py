@@ -2444,8 +2444,10 @@ class Watchdog:
                 raise RankError(line)
             time.sleep(0.1)
         wait = datetime.timedelta(seconds=self.limits.arrival)
-        store = dist.TCPStore(self.master, self.port, world, hosts, wait, wait_for_workers=False)
-        return dist.PrefixStore(f"train_gpt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            self.master, self.port, world, hosts, wait, wait_for_workers=False
+        )
+        return dist.PrefixStore(f"train_gpt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # pyright: ignore[reportPrivateImportUsage]
 
     def meet(self, store: Any) -> None:
         """Exchanges the ranks' addresses. Errors: RankError that names those which do not come."""
@@ -2824,7 +2826,7 @@ def host_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in host memory, not copied where it is contiguous."""
     if not tensor.numel():
         return memoryview(bytearray())  # torch cannot view nothing as bytes
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -2876,7 +2878,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, row in table.items():
             begin, end = row["data_offsets"]
             tensors[name] = torch.empty(row["shape"], dtype=TENSOR_TYPES[row["dtype"]])
-            host_bytes(tensors[name])[:] = memoryview(data[begin:end])
+            host_bytes(tensors[name])[:] = data[begin:end].data
         return tensors, json_object(json.loads(metadata["state"]), "its state")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"is no checkpoint, or a damaged one ({error})") from None
@@ -3273,7 +3275,7 @@ class InputFile:
     def read(self, offset: int, count: int, kind: str = "<u2") -> np.ndarray:
         """Numbers of a NumPy type from a byte offset on, [count]."""
         numbers = np.empty(count, kind)
-        buffer, done = memoryview(numbers).cast("B"), 0
+        buffer, done = numbers.data.cast("B"), 0
         while done < len(buffer):
             try:  # not `reading`, which would take as long as the read
                 got = os.preadv(self.handle, [buffer[done:]], offset + done)
@@ -10076,7 +10078,7 @@ class ScoreLedger:
         self.own_counts += scored
         self.nll[scored] = tensors["nll"].numpy()
 
-    def scored(self, positions: np.ndarray) -> np.ndarray:
+    def scored(self, positions: np.ndarray | int) -> np.ndarray:
         """Whether each target was scored, by this rank or, when the ranks last shared, by any."""
         return (self.own_counts[positions] | self.all_counts[positions]) > 0
 

@@ -244,8 +244,9 @@ class Repository:
 
 def _check_listed(repo: str, path: object, size: object) -> None:
     """Refuse what a hub lists where it would lie outside of the folder for downloads. Raises PrepareError."""
-    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
-    inside = bool(parts) and not path.startswith("/") and ".." not in parts and path.isprintable()
+    name = path if isinstance(path, str) else ""
+    parts = PurePosixPath(name).parts
+    inside = bool(parts) and not name.startswith("/") and ".." not in parts and name.isprintable()
     if not inside or type(size) is not int or size < 0:
         raise PrepareError(f"{repo}: the hub lists a file {path!a} of {size!a} bytes, which is no path or size")
 

@@ -56,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import zstandard
@@ -992,7 +993,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         try:
             with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # Another object in its place.
-                sys.stdout.reconfigure(errors="backslashreplace")  # --out may have letters that a terminal lacks.
+                cast(io.TextIOWrapper, sys.stdout).reconfigure(
+                    errors="backslashreplace"
+                )  # --out may have letters that a terminal lacks.
             print(
                 "\n".join((["already prepared"] if before else []) + [*summary_lines(manifest, options.out)]),
                 flush=True,

@@ -31,6 +31,7 @@ from text import cut
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 CHUNK_BYTES = 1 << 20

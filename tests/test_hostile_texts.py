@@ -191,7 +191,7 @@ def test_a_file_that_people_would_write_is_no_bomb(tmp_path):
     texts = [story(number, 400) for number in range(400)] * 3
     data = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data, 22))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data, mtime=0))
     table = pyarrow.table({"text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
     for ending in ("jsonl", "jsonl.zst", "jsonl.gz", "parquet"):
@@ -534,14 +534,14 @@ def test_a_file_with_a_nul_is_not_text(tmp_path, command):
         ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}')[:-3], "damaged zstd file: it ends too early"),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}') + b"rubbish", "damaged zstd file"),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}') + b"\x28\xb5", "damaged zstd file: it ends too early"),
-        ("a.jsonl.zst", gzip.compress(b'{"text": "a"}'), "damaged zstd file"),
+        ("a.jsonl.zst", gzip.compress(b'{"text": "a"}', mtime=0), "damaged zstd file"),
         ("a.jsonl.gz", zstandard.compress(b'{"text": "a"}'), "damaged gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:9], "damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:9], "damaged gzip file"),
         ("a.parquet", b"PAR1" + b"\xff\xff\xff\x7f" + b"PAR1", "damaged parquet file"),
         ("a.txt", b"", "there is no text in it"),
         ("a.jsonl", b"", "there is no text in it"),
         ("a.jsonl", b"\n \n\r\n", "there is no text in it"),
-        ("a.jsonl.gz", gzip.compress(b""), "there is no text in it"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "there is no text in it"),
         ("a.jsonl.zst", zstandard.compress(b""), "there is no text in it"),
     ],
 )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,7 +208,7 @@ def test_lines_beyond_the_bound_are_counted(tmp_path, monkeypatch, capfd):
 
 def test_a_compile_cache_that_cannot_be_written_is_left_out(tmp_path, monkeypatch, capfd):
     Faults(monkeypatch, errno.ENOSPC, "fsync", tg.COMPILE_CACHE_FILE, tmp_path)
-    saved = b"cache", tg.torch.compiler.CacheInfo()
+    saved = b"cache", SimpleNamespace(artifacts={})
     monkeypatch.setattr(tg.torch.compiler, "save_cache_artifacts", lambda: saved)
     run = single_run()
     run.folder = tmp_path

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import train_gpt as t
 from faults.children import Child, Ended, limit_files
@@ -60,9 +61,10 @@ class Faults:
 
         return call
 
-    def hits(self, arguments: tuple) -> bool:
+    def hits(self, arguments: tuple[Any, ...]) -> bool:
         """Whether a call is about such a file."""
-        target = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], str | Path) else arguments[0]
+        first, *others = arguments
+        target = others[0] if others and isinstance(others[0], str | Path) else first
         with contextlib.suppress(OSError, TypeError, ValueError):
             path = os.path.realpath(f"/proc/self/fd/{target}" if isinstance(target, int) else os.fspath(target))
             return path.startswith(self.below) and os.path.basename(path).startswith(self.names)

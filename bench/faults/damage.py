@@ -113,8 +113,8 @@ def change_field(path: Path, draw: random.Random) -> None:
 def places(value) -> list[tuple]:
     """Every (container, key) inside a JSON value."""
     found: list[tuple] = []
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in keys:
+    keys = range(len(value)) if isinstance(value, list) else value
+    for key in list(keys) if isinstance(value, dict | list) else ():
         found += [(value, key), *places(value[key])]
     return found
 

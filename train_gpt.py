@@ -2447,7 +2447,8 @@ class Watchdog:
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             self.master, self.port, world, hosts, wait, wait_for_workers=False
         )
-        return dist.PrefixStore(f"train_gpt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # pyright: ignore[reportPrivateImportUsage]
+        prefix = f"train_gpt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
 
     def meet(self, store: Any) -> None:
         """Exchanges the ranks' addresses. Errors: RankError that names those which do not come."""
@@ -2809,7 +2810,7 @@ def hardware(run: Run) -> str:
 
 CHECKPOINT_VERSION = 1
 MANIFEST_LIMIT, TOKENIZER_LIMIT = 1 << 26, 1 << 28  # bytes that are read of files which may be anybody's
-HEADER_LIMIT = 1 << 24  # bytes of a checkpoint's table, and of other JSON that is read back
+JSON_LIMIT = 1 << 24  # bytes of a checkpoint's table, and of other JSON that is read back
 JOURNAL_FILE = "run.json"
 TENSOR_TYPES = {
     "F64": torch.float64,
@@ -2867,7 +2868,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("it is not a plain file")
             length = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(min(length, HEADER_LIMIT)))
+            table = json.loads(file.read(min(length, JSON_LIMIT)))
             metadata, sizes = table.pop("__metadata__"), [row["data_offsets"][1] for row in table.values()]
             if status.st_size != 8 + length + max(sizes, default=0):  # before it is read: it may be of any size
                 raise ValueError(f"it has {status.st_size} bytes")
@@ -2982,7 +2983,7 @@ class Journal:
         """Takes over what an earlier attempt left; its seconds count. Errors: ConfigError for a damaged file."""
         run = self.run
         try:
-            left = json_object(json.loads(read_regular(self.path, HEADER_LIMIT)), JOURNAL_FILE)
+            left = json_object(json.loads(read_regular(self.path, JSON_LIMIT)), JOURNAL_FILE)
             if left.pop("sha256", "") != hashlib.sha256(to_json(left).encode()).hexdigest():
                 raise ValueError("its checksum is wrong")
             run.attempts = left["attempts"] + 1
@@ -3122,7 +3123,7 @@ def remove_halves(folder: Path, prefix: str) -> None:
 def setting_that_differs(folder: Path, config: Config) -> str:
     """Where a run that was cut off had another setting, which one, and both values; else an empty string."""
     try:
-        text = read_regular(folder / (file_prefix(config) + "config.json"), HEADER_LIMIT)
+        text = read_regular(folder / (file_prefix(config) + "config.json"), JSON_LIMIT)
         before = json_object(json.loads(text), "config.json")
     except (OSError, ValueError, RecursionError):
         return "its config.json cannot be read"

@@ -2869,8 +2869,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError("it is not a plain file")
             length = int.from_bytes(file.read(8), "little")
             table = json.loads(file.read(min(length, JSON_LIMIT)))
-            metadata, sizes = table.pop("__metadata__"), [row["data_offsets"][1] for row in table.values()]
-            if status.st_size != 8 + length + max(sizes, default=0):  # before it is read: it may be of any size
+            metadata, ends = table.pop("__metadata__"), [row["data_offsets"][1] for row in table.values()]
+            if status.st_size != 8 + length + max(ends, default=0):  # before it is read: it may be of any size
                 raise ValueError(f"it has {status.st_size} bytes")
             data = np.fromfile(file, np.uint8)
         if tensor_digest(table, metadata["state"], [data]) != metadata["sha256"]:

@@ -165,6 +165,7 @@ SOURCES = (
     "tests/test_knobs.py",
     "tests/test_legality.py",
     "bench/quantize.py",
+    "bench/faults/kinds.py",
     "tools/first_hour.py",
     "tools/first_hour_report.py",
     "Makefile",

@@ -303,7 +303,7 @@ OUTSIDE = [
         COUNTS,
         ((SUMMARY_SCORE, SUMMARY_SCORE.replace("=score.bpb", "=min(score.bpb, rows['val_bpb_ttt_baseline'])")),),
         mode="chunk",
-        settings=dict(TTT_LR=0.5),
+        settings=dict(TTT_LR=2.0),
         active=False,
     ),
     Cheat("bytes counted too high", COUNTS, ((BYTES, BYTES.replace("64))", "64) * 1.02)")),)),

@@ -506,7 +506,9 @@ def test_a_lock_is_not_inherited(tmp_path):
     child = subprocess.Popen(["sleep", "1800"], close_fds=False)
     lock.file.close()
     try:
-        tg.FolderLock(tmp_path / "run.lock").release()
+        again = tg.FolderLock(tmp_path / "run.lock")
+        assert again.holds()
+        again.release()
     finally:
         child.kill()
         child.wait()

@@ -1006,6 +1006,11 @@ class Config(ModelConfig):
         return self.ttt_mode == "none" or self.ttt_decay_tokens >= 0
 
     @property
+    def resume_path(self) -> Path | None:
+        """The checkpoint, or the folder with some, that RESUME names; None for auto and 0."""
+        return None if self.resume in ("auto", "0") else Path(self.resume)
+
+    @property
     def tokenizer_file(self) -> Path:
         return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
 
@@ -1762,10 +1767,10 @@ class LineFile:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         with self.lock:
             handle, written = os.open(self.path, flags, 0o644), 0
-            if self.fresh and cut_line(self.path):
-                self.waiting[:0] = b"\n"
-            self.fresh = False
             try:
+                if self.fresh and cut_line(self.path):
+                    self.waiting[:0] = b"\n"
+                self.fresh = False
                 while written < len(self.waiting):
                     written += os.write(handle, self.waiting[written:])
             except OSError:
@@ -2823,6 +2828,15 @@ TENSOR_TYPES = {
 OPERATIONAL = ("run_id", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
 
 
+def open_regular(path: Path) -> int:
+    """The descriptor of a plain file, opened for reading. Errors: OSError; ValueError for anything else."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a FIFO would wait for its writer
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("it is not a plain file")
+    return handle
+
+
 def host_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in host memory, not copied where it is contiguous."""
     if not tensor.numel():
@@ -2863,15 +2877,13 @@ def tensor_digest(table: dict[str, Any], state: str, parts: Iterable[Any]) -> st
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, in host memory, and the JSON object of a file by `write_tensors`. Errors: OSError, ValueError."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # to open a FIFO would wait for its writer
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is not a plain file")
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             table = json.loads(file.read(min(length, JSON_LIMIT)))
             metadata, ends = table.pop("__metadata__"), [row["data_offsets"][1] for row in table.values()]
-            if status.st_size != 8 + length + max(ends, default=0):  # before it is read: it may be of any size
-                raise ValueError(f"it has {status.st_size} bytes")
+            if size != 8 + length + max(ends, default=0):  # before it is read: it may be of any size
+                raise ValueError(f"it has {size} bytes")
             data = np.fromfile(file, np.uint8)
         if tensor_digest(table, metadata["state"], [data]) != metadata["sha256"]:
             raise ValueError("its checksum is wrong")
@@ -2887,12 +2899,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_regular(path: Path, limit: int) -> bytes:
     """The bytes of a file that may be anything. Errors: OSError; ValueError for no plain file, or too many bytes."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # to open a FIFO would wait for its writer
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a plain file")
-        if status.st_size > limit:
-            raise ValueError(f"it has {status.st_size} bytes, and at most {limit} are read")
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"it has {size} bytes, and at most {limit} are read")
         return file.read()
 
 
@@ -3090,12 +3100,12 @@ def checkpoints_at(path: Path) -> list[Path]:
 
 def resume_problem(config: Config) -> str:
     """Why RESUME=PATH cannot be gone on from; else an empty string."""
-    if config.resume in ("auto", "0"):
+    if config.resume_path is None:
         return ""
     if config.mode == "eval":
         return "must be auto or 0 with MODE=eval"
     problem = "holds no checkpoint, step-*.safetensors"
-    for path in checkpoints_at(Path(config.resume)):
+    for path in checkpoints_at(config.resume_path):
         try:
             read_tensors(path)
             return ""
@@ -3261,11 +3271,11 @@ class InputFile:
 
     def __init__(self, path: Path, stamp: FileStamp | None = None):
         self.path, self.handle = path, -1
-        with reading(path):  # without blocking: to open a pipe would wait for its writer
-            self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            regular = stat.S_ISREG(os.fstat(self.handle).st_mode)
-        if not regular:
-            raise ConfigError(str(path), "", "is not a regular file")
+        try:
+            with reading(path):
+                self.handle = open_regular(path)
+        except ValueError:
+            raise ConfigError(str(path), "", "is not a regular file") from None
         if stamp not in (None, FileStamp.of(self.handle)):
             raise ConfigError(str(path), "", "was rewritten during the run: run it again on files that stay")
 
@@ -6365,6 +6375,17 @@ def constant_view(model: GPT) -> GPT:
     return view.requires_grad_(False)
 
 
+def named_weights(model: GPT) -> dict[str, Tensor]:
+    """The weights, outside of autograd, under their names in a checkpoint."""
+    return {f"weights.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+def load_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Takes over what `named_weights` gave."""
+    for name, weight in named_weights(model).items():
+        weight.copy_(tensors[name])
+
+
 def parameter_count(config: Config) -> int:
     """Trained numbers of the model."""
     return sum(p.numel() for p in meta_model(config).parameters())
@@ -6968,8 +6989,8 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on, by name, the same on any number of ranks."""
         names = [name for name, _ in self.model.named_parameters()]
-        tensors = self.optimizers.state()
-        for kind, values in dict(weights=self.parameters(), ema=self.ema, swa=self.swa).items():
+        tensors = self.optimizers.state() | named_weights(self.model)
+        for kind, values in dict(ema=self.ema, swa=self.swa).items():
             tensors |= {f"{kind}.{name}": value for name, value in zip(names, values or [], strict=bool(values))}
         return tensors
 
@@ -6977,7 +6998,7 @@ class Trainer:
     def load(self, tensors: Mapping[str, Tensor], swa_count: int) -> None:
         """Takes over what `state` gave. An EMA that was not kept starts at the weights."""
         names = [name for name, _ in self.model.named_parameters()]
-        copy_all(self.parameters(), [tensors[f"weights.{name}"] for name in names])
+        load_weights(self.model, tensors)
         if self.ema is not None:
             copy_all(self.ema, [tensors.get(f"ema.{name}", tensors[f"weights.{name}"]) for name in names])
         if self.swa is not None and f"swa.{names[0]}" in tensors:
@@ -7068,7 +7089,7 @@ def newest_checkpoint(trainer: Trainer) -> Resumed | None:
     Errors: ConfigError where RESUME=PATH holds none that this training can go on from.
     """
     config, run = trainer.config, trainer.run
-    given = [] if config.resume in ("auto", "0") else checkpoints_at(Path(config.resume))
+    given = checkpoints_at(config.resume_path) if config.resume_path else []
     own = run.checkpoints.numbered() if run.checkpoints and run.attempts > 1 else []
     for path in (*own, *given):
         try:
@@ -7078,7 +7099,7 @@ def newest_checkpoint(trainer: Trainer) -> Resumed | None:
             run.log(f"warning: {path} {error}; an older checkpoint is used, if there is one")
             continue
         return Resumed(str(path), tensors, state)
-    if config.resume not in ("auto", "0"):
+    if config.resume_path:
         raise ConfigError("RESUME", config.resume, "holds no checkpoint that this training can go on from")
     return None
 
@@ -10169,11 +10190,14 @@ class StageCheckpoints:
         self.keep_from = 0  # phases before this one are not needed any more
         self.restored = 0  # targets that earlier attempts scored
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are, of a run that has some."""
+        return cast(Checkpoints, self.files).folder
+
     def shared_path(self, phase: int) -> Path:
         """The file of a phase's weights."""
-        return self.run.path(
-            f"{cast(Checkpoints, self.files).folder.name}/{self.stage}-weights-{phase:06d}.safetensors"
-        )
+        return self.folder / f"{self.stage}-weights-{phase:06d}.safetensors"
 
     def due(self) -> bool:
         """Whether it is time for this rank to write."""
@@ -10201,7 +10225,7 @@ class StageCheckpoints:
 
     def names(self) -> Iterator[StageFile]:
         """The files of the stage."""
-        for path in cast(Checkpoints, self.files).folder.glob(f"{self.stage}-*.safetensors"):
+        for path in self.folder.glob(f"{self.stage}-*.safetensors"):
             name = StageFile.parse(path.name)
             if name and name.stage == self.stage:
                 yield name
@@ -10210,9 +10234,8 @@ class StageCheckpoints:
         """This rank's files that `newest` replaces: of phases that are not needed, and all but two of its own phase."""
         own = [n for n in self.names() if n.rank == newest.rank and n.attempt == newest.attempt]
         old = [n for n in own if n.phase < self.keep_from or (n.phase == newest.phase and n.number < newest.number - 1)]
-        folder = cast(Checkpoints, self.files).folder
         weights = [self.shared_path(phase) for phase in range(self.keep_from)] if newest.rank == 0 else []
-        return [folder / str(name) for name in old] + weights
+        return [self.folder / str(name) for name in old] + weights
 
     def read(self, path: Path) -> dict[str, Tensor] | None:
         """The tensors of a file, or None if it is missing, damaged or of another model or validation stream."""
@@ -10224,14 +10247,13 @@ class StageCheckpoints:
 
     def newest(self, moving: bool) -> tuple[int, list[str]] | None:
         """The newest phase that can be gone on from, and the files of its ranks. `moving`: weights train."""
-        folder = cast(Checkpoints, self.files).folder
         by_phase: dict[tuple[int, int, int], list[StageFile]] = {}
         for name in self.names():
             by_phase.setdefault((name.attempt, name.phase, name.world), []).append(name)
         for (_, phase, world), names in sorted(by_phase.items(), reverse=True):
             if moving and phase and self.read(self.shared_path(phase)) is None:
                 continue
-            found = {n.rank: str(n) for n in sorted(names) if self.read(folder / str(n)) is not None}
+            found = {n.rank: str(n) for n in sorted(names) if self.read(self.folder / str(n)) is not None}
             if len(found) == world:
                 return phase, [found[rank] for rank in range(world)]
         return None
@@ -10247,7 +10269,7 @@ class StageCheckpoints:
         phase, names = found
         if len(names) == run.world:
             names = [names[run.rank]]
-        seen = [self.read(self.files.folder / name) for name in names]
+        seen = [self.read(self.folder / name) for name in names]
         shared = self.read(self.shared_path(phase)) if moving and phase else {}
         if None in run.gather(None if None in seen or shared is None else True):
             return None  # a rank does not see the files of the others: on several machines the folder must be shared
@@ -10468,10 +10490,9 @@ class FullModelSGD:
 
     def state(self) -> dict[str, Tensor]:
         """Weights and momentum, by name."""
-        tensors = {}
+        tensors = named_weights(self.model)
         for name, p in self.model.named_parameters():
-            tensors[f"weights.{name}"] = p.detach()
-            momentum = self.optimizer.state[p].get("momentum_buffer") if p in self.optimizer.state else None
+            momentum = self.optimizer.state.get(p, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{name}"] = momentum
         return tensors
@@ -10479,8 +10500,8 @@ class FullModelSGD:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave."""
+        load_weights(self.model, tensors)
         for name, p in self.model.named_parameters():
-            p.copy_(tensors[f"weights.{name}"])
             if f"momentum.{name}" in tensors:
                 self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{name}"].to(p.device)
 
@@ -10631,8 +10652,7 @@ class PhasedTTT:
         """What all ranks have in a phase: the weights, and A at the start of each document."""
         if not self.adapters:
             return {}
-        weights = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return weights | {f"a.{key}": a for key, a in self.phase_a.items()}
+        return named_weights(self.model) | {f"a.{key}": a for key, a in self.phase_a.items()}
 
     @torch.no_grad()
     def restore(self) -> int:
@@ -10640,9 +10660,8 @@ class PhasedTTT:
         state = self.kept.restore(moving=self.adapters is not None)
         if state is None:
             return 0
-        for name, p in self.model.named_parameters():
-            if state.shared:
-                p.copy_(state.shared[f"weights.{name}"])
+        if state.shared:
+            load_weights(self.model, state.shared)
         if self.adapters:
             self.restore_adapters(state)
         self.kept.save(state.phase, self.own_state())  # the files of this number of ranks

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import random
@@ -29,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,8 @@ from faults import kinds, tally  # noqa: E402
 from faults.children import Child  # noqa: E402
 from faults.inputs import Inputs  # noqa: E402
 from faults.trials import HUNG, MISREPORTED, Kind, Skipped, Stop, Trial  # noqa: E402
+
+SAVE_SECONDS = 60.0
 
 
 def make(kind: Kind, number: int, seed: int, inputs: Inputs, keep: bool = False) -> dict:
@@ -72,6 +76,7 @@ def work(pipe, inputs: Inputs, seed: int, chosen: dict[str, Kind], parent: int) 
     processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
     processes.follow_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:
         name, number = pipe.recv()
         pipe.send(make(chosen[name], number, seed, inputs))
@@ -132,9 +137,10 @@ def schedule(chosen: dict[str, Kind], seed: int):
         counts[kind.name] += 1
 
 
-def campaign(options: argparse.Namespace, chosen: dict[str, Kind], inputs: Inputs) -> list[dict]:
-    """Makes trials until time is up. Returns their rows."""
+def campaign(options: argparse.Namespace, chosen: dict[str, Kind], inputs: Inputs, save: Callable) -> list[dict]:
+    """Makes trials until time is up. Returns their rows, which `save` is also given once a minute."""
     rows: list[dict] = []
+    saved = time.monotonic()
     deadline, plan = time.monotonic() + 60 * options.minutes, schedule(chosen, options.seed)
     workers = [Worker(inputs, options.seed, chosen) for _ in range(options.jobs)]
     begun, following = 0, next(plan, None)
@@ -153,6 +159,9 @@ def campaign(options: argparse.Namespace, chosen: dict[str, Kind], inputs: Input
                     begun, following = begun + 1, next(plan, None)
             if not any(worker.trial for worker in workers):
                 return rows
+            if time.monotonic() > saved + SAVE_SECONDS:
+                saved = time.monotonic()
+                save(rows)
             time.sleep(0.01)
     except KeyboardInterrupt:
         print("interrupted: what was tried so far counts", file=sys.stderr)
@@ -169,6 +178,15 @@ def show(row: dict, verbose: bool) -> None:
         notes = ", ".join(row["notes"])
         name = f"{row['kind']}:{row['number']}"
         print(f"{name} ({row['seconds']:.1f} s; {notes}) {findings or row['verdict']}", flush=True)
+
+
+def write(options: argparse.Namespace, arguments: list[str], chosen: dict[str, Kind], begun: float, rows: list) -> None:
+    """Writes the files that were asked for."""
+    about = dict(seed=options.seed, command=shlex.join(["python", "bench/campaign.py", *arguments]), begun=begun)
+    if options.report:
+        t.write_atomic(options.report, tally.page(rows, chosen, about | dict(seconds=time.time() - begun)))
+    if options.json:
+        t.write_atomic(options.json, json.dumps(about | dict(rows=rows), indent=1) + "\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -211,18 +229,14 @@ def main(arguments: list[str]) -> int:
             rows = [make(chosen[options.names[0]], number, options.seed, inputs, keep=True)]
             show(rows[0], True)
             return int(bool(rows[0]["findings"]))
-        rows = campaign(options, chosen, inputs)
+        save = functools.partial(write, options, arguments, chosen, begun)
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # as Ctrl-C: what was tried so far counts
+        rows = campaign(options, chosen, inputs, save)
     finally:
         if not (options.work or options.only):
             shutil.rmtree(place, ignore_errors=True)
-    command = shlex.join(["python", "bench/campaign.py", *arguments])
-    text = tally.table(rows, chosen)
-    print(text)
-    if options.report:
-        about = dict(seed=options.seed, command=command, begun=begun, seconds=time.time() - begun)
-        t.write_atomic(options.report, tally.page(rows, chosen, about))
-    if options.json:
-        t.write_atomic(options.json, json.dumps(dict(seed=options.seed, command=command, rows=rows), indent=1) + "\n")
+    print(tally.table(rows, chosen))
+    save(rows)
     return int(any(row["findings"] for row in rows))
 
 

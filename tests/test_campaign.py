@@ -177,7 +177,7 @@ def test_a_trial_that_a_worker_does_not_survive_counts_as_hung(tmp_path, monkeyp
     bodies = dict(good=lambda trial: None, dies=die, sleeps=sleep, fails=fail, skips=skip)
     chosen = {name: Kind(name, body, 1, 1.0, at_most=1) for name, body in bodies.items()}
     options = campaign.parse(["--minutes", "1", "--jobs", "2"])
-    rows = campaign.campaign(options, chosen, Inputs(tmp_path))
+    rows = campaign.campaign(options, chosen, Inputs(tmp_path), lambda rows: None)
     verdicts = {row["kind"]: row["verdict"] for row in rows}
     assert verdicts == dict(good=SURVIVED, dies=HUNG, sleeps=HUNG, fails=MISREPORTED, skips="skipped")
     text = tally.table(rows, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -152,9 +153,13 @@ def launcher(trial: Trial) -> None:
     while (process.poll() is None or any(map(alive, ranks))) and time.monotonic() < end:
         collect()
         time.sleep(0.1)
-    left = [pid for pid in (*ranks, process.pid) if alive(pid) and (pid != process.pid or process.poll() is None)]
-    for pid in [*left, *processes.descendants(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
+    # By name: a process that has ended may have left its number to a stranger.
+    left = [pid for pid in ranks if alive(pid) and b"train_gpt" in command_line(pid)]
+    if process.poll() is None:
+        left += [process.pid, *processes.descendants(process.pid)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     trial.expect(not left, HUNG, f"{len(left)} processes did not end within {END_SECONDS:.0f} s after {way}")
     text = out.read_text(errors="replace")

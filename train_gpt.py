@@ -33,6 +33,7 @@ if __name__ == "__main__":
         os.set_inheritable(spare, True)
     os.close(spare)
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -476,6 +477,14 @@ class Config(ModelConfig):
         low=0,
         high=1,
     )
+    data_order: str = knob(
+        "rows",
+        "order of the training text; documents: whole documents in a new random order each epoch, packed into "
+        "sequences without gaps; rows: the shards cut into sequences, which come in a random order; stream: as the "
+        "shards hold it",
+        Observed.BATCHES,
+        choices=("documents", "rows", "stream"),
+    )
     read_ahead: int = knob(
         2, "training batches prepared in advance by a thread; 0: none, each when needed", Observed.LOG, low=0, high=64
     )
@@ -595,6 +604,19 @@ class Config(ModelConfig):
     )
     min_lr: float = knob(
         0.0, "lower bound of the warmdown, as a fraction of the full learning rate", Observed.SCHEDULE, low=0, high=1
+    )
+    train_seq_schedule: str = knob(
+        "",
+        "most context of a token, in tokens, each up to a fraction of the training, such as 1024@0.1,2048@0.7,3072@1; "
+        "longer documents are cut; empty: TRAIN_SEQ_LEN",
+        Observed.BATCHES,
+    )
+    seq_change_warmup_steps: int = knob(
+        32,
+        "training steps over which the learning rate rises from 0 again after a change of the context "
+        "(TRAIN_SEQ_SCHEDULE), counted at the average speed so far; 0: none",
+        Observed.WEIGHTS,
+        low=0,
     )
     progressive_depth_schedule: str = knob(
         "",
@@ -997,6 +1019,27 @@ class Config(ModelConfig):
                 "must be 0, or comma-separated fractions between 0 and 1 in rising order, such as 0.08,0.25",
             )
         return cuts
+
+    @property
+    def context_schedule(self) -> tuple[tuple[int, float], ...]:
+        """(context in tokens, fraction of the training at which it ends), in order. Errors: ConfigError."""
+        if not self.train_seq_schedule:
+            return ((self.train_seq_len, 1.0),)
+        try:
+            pairs = [part.split("@") for part in self.train_seq_schedule.split(",")]
+            steps = tuple((int(context), float(end)) for context, end in pairs)
+        except ValueError:
+            steps = ()
+        ends = (0.0, *(end for _, end in steps))
+        sound = all(1 <= context <= self.train_seq_len for context, _ in steps)
+        if not (sound and ends[-1] == 1.0 and all(low < high for low, high in itertools.pairwise(ends))):
+            raise ConfigError(
+                "TRAIN_SEQ_SCHEDULE",
+                self.train_seq_schedule,
+                f"must be tokens@fraction, comma-separated, with 1 to TRAIN_SEQ_LEN={self.train_seq_len} tokens and "
+                "fractions that rise to 1, such as 1024@0.1,2048@1",
+            )
+        return steps
 
     @property
     def strictly_causal(self) -> bool:
@@ -1462,7 +1505,8 @@ def check_batches(config: Config) -> None:
 
 
 def check_schedules(config: Config) -> None:
-    """Progressive depth, weight averages and the time limit."""
+    """Progressive depth and context, weight averages and the time limit."""
+    _ = config.context_schedule  # says itself what is wrong
     allowed = f"must be fewer numbers than NUM_LAYERS={config.num_layers}"
     require(len(config.depth_cuts) < config.num_layers, config, "progressive_depth_schedule", allowed)
     needs_ema, needs_swa = config.weight_average == "ema", config.weight_average == "swa"
@@ -3206,6 +3250,10 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
 OPEN_SHARDS = 128  # files: FineWeb's 10 billion tokens have 103, and a process may often have 1024
 SCAN_BLOCK = 1 << 16  # tokens that are checked together: they stay in a core's cache
+DOCUMENT_INDEX = "fineweb_train_documents.safetensors"
+PACK_WINDOW = 4096  # sequences that are packed together
+PACK_BLOCK = 1 << 20  # documents whose lengths are added up at once
+CONTEXT_SAMPLE = 1024  # sequences from which the mean context is taken
 WINDOW = 50  # tokens of a window, by which a leak audit (data/audit.py) compares validation with training
 
 
@@ -3415,11 +3463,29 @@ class TokenStream:
             start, shard = start + len(part), shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def read_known(self, start: int, stop: int) -> np.ndarray:
+        """`read`, for shards that may have been rewritten since they were checked.
 
-def document_starts(ids: np.ndarray) -> np.ndarray:
-    """[B, T] tokens -> [B, T] int32: where in its sequence each token's document begins (0 for one that is cut)."""
+        Errors: ConfigError naming a file with a token that is not in the vocabulary.
+        """
+        tokens = self.read(start, stop)
+        if tokens.max() >= self.vocab_size:
+            place = start + int(tokens.argmax())
+            path = self.paths[int(np.searchsorted(self.starts, place, side="right")) - 1]
+            allowed = f"holds token id {tokens.max()}, and VOCAB_SIZE={self.vocab_size} needs ids below it"
+            raise ConfigError(str(path), "", f"was rewritten during the run: it {allowed}")
+        return tokens
+
+
+def document_starts(ids: np.ndarray, cuts: np.ndarray | None = None) -> np.ndarray:
+    """[B, T] tokens -> [B, T] int32: where in its sequence each token's document begins (0 for one that is cut).
+
+    `cuts` [B, T] are further places where one begins, or what is left of one.
+    """
     begins = ids == BOS_ID
     begins[:, 0] = True
+    if cuts is not None:
+        begins |= cuts
     places = np.flatnonzero(begins)
     starts = np.repeat((places % ids.shape[1]).astype(np.int32), np.diff(places, append=ids.size))
     return starts.reshape(ids.shape)
@@ -3468,11 +3534,181 @@ class Prefetcher:
         self.pool, self.pending = None, {}
 
 
-class TrainLoader:
-    """Batches of training sequences. Sequence s holds tokens sT..sT+T of the stream; each epoch has a new order.
+def within_context(starts: np.ndarray, context: int) -> np.ndarray:
+    """[B, T] document starts of documents that are cut wherever they have held `context` tokens."""
+    positions = np.arange(starts.shape[1], dtype=np.int32) - starts
+    return starts + positions // context * context
 
-    A batch depends on nothing but the seed, the step and the number of sequences in a step. So warmup has nothing to
-    rewind, a resumed run goes on exactly where it was, and the number of ranks changes only who reads what.
+
+def find_documents(stream: TokenStream, threads: int) -> np.ndarray:
+    """Where the documents of a stream begin, [n] int64; what comes before the first BOS counts as one."""
+
+    def of_shard(number: int) -> np.ndarray:
+        shard, places = stream.shards[number], []
+        for offset in range(0, len(shard), SCAN_BLOCK):
+            places.append(np.flatnonzero(shard[offset : offset + SCAN_BLOCK] == BOS_ID) + offset)
+        return np.concatenate(places, dtype=np.int64) + stream.starts[number] if places else np.empty(0, np.int64)
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        starts = np.concatenate(list(pool.map(of_shard, range(len(stream.shards)))))
+    return starts if len(starts) and not starts[0] else np.insert(starts, 0, 0)
+
+
+class DocumentIndex:
+    """Where the training documents begin, in a file beside the shards: looking for them takes a pass over all tokens.
+
+    The file names the SHA-256 of every shard that it was made from, and is made again where one differs.
+    """
+
+    def __init__(self, stream: TokenStream, digests: Mapping[str, str], run: Run, threads: int):
+        self.stream, self.run = stream, run
+        self.threads = threads
+        self.path = stream.paths[0].with_name(DOCUMENT_INDEX)
+        self.state = dict(version=1, shards={path.name: digests[path.name] for path in stream.paths})
+
+    def read(self) -> np.ndarray | None:
+        """The starts, or None where the file is missing, damaged, or of other shards."""
+        try:
+            tensors, state = read_tensors(self.path)
+            return tensors["starts"].numpy() if state == self.state else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def write(self, starts: np.ndarray) -> str:
+        """Writes the file. Returns why that cannot be done, or an empty string: then each rank counts for itself."""
+        try:
+            write_tensors(self.path, dict(starts=torch.from_numpy(starts)), self.state)
+        except OSError as error:
+            return error.strerror or type(error).__name__
+        return ""
+
+    def load(self) -> tuple[np.ndarray, str]:
+        """(starts, the log's line). A rank of each machine makes the file if need be; every rank calls this."""
+        starts, problem = self.read(), ""
+        made = starts is None and self.run.rank % self.run.local_world == 0
+        if made:
+            starts = find_documents(self.stream, self.threads)
+            problem = self.write(starts)
+        problems = self.run.gather(problem)
+        if starts is None:
+            starts = self.read()
+        if starts is None:
+            starts = find_documents(self.stream, self.threads)
+        how = (
+            f"not kept in {self.path} ({problems[0]})" if problems[0] else f"{'made' if made else 'read'}: {self.path}"
+        )
+        return starts, f"document index: {len(starts)} documents, {how}"
+
+
+def pack_pieces(lengths: np.ndarray, sequences: int, length: int) -> np.ndarray:
+    """Packs pieces of text into sequences of `length` tokens without gaps, and cuts as few of them as it can.
+
+    The longest piece first, into the fullest sequence that has room for it (best fit, as in arXiv 2404.10830). Where
+    there is none, parts of pieces fill what is left. The pieces must fill the sequences exactly.
+    Returns [parts, 4]: a part's sequence, its piece, where in the piece it begins, and its tokens.
+    """
+    room: list[tuple[int, int]] = []  # (tokens, sequence) of those that are begun and not full, in order
+    begun, parts = 0, []
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        first, left = 0, int(lengths[piece])
+        while left:
+            place = bisect.bisect_left(room, (left, -1))
+            if place == len(room) and begun < sequences:
+                free, sequence = length, begun
+                begun += 1
+            else:
+                free, sequence = room.pop(min(place, len(room) - 1))
+            tokens = min(free, left)
+            parts.append((sequence, piece, first, tokens))
+            first, left = first + tokens, left - tokens
+            if free > tokens:
+                bisect.insort(room, (free - tokens, sequence))
+    return np.array(parts, dtype=np.int64)
+
+
+def cut_pieces(starts: np.ndarray, ends: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, lengths) of documents in pieces of at most one context."""
+    counts = -(-(ends - starts) // context)
+    document = np.repeat(np.arange(len(starts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = starts[document] + context * number
+    return begins, np.minimum(begins + context, ends[document]) - begins
+
+
+class PackedWindow(NamedTuple):
+    """Sequences that were packed together: parts of documents, those of a sequence one after the other."""
+
+    starts: np.ndarray  # int64: where in the stream each part begins
+    lengths: np.ndarray  # int64, in tokens
+    bounds: np.ndarray  # the parts of sequence i are those from bounds[i] to bounds[i + 1]
+
+
+class DocumentOrder:
+    """DATA_ORDER=documents: each epoch all documents in a new random order, packed into sequences without gaps.
+
+    The documents, in that order, form one long text. Every PACK_WINDOW sequences of it are packed for themselves and
+    shuffled, so any sequence can be had without those before it. A document is cut where it exceeds the context,
+    where a window ends, and where a sequence could not be filled otherwise. Nothing depends on ranks or batches.
+    """
+
+    def __init__(self, starts: np.ndarray, tokens: int, length: int, seed: int):
+        """`starts` of the documents in a stream of which the first `tokens` have a successor."""
+        self.starts = np.append(starts[starts < tokens], tokens)
+        self.length, self.seed = length, seed
+        self.sequences = tokens // length
+        self.epoch = functools.lru_cache(maxsize=2)(self.draw_epoch)
+        self.window = functools.lru_cache(maxsize=4)(self.pack_window)
+
+    def draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(documents in their order, and for each window its first one's place there and how much of it is over)."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1).astype(np.uint32)
+        cuts = np.arange(0, self.sequences, PACK_WINDOW) * self.length
+        firsts, used, total = np.empty_like(cuts), np.empty_like(cuts), 0
+        lengths = np.diff(self.starts)
+        lengths = lengths.astype(np.min_scalar_type(lengths.max()))  # they are read in a random order: small is fast
+        for block in range(0, len(order), PACK_BLOCK):  # in blocks: the memory stays small for any number of them
+            ends = total + np.cumsum(lengths[order[block : block + PACK_BLOCK]], dtype=np.int64)
+            here = slice(*np.searchsorted(cuts, [total, ends[-1]]))
+            places = np.searchsorted(ends, cuts[here], side="right")
+            firsts[here] = block + places
+            used[here] = cuts[here] - np.append(total, ends)[places]
+            total = int(ends[-1])
+        return order, firsts, used
+
+    def pack_window(self, epoch: int, window: int, context: int) -> PackedWindow:
+        """The sequences of a window, for documents that are cut where they exceed a context."""
+        order, firsts, used = self.epoch(epoch)
+        sequences = min(PACK_WINDOW, self.sequences - window * PACK_WINDOW)
+        tokens = sequences * self.length
+        last = firsts[window + 1] + 1 if window + 1 < len(firsts) else len(order)
+        documents = order[firsts[window] : last].astype(np.int64)
+        starts, ends = self.starts[documents], self.starts[documents + 1]
+        starts[0] += used[window]
+        totals = np.cumsum(ends - starts)
+        n = int(np.searchsorted(totals, tokens)) + 1
+        starts, ends = starts[:n], ends[:n]
+        ends[-1] -= totals[n - 1] - tokens
+        begins, sizes = cut_pieces(starts, ends, context)
+        parts = pack_pieces(sizes, sequences, self.length)
+        parts[:, 0] = np.random.default_rng([self.seed, epoch, window]).permutation(sequences)[parts[:, 0]]
+        parts = parts[np.argsort(parts[:, 0], kind="stable")]
+        bounds = np.searchsorted(parts[:, 0], np.arange(sequences + 1))
+        return PackedWindow(begins[parts[:, 1]] + parts[:, 2], parts[:, 3], bounds)
+
+    def parts(self, epoch: int, place: int, context: int) -> list[tuple[int, int]]:
+        """(start in the stream, tokens) of each part of a sequence."""
+        window, place = divmod(place, PACK_WINDOW)
+        packed = self.window(epoch, window, context)
+        own = slice(packed.bounds[place], packed.bounds[place + 1])
+        return list(zip(packed.starts[own].tolist(), packed.lengths[own].tolist(), strict=True))
+
+
+class TrainLoader:
+    """Batches of training sequences, T tokens each, in the order that DATA_ORDER says.
+
+    A batch depends on nothing but the seed, the step, the context and the number of sequences in a step. So warmup has
+    nothing to rewind, a resumed run goes on exactly where it was, and the number of ranks changes only who reads what;
+    with DATA_ORDER=stream it also changes which documents are cut, as a micro-batch is one piece of the stream.
     """
 
     def __init__(self, config: Config, run: Run):
@@ -3487,19 +3723,43 @@ class TrainLoader:
                 f"the training shards in DATA_PATH={config.data_path} hold only {len(self.stream)} tokens",
             )
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, as a batch may span two epochs
+        self.notes: list[str] = []  # for the log, once there is one
         # A thread pins memory for its own current device, which is the first one unless it is set.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
         self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
         self.data_stall = 0.0  # seconds for which steps waited in `batch`
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """All sequences in the order of an epoch."""
+        """All rows of the stream in the order of an epoch."""
         return np.random.default_rng([self.config.seed, epoch]).permutation(self.sequences)
 
-    def sequence_index(self, position: int) -> int:
-        """The sequence at a position in the endless order of epochs."""
+    @functools.cached_property
+    def documents(self) -> DocumentOrder:
+        """The order of DATA_ORDER=documents, of an index that is not kept."""
+        return self.new_documents(find_documents(self.stream, self.threads))
+
+    @property
+    def threads(self) -> int:
+        """Threads of this rank that read shards."""
+        return self.config.cpu_threads or max(1, available_cores() // self.run.local_world)
+
+    def new_documents(self, starts: np.ndarray) -> DocumentOrder:
+        """The order of documents that start there in the stream."""
+        return DocumentOrder(starts, len(self.stream) - 1, self.config.train_seq_len, self.config.seed)
+
+    def use_index(self, digests: Mapping[str, str]) -> None:
+        """Takes the documents from the index beside the shards, whose SHA-256 are given by name. Call on all ranks."""
+        starts, note = DocumentIndex(self.stream, digests, self.run, self.threads).load()
+        self.documents = self.new_documents(starts)
+        self.notes.append(note)
+
+    def parts(self, position: int, context: int) -> list[tuple[int, int]]:
+        """(start in the stream, tokens) of each part of the sequence at a position in the endless order of epochs."""
         epoch, place = divmod(position, self.sequences)
-        return int(self.order(epoch)[place])
+        if self.config.data_order == "documents":
+            return self.documents.parts(epoch, place, context)
+        row = place if self.config.data_order == "stream" else int(self.order(epoch)[place])
+        return [(row * self.config.train_seq_len, self.config.train_seq_len)]
 
     def sequence_numbers(self, step: int, micro: int) -> range:
         """Positions in the order of epochs that this rank computes in a micro-step."""
@@ -3507,29 +3767,49 @@ class TrainLoader:
         first = step * self.layout.sequences + (micro * world + self.run.rank) * micro_sequences
         return range(first, first + micro_sequences)
 
-    def following(self, place: tuple[int, int]) -> tuple[int, int]:
-        """The (step, micro-step) after this one."""
-        step, micro = place
-        return (step, micro + 1) if micro + 1 < self.layout.micro_steps else (step + 1, 0)
+    def following(self, place: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The (step, micro-step, context) after this one."""
+        step, micro, context = place
+        return (step, micro + 1, context) if micro + 1 < self.layout.micro_steps else (step + 1, 0, context)
 
-    def batch(self, step: int, micro: int) -> Batch:
-        """This rank's sequences of one micro-step, on its device; the next ones are read ahead."""
+    def batch(self, step: int, micro: int, context: int | None = None) -> Batch:
+        """This rank's sequences of one micro-step, on its device; the next ones are read ahead.
+
+        A token's context is at most `context` tokens (None: TRAIN_SEQ_LEN).
+        """
         begin = time.perf_counter()
-        batch = self.ahead((step, micro))
+        batch = self.ahead((step, micro, context or self.config.train_seq_len))
         self.data_stall += time.perf_counter() - begin
         return send(batch, self.run.device)
 
-    def read(self, place: tuple[int, int]) -> Batch:
-        """The sequences of a (step, micro-step) in host memory, ready to be sent."""
-        return self.read_sequences(self.sequence_numbers(*place))
+    def read(self, place: tuple[int, int, int]) -> Batch:
+        """The sequences of a (step, micro-step, context) in host memory, ready to be sent."""
+        step, micro, context = place
+        return self.read_sequences(self.sequence_numbers(step, micro), context)
 
-    def read_sequences(self, positions: range) -> Batch:
-        """The sequences at these positions in the order of epochs, in host memory."""
+    def read_sequences(self, positions: range, context: int | None = None) -> Batch:
+        """The sequences at these positions in the order of epochs, in host memory: [B, T], or [1, B*T] of a stream."""
         length = self.config.train_seq_len
-        starts = [self.sequence_index(p) * length for p in positions]
-        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]
-        ids, targets = (part.astype(np.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
-        return host_batch(ids, targets, document_starts(ids), self.run.device)
+        ids, targets = (np.empty((len(positions), length), np.int64) for _ in range(2))
+        cuts = np.zeros(ids.shape, bool)
+        end = -1  # of what was read last, in the stream
+        for row, position in enumerate(positions):
+            place = 0
+            for start, count in self.parts(position, context or length):
+                tokens = self.stream.read_known(start, start + count + 1)
+                own = row, slice(place, place + count)
+                ids[own], targets[own] = tokens[:-1], tokens[1:]
+                cuts[row, place] = start != end
+                place, end = place + count, start + count
+        if self.config.data_order == "stream":
+            ids, targets, cuts = (array.reshape(1, -1) for array in (ids, targets, cuts))
+        starts = within_context(document_starts(ids, cuts), context or length)
+        return host_batch(ids, targets, starts, self.run.device)
+
+    def mean_context(self, context: int | None = None) -> float:
+        """Mean number of tokens that a token sees, itself included, in the first sequences of the order."""
+        starts = self.read_sequences(range(min(self.sequences, CONTEXT_SAMPLE)), context).documents.starts.numpy()
+        return float(np.mean(np.arange(1, starts.shape[1] + 1) - starts))
 
     def noise(self, step: int, micro: int) -> EmbeddingNoise | None:
         """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), or None if NEFTUNE_ALPHA=0.
@@ -3842,7 +4122,8 @@ class DataCheck:
         threads = self.config.cpu_threads or max(1, available_cores() // run.local_world)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
-            results = pool.map(lambda n: scan_shard(stream, n, self.hashed("train", stream.paths[n])), mine)
+            indexed = self.config.data_order == "documents"  # the index names every shard's SHA-256
+            results = pool.map(lambda n: scan_shard(stream, n, indexed or self.hashed("train", stream.paths[n])), mine)
             scans = dict(zip(mine, results, strict=True))
         merged: dict[int, ShardScan] = {}
         for other in run.gather(scans):
@@ -3939,7 +4220,7 @@ class DataCheck:
             shards=len(stream.shards),
             tokens=len(stream),
             documents=sum(scan.documents for scan in scans.values()),
-            hashed=sum(bool(scan.sha256) for scan in scans.values()),
+            hashed=sum(self.hashed(split, path) for path in stream.paths),
         )
         self.check_counts(split, self.rows[split])
 
@@ -4734,9 +5015,12 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks) -
     return BlockedAttention.apply(*rows, blocks, k.size(2)).view(q.shape)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable) -> Tensor:
-    """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents."""
-    longest = q.size(1)
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable, context: int) -> Tensor:
+    """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents.
+
+    No document has more than `context` tokens: the kernels launch programs for as many of each.
+    """
+    longest = min(q.size(1), context)
     return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, longest).view(q.shape)
 
 
@@ -4776,10 +5060,10 @@ def flash_attention(backend: str) -> Callable:
     return call
 
 
-def attention_backend(name: str) -> Callable[[Documents, int, int], Callable]:
+def attention_backend(name: str, context: int) -> Callable[[Documents, int, int], Callable]:
     """A function (documents, heads, kv heads) -> the attention (q, k, v) -> y of all layers for a batch.
 
-    Errors: ImportError.
+    `context`: tokens of the longest document. Errors: ImportError.
     """
 
     def masked(documents: Documents, heads: int, kv_heads: int) -> Callable:
@@ -4793,7 +5077,9 @@ def attention_backend(name: str) -> Callable[[Documents, int, int], Callable]:
     if name in ("sdpa", "blocked"):
         return masked if name == "sdpa" else blocked
     kernel = flash_attention(name)
-    return lambda documents, *_: functools.partial(attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel)
+    return lambda documents, *_: functools.partial(
+        attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel, context=context
+    )
 
 
 @functools.cache
@@ -4813,7 +5099,7 @@ def attention_fault(name: str) -> str:
     results = []
     try:
         for backend in (name, "sdpa"):
-            y = attention_backend(backend)(documents, 4, 2)(q, k, v)
+            y = attention_backend(backend, 256)(documents, 4, 2)(q, k, v)
             results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
         for found, expected in zip(*results, strict=True):
             error = (found.float() - expected.float()).abs().max().item()
@@ -6115,7 +6401,7 @@ class GPT(nn.Module):
         if type(config) is not ModelConfig:  # a Config would let settings in that its artifact does not carry
             raise TypeError(f"a model takes a ModelConfig, not a {type(config).__name__}")
         self.config, self.runtime = config, runtime
-        self.attention = attention_backend(runtime.attention)
+        self.attention = attention_backend(runtime.attention, runtime.context)
         self.schedules = {looped: layer_schedule(config, looped) for looped in (False, True)}
         layers, d = config.num_layers, config.model_dim
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
@@ -6817,6 +7103,25 @@ def muon_beta(p: Progress, config: Config) -> float:
     return start + fraction * (config.muon_momentum - start)
 
 
+def context_at(p: Progress, config: Config) -> int:
+    """Most tokens that a token of the next step sees (PR #2014)."""
+    done = fraction_done(p, config)
+    return next((context for context, end in config.context_schedule if done < end), config.context_schedule[-1][0])
+
+
+def context_warmup(p: Progress, config: Config) -> float:
+    """Learning-rate multiplier of the steps after a change of the context: rises linearly to 1 (PR #2014).
+
+    The steps since the change are those that the time since then would take at the average speed so far.
+    """
+    done = fraction_done(p, config)
+    begin = max((end for _, end in config.context_schedule if end <= done < 1.0), default=0.0)
+    if not (begin and config.seq_change_warmup_steps):
+        return 1.0
+    since = p.step * (1 - begin / done)
+    return min(1.0, (since + 1) / config.seq_change_warmup_steps)
+
+
 def loops_enabled_at(p: Progress, config: Config) -> bool:
     """Whether the looped layers repeat by now."""
     return config.loops and fraction_done(p, config) >= config.enable_looping_at
@@ -6948,9 +7253,10 @@ class Trainer:
         layers = config.num_layers if trainable_layers is None else trainable_layers
         grids = (config.attn_grid, config.mlp_grid) if fake_quant else None
         rounding = dict(fake_quant=grids, fp8_head=config.fp8_head, fp8_mlp=config.fp8_mlp)
+        context = context_at(p, config)
         nats = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro in range(self.layout.micro_steps):
-            batch = self.loader.batch(p.step, micro)
+            batch = self.loader.batch(p.step, micro, context)
             noise = self.loader.noise(p.step, micro)
             nll, lse = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **rounding)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
@@ -6958,7 +7264,8 @@ class Trainer:
                 loss = loss + config.z_loss_weight * lse.square().sum()
             (loss / config.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=torch.float64)
-        self.optimizers.step(muon_beta(p, config), lr_multiplier(p, config), layers)
+        multiplier = lr_multiplier(p, config) * context_warmup(p, config)
+        self.optimizers.step(muon_beta(p, config), multiplier, layers)
         self.update_averages(p)
         return nats
 
@@ -7043,6 +7350,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
     saved, since = progress.seconds, time.perf_counter()
     guard = LossGuard(config, run)
     variant = StepVariant(looped=False, trainable_layers=config.num_layers, fake_quant=False)
+    context = 0
     while True:
         last = ended or fraction_done(progress, config) >= 1.0
         if config.val_loss_every and (last or progress.step % config.val_loss_every == 0):
@@ -7058,6 +7366,9 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
             trainer.save(progress, ended=False)
         previous, variant = variant, step_variant_at(progress, config)
         log_variant_change(run, config, progress, previous, variant)
+        if run.is_main and context_at(progress, config) != context:
+            context = context_at(progress, config)
+            log_context(run, trainer.loader, progress, context)
         nats = trainer.step(progress, *variant)
         known = guard.send(nats)
         run.pace()
@@ -7170,6 +7481,15 @@ def log_variant_change(run: Run, config: Config, p: Progress, before: StepVarian
     if after.fake_quant and not before.fake_quant:
         attention, mlp = config.attn_grid[0], config.mlp_grid[0]
         run.log(f"step:{p.step} late QAT enabled: attention rounded to {attention} bits, MLP to {mlp} bits")
+
+
+def log_context(run: Run, loader: TrainLoader, p: Progress, context: int) -> None:
+    """A line for the most context that tokens of the next steps have, and for what they have of it on average."""
+    mean = loader.mean_context(context)
+    run.log(
+        f"step:{p.step} data_order:{loader.config.data_order} context: at most {context} tokens, {mean:.1f} on average"
+    )
+    run.metric(context_at=p.step, context=context, mean_context=mean)
 
 
 def diverged(config: Config, what: str, run: Run | None = None) -> ConfigError:
@@ -11309,9 +11629,9 @@ def save_compile_cache(config: Config, run: Run) -> None:
         run.log(f"compile cache: {sum(map(len, saved[1].artifacts.values()))} entries, {len(saved[0])} bytes written")
 
 
-def log_data(run: Run, evaluator: Evaluator) -> None:
-    """What the shards hold, before anything is computed from them."""
-    for line in (*evaluator.notes, *evaluator.data_check.lines()):
+def log_data(run: Run, evaluator: Evaluator, loader: TrainLoader) -> None:
+    """What the shards hold and in which order it is read, before anything is computed from them."""
+    for line in (*evaluator.notes, *evaluator.data_check.lines(), *loader.notes):
         run.log(line)
     run.metric(audit=evaluator.data_check.rows)
 
@@ -11410,10 +11730,12 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
             evaluator.data_check.training(loader.stream)
             evaluator.data_check.leaks()
             evaluator.data_check.refuse()
+            if config.data_order == "documents":
+                loader.use_index(evaluator.data_check.digests)
         config = dataclasses.replace(config, tokenizer_sha256=evaluator.vocabulary.digest)
     open_folder(run, config)
-    if evaluator:
-        log_data(run, evaluator)
+    if evaluator and loader:
+        log_data(run, evaluator, loader)
     attention = log_setup(run, config, notes)
     load_compile_cache(config, run)
     summary: dict[str, Any] = dict(

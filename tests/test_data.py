@@ -154,7 +154,7 @@ def test_a_batch_holds_rows_their_successors_and_their_documents(data):
             assert (ids.dtype, targets.dtype, documents.starts.dtype) == (torch.int64, torch.int64, torch.int32)
             assert torch.equal(ids[:, 1:], targets[:, :-1])
             assert np.array_equal(documents.starts.numpy(), tg.document_starts(ids.numpy()))
-            places = [loader.sequence_index(p) * 32 for p in loader.sequence_numbers(step, micro)]
+            places = [loader.parts(p, 32)[0][0] for p in loader.sequence_numbers(step, micro)]
             for row, start in enumerate(places):
                 assert np.array_equal(ids[row], whole[start : start + 32])
                 assert np.array_equal(targets[row], whole[start + 1 : start + 33])

@@ -215,7 +215,7 @@ def attention_naive(q, k, v, documents):
 def of_backend(name, documents):
     """A backend's attention for documents' starts, with the heads of its arguments."""
     batch = documents_from(documents)
-    return lambda q, k, v: tg.attention_backend(name)(batch, q.size(2), k.size(2))(q, k, v)
+    return lambda q, k, v: tg.attention_backend(name, documents.size(1))(batch, q.size(2), k.size(2))(q, k, v)
 
 
 def backends(documents):
@@ -377,7 +377,7 @@ def test_packed_attention_equals_torchs(starts):
     documents = documents_from(documents_of(starts, 3, 50))
     mask = tg.document_mask(documents.starts)
     compare(
-        lambda q, k, v: tg.attention_packed(q, k, v, documents.cu_seqlens, document_by_document),
+        lambda q, k, v: tg.attention_packed(q, k, v, documents.cu_seqlens, document_by_document, 50),
         lambda q, k, v: tg.attention_sdpa(q, k, v, mask),
         [normal(3, 50, 4, 8), normal(3, 50, 2, 8), normal(3, 50, 2, 8)],
     )
@@ -412,7 +412,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name, device):
 
     def results(backend, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y = tg.attention_backend(backend)(documents, 8, 4)(*leaves)
+        y = tg.attention_backend(backend, 512)(documents, 8, 4)(*leaves)
         return [y, *torch.autograd.grad(y, leaves, weights.to(dtype))]
 
     exact, plain = results("sdpa", torch.float64), results("sdpa", torch.bfloat16)

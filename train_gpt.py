@@ -3594,9 +3594,9 @@ class DocumentIndex:
             starts = self.read()
         if starts is None:
             starts = find_documents(self.stream, self.threads)
-        how = (
-            f"not kept in {self.path} ({problems[0]})" if problems[0] else f"{'made' if made else 'read'}: {self.path}"
-        )
+        how = f"{'made' if made else 'read'}: {self.path}"
+        if problems[0]:
+            how = f"not kept in {self.path} ({problems[0]})"
         return starts, f"document index: {len(starts)} documents, {how}"
 
 
@@ -3663,7 +3663,8 @@ class DocumentOrder:
         """(documents in their order, and for each window its first one's place there and how much of it is over)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1).astype(np.uint32)
         cuts = np.arange(0, self.sequences, PACK_WINDOW) * self.length
-        firsts, used, total = np.empty_like(cuts), np.empty_like(cuts), 0
+        firsts, used = np.empty_like(cuts), np.empty_like(cuts)
+        total = 0
         lengths = np.diff(self.starts)
         lengths = lengths.astype(np.min_scalar_type(lengths.max()))  # they are read in a random order: small is fast
         for block in range(0, len(order), PACK_BLOCK):  # in blocks: the memory stays small for any number of them
@@ -3688,8 +3689,8 @@ class DocumentOrder:
         n = int(np.searchsorted(totals, tokens)) + 1
         starts, ends = starts[:n], ends[:n]
         ends[-1] -= totals[n - 1] - tokens
-        begins, sizes = cut_pieces(starts, ends, context)
-        parts = pack_pieces(sizes, sequences, self.length)
+        begins, counts = cut_pieces(starts, ends, context)
+        parts = pack_pieces(counts, sequences, self.length)
         parts[:, 0] = np.random.default_rng([self.seed, epoch, window]).permutation(sequences)[parts[:, 0]]
         parts = parts[np.argsort(parts[:, 0], kind="stable")]
         bounds = np.searchsorted(parts[:, 0], np.arange(sequences + 1))
@@ -11629,9 +11630,9 @@ def save_compile_cache(config: Config, run: Run) -> None:
         run.log(f"compile cache: {sum(map(len, saved[1].artifacts.values()))} entries, {len(saved[0])} bytes written")
 
 
-def log_data(run: Run, evaluator: Evaluator, loader: TrainLoader) -> None:
-    """What the shards hold and in which order it is read, before anything is computed from them."""
-    for line in (*evaluator.notes, *evaluator.data_check.lines(), *loader.notes):
+def log_data(run: Run, evaluator: Evaluator, loader: TrainLoader | None = None) -> None:
+    """What the shards hold and which order is read, before anything is computed from them."""
+    for line in (*evaluator.notes, *evaluator.data_check.lines(), *(loader.notes if loader else ())):
         run.log(line)
     run.metric(audit=evaluator.data_check.rows)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import train_gpt as t
 from faults import events
 from faults.children import Ended
+from faults.disks import named_places
 from faults.events import Watcher
 from faults.inputs import MODES, Inputs, Reference, differences, results
 from faults.trials import LOST, MISREPORTED, Trial
@@ -185,8 +186,16 @@ MOMENTS = (
 
 
 def judge(trial: Trial, ended: Ended, folder: Path, expected: dict, prefix: str = "") -> None:
-    """Refused in one line, or ended with what an undisturbed run ends with."""
-    if trial.judge_end(ended, (0, 2)) and ended.code == 0:
+    """Refused in one line, or ended with what an undisturbed run ends with.
+
+    Where a file was replaced by something that cannot be written, it is elsewhere, and the exit code says so.
+    """
+    if not trial.judge_end(ended, (0, 2, t.EXIT_ELSEWHERE)):
+        return
+    if ended.code == t.EXIT_ELSEWHERE:
+        places = named_places(ended, trial)
+        trial.expect(bool(places), MISREPORTED, f"exit code 3 without a file that is elsewhere: {ended.err[:300]!r}")
+    elif ended.code == 0:
         wrong = differences(results(folder, prefix), expected)
         trial.expect(not wrong, MISREPORTED, f"not as the undisturbed run: {wrong}")
 

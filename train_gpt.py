@@ -20,6 +20,7 @@ h head width, V vocabulary, L layers.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
@@ -32,6 +33,16 @@ if __name__ == "__main__":
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(spare, True)
     os.close(spare)
+
+    def interrupt(*_: object) -> None:
+        """Ends the process while the modules below are loaded: their traceback would say nothing."""
+        try:
+            os.write(2, b"interrupted\n" if os.environ.get("RANK", "0") == "0" else b"")
+        finally:
+            os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a command in the background ignores Ctrl-C
+        signal.signal(signal.SIGINT, interrupt)
 
 import contextlib
 import copy
@@ -56,7 +67,6 @@ import resource
 import secrets
 import select
 import shutil
-import signal
 import socket
 import stat
 import struct
@@ -7172,8 +7182,8 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         problem = guard.problem(known) if run.is_main else ""
         now = time.perf_counter()
         # Rank 0's clock counts. That the loss has gone wrong travels with it, and that the run is asked to end.
-        seconds = progress.seconds + now - since
-        seconds = run.broadcast(math.nan if problem else math.copysign(seconds, -1.0 if run.asked else 1.0))
+        sign = -1.0 if run.asked else 1.0
+        seconds = run.broadcast(math.nan if problem else math.copysign(progress.seconds + now - since, sign))
         if math.isnan(seconds):
             raise exploded(trainer, progress.step + 1, problem)
         progress, since = Progress(progress.step + 1, abs(seconds)), now
@@ -11628,7 +11638,11 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    at_start = signal.getsignal(signal.SIGINT)
     try:
+        if at_start == interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main(sys.argv[1:], dict(os.environ)))
     finally:
+        signal.signal(signal.SIGINT, at_start)  # the interpreter's last words about a Ctrl-C would be a traceback
         settle_output()

@@ -250,7 +250,8 @@ class _Unpadded:
     """A file of gzip. The standard library reads the zeros behind the text one by one, however many there are."""
 
     def __init__(self, path: Path, file: BinaryIO):
-        self.path, self.file, self.single = path, file, 0
+        self.path, self.file = path, file
+        self.single = 0  # reads of one byte, one after another
 
     def read(self, size: int) -> bytes:
         self.single = self.single + 1 if size == 1 else 0

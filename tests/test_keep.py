@@ -14,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import processes
 import train_gpt as tg
 from helpers import (
+    HANG_SECONDS,
     ROOT,
     SCRIPT,
     TINY,
@@ -27,6 +29,7 @@ from helpers import (
     single_run,
     snapshot,
     strings,
+    wait_until,
     working_folder,
 )
 
@@ -306,6 +309,7 @@ def test_an_artifact_over_the_limit_and_elsewhere(run, folder, monkeypatch):
 FULL = """
 import contextlib, os, sys
 sys.path.insert(0, sys.argv[2])
+import processes
 import train_gpt as tg
 step = tg.Trainer.step
 
@@ -413,6 +417,7 @@ def test_an_artifact_that_cannot_be_read_back_is_written_elsewhere(run, folder, 
 RACE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
+import processes
 import train_gpt as tg
 begin, go = os.pipe()
 children = []
@@ -608,6 +613,25 @@ def test_what_python_says_as_it_ends(shell, code, out, errors, tmp_path):
     done = run_command(["bash", "-c", command], env=clean_environment(BUFFERED), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert (len(done.stdout.splitlines()), len(done.stderr.splitlines())) == (out, errors), done.stderr
+
+
+@pytest.mark.parametrize("script, code", [("train_gpt.py", 130), ("tools/generate.py", -signal.SIGINT)])
+def test_an_interrupt_while_modules_are_loaded_is_no_traceback(script, code, tmp_path):
+    command = [sys.executable, str(ROOT / script), "--help"]
+    process = processes.start(
+        command,
+        supervised=False,
+        env=clean_environment({}),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=HANG_SECONDS)
+    if process.returncode != 0:  # not so late that it had done all
+        assert (process.returncode, errors) == (code, "interrupted\n" if code == 130 else "")
 
 
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):

@@ -1957,6 +1957,8 @@ class Run:
         It was removed or replaced, and may be another run's.
         """
         if name not in self.elsewhere and self.lock and not self.lock.holds():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(self.lock.path)  # a folder that cannot be entered has an error of its own
             raise OSError(errno.ESTALE, "the folder was removed or replaced while the run went on")
 
     def save(self, name: str, content: bytes | str, patience: float = 0.0) -> Path | None:
@@ -3208,8 +3210,8 @@ def start_checkpoints(run: Run, config: Config) -> None:
 
 def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
-    if path.is_file():
-        return [path]
+    if not os.path.isdir(path):
+        return [path] if os.path.isfile(path) else []
     return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
 
 
@@ -3270,7 +3272,7 @@ def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, st
     if config.mode == "eval":
         if not (config.artifact_dir or config.run_id):
             return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
-        if not (folder / CONTAINER_FILE).is_file():
+        if not os.path.isfile(folder / CONTAINER_FILE):
             return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
     if "/" in config.run_id or config.run_id in (".", ".."):
         return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
@@ -3489,7 +3491,14 @@ def sidecar_path(shard: Path) -> Path:
 def shard_paths(config: Config, split: str) -> list[Path]:
     """The shards of a split, in order. Errors: ConfigError where there are none."""
     pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
-    paths = sorted(Path(config.data_path).glob(pattern))
+    folder = Path(config.data_path)
+    try:
+        os.listdir(folder)  # `glob` takes a folder that cannot be read as an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError("DATA_PATH", config.data_path, f"cannot be read ({error.strerror})") from None
+    paths = sorted(folder.glob(pattern))
     if not paths:
         raise ConfigError(
             "DATA_PATH",
@@ -3835,14 +3844,15 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a folder. Errors: ConfigError."""
         path = folder / "manifest.json"
-        return cls.parse(path, cls.content(path)) if path.is_file() else cls(path)
+        return cls.parse(path, cls.content(path)) if os.path.lexists(path) else cls(path)
 
     @staticmethod
     def content(path: Path) -> Any:
         """What the JSON file holds. Errors: ConfigError."""
         try:
-            return json.loads(read_regular(path, MANIFEST_LIMIT))
-        except (OSError, ValueError, RecursionError) as error:
+            with reading(path):
+                return json.loads(read_regular(path, MANIFEST_LIMIT))
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
             ) from None
@@ -3943,7 +3953,7 @@ class DataCheck:
             if self.hashed("val", path):
                 self.check_digest(path, sha256_of(path), self.manifest.expected("val", path.name).sha256)
         tokenizer = self.config.tokenizer_file
-        if self.manifest.tokenizer_sha256 and tokenizer.is_file():
+        if self.manifest.tokenizer_sha256 and os.path.isfile(tokenizer):
             self.check_digest(tokenizer, sha256_of(tokenizer), self.manifest.tokenizer_sha256)
 
     def training(self, stream: TokenStream) -> None:
@@ -4185,14 +4195,16 @@ class Vocabulary:
         """The SentencePiece model of a file, its pieces, and the file's SHA-256."""
         import sentencepiece  # only scoring needs it
 
-        if not path.is_file():
-            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
             content = read_regular(path, TOKENIZER_LIMIT)
             model = sentencepiece.SentencePieceProcessor()
             model.LoadFromSerializedProto(content)
             pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
-        except (RuntimeError, OSError, ValueError):  # a piece that is not UTF-8 is a ValueError
+        except FileNotFoundError:
+            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file") from None
+        except OSError as error:
+            raise ConfigError("TOKENIZER_PATH", str(path), f"cannot be read ({error.strerror})") from None
+        except (RuntimeError, ValueError):  # a piece that is not UTF-8 is a ValueError
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
         return model, pieces, hashlib.sha256(content).hexdigest()
 
@@ -7208,7 +7220,7 @@ def interrupted(trainer: Trainer, p: Progress) -> Interrupted:
         more += ["RESUME=auto"] if config.resume == "0" else []
         command = "the same command" + (" with " if more else "") + " and ".join(more)
         line = f"{SignalHold.LINES[run.asked]} after step {p.step}; {command} goes on"
-        if not (run.checkpoints.folder / checkpoint_name(p.step)).is_file():
+        if not os.path.isfile(run.checkpoints.folder / checkpoint_name(p.step)):
             line += " from an earlier step, as this one's checkpoint could not be written"
         run.append("log.txt", line)
     number, line = run.broadcast_object((run.asked, line))
@@ -10040,7 +10052,7 @@ def read_artifact(path: Path) -> bytes:
             raise ArtifactError(f"has {size} bytes, and at most {FILE_LIMIT} are read")
         return path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"cannot be read: {error.strerror}") from None
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:

@@ -1593,6 +1593,7 @@ EXIT_CODES = {
     2: "a setting, the data or the folder must be mended; one line names it",
     EXIT_ELSEWHERE: "the run ended, but could not write everything where it belongs; stderr names what is where",
     RANK_LOST: "another rank died, was stopped or hung, or torchrun has ended; one line names it",
+    129: "ended by SIGHUP, as when the terminal is closed",
     130: "interrupted",
     143: "ended by SIGTERM",
 }
@@ -2208,7 +2209,7 @@ class Interrupted(Exception):
 
 
 class SignalHold:
-    """Holds SIGTERM and Ctrl-C back while a training goes on, which then ends after a step and leaves a checkpoint.
+    """Holds SIGTERM, SIGHUP and Ctrl-C back while a training goes on, which then ends after a step, with a checkpoint.
 
     A second signal ends the process at once, and so does the first one where no step ends in time. A thread notices
     them, as the main thread may be in a long call: the watchdog where there is one, else one of this class.
@@ -2216,7 +2217,11 @@ class SignalHold:
 
     PATIENCE = 25.0  # seconds for the step and its checkpoint: torchrun kills its ranks after 30
     AGAIN = 1.0  # seconds after which a signal is a second one: torchrun repeats a Ctrl-C that its ranks got as well
-    LINES: ClassVar = {signal.SIGTERM: "error: ended by SIGTERM", signal.SIGINT: "interrupted"}
+    LINES: ClassVar = {
+        signal.SIGTERM: "error: ended by SIGTERM",
+        signal.SIGHUP: "error: ended by SIGHUP",  # the terminal was closed
+        signal.SIGINT: "interrupted",
+    }
 
     def __init__(self, run: Run):
         self.run = run

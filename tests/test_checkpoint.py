@@ -267,6 +267,7 @@ SIGNALLED = dict(CHECKPOINT_EVERY_SECONDS=3600, KILL_STAGE="train", KILL_EVENT="
     [
         (signal.SIGTERM, 1, 0, "the same command"),
         (signal.SIGINT, 1, 0, "the same command with RESUME=auto"),
+        (signal.SIGHUP, 1, 0, "the same command"),
         (signal.SIGTERM, 2, 1, "the same command"),
         (signal.SIGINT, 2, 0, "the same command"),
     ],
@@ -277,7 +278,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step(number, ranks, struck, command
     knobs = SIGNALLED | dict(KILL_SIGNAL=int(number), KILL_RANK=struck, RESUME=resume)
     done = go(data, folder, ranks, **PHASED, **knobs)
     assert done.returncode == 128 + number, done.stderr
-    said = "error: ended by SIGTERM" if number == signal.SIGTERM else "interrupted"
+    said = "interrupted" if number == signal.SIGINT else f"error: ended by {number.name}"
     (line,) = done.stderr.splitlines()
     # On two ranks, rank 0 may be a step further when it hears of it.
     steps = {f"{said} after step {step}; {command} goes on" for step in ((3,) if ranks == 1 else (3, 4))}

@@ -20,6 +20,7 @@ h head width, V vocabulary, L layers.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
@@ -32,6 +33,16 @@ if __name__ == "__main__":
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(spare, True)
     os.close(spare)
+
+    def interrupt(*_: object) -> None:
+        """Ends the process while the modules below are loaded: their traceback would say nothing."""
+        try:
+            os.write(2, b"interrupted\n" if os.environ.get("RANK", "0") == "0" else b"")
+        finally:
+            os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a command in the background ignores Ctrl-C
+        signal.signal(signal.SIGINT, interrupt)
 
 import bisect
 import contextlib
@@ -57,7 +68,6 @@ import resource
 import secrets
 import select
 import shutil
-import signal
 import socket
 import stat
 import struct
@@ -72,7 +82,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TextIO, cast
 
 import numpy as np
 import torch
@@ -1627,7 +1637,9 @@ EXIT_CODES = {
     2: "a setting, the data or the folder must be mended; one line names it",
     EXIT_ELSEWHERE: "the run ended, but could not write everything where it belongs; stderr names what is where",
     RANK_LOST: "another rank died, was stopped or hung, or torchrun has ended; one line names it",
+    129: "ended by SIGHUP, as when the terminal is closed",
     130: "interrupted",
+    143: "ended by SIGTERM",
 }
 
 
@@ -1895,6 +1907,7 @@ class Run:
     artifact_sha256: str = ""  # of the artifact that is scored
     stage: str = "start"  # the one that was entered last
     watchdog: Watchdog | None = None  # where there are several ranks, or torchrun started this one
+    hold: SignalHold | None = None  # while a training can still leave a checkpoint
 
     @property
     def is_main(self) -> bool:
@@ -1989,6 +2002,8 @@ class Run:
         It was removed or replaced, and may be another run's.
         """
         if name not in self.elsewhere and self.lock and not self.lock.holds():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(self.lock.path)  # a folder that cannot be entered has an error of its own
             raise OSError(errno.ESTALE, "the folder was removed or replaced while the run went on")
 
     def save(self, name: str, content: bytes | str, patience: float = 0.0) -> Path | None:
@@ -2122,6 +2137,11 @@ class Run:
         if self.watchdog:
             self.watchdog.effort.since = time.monotonic()
 
+    @property
+    def asked(self) -> int:
+        """The signal by which a training is asked to end after its step; 0: none."""
+        return self.hold.asked if self.hold else 0
+
     def guard(self) -> contextlib.AbstractContextManager[None]:
         """A context in which an error of this rank ends all ranks, with one line."""
         return self.watchdog.guard() if self.watchdog else contextlib.nullcontext()
@@ -2222,6 +2242,90 @@ class Stage:
         self.run.synchronize()
         self.run.running = None
         self.run.seconds[self.name] = self.run.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+class Interrupted(Exception):
+    """A signal has ended a training after a step. The text says how to go on; the exit code is the signal's."""
+
+    def __init__(self, number: int, line: str):
+        super().__init__(line)
+        self.code = 128 + number
+
+
+class SignalHold:
+    """Holds SIGTERM, SIGHUP and Ctrl-C back while a training goes on, which then ends after a step, with a checkpoint.
+
+    A second signal ends the process at once, and so does the first one where no step ends in time. A thread notices
+    them, as the main thread may be in a long call: the watchdog where there is one, else one of this class.
+    """
+
+    PATIENCE = 25.0  # seconds for the step and its checkpoint: torchrun kills its ranks after 30
+    AGAIN = 1.0  # seconds after which a signal is a second one: torchrun repeats a Ctrl-C that its ranks got as well
+    LINES: ClassVar = {
+        signal.SIGTERM: "error: ended by SIGTERM",
+        signal.SIGHUP: "error: ended by SIGHUP",  # the terminal was closed
+        signal.SIGINT: "interrupted",
+    }
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.asked, self.since = 0, 0.0  # by which signal, and when
+        self.again = False
+        self.handlers: dict[int, Any] = {}
+        self.thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        # Only the main thread can take signals, and there is nothing to wait for without checkpoints.
+        if not self.run.checkpoints or threading.current_thread() is not threading.main_thread():
+            return
+        if not self.run.watchdog:
+            self.wakeup, self.bell = socket.socketpair()
+            self.bell.setblocking(False)
+            self.wakeup_before = signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
+            self.thread = threading.Thread(target=self.watch, name="signals", daemon=True)
+            self.thread.start()
+        self.run.hold = self
+        for number in self.LINES:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as for a command in the background
+                self.handlers[number] = signal.signal(number, lambda number, frame: None)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.thread:
+            signal.set_wakeup_fd(self.wakeup_before)
+            with contextlib.suppress(OSError):
+                self.bell.send(b"\0")
+            self.thread.join()
+            self.wakeup.close()
+            self.bell.close()
+        if kind is not Interrupted:  # which ends the run: the watchdog need not do it
+            self.run.hold = None
+            if self.asked:
+                os.kill(os.getpid(), self.asked)  # it came after the last step
+
+    def take(self, number: int, now: float) -> None:
+        """Notes a signal, of this process or of another rank."""
+        self.again = self.again or bool(self.asked) and now - self.since >= self.AGAIN
+        if not self.asked:
+            self.asked, self.since = number, now
+
+    def overdue(self, now: float) -> int:
+        """The signal that ends the process at once; 0: none."""
+        return self.asked if self.asked and (self.again or now - self.since > self.PATIENCE) else 0
+
+    def watch(self) -> None:
+        """What the thread does in a process without a watchdog."""
+        while True:
+            if select.select([self.wakeup], [], [], 0.2 if self.asked else None)[0]:
+                for number in self.wakeup.recv(64):
+                    if not number:
+                        return
+                    if number in self.LINES:
+                        self.take(number, time.monotonic())
+            if number := self.overdue(time.monotonic()):
+                write_error(self.LINES[number] + "\n")
+                os._exit(128 + number)
 
 
 LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its ranks
@@ -2578,6 +2682,9 @@ class Watchdog:
         except ConfigError as error:
             self.fail(Verdict(2, f"error: {error}"), 2)
             raise
+        except Interrupted as error:
+            self.fail(Verdict(error.code, str(error)), error.code)
+            raise
         except KeyboardInterrupt:
             self.fail(Verdict(130, "interrupted"), 130)
             raise
@@ -2610,7 +2717,8 @@ class Watchdog:
                 poll.register(number, select.POLLIN)
         last = due = time.monotonic()
         while not self.closing:
-            ready = {number for number, _ in poll.poll(200 if self.signals else 1000 * max(0.0, due - last))}
+            signalled = self.signals or self.run.asked
+            ready = {number for number, _ in poll.poll(200 if signalled else 1000 * max(0.0, due - last))}
             now = time.monotonic()
             if now - last > self.limits.tick + 5:
                 self.excuse(now - last)
@@ -2638,7 +2746,10 @@ class Watchdog:
         """Notes signals that came."""
         with contextlib.suppress(OSError):
             for number in self.wakeup.recv(64):
-                if number:  # not by `ring`
+                if number in SignalHold.LINES and self.run.hold:
+                    self.run.hold.take(number, now)
+                    self.send(kind="asked", number=number)  # all ranks end after the same step
+                elif number:  # not by `ring`
                     self.signals.setdefault(number, now)
 
     def report(self, now: float) -> Sight:
@@ -2655,9 +2766,10 @@ class Watchdog:
         if self.orphaned():
             self.verdict = Verdict(RANK_LOST, f"error: torchrun has ended, in stage {self.run.stage}")
         elif self.peers and not self.verdict:
-            self.verdict = judge(
-                (s for s in sights if not (s.rank in self.peers and self.peers[s.rank].done)), self.limits
-            )
+            ends = {peer.rank for peer in self.peers.values() if peer.done}
+            stages = {peer.rank: peer.stage for peer in self.peers.values()}  # as in its last words
+            seen = (s._replace(stage=stages.get(s.rank, s.stage)) for s in sights if s.rank not in ends)
+            self.verdict = judge(seen, self.limits)
 
     def orphaned(self) -> bool:
         """Whether torchrun, which started this process, is gone."""
@@ -2669,6 +2781,8 @@ class Watchdog:
             self.end(*self.failure)
         elif self.verdict:
             self.end(self.verdict, self.verdict.code)
+        elif number := self.run.hold.overdue(now) if self.run.hold else 0:
+            self.end(Verdict(128 + number, SignalHold.LINES[number]), 128 + number)
         elif now - self.signals.get(signal.SIGTERM, now) > (self.TERM if self.peers else 0.0):
             self.end(Verdict(128 + signal.SIGTERM, "error: ended by SIGTERM"), 128 + signal.SIGTERM)
         elif now - self.signals.get(signal.SIGINT, now) > self.LINGER:
@@ -2704,6 +2818,9 @@ class Watchdog:
                     self.peers[rank].heard = now
         elif kind == "stage":
             peer.stage = message["stage"]
+        elif kind == "asked":
+            if self.run.hold and not self.run.asked:
+                self.run.hold.take(int(message["number"]), now)
         elif kind == "spoken":
             self.spoken = True
         else:
@@ -2976,6 +3093,11 @@ class Snapshot:
             return {name: copy.cpu() for name, copy in self.copies.items()}
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the file of a training after so many steps."""
+    return f"step-{step:09d}.safetensors"
+
+
 class Checkpoints:
     """Files that a run goes on from. A thread writes them; a step waits only for the copy of its tensors."""
 
@@ -3137,8 +3259,8 @@ def start_checkpoints(run: Run, config: Config) -> None:
 
 def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoints that RESUME=PATH names, the newest first: a file, or those of a run's folder."""
-    if path.is_file():
-        return [path]
+    if not os.path.isdir(path):
+        return [path] if os.path.isfile(path) else []
     return sorted((*path.glob("step-*.safetensors"), *path.glob("checkpoint/step-*.safetensors")), reverse=True)
 
 
@@ -3199,7 +3321,7 @@ def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, st
     if config.mode == "eval":
         if not (config.artifact_dir or config.run_id):
             return "RUN_ID", "", "MODE=eval needs RUN_ID or ARTIFACT_DIR, the run whose artifact it scores"
-        if not (folder / CONTAINER_FILE).is_file():
+        if not os.path.isfile(folder / CONTAINER_FILE):
             return name, str(folder), f"MODE=eval needs {CONTAINER_FILE} there, which MODE=train writes"
     if "/" in config.run_id or config.run_id in (".", ".."):
         return "RUN_ID", config.run_id, "must be a plain name; ARTIFACT_DIR takes a path"
@@ -3422,7 +3544,14 @@ def sidecar_path(shard: Path) -> Path:
 def shard_paths(config: Config, split: str) -> list[Path]:
     """The shards of a split, in order. Errors: ConfigError where there are none."""
     pattern = f"fineweb_{split}_[0-9]*.bin"  # not the sidecars, fineweb_val_bytes_*
-    paths = sorted(Path(config.data_path).glob(pattern))
+    folder = Path(config.data_path)
+    try:
+        os.listdir(folder)  # `glob` takes a folder that cannot be read as an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError("DATA_PATH", config.data_path, f"cannot be read ({error.strerror})") from None
+    paths = sorted(folder.glob(pattern))
     if not paths:
         raise ConfigError(
             "DATA_PATH",
@@ -4001,14 +4130,15 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a folder. Errors: ConfigError."""
         path = folder / "manifest.json"
-        return cls.parse(path, cls.content(path)) if path.is_file() else cls(path)
+        return cls.parse(path, cls.content(path)) if os.path.lexists(path) else cls(path)
 
     @staticmethod
     def content(path: Path) -> Any:
         """What the JSON file holds. Errors: ConfigError."""
         try:
-            return json.loads(read_regular(path, MANIFEST_LIMIT))
-        except (OSError, ValueError, RecursionError) as error:
+            with reading(path):
+                return json.loads(read_regular(path, MANIFEST_LIMIT))
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 str(path), "", f"is not a valid manifest: cannot be read as JSON: {' '.join(str(error).split())}"
             ) from None
@@ -4109,7 +4239,7 @@ class DataCheck:
             if self.hashed("val", path):
                 self.check_digest(path, sha256_of(path), self.manifest.expected("val", path.name).sha256)
         tokenizer = self.config.tokenizer_file
-        if self.manifest.tokenizer_sha256 and tokenizer.is_file():
+        if self.manifest.tokenizer_sha256 and os.path.isfile(tokenizer):
             self.check_digest(tokenizer, sha256_of(tokenizer), self.manifest.tokenizer_sha256)
 
     def training(self, stream: TokenStream) -> None:
@@ -4352,14 +4482,16 @@ class Vocabulary:
         """The SentencePiece model of a file, its pieces, and the file's SHA-256."""
         import sentencepiece  # only scoring needs it
 
-        if not path.is_file():
-            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file")
         try:
             content = read_regular(path, TOKENIZER_LIMIT)
             model = sentencepiece.SentencePieceProcessor()
             model.LoadFromSerializedProto(content)
             pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
-        except (RuntimeError, OSError, ValueError):  # a piece that is not UTF-8 is a ValueError
+        except FileNotFoundError:
+            raise ConfigError("TOKENIZER_PATH", str(path), "there is no such file") from None
+        except OSError as error:
+            raise ConfigError("TOKENIZER_PATH", str(path), f"cannot be read ({error.strerror})") from None
+        except (RuntimeError, ValueError):  # a piece that is not UTF-8 is a ValueError
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
         return model, pieces, hashlib.sha256(content).hexdigest()
 
@@ -7314,10 +7446,11 @@ class Trainer:
             self.swa_count = swa_count
         self.optimizers.load(tensors)
 
-    def save(self, p: Progress, ended: bool) -> None:
-        """A checkpoint of the training, after a step. The last two are kept."""
+    def save(self, p: Progress, ended: bool, last: bool = False) -> None:
+        """A checkpoint of the training, after a step. The last two are kept. Where it is not the last one, it is left
+        out while another one is being written."""
         run, tensors = self.run, self.state()
-        if not run.is_main or run.checkpoints is None or (run.checkpoints.busy and not ended):
+        if not run.is_main or run.checkpoints is None or (run.checkpoints.busy and not (ended or last)):
             return
         kept = run.checkpoints
         state = dict(
@@ -7329,7 +7462,7 @@ class Trainer:
             train_tokens=len(self.loader.stream),
             config=dataclasses.asdict(self.config),
         )
-        kept.save(f"step-{p.step:09d}.safetensors", tensors, state, lambda: kept.numbered()[2:])
+        kept.save(checkpoint_name(p.step), tensors, state, lambda: kept.numbered()[2:])
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model: the EMA, the SWA, or the mean of both where both are kept."""
@@ -7361,6 +7494,8 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         if last:
             if run.checkpoints and not ended:
                 trainer.save(progress, ended=True)
+            if run.broadcast(float(run.asked)):
+                raise interrupted(trainer, progress)
             return progress
         if run.checkpoints and progress.seconds - saved >= config.checkpoint_every_seconds:
             saved = progress.seconds
@@ -7375,16 +7510,38 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         run.pace()
         problem = guard.problem(known) if run.is_main else ""
         now = time.perf_counter()
-        # Rank 0's clock counts; that the loss has gone wrong travels with it.
-        seconds = run.broadcast(math.nan if problem else progress.seconds + now - since)
+        # Rank 0's clock counts. That the loss has gone wrong travels with it, and that the run is asked to end.
+        sign = -1.0 if run.asked else 1.0
+        seconds = run.broadcast(math.nan if problem else math.copysign(progress.seconds + now - since, sign))
         if math.isnan(seconds):
             raise exploded(trainer, progress.step + 1, problem)
-        progress, since = Progress(progress.step + 1, seconds), now
+        progress, since = Progress(progress.step + 1, abs(seconds)), now
         if run.journal:
             run.journal.train_seconds = progress.seconds
         early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
         if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(trainer, progress, nats)
+        if math.copysign(1.0, seconds) < 0:
+            trainer.save(progress, ended=False, last=True)
+            raise interrupted(trainer, progress)
+
+
+def interrupted(trainer: Trainer, p: Progress) -> Interrupted:
+    """The end of a training by a signal, the same on all ranks: waits for its checkpoint, and says how to go on."""
+    run, config = trainer.run, trainer.config
+    line = ""
+    if run.is_main and run.checkpoints and run.journal:
+        run.checkpoints.flush()
+        run.journal.write()
+        more = [] if config.run_id or config.artifact_dir else [f"RUN_ID={run.path('').name}"]
+        more += ["RESUME=auto"] if config.resume == "0" else []
+        command = "the same command" + (" with " if more else "") + " and ".join(more)
+        line = f"{SignalHold.LINES[run.asked]} after step {p.step}; {command} goes on"
+        if not os.path.isfile(run.checkpoints.folder / checkpoint_name(p.step)):
+            line += " from an earlier step, as this one's checkpoint could not be written"
+        run.append("log.txt", line)
+    number, line = run.broadcast_object((run.asked, line))
+    return Interrupted(number, line)
 
 
 class Resumed(NamedTuple):
@@ -10221,7 +10378,7 @@ def read_artifact(path: Path) -> bytes:
             raise ArtifactError(f"has {size} bytes, and at most {FILE_LIMIT} are read")
         return path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"cannot be read: {error.strerror}") from None
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def artifact_config(values: dict[str, Any], config: Config, explicit: set[str]) -> Config:
@@ -11405,7 +11562,8 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
     with Stage(run, "train"):
         loader.data_stall = 0.0
         begin = load_resumed(trainer, resumed)
-        end = train(trainer, lambda: evaluator(trainer.forward), begin, ended)
+        with SignalHold(run):
+            end = train(trainer, lambda: evaluator(trainer.forward), begin, ended)
         data_stall = log_data_stall(run, end, loader.data_stall)
         evaluator.data_check.refuse_rewritten("the training")
         trainer.use_average()
@@ -11810,13 +11968,21 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         if environment.get("RANK", "0") in ("0", "") or not environment["RANK"].isdecimal():
             complain(f"error: {error}")
         return 2
+    except Interrupted as error:
+        if environment.get("RANK", "0") == "0":
+            complain(str(error))
+        return error.code
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
 
 
 if __name__ == "__main__":
+    at_start = signal.getsignal(signal.SIGINT)
     try:
+        if at_start == interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main(sys.argv[1:], dict(os.environ)))
     finally:
+        signal.signal(signal.SIGINT, at_start)  # the interpreter's last words about a Ctrl-C would be a traceback
         settle_output()

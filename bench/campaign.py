@@ -47,6 +47,7 @@ from faults.inputs import Inputs  # noqa: E402
 from faults.trials import HUNG, MISREPORTED, Kind, Skipped, Stop, Trial  # noqa: E402
 
 SAVE_SECONDS = 60.0
+LEAST = 3  # trials of each kind, before chance chooses
 
 
 def make(kind: Kind, number: int, seed: int, inputs: Inputs, keep: bool = False) -> dict:
@@ -127,7 +128,7 @@ class Worker:
 def schedule(chosen: dict[str, Kind], seed: int):
     """Which trial is next, for ever: kinds by their weights, each with numbers from 0 on."""
     draw, counts = random.Random(seed), Counter()
-    first = [kind for kind in chosen.values()]  # each kind once at the beginning
+    first = [kind for _ in range(LEAST) for kind in chosen.values()]  # in rounds, so that no kind is left out
     while True:
         left = [kind for kind in chosen.values() if counts[kind.name] < kind.at_most]
         if not left:

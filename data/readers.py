@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import zstandard
 
@@ -45,6 +45,7 @@ EXPANSION = 250  # text that people wrote is packed to a twentieth at best, what
 EXPANSION_FLOOR = 256 << 20
 DOCUMENT_COST = 16  # that a document counts besides its bytes, so that a billion empty ones end too
 PACKED_BYTES = 512  # unpacked at a time: a zstd block takes 4 bytes or more and holds at most 128 KiB
+MAX_PADDING = 16 << 20  # bytes of an archive, one after another, that unpack to nothing: a sparse file has terabytes
 MAX_WINDOW = 1 << 27  # of zstd, allocated before the first byte comes; the zstd command has the same limit
 
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # in JSON
@@ -245,8 +246,22 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
+class _Unpadded:
+    """A file of gzip. The standard library reads the zeros behind the text one by one, however many there are."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.single = 0  # reads of one byte, one after another
+
+    def read(self, size: int) -> bytes:
+        self.single = self.single + 1 if size == 1 else 0
+        if self.single > MAX_PADDING // 16:
+            raise PrepareError(f"{self.path}: damaged gzip file: more than {self.single - 1:,} bytes without text")
+        return self.file.read(size)
+
+
 def _gzip_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    with gzip.open(file, "rb") as unpacked:
+    with gzip.GzipFile(fileobj=cast(BinaryIO, _Unpadded(path, file)), mode="rb") as unpacked:
         try:
             yield from iter(lambda: unpacked.read(CHUNK_BYTES), b"")
         except EOFError:
@@ -258,8 +273,9 @@ def _gzip_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 def _zstd_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """All frames of a file. A decompressor returns all that its input unpacks to, so it gets little at a time."""
     unpacker, context = None, zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    unpacked = io.BytesIO()
+    unpacked, fruitless = io.BytesIO(), 0
     for packed in iter(lambda: file.read(PACKED_BYTES), b""):
+        fruitless, before = fruitless + len(packed), unpacked.tell()
         while packed:
             unpacker = unpacker or context.decompressobj()
             try:
@@ -269,7 +285,10 @@ def _zstd_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
             packed, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
             if unpacked.tell() >= CHUNK_BYTES:
                 yield unpacked.getvalue()
-                unpacked = io.BytesIO()
+                unpacked, before = io.BytesIO(), -1
+        fruitless = fruitless if unpacked.tell() == before else 0
+        if fruitless > MAX_PADDING:
+            raise PrepareError(f"{path}: damaged zstd file: more than {MAX_PADDING:,} bytes without text")
     if unpacker is not None:
         raise PrepareError(f"{path}: damaged zstd file: it ends too early")
     yield unpacked.getvalue()

@@ -2,7 +2,8 @@
 
 KILL_AT: the event, counted from 1. KILL_EVENT counts events of one name alone, KILL_STAGE those in one stage, which
 begins with such an event. KILL_SECONDS: the first such event after so many seconds of the stage. EVENTS_FILE: a file
-that gets a line for each event. On several ranks, rank 0 is killed.
+that gets a line for each event. On several ranks, KILL_RANK is killed, rank 0 by default. KILL_SIGNAL: a signal in the
+place of SIGKILL. KILL_AGAIN: seconds after which it comes again, while the process is busy.
 """
 
 import functools
@@ -38,6 +39,7 @@ class Killer:
         self.at, self.after = int(take("KILL_AT", "0")), float(take("KILL_SECONDS", "0"))
         self.stage, self.event = take("KILL_STAGE", ""), take("KILL_EVENT", "")
         self.file = take("EVENTS_FILE", "")
+        self.signal, self.again = int(take("KILL_SIGNAL", signal.SIGKILL)), float(take("KILL_AGAIN", "0"))
         self.count, self.begun, self.running = 0, 0.0, ""
         if (self.stage or self.after) and not self.at:
             self.at = 1
@@ -52,7 +54,15 @@ class Killer:
         chosen = self.event in ("", name) and self.stage in ("", self.running)
         self.count += chosen and time.perf_counter() - self.begun >= self.after
         if chosen and self.at and self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.strike()
+
+    def strike(self):
+        """Sends the signal to this process, perhaps twice."""
+        os.kill(os.getpid(), self.signal)
+        if self.again:
+            time.sleep(self.again)
+            os.kill(os.getpid(), self.signal)
+            time.sleep(3600)
 
     def watch(self, owner, name):
         real = getattr(owner, name)
@@ -69,7 +79,7 @@ class Killer:
 if __name__ == "__main__":
     environment = dict(os.environ)
     killer = Killer(environment.pop)
-    if environment.get("RANK", "0") == "0":
+    if environment.get("RANK", "0") == environment.pop("KILL_RANK", "0"):
         for owner, name in EVENTS:
             killer.watch(owner, name)
     sys.exit(tg.main(sys.argv[1:], environment))

@@ -192,9 +192,10 @@ def test_trials_repeat_by_seed_kind_and_number(tmp_path):
     draws = [Trial("kill", 2, seed, tmp_path / "t", inputs).draw.random() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     first, second = (campaign.schedule(kinds.KINDS, 4) for _ in range(2))
-    order = [next(first) for _ in range(100)]
-    assert order == [next(second) for _ in range(100)]
-    assert {kind.name for kind, _ in order[: len(kinds.KINDS)]} == set(kinds.KINDS)
+    order = [next(first) for _ in range(150)]
+    assert order == [next(second) for _ in range(150)]
+    beginning = order[: campaign.LEAST * len(kinds.KINDS)]
+    assert {(kind.name, number) for kind, number in beginning} == {(name, n) for name in kinds.KINDS for n in range(3)}
 
 
 def test_every_kind_is_explained():

@@ -1,10 +1,14 @@
 """Checkpoints: a run that is killed goes on, and ends as if nothing had happened."""
 
+import errno
 import json
+import os
 import random
 import shutil
+import signal
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -253,6 +257,81 @@ def test_killed_at_the_beginning_of_every_stage(undisturbed, data, tmp_path):
     assert sum("step" in e for file in seen[-3:] for e in file if "train" in e) == 0
     last = seen[-1]
     assert "__enter__ train" not in last and "__enter__ quantize" not in last and "__enter__ ttt" in last
+
+
+SIGNALLED = dict(CHECKPOINT_EVERY_SECONDS=3600, KILL_STAGE="train", KILL_EVENT="step", KILL_AT=3)
+
+
+@pytest.mark.parametrize(
+    "number, ranks, struck, command",
+    [
+        (signal.SIGTERM, 1, 0, "the same command"),
+        (signal.SIGINT, 1, 0, "the same command with RESUME=auto"),
+        (signal.SIGHUP, 1, 0, "the same command"),
+        (signal.SIGTERM, 2, 1, "the same command"),
+        (signal.SIGINT, 2, 0, "the same command"),
+    ],
+)
+def test_a_signal_leaves_a_checkpoint_of_the_step(number, ranks, struck, command, undisturbed, data, tmp_path):
+    """Whichever rank gets it, all end after the same step; nothing that was computed is lost."""
+    folder, resume = tmp_path / "run", "0" if "RESUME" in command else "auto"
+    knobs = SIGNALLED | dict(KILL_SIGNAL=int(number), KILL_RANK=struck, RESUME=resume)
+    done = go(data, folder, ranks, **PHASED, **knobs)
+    assert done.returncode == 128 + number, done.stderr
+    said = "interrupted" if number == signal.SIGINT else f"error: ended by {number.name}"
+    (line,) = done.stderr.splitlines()
+    # On two ranks, rank 0 may be a step further when it hears of it.
+    steps = {f"{said} after step {step}; {command} goes on" for step in ((3,) if ranks == 1 else (3, 4))}
+    assert line in steps and (folder / "log.txt").read_text().splitlines()[-1] == line
+    step = int(line.split()[line.split().index("step") + 1].strip(";"))
+    assert [p.name for p in folder.glob("checkpoint/step-*")] == [tg.checkpoint_name(step)]
+    done = go(data, folder, ranks, **PHASED)
+    assert done.returncode == 0 and summary_of(folder)["resumed_at_steps"] == [step], done.stderr
+    if ranks == 1:
+        assert results(folder) == undisturbed["phased"][0]
+
+
+def test_a_second_signal_ends_a_training_at_once(data, tmp_path):
+    knobs = SIGNALLED | dict(KILL_SIGNAL=int(signal.SIGTERM), KILL_AGAIN=1.2)
+    done = go(data, tmp_path / "run", **knobs)
+    assert (done.returncode, done.stderr) == (143, "error: ended by SIGTERM\n")
+    assert not [*tmp_path.glob("run/checkpoint/step-*")]
+
+
+def test_without_checkpoints_a_signal_ends_a_training_as_ever(data, tmp_path):
+    done = go(data, tmp_path / "run", **SIGNALLED | dict(CHECKPOINT_EVERY_SECONDS=0, KILL_SIGNAL=int(signal.SIGTERM)))
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    run = single_run()
+    run.checkpoints = tg.Checkpoints(run, tmp_path, 1.0)
+    before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    with pytest.raises(KeyboardInterrupt), tg.SignalHold(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        while not run.asked:
+            time.sleep(0.01)
+    assert run.hold is None and signal.getsignal(signal.SIGINT) == before and threading.active_count() == threads
+
+
+def test_a_checkpoint_that_a_signal_cannot_leave_is_not_claimed(data, tmp_path, monkeypatch):
+    def full(path, tensors, state):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make_trainer(TINY, data)
+    run = trainer.run
+    run.folder, run.checkpoints = tmp_path / "mine", tg.Checkpoints(run, tmp_path, 1.0)
+    run.folder.mkdir()
+    run.journal = tg.Journal(tmp_path / "run.json", run)
+    run.hold = tg.SignalHold(run)
+    run.hold.take(signal.SIGTERM, 0.0)
+    monkeypatch.setattr(tg, "write_tensors", full)
+    trainer.save(tg.Progress(5, 1.0), ended=False, last=True)
+    error = tg.interrupted(trainer, tg.Progress(5, 1.0))
+    assert error.code == 143 and str(error) == (
+        "error: ended by SIGTERM after step 5; the same command with RUN_ID=mine goes on from an earlier step, as this "
+        "one's checkpoint could not be written"
+    )
 
 
 def test_a_finished_training_is_not_repeated_because_packing_failed(undisturbed, data, tmp_path):

@@ -177,6 +177,35 @@ LIMITS = {
 }
 
 
+def sparse(path, head, skip=b""):
+    """A file of 64 GiB that takes a few KiB of disk, perhaps with a header that skips 4 GiB again and again."""
+    with open(path, "wb") as file:
+        file.write(head)
+        for _ in range(15 if skip else 0):
+            file.write(skip)
+            file.seek(2**32 - 1, os.SEEK_CUR)
+        file.truncate(2**36)
+
+
+@pytest.mark.parametrize(
+    "name, head, skip",
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n'), b""),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n'), b"\x50\x2a\x4d\x18\xff\xff\xff\xff"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", b""),  # a frame, then empty blocks
+    ],
+)
+def test_a_sparse_file_is_refused_before_its_end(tmp_path, name, head, skip):
+    sparse(tmp_path / name, head, skip)
+    with pytest.raises(PrepareError, match=r"a\.jsonl\.\w+: damaged \w+ file: more than [\d,]+ bytes without text"):
+        read(tmp_path / name)
+
+
+def test_zeros_behind_the_text_are_padding(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n') + bytes(300_000))
+    assert read(tmp_path / "a.jsonl.gz") == (["a"], {})
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_small_file_never_takes_much_memory(tmp_path, name):
     write, message = BOMBS[name]

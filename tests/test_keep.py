@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import processes
 import train_gpt as tg
 from helpers import (
+    HANG_SECONDS,
     ROOT,
     SCRIPT,
     TINY,
@@ -27,6 +30,7 @@ from helpers import (
     single_run,
     snapshot,
     strings,
+    wait_until,
     working_folder,
 )
 
@@ -306,6 +310,7 @@ def test_an_artifact_over_the_limit_and_elsewhere(run, folder, monkeypatch):
 FULL = """
 import contextlib, os, sys
 sys.path.insert(0, sys.argv[2])
+import processes
 import train_gpt as tg
 step = tg.Trainer.step
 
@@ -413,6 +418,7 @@ def test_an_artifact_that_cannot_be_read_back_is_written_elsewhere(run, folder, 
 RACE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
+import processes
 import train_gpt as tg
 begin, go = os.pipe()
 children = []
@@ -610,6 +616,25 @@ def test_what_python_says_as_it_ends(shell, code, out, errors, tmp_path):
     assert (len(done.stdout.splitlines()), len(done.stderr.splitlines())) == (out, errors), done.stderr
 
 
+@pytest.mark.parametrize("script, code", [("train_gpt.py", 130), ("tools/generate.py", -signal.SIGINT)])
+def test_an_interrupt_while_modules_are_loaded_is_no_traceback(script, code, tmp_path):
+    command = [sys.executable, str(ROOT / script), "--help"]
+    process = processes.start(
+        command,
+        supervised=False,
+        env=clean_environment({}),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=HANG_SECONDS)
+    if process.returncode != 0:  # not so late that it had done all
+        assert (process.returncode, errors) == (code, "interrupted\n" if code == 130 else "")
+
+
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     """What is opened next would be given it, and what a library prints would end up there."""
     look = "; streams = [os.readlink(f'/proc/self/fd/{number}') for number in range(3)]"
@@ -645,3 +670,65 @@ def test_the_exit_codes_are_documented(capfd):
     page = (ROOT / "README.md").read_text()
     for code, meaning in tg.EXIT_CODES.items():
         assert f"{code:3}  {meaning}\n" in text and f"| {code} | {meaning} |" in page
+
+
+TOO_LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        (dict(TOKENIZER_PATH=TOO_LONG), f"TOKENIZER_PATH={TOO_LONG}: cannot be read (File name too long)"),
+        (dict(TOKENIZER_PATH="."), "TOKENIZER_PATH=.: is not a SentencePiece model"),
+        (dict(TOKENIZER_PATH="none"), "TOKENIZER_PATH=none: there is no such file"),
+        (dict(DATA_PATH=TOO_LONG), f"DATA_PATH={TOO_LONG}: cannot be read (File name too long)"),
+        (dict(RESUME=TOO_LONG), f"RESUME={TOO_LONG}: holds no checkpoint"),
+        (dict(RUN_ID=TOO_LONG), "must be a folder that can be written to (File name too long)"),
+        (dict(RUN_ID=TOO_LONG, MODE="eval"), "MODE=eval needs model.pgolf there"),
+        (dict(ARTIFACT_DIR=TOO_LONG), "must be a folder that can be written to (File name too long)"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(run, folder, knobs, words):
+    code, _, errors = run(**knobs)
+    assert code == 2 and words in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def as_nobody(job):
+    """What a function prints on standard error, in a process without root's rights."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 2)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        try:
+            job()
+        except tg.ConfigError as error:
+            os.write(2, f"error: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as text:
+        said = text.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take another user's rights")
+@pytest.mark.parametrize("name", ["tokenizer.model", "manifest.json", "model.pgolf", ""])
+def test_what_may_not_be_read_is_said_to_be_so(name):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:  # which anybody may enter
+        os.chmod(place, 0o755)
+        path = Path(place) / "data" / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir(exist_ok=True) if not name else path.write_bytes(b"x")
+        path.chmod(0)
+        job = {
+            "tokenizer.model": lambda: tg.Vocabulary.read(path),
+            "manifest.json": lambda: tg.Manifest.read(path.parent),
+            "model.pgolf": lambda: tg.read_artifact(path),
+            "": lambda: tg.shard_paths(config(TINY, DATA_PATH=path), "train"),
+        }[name]
+        said = as_nobody(job)
+        assert str(path).rstrip("/") in said and "cannot be read" in said and "Permission denied" in said

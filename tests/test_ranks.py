@@ -165,7 +165,9 @@ def start_torchrun(values, folder, ranks=2, script=WORKER, arguments=()):
 
 
 @linux
-@pytest.mark.parametrize("number, ranks", [(signal.SIGKILL, 2), (signal.SIGKILL, 1), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(
+    "number, ranks", [(signal.SIGKILL, 2), (signal.SIGKILL, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)]
+)
 def test_nothing_outlives_torchrun(number, ranks, data, tmp_path):
     values, mark = settings(data, tmp_path, ITERATIONS=100000), f"MARK={tmp_path}"
     process = start_torchrun(values, tmp_path, ranks, arguments=[plan(rank=9)])
@@ -176,8 +178,13 @@ def test_nothing_outlives_torchrun(number, ranks, data, tmp_path):
     wait_until(lambda: not running_with(mark))
     lines = error_lines((tmp_path / "stderr").read_text())
     assert len(lines) == 1, lines
-    words = "interrupted" if number == signal.SIGINT else "error: torchrun has ended, in stage train"
-    assert lines[0] == words
+    if number == signal.SIGKILL:
+        assert lines[0] == "error: torchrun has ended, in stage train"
+        return
+    said = "interrupted" if number == signal.SIGINT else "error: ended by SIGTERM"
+    assert lines[0].startswith(f"{said} after step ") and lines[0].endswith("; the same command goes on")
+    step = int(lines[0].split()[-6].strip(";"))
+    assert (log.parent / "checkpoint" / tg.checkpoint_name(step)).is_file()
 
 
 def test_a_rank_that_never_comes_is_named(data, tmp_path):

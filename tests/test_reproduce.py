@@ -32,7 +32,7 @@ import reproduce  # noqa: E402
 import runs  # noqa: E402
 import submission  # noqa: E402
 
-TOOL = ROOT / "tools" / "reproduce.py"
+TOOL, CHECK = (ROOT / "tools" / f"{name}.py" for name in ("reproduce", "check_submission"))
 FIELDS = [
     "author",
     "github_id",
@@ -172,7 +172,7 @@ def test_the_command_on_the_page_gives_the_same_score(reproduced, tmp_path):
 
 
 def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path, capsys):
-    """SIGKILL while the second of three seeds trains: its run ends too, and the next command repeats that seed."""
+    """SIGKILL while the second of three seeds trains: its run ends too, and the next command goes on with that seed."""
     for name in ("shards", "work"):
         shutil.copytree(reproduced / name, tmp_path / name)
     for seed in (0, 314):
@@ -208,16 +208,29 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(reproduced, tmp_path,
     started = [line for line in lines if line.startswith("seed ")]
     assert [line.split(":")[0] for line in started] == ["seed 42", "seed 0"] and "done before" in started[0]
     wait_until(lambda: not running_with(mark))  # its torchrun and its rank do not outlive it
-    before = snapshot(tmp_path / "work" / "seed0")
     with environment(VALUES), working_folder(tmp_path), forking():
         assert reproduce.main(command[2:]) == 0
     said = capsys.readouterr().out
-    assert not (tmp_path / "work" / "seed0.stopped1" / "summary.json").exists()
-    assert snapshot(tmp_path / "work" / "seed0.stopped1") == before
-    assert "seed 42: done before" in said and "seed 0: work" in said
+    assert "seed 42: done before" in said and "seed 0: work/seed0, goes on where it was stopped\n" in said
+    assert not [*(tmp_path / "work").glob("*.stopped*")] and "seed 314: work/seed314\n" in said
+    note = "Seed 0 was cut off and resumed."
+    assert note in said and (tmp_path / "out" / "README.md").read_text().count(note) == 1
+    rows = content(tmp_path)["seed_results"]
+    assert [row.get("resumed") for row in rows.values()] == [None, 1, None]
+    assert "seed 0: its run was cut off and went on, 1 times" in launch(CHECK, {}, str(tmp_path / "out")).stdout
     ours, theirs = (json.loads((folder / "out" / "submission.json").read_text()) for folder in (tmp_path, reproduced))
     timeless = ("val_loss", "val_bpb", "val_bpb_std", "seeds", "artifact_bytes_mean", "delta_vs_leaderboard_nats")
     assert {name: ours[name] for name in timeless} == {name: theirs[name] for name in timeless}
+
+
+def test_what_nothing_goes_on_from_is_set_aside(tmp_path):
+    """A run that was killed before its journal began; and one that has a summary, but was still writing its log."""
+    seed = tmp_path / "seed5"
+    (seed / "checkpoint").mkdir(parents=True)
+    assert not reproduce.goes_on(seed) and not reproduce.complete(seed, 5)
+    (seed / "summary.json").write_text("{}")
+    (seed / "checkpoint" / "run.json").write_text("{}")
+    assert reproduce.goes_on(seed) and not reproduce.complete(seed, 5)
 
 
 def test_a_folder_that_is_there_is_not_written_over(reproduced, tmp_path):

@@ -14,6 +14,11 @@ without VOCAB_SIZE, the tokenizer's is taken. Exit code 0, or 2 and a line for e
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import json
 import os
 import sys
@@ -28,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import audit  # noqa: E402
 import train_gpt as t  # noqa: E402
 from errors import PrepareError  # noqa: E402
+from runs import command_line  # noqa: E402
 from shards import write_file  # noqa: E402
 
 COLUMNS = ("shards", "hashed", "documents", "tokens", "bytes")
@@ -193,4 +199,4 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], dict(os.environ)))
+    sys.exit(command_line(lambda arguments: main(arguments, dict(os.environ))))

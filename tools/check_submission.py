@@ -17,6 +17,11 @@ Each disagreement is named. A note says what could not be checked. Exit code 0: 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import bisect
 import contextlib
 import math

@@ -10,6 +10,11 @@ generate another part, add a row to PARTS: a file, and a function from the root 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import dataclasses
 import sys
 from collections.abc import Callable

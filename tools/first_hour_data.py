@@ -9,6 +9,11 @@ There is no manifest, so no leak audit is taken over.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import argparse
 import sys
 from pathlib import Path

@@ -11,6 +11,11 @@ anything but a user's error is raised. The file and the damage that failed are p
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import contextlib
 import importlib
 import io

@@ -9,6 +9,11 @@ same device. The text ends where the model begins a new document.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import codecs
 import os
 import re

@@ -14,6 +14,11 @@ Exit code: 0 if no rule was seen broken, 1 if one was, 2 for a user's error.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import dataclasses
 import hashlib
 import io

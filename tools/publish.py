@@ -10,6 +10,11 @@ README's table from submission.json.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import sys
 from pathlib import Path
 

@@ -11,6 +11,11 @@ by role, and the parallel coordinates of a sweep.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import base64
 import html
 import io

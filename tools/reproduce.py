@@ -4,13 +4,18 @@
     python tools/reproduce.py --preset demo --seeds 42,0,314 MATRIX_LR=0.03
 
 It packs the script and runs the packed one with torchrun. Each seed has a folder with its log below --work. If it is
-stopped, the same command runs the seeds that are left. Settings are environment variables, or arguments NAME=value. At
-the end tools/prove.py tries the rules on the first seed's artifact, in its short form. Then it prints mean, sample
-deviation and Welch's test against a baseline's seeds. It also writes a folder with README.md, submission.json, the
-packed script, requirements.txt and the logs.
+stopped, the same command goes on with the seed that ran and then with those that are left. Settings are environment
+variables, or arguments NAME=value. At the end tools/prove.py tries the rules on the first seed's artifact, in its short
+form. Then it prints mean, sample deviation and Welch's test against a baseline's seeds, and names seeds that were
+resumed. It also writes a folder with README.md, submission.json, the packed script, requirements.txt and the logs.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
 
 import argparse
 import dataclasses
@@ -19,7 +24,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,10 +159,15 @@ def prepare_work(work: Path, plan: dict[str, Any], packed: bytes) -> Path:
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
+def goes_on(folder: Path) -> bool:
+    """Whether a run that was stopped left in its folder what the script goes on from."""
+    return strangers.is_there(folder / "checkpoint" / "run.json")
+
+
 def complete(folder: Path, seed: int) -> bool:
     """Whether a seed's run is complete. Errors: UserError if it is of another seed or its artifact is too large."""
     file = folder / "summary.json"
-    if not strangers.is_there(file):
+    if not strangers.is_there(file) or goes_on(folder):  # the checkpoints go last
         return False
     fields = dict.fromkeys(("artifact_bytes", "artifact_limit_bytes"), strangers.COUNT)
     fields |= dict(seed=strangers.INTEGER, val_bpb=strangers.NUMBER)
@@ -176,7 +185,7 @@ def complete(folder: Path, seed: int) -> bool:
 
 
 def set_aside(folder: Path) -> None:
-    """Renames the folder that a stopped run left."""
+    """Renames the folder of a stopped run, from which nothing can go on."""
     if folder.exists():
         number = 1
         while (aside := folder.with_name(f"{folder.name}.stopped{number}")).exists():
@@ -185,8 +194,13 @@ def set_aside(folder: Path) -> None:
 
 
 def run_seed(script: Path, options, seed: int, folder: Path) -> None:
-    """Runs one seed with torchrun, and prints and saves its output. Errors: UserError with its last error line."""
-    set_aside(folder)
+    """Runs one seed with torchrun, and prints and saves its output. Errors: UserError with its last error line.
+
+    A run that was stopped goes on from its checkpoints.
+    """
+    resumes = goes_on(folder)
+    if not resumes:
+        set_aside(folder)
     command = [
         sys.executable,
         "-m",
@@ -197,7 +211,7 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
     ]
     values = environment(options, SEED=seed, ARTIFACT_DIR=folder)
     error = ""
-    with open(folder.with_name(folder.name + ".out"), "w", encoding="utf-8") as log:
+    with open(folder.with_name(folder.name + ".out"), "a" if resumes else "w", encoding="utf-8") as log:
         child = processes.start(
             command, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -310,7 +324,8 @@ def main(arguments: list[str]) -> int:
         if complete(work / f"seed{seed}", seed):
             print(f"seed {seed}: done before, in {work / f'seed{seed}'}")
             continue
-        print(f"seed {seed}: {work / f'seed{seed}'}", flush=True)
+        how = ", goes on where it was stopped" if goes_on(work / f"seed{seed}") else ""
+        print(f"seed {seed}: {work / f'seed{seed}'}{how}", flush=True)
         run_seed(script, options, seed, work / f"seed{seed}")
         if not complete(work / f"seed{seed}", seed):
             raise UserError(f"{work / f'seed{seed}'}: the run ended without a summary.json")

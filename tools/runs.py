@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -87,6 +88,8 @@ def command_line(main: Callable[[list[str]], int]) -> int:
         with contextlib.suppress(AttributeError, ValueError):  # replaced by something else
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the tools leave it while their modules are loaded
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return main(sys.argv[1:])
     except UserError as error:
         message, code = visible(" ".join(str(error).split()), 2000), 2

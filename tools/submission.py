@@ -275,6 +275,7 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         model_bytes=run.model_bytes,
         shared_documents=run.shared_documents,
         strictly_causal=run.strictly_causal,
+        **(dict(resumed=run.resumed) if run.resumed else {}),  # how often the run was cut off and went on
     )
 
 
@@ -391,7 +392,11 @@ def seed_table(s: dict[str, Any]) -> str:
     blank = [""] * 7
     rows.append(["**mean**", f"{s['val_bpb']:.6f}", f"{s['val_loss']:.6f}", *blank])
     rows.append(["**std**", runs.shown(s["val_bpb_std"], ".6f"), runs.shown(s["val_loss_std"], ".6f"), *blank])
-    return runs.table([head, *rows], markdown=True)
+    resumed = {seed: row["resumed"] for seed, row in s["seed_results"].items() if row.get("resumed")}
+    notes = [
+        f"Seed {n} was cut off and resumed{f' {times} times' if times > 1 else ''}." for n, times in resumed.items()
+    ]
+    return "\n\n".join([runs.table([head, *rows], markdown=True), *notes])
 
 
 def comparison(s: dict[str, Any]) -> str:

@@ -21,6 +21,11 @@ database, SQLite in that folder or --storage. Machines that share a database sha
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
+
 import contextlib
 import hashlib
 import itertools
@@ -30,7 +35,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys

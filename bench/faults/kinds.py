@@ -40,6 +40,6 @@ KINDS = {
         Kind("scripts", strange_folders.scripts, 0.7, meaning="hostile scripts, with check_submission.py --run"),
         Kind("texts", strange_texts.texts, 2, meaning="hostile texts for data/prepare.py"),
         Kind("prepare-kill", strange_texts.killed, 1, meaning="preparations that are killed; then the same command"),
-        Kind("steady", steadiness.steady, 0.5, 660.0, "30 runs in one process: memory, threads, open files", 2),
+        Kind("steady", steadiness.steady, 0.5, 660.0, "30 runs in one process: memory, threads, open files", 3),
     )
 }

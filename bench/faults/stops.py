@@ -168,6 +168,14 @@ def launcher(trial: Trial) -> None:
     elif way in ("a rank", "SIGKILL"):
         lines = re.findall(r"^(?:\[\S+\]:)?error: .*", text, re.M)
         trial.expect(len(lines) == 1, MISREPORTED, f"{len(lines)} lines of the ranks: {text[-400:]!r}")
+    else:
+        lines = re.findall(r"^(?:\[\S+\]:)?(?:error: ended by SIGTERM|interrupted).*", text, re.M)
+        trial.expect(len(lines) <= 1, MISREPORTED, f"{len(lines)} lines of the ranks: {text[-400:]!r}")
+        for step in re.findall(r"after step (\d+); the same command goes on$", "\n".join(lines), re.M):
+            kept = folder / "checkpoint" / t.checkpoint_name(int(step))
+            trial.expect(kept.is_file(), LOST, f"the checkpoint of step {step} is not there")
+        told = "after step" in "".join(lines) or "step:1/" not in text
+        trial.expect(told, LOST, f"{way} ends a training without a checkpoint: {text[-300:]!r}")
 
 
 def command_line(pid: int) -> bytes:

@@ -9,6 +9,9 @@ step of 12 million tokens/s and sleeps in between, so that the thread has a core
 that without sleeping. The data stall is the whole time inside of `TrainLoader.batch`. `audit`: a pass over the shard by
 a run's check, with SHA-256 and without, and by data/audit.py, which looks for validation text. The time for 10 billion
 tokens on 8 cores is computed from it, not measured, and leaves out the disk: the shard is in memory here.
+`order`: for each DATA_ORDER, the mean context of a token, as a share of what it has in whole documents (cut at
+TRAIN_SEQ_LEN alone), and what one rank sustains without reading ahead; then the order of so many documents that they
+hold 10 billion tokens: seconds until its first sequence and until one of another window, and the memory of both.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +79,7 @@ def demo(folder: Path, steps: int, turns: int) -> list[str]:
 def consume(loader: t.TrainLoader, seconds: float, rate: float) -> tuple[float, float]:
     """Asks for batches for some seconds, at most at this rate. Returns (tokens/s, share of the time spent waiting)."""
     tokens = loader.layout.micro_sequences * loader.config.train_seq_len
-    place, taken = (0, 0), 0
+    place, taken = (0, 0, loader.config.train_seq_len), 0
     loader.data_stall = 0.0
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
@@ -107,6 +111,49 @@ def consumer(folder: Path, seconds: float) -> list[str]:
             f"{loader.layout.micro_sequences} x {c.train_seq_len} tokens at a time)"
         )
     return lines
+
+
+def whole_context(lengths: np.ndarray, context: int) -> float:
+    """Mean context of the tokens of documents of these lengths, which are cut at `context` tokens alone."""
+    full, rest = lengths // context, lengths % context
+    total = (full * context * (context + 1) + rest * (rest + 1)).sum() / 2
+    return float(total / lengths.sum())
+
+
+def orders(c: t.Config, seconds: float) -> list[str]:
+    """The mean context in each order, and the rate at which one rank reads it."""
+    lines, run = [], t.Run(0, 1, 1, torch.device("cpu"))
+    for order in ("rows", "stream", "documents"):
+        loader = t.TrainLoader(dataclasses.replace(c, data_order=order, read_ahead=0), run)
+        lengths = np.diff(np.append(t.find_documents(loader.stream, 2), len(loader.stream)))
+        rate, _ = consume(loader, seconds, np.inf)
+        mean = loader.mean_context()
+        lines.append(
+            f"order     {order:10} mean context {mean:.1f} of {c.train_seq_len} tokens, "
+            f"{mean / whole_context(lengths, c.train_seq_len):.4f} of whole documents' (mean length "
+            f"{lengths.mean():.0f}); sustained {rate / 1e6:.1f} M tokens/s"
+        )
+    return lines
+
+
+def many_documents(tokens: int) -> str:
+    """The order of as many documents as hold so many tokens."""
+    lengths = np.random.default_rng(0).lognormal(np.log(800) - 0.5, 1.0, round(tokens / 800)).astype(np.int64) + 2
+    ends = np.cumsum(lengths)
+    order = t.DocumentOrder(ends - lengths, int(ends[-1]), 2048, 0)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    order.parts(0, 0, 2048)
+    first = time.perf_counter()
+    order.parts(0, order.sequences // 2, 2048)
+    second = time.perf_counter()
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return (
+        f"order     {len(lengths)} documents, {ends[-1]} tokens: first sequence after {first - begin:.2f} s, one of "
+        f"another window after {second - first:.3f} s; {kept / 1e6:.0f} MB kept, at most {peak / 1e6:.0f} MB, beside "
+        f"{order.starts.nbytes / 1e6:.0f} MB of document starts"
+    )
 
 
 def seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
@@ -166,7 +213,10 @@ def main(arguments: list[str]) -> int:
         )
         with tempfile.TemporaryDirectory() as folder:
             write_tokens(Path(folder), config("record", Path(folder)), options.tokens, 800.0)
-            print(*consumer(Path(folder), options.seconds), *audit(Path(folder), 10_000_000), sep="\n")
+            print(*consumer(Path(folder), options.seconds), *audit(Path(folder), 10_000_000), sep="\n", flush=True)
+            print(*orders(config("demo", options.data), options.seconds), sep="\n", flush=True)
+            print(*orders(config("record", Path(folder)), options.seconds), sep="\n", flush=True)
+        print(many_documents(round(CHALLENGE_TOKENS)))
     except (t.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """What bench/lab.py tries: its sizes, the recipe that ideas are compared with, and the table of ideas.
 
-To try an idea: give it a row in ROWS and run `make lab ARGS="--only NAME"`. When an idea pays, its knobs go into RECIPE,
-and the next ideas are compared with that. A row stays here after its knob has left train_gpt.py, with its results.
+To try an idea: give it a row in ROWS and run `make lab ARGS="--only NAME"`. When an idea pays, its knobs go into
+RECIPE, and the next ideas are compared with that. A row stays here, with its results, after its knob has left
+train_gpt.py.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Size(NamedTuple):
 # rise with the parameters, but slower: in proportion, the largest size would train for hours. The number of steps is
 # the same at every size, so that settings counted in steps, such as EMA_DECAY, mean the same.
 SIZES = (
-    Size("0.7M", 4, 128, 4, (1, 1), 3, 1536, 320, 32),
-    Size("2M", 6, 192, 6, (2, 3), 4, 2304, 320, 115),
-    Size("6M", 10, 256, 8, (3, 5), 7, 3072, 320, 360),
+    Size("0.7M", 4, 128, 4, (1, 1), 3, 1536, 256, 26),
+    Size("2M", 6, 192, 6, (2, 3), 4, 2304, 256, 92),
+    Size("6M", 10, 256, 8, (3, 5), 7, 3072, 256, 290),
 )
 VOCABULARY = 1024
 

@@ -9,8 +9,9 @@ The ideas are the table in bench/lab_ideas.py, the rules of the verdicts and the
 use train_gpt.py's own configuration, training loop and evaluation on the built-in corpus, by steps, so that they are
 deterministic. Before an idea is trained, the FLOPs and the CPU seconds of its training steps are measured beside the
 control's in one process: STEPS_MEASURED steps spread over the training. It then trains for as many steps as fit the
-control's FLOPs, and as many as fit the control's seconds; one run serves both where both are within 1% of the control's
-steps, or the seconds cannot be told apart. FLOPs are those of matrix products, forward, backward and optimizer, by torch's counter.
+control's FLOPs, and as many as fit the control's seconds. One run serves both where both are within 1% of the control's
+steps, or where the seconds cannot be told apart. FLOPs are those of matrix products, forward, backward and optimizer,
+by torch's counter.
 
 Rates that an idea may change are tried at the smallest size, with a seed of their own, and the best factor is kept for
 all sizes. All rows come first at the smallest size. Of larger sizes, a row is run only if it is not hopeless yet; rows
@@ -245,11 +246,11 @@ class Lab:
         config = configured({knob: str(value) for knob, value in values.items()})
         if factor != 1:
             values |= {rate: factor * getattr(config, rate.lower()) for rate in row.bracket}
-        values["DATA_PATH"] = self.data(row.vocabulary)[0]
+        values["DATA_PATH"] = self.data(self.vocabulary(name))[0]
         return {knob: str(value) for knob, value in values.items()}
 
     def vocabulary(self, name: str) -> int:
-        return ideas.VOCABULARY if name == CONTROL else ideas.ROWS[name].vocabulary
+        return (0 if name == CONTROL else ideas.ROWS[name].vocabulary) or ideas.VOCABULARY
 
     def run_key(self, name: str, environment: dict[str, str]) -> str:
         """The name of a run: what was trained, on what data."""

@@ -96,7 +96,7 @@ class Row(NamedTuple):
     bracket: tuple[str, ...] = ()
     # What depends on the size; None: the idea does not fit this size.
     by_size: Callable[[Size], Knobs | None] | None = None
-    vocabulary: int = VOCABULARY
+    vocabulary: int = 0  # of its data; 0: VOCABULARY
     source: str = ""
 
 

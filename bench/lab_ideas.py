@@ -183,4 +183,5 @@ ROWS: dict[str, Row] = {
     # Vocabulary at equal parameters
     "vocabulary x 2": Row(dict(VOCAB_SIZE=2048), by_size=equal_parameters(2048), vocabulary=2048),
     "vocabulary x 4": Row(dict(VOCAB_SIZE=4096), by_size=equal_parameters(4096), vocabulary=4096),
+    "vocabulary x 8": Row(dict(VOCAB_SIZE=8192), by_size=equal_parameters(8192), vocabulary=8192),
 }

@@ -186,11 +186,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def is_tuning(record: dict[str, Any]) -> bool:
+    """Whether a result only served to choose a rate."""
+    return record.get("kinds") == ["tuning"]
+
+
 def runs_of_rows(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Each row's runs, without those that chose a rate, against the recipe that it was compared with last."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for record in results:
-        if record["what"] == "run" and record["kinds"] != ["tuning"]:
+        if record["what"] == "run" and not is_tuning(record):
             rows.setdefault(record["row"], []).append(record)
     return {name: [r for r in runs if r["recipe"] == runs[-1]["recipe"]] for name, runs in rows.items()}
 
@@ -246,14 +251,17 @@ def trend_cell(found: Trend | None) -> str:
 def remarks(name: str, results: list[dict[str, Any]]) -> str:
     """What a reader must know of a row: other sources, tuned rates, an older recipe, an error."""
     runs, by_key = runs_of_rows(results)[name], controls(results)
-    newest = runs_of_rows(results).get(CONTROL, [{}])[-1].get("recipe")
+    newest, recipe = runs_of_rows(results).get(CONTROL, [{}])[-1].get("recipe"), runs[-1]["recipe"]
     words = []
     if any(r["source"] != by_key.get(r["control"], r)["source"] for r in runs):
         words.append("row and control are of different versions of train_gpt.py")
-    factors = sorted({r["factor"] for r in runs})
-    if factors != [1.0]:
-        words.append("rates x " + ", ".join(f"{x:g}" for x in factors))
-    if runs[-1]["recipe"] != newest:
+    tried = {r["factor"]: r["bpb"] for r in results if is_tuning(r) and r["row"] == name and r["recipe"] == recipe}
+    if tried:
+        scores = ", ".join(
+            f"x {x:g}: {'diverged' if bpb is None else f'{bpb:.4f}'}" for x, bpb in sorted(tried.items())
+        )
+        words.append(f"rates x {runs[-1]['factor']:g} (tried {scores})")
+    if recipe != newest:
         words.append("against an earlier recipe")
     words += sorted({r["error"] for r in runs if r.get("error")})
     return "; ".join(words)
@@ -289,7 +297,8 @@ def detail_table(results: list[dict[str, Any]], sizes: list[str]) -> list[str]:
         "| parameters | bytes |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    by_key, costs, runs = controls(results), newest_costs(results), runs_of_rows(results)
+    by_key, runs = controls(results), runs_of_rows(results)
+    costs = newest_costs(results)
     for name, standing in differences(results).items():
         for size in (size for size in sizes if size in standing):
             own = [r for r in runs[name] if r["size"] == size]
@@ -366,6 +375,8 @@ def caveats(results: list[dict[str, Any]]) -> list[str]:
         "below 0, and 1 in 40 above.",
         "- Equal FLOPs count matrix products. Equal seconds are CPU seconds of one thread, and a GPU's are others: it "
         "may wait for memory in small operations that cost a CPU little, and the other way round.",
+        "- Numbers of steps within 1% of the control's, and times that three rounds cannot tell from the control's within "
+        "3%, are taken for the control's: one run then counts at equal FLOPs and at equal seconds.",
         "- Where rates were tuned (remarks: rates x), the best of 3 factors was chosen at the smallest size, by a seed "
         "that is not in the table. The control's own rates have rows: matrix rate x 0.7 and x 1.4.",
         "- Parameters beyond the control's cost bytes. Bytes are measured only with --bytes, for the first seed.",
@@ -384,8 +395,11 @@ def report(results: list[dict[str, Any]], notes: Mapping[str, str], sizes: list[
     lines = ["# The laboratory of training ideas", "", "Made by `make lab` (bench/lab.py) from lab.jsonl.", ""]
     lines += ["## How to read it", "", *caveats(results), "", "## Rules", "", *rules(), ""]
     lines += ["## The control", "", *control_lines(results, sizes), ""]
-    lines += ["## Ideas", "", *summary_table(results, sizes), ""]
-    lines += ["## Each size", "", *detail_table(results, sizes), ""]
+    if differences(results):
+        lines += ["## Ideas", "", *summary_table(results, sizes), ""]
+        lines += ["## Each size", "", *detail_table(results, sizes), ""]
+    else:
+        lines += ["No idea has results yet.", ""]
     if notes:
         lines += ["## Not run now", "", *(f"- {name}: {why}." for name, why in notes.items()), ""]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ by torch's counter.
 Rates that an idea may change are tried at the smallest size, with a seed of their own, and the best factor is kept for
 all sizes. All rows come first at the smallest size. Of larger sizes, a row is run only if it is not hopeless yet; rows
 that look best come first. Results are lines of bench/results/lab.jsonl. What a line there has is never run again: the
-same settings that differ from the defaults, the same data.
+same settings that differ from the defaults, the same data, the same VERSION of bench/lab_ideas.py.
 """
 
 from __future__ import annotations
@@ -254,7 +254,9 @@ class Lab:
 
     def run_key(self, name: str, environment: dict[str, str]) -> str:
         """The name of a run: what was trained, on what data."""
-        return digest(["run", trained_settings(configured(environment)), self.data(self.vocabulary(name))[1]])
+        return digest(
+            ["run", ideas.VERSION, trained_settings(configured(environment)), self.data(self.vocabulary(name))[1]]
+        )
 
     # ---- jobs
 
@@ -265,7 +267,7 @@ class Lab:
         idea = self.environment(name, size, seed, size.steps)
         settings = [trained_settings(configured(e)) | dict(seed=0) for e in (control, idea)]
         shape = dict(points=self.options.points, rounds=self.options.rounds)
-        key = digest(["cost", settings, shape, self.data(self.vocabulary(name))[1]])
+        key = digest(["cost", ideas.VERSION, settings, shape, self.data(self.vocabulary(name))[1]])
         order = dict(what="cost", control_environment=control, environment=idea, **shape)
         record = dict(what="cost", row=name, size=size.name, control_steps=size.steps, recipe=ideas.RECIPE)
         expected = size.seconds / size.steps * shape["points"] * (2 * shape["rounds"] + 2)
@@ -519,10 +521,14 @@ def main(arguments: list[str]) -> int:
             print(f"error: another laboratory writes {options.results}", file=sys.stderr)
             return 2
         lab = Lab(options)
-        for size in sizes:
-            for jobs in lab.stages(size):
-                lab.do(jobs)
-            write_report(lab)
+        try:
+            for size in sizes:
+                for jobs in lab.stages(size):
+                    lab.do(jobs)
+                write_report(lab)
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 1 if lab.failed else 0
 
 

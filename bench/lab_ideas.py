@@ -51,6 +51,10 @@ SIZES = (
     Size("6M", 10, 256, 8, (3, 5), 7, 3072, 256, 290),
 )
 VOCABULARY = 1024
+# Part of every run's name. To be raised when train_gpt.py computes something else with the same settings, as after a
+# change of a default that BASE does not set: no earlier result is then reused. Otherwise results of earlier versions
+# are, and the report names rows whose control is of another version.
+VERSION = 1
 
 # The architecture and optimizer of preset `record`, with rates and averages for small models and short trainings.
 BASE: Knobs = dict(

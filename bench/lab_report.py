@@ -375,8 +375,8 @@ def caveats(results: list[dict[str, Any]]) -> list[str]:
         "below 0, and 1 in 40 above.",
         "- Equal FLOPs count matrix products. Equal seconds are CPU seconds of one thread, and a GPU's are others: it "
         "may wait for memory in small operations that cost a CPU little, and the other way round.",
-        "- Numbers of steps within 1% of the control's, and times that three rounds cannot tell from the control's within "
-        "3%, are taken for the control's: one run then counts at equal FLOPs and at equal seconds.",
+        "- Numbers of steps within 1% of the control's are taken for the control's, and so are times within 3% that "
+        "three rounds cannot tell from the control's. One run then counts at equal FLOPs and at equal seconds.",
         "- Where rates were tuned (remarks: rates x), the best of 3 factors was chosen at the smallest size, by a seed "
         "that is not in the table. The control's own rates have rows: matrix rate x 0.7 and x 1.4.",
         "- Parameters beyond the control's cost bytes. Bytes are measured only with --bytes, for the first seed.",

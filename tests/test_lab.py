@@ -118,6 +118,9 @@ def test_a_run_is_known_by_what_differs_from_the_defaults(results, monkeypatch):
     monkeypatch.setitem(ideas.BASE, "EVAL_SCORES", int(default))  # as a knob of the future, at its default
     monkeypatch.setitem(ideas.BASE, "READ_AHEAD", 3)  # which changes no result
     assert one.row_jobs(lab.CONTROL, size)[0].key == key
+    with monkeypatch.context() as patch:
+        patch.setattr(ideas, "VERSION", ideas.VERSION + 1)
+        assert one.row_jobs(lab.CONTROL, size)[0].key != key
     monkeypatch.setitem(ideas.BASE, "LN_SCALE", 0)
     assert one.row_jobs(lab.CONTROL, size)[0].key != key
 

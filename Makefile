@@ -11,7 +11,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -93,6 +93,11 @@ campaign: $(VENV)/tools $(VENV)/data-tools
 ablate: venv
 	@$(PY) data/prepare.py builtin --out data/builtin_ablate --vocab-size 1024 --val-fraction 0.01
 	$(PY) bench/ablate.py
+
+# Each idea against the best recipe at three sizes, paired by seed; goes on where it was stopped (docs/lab-notes.md):
+# make lab ARGS="--hours 4", or ARGS="--only NorMuon --seeds 42 0"
+lab: venv
+	@$(PY) bench/lab.py $(ARGS)
 
 # Checks shards, looks for validation text in the training shards, adds the result to manifest.json: make audit-data DATA=folder
 audit-data: venv

@@ -171,6 +171,7 @@ SOURCES = (
     "Makefile",
     "bench/budget.py",
     "bench/cost_model.py",
+    "bench/lab_ideas.py",
 )
 
 

@@ -29,10 +29,8 @@ class Cheat:
 QUANTIZED = '        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model)))\n'
 LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
-SLIDING = "        nll = self.compute(forward, batch)\n"
-PHASED = (
-    "        nll, _ = self.forward(\n            *batch,\n            looped=self.config.loops,\n            adapters="
-)
+SLIDING = "        nll, log_q = self.compute(forward, batch, ledger.hints_at(scored))\n"
+PHASED = "        nll, _, *log_q = self.forward(\n            *batch,\n            looped=self.config.loops,\n            adapters="
 LEDGER = "            self.nll[positions] = nll.cpu().numpy()[places]\n"
 CLOSE = "        return nats.item()\n"
 
@@ -98,13 +96,13 @@ TTT_ROWS = '            rows |= run.once(run.scored("ttt"), lambda: test_time_tr
 REAL_PASS = "    begin, training = time.perf_counter(), method(evaluator, model)\n"
 SUMMARY_SCORE = "        val_bpb=score.bpb,\n        val_loss=score.loss,\n        ttt_targets_per_second"
 BYTES = "    return int(counts.sum(dtype=np.int64))\n"
-ENTER = "        ledger.score(scored, nll)\n"
+ENTER = "        ledger.score(scored, nll, log_q)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
 READ = "        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]\n"
 CALIBRATE = "                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
-CHUNK_SCORE = "            self.ledger.score(scored, nll)\n            for step in range("
+CHUNK_SCORE = "            self.ledger.score(scored, nll, log_q)\n            for step in range("
 COUNTED = "        self.ledger.train_on(scored[counted])\n"
 
 
@@ -520,7 +518,7 @@ BORDERS = [
                 *(
                     "if adapting:",
                     "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves = self.score(batch, scored)",
+                    "    nll, leaves, log_q = self.score(batch, scored)",
                 ),
             ),
         ),
@@ -535,7 +533,7 @@ BORDERS = [
                 *(
                     "if adapting:",
                     "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves = self.score(batch, scored)",
+                    "    nll, leaves, log_q = self.score(batch, scored)",
                 ),
             ),
             (COUNTED, ""),

@@ -555,8 +555,8 @@ class Proof:
             return Verdict("normalization", None, "documents of TTT_ORDER=length do not start from one state")
         tried, wrong = [], []
         prefixes = [(self.ending(length), None) for length in sorted({4, self.size.prefix})]
-        for prefix, surest in [*prefixes, *self.hinted_prefix()]:
-            sums = self.sums(prefix, np.arange(vocabulary), surest=surest)
+        for prefix, likely in [*prefixes, *self.hinted_prefix()]:
+            sums = self.sums(prefix, np.arange(vocabulary), likely=likely)
             tried.append(f"{vocabulary} documents of {len(prefix)} tokens and one more: sums {shown(sums)}")
             wrong += [
                 f"{stage}: {value:.6f} in place of 1 after {len(prefix)} tokens"
@@ -624,28 +624,27 @@ class Proof:
         return np.concatenate(([BOS], self.prefix[len(self.prefix) - length :]))
 
     def hinted_prefix(self) -> list[tuple[np.ndarray, int]]:
-        """With hints, the start of a document and its next token, where the model is sure: a hint of it moves much."""
+        """With hints, the start of a document and a next token of a middling probability, which a hint moves much."""
         settings, borders = self.subject.settings, self.stream.borders
         if not settings.get("hint_enabled"):
             return []
         least, places = int(settings["hint_min_match"]), np.arange(len(self.stream) - 1)
         depths = places - borders[np.searchsorted(borders, places, side="right") - 1]
         able = (depths >= least) & (depths < least + 16) & (self.stream.tokens[1:] != BOS)
-        # The scores without hints: a hint that has raised its token already has little left to take.
         scores = next(scores for stage, scores in reversed(self.base().scores.items()) if stage != "hint")
         place = int(np.where(able, np.abs(scores - 0.5), np.inf).argmin())
         return [(self.stream.tokens[place - depths[place] : place + 1], int(self.stream.tokens[place + 1]))]
 
     def sums(
-        self, prefix: np.ndarray, last: np.ndarray, late: bool = True, surest: int | None = None
+        self, prefix: np.ndarray, last: np.ndarray, late: bool = True, likely: int | None = None
     ) -> dict[str, float]:
         """Each stage's sum of the probabilities of these tokens after a prefix, every one in a document of its own.
 
-        surest: the token that hints name there, by default the last one.
+        likely: the token that hints name there, by default the last one.
         """
         ends = [prefix if token == BOS else np.append(prefix, token) for token in last]
         totals: dict[str, float] = {}
-        copy = ends[-1] if surest is None else np.append(prefix, surest)
+        copy = ends[-1] if likely is None else np.append(prefix, likely)
         for stream, begins, values in self.alike(ends, late, copy):
             found = self.evaluate(stream, "documents that share a prefix", **values)
             for stage, scores in found.scores.items():

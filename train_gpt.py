@@ -11265,7 +11265,8 @@ def score_without_training(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, 
 
 def score_hints(evaluator: Evaluator, ledger: ScoreLedger) -> dict[str, Any]:
     """The scores of a closed ledger with hints, the same on every rank. The summary's rows."""
-    config, run, begin = evaluator.config, evaluator.run, time.perf_counter()
+    config, run = evaluator.config, evaluator.run
+    begin = time.perf_counter()
     nll, log_q = ledger.of_all_ranks(ledger.nll), ledger.of_all_ranks(ledger.log_q)
     scores = with_hints(nll, log_q, evaluator.tokens, evaluator.hints, config)
     score = Score(float(scores.sum(dtype=np.float64)), len(scores), evaluator.bytes)

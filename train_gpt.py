@@ -837,6 +837,30 @@ class Config(ModelConfig):
         low=0,
     )
 
+    # Hints from repetition: the token that followed the same run of tokens before
+    hint_enabled: bool = knob(
+        False,
+        "raise or lower the logit of the token that followed the longest earlier run like the one before the target, "
+        "by weights learned from earlier scores; needs stream order",
+        Observed.SCORE,
+    )
+    hint_min_match: int = knob(8, "tokens of the shortest run that gives a hint", Observed.SCORE, low=1, high=1024)
+    hint_max_match: int = knob(
+        32,
+        "tokens of the longest run that is looked for; lengths between the two grow by about 1.4 and have weights of "
+        "their own",
+        Observed.SCORE,
+        low=1,
+        high=4096,
+    )
+    hint_chunk_tokens: int = knob(
+        8192,
+        "targets after which weights of hints learn, and runs of other documents become known",
+        Observed.SCORE,
+        low=1,
+    )
+    hint_lr: float = knob(1.0, "rate of the weights of hints; 1: a Newton step", Observed.SCORE, low=0, high=10)
+
     # Test-time training: every target is scored before anything learns from it
     ttt_mode: str = knob(
         "none",
@@ -1083,6 +1107,7 @@ KNOB_SECTIONS = {
     "Schedules": "warmdown_frac",
     "Quantization and the artifact": "quantizer",
     "Evaluation": "eval_seq_len",
+    "Hints from repetition: the token that followed the same run of tokens before": "hint_enabled",
     "Test-time training: every target is scored before anything learns from it": "ttt_mode",
     "Phased test-time training: LoRA for each document": "ttt_order",
     "Chunk test-time training: SGD of the full model": "ttt_chunk_tokens",
@@ -1560,9 +1585,14 @@ def check_quantization(config: Config) -> None:
 
 
 def check_evaluation(config: Config) -> None:
-    """Sliding windows leave no target out."""
+    """Sliding windows leave no target out; hints have a range of lengths, and an order to learn in."""
     allowed = f"must be at most the context length, {config.eval_context}"
     require(config.eval_stride <= config.eval_context, config, "eval_stride", allowed)
+    allowed = f"must be at least HINT_MIN_MATCH={config.hint_min_match}"
+    require(config.hint_max_match >= config.hint_min_match, config, "hint_max_match", allowed)
+    by_length = config.ttt_mode == "phased" and config.ttt_order == "length"
+    allowed = "must be 0 with TTT_ORDER=length: hints learn in the order of the stream"
+    require(not (config.hint_enabled and by_length), config, "hint_enabled", allowed)
 
 
 def execution_order(config: ModelConfig, looped: bool) -> list[int]:
@@ -6743,7 +6773,8 @@ class GPT(nn.Module):
         fp8_head: bool = False,
         fp8_mlp: bool = False,
         temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+        hints: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Negative log-likelihood and log-sum-exp of targets [B, L], [B, L] each, in nats. Callers reduce.
 
         The targets are those of the last L <= T of each sequence's tokens. A number of places would be a constant of
@@ -6753,7 +6784,8 @@ class GPT(nn.Module):
         none is in the graph. noise: added to the embeddings. trainable_layers: layers from this one on are
         constants; None: none. fake_quant: late QAT, the grids of the attention and MLP banks. fused_mlp: allow the
         Triton MLP, which hooks on projections do not see. fp8_head, fp8_mlp: inputs of these products in e4m3, for
-        training alone; hooks do not see them either. temperature: divides the softcapped logits.
+        training alone; hooks do not see them either. temperature: divides the softcapped logits. hints: tokens [B, L],
+        whose log-probabilities [B, L] are a third result, without a gradient.
         """
         hidden = self.trunk(
             ids,
@@ -6769,7 +6801,12 @@ class GPT(nn.Module):
         )
         pair = adapters.get("head") if adapters else None
         logits = self.head_logits(hidden, None if pair is None else (pair[0][:, 0], pair[1][:, 0]), fp8_head)
-        return self.token_losses(logits, targets, temperature)
+        nll, lse = self.token_losses(logits, targets, temperature)
+        if hints is None:
+            return nll, lse
+        at_hint = logits.detach().gather(-1, hints.unsqueeze(-1)).squeeze(-1)
+        at_hint = softcap_plain(at_hint, self.config.logit_softcap, self.config.softcap_type) / temperature
+        return nll, lse, at_hint - lse.detach()
 
 
 def new_model(config: Config) -> GPT:
@@ -10532,51 +10569,228 @@ def pack_sequences(windows: np.ndarray, context: int) -> list[list[int]]:
     return sequences
 
 
+# --- Hints from repetition ---
+
+
+class Hints(NamedTuple):
+    """For each target what followed the longest earlier run of tokens like the one before it.
+
+    Both follow from tokens before the target alone.
+    """
+
+    tokens: np.ndarray  # [targets] uint16; 0 without a hint
+    kinds: np.ndarray  # [targets] uint8: 1 + place of the run's length in `hint_lengths`; 0: no hint
+
+
+def hint_lengths(config: Config) -> list[int]:
+    """Lengths of runs that are looked for: HINT_MIN_MATCH times 1, 1.5, 2, 3, 4, 6, ..., up to HINT_MAX_MATCH."""
+    low, high = config.hint_min_match, config.hint_max_match
+    powers = [low << k for k in range((high // low).bit_length())]
+    return sorted({n for power in powers for n in (power, power * 3 // 2) if n <= high})
+
+
+HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse among 64-bit numbers
+
+
+class Runs:
+    """All runs of a stream of tokens, each known by its last place and its length.
+
+    Hashes come from a sum of powers over the tokens: a run's is a difference of two sums.
+    """
+
+    def __init__(self, tokens: np.ndarray):
+        self.words = tokens.astype(np.uint64) << np.uint64(48)  # each token and the three before it
+        self.words[1:] |= self.words[:-1] >> np.uint64(16)
+        self.words[2:] |= self.words[:-2] >> np.uint64(32)
+        codes = np.random.default_rng(0).integers(1, 1 << 63, 1 << 16, dtype=np.uint64)
+        self.sums = np.zeros(len(tokens) + 1, np.uint64)
+        powers = np.cumprod(np.full(len(tokens), HASH_BASE, np.uint64))
+        np.cumsum(np.multiply(powers, codes[tokens], out=powers), out=self.sums[1:])
+        del powers
+        self.inverse = np.cumprod(np.full(len(tokens), pow(HASH_BASE, -1, 1 << 64), np.uint64))
+
+    def hashes(self, ends: np.ndarray, length: int) -> np.ndarray:
+        """Hashes [n] uint64 of the runs of a length that end at these places [n]. The upper half is well mixed."""
+        differences = self.sums[ends + 1] - self.sums[ends + 1 - length]
+        return differences * self.inverse[ends] * np.uint64(0xD6E8FEB86659FD93)
+
+    def equal(self, first: np.ndarray, second: np.ndarray, length: int) -> np.ndarray:
+        """The numbers of those pairs of runs, which end at these places [n] each, that have the same tokens."""
+        pairs = np.arange(len(first))
+        for back in range(0, length, 4):
+            rest = np.uint64(16 * max(0, 4 - (length - back)))
+            wrong = self.words[first[pairs] - back] ^ self.words[second[pairs] - back]
+            pairs = pairs[wrong >> rest == 0]
+        return pairs
+
+
+def earlier_runs(ends: np.ndarray, hashes: np.ndarray, begins: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Runs whose hash occurs more than once: where each ends, and where the latest one before it does, or -1.
+
+    The earlier one lies in the same document, or in an earlier chunk of the stream. ends, hashes [n]; begins [targets]:
+    where each place's document begins. A place and a hash have 32 bits each whatever the stream's length is: it must
+    not decide which hashes collide.
+    """
+    half = np.uint64(32)
+    keys = (hashes >> half << half) | ends.astype(np.uint64)
+    keys.sort()
+    alike = (keys[1:] ^ keys[:-1]) >> half == 0
+    several = np.zeros(len(keys), bool)
+    several[1:] |= alike
+    several[:-1] |= alike
+    keys = keys[several]
+    places = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    alike, new_chunk = np.zeros(len(keys), bool), np.ones(len(keys), bool)
+    alike[1:] = (keys[1:] ^ keys[:-1]) >> half == 0
+    new_chunk[1:] = np.diff(places // chunk) != 0
+    previous = np.append(-1, places[:-1]) if len(places) else places
+    # The run before the first one of this chunk and this hash ends the chunks before.
+    first = np.maximum.accumulate(np.where(new_chunk | ~alike, np.arange(len(keys)), 0))
+    past = np.where(alike[first], previous[first], -1)
+    return places, np.where(alike & (previous >= begins[places]), previous, past)
+
+
+def find_hints(tokens: np.ndarray, documents: np.ndarray, config: Config) -> Hints:
+    """The hint of every target, in time that is linear in the tokens but for a sort.
+
+    A run lies within a document, and ends with the target's input. The longest one counts; of several the latest.
+    """
+    inputs = tokens[:-1]
+    begins = np.repeat(documents[:-1], np.diff(documents))
+    found = Hints(np.zeros(len(inputs), np.uint16), np.zeros(len(inputs), np.uint8))
+    runs, ends = Runs(inputs), np.arange(len(inputs))
+    for kind, length in enumerate(hint_lengths(config), 1):
+        ends = ends[ends - begins[ends] >= length - 1]
+        ends, earlier = earlier_runs(ends, runs.hashes(ends, length), begins, config.hint_chunk_tokens)
+        matched, source = ends[earlier >= 0], earlier[earlier >= 0]
+        same = runs.equal(matched, source, length)  # equal hashes are no proof
+        found.tokens[matched[same]], found.kinds[matched[same]] = tokens[source[same] + 1], kind
+    return found
+
+
+# Bounds of the model's own probability of a hint. The classes between them have weights of their own.
+HINT_CHANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99)
+HINT_PRIOR = 4.0  # curvature that a weight begins with: so many uncertain hits of a coin
+
+
+class HintWeights:
+    """What is added to the logit of a hint, by the run's length and the model's own probability of the hint.
+
+    With w added to the logit of h, and q the probability of h before, the distribution is that of
+    NLL + log(1 + q(e^w - 1)) - w[target = h], over the whole vocabulary. Its gradient in w is p - [target = h], where p
+    is the probability of h after. Newton steps on scored targets move w, at most by 1 each.
+    """
+
+    def __init__(self, kinds: int, lr: float):
+        self.classes = len(HINT_CHANCES) + 1
+        self.lr, self.w = lr, np.zeros(kinds * self.classes)
+        self.curvature = np.full(len(self.w), HINT_PRIOR)
+
+    def buckets(self, kinds: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+        """The number of each hint's weight [n], from its kind, from 1 on, and the logarithm of q."""
+        chance = np.searchsorted(np.log(HINT_CHANCES), log_q, side="right")
+        return (kinds.astype(np.int64) - 1) * self.classes + chance
+
+    def score(self, buckets: np.ndarray, q: np.ndarray, nll: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """NLL [n] after the hints, in float64. right: the target is its hint, whose q is e^-NLL."""
+        w = self.w[buckets]
+        others = nll + np.log1p(q * np.expm1(w))
+        # The same for the hint itself, without a difference of large numbers.
+        return np.where(right, np.log1p(np.expm1(nll) * np.exp(-w)), np.maximum(others, 0))
+
+    def learn(self, buckets: np.ndarray, q: np.ndarray, right: np.ndarray) -> None:
+        """A step on hints whose targets are scored."""
+        odds = np.exp(self.w[buckets])
+        p = q * odds / (1 + q * (odds - 1))
+        self.curvature += np.bincount(buckets, p * (1 - p), len(self.w))
+        gradient = np.bincount(buckets, p - right, len(self.w))
+        self.w -= np.clip(self.lr * gradient / self.curvature, -1, 1)
+
+
+def with_hints(nll: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, hints: Hints, config: Config) -> np.ndarray:
+    """Scores [targets] with hints, in stream order: each chunk is scored, then the weights learn from it.
+
+    nll, log_q [targets]: scores without hints, and the log-probabilities of the hints in the same distributions.
+    """
+    found = np.flatnonzero(hints.kinds)
+    weights = HintWeights(len(hint_lengths(config)), config.hint_lr)
+    out, right = nll.astype(np.float64), hints.tokens[found] == tokens[found + 1]
+    own, logs = out[found], np.minimum(log_q[found].astype(np.float64), 0)
+    buckets, q = weights.buckets(hints.kinds[found], logs), np.exp(logs)
+    chunks = np.flatnonzero(np.diff(found // config.hint_chunk_tokens)) + 1
+    for begin, end in itertools.pairwise((0, *chunks.tolist(), len(found))):
+        chunk = slice(begin, end)
+        out[found[chunk]] = weights.score(buckets[chunk], q[chunk], own[chunk], right[chunk])
+        weights.learn(buckets[chunk], q[chunk], right[chunk])
+    return out.astype(nll.dtype)
+
+
 EVALUATION_STAGES = ("unpack", "evaluate", "ttt")  # they share the challenge's ten minutes of evaluation
 
 
 class ScoreLedger:
     """Every target's score, entered once and before anything trains on the target. Errors: IllegalScore otherwise.
 
-    A target is known by its input's position in the stream. Ranks enter what they score; `share` merges it.
+    A target is known by its input's position in the stream. Ranks enter what they score; `share` merges it. `hinted`:
+    with each score comes the log-probability of the target's hint.
     """
 
-    def __init__(self, evaluator: Evaluator):
+    def __init__(self, evaluator: Evaluator, hinted: bool = False):
         self.run, targets = evaluator.run, len(evaluator.tokens) - 1
+        self.evaluator, self.hinted = evaluator, hinted
         self.write_scores = evaluator.config.eval_scores
         self.nll = np.zeros(targets, np.float64 if evaluator.config.compute_dtype == "float64" else np.float32)
+        self.log_q = np.zeros(targets if hinted else 0, self.nll.dtype)  # of each target's hint
         self.own_counts = np.zeros(targets, np.uint8)  # times that this rank scored a target
         self.all_counts = np.zeros(targets, np.uint8)  # times that all ranks did, when they last shared
-        self.waiting: list[tuple[np.ndarray, np.ndarray, Tensor]] = []  # places, positions, NLL that are not here yet
+        # Places, positions, NLL and the hints' log-probabilities that are not here yet.
+        self.waiting: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor | None]] = []
 
-    def score(self, positions: np.ndarray, nll: Tensor) -> None:
-        """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored."""
+    def hints_at(self, positions: np.ndarray) -> Tensor | None:
+        """The hints [...] of the targets at positions [...], on the device, or None if this ledger has none."""
+        if not self.hinted:
+            return None
+        found, places = np.zeros(positions.shape, np.int64), positions >= 0
+        if places.any():  # what is compiled before the clock starts must not look at the text
+            found[places] = self.evaluator.hints.tokens[positions[places]]
+        return send_array(found, self.run.device)
+
+    def score(self, positions: np.ndarray, nll: Tensor, log_q: Tensor | None = None) -> None:
+        """Enters the scores nll [...] of the targets at positions [...]; -1 marks a place that is not scored.
+
+        log_q [...]: log-probabilities of the targets' hints, if this ledger has hints.
+        """
         places = positions >= 0
         positions = positions[places]
         np.add.at(self.own_counts, positions, 1)  # a target that is listed twice here counts twice
         if (self.own_counts[positions] != 1).any():
             raise IllegalScore("a target was scored twice")
-        self.waiting.append((places, positions, nll.detach()))
+        self.waiting.append((places, positions, nll.detach(), log_q))
         if nll.device.type == "cpu" or len(self.waiting) == 512:
             self.fetch()
 
     def fetch(self) -> None:
         """Copies scores that wait on a GPU to the host, many at once: each copy waits for all that was queued."""
-        for places, positions, nll in self.waiting:
+        for places, positions, nll, log_q in self.waiting:
             self.nll[positions] = nll.cpu().numpy()[places]
+            if log_q is not None:
+                self.log_q[positions] = log_q.cpu().numpy()[places]
         self.waiting.clear()
 
     def tensors(self) -> dict[str, Tensor]:
         """What this rank has scored, for a checkpoint."""
         self.fetch()
         scored = self.own_counts > 0
-        return dict(scored=torch.from_numpy(np.packbits(scored)), nll=torch.from_numpy(self.nll[scored]))
+        hints = dict(log_q=torch.from_numpy(self.log_q[scored])) if self.hinted else {}
+        return dict(scored=torch.from_numpy(np.packbits(scored)), nll=torch.from_numpy(self.nll[scored]), **hints)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Enters what was scored before the run was cut off."""
         scored = np.unpackbits(tensors["scored"].numpy(), count=len(self.nll)).astype(bool)
         self.own_counts += scored
         self.nll[scored] = tensors["nll"].numpy()
+        if self.hinted:
+            self.log_q[scored] = tensors["log_q"].numpy()
 
     def scored(self, positions: np.ndarray | int) -> np.ndarray:
         """Whether each target was scored, by this rank or, when the ranks last shared, by any."""
@@ -10607,17 +10821,21 @@ class ScoreLedger:
         if self.run.world > 1:
             dist.all_reduce(nats, group=self.run.control)
         if stage and self.write_scores and math.isfinite(nats):
-            self.write(stage)
+            self.write(stage, self.of_all_ranks(self.nll))
         return nats.item()
 
-    def write(self, stage: str) -> None:
-        """scores_<stage>.npy in the run's folder: float32 [targets], in stream order."""
-        scores = torch.from_numpy(self.nll.astype(np.float32))  # 0 for what other ranks scored
+    def of_all_ranks(self, scores: np.ndarray) -> np.ndarray:
+        """Figures [targets] of all ranks, from those of this rank, which are 0 for what others scored."""
+        merged = torch.from_numpy(scores.copy())
         if self.run.world > 1:
-            dist.all_reduce(scores, group=self.run.control)
+            dist.all_reduce(merged, group=self.run.control)
+        return merged.numpy()
+
+    def write(self, stage: str, scores: np.ndarray) -> None:
+        """scores_<stage>.npy in the run's folder: float32 [targets], in stream order."""
         if self.run.is_main:
             file = io.BytesIO()
-            np.save(file, scores.numpy())
+            np.save(file, scores.astype(np.float32))
             self.run.save(f"{self.run.prefix}scores_{stage}.npy", file.getvalue())
 
 
@@ -10835,11 +11053,20 @@ class Evaluator:
             raise IllegalScore("the windows of the evaluation do not cover every target once")
         self.sequences = pack_sequences(self.windows, config.eval_context)
         self.batch_size = min(config.eval_rows, len(self.sequences))
+        self.hint_seconds = 0.0  # that finding the hints took
         self.notes = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
         if not self.data_check.rows["manifest"]:
             self.notes.append(
                 f"{self.data_check.manifest.path} does not exist, so nothing says what the shards should hold"
             )
+
+    @functools.cached_property
+    def hints(self) -> Hints:
+        """Each target's hint."""
+        begin = time.perf_counter()
+        found = find_hints(self.tokens, self.documents, self.config)
+        self.hint_seconds = time.perf_counter() - begin
+        return found
 
     def batches(self, sequences: list[list[int]]) -> list[list[list[int]]]:
         """Sequences (lists of windows) in groups of the batch size."""
@@ -10876,17 +11103,22 @@ class Evaluator:
     ) -> None:
         """Scores a batch of sequences of these windows (the evaluator's own), and enters the targets in the ledger."""
         batch, scored = self.batch(sequences, self.windows if windows is None else windows)
-        nll = self.compute(forward, batch)
-        ledger.score(scored, nll)
+        nll, log_q = self.compute(forward, batch, ledger.hints_at(scored))
+        ledger.score(scored, nll, log_q)
 
     def warm_up(self, forward: Callable) -> None:
         """Computes one batch of padding and drops it, so that what an evaluation needs is compiled."""
-        self.compute(forward, as_padding(self.batch(self.sequences[: self.batch_size], self.windows)[0]))
+        batch = as_padding(self.batch(self.sequences[: self.batch_size], self.windows)[0])
+        self.compute(forward, batch)
+        if self.config.hint_enabled and self.config.ttt_mode != "phased":  # which has windows of its own
+            self.compute(forward, batch, batch.targets)
 
     @torch.no_grad()
-    def compute(self, forward: Callable, batch: Batch) -> Tensor:
-        """NLL [B, T] of a batch."""
-        return forward(*batch, looped=self.config.loops, temperature=self.config.temperature)[0]
+    def compute(self, forward: Callable, batch: Batch, hints: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """NLL [B, T] of a batch, and the log-probabilities [B, T] of hints [B, T] if there are some."""
+        more = {} if hints is None else dict(hints=hints)
+        nll, _, *log_q = forward(*batch, looped=self.config.loops, temperature=self.config.temperature, **more)
+        return nll, log_q[0] if log_q else None
 
     def project(self, forward: Callable) -> None:
         """Logs the seconds that an evaluation will take, measured on one of its batches."""
@@ -10895,13 +11127,15 @@ class Evaluator:
         work = f"{len(self.windows)} windows of up to {config.eval_context} tokens, stride {config.eval_step}"
         ProgressMeter(self.run, config, "sliding", batches).project(seconds, f"{work}, {batches} batches")
 
-    def __call__(self, forward: Callable, stage: str = "", resumable: bool = False) -> Score:
+    def __call__(
+        self, forward: Callable, stage: str = "", resumable: bool = False, ledger: ScoreLedger | None = None
+    ) -> Score:
         """Scores the whole validation stream, each target once. Ranks share the batches. Errors: IllegalScore.
 
         `stage` names the file of EVAL_SCORES. `resumable`: it goes on where an earlier attempt of this run was cut off,
-        which needs the very same model.
+        which needs the very same model. The scores are entered in `ledger`, or in a new one.
         """
-        ledger, batches = ScoreLedger(self), self.batches(self.sequences)
+        ledger, batches = ledger or ScoreLedger(self), self.batches(self.sequences)
         meter = ProgressMeter(self.run, self.config, "sliding", len(batches))
         kept = StageCheckpoints(self.run, stage, ledger) if resumable else None
         if kept:
@@ -11044,7 +11278,7 @@ class PhasedTTT:
         self.tokens, self.offsets = evaluator.tokens, evaluator.documents
         self.lengths = np.diff(self.offsets)
         self.plan()
-        self.ledger = ScoreLedger(evaluator)
+        self.ledger = ScoreLedger(evaluator, hinted=adapt and config.hint_enabled)
         self.forward = compiled_forward(constant_view(model))
         calls = len(model.schedules[config.loops])
         self.adapters = Adapters(config, calls, self.run.device) if adapt else None
@@ -11209,7 +11443,7 @@ class PhasedTTT:
             if self.adapters:
                 self.start_batch(self.adapters, documents)
             batch, scored = self.window(documents, 0)
-            self.drop_step(as_padding(batch), scored)
+            self.drop_step(as_padding(batch), np.full_like(scored, -1))
         if self.adapters and self.phase_ends:
             self.new_sgd().warm_up(self.config.global_ttt_chunk_tokens)
 
@@ -11219,7 +11453,7 @@ class PhasedTTT:
 
     def drop_step(self, batch: Batch, scored: np.ndarray) -> None:
         """Computes a window and its adapters' gradients, and drops them."""
-        nll, leaves = self.score(batch, scored)
+        nll, leaves, _ = self.score(batch, scored)
         if leaves:
             torch.autograd.grad(nll.sum(), leaves)
 
@@ -11228,11 +11462,11 @@ class PhasedTTT:
         for chunk in range(int(self.chunk_counts[documents[0]])):
             batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
             adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
-            nll, leaves = self.score(batch, scored)
-            self.ledger.score(scored, nll)
+            nll, leaves, log_q = self.score(batch, scored)
+            self.ledger.score(scored, nll, log_q)
             for step in range(self.config.ttt_grad_steps if adapting else 0):
                 if step:
-                    nll, leaves = self.score(batch, scored)
+                    nll, leaves, _ = self.score(batch, scored)
                 self.adapt(nll, leaves, scored[:adapting])
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
@@ -11246,8 +11480,8 @@ class PhasedTTT:
         loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
         adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
-    def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor]]:
-        """NLL [B, last] of a window's last places, and the adapters' tensors that it depends on.
+    def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """NLL [B, last] of a window's last places, the adapters' tensors that it depends on, hints' log-probabilities.
 
         It can always be differentiated: a score must not depend on whether another document goes on, and a graph
         without gradients would be one more to compile.
@@ -11258,13 +11492,17 @@ class PhasedTTT:
         if self.model.runtime.compile:  # one graph for any number of documents, places and scored places
             mark_sizes(1, *leaves)
             mark_sizes(2, batch.ids, batch.targets, batch.documents.starts)
-        nll, _ = self.forward(
+        hints = self.ledger.hints_at(scored)
+        if hints is not None and self.model.runtime.compile:
+            mark_sizes(2, hints)
+        nll, _, *log_q = self.forward(
             *batch,
             looped=self.config.loops,
             adapters=adapters.pairs(leaves) if adapters else None,
             temperature=self.config.temperature,  # adapters train on what counts
+            **({} if hints is None else dict(hints=hints)),
         )
-        return nll, leaves
+        return nll, leaves, log_q[0] if log_q else None
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document with its context, right-aligned where the chunk would end; the rest is padding.
@@ -11394,7 +11632,7 @@ class ChunkTTT:
 
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         config = self.config = evaluator.config
-        self.evaluator, self.ledger = evaluator, ScoreLedger(evaluator)
+        self.evaluator, self.ledger = evaluator, ScoreLedger(evaluator, hinted=adapt and config.hint_enabled)
         self.model, self.adapt = model, adapt
         self.size = config.ttt_chunk_tokens
         self.count = -(-(len(evaluator.tokens) - 1) // self.size)
@@ -11503,6 +11741,22 @@ def score_without_training(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, 
     return dict(val_bpb_ttt_baseline=score.bpb)
 
 
+def score_hints(evaluator: Evaluator, ledger: ScoreLedger) -> dict[str, Any]:
+    """The scores of a closed ledger with hints, the same on every rank. The summary's rows."""
+    config, run = evaluator.config, evaluator.run
+    begin = time.perf_counter()
+    nll, log_q = ledger.of_all_ranks(ledger.nll), ledger.of_all_ranks(ledger.log_q)
+    scores = with_hints(nll, log_q, evaluator.tokens, evaluator.hints, config)
+    score = Score(float(scores.sum(dtype=np.float64)), len(scores), evaluator.bytes)
+    if config.eval_scores and score.finite:
+        ledger.write("hint", scores)
+    seconds = evaluator.hint_seconds + time.perf_counter() - begin
+    log_score(run, "hint", require_finite(score, ArtifactError, "the validation loss with hints"))
+    share = float((evaluator.hints.kinds > 0).mean())
+    run.log(f"hint: {share:.2%} of the targets have one, {seconds:.1f} s")
+    return dict(val_bpb_hint=score.bpb, val_loss_hint=score.loss, hint_share=share, hint_seconds=seconds)
+
+
 def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
     config, run = evaluator.config, evaluator.run
@@ -11516,6 +11770,9 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     score = training()
     require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
     log_score(run, "ttt", score)
+    if config.hint_enabled:
+        rows |= run.once(run.scored("hint"), lambda: score_hints(evaluator, training.ledger))
+        rows |= dict(val_loss_ttt=score.loss)
     return rows | dict(
         val_bpb_ttt=score.bpb,
         val_bpb=score.bpb,
@@ -11739,6 +11996,9 @@ def evaluate_artifact(
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
             rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model))
+    if config.hint_enabled:  # on top of the last stage, which kept this result
+        hints = run.results[run.scored("hint")]
+        rows |= hints | dict(val_bpb=hints["val_bpb_hint"], val_loss=hints["val_loss_hint"])
     if config.compile == "1":
         run.log(f"recompiled: {graphs_compiled() - warm} graphs in the evaluation")
     return rows
@@ -11746,9 +12006,13 @@ def evaluate_artifact(
 
 def score_artifact(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
     """The fields of an artifact's score before test-time training."""
-    score = evaluator(compiled_forward(model), "quantized", resumable=True)
+    run, hinted = evaluator.run, evaluator.config.hint_enabled and evaluator.config.ttt_mode == "none"
+    ledger = ScoreLedger(evaluator, hinted)
+    score = evaluator(compiled_forward(model), "quantized", resumable=True, ledger=ledger)
     require_finite(score, ArtifactError, "the validation loss of its model")
-    log_score(evaluator.run, "quantized", score)
+    log_score(run, "quantized", score)
+    if hinted:
+        run.once(run.scored("hint"), lambda: score_hints(evaluator, ledger))
     return dataclasses.asdict(score)
 
 
@@ -11837,6 +12101,8 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
         )
         if s["val_bpb_ttt"] is not None:
             yield f"val_bpb    {s['val_bpb_ttt']:.4f} after test-time training"
+        if "val_bpb_hint" in s:
+            yield f"val_bpb    {s['val_bpb_hint']:.4f} with hints from repetition"
         yield f"           strictly causal: {'yes' if s['strictly_causal'] else 'no'}"
         for name, bpb in s["reference_compressors"].items():
             yield f"           {bpb:.4f} {name} on the same text, for orientation"

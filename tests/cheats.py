@@ -29,9 +29,10 @@ class Cheat:
 QUANTIZED = '        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model)))\n'
 LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
-SLIDING = "        nll = self.compute(forward, batch)\n"
+SLIDING = "        nll, log_q = self.compute(forward, batch, ledger.hints_at(scored))\n"
 PHASED = (
-    "        nll, _ = self.forward(\n            *batch,\n            looped=self.config.loops,\n            adapters="
+    "        nll, _, *log_q = self.forward(\n"
+    "            *batch,\n            looped=self.config.loops,\n            adapters="
 )
 LEDGER = "            self.nll[positions] = nll.cpu().numpy()[places]\n"
 CLOSE = "        return nats.item()\n"
@@ -98,13 +99,13 @@ TTT_ROWS = '            rows |= run.once(run.scored("ttt"), lambda: test_time_tr
 REAL_PASS = "    begin, training = time.perf_counter(), method(evaluator, model)\n"
 SUMMARY_SCORE = "        val_bpb=score.bpb,\n        val_loss=score.loss,\n        ttt_targets_per_second"
 BYTES = "    return int(counts.sum(dtype=np.int64))\n"
-ENTER = "        ledger.score(scored, nll)\n"
+ENTER = "        ledger.score(scored, nll, log_q)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
 READ = "        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]\n"
 CALIBRATE = "                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
-CHUNK_SCORE = "            self.ledger.score(scored, nll)\n            for step in range("
+CHUNK_SCORE = "            self.ledger.score(scored, nll, log_q)\n            for step in range("
 COUNTED = "        self.ledger.train_on(scored[counted])\n"
 
 
@@ -520,7 +521,7 @@ BORDERS = [
                 *(
                     "if adapting:",
                     "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves = self.score(batch, scored)",
+                    "    nll, leaves, log_q = self.score(batch, scored)",
                 ),
             ),
         ),
@@ -535,12 +536,90 @@ BORDERS = [
                 *(
                     "if adapting:",
                     "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves = self.score(batch, scored)",
+                    "    nll, leaves, log_q = self.score(batch, scored)",
                 ),
             ),
             (COUNTED, ""),
         ),
         mode="phased",
+    ),
+]
+
+# ------------------------------------------------------------------------------------------------ hints from repetition
+
+HINTED = dict(HINT_ENABLED=1, HINT_MIN_MATCH=4, HINT_MAX_MATCH=8, HINT_CHUNK_TOKENS=64)
+WEIGH = "        out[found[chunk]] = weights.score(buckets[chunk], q[chunk], own[chunk], right[chunk])\n"
+LEARN = "        weights.learn(buckets[chunk], q[chunk], right[chunk])\n"
+CHUNKS = "    chunks = np.flatnonzero(np.diff(found // config.hint_chunk_tokens)) + 1\n"
+LOOK_UP = "        found.tokens[matched[same]], found.kinds[matched[same]] = tokens[source[same] + 1], kind\n"
+OTHERS = "        others = nll + np.log1p(q * np.expm1(w))\n"
+HINTS = [
+    Cheat(
+        "weights of hints that learn from a chunk before it is scored",
+        CAUSALITY,
+        (before(WEIGH, LEARN.strip()),),
+        settings=HINTED,
+    ),
+    Cheat(
+        "weights of hints learned from the whole stream first",
+        CAUSALITY,
+        (before(CHUNKS, "for _ in range(4):", "    weights.learn(buckets, q, right)"),),
+        settings=HINTED,
+    ),
+    Cheat(
+        "weights of hints learned before scoring, after test-time training",
+        CAUSALITY,
+        (before(WEIGH, LEARN.strip()),),
+        mode="phased",
+        settings=HINTED,
+    ),
+    Cheat(
+        "a hint that is the target itself",
+        NORMALIZATION,
+        ((LOOK_UP, LOOK_UP.replace("tokens[source[same] + 1]", "tokens[matched[same] + 1]")),),
+        settings=HINTED,
+    ),
+    Cheat(
+        "the target itself where a hint is wrong",
+        NORMALIZATION,
+        (after(LOOK_UP, "found.tokens[matched[same][::2]] = tokens[matched[same][::2] + 1]"),),
+        settings=HINTED,
+    ),
+    Cheat(
+        "hints that look ahead in the stream",
+        CAUSALITY,
+        (
+            (
+                "    return places, np.where(alike & (previous >= begins[places]), previous, past)\n",
+                "    later = np.append(np.where(alike[1:], places[1:], -1), -1)[: len(places)]\n"
+                "    later[later + 1 >= len(begins)] = -1\n"
+                "    return places, np.where(later >= 0, later, np.where(alike, previous, past))\n",
+            ),
+        ),
+        settings=HINTED,
+    ),
+    Cheat(
+        "hints that are not paid for by the other tokens",
+        NORMALIZATION,
+        ((OTHERS, "        others = nll\n"),),
+        settings=HINTED,
+    ),
+    Cheat(
+        "a chance of a hint that is not the model's",
+        NORMALIZATION,
+        (before(OTHERS, "q = 0.5 * q"),),
+        settings=HINTED,
+    ),
+    Cheat(
+        "weights of hints never below zero, chosen after the target is seen",
+        NORMALIZATION,
+        (
+            (
+                "        w = self.w[buckets]\n        others",
+                "        w = np.where(right, np.abs(self.w[buckets]), 0)\n        others",
+            ),
+        ),
+        settings=HINTED,
     ),
 ]
 
@@ -594,4 +673,4 @@ UNNOTICED = [
     ),
 ]
 
-CHEATS = [*OUTSIDE, *BEHIND, *BORDERS]
+CHEATS = [*OUTSIDE, *BEHIND, *BORDERS, *HINTS]

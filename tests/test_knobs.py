@@ -49,6 +49,7 @@ PHASED = dict(
     GLOBAL_TTT_LR=0.01,
 )
 CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
+HINT = dict(HINT_ENABLED=1, HINT_MIN_MATCH=2, HINT_MAX_MATCH=4, HINT_CHUNK_TOKENS=128)
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
     "COMPUTE_DTYPE": ("bfloat16", {}),
@@ -184,6 +185,11 @@ CHANGES = {
     "LATE_QAT_THRESHOLD": (0.9, {}),
     "MATRIX_CLIP_SIGMAS": (5, dict(BIGRAM_VOCAB_SIZE=5500, BIGRAM_DIM=12)),
     "TEMPERATURE": (0.8, {}),
+    "HINT_ENABLED": (1, dict(HINT, HINT_ENABLED=0)),
+    "HINT_MIN_MATCH": (3, HINT),
+    "HINT_MAX_MATCH": (2, HINT),
+    "HINT_CHUNK_TOKENS": (256, HINT),
+    "HINT_LR": (0.5, HINT),
     "TTT_MODE": ("phased", dict(PHASED, TTT_MODE="none")),
     "TTT_BASELINE": (1, PHASED),
     **{
@@ -336,6 +342,7 @@ MEASURED = (
     "train_seconds",
     "peak_memory_bytes",
     "ttt_targets_per_second",
+    "hint_seconds",
     "data_wait_share",
     "evaluation_seconds",
     "evaluation_seconds_with_compilation",

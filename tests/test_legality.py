@@ -126,10 +126,10 @@ class Recorder:
     def __enter__(self):
         self.patch, enter = pytest.MonkeyPatch(), tg.ScoreLedger.score
 
-        def watched(ledger, positions, nll):
-            self.enter(positions, nll)
+        def watched(ledger, positions, nll, log_q=None):
+            self.enter(positions, nll, log_q)
             self.trace.nll = ledger.nll
-            enter(ledger, positions, nll)
+            enter(ledger, positions, nll, log_q)
 
         self.patch.setattr(tg.ScoreLedger, "score", watched)
         self.hook = torch.nn.modules.module.register_module_forward_hook(self.forward, with_kwargs=True)
@@ -154,6 +154,7 @@ class Recorder:
         """What the places of the last pass are scored by: (logits [n, V], nats of every token [n, V], token losses)."""
         keywords = dict(self.keywords)
         temperature, adapters = keywords.pop("temperature", 1.0), keywords.get("adapters")
+        self.hints = keywords.pop("hints", None)
         hidden = self.model.trunk(self.ids, self.documents, last_tokens=self.targets.size(1), **keywords)
         pair = tuple(x[:, 0] for x in adapters["head"]) if adapters else None
         logits = self.model.head_logits(hidden, pair)[mask]
@@ -175,7 +176,7 @@ class Recorder:
                 nameless += last == tg.BOS_ID
         self.trace.reads.append(Read(self.trace.tick(), positions, nameless))
 
-    def enter(self, positions, nll):
+    def enter(self, positions, nll, log_q):
         """Holds what is entered against the last forward pass."""
         places, tokens = positions >= 0, self.trace.tokens
         if nll.shape != self.nll.shape or not torch.equal(nll.detach(), self.nll):
@@ -188,6 +189,10 @@ class Recorder:
         self.trace.entries.append(
             Entry(self.trace.tick(), where, nll.detach()[mask].numpy().copy(), *self.distribution(mask))
         )
+        if log_q is not None:
+            nats = self.trace.entries[-1].nats.gather(1, self.hints[mask][:, None])[:, 0]
+            if log_q.requires_grad or (nats + log_q[mask]).abs().max() > 1e-9:
+                raise Violation("C2: a hint's probability is not that of the distribution")
 
 
 class OneByteEach:
@@ -531,7 +536,7 @@ def temperature_of_the_target(patch):
 def blind_ledger(patch):
     """The program's own guards are off: whoever plants a violation would see to that."""
 
-    def score(ledger, positions, nll):
+    def score(ledger, positions, nll, log_q=None):
         places = positions >= 0
         ledger.own_counts[positions[places]] = 1
         ledger.nll[positions[places]] = nll.detach()[torch.from_numpy(places)].numpy()
@@ -556,7 +561,7 @@ def adapt_by(patch, order):
             def learn(chunk=chunk):
                 some = documents[ttt.chunk_counts[documents] > chunk]
                 batch, scored = ttt.window(some, chunk)
-                nll, leaves = ttt.score(batch, scored)
+                nll, leaves, _ = ttt.score(batch, scored)
                 loss = (nll * torch.from_numpy(scored >= 0)).sum(1).sum()
                 ttt.adapters.step(len(some), [g[: len(some)] for g in torch.autograd.grad(loss, leaves)])
 
@@ -624,8 +629,8 @@ def enters_the_better_score(patch):
     score = tg.PhasedTTT.score
 
     def plant(ttt, *arguments):
-        nll, leaves = score(ttt, *arguments)
-        return nll.clamp(max=6), leaves
+        nll, leaves, log_q = score(ttt, *arguments)
+        return nll.clamp(max=6), leaves, log_q
 
     patch.setattr(tg.PhasedTTT, "score", plant)
 

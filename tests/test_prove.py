@@ -16,7 +16,19 @@ import pytest
 import sentencepiece
 
 import prove
-from cheats import CAUSALITY, CHEATS, CLAIM, COUNTS, MEMORY, NORMALIZATION, OFFICIAL, RUN, TRAINING, UNNOTICED
+from cheats import (
+    CAUSALITY,
+    CHEATS,
+    CLAIM,
+    COUNTS,
+    HINTED,
+    MEMORY,
+    NORMALIZATION,
+    OFFICIAL,
+    RUN,
+    TRAINING,
+    UNNOTICED,
+)
 from helpers import (
     ROOT,
     SCRIPT,
@@ -176,6 +188,30 @@ def test_the_honest_script_passes_every_rule(server, run, tmp_path, mode):
     assert ("BOS, a token of" in verdicts[NORMALIZATION].tried) and ("another rest" in verdicts[CAUSALITY].tried)
     assert set(verdicts) >= {"size", COUNTS, CAUSALITY, NORMALIZATION, MEMORY}
     assert {CLAIM: mode == "none", TRAINING: mode == "phased"} == {r: r in verdicts for r in (CLAIM, TRAINING)}
+
+
+@pytest.mark.parametrize("mode", ["none", "phased", "chunk"])
+def test_hints_pass_every_rule(server, run, tmp_path, mode, monkeypatch):
+    """... and the sums over the vocabulary are of places whose hint moves them."""
+    sums, moved, evaluate = [], [], Forked.evaluate
+
+    def watched(subject, stream, scores=True, **values):
+        found = evaluate(subject, stream, scores, **values)
+        if values.get("HINT_CHUNK_TOKENS") and scores:
+            last = "quantized" if mode == "none" else "ttt"
+            moved.append(np.abs(found.scores["hint"] - found.scores[last])[2 * values["HINT_CHUNK_TOKENS"] :])
+            sums.append(stream)
+        return found
+
+    monkeypatch.setattr(Forked, "evaluate", watched)
+    subject = subject_of(server, run, tmp_path / "work", mode, **HINTED)
+    proof = proof_of(subject, run)
+    assert "hint" in proof.base().scores
+    for verdict in (proof.causality(), proof.normalization(), proof.memory(), proof.once_each()):
+        assert verdict.holds, verdict
+        assert verdict.rule != NORMALIZATION or "hint 1.0000" in verdict.tried
+    assert max(np.concatenate(moved)) > 0.1 and sums
+    assert (proof.base().scores["hint"] != proof.base().scores["quantized"]).mean() > 0.1
 
 
 def test_the_honest_script_on_two_ranks_scores_as_on_one(server, run, tmp_path):

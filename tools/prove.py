@@ -272,6 +272,8 @@ COUNTED = (
     "phased_ttt_num_phases",
     "global_ttt_chunk_tokens",
     "ttt_chunk_tokens",
+    "hint_chunk_tokens",
+    "hint_min_match",
 )
 
 
@@ -363,6 +365,12 @@ def settle(subject: Subject, options) -> None:
         if phases or (isinstance(settings.get(name), int) and settings[name] > most):
             subject.remarks.append(f"{name.upper()} is {most} in place of {settings[name]}, so that it takes effect")
             settings[name] = most
+    if settings.get("hint_enabled"):
+        settings["hint_chunk_tokens"] = min(int(settings["hint_chunk_tokens"]), max(64, size.targets // 40))
+        subject.remarks.append(
+            f"HINT_CHUNK_TOKENS is {settings['hint_chunk_tokens']}, so that hints learn; where documents begin alike "
+            "it is so large that all of them have the same weights"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules
@@ -380,6 +388,8 @@ class Proof:
         counted = settings.get("ttt_mode") == "phased" and not settings.get("phased_ttt_prefix_tokens")
         self.lead_documents = 20 + counted * int(settings.get("phased_ttt_prefix_docs") or 0)
         self.stream = maker.base(size.targets, max(documents, self.lead_documents * 5 // 4), size.longest)
+        if settings.get("hint_enabled"):
+            self.stream = maker.echoes(self.stream)
         self.before: Evaluation | None = None
         self.counted: list[str] = []  # what is wrong with how evaluations count, and of which stream
         self.unequal: list[str] = []  # scores that differ where documents share a prefix
@@ -441,8 +451,8 @@ class Proof:
         prefix, rests = self.ending(24), [0, 0, 1, 1, 2, 3, 8, 16, 30, 60, 100, 300, self.size.longest // 4]
         lengths = self.maker.random.permutation(np.resize(rests, TWINS))
         ends = [np.concatenate([prefix, self.maker.noise(length).tokens]) for length in lengths.tolist()]
-        for stream, begins in self.alike(ends, True):
-            found = self.evaluate(stream, "documents that begin alike")
+        for stream, begins, values in self.alike(ends, True, ends[-1]):
+            found = self.evaluate(stream, "documents that begin alike", **values)
             for stage, scores in found.scores.items():
                 problem = self.unlike(scores, begins, len(prefix) - 1)
                 if problem:
@@ -515,7 +525,7 @@ class Proof:
             stated = said.get(f"val_bpb_{stage}")
             if stated is not None and not math.isclose(bpb, stated, rel_tol=1e-6):
                 wrong.append(f"the summary's val_bpb_{stage} is {stated}, and its scores give {bpb}")
-        last = [s for s in ("ttt", "quantized") if s in evaluation.scores][:1]
+        last = [s for s in ("hint", "ttt", "quantized") if s in evaluation.scores][:1]
         if last and said.get("val_bpb") != said.get(f"val_bpb_{last[0]}"):
             wrong.append(f"the summary's val_bpb is {said.get('val_bpb')}, which is not that of {last[0]}")
         return wrong
@@ -549,9 +559,9 @@ class Proof:
         if self.by_length:
             return Verdict("normalization", None, "documents of TTT_ORDER=length do not start from one state")
         tried, wrong = [], []
-        for length in sorted({4, self.size.prefix}):
-            prefix = self.ending(length)
-            sums = self.sums(prefix, np.arange(vocabulary))
+        prefixes = [(self.ending(length), None) for length in sorted({4, self.size.prefix})]
+        for prefix, likely in [*prefixes, *self.hinted_prefix()]:
+            sums = self.sums(prefix, np.arange(vocabulary), likely=likely)
             tried.append(f"{vocabulary} documents of {len(prefix)} tokens and one more: sums {shown(sums)}")
             wrong += [
                 f"{stage}: {value:.6f} in place of 1 after {len(prefix)} tokens"
@@ -586,7 +596,7 @@ class Proof:
             return []
         others = self.maker.random.permutation(np.setdiff1d(np.arange(self.tokens.model.vocab_size()), [BOS, surest]))
         last = np.array([BOS, surest, *others[: count - 2]])
-        sums = self.sums(prefix, last, late)
+        sums = self.sums(prefix, last, late, surest)
         when = "late" if late else "early"
         said = f"BOS, a token of {math.exp(-scores[place]):.3f} and {len(last) - 2} others after {len(prefix)} tokens"
         wrong = [f"{stage}: {value:.6f} for {said}" for stage, value in sums.items() if value > 1 + self.slack]
@@ -618,12 +628,30 @@ class Proof:
             self.prefix = np.resize(real[::-1], self.size.longest)[::-1]
         return np.concatenate(([BOS], self.prefix[len(self.prefix) - length :]))
 
-    def sums(self, prefix: np.ndarray, last: np.ndarray, late: bool = True) -> dict[str, float]:
-        """Each stage's sum of the probabilities of these tokens after a prefix, every one in a document of its own."""
+    def hinted_prefix(self) -> list[tuple[np.ndarray, int]]:
+        """With hints, the start of a document and a next token of a middling probability, which a hint moves much."""
+        settings, borders = self.subject.settings, self.stream.borders
+        if not settings.get("hint_enabled"):
+            return []
+        least, places = int(settings["hint_min_match"]), np.arange(len(self.stream) - 1)
+        depths = places - borders[np.searchsorted(borders, places, side="right") - 1]
+        able = (depths >= least) & (depths < least + 16) & (self.stream.tokens[1:] != BOS)
+        scores = next(scores for stage, scores in reversed(self.base().scores.items()) if stage != "hint")
+        place = int(np.where(able, np.abs(scores - 0.5), np.inf).argmin())
+        return [(self.stream.tokens[place - depths[place] : place + 1], int(self.stream.tokens[place + 1]))]
+
+    def sums(
+        self, prefix: np.ndarray, last: np.ndarray, late: bool = True, likely: int | None = None
+    ) -> dict[str, float]:
+        """Each stage's sum of the probabilities of these tokens after a prefix, every one in a document of its own.
+
+        likely: the token that hints name there, by default the last one.
+        """
         ends = [prefix if token == BOS else np.append(prefix, token) for token in last]
         totals: dict[str, float] = {}
-        for stream, begins in self.alike(ends, late):
-            found = self.evaluate(stream, "documents that share a prefix")
+        copy = ends[-1] if likely is None else np.append(prefix, likely)
+        for stream, begins, values in self.alike(ends, late, copy):
+            found = self.evaluate(stream, "documents that share a prefix", **values)
             for stage, scores in found.scores.items():
                 p = np.exp(-scores[begins + len(prefix) - 1].astype(np.float64))
                 totals[stage] = totals.get(stage, 0.0) + float(p.sum())
@@ -631,11 +659,13 @@ class Proof:
                 self.unequal += [f"{stage}: {problem}"] if problem else []
         return totals
 
-    def alike(self, documents: list[np.ndarray], late: bool) -> Iterator[tuple[Stream, np.ndarray]]:
-        """Streams of these documents: (stream, where each begins).
+    def alike(
+        self, documents: list[np.ndarray], late: bool, copy: np.ndarray
+    ) -> Iterator[tuple[Stream, np.ndarray, dict[str, Any]]]:
+        """Streams of these documents: (stream, where each begins, settings to score it with).
 
-        All of them are scored with the same weights: in the last phase or the second chunk of their stream if `late`,
-        else in the first.
+        All of them are scored with the same weights: in the last phase or a late chunk of their stream if `late`, else
+        in the first. Hints, if there are some, know the document `copy` then.
         """
         settings, lead = self.subject.settings, self.maker.of(np.zeros(0, np.int64))
         room = 1 << 60
@@ -647,11 +677,35 @@ class Proof:
             room = max(chunk - stride, chunk // 2)
         elif settings.get("ttt_mode") == "phased" and late:
             lead = self.maker.documents(self.maker.lengths(self.size.targets // 2, self.lead_documents, 500))
+        values: dict[str, Any] = {}
+        if settings.get("hint_enabled"):
+            lead, chunk = self.hinted_lead(lead, documents, late, copy)
+            room, values = min(room, chunk), dict(HINT_CHUNK_TOKENS=chunk)
         while documents:
             count = max(1, int(np.searchsorted(np.cumsum([len(d) for d in documents]), room, side="right")))
             part, documents = documents[:count], documents[count:]
             begins = len(lead) + np.cumsum([0, *map(len, part)])[:-1]
-            yield lead + self.maker.of(np.concatenate([*part, [BOS]])), begins
+            yield lead + self.maker.of(np.concatenate([*part, [BOS]])), begins, values
+
+    def hinted_lead(
+        self, lead: Stream, documents: list[np.ndarray], late: bool, copy: np.ndarray
+    ) -> tuple[Stream, int]:
+        """What stands before documents that begin alike, and a HINT_CHUNK_TOKENS by which they share a chunk.
+
+        If `late`, two chunks stand before them. Both hold copies of the document `copy`, so that the weights have
+        learned what such a hint is worth, and its hint is known.
+        """
+        settings = self.subject.settings
+        whole, longest = sum(map(len, documents)), max(map(len, documents))
+        if settings.get("ttt_mode") == "chunk":
+            chunk = int(settings["ttt_chunk_tokens"])
+            lead = lead[: chunk // 2]
+        else:
+            chunk = max(min(whole, self.size.targets), longest + 1, len(lead) + 4 * len(copy))
+        if not late:
+            return lead[:0], chunk
+        copies = np.resize(copy, 2 * chunk - len(lead))
+        return self.maker.of(np.concatenate([lead.tokens, copies])), chunk
 
     # ---------------------------------------------------------------------------------- the run behind the scores
 

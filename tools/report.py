@@ -46,6 +46,7 @@ STAGES = {
     "sliding": "sliding\nwindows",
     "ttt_baseline": "TTT windows\nwithout training",
     "ttt": "test-time\ntraining",
+    "hint": "hints from\nrepetition",
 }
 
 
@@ -141,6 +142,7 @@ def rows_of(found: list[Run]) -> list[list[str]]:
                 ("quantized", "quantized"),
                 ("sliding", "sliding"),
                 ("ttt", "ttt"),
+                ("hint", "hint"),
             )
         },
         "strictly causal": lambda r: {True: "yes", False: "no", None: "-"}[r.strictly_causal],

@@ -140,7 +140,7 @@ class Run:
     seed: int | None = None
     losses: list[tuple[int, float, float | None]] = field(default_factory=list)  # step, train_loss, seconds
     scores: list[tuple[int, float, float, float | None]] = field(default_factory=list)  # step, loss, bpb, seconds
-    stages: dict[str, Stage] = field(default_factory=dict)  # pre_quant, quantized, sliding, ttt_baseline, ttt
+    stages: dict[str, Stage] = field(default_factory=dict)  # pre_quant, quantized, sliding, ttt_baseline, ttt, hint
     code_bytes: int | None = None
     model_bytes: int | None = None
     artifact_bytes: int | None = None
@@ -175,12 +175,14 @@ class Run:
     @property
     def final(self) -> Stage | None:
         """The score that counts: that of the run's last stage."""
-        return next((self.stages[s] for s in ("ttt", "sliding", "quantized", "pre_quant") if s in self.stages), None)
+        return next((self.stages[s] for s in FINAL if s in self.stages), None)
 
     @property
     def step_avg_ms(self) -> float | None:
         return 1000 * self.train_seconds / self.steps if self.train_seconds and self.steps else None
 
+
+FINAL = ("hint", "ttt", "sliding", "quantized", "pre_quant")  # the stage that counts is the first of these
 
 # One way to match each text, so that no line takes more than its length in steps.
 FIGURE = r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|nan|inf)"
@@ -234,6 +236,8 @@ class Misread(Exception):
 def stage_name(words: str) -> str | None:
     """The stage that a log line names, in our words or those of the public records."""
     w = words.lower()
+    if w.strip() == "hint":
+        return "hint"
     if "ttt" in w:
         return "ttt_baseline" if "baseline" in w or "before" in w or "no_ttt" in w else "ttt"
     if "sliding" in w or "sw_" in w:
@@ -466,7 +470,9 @@ SUMMARY_SCORES = dict(
     audit=either(TEXT, strangers.OBJECT),
     val_loss=NUMBER,
     val_bpb=NUMBER,
-    **{f"val_{what}_{stage}": NUMBER for what in ("loss", "bpb") for stage in ("pre_quant", "quantized", "ttt")},
+    **{
+        f"val_{what}_{stage}": NUMBER for what in ("loss", "bpb") for stage in ("pre_quant", "quantized", "ttt", "hint")
+    },
 )
 
 
@@ -482,11 +488,11 @@ def apply_summary(run: Run, content: Any, where: str = "summary.json") -> Run:
     if isinstance(leaks, dict):
         shared = strangers.checked(leaks, dict(shared_documents=COUNT), f"{where}: audit", run.problems)
         run.shared_documents = shared.get("shared_documents", run.shared_documents)
-    for stage in ("pre_quant", "quantized"):
+    for stage in ("pre_quant", "quantized", "hint"):
         if f"val_bpb_{stage}" in s and f"val_loss_{stage}" in s:
             run.stages[stage] = Stage(s[f"val_loss_{stage}"], s[f"val_bpb_{stage}"])
     if "val_bpb_ttt" in s and "val_loss" in s:
-        run.stages["ttt"] = Stage(s["val_loss"], s["val_bpb_ttt"])
+        run.stages["ttt"] = Stage(s.get("val_loss_ttt", s["val_loss"]), s["val_bpb_ttt"])
     if run.seconds.keys() & set(EVALUATION_STAGES):
         run.eval_seconds = sum(run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES)
     return run

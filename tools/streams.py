@@ -144,6 +144,17 @@ class Maker:
         """A stream of about so many targets."""
         return self.documents(self.lengths(targets, documents, longest)) + self.document(2)[1:]
 
+    def echoes(self, stream: Stream) -> Stream:
+        """The stream, where every other stretch of 24 tokens inside a document repeats an earlier one."""
+        tokens, counts = stream.tokens.copy(), None if stream.counts is None else stream.counts.copy()
+        for begin in range(48, len(tokens) - 24, 48):
+            source = int(self.random.integers(0, begin - 24))
+            if BOS not in tokens[begin : begin + 24] and BOS not in tokens[source : source + 24]:
+                tokens[begin : begin + 24] = tokens[source : source + 24]
+                if counts is not None:
+                    counts[begin : begin + 24] = counts[source : source + 24]
+        return Stream(tokens, counts)
+
     # ------------------------------------------------------------------------------------------------- the changes
 
     def inside(self, stream: Stream, low: float, high: float, least: int = 2) -> int:

@@ -333,7 +333,7 @@ def test_time_training(session: Session, windows: int = 14) -> None:
             adapting = int((counts[documents] > chunk + 1).sum())
             result.shapes.append((*batch.ids.shape, scored.shape[1], adapting))
             ttt.ledger.own_counts[scored[scored >= 0]] = 1
-            nll, leaves = ttt.score(batch, scored)
+            nll, leaves, _ = ttt.score(batch, scored)
             if adapting:
                 ttt.adapt(nll, leaves, scored[:adapting])
             if not costs:

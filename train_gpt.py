@@ -582,6 +582,14 @@ class Config(ModelConfig):
     muon_row_normalize: bool = knob(
         False, "scale each row of a Muon update to unit norm before Newton-Schulz", Observed.WEIGHTS
     )
+    normuon_beta2: float = knob(
+        0.0,
+        "NorMuon's beta2, the decay rate of the mean square by which each neuron's Muon update is divided after "
+        "Newton-Schulz; 0: plain Muon",
+        Observed.WEIGHTS,
+        low=0,
+        high=0.99999,
+    )
     muon_wd: float = knob(0.0, "Muon's decoupled weight decay", Observed.WEIGHTS, low=0)
     beta1: float = knob(
         0.9, "AdamW's beta1, the decay rate of the mean gradient", Observed.WEIGHTS, low=0, high=0.99999
@@ -1274,6 +1282,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FAMILIES = (
     "TTT_",
     "MUON_",
+    "NORMUON_",
     "LQER_",
     "GPTQ_",
     "EVAL_",
@@ -7029,6 +7038,26 @@ def orthogonalize(update: Tensor, steps: int, coefficients: str, dtype: torch.dt
     return x.mT if tall else x
 
 
+def neuron_shape(bank: Tensor) -> tuple[int, int, int]:
+    """The shape of NorMuon's statistics of a bank [B, r, c]: one for each row or column, along the longer side."""
+    matrices, rows, columns = bank.shape
+    return (matrices, rows, 1) if rows >= columns else (matrices, 1, columns)
+
+
+def equalize_neurons(update: Tensor, squares: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv 2510.05491): every neuron of an orthogonalized update [B, r, c] moves about equally far.
+
+    A neuron is divided by the root of its running mean square, which `squares` [`neuron_shape`] holds and this
+    updates. Then the matrix gets its former Frobenius norm, so that the learning rate keeps its meaning. The running
+    mean starts at zero. That needs no correction, since the norm takes out what all neurons have in common.
+    """
+    wide = update.to(squares.dtype)
+    norm = wide.norm(dim=(-2, -1), keepdim=True)
+    squares.lerp_(wide.square().mean(dim=-1 if squares.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    wide = wide * squares.clamp_min(1e-20).rsqrt()
+    return (wide * (norm / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))).to(update.dtype)
+
+
 def gradient_of(p: Tensor) -> Tensor:
     """The gradient of a parameter that the backward pass reached. Errors: RuntimeError for another one."""
     if p.grad is None:
@@ -7061,6 +7090,8 @@ class Muon:
             torch.zeros(size, *bank.shape[1:], dtype=bank.dtype, device=bank.device)
             for size, bank in zip(self.shard_sizes, self.banks, strict=True)
         ]
+        # NorMuon's mean square of each neuron; None without it
+        self.squares = [m.new_zeros(neuron_shape(m)) if config.normuon_beta2 else None for m in self.momentum]
 
     def start_reduce(self) -> list[tuple[Tensor, Any]]:
         """Starts to sum every bank's gradient over the ranks; returns this rank's shard and a handle for each.
@@ -7079,8 +7110,11 @@ class Muon:
             pending.append((grad, handle))
         return pending
 
-    def direction(self, grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
-        """Nesterov momentum, then orthogonalization, scaled by shape: [B, r, c] in the type of the master weights."""
+    def direction(self, grad: Tensor, momentum: Tensor, squares: Tensor | None, beta: float) -> Tensor:
+        """Nesterov momentum, then orthogonalization, scaled by shape: [B, r, c] in the type of the master weights.
+
+        Updates the momentum and, with NORMUON_BETA2, the neurons' mean squares.
+        """
         config = self.config
         momentum.lerp_(grad, 1 - beta)
         update = grad.lerp(momentum, beta)
@@ -7088,6 +7122,8 @@ class Muon:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         rows, columns = update.shape[-2:]
         update = orthogonalize(update, config.muon_backend_steps, config.muon_coefficients, config.dtype)
+        if squares is not None:
+            update = equalize_neurons(update, squares, config.normuon_beta2)
         return update * max(1.0, rows / columns) ** 0.5
 
     def trainable_matrices(self, bank: Tensor, shard_size: int, trainable_layers: int) -> tuple[Tensor, Tensor]:
@@ -7097,11 +7133,16 @@ class Muon:
         local = [i - first for i in matrices if first <= i < first + shard_size]
         return torch.tensor(matrices, device=bank.device), torch.tensor(local, dtype=torch.long, device=bank.device)
 
-    def partial_direction(self, grad: Tensor, momentum: Tensor, beta: float, local: Tensor) -> Tensor:
+    def partial_direction(
+        self, grad: Tensor, momentum: Tensor, squares: Tensor | None, beta: float, local: Tensor
+    ) -> Tensor:
         """`direction` of some matrices of a shard alone; the update of the others is zero."""
         part_momentum = momentum[local]
-        part = self.direction(grad[local], part_momentum, beta)
+        part_squares = None if squares is None else squares[local]
+        part = self.direction(grad[local], part_momentum, part_squares, beta)
         momentum.index_copy_(0, local, part_momentum)
+        if squares is not None and part_squares is not None:
+            squares.index_copy_(0, local, part_squares)
         return part.new_zeros(grad.shape).index_copy_(0, local, part)
 
     @torch.no_grad()
@@ -7111,13 +7152,14 @@ class Muon:
         Gathering one bank overlaps with orthogonalizing the next.
         """
         pending = []
-        for grad, momentum, bank, size in zip(grads, self.momentum, self.banks, self.shard_sizes, strict=True):
+        shards = zip(grads, self.momentum, self.squares, self.banks, self.shard_sizes, strict=True)
+        for grad, momentum, squares, bank, size in shards:
             matrices = handle = None
             if trainable_layers == self.config.num_layers:
-                update = self.direction(grad, momentum, beta)
+                update = self.direction(grad, momentum, squares, beta)
             else:
                 matrices, local = self.trainable_matrices(bank, size, trainable_layers)
-                update = self.partial_direction(grad, momentum, beta, local)
+                update = self.partial_direction(grad, momentum, squares, beta, local)
             if self.run.world > 1:
                 shard, shape = update.contiguous(), (update.size(0) * self.run.world, *update.shape[1:])
                 update = torch.empty(shape, dtype=shard.dtype, device=shard.device)
@@ -7126,23 +7168,30 @@ class Muon:
         for waiting in pending:
             self.apply(waiting, self.lr * multiplier)
 
-    def whole_momentum(self) -> list[Tensor]:
-        """The momentum of all ranks, in the shapes of the banks: the same on any number of ranks."""
-        whole = self.momentum
-        if self.run.world > 1:
-            whole = [
-                torch.empty(m.size(0) * self.run.world, *m.shape[1:], dtype=m.dtype, device=m.device) for m in whole
-            ]
-            for gathered, shard in zip(whole, self.momentum, strict=True):
-                dist.all_gather_into_tensor(gathered, shard)
-        return [m[: bank.size(0)] for m, bank in zip(whole, self.banks, strict=True)]
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's shards of all state, by name: the momentum and, with NORMUON_BETA2, the mean squares."""
+        named = {f"muon.{name}": shard for name, shard in zip(BANKS, self.momentum, strict=True)}
+        squares = {f"normuon.{name}": shard for name, shard in zip(BANKS, self.squares, strict=True)}
+        return named | {name: shard for name, shard in squares.items() if shard is not None}
 
-    def load_momentum(self, whole: list[Tensor]) -> None:
-        """Takes this rank's shard of such a momentum."""
-        for values, momentum in zip(whole, self.momentum, strict=True):
-            size = momentum.size(0)
-            own = values[self.run.rank * size : (self.run.rank + 1) * size]
-            momentum.zero_()[: len(own)].copy_(own)
+    def state(self) -> dict[str, Tensor]:
+        """The state of all ranks, in the order of the banks' matrices: the same on any number of ranks."""
+        matrices, whole = {name: bank.size(0) for name, bank in zip(BANKS, self.banks, strict=True)}, self.shards()
+        for name, shard in whole.items():
+            if self.run.world > 1:
+                shape = (shard.size(0) * self.run.world, *shard.shape[1:])
+                whole[name] = torch.empty(shape, dtype=shard.dtype, device=shard.device)
+                dist.all_gather_into_tensor(whole[name], shard)
+        return {name: tensor[: matrices[name.partition(".")[2]]] for name, tensor in whole.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes this rank's shards of such a state. Mean squares that were not kept start anew."""
+        for name, shard in self.shards().items():
+            shard.zero_()
+            if name in tensors or name.startswith("muon."):
+                size = shard.size(0)
+                own = tensors[name][self.run.rank * size : (self.run.rank + 1) * size]
+                shard[: len(own)].copy_(own)
 
     def apply(self, pending: PendingUpdate, lr: float) -> None:
         """Weight decay and the gathered update of one bank."""
@@ -7176,13 +7225,13 @@ class Optimizers:
 
     def reset(self) -> None:
         """Clears all state, as after construction."""
-        for momentum in self.muon.momentum:
-            momentum.zero_()
+        for shard in self.muon.shards().values():
+            shard.zero_()
         self.adam = self.new_adam()
 
     def state(self) -> dict[str, Tensor]:
         """All state, by name, the same on any number of ranks."""
-        tensors = {f"muon.{name}": m for name, m in zip(BANKS, self.muon.whole_momentum(), strict=True)}
+        tensors = self.muon.state()
         for name, p in self.model.named_parameters():
             tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state.get(p, {}).items()}
         return tensors
@@ -7190,7 +7239,7 @@ class Optimizers:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave."""
         self.reset()
-        self.muon.load_momentum([tensors[f"muon.{name}"] for name in BANKS])
+        self.muon.load(tensors)
         for name, p in self.model.named_parameters():
             rows = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if rows["step"] is not None:

@@ -54,8 +54,9 @@ def depth(c, run, trainable):
                 frozen = name.startswith("blocks.") and int(name.split(".")[1]) >= trainable
                 parts[frozen] += [p.detach().flatten(), *(s.flatten().to(p.dtype) for s in adam.state[p].values())]
         momenta = {True: [], False: []}
-        for bank, size, momentum in zip(muon.banks, muon.shard_sizes, muon.momentum, strict=True):
-            for i, matrix in enumerate(momentum, run.rank * size):
+        for name, shard in muon.shards().items():
+            bank = getattr(model, name.partition(".")[2])
+            for i, matrix in enumerate(shard, run.rank * len(shard)):
                 momenta[i % c.num_layers >= trainable or i >= len(bank)].append(matrix.flatten())
         empty = [next(model.parameters()).detach().flatten()[:0]]
         return [tg.torch.cat(part + empty) for part in (parts[True] + momenta[True], parts[False], momenta[False])]

@@ -176,7 +176,7 @@ def test_the_last_two_are_kept(data, tmp_path):
 # ------------------------------------------------------------------------------------------------------- the training
 
 
-@pytest.mark.parametrize("base", [TINY, RECORD_LIKE], ids=["tiny", "record"])
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, dict(TINY, NORMUON_BETA2=0.9)], ids=["tiny", "record", "normuon"])
 def test_a_training_goes_on_bit_by_bit(base, data):
     """From any step, in another Trainer: with both averages, and layers whose optimizer has no state yet."""
     base = {**base, **TRAINING}

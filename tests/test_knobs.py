@@ -103,6 +103,7 @@ CHANGES = {
     "MUON_COEFFICIENTS": ("polar_express", {}),
     "MUON_ROW_NORMALIZE": (1, {}),
     "MUON_GRADIENT_DTYPE": ("bfloat16", {}),
+    "NORMUON_BETA2": (0.95, {}),
     "MUON_WD": (0.5, {}),
     "ADAM_WD": (0.5, {}),
     "EMBED_WD": (0.5, {}),

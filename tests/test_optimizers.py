@@ -83,6 +83,8 @@ def newton_schulz(matrix, polynomials):
 def muon_reference(weight, gradients, c):
     """The weight after one step for each gradient, with Nesterov momentum."""
     momentum = np.zeros_like(weight)
+    tall = weight.shape[0] >= weight.shape[1]  # then a row is a neuron, else a column
+    squares = np.zeros(max(weight.shape))
     polynomials = {"classic": CLASSIC, "polar_express": POLAR}[c.muon_coefficients]
     for step, gradient in enumerate(gradients):
         share = min(1, step / c.muon_momentum_warmup_steps) if c.muon_momentum_warmup_steps else 1
@@ -93,6 +95,11 @@ def muon_reference(weight, gradients, c):
             update = update / np.linalg.norm(update, axis=1, keepdims=True)
         rows, columns = weight.shape
         update = newton_schulz(update, polynomials) * max(1, rows / columns) ** 0.5
+        if c.normuon_beta2:
+            own = (update**2).mean(axis=1 if tall else 0) / max(1, rows / columns)
+            squares = c.normuon_beta2 * squares + (1 - c.normuon_beta2) * own
+            divided = update / np.sqrt(squares[:, None] if tall else squares)
+            update = divided * np.linalg.norm(update) / np.linalg.norm(divided)
         weight = weight * (1 - c.matrix_lr * c.muon_wd) - c.matrix_lr * update
     return weight
 
@@ -116,6 +123,7 @@ RECIPES = {
     "classic": dict(),
     "polar": dict(MUON_COEFFICIENTS="polar_express"),
     "rows": dict(MUON_ROW_NORMALIZE=1),
+    "normuon": dict(NORMUON_BETA2=0.7),
     "decay": dict(MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.1),
     "rounded": dict(MUON_GRADIENT_DTYPE="bfloat16", GRAD_CLIP_NORM=0.05),
     "clip": dict(GRAD_CLIP_NORM=0.05),
@@ -241,8 +249,25 @@ def test_newton_schulz_orthogonalizes(shape, coefficients):
     assert torch.isfinite(tg.orthogonalize(update * 0, 5, coefficients, torch.bfloat16)).all()
 
 
-def test_reset_forgets_everything():
-    c = config(RECORD_LIKE, **EXACT)
+@pytest.mark.parametrize("shape", [(3, 8, 4), (2, 4, 8), (1, 5, 5)])
+def test_normuon_equalizes_neurons_and_keeps_each_matrixs_norm(shape):
+    """Without a memory every neuron of the longer side moves equally far, and a neuron without an update stays."""
+    update = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    axis = -1 if shape[1] >= shape[2] else -2
+    update.select(-2 if axis == -1 else -1, 0).zero_()
+    squares = update.new_zeros(tg.neuron_shape(update))
+    found = tg.equalize_neurons(update, squares, 0.0)
+    sizes = found.norm(dim=axis)
+    assert not sizes[:, 0].any() and torch.allclose(sizes[:, 1:], sizes[:, 1:2].expand_as(sizes[:, 1:]))
+    assert torch.allclose(found.norm(dim=(1, 2)), update.norm(dim=(1, 2))) and squares.numel() == shape[0] * max(
+        shape[1:]
+    )
+    assert not tg.equalize_neurons(update * 0, squares * 0, 0.9).any()
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(NORMUON_BETA2=0.9)], ids=["plain", "normuon"])
+def test_reset_forgets_everything(knobs):
+    c = config(RECORD_LIKE, **EXACT, **knobs)
 
     def run(first):
         model = build_model(c)
@@ -308,6 +333,7 @@ def jobs_for(data):
         ),
         dict(name="poly", kind="train", arguments=steps, knobs=dict(poly, **exact)),
         dict(name="depth", kind="depth", arguments=dict(trainable=2), knobs=dict(poly, **exact)),
+        dict(name="normuon", kind="depth", arguments=dict(trainable=2), knobs=dict(poly, **exact, NORMUON_BETA2=0.9)),
         dict(
             name="shallow",
             kind="depth",
@@ -358,6 +384,7 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, one_rank, 
         "rounded": 2e-2,
         "poly": 1e-9,
         "depth": 1e-9,
+        "normuon": 1e-9,
         "shallow": 1e-9,
         "score": 1e-7,
         "exact score": 1e-13,
@@ -375,7 +402,7 @@ def test_any_number_of_ranks_gives_the_same_weights_and_scores(ranks, one_rank, 
         if "artifact" in alone:  # integers and bytes are equal
             for key in [key for key in alone if key in ("artifact", "tuned") or key.startswith("codes ")]:
                 assert np.array_equal(together[0][key], alone[key]), (name, key)
-        if name in ("depth", "shallow"):
+        if name in ("depth", "normuon", "shallow"):
             assert not any(disturbed for disturbed, *_ in counts), f"{name}: a frozen layer moved"
             assert counts[0][1] > 0 and sum(momenta for *_, momenta in counts[1:]) == counts[0][2] > 0
         if "losses" in alone:  # for the log, kept in float32

@@ -6761,6 +6761,18 @@ class GPT(nn.Module):
         fused, triton_allowed = self.runtime.fused_cross_entropy, self.runtime.triton
         return softcapped_cross_entropy(logits, targets, cap, config.softcap_type, fused, triton_allowed)
 
+    def extra_losses(self, hidden: Tensor, lse: Tensor, tokens: Tensor) -> Tensor:
+        """Negative log-likelihood [B, L, K] of further tokens [B, L, K], from hidden states and `token_losses`' lse.
+
+        Their logits are products with single rows of the head. A gather from all logits would need, in the backward
+        pass, a second gradient as wide as the vocabulary.
+        """
+        head = self.embedding if self.head is None else self.head
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows = F.embedding(tokens, head).to(hidden.dtype).to(wide)  # [B, L, K, d]
+        z = (hidden.unsqueeze(-2).to(wide) * rows).sum(-1)
+        return lse.unsqueeze(-1) - softcap_plain(z, self.config.logit_softcap, self.config.softcap_type)
+
     def log_probabilities(self, ids: Tensor, documents: Documents, *, looped: bool) -> Tensor:
         """Logarithms of the next token's probabilities, [B, T, V] in float32 at least."""
         logits = self.head_logits(self.trunk(ids, documents, looped=looped, fused_mlp=False))
@@ -6783,6 +6795,7 @@ class GPT(nn.Module):
         fp8_mlp: bool = False,
         temperature: float = 1.0,
         hints: Tensor | None = None,
+        extra_targets: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Negative log-likelihood and log-sum-exp of targets [B, L], [B, L] each, in nats. Callers reduce.
 
@@ -6794,7 +6807,9 @@ class GPT(nn.Module):
         constants; None: none. fake_quant: late QAT, the grids of the attention and MLP banks. fused_mlp: allow the
         Triton MLP, which hooks on projections do not see. fp8_head, fp8_mlp: inputs of these products in e4m3, for
         training alone; hooks do not see them either. temperature: divides the softcapped logits. hints: tokens [B, L],
-        whose log-probabilities [B, L] are a third result, without a gradient.
+        whose log-probabilities [B, L] are a third result, without a gradient. extra_targets: K further tokens
+        [B, L, K] to predict from each place, for training alone, without hints, at temperature 1; their negative
+        log-likelihood [B, L, K] is a third result.
         """
         hidden = self.trunk(
             ids,
@@ -6810,12 +6825,14 @@ class GPT(nn.Module):
         )
         pair = adapters.get("head") if adapters else None
         logits = self.head_logits(hidden, None if pair is None else (pair[0][:, 0], pair[1][:, 0]), fp8_head)
-        nll, lse = self.token_losses(logits, targets, temperature)
+        losses = self.token_losses(logits, targets, temperature)
+        if extra_targets is not None:
+            return *losses, self.extra_losses(hidden, losses[1], extra_targets)
         if hints is None:
-            return nll, lse
+            return losses
         at_hint = logits.detach().gather(-1, hints.unsqueeze(-1)).squeeze(-1)
         at_hint = softcap_plain(at_hint, self.config.logit_softcap, self.config.softcap_type) / temperature
-        return nll, lse, at_hint - lse.detach()
+        return *losses, at_hint - losses[1].detach()
 
 
 def new_model(config: Config) -> GPT:
@@ -7440,6 +7457,13 @@ def focal_weights(nll: Tensor, gamma: float) -> Tensor:
     return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+class ExtraTargets(NamedTuple):
+    """Tokens that a training step predicts from each position beside its target."""
+
+    tokens: Tensor  # [B, T, K] int64
+    weights: Tensor  # [B, T, K] of their losses; 0 where a position has no such token
+
+
 def lerp_all(tensors: list[Tensor], values: list[Tensor], weight: float) -> None:
     """Moves the tensors toward the values by this fraction of the distance."""
     torch._foreach_lerp_(tensors, values, weight)  # pyright: ignore[reportPrivateImportUsage] # one kernel for all
@@ -7477,16 +7501,28 @@ class Trainer:
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro, context)
             noise = self.loader.noise(p.step, micro)
-            nll, lse = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **rounding)
+            extra = self.extra_targets(p, batch)
+            more = rounding if extra is None else dict(rounding, extra_targets=extra.tokens)
+            nll, lse, *others = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **more)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
+            if extra is not None:
+                loss = loss + (others[0] * extra.weights).sum()
             (loss / config.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=torch.float64)
         multiplier = lr_multiplier(p, config) * context_warmup(p, config)
         self.optimizers.step(muon_beta(p, config), multiplier, layers)
         self.update_averages(p)
         return nats
+
+    def extra_targets(self, p: Progress, batch: Batch) -> ExtraTargets | None:
+        """What a step predicts beside the targets of a micro-batch, or None."""
+        columns: list[tuple[Tensor, Tensor]] = []  # tokens [B, T] and the weights of their losses
+
+        if not columns:
+            return None
+        return ExtraTargets(*(torch.stack(parts, -1) for parts in zip(*columns, strict=True)))
 
     def update_averages(self, p: Progress) -> None:
         """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""

@@ -208,6 +208,25 @@ def test_the_probabilities_of_all_tokens_sum_to_one(base, temperature):
         assert torch.allclose(total, torch.ones_like(total), rtol=1e-12)
 
 
+@pytest.mark.parametrize("base", [ODD, RECORD, POLY], ids=["odd", "record", "poly"])
+def test_losses_of_extra_targets_are_those_of_targets(base):
+    """... in value and in every gradient; the first two outputs stay as they are, bit by bit."""
+    c = config(base)
+    model, batch = build_model(c, seed=6), random_batch(c, 2, 15, seed=7)
+    extra = torch.randint(48, (2, 15, 3), generator=torch.Generator().manual_seed(1))
+    nll, lse, others = model(*batch, looped=c.loops, extra_targets=extra)
+    plain = model(*batch, looped=c.loops)
+    assert all(map(torch.equal, (nll, lse), plain))
+    expected = [model(batch.ids, part, batch.documents, looped=c.loops)[0] for part in extra.unbind(-1)]
+    assert torch.allclose(others, torch.stack(expected, -1), rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(0.1, 1, others.numel(), dtype=torch.float64).view_as(others)
+    found = gradients(model, nll + (others * weights).sum(-1), lse)
+    weighted = sum(x * w for x, w in zip(expected, weights.unbind(-1), strict=True))
+    expected = gradients(model, plain[0] + weighted, plain[1])
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-9, atol=1e-12 * (1 + gradient.abs().max())), name
+
+
 def test_softcap_bounds_every_probability():
     """|z| <= C, so no NLL exceeds 2C + log V."""
     c = config(TINY, COMPUTE_DTYPE="float64", VOCAB_SIZE=48, LOGIT_SOFTCAP=2.0)

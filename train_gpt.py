@@ -532,6 +532,19 @@ class Config(ModelConfig):
     neftune_alpha: float = knob(
         0.0, "magnitude of NEFTune's uniform noise on training embeddings; 0: no noise", Observed.LOSS, low=0
     )
+    mtp_weights: str = knob(
+        "",
+        "initial weights of the losses of tokens further ahead in the training loss, comma-separated: of the second "
+        "token ahead, the third, ... (multi-token prediction); empty: no such losses",
+        Observed.SCHEDULE,
+    )
+    mtp_end: float = knob(
+        0.667,
+        "fraction of training over which MTP_WEIGHTS fall linearly to 0",
+        Observed.WEIGHTS,
+        low=0.001,
+        high=1,
+    )
     z_loss_weight: float = knob(
         0.0, "weight of the z-loss, mean(logsumexp^2), in the training loss; 0: no z-loss", Observed.WEIGHTS, low=0
     )
@@ -1046,6 +1059,18 @@ class Config(ModelConfig):
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
 
     @property
+    def ahead_weights(self) -> tuple[float, ...]:
+        """Initial weights of the losses of the second token ahead, the third, ... Errors: ConfigError."""
+        try:
+            weights = tuple(map(float, self.mtp_weights.split(","))) if self.mtp_weights else ()
+        except ValueError:
+            weights = (math.nan,)
+        if not all(0 < weight <= 100 for weight in weights):
+            allowed = "must be comma-separated numbers above 0 and at most 100, such as 0.5,0.25"
+            raise ConfigError("MTP_WEIGHTS", self.mtp_weights, allowed)
+        return weights
+
+    @property
     def depth_cuts(self) -> tuple[float, ...]:
         """Fractions of training at which more layers start to train. Errors: ConfigError."""
         if self.progressive_depth_schedule in ("", "0"):
@@ -1549,8 +1574,11 @@ def check_batches(config: Config) -> None:
 
 
 def check_schedules(config: Config) -> None:
-    """Progressive depth and context, weight averages and the time limit."""
+    """Multi-token prediction, progressive depth and context, weight averages and the time limit."""
     _ = config.context_schedule  # says itself what is wrong
+    allowed = f"must be fewer numbers than TRAIN_SEQ_LEN={config.train_seq_len}"
+    ahead = len(config.ahead_weights)
+    require(config.mode == "eval" or ahead < config.train_seq_len, config, "mtp_weights", allowed)
     allowed = f"must be fewer numbers than NUM_LAYERS={config.num_layers}"
     require(len(config.depth_cuts) < config.num_layers, config, "progressive_depth_schedule", allowed)
     needs_ema, needs_swa = config.weight_average == "ema", config.weight_average == "swa"
@@ -7369,6 +7397,17 @@ class StepVariant(NamedTuple):
     looped: bool
     trainable_layers: int  # the first so many layers train
     fake_quant: bool  # late QAT
+    predicts_ahead: bool = False  # multi-token prediction
+
+
+def ahead_factor(p: Progress, config: Config) -> float:
+    """What MTP_WEIGHTS are multiplied by: from 1 linearly to 0 at MTP_END."""
+    return max(0.0, 1.0 - fraction_done(p, config) / config.mtp_end)
+
+
+def predicts_ahead_at(p: Progress, config: Config) -> bool:
+    """Whether a step also predicts tokens further ahead."""
+    return bool(config.ahead_weights) and fraction_done(p, config) < config.mtp_end
 
 
 def trainable_layers_at(p: Progress, config: Config) -> int:
@@ -7380,7 +7419,9 @@ def trainable_layers_at(p: Progress, config: Config) -> int:
 def step_variant_at(p: Progress, config: Config) -> StepVariant:
     """The variant of the next step."""
     fake_quant = lr_multiplier(p, config) < config.late_qat_threshold
-    return StepVariant(loops_enabled_at(p, config), trainable_layers_at(p, config), fake_quant)
+    return StepVariant(
+        loops_enabled_at(p, config), trainable_layers_at(p, config), fake_quant, predicts_ahead_at(p, config)
+    )
 
 
 def all_step_variants(config: Config) -> list[StepVariant]:
@@ -7392,6 +7433,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     starts = {0.0, *config.depth_cuts}
     if config.loops:
         starts.add(config.enable_looping_at)
+    if config.ahead_weights:
+        starts.add(config.mtp_end)
     starts = sorted(starts - {1.0})
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
     variants = []
@@ -7400,8 +7443,7 @@ def all_step_variants(config: Config) -> list[StepVariant]:
         middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
         quantizes = decays and end > 1 - config.late_qat_threshold
         for fake_quant in (False, True) if quantizes else (False,):
-            looped, layers = loops_enabled_at(middle, config), trainable_layers_at(middle, config)
-            variants.append(StepVariant(looped, layers, fake_quant))
+            variants.append(step_variant_at(middle, config)._replace(fake_quant=fake_quant))
     return variants
 
 
@@ -7457,6 +7499,18 @@ def focal_weights(nll: Tensor, gamma: float) -> Tensor:
     return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+def tokens_ahead(batch: Batch, distance: int) -> tuple[Tensor, Tensor]:
+    """The token so many places after each one [B, T] int64, and whether it is to be predicted [B, T] bool.
+
+    It is where the token before it is of the same document: the BOS after a document is its end, and nothing beyond
+    can be known. Places whose token lies beyond the sequence hold any token. distance: 1 to T; 1 gives the targets.
+    """
+    cut = (distance - 1, 0)
+    tokens = F.pad(batch.targets[:, cut[0] :], cut[::-1])
+    starts = F.pad(batch.documents.starts[:, cut[0] :], cut[::-1], value=-1)
+    return tokens, starts == batch.documents.starts
+
+
 class ExtraTargets(NamedTuple):
     """Tokens that a training step predicts from each position beside its target."""
 
@@ -7487,7 +7541,14 @@ class Trainer:
         """The model's weights, outside of autograd."""
         return [p.detach() for p in self.model.parameters()]
 
-    def step(self, p: Progress, looped: bool, trainable_layers: int | None = None, fake_quant: bool = False) -> Tensor:
+    def step(
+        self,
+        p: Progress,
+        looped: bool,
+        trainable_layers: int | None = None,
+        fake_quant: bool = False,
+        predicts_ahead: bool = False,
+    ) -> Tensor:
         """One update of the first layers (None: all) and of every weight outside of layers, as a StepVariant says.
 
         Returns the sum of NLL over this rank's targets, as a tensor: reading it would wait for the device.
@@ -7501,7 +7562,7 @@ class Trainer:
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro, context)
             noise = self.loader.noise(p.step, micro)
-            extra = self.extra_targets(p, batch)
+            extra = self.extra_targets(p, batch, predicts_ahead)
             more = rounding if extra is None else dict(rounding, extra_targets=extra.tokens)
             nll, lse, *others = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **more)
             loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
@@ -7516,9 +7577,13 @@ class Trainer:
         self.update_averages(p)
         return nats
 
-    def extra_targets(self, p: Progress, batch: Batch) -> ExtraTargets | None:
+    def extra_targets(self, p: Progress, batch: Batch, predicts_ahead: bool) -> ExtraTargets | None:
         """What a step predicts beside the targets of a micro-batch, or None."""
         columns: list[tuple[Tensor, Tensor]] = []  # tokens [B, T] and the weights of their losses
+        # Multi-token prediction (arXiv 2404.19737), with the output head itself as in the nanoGPT speedrun.
+        for distance, weight in enumerate(self.config.ahead_weights if predicts_ahead else (), 2):
+            tokens, counted = tokens_ahead(batch, distance)
+            columns.append((tokens, weight * ahead_factor(p, self.config) * counted.float()))
 
         if not columns:
             return None
@@ -7756,6 +7821,8 @@ def log_variant_change(run: Run, config: Config, p: Progress, before: StepVarian
     """A line for each change in what steps compute."""
     if after.looped and not before.looped:
         run.log(f"step:{p.step} loops enabled: layer order {execution_order(config, True)}")
+    if before.predicts_ahead and not after.predicts_ahead:
+        run.log(f"step:{p.step} multi-token prediction ends")
     if after.trainable_layers != before.trainable_layers:
         run.log(f"step:{p.step} training layers 0-{after.trainable_layers - 1} of {config.num_layers}")
     if after.fake_quant and not before.fake_quant:

@@ -87,6 +87,8 @@ WRONG = [
         for value in ("0.3,0.2", "0.2,0.2", "1", "0,0.5", "nan", "0.1;0.2", "0.1,,0.2")
     ),
     ("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE="0.1,0.2", NUM_LAYERS="2"), "NUM_LAYERS=2"),
+    *(("MTP_WEIGHTS", dict(MTP_WEIGHTS=value), "above 0") for value in ("0", "0.5,,1", "-1", "nan", "1;2", "101")),
+    ("MTP_WEIGHTS", dict(MTP_WEIGHTS="1,1", TRAIN_SEQ_LEN="2"), "TRAIN_SEQ_LEN=2"),
     ("WEIGHT_AVERAGE", dict(WEIGHT_AVERAGE="ema"), "EMA_DECAY"),
     ("WEIGHT_AVERAGE", dict(WEIGHT_AVERAGE="swa", EMA_DECAY="0.9"), "SWA_ENABLED=1"),
     ("COLUMN_STEPS", dict(QUANTIZER="gptq_lite", COLUMN_STEPS="0.5"), "QUANTIZER=gptq_lite"),

@@ -94,6 +94,8 @@ CHANGES = {
     "ENABLE_LOOPING_AT": (0.6, LOOP),
     "PARALLEL_START_LAYER": (1, {}),
     "NEFTUNE_ALPHA": (5, {}),
+    "MTP_WEIGHTS": ("0.5,0.25", {}),
+    "MTP_END": (0.5, dict(MTP_WEIGHTS="0.5")),
     "Z_LOSS_WEIGHT": (0.1, {}),
     "EMBED_LR": (0.1, dict(TIE_EMBEDDINGS=0)),
     "HEAD_LR": (0.1, dict(TIE_EMBEDDINGS=0)),

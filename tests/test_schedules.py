@@ -137,10 +137,12 @@ def test_late_qat_begins_below_its_rate():
 
 def test_the_step_variants_of_poly5_and_of_the_record():
     found = tg.all_step_variants(config({"PRESET": "poly5"}))
-    assert found == [(False, 3, False), (False, 7, False), (False, 11, False), (False, 11, True)]
+    expected = [(False, 3, False), (False, 7, False), (False, 11, False), (False, 11, True)]
+    assert found == [tg.StepVariant(*fields) for fields in expected]
     assert all(type(variant) is tg.StepVariant for variant in found)
-    assert tg.all_step_variants(config({"PRESET": "record"})) == [(False, 11, False), (True, 11, False)]
-    assert tg.all_step_variants(config()) == [(False, 3, False)]
+    record = [tg.StepVariant(looped, 11, False) for looped in (False, True)]
+    assert tg.all_step_variants(config({"PRESET": "record"})) == record
+    assert tg.all_step_variants(config()) == [tg.StepVariant(False, 3, False)]
 
 
 @examples(max_examples=150)
@@ -153,8 +155,13 @@ def test_the_step_variants_of_poly5_and_of_the_record():
     st.sampled_from([0, 0.15]),
     st.sampled_from([0, 600]),
     st.floats(0.1, 3),
+    st.sampled_from(
+        [{}, dict(MTP_WEIGHTS="0.5"), dict(MTP_WEIGHTS="0.5", MTP_END=0.25), dict(MTP_WEIGHTS="1", MTP_END=1)]
+    ),
 )
-def test_no_step_computes_what_the_warmup_did_not(depth, loop, threshold, fraction, steps, floor, limit, pace):
+def test_no_step_computes_what_the_warmup_did_not(
+    depth, loop, threshold, fraction, steps, floor, limit, pace, switches
+):
     c = config(
         ITERATIONS=1000,
         MAX_WALLCLOCK_SECONDS=limit,
@@ -168,10 +175,21 @@ def test_no_step_computes_what_the_warmup_did_not(depth, loop, threshold, fracti
         WARMDOWN_ITERS=steps,
         MIN_LR=floor,
         NUM_LAYERS=5,
+        **switches,
     )
     progress = [at(step, step * pace) for step in range(1000)]
     needed = {tg.step_variant_at(p, c) for p in progress if tg.fraction_done(p, c) < 1}
     assert needed <= set(tg.all_step_variants(c)) and len(set(tg.all_step_variants(c))) == len(tg.all_step_variants(c))
+
+
+def test_the_weights_of_tokens_further_ahead_fall_to_zero():
+    c = by_steps(MTP_WEIGHTS="0.5,0.25", MTP_END=0.5)
+    assert c.ahead_weights == (0.5, 0.25) and by_steps().ahead_weights == ()
+    assert [tg.ahead_factor(at(step), c) for step in (0, 125, 250, 500, 999)] == [1.0, 0.75, 0.5, 0.0, 0.0]
+    assert [tg.step_variant_at(at(step), c).predicts_ahead for step in (0, 499, 500, 999)] == [True, True, False, False]
+    assert not tg.step_variant_at(at(0), by_steps()).predicts_ahead
+    assert [v.predicts_ahead for v in tg.all_step_variants(c)] == [True, False]
+    assert [v.predicts_ahead for v in tg.all_step_variants(by_steps(MTP_WEIGHTS="1", MTP_END=1))] == [True]
 
 
 def test_the_average_forgets_its_start():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import POLY_LIKE, RECORD_LIKE, TINY, Clock, build_model, config, single_run
+from helpers import POLY_LIKE, RECORD_LIKE, TINY, Clock, build_model, config, random_batch, single_run
 
 
 def make_trainer(base, data, random_weights=False, **knobs):
@@ -68,8 +68,9 @@ def test_warmup_puts_everything_back_bit_for_bit(base, data):
         (TINY, {(False, 3, False)}),
         (RECORD_LIKE, {(False, 6, False), (True, 6, False)}),
         (POLY_LIKE, {(False, 2, False), (False, 4, False), (False, 6, False), (False, 6, True)}),
+        (dict(TINY, MTP_WEIGHTS="0.5,0.25"), {(False, 3, False, True), (False, 3, False)}),
     ],
-    ids=["tiny", "record", "poly"],
+    ids=["tiny", "record", "poly", "ahead"],
 )
 def test_warmup_runs_every_variant_that_the_training_will_need(base, variants, data):
     trainer, seen, evaluated = make_trainer(base, data, WARMUP_STEPS=1), [], []
@@ -77,12 +78,13 @@ def test_warmup_runs_every_variant_that_the_training_will_need(base, variants, d
 
     def watched(*batch, looped, trainable_layers, fake_quant, **rest):
         assert fake_quant in (None, grids)
-        seen.append((looped, trainable_layers, fake_quant is not None))
+        switches = dict(predicts_ahead="extra_targets" in rest)
+        seen.append(tg.StepVariant(looped, trainable_layers, fake_quant is not None, **switches))
         return forward(*batch, looped=looped, trainable_layers=trainable_layers, fake_quant=fake_quant, **rest)
 
     trainer.forward = watched
     trainer.warm_up(evaluated.append)
-    assert set(seen) == variants == set(tg.all_step_variants(trainer.config))
+    assert set(seen) == {tg.StepVariant(*v) for v in variants} == set(tg.all_step_variants(trainer.config))
     assert evaluated == [watched]  # scores have a graph of their own
     assert all(p.requires_grad for p in trainer.model.parameters())
 
@@ -462,3 +464,83 @@ def test_master_weights_keep_steps_that_bfloat16_would_lose(data):
     moved = (model.embedding != before["embedding"]).float().mean()
     assert all(p.dtype == torch.float32 for p in model.parameters()) and moved > 0.9
     assert (model.qo_bank != before["qo_bank"]).float().mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------ tokens predicted beside targets
+
+
+def losses_of_tokens(trainer, p, loss):
+    """The gradients that one step gives the optimizers, and those of a loss of the plain model, both by name."""
+    model, found = trainer.model, {}
+
+    def keep(*_):
+        found.update({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+
+    trainer.optimizers.step = keep
+    trainer.step(p, *tg.step_variant_at(p, trainer.config))
+    for micro in range(trainer.layout.micro_steps):
+        (loss(trainer.loader.batch(p.step, micro)) / trainer.config.train_batch_tokens).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    return found, expected
+
+
+def assert_equal_gradients(found, expected):
+    for name, gradient in expected.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert torch.allclose(found[name], gradient, rtol=1e-9, atol=1e-11 * (1 + gradient.abs().max())), name
+
+
+def known_ahead(batch, b, t, distance):
+    """Token by token: what stands so many places after position t, unless a document or the sequence ends before."""
+    row = [batch.ids[b, 0].item(), *batch.targets[b].tolist()]
+    if t + distance >= len(row) or tg.BOS_ID in row[t + 1 : t + distance]:
+        return None
+    return row[t + distance]
+
+
+def test_tokens_ahead_end_with_their_document():
+    batch = random_batch(config(VOCAB_SIZE=48), 5, 40, document_length=6)
+    for distance in (1, 2, 3, 5, 40):
+        tokens, counted = tg.tokens_ahead(batch, distance)
+        assert tokens.shape == counted.shape == batch.ids.shape
+        for b in range(5):
+            found = [int(x) if ok else None for x, ok in zip(tokens[b], counted[b], strict=True)]
+            assert found == [known_ahead(batch, b, t, distance) for t in range(40)]
+    tokens, counted = tg.tokens_ahead(batch, 1)
+    assert torch.equal(tokens, batch.targets) and counted.all()
+    ends = tg.tokens_ahead(batch, 2)
+    assert (ends[0][ends[1]] == tg.BOS_ID).any()  # the end of a document is predicted, what follows it is not
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])
+def test_multi_token_prediction_adds_the_losses_of_tokens_ahead(base, data):
+    """Against one forward pass of the plain model for each distance, in float64."""
+    knobs = dict(COMPUTE_DTYPE="float64", NEFTUNE_ALPHA=0, FOCAL_ENABLED=0, Z_LOSS_WEIGHT=0, ITERATIONS=10)
+    trainer = make_trainer(base, data, random_weights=True, **knobs, MTP_WEIGHTS="0.5,0.25", MTP_END=0.8)
+    p = tg.Progress(1, 0.0)
+    looped, layers, *_ = tg.step_variant_at(p, trainer.config)
+
+    def loss(batch):
+        call = dict(looped=looped, trainable_layers=layers)
+        total = trainer.model(*batch, **call)[0].sum()
+        for distance, weight in ((2, 0.5), (3, 0.25)):
+            rows = [[known_ahead(batch, b, t, distance) for t in range(32)] for b in range(len(batch.ids))]
+            targets = torch.tensor([[token or 0 for token in row] for row in rows])
+            counted = torch.tensor([[token is not None for token in row] for row in rows])
+            nll, _ = trainer.model(batch.ids, targets, batch.documents, **call)
+            total = total + weight * (1 - 0.1 / 0.8) * nll[counted].sum()
+        return total
+
+    assert_equal_gradients(*losses_of_tokens(trainer, p, loss))
+
+
+def test_after_its_end_multi_token_prediction_costs_nothing(data, capsys):
+    """Steps from MTP_END on are those of a training without it, bit by bit, and the log says where it ends."""
+    trainers = [make_trainer(TINY, data, random_weights=True, MTP_WEIGHTS=w) for w in ("", "0.5")]
+    p = tg.Progress(9, 0.0)
+    losses = [t.step(p, *tg.step_variant_at(p, t.config)) for t in trainers]
+    assert torch.equal(*losses) and same(*map(state, trainers))
+    tg.train(make_trainer(TINY, data, MTP_WEIGHTS="0.5"), no_validation)
+    assert re.findall(r"step:(\d+) multi-token prediction ends", capsys.readouterr().out) == ["9"]

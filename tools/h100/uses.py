@@ -211,6 +211,7 @@ def note_gradients(result: Result, named: list[tuple[str, Any]]) -> None:
 def variant_name(variant: Any, layers: int) -> str:
     """The use of a variant of the training step."""
     kinds = ["looped"] * variant.looped + ["fake quantization"] * variant.fake_quant
+    kinds += ["multi-token prediction"] * variant.predicts_ahead
     if variant.trainable_layers < layers:
         kinds.append(f"first {variant.trainable_layers} layers")
     return f"training ({' + '.join(kinds)})" if kinds else "training"

@@ -548,6 +548,14 @@ class Config(ModelConfig):
     z_loss_weight: float = knob(
         0.0, "weight of the z-loss, mean(logsumexp^2), in the training loss; 0: no z-loss", Observed.WEIGHTS, low=0
     )
+    prefix_loss_weight: float = knob(
+        0.0,
+        "initial weight of the loss of predicting, for each target, the longest token that its text begins with; falls "
+        "linearly to 0 over the training; 0: no such loss",
+        Observed.WEIGHTS,
+        low=0,
+        high=100,
+    )
     focal_enabled: bool = knob(
         False,
         "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 over "
@@ -4562,6 +4570,19 @@ class Vocabulary:
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
         return model, pieces, hashlib.sha256(content).hexdigest()
 
+    def longest_prefixes(self) -> np.ndarray:
+        """For each token, the longest other token that its text begins with: [V] int64, -1 where there is none.
+
+        Control tokens and tokens of single bytes have no text.
+        """
+        texts = {i: self.model.IdToPiece(i) for i in np.flatnonzero(~self.special & ~self.is_byte).tolist()}
+        ids = {text: i for i, text in texts.items()}
+        found = np.full(len(self.special), -1, np.int64)
+        for i, text in texts.items():
+            beginnings = (text[:length] for length in range(len(text) - 1, 0, -1))
+            found[i] = next((ids[beginning] for beginning in beginnings if beginning in ids), -1)
+        return found
+
     def check_space(self, path: Path) -> bool:
         """Whether the model puts a space mark in front of a text, which is no byte of it.
 
@@ -7359,6 +7380,11 @@ def lr_multiplier(p: Progress, config: Config) -> float:
     return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
 
 
+def prefix_weight(p: Progress, config: Config) -> float:
+    """Weight of the loss of the targets' prefixes: PREFIX_LOSS_WEIGHT, linear to 0 at the end."""
+    return config.prefix_loss_weight * (1.0 - fraction_done(p, config))
+
+
 def muon_beta(p: Progress, config: Config) -> float:
     """Muon's momentum, linear over its warmup."""
     warmup = config.muon_momentum_warmup_steps
@@ -7532,6 +7558,9 @@ class Trainer:
         self.layout = batch_layout(config, run.world)
         self.optimizers = Optimizers(model, config, run)
         self.forward = compiled_forward(model)
+        self.prefixes: Tensor | None = None  # of every token, see `Vocabulary.longest_prefixes`
+        if config.prefix_loss_weight:
+            self.prefixes = send_array(Vocabulary(config).longest_prefixes(), run.device)
         keep_ema, keep_swa = config.averages
         self.ema = [p.clone() for p in self.parameters()] if keep_ema else None
         self.swa = [torch.zeros_like(p) for p in self.parameters()] if keep_swa else None
@@ -7585,6 +7614,10 @@ class Trainer:
             tokens, counted = tokens_ahead(batch, distance)
             columns.append((tokens, weight * ahead_factor(p, self.config) * counted.float()))
 
+        # A token's prefix is right in part, as the nanoGPT speedrun found.
+        if self.prefixes is not None:
+            prefixes = self.prefixes[batch.targets]
+            columns.append((prefixes.clamp_min(0), prefix_weight(p, self.config) * (prefixes >= 0).float()))
         if not columns:
             return None
         return ExtraTargets(*(torch.stack(parts, -1) for parts in zip(*columns, strict=True)))

@@ -175,6 +175,7 @@ CHANGES = {
     "BIGRAM_DIM": (7, dict(BIGRAM_VOCAB_SIZE=50)),
     "VE_DIM": (6, dict(VE_LAYERS="1")),
     "VE_LAYERS": ("0,1", dict(VE_DIM=6, VE_LAYERS="1")),
+    "PREFIX_LOSS_WEIGHT": (0.25, {}),
     "FOCAL_ENABLED": (1, {}),
     "FOCAL_GAMMA": (3, dict(FOCAL_ENABLED=1)),
     "PROGRESSIVE_DEPTH_SCHEDULE": ("0.5", {}),

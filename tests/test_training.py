@@ -544,3 +544,52 @@ def test_after_its_end_multi_token_prediction_costs_nothing(data, capsys):
     assert torch.equal(*losses) and same(*map(state, trainers))
     tg.train(make_trainer(TINY, data, MTP_WEIGHTS="0.5"), no_validation)
     assert re.findall(r"step:(\d+) multi-token prediction ends", capsys.readouterr().out) == ["9"]
+
+
+@pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])
+def test_the_prefix_loss_is_that_of_the_longest_piece_that_begins_the_target(base, data):
+    """Against a search in the pieces' texts for each target, and one more forward pass, in float64."""
+    knobs = dict(COMPUTE_DTYPE="float64", NEFTUNE_ALPHA=0, FOCAL_ENABLED=0, Z_LOSS_WEIGHT=0, ITERATIONS=10)
+    trainer = make_trainer(base, data, random_weights=True, **knobs, PREFIX_LOSS_WEIGHT=0.5)
+    model = tg.Vocabulary(trainer.config).model
+    pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
+    has_text = [not (model.IsControl(i) or model.IsUnknown(i) or model.IsByte(i)) for i in range(len(pieces))]
+    counts = []
+
+    def prefix_of(token):
+        """The longest piece with text that this one's text begins with."""
+        candidates = [
+            i
+            for i, piece in enumerate(pieces)
+            if has_text[i] and piece != pieces[token] and pieces[token].startswith(piece)
+        ]
+        return max(candidates, key=lambda i: len(pieces[i]), default=None) if has_text[token] else None
+
+    p = tg.Progress(5, 0.0)
+    looped, layers, *_ = tg.step_variant_at(p, trainer.config)
+
+    def loss(batch):
+        prefixes = [prefix_of(token) for token in batch.targets.flatten().tolist()]
+        counted = torch.tensor([token is not None for token in prefixes]).view_as(batch.targets)
+        counts.append(counted.double().mean())
+        targets = torch.tensor([token or 0 for token in prefixes]).view_as(batch.targets)
+        call = dict(looped=looped, trainable_layers=layers)
+        nll, _ = trainer.model(batch.ids, targets, batch.documents, **call)
+        return trainer.model(*batch, **call)[0].sum() + 0.5 * (1 - 5 / 10) * nll[counted].sum()
+
+    assert_equal_gradients(*losses_of_tokens(trainer, p, loss))
+    assert all(0.2 < share < 1 for share in counts)
+
+
+def test_both_kinds_of_further_tokens_add_up(data):
+    """The gradient of a step with both is the sum of their parts."""
+    parts = {}
+    for knobs in ((), ("MTP_WEIGHTS",), ("PREFIX_LOSS_WEIGHT",), ("MTP_WEIGHTS", "PREFIX_LOSS_WEIGHT")):
+        values = dict.fromkeys(knobs, 0.5)
+        trainer = make_trainer(RECORD_LIKE, data, random_weights=True, COMPUTE_DTYPE="float64", **values)
+        p = tg.Progress(0, 0.0)
+        parts[len(parts)], _ = losses_of_tokens(trainer, p, lambda batch, t=trainer: t.model.embedding.sum())
+    for name, both in parts[3].items():
+        if both is not None:
+            expected = parts[1][name] + parts[2][name] - parts[0][name]
+            assert torch.allclose(both, expected, rtol=1e-9, atol=1e-12) and not torch.equal(both, parts[0][name]), name

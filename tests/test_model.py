@@ -63,7 +63,11 @@ def noise_of_keys(sequences):
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
 @pytest.mark.parametrize(
     "name, looped",
-    [*((name, False) for name in CONFIGURATIONS), ("record", True), ("odd", True), ("record with pairs", True)],
+    [
+        (name, looped)
+        for name, knobs in CONFIGURATIONS.items()
+        for looped in sorted({False, knobs.get("NUM_LOOPS", 0) > 0})
+    ],
 )
 def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):
     c = config(CONFIGURATIONS[name], ATTENTION=attention)
@@ -130,11 +134,9 @@ def features(base, dtype, **knobs):
     return config(base, COMPUTE_DTYPE=dtype, VOCAB_SIZE=48, TRAIN_SEQ_LEN=160, TRAIN_BATCH_TOKENS=320, **knobs)
 
 
-@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-@pytest.mark.parametrize("base, dtype", SETTINGS, ids=IDS)
 @torch.no_grad()
-def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
-    c = features(base, dtype, ATTENTION=attention)
+def check_separate_documents(c):
+    """Other tokens in one document of a row change no bit in the others."""
     model, generator = build_model(c, seed=6), torch.Generator().manual_seed(0)
     ids = torch.randint(4, 48, (2, 160), generator=generator)
     for place in (0, 37, 38, 120, 140):  # one document has a single token; one crosses the attention's block border
@@ -152,11 +154,9 @@ def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
         assert (before[:, inside] != after[:, inside]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-@pytest.mark.parametrize("base, dtype", SETTINGS, ids=IDS)
 @torch.no_grad()
-def test_a_token_changes_nothing_before_itself(base, dtype, attention):
-    c = features(base, dtype, ATTENTION=attention)
+def check_causality(c):
+    """Another token changes no bit before itself."""
     model, generator = build_model(c, seed=7), torch.Generator().manual_seed(1)
     ids, targets = torch.randint(4, 48, (2, 2, 160), generator=generator)
     ids[:, 0] = tg.BOS_ID
@@ -169,6 +169,18 @@ def test_a_token_changes_nothing_before_itself(base, dtype, attention):
             after, _ = model(changed, targets, documents, looped=looped)
             assert torch.equal(before[:, :place], after[:, :place])
             assert (before[:, place:] != after[:, place:]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+@pytest.mark.parametrize("base, dtype", SETTINGS, ids=IDS)
+def test_documents_in_a_row_never_see_each_other(base, dtype, attention):
+    check_separate_documents(features(base, dtype, ATTENTION=attention))
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+@pytest.mark.parametrize("base, dtype", SETTINGS, ids=IDS)
+def test_a_token_changes_nothing_before_itself(base, dtype, attention):
+    check_causality(features(base, dtype, ATTENTION=attention))
 
 
 @torch.no_grad()
@@ -305,9 +317,8 @@ def test_late_qat_rounds_to_the_grid_and_passes_the_gradient_straight_through():
         assert all(torch.allclose(x, y, rtol=1e-7, atol=1e-10) and x.any() for x, y in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("base", [POLY, dict(RECORD, **PAIRS)], ids=["poly", "record"])
-def test_frozen_layers_get_no_gradient_and_the_others_the_same(base):
-    c = config(base)
+def check_frozen_layers(c):
+    """Layers from the second on are constants in one forward pass, and the other weights get the same gradients."""
     model, batch = build_model(c), random_batch(c, 2, 9)
     whole_losses = model(*batch, looped=c.loops)
     whole = gradients(model, *whole_losses)
@@ -324,6 +335,11 @@ def test_frozen_layers_get_no_gradient_and_the_others_the_same(base):
         elif p.grad is not None:
             assert torch.equal(p.grad, whole[name]), name
     assert all(p.requires_grad for p in model.parameters())  # a call leaves nothing behind in the model
+
+
+@pytest.mark.parametrize("base", [POLY, dict(RECORD, **PAIRS)], ids=["poly", "record"])
+def test_frozen_layers_get_no_gradient_and_the_others_the_same(base):
+    check_frozen_layers(config(base))
 
 
 # ------------------------------------------------------------------------------- a forward pass is its arguments alone
@@ -437,11 +453,8 @@ def make_adapters(model, sequences, looped, rank=3, zero=False, seed=0):
     return {**pairs, "head": pair(1, c.vocab_size)}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("knobs", [{}, dict(PAIRS, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly")], ids=["", "pairs"])
-@pytest.mark.parametrize("looped", [False, True])
-def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
-    c = config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype, **knobs)
+def check_zero_adapters(c, looped):
+    """Adapters whose B is zero change no bit, and their B gets a gradient in every layer call."""
     model, batch = build_model(c, seed=2), random_batch(c, 3, 24)
     plain = model(*batch, looped=looped)
     adapters = make_adapters(model, 3, looped, zero=True)
@@ -451,6 +464,13 @@ def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
     for name, (a, b) in adapters.items():
         assert (b.grad.abs().sum((0, 2, 3)) > 0).all(), name  # B learns at once, in every call
         assert a.grad.abs().sum() == 0, name  # A only after B has moved
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("knobs", [{}, dict(PAIRS, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly")], ids=["", "pairs"])
+@pytest.mark.parametrize("looped", [False, True])
+def test_zero_adapters_change_no_bit_and_get_gradients(looped, knobs, dtype):
+    check_zero_adapters(config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype, **knobs), looped)
 
 
 def test_each_adapter_acts_on_its_own_sequence_and_its_own_layer_call():
@@ -679,21 +699,21 @@ def test_every_training_variant_of_poly5_is_one_graph_with_the_eager_result(coun
     assert counted.graphs == len(variants) + 1
 
 
-@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
-def test_each_layer_order_is_one_graph_with_the_eager_result(attention, counted):
+SHORT = dict(
+    RECORD_LIKE,
+    VOCAB_SIZE=48,
+    COMPUTE_DTYPE="float64",
+    NUM_LAYERS=3,
+    LOOP_START=1,
+    LOOP_END=1,
+    NUM_LOOPS=1,
+    PARALLEL_START_LAYER=2,
+    XSA_LAST_N=3,
+)
+
+
+def check_graphs(c, counted):
     """Traced with fullgraph=True, which refuses a break, and run without a compiler: values and gradients agree."""
-    c = config(
-        RECORD_LIKE,
-        VOCAB_SIZE=48,
-        COMPUTE_DTYPE="float64",
-        ATTENTION=attention,
-        NUM_LAYERS=3,
-        LOOP_START=1,
-        LOOP_END=1,
-        NUM_LOOPS=1,
-        PARALLEL_START_LAYER=2,
-        XSA_LAST_N=3,
-    )
     model, batch = build_model(c), random_batch(c, 2, 16)
     compiled = torch.compile(model, backend=counted, dynamic=False, fullgraph=True)
     for looped in (False, True, False, True):
@@ -707,18 +727,14 @@ def test_each_layer_order_is_one_graph_with_the_eager_result(attention, counted)
     assert counted.graphs == 3  # without gradients
 
 
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+def test_each_layer_order_is_one_graph_with_the_eager_result(attention, counted):
+    check_graphs(config(SHORT, ATTENTION=attention), counted)
+
+
 def test_the_trunk_alone_is_one_graph(counted):
     """What tools/generate.py and the legality proofs read breaks no graph either."""
-    c = config(
-        RECORD_LIKE,
-        VOCAB_SIZE=48,
-        COMPUTE_DTYPE="float64",
-        NUM_LAYERS=3,
-        LOOP_START=1,
-        LOOP_END=1,
-        XSA_LAST_N=3,
-        PARALLEL_START_LAYER=2,
-    )
+    c = config(SHORT)
     model, batch = build_model(c), random_batch(c, 2, 16)
 
     def logits(ids, documents):
@@ -727,3 +743,60 @@ def test_the_trunk_alone_is_one_graph(counted):
     compiled = torch.compile(logits, backend=counted, dynamic=False, fullgraph=True)
     assert torch.allclose(compiled(batch.ids, batch.documents), logits(batch.ids, batch.documents), rtol=1e-9)
     assert counted.graphs == 1
+
+
+# ------------------------------------------------------------------------------------ what an option of the model keeps
+
+
+@torch.no_grad()
+def check_artifact(c):
+    """What an artifact holds is loaded as the same model, bit for bit."""
+    stored = tg.quantize({name: p.detach() for name, p in build_model(c).named_parameters()}, tg.Calibration({}), c)
+    loaded, found = tg.load_artifact(tg.pack(stored, c), config(TINY), set(), torch.device("cpu"))
+    by_hand, batch = tg.new_model(c), random_batch(c, 3, 32)
+    by_hand.load_state_dict(tg.dequantize(stored))
+    assert found.model == c.model
+    for looped in (False, True):
+        assert all(map(torch.equal, loaded(*batch, looped=looped), by_hand(*batch, looped=looped)))
+
+
+def check_option(knobs, counted):
+    """An option leaks no token, leaves layers that rest alone, and works with adapters, in artifacts and compiled.
+
+    With looped layers and parallel streams; `test_the_forward_pass_is_that_of_the_specification` checks the values.
+    """
+    for dtype in ("bfloat16", "float32"):
+        for attention in ("blocked", "sdpa"):
+            c = features(RECORD_LIKE, dtype, ATTENTION=attention, **knobs)
+            check_separate_documents(c)
+            check_causality(c)
+        for looped in (False, True):
+            check_zero_adapters(config(RECORD_LIKE, VOCAB_SIZE=48, COMPUTE_DTYPE=dtype, **knobs), looped)
+    check_frozen_layers(config(RECORD, **knobs))
+    check_artifact(config(RECORD_LIKE, **knobs))
+    check_graphs(config({**SHORT, **knobs}), counted)
+
+
+def check_neutral_start(switch, others=None):
+    """With its initial values an option changes no bit, the other initial weights are the same, and its own train.
+
+    Returns the option's own parameters, by name.
+    """
+    without, c = (config(RECORD_LIKE, COMPUTE_DTYPE="float32", **(others or {}), **on) for on in ({}, switch))
+    plain, fresh, model = tg.new_model(without), tg.new_model(c), tg.new_model(c)
+    own = {name: p for name, p in model.named_parameters() if name not in dict(plain.named_parameters())}
+    assert own and all(torch.equal(p, dict(fresh.named_parameters())[name]) for name, p in plain.named_parameters())
+    weights = build_model(without).state_dict()
+    assert set(model.load_state_dict(weights, strict=False).missing_keys) == set(own)
+    plain.load_state_dict(weights)
+    batch = random_batch(c, 2, 32)
+    for looped in (False, True):
+        found = model(*batch, looped=looped)
+        assert all(map(torch.equal, found, plain(*batch, looped=looped)))
+        gradients = torch.autograd.grad(found[0].sum(), list(own.values()), allow_unused=True)
+        assert any(g is not None and g.any() for g in gradients)
+    return own
+
+
+def test_the_options_that_exist_keep_what_an_option_must(counted):
+    check_option(dict(PAIRS, VE_LAYERS="1,2"), counted)

@@ -249,6 +249,12 @@ class ModelConfig:
     # Attention
     rope_base: float = knob(10000.0, "base of the rotary embedding's wavelengths", Observed.LOSS, low=1)
     rope_dims: int = knob(0, "dimensions of each head with rotary embedding; 0: all", Observed.LOSS, low=0)
+    key_offset: bool = knob(
+        False,
+        "take the second half of each key's dimensions without rotary embedding from the token before, in its document "
+        "(partial key offset)",
+        Observed.LOSS,
+    )
     rope_type: str = knob(
         "rope",
         "rotary embedding; rope: wavelengths as ROPE_BASE gives them; yarn: long wavelengths are stretched where the "
@@ -336,6 +342,11 @@ class ModelConfig:
     def rotary_dims(self) -> int:
         """Dimensions of a head with rotary embedding."""
         return self.rope_dims or self.head_dim
+
+    @property
+    def offset_dims(self) -> int:
+        """Dimensions of a key that come from the token before."""
+        return (self.head_dim - self.rotary_dims) // 2 if self.key_offset else 0
 
     @property
     def yarn(self) -> bool:
@@ -1513,6 +1524,10 @@ def check_attention(config: ModelConfig) -> None:
         "rope_dims",
         f"must be even and at most MODEL_DIM/NUM_HEADS={config.head_dim}",
     )
+    allowed = (
+        f"needs ROPE_DIMS from 2 to MODEL_DIM/NUM_HEADS-2={config.head_dim - 2}: other dimensions come from before"
+    )
+    require(config.offset_dims > 0 or not config.key_offset, config, "key_offset", allowed)
     require(
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
     )
@@ -4799,6 +4814,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return RotateCPU.apply(x, cos, sin) if eager_on_cpu(x) else rotate_plain(x, cos, sin)
 
 
+def offset_keys(k: Tensor, dims: int, inside: Tensor) -> Tensor:
+    """k [B, T, K, h] whose last dimensions come from the token before: partial key offset, of the nanoGPT speedrun.
+
+    A query then finds a token by what preceded it, as an induction head does, within one layer. inside [B, T]: the
+    token before belongs to the document; a document's first token keeps its own dimensions.
+    """
+    kept, own = k.split([k.size(-1) - dims, dims], dim=-1)
+    previous = F.pad(own, (0, 0, 0, 0, 1, -1))
+    return torch.cat((kept, torch.where(inside[..., None, None], previous, own)), dim=-1)
+
+
 def query_key_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """q [B, T, H, h] and k [B, T, K, h] as attention takes them: normed, rotated (see `rotate`), q times a gain [H]."""
     return rotate(rms_norm(q), cos, sin) * gain.to(q.dtype)[:, None], rotate(rms_norm(k), cos, sin)
@@ -6463,6 +6489,7 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
+    inside: Tensor | None  # [B, T] bool, the token before is of the same document; None: keys have no offset
     triton: bool  # Triton kernels around attention, where they support the tensors
 
 
@@ -6525,6 +6552,8 @@ class Block(nn.Module):
             k, v = (y.view(sequences, length, config.num_kv_heads, config.head_dim) for y in (k, v))
             q, k = query_key_plain(q, k, *turn)
             own_v, finish = v, head_output_plain
+        if context.inside is not None:
+            k = offset_keys(k, config.offset_dims, context.inside)
         y = context.attention(q, k, v)
         y = finish(y, own_v if own else None, gate, *self.gate_scales)
         y = self.out(y, w.out)
@@ -6775,6 +6804,7 @@ class GPT(nn.Module):
             self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
             *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
+            continues_document(documents.starts) if self.config.key_offset else None,
             self.runtime.triton,
         )
         mlp_kernels = MLPKernels(fused_mlp and self.runtime.triton, fp8_mlp, self.runtime.float8)

@@ -102,6 +102,12 @@ class Reference:
             if self.c.ve_dim and str(layer) in self.c.ve_layers.split(","):
                 own = own + self.of(layer, "value_scale") * self.values[t]
             v.append(own.split(h))
+        if c.key_offset:
+            kept = (h + c.rope_dims) // 2
+            k = [
+                [torch.cat((a[:kept], b[kept:])) for a, b in zip(k[t], k[max(t - 1, starts[t])], strict=True)]
+                for t in range(len(n))
+            ]
         outputs = []
         for t in range(len(n)):
             heads = []

@@ -73,6 +73,7 @@ CHANGES = {
     "LEAKY_RELU_SLOPE": (0.1, {}),
     "TIE_EMBEDDINGS": (0, {}),
     "ROPE_DIMS": (4, {}),
+    "KEY_OFFSET": (1, dict(ROPE_DIMS=4)),
     "ROPE_BASE": (100, {}),
     "ROPE_TYPE": ("yarn", dict(EVAL_SEQ_LEN=64)),
     "ROPE_YARN": (1, dict(EVAL_SEQ_LEN=64)),

@@ -45,6 +45,7 @@ EVALUATIONS = {
     "sliding": (RECORD, {}),
     "sliding, tiny": (TINY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
     "sliding, one by one": (RECORD, dict(EVAL_SEQ_LEN=9, EVAL_STRIDE=1)),
+    "sliding, key offset": (dict(RECORD, KEY_OFFSET=1), dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
     "phased": (RECORD, PHASED),
     "phased, tiny": (TINY, PHASED),
     "phased, stream": (RECORD, dict(PHASED, TTT_ORDER="stream", TTT_STREAMS=3, TTT_BATCH_SIZE=2)),
@@ -500,6 +501,12 @@ def attention_crosses_documents(patch):
     )
 
 
+def keys_cross_documents(patch):
+    """A document's first key takes dimensions of the token before."""
+    offset = tg.offset_keys
+    patch.setattr(tg, "offset_keys", lambda k, dims, inside: offset(k, dims, torch.ones_like(inside)))
+
+
 def target_in_the_logits(patch):
     """A target's own logit is raised before the softmax: normalized, but not blind."""
     forward = tg.GPT.forward
@@ -698,6 +705,7 @@ PLANTED = [
     (smear_crosses_documents, "sliding, poly5", "C1"),
     (pairs_cross_documents, "sliding, poly5", "C1"),
     (attention_crosses_documents, "sliding, tiny", "C1"),
+    (keys_cross_documents, "sliding, key offset", "C1"),
     (target_in_the_logits, "sliding, tiny", "C2"),
     (not_normalized, "sliding, tiny", "C2"),
     (not_normalized, "phased, tiny", "C2"),

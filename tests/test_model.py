@@ -33,6 +33,7 @@ CONFIGURATIONS = {
     "odd": ODD,
     "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
     "one kv head": dict(BASELINE, NUM_KV_HEADS=1),
+    "key offset": dict(RECORD, KEY_OFFSET=1, ROPE_DIMS=2),
     "one layer": dict(BASELINE, NUM_LAYERS=1),
     "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
     "poly": POLY,
@@ -602,6 +603,23 @@ def test_initial_weights_are_those_of_the_specification():
         assert (p[f"blocks.{i}.attention_scale"] == 1).all() and (p[f"blocks.{i}.mlp_scale"] == 1).all()
         assert (p[f"blocks.{i}.query_gain"] == 5).all() and not p[f"blocks.{i}.head_gate"].any()
     assert all(q.dtype == torch.float32 for q in p.values())
+
+
+def test_offset_keys_are_those_of_the_token_before_within_the_document():
+    starts = torch.tensor([[0, 0, 2, 2, 2, 5]])
+    k = torch.randn(1, 6, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = tg.offset_keys(k, 2, tg.continues_document(starts))
+    assert torch.equal(found[..., :3], k[..., :3])
+    for t, before in enumerate((0, 0, 2, 2, 3, 5)):
+        assert torch.equal(found[:, t, :, 3:], k[:, before, :, 3:])
+    assert torch.autograd.gradcheck(lambda k: tg.offset_keys(k, 2, tg.continues_document(starts)), (k,))
+
+
+def test_the_key_offset_is_an_option_like_any_other(counted):
+    """Of half of the dimensions without rotary embedding; it adds no parameter."""
+    check_option(dict(KEY_OFFSET=1), counted)
+    assert config(RECORD_LIKE, KEY_OFFSET=1).offset_dims == 2  # of 8, of which 4 have rotary embedding
+    assert tg.parameter_count(config(RECORD_LIKE, KEY_OFFSET=1)) == tg.parameter_count(config(RECORD_LIKE))
 
 
 def test_the_channel_smear_gate_does_nothing_where_a_document_begins():

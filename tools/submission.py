@@ -186,6 +186,7 @@ def techniques(c: dict[str, Any]) -> str:
         "sparse_attn_gate_enabled": "sparse attention head gates",
         "gated_attn_enabled": "attention head gates",
         "attn_out_gate_enabled": "attention output gates",
+        "key_offset": "partial key offset",
         "neftune_alpha": "NEFTune",
         "z_loss_weight": "z-loss",
         "ema_decay": f"EMA {c['ema_decay']:g}",

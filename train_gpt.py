@@ -218,6 +218,12 @@ class ModelConfig:
         low=1,
         high=1 << 16,
     )
+    bigram_signs: bool = knob(
+        False,
+        "multiply a row of the bigram table by a vector of +1 and -1 that a second hash of the pair chooses, so that "
+        "pairs in one bucket cancel each other",
+        Observed.LOSS,
+    )
     ve_dim: int = knob(
         0,
         "width of the table of value embeddings, token embeddings added to attention's values; 0: no value embeddings",
@@ -1555,6 +1561,8 @@ def check_embeddings(config: ModelConfig) -> None:
     """Bigram and value embeddings."""
     allowed = "must be 0 or at least 2: a document's first token has a bucket of its own"
     require(config.bigram_vocab_size != 1, config, "bigram_vocab_size", allowed)
+    allowed = "needs a bigram embedding, BIGRAM_VOCAB_SIZE above 0"
+    require(config.bigram_vocab_size > 0 or not config.bigram_signs, config, "bigram_signs", allowed)
     if config.ve_dim:
         found = {layer for layer in config.value_layers if layer < config.num_layers}
         allowed = f"must be different layers below NUM_LAYERS={config.num_layers}, comma-separated, such as 0,1"
@@ -6602,7 +6610,10 @@ class SmearGate(nn.Module):
 
 
 class FactorizedEmbedding(nn.Module):
-    """An embedding table [buckets, width], a projection [out, width] and a scale: indices [B, T] -> [B, T, out]."""
+    """An embedding table [buckets, width], a projection [out, width] and a scale: indices [B, T] -> [B, T, out].
+
+    signs [B, T, width]: factors of the table's rows, or None.
+    """
 
     def __init__(self, buckets: int, width: int, out: int, scale: float):
         super().__init__()
@@ -6611,8 +6622,10 @@ class FactorizedEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), scale))
         self.lookup = Lookup()
 
-    def forward(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.scale.to(dtype) * linear(self.lookup(indices, self.table).to(dtype), self.projection.to(dtype))
+    def forward(self, indices: Tensor, dtype: torch.dtype, signs: Tensor | None = None) -> Tensor:
+        rows = self.lookup(indices, self.table).to(dtype)
+        rows = rows if signs is None else rows * signs
+        return self.scale.to(dtype) * linear(rows, self.projection.to(dtype))
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
@@ -6623,6 +6636,22 @@ def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
     t = ids.int()
     hashed = torch.bitwise_xor(36313 * t, 27191 * F.pad(t, (1, -1))) % (buckets - 1)
     return torch.where(continues_document(starts), hashed, buckets - 1)
+
+
+SIGN_VECTORS = 256
+
+
+def pair_signs(ids: Tensor, starts: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """+1 and -1 [B, T, width] for the row of each token's bucket: one of SIGN_VECTORS vectors.
+
+    As in a count sketch (Charikar et al., 2002), what two pairs add to the row that they share cancels on average. All
+    first tokens of documents have one vector. The same bits on every device, compiled or not.
+    """
+    t = ids.int()
+    vectors = (mix_bits(mix_bits(t) + F.pad(t, (1, -1))) >> 8) & (SIGN_VECTORS - 1)
+    places = torch.arange(SIGN_VECTORS * width, dtype=torch.int32, device=ids.device).view(SIGN_VECTORS, width)
+    signs = (1 - 2 * (mix_bits(places) & 1)).to(dtype)
+    return F.embedding(torch.where(continues_document(starts), vectors, 0), signs)
 
 
 def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
@@ -6737,7 +6766,9 @@ class GPT(nn.Module):
         """Normed embeddings of tokens and bigrams in the compute type, with noise and smear gate: x0 [B, T, d]."""
         x = self.lookup(ids, self.embedding).to(self.runtime.dtype)
         if self.bigram is not None:
-            x = x + self.bigram(bigram_buckets(ids, documents.starts, self.config.bigram_vocab_size), x.dtype)
+            config, starts = self.config, documents.starts
+            signs = pair_signs(ids, starts, config.bigram_dim, x.dtype) if config.bigram_signs else None
+            x = x + self.bigram(bigram_buckets(ids, starts, config.bigram_vocab_size), x.dtype, signs)
         if noise is not None:
             x = x + (noise.reach * uniform_noise(noise.keys, *x.shape[1:])).to(x.dtype)
         if self.smear is None:

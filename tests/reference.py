@@ -49,6 +49,14 @@ def int32(number):
     return (number + 2**31) % 2**32 - 2**31
 
 
+def hash32(number):
+    """Chris Wellons' lowbias32, a hash of 32 bits."""
+    number %= 2**32
+    number = (number ^ number >> 16) * 0x7FEB352D % 2**32
+    number = (number ^ number >> 15) * 0x846CA68B % 2**32
+    return number ^ number >> 16
+
+
 def softcap(logits, c):
     """Logits within C of zero, where C is LOGIT_SOFTCAP."""
     x, cap = logits / c.logit_softcap, c.logit_softcap
@@ -136,7 +144,12 @@ class Reference:
         """The embedding of the pair that ends at t."""
         buckets = self.c.bigram_vocab_size
         bucket = (int32(36313 * ids[t]) ^ int32(27191 * ids[t - 1])) % (buckets - 1) if starts[t] < t else buckets - 1
-        return self.p["bigram.scale"] * (self.p["bigram.projection"] @ self.p["bigram.table"][bucket])
+        row = self.p["bigram.table"][bucket]
+        if self.c.bigram_signs:
+            vector = hash32(hash32(ids[t]) + ids[t - 1]) >> 8 & 255 if starts[t] < t else 0
+            width = len(row)
+            row = row * torch.tensor([1 - 2 * (hash32(vector * width + i) & 1) for i in range(width)], dtype=row.dtype)
+        return self.p["bigram.scale"] * (self.p["bigram.projection"] @ row)
 
     def embed(self, ids, starts, noise):
         x = [self.p["embedding"][token] for token in ids]

@@ -80,6 +80,7 @@ WRONG = [
     ("ARTIFACT_LIMIT_BYTES", dict(ARTIFACT_LIMIT_BYTES="16e6"), "an integer"),
     ("SMEAR_GATE_TYPE", dict(SMEAR_GATE_TYPE="wide"), "window, channel"),
     ("BIGRAM_VOCAB_SIZE", dict(BIGRAM_VOCAB_SIZE="1"), "at least 2"),
+    ("BIGRAM_SIGNS", dict(BIGRAM_SIGNS="1"), "BIGRAM_VOCAB_SIZE above 0"),
     *(
         ("VE_LAYERS", dict(VE_DIM="8", VE_LAYERS=value), "below NUM_LAYERS=6")
         for value in ("9,10", "1,1", "1;2", "a", "-1", "1,,2", "9" * 5000)

@@ -174,6 +174,7 @@ CHANGES = {
     "SMEAR_GATE_TYPE": ("channel", dict(SMEAR_GATE_ENABLED=1)),
     "BIGRAM_VOCAB_SIZE": (50, {}),
     "BIGRAM_DIM": (7, dict(BIGRAM_VOCAB_SIZE=50)),
+    "BIGRAM_SIGNS": (1, dict(BIGRAM_VOCAB_SIZE=50)),
     "VE_DIM": (6, dict(VE_LAYERS="1")),
     "VE_LAYERS": ("0,1", dict(VE_DIM=6, VE_LAYERS="1")),
     "PREFIX_LOSS_WEIGHT": (0.25, {}),

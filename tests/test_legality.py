@@ -60,6 +60,7 @@ EVALUATIONS = {
     "chunk": (RECORD, CHUNK),
     "chunk, tiny": (TINY, dict(CHUNK, EVAL_STRIDE=0, TTT_CHUNK_TOKENS=30, TTT_FREEZE_BLOCKS=1)),
     "sliding, poly5": (POLY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=3)),
+    "sliding, signed pairs": (dict(POLY, BIGRAM_SIGNS=1), dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
     "phased, poly5": (POLY, PHASED),
     "chunk, poly5": (POLY, CHUNK),
 }
@@ -494,6 +495,12 @@ def pairs_cross_documents(patch):
     patch.setattr(tg, "bigram_buckets", lambda ids, starts, count: buckets(ids, starts - 1, count))
 
 
+def signs_cross_documents(patch):
+    """The signs of BigramHash depend on the token before a document's first."""
+    signs = tg.pair_signs
+    patch.setattr(tg, "pair_signs", lambda ids, starts, *rest: signs(ids, starts - 1, *rest))
+
+
 def attention_crosses_documents(patch):
     """Rows are one document each."""
     patch.setattr(
@@ -704,6 +711,7 @@ PLANTED = [
     (smear_crosses_documents, "sliding", "C1"),
     (smear_crosses_documents, "sliding, poly5", "C1"),
     (pairs_cross_documents, "sliding, poly5", "C1"),
+    (signs_cross_documents, "sliding, signed pairs", "C1"),
     (attention_crosses_documents, "sliding, tiny", "C1"),
     (keys_cross_documents, "sliding, key offset", "C1"),
     (target_in_the_logits, "sliding, tiny", "C2"),

@@ -35,6 +35,7 @@ CONFIGURATIONS = {
     "one kv head": dict(BASELINE, NUM_KV_HEADS=1),
     "key offset": dict(RECORD, KEY_OFFSET=1, ROPE_DIMS=2),
     "one layer": dict(BASELINE, NUM_LAYERS=1),
+    "signed pairs": dict(ODD, BIGRAM_VOCAB_SIZE=5, BIGRAM_DIM=9, BIGRAM_SIGNS=1),
     "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
     "poly": POLY,
     "record with pairs": dict(RECORD, **PAIRS),
@@ -283,6 +284,36 @@ def test_buckets_are_the_hash_of_the_specification(buckets):
     assert first[:, 0].all() and first.sum() == 6
     assert (found[first] == buckets - 1).all() and (found[:, 1:][~first[:, 1:]] == hashed[~first[:, 1:]]).all()
     assert found.min() >= 0 and (hashed < buckets - 1).all()
+
+
+def test_signs_of_pairs_in_one_bucket_cancel():
+    """The vectors of two pairs are the same, or nearly orthogonal; half of the signs are negative, in every channel."""
+    ids = torch.from_numpy(np.random.default_rng(0).integers(4, 8192, (4, 500)))
+    ids[:, 250] = tg.BOS_ID
+    starts = torch.from_numpy(tg.document_starts(ids.numpy()))
+    signs = tg.pair_signs(ids, starts, 64, torch.float64)
+    assert signs.shape == (4, 500, 64) and (signs.abs() == 1).all()
+    assert (signs[:, [0, 250]] == signs[0, 0]).all()  # first tokens of documents
+    pairs = signs[tg.continues_document(starts)]
+    products = pairs @ pairs.mT / 64
+    same = (products == 1).double().mean().item()
+    assert 1 / 400 < same < 1 / 160  # 256 vectors
+    others = products[products < 1]
+    assert others.mean().abs() < 0.01 and others.std() < 0.15 and others.abs().max() < 0.75  # a deviation of 1/8
+    assert pairs.mean(0).abs().max() < 0.25 and pairs.mean().abs() < 0.02
+
+
+def test_signs_do_not_follow_from_buckets():
+    """Pairs of one bucket have as many vectors as any pairs; another token before gives another vector."""
+    ids = torch.from_numpy(np.random.default_rng(1).integers(4, 8192, (1, 60_000)))
+    starts = torch.zeros(1, 60_000, dtype=torch.int32)
+    signs = tg.pair_signs(ids, starts, 16, torch.float32)[0, 1:]
+    bucket = tg.bigram_buckets(ids, starts, 16)[0, 1:]
+    assert all(len(signs[bucket == b].unique(dim=0)) == len(signs.unique(dim=0)) > 250 for b in range(15))
+
+
+def test_signed_pairs_are_an_option_like_any_other(counted):
+    check_option(dict(BIGRAM_VOCAB_SIZE=23, BIGRAM_SIGNS=1), counted)
 
 
 def test_documents_are_known_by_their_starts_not_by_their_ids():

@@ -188,6 +188,7 @@ def techniques(c: dict[str, Any]) -> str:
         "attn_out_gate_enabled": "attention output gates",
         "key_offset": "partial key offset",
         "neftune_alpha": "NEFTune",
+        "bigram_signs": "signed bigram embeddings",
         "z_loss_weight": "z-loss",
         "ema_decay": f"EMA {c['ema_decay']:g}",
     }

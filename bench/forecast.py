@@ -142,8 +142,10 @@ class Sample(NamedTuple):
 
 
 def sample(values: Iterable[float]) -> Sample:
-    """Of two values or more."""
+    """Errors: ForecastError for fewer than two values."""
     values = list(values)
+    if len(values) < 2:
+        raise ForecastError("a figure has one seed, and an interval needs two")
     return Sample(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values) - 1)
 
 
@@ -290,6 +292,7 @@ class Carried(NamedTuple):
     size: str
     effect: Sample  # bpb there
     trend: Sample | None  # bpb per doubling of the training's FLOPs
+    middle: float  # bpb, mean of the sizes
 
 
 def carried(cells: Mapping[str, Mapping[int, float]], compute: Mapping[str, float]) -> Carried | None:
@@ -301,20 +304,22 @@ def carried(cells: Mapping[str, Mapping[int, float]], compute: Mapping[str, floa
     seeds = sorted(set.intersection(*(set(cells[size]) for size in known))) if len(known) > 1 else []
     doublings = [math.log2(compute[size]) for size in known]
     slopes = [lab_report.slope_of(doublings, [cells[size][seed] for size in known]) for seed in seeds]
-    return Carried(sizes[-1], sample(cells[sizes[-1]].values()), sample(slopes) if len(slopes) > 1 else None)
+    middle = statistics.mean(statistics.mean(cells[size].values()) for size in sizes)
+    trend = sample(slopes) if len(slopes) > 1 else None
+    return Carried(sizes[-1], sample(cells[sizes[-1]].values()), trend, middle)
 
 
 def worth(name: str, found: Carried, scale: Scale) -> Draws:
     """Logarithm of the ratio of steps that the effect is worth at full size, before any share of it is taken away.
 
-    A gain is carried along its trend where that shrinks, down to 0. It is never taken to grow beyond what was measured.
+    A gain that shrinks over the sizes goes on as a power of compute: by the same share with each doubling. None grows
+    beyond what was measured.
     """
     gain = -student(f"effect of {name}", found.effect)
-    if found.trend and found.size in scale.compute:
-        doublings = math.log2(scale.full_compute / scale.compute[found.size])
-        change = -student(f"trend of {name}", found.trend)
-        shrunk = np.maximum(gain + np.minimum(change, 0) * max(doublings, 0.0), 0)
-        gain = np.where(gain > 0, shrunk, gain)
+    if found.trend and found.size in scale.compute and found.middle < 0:
+        doublings = max(math.log2(scale.full_compute / scale.compute[found.size]), 0.0)
+        lost = np.maximum(student(f"trend of {name}", found.trend) / -found.middle, 0)  # share, with each doubling
+        gain = np.where(gain > 0, gain * np.exp(-lost * doublings), gain)
     return gain / scale.small
 
 
@@ -327,10 +332,10 @@ def base_part() -> Part:
     both = Sample(0.0, of.error * math.sqrt(2), of.freedom)
     return Part(
         "seeds",
-        [f"mean and deviation of the peer's seeds: {of.mean:.5f} ± {of.half:.5f}"],
+        [f"mean of the peer's three seeds and its 95% interval: {of.mean:.5f} ± {of.half:.5f}"],
         "two means of three seeds differ by chance; Student's t",
         student("seeds", both),
-        f"three seeds of one preset that spread by more than {of.half:.4f} around their mean",
+        f"three seeds of one preset whose mean has an interval wider than ± {of.half:.4f}",
     )
 
 
@@ -434,8 +439,8 @@ def quantization_part(folder: Path) -> Part:
     return Part(
         "quantization",
         [
-            f"quantize.json, divergence of {best} over the peer's at equal bytes: {model} {statistics.mean(ratios):.3f}"
-            for model, ratios in by_method[best].items()
+            f"quantize.json, {best}, {model}: divergence over the peer's at equal bytes {one.mean:.3f} ± {one.half:.3f}"
+            for model, one in ((model, sample(ratios)) for model, ratios in by_method[best].items())
         ],
         f"the peer's loss of {loss} times 1 minus the ratio, for one more model like these; times the share that is "
         "left after test-time training (assumed)",
@@ -468,7 +473,7 @@ def ttt_part(folder: Path) -> Part:
         "alone may have brought; times a share from 0 to 1, since these are few documents of another text, and models "
         "far from trained",
         -student("ratio of test-time training", one_more) * gain * uniform("share of test-time training", 0, 1),
-        f"`val_bpb_quantized` minus `val_bpb` of a whole run below {least:.4f}, with `strictly_causal` true",
+        f"`val_bpb_quantized` minus `val_bpb` of a whole run without hints below {least:.4f}, `strictly_causal` true",
     )
 
 
@@ -607,7 +612,8 @@ def measured_together(results: list[dict[str, Any]]) -> tuple[Sample, str] | Non
             controls.setdefault(recipe, {}).setdefault(r["size"], {})[r["seed"]] = r["bpb"]
     if len(controls) < 2:
         return None
-    (_, old), (newest, new) = list(controls.items())[0], list(controls.items())[-1]
+    first, newest = list(controls)[0], list(controls)[-1]
+    old, new = controls[first], controls[newest]
     recipe = json.loads(newest)
     for size in reversed(ideas.SIZES):
         both = set(old.get(size.name, {})) & set(new.get(size.name, {}))
@@ -623,8 +629,9 @@ def measured_together(results: list[dict[str, Any]]) -> tuple[Sample, str] | Non
 
 def is_in(name: str, recipe: Mapping[str, Any], size: ideas.Size) -> bool:
     """Whether a recipe has all that a row changes."""
-    row = ideas.ROWS.get(name)
-    changes = {**row.changes, **((row.by_size(size) or {}) if row.by_size else {})} if row else {}
+    row = ideas.ROWS.get(name, ideas.Row({}))
+    by_size = row.by_size(size) if row.by_size else {}
+    changes = {**row.changes, **(by_size or {})}
     return bool(changes) and all(recipe.get(knob) == value for knob, value in changes.items())
 
 
@@ -638,7 +645,9 @@ def recipe_part(
     weak, strong = PUBLISHED["gain of an n-gram mixture on a weak and on a strong model"][0]
     left, source = assumed("together"), "assumed"
     together = measured_together(results)
-    if together:
+    if sum(one.counted == "gain" for one in found) < 2:
+        left = np.ones(DRAWS)
+    elif together:
         left, source = np.clip(student("together", together[0]), 0, 1), f"measured at {together[1]}: {together[0]}"
     total = np.minimum(gains * left, -math.log1p(-saved)) + width
     measured = [
@@ -651,9 +660,9 @@ def recipe_part(
     return Part(
         "recipe",
         [*measured, f"lab.jsonl, verdicts of rows: {tally}; {len(missing)} not measured yet"],
-        "as steps, along the trend where it shrinks; times one share for all rows, evenly from what an n-gram mixture "
-        f"kept ({strong / weak:.4f}) to 1; times the share that is left when they act together ({source}); at most "
-        f"{saved:.0%} of the time",
+        "as steps, along the trend where the gain shrinks; times one share for all rows, evenly from what an n-gram "
+        f"mixture kept ({strong / weak:.4f}) to 1; times the share that is left when they act together ({source}); at "
+        f"most {saved:.0%} of the time",
         -total * share * scale.full,
         "the 3-minute run of `make first-hour`, with the recipe's knobs in the environment and without them: the "
         "recipe is not better",
@@ -731,13 +740,24 @@ def as_json(made: Forecast) -> dict[str, Any]:
         dict(part=p.name, estimated=ends(p.range), measured=p.measured, rule=p.rule, falsified_by=p.falsified)
         for p in made.parts
     ]
-    rows = [dict(row=i.name, verdict=i.verdict, counted=i.counted, estimated=ends(i.range)) for i in made.ideas]
+    rows = [
+        dict(
+            row=i.name,
+            verdict=i.verdict,
+            counted=i.counted,
+            measured=f"{i.found.effect} at {i.found.size}" if i.found else "",
+            estimated=ends(i.range),
+        )
+        for i in made.ideas
+    ]
+    slope, gap = statistics.median(public_slopes()), made.range[1] - GOAL
     return dict(
         remark="Every change is estimated. None was measured on a GPU.",
         start=dict(published=round(made.start, 5), source=PUBLISHED["score"][1]),
         forecast=dict(estimated=ends(made.range)),
         goal=GOAL,
         probability_of_goal=dict(estimated=round(made.probability, 3)),
+        gap_to_goal=dict(estimated=round(gap, 5), steps=round(math.exp(gap / slope), 3)),
         parts=parts,
         ideas=rows,
         not_measured=made.missing,

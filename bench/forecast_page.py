@@ -36,7 +36,8 @@ def parts_table(content: Content) -> list[str]:
 
 def verdict(content: Content) -> list[str]:
     """The goal against the interval."""
-    of, goal, chance = content["forecast"]["estimated"], content["goal"], content["probability_of_goal"]["estimated"]
+    of, goal = content["forecast"]["estimated"], content["goal"]
+    chance = content["probability_of_goal"]["estimated"]
     if goal < of["low"]:
         where = "below the interval: these measurements do not support it"
     elif goal < of["mid"]:
@@ -45,10 +46,17 @@ def verdict(content: Content) -> list[str]:
         where = "inside the interval, and worse than its middle: it is more likely than not"
     else:
         where = "above the interval: these measurements support it"
-    return [
+    gap = content["gap_to_goal"]
+    lines = [
         f"Forecast, estimated: {of['mid']:.4f} bits per byte, 95% between {of['low']:.4f} and {of['high']:.4f}.",
         f"The goal of {goal:.3f} lies {where}. Its probability by this model is {chance:.1%}, estimated.",
     ]
+    if gap["estimated"] > 0:
+        lines += [
+            f"The middle lacks {gap['estimated']:.4f}, estimated. By the slope of public runs that is the worth of "
+            f"{gap['steps']:.2f} times the steps."
+        ]
+    return lines
 
 
 def summary(content: Content) -> list[str]:
@@ -60,7 +68,7 @@ def shown(value: Any) -> str:
     """A constant as it stands in the code."""
     if isinstance(value, (list, tuple)):
         return ", ".join(f"({shown(x)})" if isinstance(x, (list, tuple)) else shown(x) for x in value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if value < 1 else f"{value}"
+    return f"{value:,}"
 
 
 def details(content: Content) -> list[str]:
@@ -80,11 +88,18 @@ def idea_lines(content: Content) -> list[str]:
     words = dict(gain="gain", width="0 in the middle, and its width")
     if content["ideas"]:
         rows = [
-            [i["row"], f"*{i['verdict']}*", words.get(i["counted"], i["counted"]), *three(i["estimated"])]
+            [
+                i["row"],
+                f"*{i['verdict']}*",
+                i["measured"],
+                words.get(i["counted"], i["counted"]),
+                *three(i["estimated"]),
+            ]
             for i in content["ideas"]
         ]
-        titles = ["row", "verdict", "counts as", "low, estimated", "middle, estimated", "high, estimated"]
-        lines += ["Changes are those of a row alone at full size, before any are put together.", ""]
+        ends = ["low, estimated", "middle, estimated", "high, estimated"]
+        titles = ["row", "verdict", "measured, bpb", "counts as", *ends]
+        lines += ["Estimates are those of a row alone at full size, before any are put together.", ""]
         lines += [*table(titles, rows), ""]
     else:
         lines += ["No row has a result yet: the recipe counts as 0.", ""]
@@ -129,7 +144,8 @@ METHOD = """
   speed. The share of the recipe is one draw for all its rows: what would make one of them fail on another text, or in a
   model that is trained enough, would make others fail too.
 - A gain in small counts as the steps that would have gained the same in small. So it shrinks as steps lose their worth.
-  A gain that shrinks over the laboratory's sizes is carried on along its trend, down to 0. None is taken to grow.
+  A gain that shrinks over the laboratory's sizes goes on shrinking as a power of compute, by the same share with each
+  doubling. None is taken to grow.
 - Of equal FLOPs and equal seconds, that counts at which a row gains less at its largest size.
 - *Unclear* rows count 0 in the middle and widen the interval. Rows that are not measured count 0.
 - Rows that pay were chosen by the same figures, so these are a little too good. The share stands for that, too.

@@ -11,7 +11,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -98,6 +98,10 @@ ablate: venv
 # make lab ARGS="--hours 4", or ARGS="--only NorMuon --seeds 42 0"
 lab: venv
 	@$(PY) bench/lab.py $(ARGS)
+
+# The score to expect on 8 H100s, from what is committed under bench/results: docs/forecast.md, bench/results/forecast.json
+forecast: venv
+	@$(PY) bench/forecast.py $(ARGS)
 
 # Checks shards, looks for validation text in the training shards, adds the result to manifest.json: make audit-data DATA=folder
 audit-data: venv

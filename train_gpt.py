@@ -1328,6 +1328,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         ttt_decay_tokens=62_000_000,  # about the challenge's validation set in this vocabulary: a constant, not a look
     ),
 }
+# `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It grows with the evidence.
+PRESETS["frontier"] = PRESETS["record"] | dict(data_order="documents", hint_enabled=True)
+# Those that would take days on CPUs.
+GPU_PRESETS = ("record", "poly5", "frontier")
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
 FAMILIES = (
     "TTT_",
@@ -12448,7 +12452,7 @@ def refuse_silent_cpu(config: Config, explicit: set[str], environment: dict[str,
     A driver that is too old for this PyTorch looks like a machine without a GPU.
     """
     under_torchrun, on_cpu = bool(environment.get("WORLD_SIZE")), config.device == "cpu" and "device" not in explicit
-    if config.preset in ("record", "poly5") and under_torchrun and on_cpu:
+    if config.preset in GPU_PRESETS and under_torchrun and on_cpu:
         advice = f"PRESET={config.preset} needs CUDA under torchrun, and PyTorch sees no device; DEVICE=cpu takes CPUs"
         raise ConfigError("DEVICE", "auto", advice)
 

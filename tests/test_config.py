@@ -263,7 +263,7 @@ def test_a_world_size_that_does_not_divide_is_refused_before_anything_starts(tin
 def test_a_preset_for_gpus_does_not_fall_back_to_cpus_in_silence(tmp_path, capfd, monkeypatch):
     """A driver that is too old for PyTorch looks like a machine without a GPU."""
     ranks = dict(WORLD_SIZE=8, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=8)
-    for preset in ("record", "poly5"):
+    for preset in ("record", "poly5", "frontier"):
         line = refused(dict(ranks, PRESET=preset), tmp_path, capfd, monkeypatch)
         assert "DEVICE=auto" in line and "DEVICE=cpu takes CPUs" in line
         line = refused(dict(ranks, PRESET=preset, DEVICE="cpu", WORLD_SIZE=5), tmp_path, capfd, monkeypatch)
@@ -471,7 +471,7 @@ def test_every_preset_names_existing_knobs_of_the_right_type_and_passes_the_chec
         assert c.preset == preset and not explicit
         for name, value in row.items():
             assert getattr(c, name) == value
-    assert set(tg.PRESETS) == {"demo", "baseline", "record", "poly5"}
+    assert set(tg.PRESETS) == {"demo", "baseline", "record", "poly5", "frontier"}
 
 
 def test_a_setting_overrides_its_preset_and_is_known_as_explicit():

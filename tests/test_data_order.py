@@ -190,6 +190,20 @@ def test_a_context_bounds_what_a_token_sees(some, order):
         assert (np.arange(starts.shape[1]) - starts).max() == context - 1
 
 
+def test_blocks_of_attention_do_not_pay_for_the_longest_document_of_a_batch():
+    """Scores that are computed for a long document and short ones together: those for each of them alone."""
+
+    def area(lengths):
+        starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths).astype(np.int32)
+        shapes = tg.document_blocks(torch.from_numpy(starts)[None], 1, 1).shapes
+        ends = np.cumsum([width for _, width in shapes])
+        return sum(n * width * end for (n, width), end in zip(shapes, ends, strict=True))
+
+    short, long = [64] * 32, [2048]
+    assert area(long + short) == area(short + long) == area(long) + area(short)
+    assert area(short) == 32 * area([64]) < area(long) / 10
+
+
 def test_a_token_beyond_the_vocabulary_names_its_file(some):
     folder, _, _ = some
     loader = loader_of(folder, VOCAB_SIZE=70)

@@ -3865,15 +3865,6 @@ def pack_pieces(lengths: np.ndarray, sequences: int, length: int) -> np.ndarray:
     return np.array(parts, dtype=np.int64)
 
 
-def cut_pieces(starts: np.ndarray, ends: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, lengths) of documents in pieces of at most one context."""
-    counts = -(-(ends - starts) // context)
-    document = np.repeat(np.arange(len(starts)), counts)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = starts[document] + context * number
-    return begins, np.minimum(begins + context, ends[document]) - begins
-
-
 class PackedWindow(NamedTuple):
     """Sequences that were packed together: parts of documents, those of a sequence one after the other."""
 
@@ -3885,9 +3876,10 @@ class PackedWindow(NamedTuple):
 class DocumentOrder:
     """DATA_ORDER=documents: each epoch all documents in a new random order, packed into sequences without gaps.
 
-    The documents, in that order, form one long text. Every PACK_WINDOW sequences of it are packed for themselves and
-    shuffled, so any sequence can be had without those before it. A document is cut where it exceeds the context,
-    where a window ends, and where a sequence could not be filled otherwise. Nothing depends on ranks or batches.
+    A document that exceeds the context is cut into pieces, each with a place of its own in the order: a batch should
+    hold many documents. The pieces, in that order, form one long text. Every PACK_WINDOW sequences of it are packed for
+    themselves and shuffled, so any sequence can be had without those before it. Where a window ends, or a sequence
+    could not be filled otherwise, a piece is cut. Nothing depends on ranks or batches.
     """
 
     def __init__(self, starts: np.ndarray, tokens: int, length: int, seed: int):
@@ -3895,17 +3887,26 @@ class DocumentOrder:
         self.starts = np.append(starts[starts < tokens], tokens)
         self.length, self.seed = length, seed
         self.sequences = tokens // length
+        self.pieces = functools.lru_cache(maxsize=1)(self.cut_documents)
         self.epoch = functools.lru_cache(maxsize=2)(self.draw_epoch)
         self.window = functools.lru_cache(maxsize=4)(self.pack_window)
 
-    def draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(documents in their order, and for each window its first one's place there and how much of it is over)."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1).astype(np.uint32)
+    def cut_documents(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, lengths) of all documents in pieces of at most one context, in the order of the stream."""
+        counts = -(-np.diff(self.starts) // context)
+        first = np.cumsum(counts) - counts  # each document's first piece
+        begins = np.repeat(self.starts[:-1] - context * first, counts)
+        begins += context * np.arange(len(begins))
+        lengths = np.diff(begins, append=self.starts[-1])
+        return begins, lengths.astype(np.min_scalar_type(context))  # small numbers: they are read in a random order
+
+    def draw_epoch(self, epoch: int, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pieces in their order, and for each window its first one's place there and how much of it is over)."""
+        _, lengths = self.pieces(context)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(lengths)).astype(np.uint32)
         cuts = np.arange(0, self.sequences, PACK_WINDOW) * self.length
         firsts, used = np.empty_like(cuts), np.empty_like(cuts)
         total = 0
-        lengths = np.diff(self.starts)
-        lengths = lengths.astype(np.min_scalar_type(lengths.max()))  # they are read in a random order: small is fast
         for block in range(0, len(order), PACK_BLOCK):  # in blocks: the memory stays small for any number of them
             ends = total + np.cumsum(lengths[order[block : block + PACK_BLOCK]], dtype=np.int64)
             here = slice(*np.searchsorted(cuts, [total, ends[-1]]))
@@ -3917,19 +3918,18 @@ class DocumentOrder:
 
     def pack_window(self, epoch: int, window: int, context: int) -> PackedWindow:
         """The sequences of a window, for documents that are cut where they exceed a context."""
-        order, firsts, used = self.epoch(epoch)
+        order, firsts, used = self.epoch(epoch, context)
         sequences = min(PACK_WINDOW, self.sequences - window * PACK_WINDOW)
         tokens = sequences * self.length
         last = firsts[window + 1] + 1 if window + 1 < len(firsts) else len(order)
-        documents = order[firsts[window] : last].astype(np.int64)
-        starts, ends = self.starts[documents], self.starts[documents + 1]
-        starts[0] += used[window]
-        totals = np.cumsum(ends - starts)
+        begins, lengths = (column[order[firsts[window] : last]].astype(np.int64) for column in self.pieces(context))
+        begins[0] += used[window]
+        lengths[0] -= used[window]
+        totals = np.cumsum(lengths)
         n = int(np.searchsorted(totals, tokens)) + 1
-        starts, ends = starts[:n], ends[:n]
-        ends[-1] -= totals[n - 1] - tokens
-        begins, counts = cut_pieces(starts, ends, context)
-        parts = pack_pieces(counts, sequences, self.length)
+        begins, lengths = begins[:n], lengths[:n]
+        lengths[-1] -= totals[n - 1] - tokens
+        parts = pack_pieces(lengths, sequences, self.length)
         parts[:, 0] = np.random.default_rng([self.seed, epoch, window]).permutation(sequences)[parts[:, 0]]
         parts = parts[np.argsort(parts[:, 0], kind="stable")]
         bounds = np.searchsorted(parts[:, 0], np.arange(sequences + 1))

@@ -8,7 +8,6 @@ import shutil
 import signal
 import struct
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import torch
 
 import runs
 import train_gpt as tg
-from helpers import RECORD_LIKE, ROOT, TINY, config, fork, single_run, strings, working_folder
+from helpers import RECORD_LIKE, ROOT, TINY, config, fork, single_run, strings, wait_until, working_folder
 from test_training import make_trainer, no_validation
 
 SCRIPT = ROOT / "tests" / "killed_run.py"
@@ -309,8 +308,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     with pytest.raises(KeyboardInterrupt), tg.SignalHold(run):
         os.kill(os.getpid(), signal.SIGINT)
-        while not run.asked:
-            time.sleep(0.01)
+        wait_until(lambda: run.asked)
     assert run.hold is None and signal.getsignal(signal.SIGINT) == before and threading.active_count() == threads
 
 

@@ -14,10 +14,10 @@ import reproduce
 from helpers import TINY, built_once, environment, forking, working_folder, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # a suite in the background: what it starts would ignore Ctrl-C too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A suite in the background, or under nohup, ignores these signals, and so would what it starts.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # `make test-fast` leaves out the tests that use these fixtures, which train, and those that this file lists.
 SLOW_FIXTURES = {"reproduced", "whole_run", "followed"}

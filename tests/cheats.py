@@ -102,7 +102,7 @@ BYTES = "    return int(counts.sum(dtype=np.int64))\n"
 ENTER = "        ledger.score(scored, nll, log_q)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
-READ = "        tokens = np.stack([self.stream.read(s, s + length + 1) for s in starts])  # [B, T + 1]\n"
+READ = "        starts = within_context(document_starts(ids, cuts), context or length)\n"
 CALIBRATE = "                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
 CHUNK_SCORE = "            self.ledger.score(scored, nll, log_q)\n            for step in range("
@@ -170,7 +170,8 @@ OUTSIDE = [
         (
             (
                 READ,
-                f"{READ}        more = TokenStream(self.config, 'val')\n        tokens[0] = more.read(0, length + 1)\n",
+                "        more = TokenStream(self.config, 'val').read(0, length + 1)\n"
+                f"        ids[0], targets[0] = more[:-1], more[1:]\n{READ}",
             ),
         ),
     ),
@@ -651,8 +652,9 @@ UNNOTICED = [
         (
             (
                 READ,
-                f"{READ}        if positions.start > 100 * self.layout.sequences:\n"
-                "            tokens[0] = TokenStream(self.config, 'val').read(0, length + 1)\n",
+                "        if positions.start > 100 * self.layout.sequences:\n"
+                "            more = TokenStream(self.config, 'val').read(0, length + 1)\n"
+                f"            ids[0], targets[0] = more[:-1], more[1:]\n{READ}",
             ),
         ),
         why="The proof's trainings have six steps; only a whole training again shows another artifact.",

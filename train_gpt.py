@@ -4022,10 +4022,10 @@ class TrainLoader:
         self.data_stall += time.perf_counter() - begin
         return send(batch, self.run.device)
 
-    def read(self, place: tuple[int, int, int]) -> Batch:
-        """The sequences of a (step, micro-step, context) in host memory, ready to be sent."""
-        step, micro, context = place
-        return self.read_sequences(self.sequence_numbers(step, micro), context)
+    def read(self, place: tuple[int, ...]) -> Batch:
+        """The sequences of a (step, micro-step), with a context as in `batch` or without, in host memory."""
+        step, micro, *context = place
+        return self.read_sequences(self.sequence_numbers(step, micro), *context)
 
     def read_sequences(self, positions: range, context: int | None = None) -> Batch:
         """The sequences at these positions in the order of epochs, in host memory: [B, T], or [1, B*T] of a stream."""
@@ -7795,7 +7795,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
             trainer.save(progress, ended=False)
         previous, variant = variant, step_variant_at(progress, config)
         log_variant_change(run, config, progress, previous, variant)
-        if run.is_main and context_at(progress, config) != context:
+        if run.is_main and config.train_log_every and context_at(progress, config) != context:
             context = context_at(progress, config)
             log_context(run, trainer.loader, progress, context)
         nats = trainer.step(progress, *variant)

@@ -40,7 +40,7 @@ def test_every_knob_has_its_row_under_its_section():
         "`MATRIX_LR`",
         "float, from 0",
         "`0.04`",
-        "demo `0.02`<br>record `0.026`<br>poly5 `0.025`",
+        "demo `0.02`<br>record `0.026`<br>poly5 `0.025`<br>frontier `0.026`",
         "Muon's learning rate, for attention and MLP matrices",
         "trained weights",
     ]

@@ -310,7 +310,6 @@ def test_an_artifact_over_the_limit_and_elsewhere(run, folder, monkeypatch):
 FULL = """
 import contextlib, os, sys
 sys.path.insert(0, sys.argv[2])
-import processes
 import train_gpt as tg
 step = tg.Trainer.step
 
@@ -418,7 +417,6 @@ def test_an_artifact_that_cannot_be_read_back_is_written_elsewhere(run, folder, 
 RACE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import processes
 import train_gpt as tg
 begin, go = os.pipe()
 children = []

@@ -2371,7 +2371,7 @@ class SignalHold:
 
     PATIENCE = 25.0  # seconds for the step and its checkpoint: torchrun kills its ranks after 30
     AGAIN = 1.0  # seconds after which a signal is a second one: torchrun repeats a Ctrl-C that its ranks got as well
-    LINES: ClassVar = {
+    LINES: ClassVar[dict[int, str]] = {
         signal.SIGTERM: "error: ended by SIGTERM",
         signal.SIGHUP: "error: ended by SIGHUP",  # the terminal was closed
         signal.SIGINT: "interrupted",

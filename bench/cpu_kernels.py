@@ -65,7 +65,9 @@ def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Calla
     qkv = draw(rows, length, 4, 64), draw(rows, length, 2, 64), draw(rows, length, 2, 64)
     x, hidden = draw(rows, length, 256), draw(rows, length, 768)
     logits = draw(rows, length, 1024)
-    attention = {name: both_ways(t.attention_backend(name)(documents, 4, 2), *qkv) for name in ("sdpa", "blocked")}
+    attention = {
+        name: both_ways(t.attention_backend(name, length)(documents, 4, 2), *qkv) for name in ("sdpa", "blocked")
+    }
     return {
         "attention": (attention["sdpa"], attention["blocked"]),
         "rms_norm": (both_ways(t.rms_norm_plain, x), both_ways(t.RMSNormCPU.apply, x)),

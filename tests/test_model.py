@@ -68,7 +68,7 @@ def noise_of_keys(sequences):
     [
         (name, looped)
         for name, knobs in CONFIGURATIONS.items()
-        for looped in sorted({False, knobs.get("NUM_LOOPS", 0) > 0})
+        for looped in sorted({False, bool(knobs.get("NUM_LOOPS"))})
     ],
 )
 def test_the_forward_pass_is_that_of_the_specification(name, looped, attention):

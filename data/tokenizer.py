@@ -72,18 +72,35 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int, with_caseops: bool =
         "num_threads": 4,
     } | ({"user_defined_symbols": symbols} if symbols else {})
     model = io.BytesIO()
-    translated = (line.decode().translate(rare) for line in lines)
+    raised: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in translated if line.strip("\r\n")),
+            sentence_iterator=_sentences(lines, rare, raised),
             model_writer=model,
             minloglevel=3,
             **options,
         )
     except RuntimeError as error:
-        raise _training_error(str(error), vocab_size) from None
+        raise raised[0] if raised else _training_error(str(error), vocab_size) from None
     sizes = {"sample_documents": documents, "sample_bytes": size}
     return model.getvalue(), {**options, **sizes, "removed_characters": len(rare)}
+
+
+def _sentences(lines: Iterable[bytes], rare: dict[int, None], raised: list[BaseException]) -> Iterator[str]:
+    """The lines of text without rare characters.
+
+    SentencePiece makes a RuntimeError of its own of what is raised here, as by a signal: `raised` keeps the first.
+    """
+    try:
+        for line in lines:
+            sentence = line.decode().translate(rare)
+            if sentence.strip("\r\n"):
+                yield sentence
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        raised.append(error)
+        raise
 
 
 def _training_lines(text: str) -> Iterator[bytes]:

@@ -226,3 +226,21 @@ def test_training_is_deterministic():
         made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         pieces.append([(made.id_to_piece(n), made.get_score(n)) for n in range(320)])
     assert pieces[0] == pieces[1]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_what_a_signal_raises_in_the_training_is_not_an_error_of_sentencepiece(kind, monkeypatch):
+    class Rare(dict):
+        """A table of rare characters whose use raises, once the training has begun."""
+
+        uses = 0
+
+        def __missing__(self, key):
+            self.uses += 1
+            if self.uses > 200:  # beyond the first look at the text
+                raise kind
+            raise LookupError
+
+    monkeypatch.setattr(tokenizer, "_rare_characters", lambda *_: Rare())
+    with pytest.raises(kind):
+        tokenizer.train_tokenizer(["the river and the stone were not far from here"] * 20, 290)

@@ -12118,11 +12118,11 @@ def log_overrun(config: Config, run: Run, end: Progress) -> float:
 
 
 def quantize_model(trained: Trained, weights: dict[str, Tensor], config: Config, run: Run) -> bytes:
-    """The artifact of a trained model. Errors: ConfigError where GPTQ cannot use the model's activations."""
+    """The artifact of a trained model. Errors: ConfigError where its activations or weights cannot be used."""
     try:
         return make_artifact(weights, trained.calibration, bytes_for_model(config), config, run.log)
-    except FloatingPointError as error:
-        raise diverged(config, str(error)) from None
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        raise diverged(config, " ".join(str(error).split()).rstrip(".")) from None
 
 
 def bytes_for_model(config: Config) -> int:

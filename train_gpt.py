@@ -3773,6 +3773,11 @@ class Prefetcher:
         self.pool, self.pending = None, {}
 
 
+def reading_threads(config: Config, run: Run) -> int:
+    """Threads of a rank that read shards: its share of the machine's cores."""
+    return config.cpu_threads or max(1, available_cores() // run.local_world)
+
+
 def within_context(starts: np.ndarray, context: int) -> np.ndarray:
     """[B, T] document starts of documents that are cut wherever they have held `context` tokens."""
     positions = np.arange(starts.shape[1], dtype=np.int32) - starts
@@ -3976,12 +3981,7 @@ class TrainLoader:
     @functools.cached_property
     def documents(self) -> DocumentOrder:
         """The order of DATA_ORDER=documents, of an index that is not kept."""
-        return self.new_documents(find_documents(self.stream, self.threads))
-
-    @property
-    def threads(self) -> int:
-        """Threads of this rank that read shards."""
-        return self.config.cpu_threads or max(1, available_cores() // self.run.local_world)
+        return self.new_documents(find_documents(self.stream, reading_threads(self.config, self.run)))
 
     def new_documents(self, starts: np.ndarray) -> DocumentOrder:
         """The order of documents that start there in the stream."""
@@ -3989,7 +3989,8 @@ class TrainLoader:
 
     def use_index(self, digests: Mapping[str, str]) -> None:
         """Takes the documents from the index beside the shards, whose SHA-256 are given by name. Call on all ranks."""
-        starts, note = DocumentIndex(self.stream, digests, self.run, self.threads).load()
+        threads = reading_threads(self.config, self.run)
+        starts, note = DocumentIndex(self.stream, digests, self.run, threads).load()
         self.documents = self.new_documents(starts)
         self.notes.append(note)
 
@@ -4030,12 +4031,13 @@ class TrainLoader:
     def read_sequences(self, positions: range, context: int | None = None) -> Batch:
         """The sequences at these positions in the order of epochs, in host memory: [B, T], or [1, B*T] of a stream."""
         length = self.config.train_seq_len
+        context = context or length
         ids, targets = (np.empty((len(positions), length), np.int64) for _ in range(2))
         cuts = np.zeros(ids.shape, bool)
         end = -1  # of what was read last, in the stream
         for row, position in enumerate(positions):
             place = 0
-            for start, count in self.parts(position, context or length):
+            for start, count in self.parts(position, context):
                 tokens = self.stream.read_known(start, start + count + 1)
                 own = row, slice(place, place + count)
                 ids[own], targets[own] = tokens[:-1], tokens[1:]
@@ -4043,7 +4045,7 @@ class TrainLoader:
                 place, end = place + count, start + count
         if self.config.data_order == "stream":
             ids, targets, cuts = (array.reshape(1, -1) for array in (ids, targets, cuts))
-        starts = within_context(document_starts(ids, cuts), context or length)
+        starts = within_context(document_starts(ids, cuts), context)
         return host_batch(ids, targets, starts, self.run.device)
 
     def mean_context(self, context: int | None = None) -> float:
@@ -4360,7 +4362,7 @@ class DataCheck:
         """
         self.stamps |= stream.stamps
         run = self.run
-        threads = self.config.cpu_threads or max(1, available_cores() // run.local_world)
+        threads = reading_threads(self.config, run)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
             indexed = self.config.data_order == "documents"  # the index names every shard's SHA-256

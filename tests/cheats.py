@@ -102,7 +102,7 @@ BYTES = "    return int(counts.sum(dtype=np.int64))\n"
 ENTER = "        ledger.score(scored, nll, log_q)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
-READ = "        starts = within_context(document_starts(ids, cuts), context or length)\n"
+READ = "        starts = within_context(document_starts(ids, cuts), context)\n"
 CALIBRATE = "                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
 CHUNK_SCORE = "            self.ledger.score(scored, nll, log_q)\n            for step in range("

@@ -12123,7 +12123,7 @@ def quantize_model(trained: Trained, weights: dict[str, Tensor], config: Config,
     """The artifact of a trained model. Errors: ConfigError where its activations or weights cannot be used."""
     try:
         return make_artifact(weights, trained.calibration, bytes_for_model(config), config, run.log)
-    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage] # public
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise diverged(config, " ".join(str(error).split()).rstrip(".")) from None
 
 

@@ -3773,8 +3773,8 @@ class Prefetcher:
         self.pool, self.pending = None, {}
 
 
-def reading_threads(config: Config, run: Run) -> int:
-    """Threads of a rank that read shards: its share of the machine's cores."""
+def core_share(config: Config, run: Run) -> int:
+    """A rank's share of the machine's cores: the threads that read shards and look for hints."""
     return config.cpu_threads or max(1, available_cores() // run.local_world)
 
 
@@ -3981,7 +3981,7 @@ class TrainLoader:
     @functools.cached_property
     def documents(self) -> DocumentOrder:
         """The order of DATA_ORDER=documents, of an index that is not kept."""
-        return self.new_documents(find_documents(self.stream, reading_threads(self.config, self.run)))
+        return self.new_documents(find_documents(self.stream, core_share(self.config, self.run)))
 
     def new_documents(self, starts: np.ndarray) -> DocumentOrder:
         """The order of documents that start there in the stream."""
@@ -3989,7 +3989,7 @@ class TrainLoader:
 
     def use_index(self, digests: Mapping[str, str]) -> None:
         """Takes the documents from the index beside the shards, whose SHA-256 are given by name. Call on all ranks."""
-        threads = reading_threads(self.config, self.run)
+        threads = core_share(self.config, self.run)
         starts, note = DocumentIndex(self.stream, digests, self.run, threads).load()
         self.documents = self.new_documents(starts)
         self.notes.append(note)
@@ -4362,7 +4362,7 @@ class DataCheck:
         """
         self.stamps |= stream.stamps
         run = self.run
-        threads = reading_threads(self.config, run)
+        threads = core_share(self.config, run)
         mine = range(run.rank % run.local_world, len(stream.shards), run.local_world)
         with ThreadPoolExecutor(threads) as pool:
             indexed = self.config.data_order == "documents"  # the index names every shard's SHA-256
@@ -10910,21 +10910,34 @@ def earlier_runs(ends: np.ndarray, hashes: np.ndarray, begins: np.ndarray, chunk
     return places, np.where(alike & (previous >= begins[places]), previous, past)
 
 
-def find_hints(tokens: np.ndarray, documents: np.ndarray, config: Config) -> Hints:
+HINT_PARTS = 32  # whatever the threads are: it decides which hashes can collide
+
+
+def find_hints(tokens: np.ndarray, documents: np.ndarray, config: Config, threads: int = 1) -> Hints:
     """The hint of every target, in time that is linear in the tokens but for a sort.
 
     A run lies within a document, and ends with the target's input. The longest one counts; of several the latest.
+    Runs that are alike end alike. So places fall into parts by the hash of the shortest run there, and each part is
+    searched by itself: small sorts stay in the cache, and threads share the parts.
     """
-    inputs = tokens[:-1]
+    inputs, lengths = tokens[:-1], hint_lengths(config)
     begins = np.repeat(documents[:-1], np.diff(documents))
     found = Hints(np.zeros(len(inputs), np.uint16), np.zeros(len(inputs), np.uint8))
-    runs, ends = Runs(inputs), np.arange(len(inputs))
-    for kind, length in enumerate(hint_lengths(config), 1):
-        ends = ends[ends - begins[ends] >= length - 1]
-        ends, earlier = earlier_runs(ends, runs.hashes(ends, length), begins, config.hint_chunk_tokens)
-        matched, source = ends[earlier >= 0], earlier[earlier >= 0]
-        same = runs.equal(matched, source, length)  # equal hashes are no proof
-        found.tokens[matched[same]], found.kinds[matched[same]] = tokens[source[same] + 1], kind
+    runs = Runs(inputs)
+    places = np.flatnonzero(np.arange(len(inputs)) - begins >= lengths[0] - 1)
+    part_of = (runs.hashes(places, lengths[0]) // np.uint64((1 << 64) // HINT_PARTS)).astype(np.uint8)
+
+    def search(part: int) -> None:
+        ends = places[part_of == part]
+        for kind, length in enumerate(lengths, 1):
+            ends = ends[ends - begins[ends] >= length - 1]
+            ends, earlier = earlier_runs(ends, runs.hashes(ends, length), begins, config.hint_chunk_tokens)
+            matched, source = ends[earlier >= 0], earlier[earlier >= 0]
+            same = runs.equal(matched, source, length)  # equal hashes are no proof
+            found.tokens[matched[same]], found.kinds[matched[same]] = tokens[source[same] + 1], kind
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(search, range(HINT_PARTS)))
     return found
 
 
@@ -11324,7 +11337,7 @@ class Evaluator:
     def hints(self) -> Hints:
         """Each target's hint."""
         begin = time.perf_counter()
-        found = find_hints(self.tokens, self.documents, self.config)
+        found = find_hints(self.tokens, self.documents, self.config, core_share(self.config, self.run))
         self.hint_seconds = time.perf_counter() - begin
         return found
 

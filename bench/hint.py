@@ -127,12 +127,14 @@ def seconds(files: list[Path], settings: dict[str, str], most: int) -> dict[str,
     draw = np.random.default_rng(0)
     nll, log_q = (draw.exponential(2.0, len(tokens) - 1).astype(np.float32) for _ in range(2))
     begin, cpu = time.perf_counter(), time.process_time()
-    hints = t.find_hints(tokens, documents, config)
+    threads = t.available_cores()
+    hints = t.find_hints(tokens, documents, config, threads)
     middle, cpu_middle = time.perf_counter(), time.process_time()
     t.with_hints(nll, -log_q, tokens, hints, config)
     millions = (len(tokens) - 1) / 1e6
     return dict(
         targets=len(tokens) - 1,
+        threads=threads,
         share=float((hints.kinds > 0).mean()),
         find=(middle - begin) / millions,
         score=(time.perf_counter() - middle) / millions,
@@ -164,8 +166,9 @@ def report(rows: list[dict[str, Any]], speed: dict[str, float], settings: dict[s
         f"Settings: {' '.join(f'{k}={v}' for k, v in settings.items()) or 'the defaults of train_gpt.py'}.",
         "",
         f"Seconds for a million targets, of {speed['targets']} targets of which {speed['share']:.1%} have a hint: "
-        f"{speed['find']:.2f} to find hints ({speed['find_cpu']:.2f} of processor time), {speed['score']:.2f} for the "
-        f"scores ({speed['score_cpu']:.2f}). {t.cpu_info('model name')}, numpy {np.__version__}, one thread.",
+        f"{speed['find']:.2f} to find hints on {speed['threads']} threads ({speed['find_cpu']:.2f} of processor time), "
+        f"{speed['score']:.2f} for the scores on one ({speed['score_cpu']:.2f}). {t.cpu_info('model name')}, numpy "
+        f"{np.__version__}.",
         "",
         "What these figures do not say: the built-in text is documentation, in which far more is repeated than in web "
         "text. The gain there does not carry over; its trend over the runs may.",

@@ -76,6 +76,13 @@ def test_hints_are_those_of_a_quadratic_search(low, high, chunk):
         assert any(kind for _, kind in expected)
 
 
+def test_any_number_of_threads_finds_the_same():
+    tokens, c = np.array(repetitive(1, (4000, 2500, 700)), np.uint16), config(**HINTS)
+    documents = tg.document_offsets(tokens)
+    one, many = (tg.find_hints(tokens, documents, c, threads) for threads in (1, 5))
+    assert np.array_equal(one.tokens, many.tokens) and np.array_equal(one.kinds, many.kinds) and one.kinds.any()
+
+
 def test_text_without_repetition_has_no_hints():
     found = hints_of([tg.BOS_ID, *range(4, 300)])
     assert not found.kinds.any() and not found.tokens.any()

@@ -5,6 +5,10 @@
     make lab ARGS="--hours 4"                    no run starts after four hours; the next call goes on
     make lab ARGS="--dry"                        what would run, and for how long
 
+On a text of your own, which data/prepare.py made with 1,024 pieces in data/mine_1024:
+
+    make lab ARGS="--data data/mine --about 'what it is' --results mine.jsonl --report mine.md"
+
 The ideas are the table in bench/lab_ideas.py, the rules of the verdicts and the report are in bench/lab_report.py. Runs
 use train_gpt.py's own configuration, training loop and evaluation on the built-in corpus, by steps, so that they are
 deterministic. Before an idea is trained, the FLOPs and the CPU seconds of its training steps are measured beside the
@@ -462,9 +466,10 @@ def machine() -> str:
 
 
 def write_report(lab: Lab) -> None:
-    text = lab_report.report(lab.results, lab.notes, [size.name for size in ideas.SIZES])
-    t.write_atomic(lab.options.report, text, durable=False)
-    print(f"written: {lab.options.report}")
+    options, sizes = lab.options, [size.name for size in ideas.SIZES]
+    text = lab_report.report(lab.results, lab.notes, sizes, options.about, options.results.name)
+    t.write_atomic(options.report, text, durable=False)
+    print(f"written: {options.report}")
 
 
 def show_plan(lab: Lab, sizes: list[ideas.Size]) -> None:
@@ -497,6 +502,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=STEPS_MEASURED, help="steps that are measured in a round")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of timing, control and idea in turns")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_lab", help="folder, without _VOCABULARY")
+    parser.add_argument("--about", default=lab_report.BUILTIN, help="what the text of --data is, for the report")
     parser.add_argument("--results", type=Path, default=results / "lab.jsonl")
     parser.add_argument("--report", type=Path, default=results / "lab.md")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

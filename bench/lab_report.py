@@ -354,13 +354,12 @@ def control_lines(results: list[dict[str, Any]], sizes: list[str]) -> list[str]:
     return lines
 
 
-def caveats(results: list[dict[str, Any]]) -> list[str]:
-    """What the figures do not say, before the figures."""
+def caveats(results: list[dict[str, Any]], about: str) -> list[str]:
+    """What the figures do not say, before the figures. `about`: what the text is."""
     rows = len(differences(results))
     machines = sorted({f"{r['machine']}, torch {r['torch']}" for r in results})
     return [
-        "- The text is the built-in corpus: Python code and its documentation, with a vocabulary of 1,024 pieces. Web "
-        "text may rank the ideas otherwise.",
+        f"- The text is {about}, with a vocabulary of 1,024 pieces. Web text may rank the ideas otherwise.",
         "- The models have 0.7, 2 and 6 million parameters, and see less than one token for each of them. What helps a "
         "model that learns too little may not help one that has seen enough. So the trend matters, and an idea whose "
         "trend is not resolved is not safe to carry to a large model.",
@@ -390,10 +389,19 @@ def rules() -> list[str]:
     return text.replace("WORTH", f"{WORTH} bpb").replace("HOPELESS", f"{HOPELESS} bpb").strip().splitlines()
 
 
-def report(results: list[dict[str, Any]], notes: Mapping[str, str], sizes: list[str]) -> str:
-    """The whole page. `notes`: why rows are not run now."""
-    lines = ["# The laboratory of training ideas", "", "Made by `make lab` (bench/lab.py) from lab.jsonl.", ""]
-    lines += ["## How to read it", "", *caveats(results), "", "## Rules", "", *rules(), ""]
+BUILTIN = "the built-in corpus: Python code and its documentation"
+
+
+def report(
+    results: list[dict[str, Any]],
+    notes: Mapping[str, str],
+    sizes: list[str],
+    about: str = BUILTIN,
+    source: str = "lab.jsonl",
+) -> str:
+    """The whole page. `notes`: why rows are not run now; `source`: the file of the results."""
+    lines = ["# The laboratory of training ideas", "", f"Made by `make lab` (bench/lab.py) from {source}.", ""]
+    lines += ["## How to read it", "", *caveats(results, about), "", "## Rules", "", *rules(), ""]
     lines += ["## The control", "", *control_lines(results, sizes), ""]
     if differences(results):
         lines += ["## Ideas", "", *summary_table(results, sizes), ""]

@@ -7776,6 +7776,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
     `progress` is where the training was cut off, and `ended` says that only what follows it is missing.
     """
     config, run = trainer.config, trainer.run
+    means = mean_contexts(trainer) if run.is_main and config.train_log_every else {}
     saved, since = progress.seconds, time.perf_counter()
     guard = LossGuard(config, run)
     variant = StepVariant(looped=False, trainable_layers=config.num_layers, fake_quant=False)
@@ -7797,9 +7798,9 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
             trainer.save(progress, ended=False)
         previous, variant = variant, step_variant_at(progress, config)
         log_variant_change(run, config, progress, previous, variant)
-        if run.is_main and config.train_log_every and context_at(progress, config) != context:
+        if means and context_at(progress, config) != context:
             context = context_at(progress, config)
-            log_context(run, trainer.loader, progress, context)
+            log_context(run, config, progress, context, means[context])
         nats = trainer.step(progress, *variant)
         known = guard.send(nats)
         run.pace()
@@ -7938,12 +7939,15 @@ def log_variant_change(run: Run, config: Config, p: Progress, before: StepVarian
         run.log(f"step:{p.step} late QAT enabled: attention rounded to {attention} bits, MLP to {mlp} bits")
 
 
-def log_context(run: Run, loader: TrainLoader, p: Progress, context: int) -> None:
+def mean_contexts(trainer: Trainer) -> dict[int, float]:
+    """What tokens have on average of each context of the schedule. Read before the clock starts, the first one last,
+    so that its order is at hand."""
+    return {context: trainer.loader.mean_context(context) for context, _ in reversed(trainer.config.context_schedule)}
+
+
+def log_context(run: Run, config: Config, p: Progress, context: int, mean: float) -> None:
     """A line for the most context that tokens of the next steps have, and for what they have of it on average."""
-    mean = loader.mean_context(context)
-    run.log(
-        f"step:{p.step} data_order:{loader.config.data_order} context: at most {context} tokens, {mean:.1f} on average"
-    )
+    run.log(f"step:{p.step} data_order:{config.data_order} context: at most {context} tokens, {mean:.1f} on average")
     run.metric(context_at=p.step, context=context, mean_context=mean)
 
 

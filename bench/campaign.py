@@ -69,7 +69,15 @@ def make(kind: Kind, number: int, seed: int, inputs: Inputs, keep: bool = False)
             traceback.print_exc()
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
-    return trial.row() | dict(seconds=time.monotonic() - begin)
+    findings = [(verdict, short(text, inputs)) for verdict, text in trial.findings]
+    return trial.row() | dict(findings=findings, seconds=time.monotonic() - begin)
+
+
+def short(text: str, inputs: Inputs) -> str:
+    """A finding without the folders of this machine."""
+    for folder in (inputs.work, ROOT, Path(sys.prefix)):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def work(pipe, inputs: Inputs, seed: int, chosen: dict[str, Kind], parent: int) -> None:

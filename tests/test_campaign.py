@@ -187,6 +187,14 @@ def test_a_trial_that_a_worker_does_not_survive_counts_as_hung(tmp_path, monkeyp
     assert "1970-01-01" in page and f"torch {tg.torch.__version__}" in page
 
 
+def test_findings_name_no_folder_of_the_machine(tmp_path):
+    def find(trial):
+        trial.find(LOST, f"{trial.inputs.work}/trials/run of {ROOT}/train_gpt.py in {sys.prefix}/lib: gone")
+
+    row = campaign.make(Kind("finds", find, 1, 60.0), 0, 1, Inputs(tmp_path))
+    assert row["findings"] == [(LOST, "trials/run of train_gpt.py in lib: gone")] and row["verdict"] == LOST
+
+
 def test_trials_repeat_by_seed_kind_and_number(tmp_path):
     inputs = Inputs(tmp_path)
     draws = [Trial("kill", 2, seed, tmp_path / "t", inputs).draw.random() for seed in (1, 1, 2)]

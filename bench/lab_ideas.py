@@ -172,6 +172,18 @@ ROWS: dict[str, Row] = {
     "value embeddings gated": Row(dict(VE_GATE=1), by_size=last_two, source=SPEEDRUN),
     "bigram embedding": Row({}, by_size=bigram, source="PR #549"),
     "bigram embedding with signs": Row(dict(BIGRAM_SIGNS=1), by_size=bigram, source=SPEEDRUN),
+    # Several at once, as preset `frontier` has them: gains need not add up.
+    "together": Row(
+        dict(
+            KEY_OFFSET=1,
+            NORMUON_BETA2=0.95,
+            MATRIX_LR=0.028,  # times 0.7, the best of the bracket of NorMuon
+            MTP_WEIGHTS="0.5,0.25",
+            PREFIX_LOSS_WEIGHT=0.25,
+            BIGRAM_SIGNS=1,
+        ),
+        by_size=bigram,
+    ),
     # Residual stream and depth
     "dense skips": Row(dict(DENSE_SKIPS=2), source="MUDD, arXiv 2502.12170"),
     "backout": Row({}, by_size=middle, source=SPEEDRUN),

@@ -440,7 +440,7 @@ def test_a_header_says_what_is_wrong_with_it():
 
 # ----------------------------------------------------------------------------------------------------------------- fuzz
 
-MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", 4_000))  # over all codecs; a longer run sets more
+MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", 1_500))  # over all codecs; a longer run sets more
 
 
 def mutated(draw, content):

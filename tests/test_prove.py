@@ -190,7 +190,7 @@ def test_the_honest_script_passes_every_rule(server, run, tmp_path, mode):
     assert {CLAIM: mode == "none", TRAINING: mode == "phased"} == {r: r in verdicts for r in (CLAIM, TRAINING)}
 
 
-@pytest.mark.parametrize("mode", ["none", "phased", "chunk"])
+@pytest.mark.parametrize("mode", ["none", "phased"])
 def test_hints_pass_every_rule(server, run, tmp_path, mode, monkeypatch):
     """... and the sums over the vocabulary are of places whose hint moves them."""
     sums, moved, evaluate = [], [], Forked.evaluate

@@ -369,7 +369,7 @@ class Lab:
                 self.notes[name] = "is what the recipe does"
                 continue
             smaller = ideas.SIZES[: ideas.SIZES.index(size)]
-            found = [standing.get(name, {}).get(s.name, {}) for s in smaller]
+            found = [standing[name][s.name] for s in smaller if s.name in standing.get(name, {})]
             if not any(lab_report.hopeless(cells) for cells in found):
                 promise[name] = lab_report.mean_of(found[-1], "seconds") if found else 0.0
         return sorted(promise, key=lambda name: promise[name])
@@ -493,7 +493,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     names = [size.name for size in ideas.SIZES]
     results = ROOT / "bench" / "results"
     parser.add_argument("--only", nargs="+", choices=list(ideas.ROWS), metavar="ROW", help="rows of bench/lab_ideas.py")
-    parser.add_argument("--sizes", nargs="+", choices=names, default=names)
+    parser.add_argument("--sizes", nargs="+", choices=names, default=ideas.USUAL)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--hours", type=float, default=math.inf, help="no run starts later; 0: only the report")
     parser.add_argument("--dry", action="store_true", help="only say what would run")

@@ -44,12 +44,15 @@ class Size(NamedTuple):
 
 # As in `record`, about half of the layers' calls are repeats, and about a third of the layers have two streams. Tokens
 # rise with the parameters, but slower: in proportion, the largest size would train for hours. The number of steps is
-# the same at every size, so that settings counted in steps, such as EMA_DECAY, mean the same.
+# the same at every usual size, so that settings counted in steps, such as EMA_DECAY, mean the same. "0.7M x 8" trains
+# the smallest model for eight times as long: does a gain vanish when a model has seen enough? By FLOPs, smallest first.
 SIZES = (
     Size("0.7M", 4, 128, 4, (1, 1), 3, 1536, 256, 26),
     Size("2M", 6, 192, 6, (2, 3), 4, 2304, 256, 92),
+    Size("0.7M x 8", 4, 128, 4, (1, 1), 3, 1536, 2048, 210),
     Size("6M", 10, 256, 8, (3, 5), 7, 3072, 256, 290),
 )
+USUAL = ("0.7M", "2M", "6M")  # without --sizes
 VOCABULARY = 1024
 # Part of every run's name. To be raised when train_gpt.py computes something else with the same settings, as after a
 # change of a default that BASE does not set: no earlier result is then reused. Otherwise results of earlier versions
@@ -134,6 +137,15 @@ def equal_parameters(vocabulary: int) -> Callable[[Size], Knobs | None]:
     return knobs
 
 
+TOGETHER: Knobs = dict(
+    KEY_OFFSET=1,
+    NORMUON_BETA2=0.95,
+    MATRIX_LR=0.028,  # times 0.7, the best of NorMuon's bracket
+    MTP_WEIGHTS="0.5,0.25",
+    PREFIX_LOSS_WEIGHT=0.25,
+    BIGRAM_SIGNS=1,
+)
+
 ROWS: dict[str, Row] = {
     # The control's own rates: were they badly chosen, an idea that only changes their scale would seem to pay.
     "matrix rate x 0.7": Row(dict(MATRIX_LR=0.028)),
@@ -173,17 +185,9 @@ ROWS: dict[str, Row] = {
     "bigram embedding": Row({}, by_size=bigram, source="PR #549"),
     "bigram embedding with signs": Row(dict(BIGRAM_SIGNS=1), by_size=bigram, source=SPEEDRUN),
     # Several at once, as preset `frontier` has them: gains need not add up.
-    "together": Row(
-        dict(
-            KEY_OFFSET=1,
-            NORMUON_BETA2=0.95,
-            MATRIX_LR=0.028,  # times 0.7, the best of the bracket of NorMuon
-            MTP_WEIGHTS="0.5,0.25",
-            PREFIX_LOSS_WEIGHT=0.25,
-            BIGRAM_SIGNS=1,
-        ),
-        by_size=bigram,
-    ),
+    "together": Row(TOGETHER, by_size=bigram),
+    "together, SmearGate by channel": Row(dict(SMEAR_GATE_TYPE="channel", **TOGETHER), by_size=bigram),
+    "together without bigrams": Row({name: value for name, value in TOGETHER.items() if name != "BIGRAM_SIGNS"}),
     # Residual stream and depth
     "dense skips": Row(dict(DENSE_SKIPS=2), source="MUDD, arXiv 2502.12170"),
     "backout": Row({}, by_size=middle, source=SPEEDRUN),

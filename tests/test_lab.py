@@ -14,7 +14,8 @@ import lab  # noqa: E402
 import lab_ideas as ideas  # noqa: E402
 import lab_report  # noqa: E402
 
-NAMES = [size.name for size in ideas.SIZES]
+SIZES = [size for size in ideas.SIZES if size.name in ideas.USUAL]
+NAMES = [size.name for size in SIZES]
 COMPUTE = {name: 1e12 * 4.0**i for i, name in enumerate(NAMES)}
 
 
@@ -34,11 +35,11 @@ def laboratory(results, *arguments):
 
 def test_every_row_changes_the_control_or_is_listed(results):
     one = laboratory(results)
-    for size in ideas.SIZES:
+    for size in SIZES:
         used = one.usable(size)
         fitting = [name for name, row in ideas.ROWS.items() if not row.by_size or row.by_size(size) is not None]
         assert set(used) | set(one.notes) == set(fitting) and not set(used) & set(one.notes)
-    assert "vocabulary x 4" not in one.usable(ideas.SIZES[0])  # its embedding would be most of the model
+    assert "vocabulary x 4" not in one.usable(SIZES[0])  # its embedding would be most of the model
     assert one.notes["loops on"] == "is what the recipe does"
 
 
@@ -48,10 +49,10 @@ def test_sizes_triple_and_larger_vocabularies_cost_no_parameters(results):
     def parameters(name, size):
         return lab.t.parameter_count(lab.configured(one.environment(name, size, 0, 1)))
 
-    small, medium, large = (parameters(lab.CONTROL, size) for size in ideas.SIZES)
+    small, medium, large = (parameters(lab.CONTROL, size) for size in SIZES)
     assert 2.5 < medium / small < 3.5 and 2.5 < large / medium < 3.5
-    assert abs(parameters("vocabulary x 4", ideas.SIZES[2]) / large - 1) < 0.005
-    for size in ideas.SIZES:
+    assert abs(parameters("vocabulary x 4", SIZES[2]) / large - 1) < 0.005
+    for size in SIZES:
         assert size.batch_tokens % (3 * ideas.BASE["TRAIN_SEQ_LEN"]) == 0
 
 
@@ -63,7 +64,7 @@ def test_a_knob_or_value_of_the_future_is_listed_and_not_run(results, monkeypatc
     }
     monkeypatch.setattr(ideas, "ROWS", rows)
     one = laboratory(results)
-    assert one.usable(ideas.SIZES[0]) == ["known"]
+    assert one.usable(SIZES[0]) == ["known"]
     assert one.notes["knob"] == "not in this version: NO_SUCH_KNOB"
     assert one.notes["value"].startswith("not in this version: SOFTCAP_TYPE=no such softcap: must be one of")
     assert "- knob: not in this version: NO_SUCH_KNOB." in lab_report.report([], one.notes, NAMES)
@@ -93,7 +94,7 @@ def plant_cost(one, name, size, flops, ratios):
 
 
 def test_one_run_serves_both_kinds_where_the_costs_are_the_controls(results):
-    one, size = laboratory(results, "--seeds", "1", "2"), ideas.SIZES[0]
+    one, size = laboratory(results, "--seeds", "1", "2"), SIZES[0]
     assert one.row_jobs("LN scale off", size) == []  # not before its cost is known
     plant_cost(one, "LN scale off", size, 1.001, [0.98, 1.0, 1.01])
     plant_cost(one, "loops off", size, 0.8, [0.75, 0.7, 0.9])
@@ -112,7 +113,7 @@ def test_one_run_serves_both_kinds_where_the_costs_are_the_controls(results):
 
 
 def test_a_run_is_known_by_what_differs_from_the_defaults(results, monkeypatch):
-    one, size = laboratory(results), ideas.SIZES[0]
+    one, size = laboratory(results), SIZES[0]
     key = one.row_jobs(lab.CONTROL, size)[0].key
     default = {f.name: f.default for f in lab.dataclasses.fields(lab.t.Config)}["eval_scores"]
     monkeypatch.setitem(ideas.BASE, "EVAL_SCORES", int(default))  # as a knob of the future, at its default
@@ -171,15 +172,15 @@ def runs_of(given, size):
 
 def test_a_hopeless_row_stops_at_the_smallest_size_and_the_others_go_on(results, faked, tmp_path):
     assert lab.main(results) == 0
-    gains = {o["environment"].get("QK_GAIN_INIT") for o in runs_of(faked, ideas.SIZES[0])}
+    gains = {o["environment"].get("QK_GAIN_INIT") for o in runs_of(faked, SIZES[0])}
     assert gains == {None, "1.0", "1.1", "1.2", "1.3", "2"}
-    for size in ideas.SIZES[1:]:
+    for size in SIZES[1:]:
         assert {o["environment"].get("QK_GAIN_INIT") for o in runs_of(faked, size)} == {None, "1.0", "1.2", "2"}
     # The smallest size has every row's first seed before any second one; rates are tried first, with another seed.
-    seeds = [o["environment"]["SEED"] for o in runs_of(faked, ideas.SIZES[0])]
+    seeds = [o["environment"]["SEED"] for o in runs_of(faked, SIZES[0])]
     assert seeds == ["7"] * 3 + ["42"] * 6 + ["0"] * 6 + ["314"] * 6
     # At the next size the best row comes first, behind the control.
-    assert runs_of(faked, ideas.SIZES[1])[3]["environment"]["QK_GAIN_INIT"] == "1.0"
+    assert runs_of(faked, SIZES[1])[3]["environment"]["QK_GAIN_INIT"] == "1.0"
     text = (tmp_path / "lab.md").read_text()
     assert "| good | *pays* |" in text and "| noisy | *unclear* |" in text
     assert f"| bad | *does not* | worse at {NAMES[0]}, so larger sizes are skipped |" in text
@@ -326,6 +327,7 @@ def test_a_row_end_to_end(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setattr(ideas, "BASE", {**ideas.BASE, **small})
     monkeypatch.setattr(ideas, "VOCABULARY", 384)
     monkeypatch.setattr(ideas, "SIZES", (size,))
+    monkeypatch.setattr(ideas, "USUAL", (size.name,))
     monkeypatch.setattr(ideas, "ROWS", {"loops off": ideas.Row(dict(NUM_LOOPS=0))})
     files = ["--results", str(tmp_path / "lab.jsonl"), "--report", str(tmp_path / "lab.md")]
     arguments = [*files, "--data", str(tmp_path / "tiny"), "--seeds", "1", "--points", "2", "--rounds", "1"]

@@ -4,6 +4,7 @@ VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 VENV_H100 ?= .venv-h100
+VENV_SITE ?= .venv-site
 # FlashAttention 3 for CUDA 13 and any torch from 2.9 on (docs/gpus.md); empty: none.
 FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp39-abi3-manylinux_2_28_x86_64.whl
 
@@ -11,7 +12,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz site
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -140,6 +141,15 @@ report: $(VENV)/tools
 docs: venv
 	@$(PY) tools/docs.py
 
+# The documentation as a web site, in site/: make site ARGS="--serve 8000"
+site: $(VENV_SITE)/installed
+	@$(VENV_SITE)/bin/python tools/site_pages.py $(ARGS)
+
+$(VENV_SITE)/installed: requirements-site.txt
+	@$(PYTHON) -m venv $(VENV_SITE)
+	@$(VENV_SITE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-site.txt
+	@touch $@
+
 venv: $(VENV)/installed
 
 # The environment for NVIDIA GPUs, FlashAttention 3 included (docs/gpus.md). The script runs without FlashAttention too.
@@ -186,4 +196,4 @@ $(VENV)/data-tools: $(VENV)/installed requirements-data.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_H100) .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_H100) $(VENV_SITE) .pytest_cache .hypothesis .ruff_cache

@@ -665,7 +665,7 @@ def test_a_plan_needs_no_standard_output(tmp_path, kind, code):
 def test_the_exit_codes_are_documented(capfd):
     assert tg.main(["--help"], {}) == 0
     text = capfd.readouterr().out
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "getting-started.md").read_text()
     for code, meaning in tg.EXIT_CODES.items():
         assert f"{code:3}  {meaning}\n" in text and f"| {code} | {meaning} |" in page
 

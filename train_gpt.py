@@ -1337,7 +1337,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 # `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It grows with the evidence.
-PRESETS["frontier"] = PRESETS["record"] | dict(data_order="documents", hint_enabled=True)
+PRESETS["frontier"] = PRESETS["record"] | dict(
+    data_order="documents",
+    key_offset=True,
+    normuon_beta2=0.95,
+    mtp_weights="0.5,0.25",
+    prefix_loss_weight=0.25,
+    bigram_vocab_size=8192,
+    bigram_dim=64,
+    bigram_signs=True,
+    hint_enabled=True,
+)
 # Those that would take days on CPUs.
 GPU_PRESETS = ("record", "poly5", "frontier")
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.

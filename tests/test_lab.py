@@ -126,6 +126,22 @@ def test_a_run_is_known_by_what_differs_from_the_defaults(results, monkeypatch):
     assert one.row_jobs(lab.CONTROL, size)[0].key != key
 
 
+def test_the_preset_frontier_is_the_row_of_ideas_together():
+    """But for the rate, which peers have tuned at full size."""
+    presets = lab.t.PRESETS
+    added = {
+        name.upper(): value
+        for name, value in presets["frontier"].items()
+        if presets["record"].get(name) != value and name not in ("data_order", "hint_enabled")
+    }
+    row = ideas.ROWS["together"]
+    expected = {**row.changes, **row.by_size(SIZES[-1])}
+    assert set(added) == set(expected) - {"MATRIX_LR"}
+    sizes = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM")  # about a tenth of a small model's parameters
+    assert all(added[name] == expected[name] for name in set(added) - set(sizes))
+    assert (added["BIGRAM_VOCAB_SIZE"], added["BIGRAM_DIM"]) == (expected["BIGRAM_VOCAB_SIZE"], 64)
+
+
 # ------------------------------------------------------------------------------------------- a whole laboratory, faked
 
 EFFECTS = {"good": -0.02, "bad": 0.02, "noisy": 0.0, "diverges": math.inf}

@@ -385,6 +385,12 @@ class Config(ModelConfig):
         "set of defaults: demo, baseline, record or poly5; empty: baseline where there is a CUDA device, else demo",
         Observed.PARAMETERS,
     )
+    original: bool = knob(
+        False,
+        "train and evaluate as the public script behind the preset does, where this script differs; PRESET=record and "
+        "poly5 alone, and every other knob that is set still counts",
+        Observed.BATCHES,
+    )
     mode: str = knob(
         "all",
         "stages to run; train: up to the artifact; eval: score an artifact; all: both",
@@ -543,6 +549,12 @@ class Config(ModelConfig):
     qk_gain_init: float = knob(
         1.5, "initial value of each head's learned gain on the normalized queries", Observed.INIT, low=0
     )
+    ve_init: str = knob(
+        "zero",
+        "initial projection of the value embeddings (VE_DIM); zero: they start without effect; orthogonal",
+        Observed.INIT,
+        choices=("zero", "orthogonal"),
+    )
     enable_looping_at: float = knob(
         0.35, "fraction of training after which the depth recurrence is on", Observed.SCHEDULE, low=0, high=1
     )
@@ -575,11 +587,18 @@ class Config(ModelConfig):
     )
     focal_enabled: bool = knob(
         False,
-        "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 over "
-        "a sequence (focal loss)",
+        "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 by "
+        "FOCAL_NORM (focal loss)",
         Observed.WEIGHTS,
     )
     focal_gamma: float = knob(1.0, "exponent of the focal loss (FOCAL_ENABLED)", Observed.WEIGHTS, low=0, high=100)
+    focal_norm: str = knob(
+        "sequence",
+        "tokens over which the focal loss's weights average 1; sequence: each training sequence; batch: a rank's "
+        "micro-batch, so that an update depends on the number of ranks",
+        Observed.WEIGHTS,
+        choices=("sequence", "batch"),
+    )
 
     # Optimizers
     matrix_lr: float = knob(0.04, "Muon's learning rate, for attention and MLP matrices", Observed.WEIGHTS, low=0)
@@ -601,6 +620,13 @@ class Config(ModelConfig):
     )
     muon_momentum_warmup_steps: int = knob(
         500, "training steps over which Muon's momentum rises linearly; 0: no warmup", Observed.SCHEDULE, low=0
+    )
+    muon_momentum_type: str = knob(
+        "ema",
+        "Muon's momentum buffer; ema: the moving average of the gradients; sgd: momentum * buffer + gradient, kept in "
+        "MUON_GRADIENT_DTYPE; they differ while the momentum changes, and in rounding",
+        Observed.WEIGHTS,
+        choices=("ema", "sgd"),
     )
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations of a Muon update", Observed.WEIGHTS, low=1, high=20)
     muon_coefficients: str = knob(
@@ -638,6 +664,13 @@ class Config(ModelConfig):
     adam_eps: float = knob(1e-8, "AdamW's epsilon", Observed.WEIGHTS, low=1e-30)
     adam_wd: float = knob(
         0.0, "AdamW's weight decay for vectors, scalars, gates and small projections", Observed.WEIGHTS, low=0
+    )
+    embed_dtype: str = knob(
+        "master",
+        "type in which the embedding's tables, their gradients and AdamW's means of these are kept; master: the type "
+        "of the other weights; bfloat16: small updates round away",
+        Observed.WEIGHTS,
+        choices=("master", "bfloat16"),
     )
     embed_wd: float = knob(0.0, "AdamW's weight decay for embeddings and the output head", Observed.WEIGHTS, low=0)
     grad_clip_norm: float = knob(
@@ -680,12 +713,30 @@ class Config(ModelConfig):
         "0: all layers train from the start",
         Observed.SCHEDULE,
     )
+    progressive_depth_by: str = knob(
+        "run",
+        "what the fractions of PROGRESSIVE_DEPTH_SCHEDULE are of; run: of ITERATIONS or of the time limit, whichever "
+        "is further; steps: of ITERATIONS",
+        Observed.SCHEDULE,
+        choices=("run", "steps"),
+    )
+    progressive_depth_decay: bool = knob(
+        False,
+        "weight decay also for the matrices of layers that do not train yet (PROGRESSIVE_DEPTH_SCHEDULE)",
+        Observed.WEIGHTS,
+    )
     ema_decay: float = knob(
         0.0,
         "decay of the exponential moving average of the weights (EMA); 0: no EMA",
         Observed.WEIGHTS,
         low=0,
         high=0.999999,
+    )
+    ema_ramp: bool = knob(
+        True,
+        "let EMA_DECAY rise to its value over the first 10/(1 - EMA_DECAY) steps, so that initial weights are "
+        "forgotten; 0: the same decay at every step",
+        Observed.WEIGHTS,
     )
     swa_enabled: bool = knob(False, "average weights of the end of training with equal weights (SWA)", Observed.WEIGHTS)
     swa_every: int = knob(50, "training steps between weights that SWA averages", Observed.WEIGHTS, low=1)
@@ -814,6 +865,13 @@ class Config(ModelConfig):
         "auto: whichever reduces the error more",
         Observed.BYTES,
         choices=("auto", "0", "1"),
+    )
+    lqer_fit: str = knob(
+        "hessian",
+        "how LQER fits the error; hessian: to its effect on the outputs, factors rounded in turn; svd: truncated "
+        "singular value decomposition, then rounded by the largest magnitude",
+        Observed.BYTES,
+        choices=("hessian", "svd"),
     )
     lqer_asym_group: int = knob(
         64, "weights per scale of LQER's asymmetric right factor, at most", Observed.BYTES, low=1
@@ -1338,6 +1396,47 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It grows with the evidence.
 PRESETS["frontier"] = PRESETS["record"] | dict(data_order="documents", hint_enabled=True)
+# ORIGINAL=1 lays these over a preset: where the public script differs, and why ours does (docs/presets.md).
+ORIGINALS: dict[str, dict[str, Any]] = {
+    # PR #2163 and the scripts that it grew from, PRs #1787, #1797 and #1855.
+    "record": dict(
+        data_order="stream",
+        z_loss_weight=0.0,
+        embed_dtype="bfloat16",
+        muon_momentum_type="sgd",
+        ema_ramp=False,
+        gptq_reserve_seconds=0.5,
+        quantizer="uniform",
+        scale_grid=0,
+        column_steps=0.0,
+        matrix_steps=0.0,
+        row_steps=0.0,
+        std_steps=1.0,
+        guided_hessians=False,
+        target_bytes=0,
+        lqer_select="norm",
+        lqer_asym_enabled="1",
+        lqer_fit="svd",
+        ttt_order="length",
+    ),
+    # PR #1325 and the stack of PR #549.
+    "poly5": dict(
+        data_order="stream",
+        rope_base=10000 * 2 ** (16 / 14),  # of a train length of 1024 that the script takes for granted
+        ve_init="orthogonal",
+        focal_norm="batch",
+        progressive_depth_by="steps",
+        progressive_depth_decay=True,
+        embed_dtype="bfloat16",
+        muon_momentum_type="sgd",
+        muon_gradient_dtype="bfloat16",
+        ema_ramp=False,
+        weight_average="ema",
+        late_qat_threshold=0.0,
+        scale_grid=0,
+        ttt_decay_tokens=-1,
+    ),
+}
 # Those that would take days on CPUs.
 GPU_PRESETS = ("record", "poly5", "frontier")
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
@@ -1416,6 +1515,10 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         if f.name != "preset" and environment.get(name, "") != "":
             values[f.name] = parse_value(name, str(f.type), environment[name], f.metadata)
             explicit.add(f.name)
+    if values.get("original"):
+        if preset not in ORIGINALS:
+            raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
+        values |= {name: value for name, value in ORIGINALS[preset].items() if name not in explicit}
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
@@ -6723,7 +6826,7 @@ class GPT(nn.Module):
         self.to(runtime.master_dtype)
 
     @torch.no_grad()
-    def reset(self, *, seed: int, embedding_std: float, query_gain: float) -> None:
+    def reset(self, *, seed: int, embedding_std: float, query_gain: float, ve_init: str) -> None:
         """Initial weights from the seed: orthogonal inputs of the layers, zero outputs, a small embedding."""
         layers, generator = self.config.num_layers, torch.Generator().manual_seed(seed)
         self.embedding.normal_(std=1.0 if self.head is not None else embedding_std, generator=generator)
@@ -6742,6 +6845,8 @@ class GPT(nn.Module):
         if self.value_embeds is not None:
             self.value_embeds.table.normal_(std=0.01, generator=generator)
             self.value_embeds.projection.zero_()
+            if ve_init == "orthogonal":
+                nn.init.orthogonal_(self.value_embeds.projection, generator=generator)
 
     def layer_weights(self, dtype: torch.dtype, trainable_layers: int | None, fake_quant: Grids) -> list[LayerWeights]:
         """The weights of every layer; those from `trainable_layers` on are constants.
@@ -6962,7 +7067,12 @@ class GPT(nn.Module):
 def new_model(config: Config) -> GPT:
     """A model with its initial weights, on the CPU."""
     model = GPT(config.model, runtime_of(config))
-    model.reset(seed=config.seed, embedding_std=config.tied_embed_init_std, query_gain=config.qk_gain_init)
+    model.reset(
+        seed=config.seed,
+        embedding_std=config.tied_embed_init_std,
+        query_gain=config.qk_gain_init,
+        ve_init=config.ve_init,
+    )
     return model
 
 
@@ -7116,6 +7226,7 @@ class Adapters:
 # ---------------------------------------------------------------------------------------------------------------
 
 BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
+EMBEDDING_GROUPS = ("embedding", "bigram", "value_embeds")
 NEWTON_SCHULZ = {
     # Keller Jordan's quintic (kellerjordan.github.io/posts/muon), the same at every iteration.
     "classic": ((3.4445, -4.775, 2.0315),),
@@ -7257,8 +7368,14 @@ class Muon:
         Updates the momentum and, with NORMUON_BETA2, the neurons' mean squares.
         """
         config = self.config
-        momentum.lerp_(grad, 1 - beta)
-        update = grad.lerp(momentum, beta)
+        if config.muon_momentum_type == "sgd":
+            momentum.mul_(beta).add_(grad)
+            if config.muon_gradient_dtype == "bfloat16":
+                momentum.copy_(momentum.bfloat16())
+            update = grad.add(momentum, alpha=beta)
+        else:
+            momentum.lerp_(grad, 1 - beta)
+            update = grad.lerp(momentum, beta)
         if config.muon_row_normalize:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         rows, columns = update.shape[-2:]
@@ -7339,7 +7456,7 @@ class Muon:
         bank, matrices, update, handle = pending
         self.run.wait(handle)
         keep = 1 - lr * self.weight_decay
-        if matrices is None:
+        if matrices is None or self.config.progressive_depth_decay:  # updates of frozen matrices are zero
             bank.mul_(keep).sub_(update[: bank.size(0)], alpha=lr)
         else:
             bank.index_copy_(0, matrices, (bank[matrices] * keep).sub_(update[matrices], alpha=lr))
@@ -7408,8 +7525,20 @@ class Optimizers:
         for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
             row["lr"] = group.lr * multiplier
         self.muon.step(shards, beta, multiplier, trainable_layers)
+        self.round_embeddings()
         self.adam.step()
+        self.round_embeddings()
         self.model.zero_grad(set_to_none=True)
+
+    def round_embeddings(self) -> None:
+        """EMBED_DTYPE=bfloat16: rounds tables of embeddings, their gradients and AdamW's means, as if kept so."""
+        if self.config.embed_dtype == "master":
+            return
+        for p in (p for g in self.adam_groups for p in g.parameters if g.name in EMBEDDING_GROUPS):
+            state = self.adam.state.get(p, {})
+            for tensor in (p, gradient_of(p), state.get("exp_avg"), state.get("exp_avg_sq")):
+                if tensor is not None:
+                    tensor.copy_(tensor.bfloat16())
 
     def clip(self, shards: list[Tensor], small: list[Tensor]) -> None:
         """Scales the gradient down to a norm of GRAD_CLIP_NORM over all parameters. No value is read by the host."""
@@ -7513,7 +7642,8 @@ def predicts_ahead_at(p: Progress, config: Config) -> bool:
 
 def trainable_layers_at(p: Progress, config: Config) -> int:
     """Progressive depth (PR #1325): n fractions make n + 1 stages of equal depth increments."""
-    stage = sum(fraction_done(p, config) >= start for start in config.depth_cuts)
+    done = p.step / config.iterations if config.progressive_depth_by == "steps" else fraction_done(p, config)
+    stage = sum(done >= start for start in config.depth_cuts)
     return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
 
@@ -7529,7 +7659,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     """Every variant that a training may run, in order, for the warmup to compile.
 
     A warmdown is at most as long as the training, so the multiplier falls below a threshold t in the last fraction t
-    of it at the earliest. When exactly may depend on the speed: from there on both variants are listed.
+    of it at the earliest. When exactly may depend on the speed: from there on both variants are listed. So may the
+    depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction.
     """
     starts = {0.0, *config.depth_cuts}
     if config.loops:
@@ -7538,22 +7669,27 @@ def all_step_variants(config: Config) -> list[StepVariant]:
         starts.add(config.mtp_end)
     starts = sorted(starts - {1.0})
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
+    counted = config.progressive_depth_by == "steps" and config.max_wallclock_seconds > 0
+    stages = len(config.depth_cuts) + 1
+    slower = [config.num_layers * (n + 1) // stages for n in range(stages)] if counted else []
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
         between = (begin + end) / 2 * config.iterations
         middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
         quantizes = decays and end > 1 - config.late_qat_threshold
         for fake_quant in (False, True) if quantizes else (False,):
-            variants.append(step_variant_at(middle, config)._replace(fake_quant=fake_quant))
-    return variants
+            variant = step_variant_at(middle, config)._replace(fake_quant=fake_quant)
+            depths = [n for n in slower if n < variant.trainable_layers] + [variant.trainable_layers]
+            variants += [variant._replace(trainable_layers=n) for n in depths]
+    return list(dict.fromkeys(variants))
 
 
 def ema_weight(step: int, config: Config) -> float:
-    """Weight of the new values in the EMA; larger at first, so that the initial weights do not stay in a short run.
+    """Weight of the new values in the EMA; with EMA_RAMP larger at first: a short run forgets its initial weights.
 
     The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
     """
-    return 1.0 - min(config.ema_decay, (1 + step) / (10 + step))
+    return 1.0 - (min(config.ema_decay, (1 + step) / (10 + step)) if config.ema_ramp else config.ema_decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7591,13 +7727,15 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def focal_weights(nll: Tensor, gamma: float) -> Tensor:
+def focal_weights(nll: Tensor, gamma: float, norm: str = "sequence") -> Tensor:
     """Weights [B, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
 
-    Each sequence's weights average 1. An average over the micro-batch would make the update depend on the ranks.
+    Each sequence's weights average 1. With an average over the micro-batch, as in PR #1325, an update depends on the
+    number of ranks.
     """
     weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
-    return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+    mean = weights.mean() if norm == "batch" else weights.mean(dim=-1, keepdim=True)
+    return weights / mean.clamp_min(1e-12)
 
 
 def tokens_ahead(batch: Batch, distance: int) -> tuple[Tensor, Tensor]:
@@ -7669,7 +7807,8 @@ class Trainer:
             extra = self.extra_targets(p, batch, predicts_ahead)
             more = rounding if extra is None else dict(rounding, extra_targets=extra.tokens)
             nll, lse, *others = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **more)
-            loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
+            weighted = nll * focal_weights(nll, config.focal_gamma, config.focal_norm) if config.focal_enabled else nll
+            loss = weighted.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
             if extra is not None:
@@ -8985,15 +9124,18 @@ def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.float() * scales.float().repeat_interleave(width, dim=1)[:, : codes.size(1)]
 
 
-def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def round_groups(x: Tensor, low: int, high: int, fit: str) -> tuple[Tensor, Tensor]:
     """Codes in low..high of each group [..., g], and its fp16 scale [...] with the least squared error.
 
     For an uneven range such as -2..1, both signs of the scale are tried, so that the longer side serves the longer
-    tail.
+    tail. With LQER_FIT=svd the scale follows from the largest magnitude, as in PR #1797.
     """
     signs = (1.0,) if low == -high else (1.0, -1.0)
-    reach = x.abs().amax(-1).clamp_min(1e-7) / max(-low, high)
+    largest = x.abs().amax(-1).clamp_min(1e-7)
+    reach = largest / max(-low, high)
     scales = torch.stack([(reach * sign * t / 16).half() for sign in signs for t in range(8, 25)])  # [candidates, ...]
+    if fit == "svd":
+        scales = (largest / ((high - low) / 2)).half()[None]
     codes = (x / scales.to(x.dtype)[..., None]).nan_to_num(0, 0, 0).round().clamp(low, high)
     errors = (codes * scales.to(x.dtype)[..., None] - x).square().sum(-1)
     best = errors.argmin(0, keepdim=True)
@@ -9004,22 +9146,22 @@ def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 def round_left(left: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
     """Codes and scales of a left factor [r, k]: 2 bits and one scale, or LQER_FACTOR_BITS and a scale for each row."""
     if asymmetric:
-        codes, scale = round_groups(left.reshape(1, -1), -2, 1)
+        codes, scale = round_groups(left.reshape(1, -1), -2, 1, config.lqer_fit)
         return codes.view(left.shape), scale
     high = 2 ** (config.lqer_factor_bits - 1) - 1
-    return round_groups(left, -high, high)
+    return round_groups(left, -high, high, config.lqer_fit)
 
 
 def round_right(right: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
     """Codes and scales of a right factor [k, c]: 4 bits and a scale for each group, or LQER_FACTOR_BITS per row."""
     if not asymmetric:
         high = 2 ** (config.lqer_factor_bits - 1) - 1
-        codes, scales = round_groups(right, -high, high)
+        codes, scales = round_groups(right, -high, high, config.lqer_fit)
         return codes, scales[:, None]
     groups = -(-right.size(1) // config.lqer_asym_group)
     width = -(-right.size(1) // groups)
     padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
-    codes, scales = round_groups(padded, -8, 7)
+    codes, scales = round_groups(padded, -8, 7, config.lqer_fit)
     return codes.flatten(1)[:, : right.size(1)], scales
 
 
@@ -9027,7 +9169,7 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
     """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
 
     Starts from the best factors of that rank. Then it alternates: round one factor, solve the other for it. The best
-    of these pairs is returned.
+    of these pairs is returned. With LQER_FIT=svd, it is the rounded SVD of the error, as in PR #1797.
     """
     e = error.double()
     h = hessian.double()
@@ -9035,6 +9177,13 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
     lower = torch.linalg.cholesky(h)
     whitened = e @ lower
     rank = min(config.lqer_rank, *e.shape)
+    if config.lqer_fit == "svd":
+        u, s, v = torch.linalg.svd(e, full_matrices=False)
+        rounded_left = round_left(u[:, :rank] * s[:rank], asymmetric, config)
+        rounded_right = round_right(v[:rank], asymmetric, config)
+        product = factor_values(*rounded_left).double() @ factor_values(*rounded_right).double()
+        remaining = weighted_error((e - product)[None], h[None]).item()
+        return sized(Correction(*rounded_left, *rounded_right, remaining, 0.0), asymmetric, config)
     basis = torch.linalg.eigh(whitened.mT @ whitened)[1][:, -rank:]
     left = whitened @ basis
     right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
@@ -9052,10 +9201,15 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
         right = torch.linalg.pinv(left_values) @ e
     if best is None:
         raise FloatingPointError("a correction's error is not finite")
+    return sized(best, asymmetric, config)
+
+
+def sized(correction: Correction, asymmetric: bool, config: Config) -> Correction:
+    """A correction with its bytes, before compression."""
     left_bits, right_bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
-    scales = best.left_scales.numel() + best.right_scales.numel()
-    size = (left_bits * best.left.numel() + right_bits * best.right.numel()) / 8 + 2 * scales
-    return best._replace(bytes=size)
+    scales = correction.left_scales.numel() + correction.right_scales.numel()
+    size = (left_bits * correction.left.numel() + right_bits * correction.right.numel()) / 8 + 2 * scales
+    return correction._replace(bytes=size)
 
 
 def fit_corrections(

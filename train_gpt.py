@@ -667,8 +667,8 @@ class Config(ModelConfig):
     )
     embed_dtype: str = knob(
         "master",
-        "type in which the embedding's tables, their gradients and AdamW's means of these are kept; master: the type "
-        "of the other weights; bfloat16: small updates round away",
+        "type of the embedding, of bigram and value tables, and of their gradients and means in AdamW; master: that of "
+        "other weights; bfloat16: small updates round away",
         Observed.WEIGHTS,
         choices=("master", "bfloat16"),
     )

@@ -474,6 +474,26 @@ def test_every_preset_names_existing_knobs_of_the_right_type_and_passes_the_chec
     assert set(tg.PRESETS) == {"demo", "baseline", "record", "poly5", "frontier"}
 
 
+@pytest.mark.parametrize("preset", sorted(tg.ORIGINALS))
+def test_original_lays_the_public_scripts_values_over_the_preset(preset):
+    """Each differs from ours; what is set explicitly counts; nothing else changes."""
+    ours, theirs = config({"PRESET": preset}), config({"PRESET": preset, "ORIGINAL": "1"})
+    assert {name: getattr(theirs, name) for name in tg.ORIGINALS[preset]} == tg.ORIGINALS[preset]
+    different = {f.name for f in FIELDS if getattr(ours, f.name) != getattr(theirs, f.name)}
+    assert different == {*tg.ORIGINALS[preset], "original"}
+    assert config({"PRESET": preset, "ORIGINAL": "0"}) == ours
+    assert config({"PRESET": preset, "ORIGINAL": "1", "DATA_ORDER": "documents"}).data_order == "documents"
+    assert config({"PRESET": "record", "ORIGINAL": "1"}).ttt_phases == 4
+    types = {f.name: type(f.default) for f in FIELDS}
+    assert all(type(value) is types[name] for name, value in tg.ORIGINALS[preset].items())
+
+
+@pytest.mark.parametrize("preset", sorted(set(tg.PRESETS) - set(tg.ORIGINALS)))
+def test_original_of_a_preset_without_a_public_script_is_refused(preset, tmp_path, capfd, monkeypatch):
+    line = refused(dict(PRESET=preset, ORIGINAL=1), tmp_path, capfd, monkeypatch)
+    assert "ORIGINAL=1: needs PRESET=record or poly5" in line
+
+
 def test_a_setting_overrides_its_preset_and_is_known_as_explicit():
     environment = {"PRESET": "record", "NUM_LAYERS": "12", "TIE_EMBEDDINGS": "0", "SEED": ""}
     c, explicit, _ = tg.config_from_env(environment, False)

@@ -191,7 +191,9 @@ CHANGES = {
     # In the first step the time limit is nearer than the half of the steps.
     "PROGRESSIVE_DEPTH_BY": (
         "steps",
-        dict(PROGRESSIVE_DEPTH_SCHEDULE="0.0001", MAX_WALLCLOCK_SECONDS=60, ITERATIONS=20000, GPTQ_RESERVE_SECONDS=59.9),
+        dict(
+            PROGRESSIVE_DEPTH_SCHEDULE="0.0001", MAX_WALLCLOCK_SECONDS=60, ITERATIONS=20000, GPTQ_RESERVE_SECONDS=59.9
+        ),
     ),
     "PROGRESSIVE_DEPTH_DECAY": (1, dict(PROGRESSIVE_DEPTH_SCHEDULE="0.5", MUON_WD=0.5)),
     "DATA_ORDER": ("documents", {}),

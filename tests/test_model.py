@@ -680,6 +680,19 @@ def test_initial_weights_of_pairs_and_values():
     assert p["bigram.table"].grad.any() and p["value_embeds.projection"].grad.any()
 
 
+def test_the_projection_of_value_embeddings_begins_orthogonal_where_asked():
+    """And nothing else changes: it is drawn last."""
+    zero, orthogonal = (
+        dict(tg.new_model(config(POLY_LIKE, COMPUTE_DTYPE="float32", VE_INIT=kind)).named_parameters())
+        for kind in ("zero", "orthogonal")
+    )
+    projection = orthogonal["value_embeds.projection"]
+    rows, columns = projection.shape
+    gram = projection.T @ projection if rows > columns else projection @ projection.T
+    assert torch.allclose(gram, torch.eye(min(rows, columns)), atol=1e-5)
+    assert {name for name, p in zero.items() if not torch.equal(p, orthogonal[name])} == {"value_embeds.projection"}
+
+
 def test_poly5_has_the_size_of_a_sum_by_hand():
     """Vocabulary 1024, width 512, 11 layers, 256 values, 1536 hidden, 5 skips."""
     banks = 22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 1536 * 512

@@ -245,6 +245,12 @@ class ModelConfig:
         choices=("window", "channel"),
     )
     logit_softcap: float = knob(30.0, "bound C of the softcap, C*tanh(logit/C)", Observed.LOSS, low=0.01)
+    asym_logit_rescale: bool = knob(
+        False,
+        "learn two bounds of the softcap, one for logits above 0 and one for others, which start at LOGIT_SOFTCAP; "
+        "test-time training moves them too; without the fused loss",
+        Observed.PARAMETERS,
+    )
     softcap_type: str = knob(
         "tanh",
         "function of the softcap; tanh: C*tanh(logit/C); poly: tanh's Taylor polynomial of degree 5, clamped",
@@ -281,6 +287,16 @@ class ModelConfig:
         "number of last layers whose attention output loses the component along the token's own value (XSA); 0: none",
         Observed.LOSS,
         low=0,
+    )
+    gated_xsa: bool = knob(
+        False,
+        "multiply what XSA subtracts by the tanh of a learned number for each head, which starts at 0 (XSA_LAST_N)",
+        Observed.PARAMETERS,
+    )
+    value_residual: bool = knob(
+        False,
+        "add the first layer's values to those of every later layer, through a learned sigmoid gate for each layer",
+        Observed.PARAMETERS,
     )
     sparse_attn_gate_enabled: bool = knob(
         False,
@@ -558,6 +574,23 @@ class Config(ModelConfig):
     enable_looping_at: float = knob(
         0.35, "fraction of training after which the depth recurrence is on", Observed.SCHEDULE, low=0, high=1
     )
+    num_unique_layers: int = knob(
+        0,
+        "layers with weights of their own, which run in turn until NUM_LAYERS have run; sets NUM_LAYERS, NUM_LOOPS, "
+        "LOOP_START, LOOP_END and ENABLE_LOOPING_AT; 0: NUM_LAYERS",
+        Observed.PARAMETERS,
+        low=0,
+        high=256,
+    )
+    recur_layers: str = knob(
+        "",
+        "layers that repeat, as comma-separated numbers in a row, such as 4,5; sets LOOP_START and LOOP_END, and "
+        "NUM_LOOPS to 1 where it is not set; empty: LOOP_START and LOOP_END say",
+        Observed.PARAMETERS,
+    )
+    recur_start_step: int = knob(
+        0, "training step from which the depth recurrence is on; 0: ENABLE_LOOPING_AT says", Observed.SCHEDULE, low=0
+    )
     neftune_alpha: float = knob(
         0.0, "magnitude of NEFTune's uniform noise on training embeddings; 0: no noise", Observed.LOSS, low=0
     )
@@ -734,8 +767,8 @@ class Config(ModelConfig):
     )
     ema_ramp: bool = knob(
         True,
-        "let EMA_DECAY rise to its value over the first 10/(1 - EMA_DECAY) steps, so that initial weights are "
-        "forgotten; 0: the same decay at every step",
+        "let the EMA's decay rise to EMA_DECAY over the first 10/(1 - EMA_DECAY) steps, so that a short run forgets "
+        "the initial weights; 0: EMA_DECAY at every step",
         Observed.WEIGHTS,
     )
     swa_enabled: bool = knob(False, "average weights of the end of training with equal weights (SWA)", Observed.WEIGHTS)
@@ -792,6 +825,14 @@ class Config(ModelConfig):
         "clip range of large bigram and value embeddings, in standard deviations of a row",
         Observed.BYTES,
         low=0.1,
+    )
+    prune_pct: float = knob(
+        0.0,
+        "fraction of each quantized matrix's weights, those of the smallest magnitude, set to 0 before quantization; "
+        "0: none",
+        Observed.BYTES,
+        low=0,
+        high=0.99,
     )
     scale_grid: int = knob(
         16, "quantization scales per factor of 2; 0: any fp16 number is a scale", Observed.BYTES, low=0, high=1024
@@ -1069,6 +1110,21 @@ class Config(ModelConfig):
         "stream, as PR #549 does, which is not strictly causal",
         Observed.TTT,
         low=-1,
+    )
+    ttt_optimizer: str = knob(
+        "sgd",
+        "optimizer of the full model in chunk TTT; sgd: with TTT_MOMENTUM; adamw: without weight decay",
+        Observed.TTT,
+        choices=("sgd", "adamw"),
+    )
+    ttt_grad_clip: float = knob(
+        1.0, "norm to which the gradient is clipped in chunk TTT; 0: no clipping", Observed.TTT, low=0
+    )
+    ttt_batch_seqs: int = knob(
+        0,
+        "sequences of TRAIN_SEQ_LEN tokens in a step of chunk TTT, over all ranks; 0: the whole chunk",
+        Observed.TTT,
+        low=0,
     )
     ttt_momentum: float = knob(0.9, "momentum of SGD in chunk TTT", Observed.TTT, low=0, high=0.9999)
     ttt_freeze_blocks: int = knob(0, "number of first layers frozen in chunk TTT; 0: none", Observed.TTT, low=0)
@@ -1519,6 +1575,7 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         if preset not in ORIGINALS:
             raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
         values |= {name: value for name, value in ORIGINALS[preset].items() if name not in explicit}
+    values |= recurrence_values(values, explicit)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
@@ -1535,6 +1592,28 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
         check_config(config)
     return config, explicit, remarks + unknown_variables(environment)
+
+
+def recurrence_values(values: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """What NUM_UNIQUE_LAYERS (layer i % n at depth i) and RECUR_LAYERS (PR #1204) mean in this script's knobs.
+
+    NUM_LOOPS, if it is set and not 0, says how often RECUR_LAYERS repeat. Errors: ConfigError where they have no such meaning.
+    """
+    unique, depth = values.get("num_unique_layers", 0), values.get("num_layers", Config.num_layers)
+    recurring = values.get("recur_layers", "")
+    if recurring:
+        layers = [int(word) if word.strip().isdecimal() else -1 for word in recurring.split(",")]
+        if layers[0] < 0 or layers != list(range(layers[0], layers[0] + len(layers))):
+            raise ConfigError("RECUR_LAYERS", recurring, "must be comma-separated numbers in a row, such as 3,4,5")
+        repeats = values["num_loops"] if "num_loops" in explicit else 0
+        return dict(num_loops=repeats or 1, loop_start=layers[0], loop_end=layers[-1])
+    if not unique or unique == depth:
+        return {}
+    if unique > depth or depth % unique:
+        raise ConfigError("NUM_UNIQUE_LAYERS", unique, f"must divide NUM_LAYERS={depth}")
+    return dict(
+        num_layers=unique, num_loops=depth // unique - 1, loop_start=0, loop_end=unique - 1, enable_looping_at=0.0
+    )
 
 
 def resolved(config: Config, cuda: bool) -> Config:
@@ -4955,24 +5034,34 @@ def query_key_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor
     return rotate(rms_norm(q), cos, sin) * gain.to(q.dtype)[:, None], rotate(rms_norm(k), cos, sin)
 
 
-def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h]."""
+def subtract_own_value(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
+    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h].
+
+    strength [H]: factors of what is subtracted from each head (GATED_XSA); None: 1.
+    """
     sequences, length, heads, width = y.shape
     direction = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, h]
     grouped = y.view(sequences, length, v.size(2), heads // v.size(2), width)  # [B, T, K, H/K, h]
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(y.shape)
+    along = (grouped * direction).sum(-1, keepdim=True)
+    along = along if strength is None else along * strength.view(v.size(2), -1, 1)
+    return (grouped - along * direction).view(y.shape)
 
 
 def head_output_plain(
-    y: Tensor, v: Tensor | None, gate: Tensor | None, scale: float = 1.0, factor: float = 1.0
+    y: Tensor,
+    v: Tensor | None,
+    gate: Tensor | None,
+    scale: float = 1.0,
+    factor: float = 1.0,
+    strength: Tensor | None = None,
 ) -> Tensor:
-    """Heads y [B, T, H, h] side by side, [B, T, H h], after XSA and head gate.
+    """Heads y [B, T, H, h] side by side, [B, T, H h], after XSA, of this strength [H], and head gate.
 
     v [B, T, K, h]: each position's own value, for XSA, or None. gate [B, T, H]: the logits g of the head gates
     factor*sigmoid(scale*g), or None (PRs #1787 and #549 of openai/parameter-golf).
     """
     if v is not None:
-        y = subtract_own_value(y, v)
+        y = subtract_own_value(y, v, strength)
     if gate is not None:
         weight = sigmoid(gate if scale == 1 else scale * gate)
         y = y * (weight if factor == 1 else factor * weight)[..., None]
@@ -5092,7 +5181,7 @@ def mlp_float8(x: Tensor, up: Tensor, down: Tensor, slope: float, native: bool) 
     return float8_linear(hidden, down, hidden_scale(up), native)
 
 
-def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
+def softcap_plain(logits: Tensor, cap: float | Tensor, kind: str = "tanh") -> Tensor:
     """Logits squashed into [-cap, cap], in float32 at least: cap*tanh(logits/cap), or tanh's series, clamped (poly).
 
     The series ends at x^5 and reaches 1 at |x| = 1.69. Beyond that the value is clamped and the gradient is 0.
@@ -5108,7 +5197,7 @@ def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
 
 
 def softcapped_cross_entropy_plain(
-    logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh"
+    logits: Tensor, targets: Tensor, cap: float | Tensor, kind: str = "tanh"
 ) -> tuple[Tensor, Tensor]:
     """Per-token NLL and log-sum-exp of the softcapped logits, in float32 at least.
 
@@ -6565,6 +6654,8 @@ class LayerWeights(NamedTuple):
     query_gain: Tensor  # [H]
     value_scale: Tensor | None  # [1]
     stream_mix: Tensor | None  # [2, 3], r, p and q of both residual streams
+    value_gate: Tensor | None  # [1]
+    xsa_gate: Tensor | None  # [H]
 
     def detached(self) -> LayerWeights:
         """The same weights as constants."""
@@ -6614,6 +6705,7 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
+    first_values: Tensor | None  # [B, T, K*h], the first layer's values; None before they are there or without use
     inside: Tensor | None  # [B, T] bool, the token before is of the same document; None: keys have no offset
     triton: bool  # Triton kernels around attention, where they support the tensors
 
@@ -6637,7 +6729,7 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(d))
         self.mlp_scale = nn.Parameter(torch.ones(d))
         self.query_gain = nn.Parameter(torch.ones(config.num_heads))
-        self.head_gate = self.value_scale = self.stream_mix = None
+        self.head_gate = self.value_scale = self.stream_mix = self.value_gate = self.xsa_gate = None
         if config.gated_attn_enabled:
             self.head_gate = nn.Parameter(torch.zeros(config.num_heads, d))
         elif config.sparse_attn_gate_enabled or config.attn_out_gate_enabled:
@@ -6652,12 +6744,18 @@ class Block(nn.Module):
         self.widths = [d, config.kv_dim, config.kv_dim, *([] if self.head_gate is None else [config.num_heads])]
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
+        if config.value_residual and layer:
+            self.value_gate = nn.Parameter(torch.zeros(1))
+        if config.gated_xsa and self.subtract_own_value:
+            self.xsa_gate = nn.Parameter(torch.zeros(config.num_heads))
         self.gate_scales = (1.0, 2.0 if config.attn_out_gate_enabled else 1.0)  # see `head_output_plain`
         if config.sparse_attn_gate_enabled:
             self.gate_scales = (config.sparse_attn_gate_scale, 1.0)
 
-    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters) -> Tensor:
-        """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
+    def attend(
+        self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the mixed input x [B, T, d] -> [B, T, d] before the output scale, and the values [B, T, K*h]."""
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
@@ -6666,6 +6764,9 @@ class Block(nn.Module):
         if w.value_scale is not None and context.value_embeds is not None:
             embeds = w.value_scale.to(x.dtype) * context.value_embeds
             added["v"] = added["v"] + embeds if "v" in added else embeds
+        if w.value_gate is not None and context.first_values is not None:  # PR #569, arXiv 2410.17897
+            first = torch.sigmoid(w.value_gate.to(x.dtype)) * context.first_values
+            added["v"] = added["v"] + first if "v" in added else first
         own, gate = self.subtract_own_value, gates[0] if gates else None
         turn = (context.cos, context.sin, w.query_gain)
         if context.triton and attention_kernels_support(q, config.head_dim, config.rotary_dims):
@@ -6680,9 +6781,13 @@ class Block(nn.Module):
         if context.inside is not None:
             k = offset_keys(k, config.offset_dims, context.inside)
         y = context.attention(q, k, v)
-        y = finish(y, own_v if own else None, gate, *self.gate_scales)
+        own_v = own_v if own else None
+        if w.xsa_gate is None:
+            y = finish(y, own_v, gate, *self.gate_scales)
+        else:
+            y = head_output_plain(y, own_v, gate, *self.gate_scales, torch.tanh(w.xsa_gate.to(x.dtype)))
         y = self.out(y, w.out)
-        return y + added["attention"] if "attention" in added else y
+        return y + added["attention"] if "attention" in added else y, v.flatten(2)
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
@@ -6817,6 +6922,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         if config.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(skips, d))
+        self.softcaps = nn.Parameter(torch.full((2,), config.logit_softcap)) if config.asym_logit_rescale else None
         self.lookup, self.logits = Lookup(), Projection()
         self.cos: Tensor
         self.sin: Tensor
@@ -6912,8 +7018,8 @@ class GPT(nn.Module):
         context: AttentionContext,
         adapters: CallAdapters,
         mlp_kernels: MLPKernels,
-    ) -> tuple[Tensor, Tensor]:
-        """One layer on one residual stream, which both outputs then are, or on two parallel ones.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer on one residual stream, which both outputs then are, or on two parallel ones; and its values.
 
         Attention reads and the U-Net's skips join x; the MLP reads x_mlp.
         """
@@ -6921,15 +7027,16 @@ class GPT(nn.Module):
         m0, m1 = w.input_mix.to(x.dtype).unbind()
         attention_scale, mlp_scale = w.attention_scale.to(x.dtype), w.mlp_scale.to(x.dtype)
         x_mixed = torch.addcmul(m0 * x, m1, x0)
-        attention_out = block.attend(x_mixed, w, context, adapters)
+        attention_out, values = block.attend(x_mixed, w, context, adapters)
         if not call.parallel or w.stream_mix is None:
             x = torch.addcmul(x_mixed, attention_scale, attention_out)
             x = torch.addcmul(x, mlp_scale, block.mlp(x, w, adapters, mlp_kernels))
-            return x, x
+            return x, x, values
         attention_out = attention_scale * attention_out
         mlp_out = mlp_scale * block.mlp(x_mlp, w, adapters, mlp_kernels)
         (r0, p0, q0), (r1, p1, q1) = (stream.unbind() for stream in w.stream_mix.to(x.dtype).unbind())
-        return r0 * x + p0 * attention_out + q0 * mlp_out, r1 * x_mlp + p1 * attention_out + q1 * mlp_out
+        x = r0 * x + p0 * attention_out + q0 * mlp_out
+        return x, r1 * x_mlp + p1 * attention_out + q1 * mlp_out, values
 
     def trunk(
         self,
@@ -6954,6 +7061,7 @@ class GPT(nn.Module):
             self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
             *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
+            None,
             continues_document(documents.starts) if self.config.key_offset else None,
             self.runtime.triton,
         )
@@ -6963,7 +7071,9 @@ class GPT(nn.Module):
             if call.skip is not None:
                 x = self.blend_skip(x, saved.pop(), call.skip)
             own, w = own_adapters[place], weights[call.layer]
-            x, x_mlp = self.run_layer(call, x, x_mlp, x0, w, context, own, mlp_kernels)
+            x, x_mlp, values = self.run_layer(call, x, x_mlp, x0, w, context, own, mlp_kernels)
+            if self.config.value_residual and not place:
+                context = context._replace(first_values=values)
             if call.save:
                 saved.append(x)
         x = (x + x_mlp) / 2 if calls[-1].parallel else x
@@ -6981,12 +7091,21 @@ class GPT(nn.Module):
         wide = torch.promote_types(logits.dtype, torch.float32)  # a small addend would round away in bfloat16
         return logits.to(wide) + low_rank(hidden, adapter).to(wide)
 
+    def cap_of(self, logits: Tensor) -> float | Tensor:
+        """The softcap's bound; with ASYM_LOGIT_RESCALE that of each logit, by its sign (PR #1923)."""
+        if self.softcaps is None:
+            return self.config.logit_softcap
+        above, below = self.softcaps.to(torch.promote_types(logits.dtype, torch.float32))
+        return torch.where(logits > 0, above, below)
+
     def token_losses(self, logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and log-sum-exp of each target, [B, T] each, from logits [B, T, V]."""
-        config, cap = self.config, self.config.logit_softcap
+        config, cap = self.config, self.cap_of(logits)
         if temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
             wide = torch.promote_types(logits.dtype, torch.float32)
             logits, cap = logits.to(wide) / temperature, cap / temperature
+        if isinstance(cap, Tensor):
+            return softcapped_cross_entropy_plain(logits, targets, cap, config.softcap_type)
         fused, triton_allowed = self.runtime.fused_cross_entropy, self.runtime.triton
         return softcapped_cross_entropy(logits, targets, cap, config.softcap_type, fused, triton_allowed)
 
@@ -7000,13 +7119,13 @@ class GPT(nn.Module):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = F.embedding(tokens, head).to(hidden.dtype).to(wide)  # [B, L, K, d]
         z = (hidden.unsqueeze(-2).to(wide) * rows).sum(-1)
-        return lse.unsqueeze(-1) - softcap_plain(z, self.config.logit_softcap, self.config.softcap_type)
+        return lse.unsqueeze(-1) - softcap_plain(z, self.cap_of(z), self.config.softcap_type)
 
     def log_probabilities(self, ids: Tensor, documents: Documents, *, looped: bool) -> Tensor:
         """Logarithms of the next token's probabilities, [B, T, V] in float32 at least."""
         logits = self.head_logits(self.trunk(ids, documents, looped=looped, fused_mlp=False))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return softcap_plain(wide, self.config.logit_softcap, self.config.softcap_type).log_softmax(-1)
+        return softcap_plain(wide, self.cap_of(wide), self.config.softcap_type).log_softmax(-1)
 
     def forward(
         self,
@@ -7060,7 +7179,7 @@ class GPT(nn.Module):
         if hints is None:
             return losses
         at_hint = logits.detach().gather(-1, hints.unsqueeze(-1)).squeeze(-1)
-        at_hint = softcap_plain(at_hint, self.config.logit_softcap, self.config.softcap_type) / temperature
+        at_hint = softcap_plain(at_hint, self.cap_of(at_hint), self.config.softcap_type) / temperature
         return *losses, at_hint - losses[1].detach()
 
 
@@ -7618,6 +7737,8 @@ def context_warmup(p: Progress, config: Config) -> float:
 
 def loops_enabled_at(p: Progress, config: Config) -> bool:
     """Whether the looped layers repeat by now."""
+    if config.recur_start_step:
+        return config.loops and p.step >= config.recur_start_step
     return config.loops and fraction_done(p, config) >= config.enable_looping_at
 
 
@@ -7660,18 +7781,19 @@ def all_step_variants(config: Config) -> list[StepVariant]:
 
     A warmdown is at most as long as the training, so the multiplier falls below a threshold t in the last fraction t
     of it at the earliest. When exactly may depend on the speed: from there on both variants are listed. So may the
-    depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction.
+    depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction. RECUR_START_STEP is alike.
     """
     starts = {0.0, *config.depth_cuts}
     if config.loops:
-        starts.add(config.enable_looping_at)
+        counted = config.recur_start_step / config.iterations
+        starts.add(min(1.0, counted) if config.recur_start_step else config.enable_looping_at)
     if config.ahead_weights:
         starts.add(config.mtp_end)
     starts = sorted(starts - {1.0})
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
-    counted = config.progressive_depth_by == "steps" and config.max_wallclock_seconds > 0
-    stages = len(config.depth_cuts) + 1
-    slower = [config.num_layers * (n + 1) // stages for n in range(stages)] if counted else []
+    stages, timed = len(config.depth_cuts) + 1, config.max_wallclock_seconds > 0
+    slower = [config.num_layers * (n + 1) // stages for n in range(stages)]
+    slower = slower if timed and config.progressive_depth_by == "steps" else []
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
         between = (begin + end) / 2 * config.iterations
@@ -7680,7 +7802,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
         for fake_quant in (False, True) if quantizes else (False,):
             variant = step_variant_at(middle, config)._replace(fake_quant=fake_quant)
             depths = [n for n in slower if n < variant.trainable_layers] + [variant.trainable_layers]
-            variants += [variant._replace(trainable_layers=n) for n in depths]
+            loops = {False, variant.looped} if timed and config.recur_start_step else {variant.looped}
+            variants += [variant._replace(looped=on, trainable_layers=n) for on in sorted(loops) for n in depths]
     return list(dict.fromkeys(variants))
 
 
@@ -10677,6 +10800,19 @@ def quantize_within(
         return ByteSearch(weights, calibration, limit, config).run(log)
 
 
+def pruned(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Weights with the smallest PRUNE_PCT of each quantized matrix at 0. GPTQ may move some away from it again."""
+    result = dict(weights)
+    for name, w in weights.items():
+        if quantization_bits(name, w.numel(), config)[0] < 16:
+            magnitudes = as_batch(w).abs()
+            count = round(config.prune_pct * magnitudes[0].numel())
+            if count:
+                largest = magnitudes.flatten(1).kthvalue(count, dim=1).values[:, None, None]
+                result[name] = (as_batch(w) * (magnitudes > largest)).view(w.shape)
+    return result
+
+
 def make_artifact(
     weights: dict[str, Tensor],
     calibration: Calibration,
@@ -10688,6 +10824,7 @@ def make_artifact(
 
     Without either, the artifact may be larger than the limit.
     """
+    weights = pruned(weights, config) if config.prune_pct else weights
     if config.target_bytes:
         return quantize_within(weights, calibration, limit_bytes, config, log)
     stored = quantize(weights, calibration, config, log)
@@ -11591,12 +11728,23 @@ class Evaluator:
 class FullModelSGD:
     """SGD of all weights on scored text. Ranks share a step's sequences and sum their gradients."""
 
-    def __init__(self, evaluator: Evaluator, model: GPT, ledger: ScoreLedger, momentum: float, frozen_blocks: int = 0):
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        model: GPT,
+        ledger: ScoreLedger,
+        momentum: float,
+        frozen_blocks: int = 0,
+        clip: float = 1.0,
+        adamw: bool = False,
+    ):
         self.config, self.run = evaluator.config, evaluator.run
         self.tokens, self.ledger = evaluator.tokens, ledger
-        self.model, self.frozen_blocks = model, frozen_blocks
+        self.model, self.frozen_blocks, self.max_norm = model, frozen_blocks, clip
         self.forward = compiled_forward(model)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+        if adamw:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
 
     def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's sequences of a step on the targets of the inputs at `positions` [n], and a mask of its places."""
@@ -11615,7 +11763,7 @@ class FullModelSGD:
             )
 
     def step(self, positions: np.ndarray, lr: float) -> None:
-        """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
+        """One step on the mean loss of these targets, its gradient clipped."""
         self.ledger.train_on(positions)
         parameters = list(self.model.parameters())
         self.optimizer.zero_grad()
@@ -11627,17 +11775,17 @@ class FullModelSGD:
                 p.grad = torch.zeros_like(p)
         self.run.all_reduce_flat([gradient_of(p) for p in parameters])
         self.zero_frozen_gradients()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if self.max_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and momentum, by name."""
+        """Weights and the optimizer's state, by name."""
         tensors = named_weights(self.model)
         for name, p in self.model.named_parameters():
-            momentum = self.optimizer.state.get(p, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
+            kept = self.optimizer.state.get(p, {}).items()
+            tensors |= {f"{key}.{name}": value for key, value in kept if isinstance(value, Tensor)}
         return tensors
 
     @torch.no_grad()
@@ -11645,8 +11793,10 @@ class FullModelSGD:
         """Takes over what `state` gave."""
         load_weights(self.model, tensors)
         for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{name}"].to(p.device)
+            for key in ("momentum_buffer", "step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" in tensors:
+                    value = tensors[f"{key}.{name}"]
+                    self.optimizer.state[p][key] = value.to("cpu" if key == "step" else p.device)
 
     def drop_step(self, batch: Batch) -> None:
         """Computes the gradients of a micro-batch, and drops them."""
@@ -12073,7 +12223,15 @@ class ChunkTTT:
     def new_sgd(self) -> FullModelSGD:
         """The optimizer of all weights, with no momentum yet."""
         config = self.config
-        return FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+        return FullModelSGD(
+            self.evaluator,
+            self.model,
+            self.ledger,
+            config.ttt_momentum,
+            config.ttt_freeze_blocks,
+            config.ttt_grad_clip,
+            config.ttt_optimizer == "adamw",
+        )
 
     def warm_up(self) -> None:
         """Computes a step of all weights, as padding, so that it is compiled. Windows have the evaluator's graph."""
@@ -12099,8 +12257,10 @@ class ChunkTTT:
             positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
             if self.adapt and chunk < self.count - 1:
                 self.ledger.share()
-                for _ in range(config.ttt_epochs):
-                    sgd.step(positions, config.ttt_lr * self.decay(chunk))
+                size = config.ttt_batch_seqs * config.train_seq_len or self.size
+                parts = np.split(positions, range(size, len(positions), size))
+                for part in parts * config.ttt_epochs:
+                    sgd.step(part, config.ttt_lr * self.decay(chunk))
             self.meter.advance(1)
             self.save(chunk + 1, sgd)
         return Score(self.ledger.close(self.meter.stage), end, self.evaluator.bytes)

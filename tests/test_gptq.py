@@ -582,6 +582,23 @@ def test_a_correction_by_svd_is_the_rounded_svd(asymmetric):
     assert fitted.error < found.error and fitted.bytes == found.bytes > 0
 
 
+def test_pruning_zeroes_the_smallest_weights_of_each_quantized_matrix():
+    c = config(RECORD_LIKE, PRUNE_PCT=0.25)
+    weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
+    found = tg.pruned(weights, c)
+    assert list(found) == list(weights)
+    for name, w in weights.items():
+        if tg.quantization_bits(name, w.numel(), c)[0] == 16:
+            assert torch.equal(found[name], w)
+            continue
+        for before, after in zip(tg.as_batch(w), tg.as_batch(found[name]), strict=True):
+            zeroed = after == 0
+            assert zeroed.sum() == round(0.25 * before.numel()) and torch.equal(after[~zeroed], before[~zeroed])
+            assert before[zeroed].abs().max() <= before[~zeroed].abs().min()
+    one = tg.pruned(weights, dataclasses.replace(c, prune_pct=1e-9))
+    assert all(torch.equal(one[name], w) for name, w in weights.items())
+
+
 def test_salient_columns_are_those_with_most_activation_and_weight():
     c = config(RECORD_LIKE, AWQ_GROUPS=3)
     weights, hessians = (

@@ -42,6 +42,11 @@ CONFIGURATIONS = {
     "channel smear": dict(RECORD, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly", LOGIT_SOFTCAP=2.0),
     "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128),
     "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
+    "gated XSA": dict(RECORD, GATED_XSA=1),
+    "value residual": dict(RECORD, **PAIRS, VALUE_RESIDUAL=1),
+    "value residual of a looped first layer": dict(ODD, VALUE_RESIDUAL=1),
+    "two softcaps": dict(ODD, ASYM_LOGIT_RESCALE=1),
+    "two softcaps, poly": dict(POLY, ASYM_LOGIT_RESCALE=1, LOGIT_SOFTCAP=2.0),
     "output gate": dict(BASELINE, ATTN_OUT_GATE_ENABLED=1, GATE_WINDOW=7, XSA_LAST_N=1),
 }
 
@@ -858,6 +863,32 @@ def check_neutral_start(switch, others=None):
         gradients = torch.autograd.grad(found[0].sum(), list(own.values()), allow_unused=True)
         assert any(g is not None and g.any() for g in gradients)
     return own
+
+
+@pytest.mark.parametrize("name", ["GATED_XSA", "VALUE_RESIDUAL", "ASYM_LOGIT_RESCALE"])
+def test_options_of_the_field_keep_what_an_option_must(name, counted):
+    check_option({name: 1}, counted)
+
+
+def test_what_options_of_the_field_start_from():
+    """XSA without effect, half of the first layer's values, and one bound of the softcap; each can learn."""
+    c = config(RECORD_LIKE, COMPUTE_DTYPE="float64", GATED_XSA=1, VALUE_RESIDUAL=1, ASYM_LOGIT_RESCALE=1)
+    model = tg.new_model(c)
+    assert model.softcaps.tolist() == [c.logit_softcap] * 2
+    assert not any(block.xsa_gate.any() for block in model.blocks)
+    assert model.blocks[0].value_gate is None and not any(block.value_gate.any() for block in model.blocks[1:])
+    weights = {name: p for name, p in model.named_parameters() if name in tg.BANKS}
+    for p in weights.values():
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    batch = random_batch(c, 2, 32)
+    model(*batch, looped=True)[0].sum().backward()
+    own = [model.softcaps, *(b.xsa_gate for b in model.blocks), *(b.value_gate for b in model.blocks[1:])]
+    assert all(p.grad.all() for p in own)
+    off = dict(XSA_LAST_N=0, GATED_XSA=0, ASYM_LOGIT_RESCALE=0)
+    plain = tg.new_model(config(RECORD_LIKE, COMPUTE_DTYPE="float64", VALUE_RESIDUAL=1, **off))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for found, expected in zip(model(*batch, looped=True), plain(*batch, looped=True), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_options_that_exist_keep_what_an_option_must(counted):

@@ -1597,7 +1597,8 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
 def recurrence_values(values: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
     """What NUM_UNIQUE_LAYERS (layer i % n at depth i) and RECUR_LAYERS (PR #1204) mean in this script's knobs.
 
-    NUM_LOOPS, if it is set and not 0, says how often RECUR_LAYERS repeat. Errors: ConfigError where they have no such meaning.
+    NUM_LOOPS, if it is set and not 0, says how often RECUR_LAYERS repeat. Errors: ConfigError where there is no such
+    meaning.
     """
     unique, depth = values.get("num_unique_layers", 0), values.get("num_layers", Config.num_layers)
     recurring = values.get("recur_layers", "")

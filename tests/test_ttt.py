@@ -646,10 +646,10 @@ def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch
 def test_chunks_in_batches_of_sequences(data, tmp_path, monkeypatch):
     """TTT_BATCH_SEQS: a step for each so many training sequences of a chunk, in order, each epoch anew."""
     seen = watch_steps(monkeypatch)
-    evaluator, model = prepared(tmp_path, data, TINY, **dict(CHUNK, TTT_BATCH_SEQS=1, TRAIN_SEQ_LEN=20))
-    assert evaluator.config.train_seq_len == 20
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(CHUNK, TTT_BATCH_SEQS=1, TRAIN_SEQ_LEN=24))
+    assert evaluator.config.train_seq_len == 24
     scores(evaluator, model)
-    assert [positions for positions, _ in seen[:6]] == [list(range(i, min(i + 20, 50))) for i in (0, 20, 40)] * 2
+    assert [positions for positions, _ in seen[:6]] == [list(range(i, min(i + 24, 50))) for i in (0, 24, 48)] * 2
     assert len(seen) == 4 * 3 * 2 and len({lr for _, lr in seen[:6]}) == 1
 
 

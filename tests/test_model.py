@@ -33,6 +33,11 @@ CONFIGURATIONS = {
     "odd": ODD,
     "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
     "one kv head": dict(BASELINE, NUM_KV_HEADS=1),
+    "gated XSA": dict(RECORD, GATED_XSA=1),
+    "value residual": dict(RECORD, **PAIRS, VALUE_RESIDUAL=1),
+    "value residual of a looped first layer": dict(ODD, VALUE_RESIDUAL=1),
+    "two softcaps": dict(ODD, ASYM_LOGIT_RESCALE=1),
+    "two softcaps, poly": dict(POLY, ASYM_LOGIT_RESCALE=1, LOGIT_SOFTCAP=2.0),
     "key offset": dict(RECORD, KEY_OFFSET=1, ROPE_DIMS=2),
     "one layer": dict(BASELINE, NUM_LAYERS=1),
     "signed pairs": dict(ODD, BIGRAM_VOCAB_SIZE=5, BIGRAM_DIM=9, BIGRAM_SIGNS=1),
@@ -42,11 +47,6 @@ CONFIGURATIONS = {
     "channel smear": dict(RECORD, SMEAR_GATE_TYPE="channel", SOFTCAP_TYPE="poly", LOGIT_SOFTCAP=2.0),
     "yarn": dict(BASELINE, ROPE_TYPE="yarn", EVAL_SEQ_LEN=128),
     "other yarn": dict(RECORD, ROPE_YARN=1, YARN_MAX_LEN=50),
-    "gated XSA": dict(RECORD, GATED_XSA=1),
-    "value residual": dict(RECORD, **PAIRS, VALUE_RESIDUAL=1),
-    "value residual of a looped first layer": dict(ODD, VALUE_RESIDUAL=1),
-    "two softcaps": dict(ODD, ASYM_LOGIT_RESCALE=1),
-    "two softcaps, poly": dict(POLY, ASYM_LOGIT_RESCALE=1, LOGIT_SOFTCAP=2.0),
     "output gate": dict(BASELINE, ATTN_OUT_GATE_ENABLED=1, GATE_WINDOW=7, XSA_LAST_N=1),
 }
 

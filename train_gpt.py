@@ -245,6 +245,12 @@ class ModelConfig:
         choices=("window", "channel"),
     )
     logit_softcap: float = knob(30.0, "bound C of the softcap, C*tanh(logit/C)", Observed.LOSS, low=0.01)
+    asym_logit_rescale: bool = knob(
+        False,
+        "learn two bounds of the softcap, one for logits above 0 and one for others, which start at LOGIT_SOFTCAP; "
+        "test-time training moves them too; without the fused loss",
+        Observed.PARAMETERS,
+    )
     softcap_type: str = knob(
         "tanh",
         "function of the softcap; tanh: C*tanh(logit/C); poly: tanh's Taylor polynomial of degree 5, clamped",
@@ -281,6 +287,16 @@ class ModelConfig:
         "number of last layers whose attention output loses the component along the token's own value (XSA); 0: none",
         Observed.LOSS,
         low=0,
+    )
+    gated_xsa: bool = knob(
+        False,
+        "multiply what XSA subtracts by the tanh of a learned number for each head, which starts at 0 (XSA_LAST_N)",
+        Observed.PARAMETERS,
+    )
+    value_residual: bool = knob(
+        False,
+        "add the first layer's values to those of every later layer, through a learned sigmoid gate for each layer",
+        Observed.PARAMETERS,
     )
     sparse_attn_gate_enabled: bool = knob(
         False,
@@ -384,6 +400,12 @@ class Config(ModelConfig):
         "",
         "set of defaults: demo, baseline, record or poly5; empty: baseline where there is a CUDA device, else demo",
         Observed.PARAMETERS,
+    )
+    original: bool = knob(
+        False,
+        "train and evaluate as the public script behind the preset does, where this script differs; PRESET=record and "
+        "poly5 alone, and every other knob that is set still counts",
+        Observed.BATCHES,
     )
     mode: str = knob(
         "all",
@@ -543,8 +565,31 @@ class Config(ModelConfig):
     qk_gain_init: float = knob(
         1.5, "initial value of each head's learned gain on the normalized queries", Observed.INIT, low=0
     )
+    ve_init: str = knob(
+        "zero",
+        "initial projection of the value embeddings (VE_DIM); zero: they start without effect; orthogonal",
+        Observed.INIT,
+        choices=("zero", "orthogonal"),
+    )
     enable_looping_at: float = knob(
         0.35, "fraction of training after which the depth recurrence is on", Observed.SCHEDULE, low=0, high=1
+    )
+    num_unique_layers: int = knob(
+        0,
+        "layers with weights of their own, which run in turn until NUM_LAYERS have run; sets NUM_LAYERS, NUM_LOOPS, "
+        "LOOP_START, LOOP_END and ENABLE_LOOPING_AT; 0: NUM_LAYERS",
+        Observed.PARAMETERS,
+        low=0,
+        high=256,
+    )
+    recur_layers: str = knob(
+        "",
+        "layers that repeat, as comma-separated numbers in a row, such as 4,5; sets LOOP_START and LOOP_END, and "
+        "NUM_LOOPS to 1 where it is not set; empty: LOOP_START and LOOP_END say",
+        Observed.PARAMETERS,
+    )
+    recur_start_step: int = knob(
+        0, "training step from which the depth recurrence is on; 0: ENABLE_LOOPING_AT says", Observed.SCHEDULE, low=0
     )
     neftune_alpha: float = knob(
         0.0, "magnitude of NEFTune's uniform noise on training embeddings; 0: no noise", Observed.LOSS, low=0
@@ -575,11 +620,18 @@ class Config(ModelConfig):
     )
     focal_enabled: bool = knob(
         False,
-        "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 over "
-        "a sequence (focal loss)",
+        "weight each token's training loss by (1 - probability of the target)^FOCAL_GAMMA, normalized to mean 1 by "
+        "FOCAL_NORM (focal loss)",
         Observed.WEIGHTS,
     )
     focal_gamma: float = knob(1.0, "exponent of the focal loss (FOCAL_ENABLED)", Observed.WEIGHTS, low=0, high=100)
+    focal_norm: str = knob(
+        "sequence",
+        "tokens over which the focal loss's weights average 1; sequence: each training sequence; batch: a rank's "
+        "micro-batch, so that an update depends on the number of ranks",
+        Observed.WEIGHTS,
+        choices=("sequence", "batch"),
+    )
 
     # Optimizers
     matrix_lr: float = knob(0.04, "Muon's learning rate, for attention and MLP matrices", Observed.WEIGHTS, low=0)
@@ -601,6 +653,13 @@ class Config(ModelConfig):
     )
     muon_momentum_warmup_steps: int = knob(
         500, "training steps over which Muon's momentum rises linearly; 0: no warmup", Observed.SCHEDULE, low=0
+    )
+    muon_momentum_type: str = knob(
+        "ema",
+        "Muon's momentum buffer; ema: the moving average of the gradients; sgd: momentum * buffer + gradient, kept in "
+        "MUON_GRADIENT_DTYPE; they differ while the momentum changes, and in rounding",
+        Observed.WEIGHTS,
+        choices=("ema", "sgd"),
     )
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations of a Muon update", Observed.WEIGHTS, low=1, high=20)
     muon_coefficients: str = knob(
@@ -638,6 +697,13 @@ class Config(ModelConfig):
     adam_eps: float = knob(1e-8, "AdamW's epsilon", Observed.WEIGHTS, low=1e-30)
     adam_wd: float = knob(
         0.0, "AdamW's weight decay for vectors, scalars, gates and small projections", Observed.WEIGHTS, low=0
+    )
+    embed_dtype: str = knob(
+        "master",
+        "type of the embedding, of bigram and value tables, and of their gradients and means in AdamW; master: that of "
+        "other weights; bfloat16: small updates round away",
+        Observed.WEIGHTS,
+        choices=("master", "bfloat16"),
     )
     embed_wd: float = knob(0.0, "AdamW's weight decay for embeddings and the output head", Observed.WEIGHTS, low=0)
     grad_clip_norm: float = knob(
@@ -680,12 +746,30 @@ class Config(ModelConfig):
         "0: all layers train from the start",
         Observed.SCHEDULE,
     )
+    progressive_depth_by: str = knob(
+        "run",
+        "what the fractions of PROGRESSIVE_DEPTH_SCHEDULE are of; run: of ITERATIONS or of the time limit, whichever "
+        "is further; steps: of ITERATIONS",
+        Observed.SCHEDULE,
+        choices=("run", "steps"),
+    )
+    progressive_depth_decay: bool = knob(
+        False,
+        "weight decay also for the matrices of layers that do not train yet (PROGRESSIVE_DEPTH_SCHEDULE)",
+        Observed.WEIGHTS,
+    )
     ema_decay: float = knob(
         0.0,
         "decay of the exponential moving average of the weights (EMA); 0: no EMA",
         Observed.WEIGHTS,
         low=0,
         high=0.999999,
+    )
+    ema_ramp: bool = knob(
+        True,
+        "let the EMA's decay rise to EMA_DECAY over the first 10/(1 - EMA_DECAY) steps, so that a short run forgets "
+        "the initial weights; 0: EMA_DECAY at every step",
+        Observed.WEIGHTS,
     )
     swa_enabled: bool = knob(False, "average weights of the end of training with equal weights (SWA)", Observed.WEIGHTS)
     swa_every: int = knob(50, "training steps between weights that SWA averages", Observed.WEIGHTS, low=1)
@@ -741,6 +825,14 @@ class Config(ModelConfig):
         "clip range of large bigram and value embeddings, in standard deviations of a row",
         Observed.BYTES,
         low=0.1,
+    )
+    prune_pct: float = knob(
+        0.0,
+        "fraction of each quantized matrix's weights, those of the smallest magnitude, set to 0 before quantization; "
+        "0: none",
+        Observed.BYTES,
+        low=0,
+        high=0.99,
     )
     scale_grid: int = knob(
         16, "quantization scales per factor of 2; 0: any fp16 number is a scale", Observed.BYTES, low=0, high=1024
@@ -814,6 +906,13 @@ class Config(ModelConfig):
         "auto: whichever reduces the error more",
         Observed.BYTES,
         choices=("auto", "0", "1"),
+    )
+    lqer_fit: str = knob(
+        "hessian",
+        "how LQER fits the error; hessian: to its effect on the outputs, factors rounded in turn; svd: truncated "
+        "singular value decomposition, then rounded by the largest magnitude",
+        Observed.BYTES,
+        choices=("hessian", "svd"),
     )
     lqer_asym_group: int = knob(
         64, "weights per scale of LQER's asymmetric right factor, at most", Observed.BYTES, low=1
@@ -1011,6 +1110,21 @@ class Config(ModelConfig):
         "stream, as PR #549 does, which is not strictly causal",
         Observed.TTT,
         low=-1,
+    )
+    ttt_optimizer: str = knob(
+        "sgd",
+        "optimizer of the full model in chunk TTT; sgd: with TTT_MOMENTUM; adamw: without weight decay",
+        Observed.TTT,
+        choices=("sgd", "adamw"),
+    )
+    ttt_grad_clip: float = knob(
+        1.0, "norm to which the gradient is clipped in chunk TTT; 0: no clipping", Observed.TTT, low=0
+    )
+    ttt_batch_seqs: int = knob(
+        0,
+        "sequences of TRAIN_SEQ_LEN tokens in a step of chunk TTT, over all ranks; 0: the whole chunk",
+        Observed.TTT,
+        low=0,
     )
     ttt_momentum: float = knob(0.9, "momentum of SGD in chunk TTT", Observed.TTT, low=0, high=0.9999)
     ttt_freeze_blocks: int = knob(0, "number of first layers frozen in chunk TTT; 0: none", Observed.TTT, low=0)
@@ -1348,6 +1462,47 @@ PRESETS["frontier"] = PRESETS["record"] | dict(
     bigram_signs=True,
     hint_enabled=True,
 )
+# ORIGINAL=1 lays these over a preset: where the public script differs, and why ours does (docs/presets.md).
+ORIGINALS: dict[str, dict[str, Any]] = {
+    # PR #2163 and the scripts that it grew from, PRs #1787, #1797 and #1855.
+    "record": dict(
+        data_order="stream",
+        z_loss_weight=0.0,
+        embed_dtype="bfloat16",
+        muon_momentum_type="sgd",
+        ema_ramp=False,
+        gptq_reserve_seconds=0.5,
+        quantizer="uniform",
+        scale_grid=0,
+        column_steps=0.0,
+        matrix_steps=0.0,
+        row_steps=0.0,
+        std_steps=1.0,
+        guided_hessians=False,
+        target_bytes=0,
+        lqer_select="norm",
+        lqer_asym_enabled="1",
+        lqer_fit="svd",
+        ttt_order="length",
+    ),
+    # PR #1325 and the stack of PR #549.
+    "poly5": dict(
+        data_order="stream",
+        rope_base=10000 * 2 ** (16 / 14),  # of a train length of 1024 that the script takes for granted
+        ve_init="orthogonal",
+        focal_norm="batch",
+        progressive_depth_by="steps",
+        progressive_depth_decay=True,
+        embed_dtype="bfloat16",
+        muon_momentum_type="sgd",
+        muon_gradient_dtype="bfloat16",
+        ema_ramp=False,
+        weight_average="ema",
+        late_qat_threshold=0.0,
+        scale_grid=0,
+        ttt_decay_tokens=-1,
+    ),
+}
 # Those that would take days on CPUs.
 GPU_PRESETS = ("record", "poly5", "frontier")
 # Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
@@ -1426,6 +1581,11 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         if f.name != "preset" and environment.get(name, "") != "":
             values[f.name] = parse_value(name, str(f.type), environment[name], f.metadata)
             explicit.add(f.name)
+    if values.get("original"):
+        if preset not in ORIGINALS:
+            raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
+        values |= {name: value for name, value in ORIGINALS[preset].items() if name not in explicit}
+    values |= recurrence_values(values, explicit)
     if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
@@ -1442,6 +1602,29 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
         check_config(config)
     return config, explicit, remarks + unknown_variables(environment)
+
+
+def recurrence_values(values: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """What NUM_UNIQUE_LAYERS (layer i % n at depth i) and RECUR_LAYERS (PR #1204) mean in this script's knobs.
+
+    NUM_LOOPS, if it is set and not 0, says how often RECUR_LAYERS repeat. Errors: ConfigError where there is no such
+    meaning.
+    """
+    unique, depth = values.get("num_unique_layers", 0), values.get("num_layers", Config.num_layers)
+    recurring = values.get("recur_layers", "")
+    if recurring:
+        layers = [int(word) if word.strip().isdecimal() else -1 for word in recurring.split(",")]
+        if layers[0] < 0 or layers != list(range(layers[0], layers[0] + len(layers))):
+            raise ConfigError("RECUR_LAYERS", recurring, "must be comma-separated numbers in a row, such as 3,4,5")
+        repeats = values["num_loops"] if "num_loops" in explicit else 0
+        return dict(num_loops=repeats or 1, loop_start=layers[0], loop_end=layers[-1])
+    if not unique or unique == depth:
+        return {}
+    if unique > depth or depth % unique:
+        raise ConfigError("NUM_UNIQUE_LAYERS", unique, f"must divide NUM_LAYERS={depth}")
+    return dict(
+        num_layers=unique, num_loops=depth // unique - 1, loop_start=0, loop_end=unique - 1, enable_looping_at=0.0
+    )
 
 
 def resolved(config: Config, cuda: bool) -> Config:
@@ -4862,24 +5045,34 @@ def query_key_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor
     return rotate(rms_norm(q), cos, sin) * gain.to(q.dtype)[:, None], rotate(rms_norm(k), cos, sin)
 
 
-def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h]."""
+def subtract_own_value(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
+    """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h].
+
+    strength [H]: factors of what is subtracted from each head (GATED_XSA); None: 1.
+    """
     sequences, length, heads, width = y.shape
     direction = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, h]
     grouped = y.view(sequences, length, v.size(2), heads // v.size(2), width)  # [B, T, K, H/K, h]
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view(y.shape)
+    along = (grouped * direction).sum(-1, keepdim=True)
+    along = along if strength is None else along * strength.view(v.size(2), -1, 1)
+    return (grouped - along * direction).view(y.shape)
 
 
 def head_output_plain(
-    y: Tensor, v: Tensor | None, gate: Tensor | None, scale: float = 1.0, factor: float = 1.0
+    y: Tensor,
+    v: Tensor | None,
+    gate: Tensor | None,
+    scale: float = 1.0,
+    factor: float = 1.0,
+    strength: Tensor | None = None,
 ) -> Tensor:
-    """Heads y [B, T, H, h] side by side, [B, T, H h], after XSA and head gate.
+    """Heads y [B, T, H, h] side by side, [B, T, H h], after XSA, of this strength [H], and head gate.
 
     v [B, T, K, h]: each position's own value, for XSA, or None. gate [B, T, H]: the logits g of the head gates
     factor*sigmoid(scale*g), or None (PRs #1787 and #549 of openai/parameter-golf).
     """
     if v is not None:
-        y = subtract_own_value(y, v)
+        y = subtract_own_value(y, v, strength)
     if gate is not None:
         weight = sigmoid(gate if scale == 1 else scale * gate)
         y = y * (weight if factor == 1 else factor * weight)[..., None]
@@ -4999,7 +5192,7 @@ def mlp_float8(x: Tensor, up: Tensor, down: Tensor, slope: float, native: bool) 
     return float8_linear(hidden, down, hidden_scale(up), native)
 
 
-def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
+def softcap_plain(logits: Tensor, cap: float | Tensor, kind: str = "tanh") -> Tensor:
     """Logits squashed into [-cap, cap], in float32 at least: cap*tanh(logits/cap), or tanh's series, clamped (poly).
 
     The series ends at x^5 and reaches 1 at |x| = 1.69. Beyond that the value is clamped and the gradient is 0.
@@ -5015,7 +5208,7 @@ def softcap_plain(logits: Tensor, cap: float, kind: str = "tanh") -> Tensor:
 
 
 def softcapped_cross_entropy_plain(
-    logits: Tensor, targets: Tensor, cap: float, kind: str = "tanh"
+    logits: Tensor, targets: Tensor, cap: float | Tensor, kind: str = "tanh"
 ) -> tuple[Tensor, Tensor]:
     """Per-token NLL and log-sum-exp of the softcapped logits, in float32 at least.
 
@@ -6472,6 +6665,8 @@ class LayerWeights(NamedTuple):
     query_gain: Tensor  # [H]
     value_scale: Tensor | None  # [1]
     stream_mix: Tensor | None  # [2, 3], r, p and q of both residual streams
+    value_gate: Tensor | None  # [1]
+    xsa_gate: Tensor | None  # [H]
 
     def detached(self) -> LayerWeights:
         """The same weights as constants."""
@@ -6521,6 +6716,7 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
+    first_values: Tensor | None  # [B, T, K*h], the first layer's values; None before they are there or without use
     inside: Tensor | None  # [B, T] bool, the token before is of the same document; None: keys have no offset
     triton: bool  # Triton kernels around attention, where they support the tensors
 
@@ -6544,7 +6740,7 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(d))
         self.mlp_scale = nn.Parameter(torch.ones(d))
         self.query_gain = nn.Parameter(torch.ones(config.num_heads))
-        self.head_gate = self.value_scale = self.stream_mix = None
+        self.head_gate = self.value_scale = self.stream_mix = self.value_gate = self.xsa_gate = None
         if config.gated_attn_enabled:
             self.head_gate = nn.Parameter(torch.zeros(config.num_heads, d))
         elif config.sparse_attn_gate_enabled or config.attn_out_gate_enabled:
@@ -6559,12 +6755,18 @@ class Block(nn.Module):
         self.widths = [d, config.kv_dim, config.kv_dim, *([] if self.head_gate is None else [config.num_heads])]
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
+        if config.value_residual and layer:
+            self.value_gate = nn.Parameter(torch.zeros(1))
+        if config.gated_xsa and self.subtract_own_value:
+            self.xsa_gate = nn.Parameter(torch.zeros(config.num_heads))
         self.gate_scales = (1.0, 2.0 if config.attn_out_gate_enabled else 1.0)  # see `head_output_plain`
         if config.sparse_attn_gate_enabled:
             self.gate_scales = (config.sparse_attn_gate_scale, 1.0)
 
-    def attend(self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters) -> Tensor:
-        """Attention of the mixed input x [B, T, d] -> [B, T, d], before the output scale."""
+    def attend(
+        self, x: Tensor, w: LayerWeights, context: AttentionContext, adapters: CallAdapters
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the mixed input x [B, T, d] -> [B, T, d] before the output scale, and the values [B, T, K*h]."""
         config = self.config
         sequences, length, _ = x.shape
         n = self.norm(x)
@@ -6573,6 +6775,9 @@ class Block(nn.Module):
         if w.value_scale is not None and context.value_embeds is not None:
             embeds = w.value_scale.to(x.dtype) * context.value_embeds
             added["v"] = added["v"] + embeds if "v" in added else embeds
+        if w.value_gate is not None and context.first_values is not None:  # PR #569, arXiv 2410.17897
+            first = torch.sigmoid(w.value_gate.to(x.dtype)) * context.first_values
+            added["v"] = added["v"] + first if "v" in added else first
         own, gate = self.subtract_own_value, gates[0] if gates else None
         turn = (context.cos, context.sin, w.query_gain)
         if context.triton and attention_kernels_support(q, config.head_dim, config.rotary_dims):
@@ -6587,9 +6792,13 @@ class Block(nn.Module):
         if context.inside is not None:
             k = offset_keys(k, config.offset_dims, context.inside)
         y = context.attention(q, k, v)
-        y = finish(y, own_v if own else None, gate, *self.gate_scales)
+        own_v = own_v if own else None
+        if w.xsa_gate is None:
+            y = finish(y, own_v, gate, *self.gate_scales)
+        else:
+            y = head_output_plain(y, own_v, gate, *self.gate_scales, torch.tanh(w.xsa_gate.to(x.dtype)))
         y = self.out(y, w.out)
-        return y + added["attention"] if "attention" in added else y
+        return y + added["attention"] if "attention" in added else y, v.flatten(2)
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm of x [B, T, d], scaled down with the depth where LN_SCALE is on."""
@@ -6724,6 +6933,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, d))
         if config.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(skips, d))
+        self.softcaps = nn.Parameter(torch.full((2,), config.logit_softcap)) if config.asym_logit_rescale else None
         self.lookup, self.logits = Lookup(), Projection()
         self.cos: Tensor
         self.sin: Tensor
@@ -6733,7 +6943,7 @@ class GPT(nn.Module):
         self.to(runtime.master_dtype)
 
     @torch.no_grad()
-    def reset(self, *, seed: int, embedding_std: float, query_gain: float) -> None:
+    def reset(self, *, seed: int, embedding_std: float, query_gain: float, ve_init: str) -> None:
         """Initial weights from the seed: orthogonal inputs of the layers, zero outputs, a small embedding."""
         layers, generator = self.config.num_layers, torch.Generator().manual_seed(seed)
         self.embedding.normal_(std=1.0 if self.head is not None else embedding_std, generator=generator)
@@ -6752,6 +6962,8 @@ class GPT(nn.Module):
         if self.value_embeds is not None:
             self.value_embeds.table.normal_(std=0.01, generator=generator)
             self.value_embeds.projection.zero_()
+            if ve_init == "orthogonal":
+                nn.init.orthogonal_(self.value_embeds.projection, generator=generator)
 
     def layer_weights(self, dtype: torch.dtype, trainable_layers: int | None, fake_quant: Grids) -> list[LayerWeights]:
         """The weights of every layer; those from `trainable_layers` on are constants.
@@ -6817,8 +7029,8 @@ class GPT(nn.Module):
         context: AttentionContext,
         adapters: CallAdapters,
         mlp_kernels: MLPKernels,
-    ) -> tuple[Tensor, Tensor]:
-        """One layer on one residual stream, which both outputs then are, or on two parallel ones.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer on one residual stream, which both outputs then are, or on two parallel ones; and its values.
 
         Attention reads and the U-Net's skips join x; the MLP reads x_mlp.
         """
@@ -6826,15 +7038,16 @@ class GPT(nn.Module):
         m0, m1 = w.input_mix.to(x.dtype).unbind()
         attention_scale, mlp_scale = w.attention_scale.to(x.dtype), w.mlp_scale.to(x.dtype)
         x_mixed = torch.addcmul(m0 * x, m1, x0)
-        attention_out = block.attend(x_mixed, w, context, adapters)
+        attention_out, values = block.attend(x_mixed, w, context, adapters)
         if not call.parallel or w.stream_mix is None:
             x = torch.addcmul(x_mixed, attention_scale, attention_out)
             x = torch.addcmul(x, mlp_scale, block.mlp(x, w, adapters, mlp_kernels))
-            return x, x
+            return x, x, values
         attention_out = attention_scale * attention_out
         mlp_out = mlp_scale * block.mlp(x_mlp, w, adapters, mlp_kernels)
         (r0, p0, q0), (r1, p1, q1) = (stream.unbind() for stream in w.stream_mix.to(x.dtype).unbind())
-        return r0 * x + p0 * attention_out + q0 * mlp_out, r1 * x_mlp + p1 * attention_out + q1 * mlp_out
+        x = r0 * x + p0 * attention_out + q0 * mlp_out
+        return x, r1 * x_mlp + p1 * attention_out + q1 * mlp_out, values
 
     def trunk(
         self,
@@ -6859,6 +7072,7 @@ class GPT(nn.Module):
             self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
             *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
+            None,
             continues_document(documents.starts) if self.config.key_offset else None,
             self.runtime.triton,
         )
@@ -6868,7 +7082,9 @@ class GPT(nn.Module):
             if call.skip is not None:
                 x = self.blend_skip(x, saved.pop(), call.skip)
             own, w = own_adapters[place], weights[call.layer]
-            x, x_mlp = self.run_layer(call, x, x_mlp, x0, w, context, own, mlp_kernels)
+            x, x_mlp, values = self.run_layer(call, x, x_mlp, x0, w, context, own, mlp_kernels)
+            if self.config.value_residual and not place:
+                context = context._replace(first_values=values)
             if call.save:
                 saved.append(x)
         x = (x + x_mlp) / 2 if calls[-1].parallel else x
@@ -6886,12 +7102,21 @@ class GPT(nn.Module):
         wide = torch.promote_types(logits.dtype, torch.float32)  # a small addend would round away in bfloat16
         return logits.to(wide) + low_rank(hidden, adapter).to(wide)
 
+    def cap_of(self, logits: Tensor) -> float | Tensor:
+        """The softcap's bound; with ASYM_LOGIT_RESCALE that of each logit, by its sign (PR #1923)."""
+        if self.softcaps is None:
+            return self.config.logit_softcap
+        above, below = self.softcaps.to(torch.promote_types(logits.dtype, torch.float32))
+        return torch.where(logits > 0, above, below)
+
     def token_losses(self, logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and log-sum-exp of each target, [B, T] each, from logits [B, T, V]."""
-        config, cap = self.config, self.config.logit_softcap
+        config, cap = self.config, self.cap_of(logits)
         if temperature != 1:  # C*f(z/C)/T is the softcap of z/T with a cap of C/T
             wide = torch.promote_types(logits.dtype, torch.float32)
             logits, cap = logits.to(wide) / temperature, cap / temperature
+        if isinstance(cap, Tensor):
+            return softcapped_cross_entropy_plain(logits, targets, cap, config.softcap_type)
         fused, triton_allowed = self.runtime.fused_cross_entropy, self.runtime.triton
         return softcapped_cross_entropy(logits, targets, cap, config.softcap_type, fused, triton_allowed)
 
@@ -6905,13 +7130,13 @@ class GPT(nn.Module):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = F.embedding(tokens, head).to(hidden.dtype).to(wide)  # [B, L, K, d]
         z = (hidden.unsqueeze(-2).to(wide) * rows).sum(-1)
-        return lse.unsqueeze(-1) - softcap_plain(z, self.config.logit_softcap, self.config.softcap_type)
+        return lse.unsqueeze(-1) - softcap_plain(z, self.cap_of(z), self.config.softcap_type)
 
     def log_probabilities(self, ids: Tensor, documents: Documents, *, looped: bool) -> Tensor:
         """Logarithms of the next token's probabilities, [B, T, V] in float32 at least."""
         logits = self.head_logits(self.trunk(ids, documents, looped=looped, fused_mlp=False))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return softcap_plain(wide, self.config.logit_softcap, self.config.softcap_type).log_softmax(-1)
+        return softcap_plain(wide, self.cap_of(wide), self.config.softcap_type).log_softmax(-1)
 
     def forward(
         self,
@@ -6965,14 +7190,19 @@ class GPT(nn.Module):
         if hints is None:
             return losses
         at_hint = logits.detach().gather(-1, hints.unsqueeze(-1)).squeeze(-1)
-        at_hint = softcap_plain(at_hint, self.config.logit_softcap, self.config.softcap_type) / temperature
+        at_hint = softcap_plain(at_hint, self.cap_of(at_hint), self.config.softcap_type) / temperature
         return *losses, at_hint - losses[1].detach()
 
 
 def new_model(config: Config) -> GPT:
     """A model with its initial weights, on the CPU."""
     model = GPT(config.model, runtime_of(config))
-    model.reset(seed=config.seed, embedding_std=config.tied_embed_init_std, query_gain=config.qk_gain_init)
+    model.reset(
+        seed=config.seed,
+        embedding_std=config.tied_embed_init_std,
+        query_gain=config.qk_gain_init,
+        ve_init=config.ve_init,
+    )
     return model
 
 
@@ -7126,6 +7356,7 @@ class Adapters:
 # ---------------------------------------------------------------------------------------------------------------
 
 BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
+EMBEDDING_GROUPS = ("embedding", "bigram", "value_embeds")
 NEWTON_SCHULZ = {
     # Keller Jordan's quintic (kellerjordan.github.io/posts/muon), the same at every iteration.
     "classic": ((3.4445, -4.775, 2.0315),),
@@ -7267,8 +7498,14 @@ class Muon:
         Updates the momentum and, with NORMUON_BETA2, the neurons' mean squares.
         """
         config = self.config
-        momentum.lerp_(grad, 1 - beta)
-        update = grad.lerp(momentum, beta)
+        if config.muon_momentum_type == "sgd":
+            momentum.mul_(beta).add_(grad)
+            if config.muon_gradient_dtype == "bfloat16":
+                momentum.copy_(momentum.bfloat16())
+            update = grad.add(momentum, alpha=beta)
+        else:
+            momentum.lerp_(grad, 1 - beta)
+            update = grad.lerp(momentum, beta)
         if config.muon_row_normalize:
             update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
         rows, columns = update.shape[-2:]
@@ -7349,7 +7586,7 @@ class Muon:
         bank, matrices, update, handle = pending
         self.run.wait(handle)
         keep = 1 - lr * self.weight_decay
-        if matrices is None:
+        if matrices is None or self.config.progressive_depth_decay:  # updates of frozen matrices are zero
             bank.mul_(keep).sub_(update[: bank.size(0)], alpha=lr)
         else:
             bank.index_copy_(0, matrices, (bank[matrices] * keep).sub_(update[matrices], alpha=lr))
@@ -7418,8 +7655,20 @@ class Optimizers:
         for row, group in zip(self.adam.param_groups, self.adam_groups, strict=True):
             row["lr"] = group.lr * multiplier
         self.muon.step(shards, beta, multiplier, trainable_layers)
+        self.round_embeddings()
         self.adam.step()
+        self.round_embeddings()
         self.model.zero_grad(set_to_none=True)
+
+    def round_embeddings(self) -> None:
+        """EMBED_DTYPE=bfloat16: rounds tables of embeddings, their gradients and AdamW's means, as if kept so."""
+        if self.config.embed_dtype == "master":
+            return
+        for p in (p for g in self.adam_groups for p in g.parameters if g.name in EMBEDDING_GROUPS):
+            state = self.adam.state.get(p, {})
+            for tensor in (p, gradient_of(p), state.get("exp_avg"), state.get("exp_avg_sq")):
+                if tensor is not None:
+                    tensor.copy_(tensor.bfloat16())
 
     def clip(self, shards: list[Tensor], small: list[Tensor]) -> None:
         """Scales the gradient down to a norm of GRAD_CLIP_NORM over all parameters. No value is read by the host."""
@@ -7499,6 +7748,8 @@ def context_warmup(p: Progress, config: Config) -> float:
 
 def loops_enabled_at(p: Progress, config: Config) -> bool:
     """Whether the looped layers repeat by now."""
+    if config.recur_start_step:
+        return config.loops and p.step >= config.recur_start_step
     return config.loops and fraction_done(p, config) >= config.enable_looping_at
 
 
@@ -7523,7 +7774,8 @@ def predicts_ahead_at(p: Progress, config: Config) -> bool:
 
 def trainable_layers_at(p: Progress, config: Config) -> int:
     """Progressive depth (PR #1325): n fractions make n + 1 stages of equal depth increments."""
-    stage = sum(fraction_done(p, config) >= start for start in config.depth_cuts)
+    done = p.step / config.iterations if config.progressive_depth_by == "steps" else fraction_done(p, config)
+    stage = sum(done >= start for start in config.depth_cuts)
     return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
 
@@ -7539,31 +7791,39 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     """Every variant that a training may run, in order, for the warmup to compile.
 
     A warmdown is at most as long as the training, so the multiplier falls below a threshold t in the last fraction t
-    of it at the earliest. When exactly may depend on the speed: from there on both variants are listed.
+    of it at the earliest. When exactly may depend on the speed: from there on both variants are listed. So may the
+    depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction. RECUR_START_STEP is alike.
     """
     starts = {0.0, *config.depth_cuts}
     if config.loops:
-        starts.add(config.enable_looping_at)
+        counted = config.recur_start_step / config.iterations
+        starts.add(min(1.0, counted) if config.recur_start_step else config.enable_looping_at)
     if config.ahead_weights:
         starts.add(config.mtp_end)
     starts = sorted(starts - {1.0})
     decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
+    stages, timed = len(config.depth_cuts) + 1, config.max_wallclock_seconds > 0
+    slower = [config.num_layers * (n + 1) // stages for n in range(stages)]
+    slower = slower if timed and config.progressive_depth_by == "steps" else []
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
         between = (begin + end) / 2 * config.iterations
         middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
         quantizes = decays and end > 1 - config.late_qat_threshold
         for fake_quant in (False, True) if quantizes else (False,):
-            variants.append(step_variant_at(middle, config)._replace(fake_quant=fake_quant))
-    return variants
+            variant = step_variant_at(middle, config)._replace(fake_quant=fake_quant)
+            depths = [n for n in slower if n < variant.trainable_layers] + [variant.trainable_layers]
+            loops = {False, variant.looped} if timed and config.recur_start_step else {variant.looped}
+            variants += [variant._replace(looped=on, trainable_layers=n) for on in sorted(loops) for n in depths]
+    return list(dict.fromkeys(variants))
 
 
 def ema_weight(step: int, config: Config) -> float:
-    """Weight of the new values in the EMA; larger at first, so that the initial weights do not stay in a short run.
+    """Weight of the new values in the EMA; with EMA_RAMP larger at first: a short run forgets its initial weights.
 
     The ramp (1+t)/(10+t) is that of TensorFlow's ExponentialMovingAverage; it is over after some 10/(1-decay) steps.
     """
-    return 1.0 - min(config.ema_decay, (1 + step) / (10 + step))
+    return 1.0 - (min(config.ema_decay, (1 + step) / (10 + step)) if config.ema_ramp else config.ema_decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7601,13 +7861,15 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def focal_weights(nll: Tensor, gamma: float) -> Tensor:
+def focal_weights(nll: Tensor, gamma: float, norm: str = "sequence") -> Tensor:
     """Weights [B, T] of the tokens' losses, (1 - e^-nll)^gamma (focal loss, arXiv 1708.02002), without a gradient.
 
-    Each sequence's weights average 1. An average over the micro-batch would make the update depend on the ranks.
+    Each sequence's weights average 1. With an average over the micro-batch, as in PR #1325, an update depends on the
+    number of ranks.
     """
     weights = (-torch.expm1(-nll.detach())).clamp_min(0) ** gamma
-    return weights / weights.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+    mean = weights.mean() if norm == "batch" else weights.mean(dim=-1, keepdim=True)
+    return weights / mean.clamp_min(1e-12)
 
 
 def tokens_ahead(batch: Batch, distance: int) -> tuple[Tensor, Tensor]:
@@ -7679,7 +7941,8 @@ class Trainer:
             extra = self.extra_targets(p, batch, predicts_ahead)
             more = rounding if extra is None else dict(rounding, extra_targets=extra.tokens)
             nll, lse, *others = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **more)
-            loss = (nll * focal_weights(nll, config.focal_gamma)).sum() if config.focal_enabled else nll.sum()
+            weighted = nll * focal_weights(nll, config.focal_gamma, config.focal_norm) if config.focal_enabled else nll
+            loss = weighted.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
             if extra is not None:
@@ -8995,15 +9258,18 @@ def factor_values(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.float() * scales.float().repeat_interleave(width, dim=1)[:, : codes.size(1)]
 
 
-def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def round_groups(x: Tensor, low: int, high: int, fit: str) -> tuple[Tensor, Tensor]:
     """Codes in low..high of each group [..., g], and its fp16 scale [...] with the least squared error.
 
     For an uneven range such as -2..1, both signs of the scale are tried, so that the longer side serves the longer
-    tail.
+    tail. With LQER_FIT=svd the scale follows from the largest magnitude, as in PR #1797.
     """
     signs = (1.0,) if low == -high else (1.0, -1.0)
-    reach = x.abs().amax(-1).clamp_min(1e-7) / max(-low, high)
+    largest = x.abs().amax(-1).clamp_min(1e-7)
+    reach = largest / max(-low, high)
     scales = torch.stack([(reach * sign * t / 16).half() for sign in signs for t in range(8, 25)])  # [candidates, ...]
+    if fit == "svd":
+        scales = (largest / ((high - low) / 2)).half()[None]
     codes = (x / scales.to(x.dtype)[..., None]).nan_to_num(0, 0, 0).round().clamp(low, high)
     errors = (codes * scales.to(x.dtype)[..., None] - x).square().sum(-1)
     best = errors.argmin(0, keepdim=True)
@@ -9014,22 +9280,22 @@ def round_groups(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 def round_left(left: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
     """Codes and scales of a left factor [r, k]: 2 bits and one scale, or LQER_FACTOR_BITS and a scale for each row."""
     if asymmetric:
-        codes, scale = round_groups(left.reshape(1, -1), -2, 1)
+        codes, scale = round_groups(left.reshape(1, -1), -2, 1, config.lqer_fit)
         return codes.view(left.shape), scale
     high = 2 ** (config.lqer_factor_bits - 1) - 1
-    return round_groups(left, -high, high)
+    return round_groups(left, -high, high, config.lqer_fit)
 
 
 def round_right(right: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor, Tensor]:
     """Codes and scales of a right factor [k, c]: 4 bits and a scale for each group, or LQER_FACTOR_BITS per row."""
     if not asymmetric:
         high = 2 ** (config.lqer_factor_bits - 1) - 1
-        codes, scales = round_groups(right, -high, high)
+        codes, scales = round_groups(right, -high, high, config.lqer_fit)
         return codes, scales[:, None]
     groups = -(-right.size(1) // config.lqer_asym_group)
     width = -(-right.size(1) // groups)
     padded = F.pad(right, (0, groups * width - right.size(1))).unflatten(1, (groups, width))
-    codes, scales = round_groups(padded, -8, 7)
+    codes, scales = round_groups(padded, -8, 7, config.lqer_fit)
     return codes.flatten(1)[:, : right.size(1)], scales
 
 
@@ -9037,7 +9303,7 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
     """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
 
     Starts from the best factors of that rank. Then it alternates: round one factor, solve the other for it. The best
-    of these pairs is returned.
+    of these pairs is returned. With LQER_FIT=svd, it is the rounded SVD of the error, as in PR #1797.
     """
     e = error.double()
     h = hessian.double()
@@ -9045,6 +9311,13 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
     lower = torch.linalg.cholesky(h)
     whitened = e @ lower
     rank = min(config.lqer_rank, *e.shape)
+    if config.lqer_fit == "svd":
+        u, s, v = torch.linalg.svd(e, full_matrices=False)
+        rounded_left = round_left(u[:, :rank] * s[:rank], asymmetric, config)
+        rounded_right = round_right(v[:rank], asymmetric, config)
+        product = factor_values(*rounded_left).double() @ factor_values(*rounded_right).double()
+        remaining = weighted_error((e - product)[None], h[None]).item()
+        return sized(Correction(*rounded_left, *rounded_right, remaining, 0.0), asymmetric, config)
     basis = torch.linalg.eigh(whitened.mT @ whitened)[1][:, -rank:]
     left = whitened @ basis
     right = torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False)
@@ -9062,10 +9335,15 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
         right = torch.linalg.pinv(left_values) @ e
     if best is None:
         raise FloatingPointError("a correction's error is not finite")
+    return sized(best, asymmetric, config)
+
+
+def sized(correction: Correction, asymmetric: bool, config: Config) -> Correction:
+    """A correction with its bytes, before compression."""
     left_bits, right_bits = (2, 4) if asymmetric else (config.lqer_factor_bits,) * 2
-    scales = best.left_scales.numel() + best.right_scales.numel()
-    size = (left_bits * best.left.numel() + right_bits * best.right.numel()) / 8 + 2 * scales
-    return best._replace(bytes=size)
+    scales = correction.left_scales.numel() + correction.right_scales.numel()
+    size = (left_bits * correction.left.numel() + right_bits * correction.right.numel()) / 8 + 2 * scales
+    return correction._replace(bytes=size)
 
 
 def fit_corrections(
@@ -10533,6 +10811,19 @@ def quantize_within(
         return ByteSearch(weights, calibration, limit, config).run(log)
 
 
+def pruned(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Weights with the smallest PRUNE_PCT of each quantized matrix at 0. GPTQ may move some away from it again."""
+    result = dict(weights)
+    for name, w in weights.items():
+        if quantization_bits(name, w.numel(), config)[0] < 16:
+            magnitudes = as_batch(w).abs()
+            count = round(config.prune_pct * magnitudes[0].numel())
+            if count:
+                largest = magnitudes.flatten(1).kthvalue(count, dim=1).values[:, None, None]
+                result[name] = (as_batch(w) * (magnitudes > largest)).view(w.shape)
+    return result
+
+
 def make_artifact(
     weights: dict[str, Tensor],
     calibration: Calibration,
@@ -10544,6 +10835,7 @@ def make_artifact(
 
     Without either, the artifact may be larger than the limit.
     """
+    weights = pruned(weights, config) if config.prune_pct else weights
     if config.target_bytes:
         return quantize_within(weights, calibration, limit_bytes, config, log)
     stored = quantize(weights, calibration, config, log)
@@ -11447,12 +11739,23 @@ class Evaluator:
 class FullModelSGD:
     """SGD of all weights on scored text. Ranks share a step's sequences and sum their gradients."""
 
-    def __init__(self, evaluator: Evaluator, model: GPT, ledger: ScoreLedger, momentum: float, frozen_blocks: int = 0):
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        model: GPT,
+        ledger: ScoreLedger,
+        momentum: float,
+        frozen_blocks: int = 0,
+        clip: float = 1.0,
+        adamw: bool = False,
+    ):
         self.config, self.run = evaluator.config, evaluator.run
         self.tokens, self.ledger = evaluator.tokens, ledger
-        self.model, self.frozen_blocks = model, frozen_blocks
+        self.model, self.frozen_blocks, self.max_norm = model, frozen_blocks, clip
         self.forward = compiled_forward(model)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+        if adamw:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
 
     def batches(self, positions: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's sequences of a step on the targets of the inputs at `positions` [n], and a mask of its places."""
@@ -11471,7 +11774,7 @@ class FullModelSGD:
             )
 
     def step(self, positions: np.ndarray, lr: float) -> None:
-        """One step on the mean loss of these targets, its gradient clipped to a norm of 1."""
+        """One step on the mean loss of these targets, its gradient clipped."""
         self.ledger.train_on(positions)
         parameters = list(self.model.parameters())
         self.optimizer.zero_grad()
@@ -11483,17 +11786,17 @@ class FullModelSGD:
                 p.grad = torch.zeros_like(p)
         self.run.all_reduce_flat([gradient_of(p) for p in parameters])
         self.zero_frozen_gradients()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if self.max_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and momentum, by name."""
+        """Weights and the optimizer's state, by name."""
         tensors = named_weights(self.model)
         for name, p in self.model.named_parameters():
-            momentum = self.optimizer.state.get(p, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
+            kept = self.optimizer.state.get(p, {}).items()
+            tensors |= {f"{key}.{name}": value for key, value in kept if isinstance(value, Tensor)}
         return tensors
 
     @torch.no_grad()
@@ -11501,8 +11804,10 @@ class FullModelSGD:
         """Takes over what `state` gave."""
         load_weights(self.model, tensors)
         for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{name}"].to(p.device)
+            for key in ("momentum_buffer", "step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" in tensors:
+                    value = tensors[f"{key}.{name}"]
+                    self.optimizer.state[p][key] = value.to("cpu" if key == "step" else p.device)
 
     def drop_step(self, batch: Batch) -> None:
         """Computes the gradients of a micro-batch, and drops them."""
@@ -11929,7 +12234,15 @@ class ChunkTTT:
     def new_sgd(self) -> FullModelSGD:
         """The optimizer of all weights, with no momentum yet."""
         config = self.config
-        return FullModelSGD(self.evaluator, self.model, self.ledger, config.ttt_momentum, config.ttt_freeze_blocks)
+        return FullModelSGD(
+            self.evaluator,
+            self.model,
+            self.ledger,
+            config.ttt_momentum,
+            config.ttt_freeze_blocks,
+            config.ttt_grad_clip,
+            config.ttt_optimizer == "adamw",
+        )
 
     def warm_up(self) -> None:
         """Computes a step of all weights, as padding, so that it is compiled. Windows have the evaluator's graph."""
@@ -11955,8 +12268,10 @@ class ChunkTTT:
             positions = np.arange(chunk * self.size, min((chunk + 1) * self.size, end))
             if self.adapt and chunk < self.count - 1:
                 self.ledger.share()
-                for _ in range(config.ttt_epochs):
-                    sgd.step(positions, config.ttt_lr * self.decay(chunk))
+                size = config.ttt_batch_seqs * config.train_seq_len or self.size
+                parts = np.split(positions, range(size, len(positions), size))
+                for part in parts * config.ttt_epochs:
+                    sgd.step(part, config.ttt_lr * self.decay(chunk))
             self.meter.advance(1)
             self.save(chunk + 1, sgd)
         return Score(self.ledger.close(self.meter.stage), end, self.evaluator.bytes)

@@ -57,9 +57,10 @@ def hash32(number):
     return number ^ number >> 16
 
 
-def softcap(logits, c):
-    """Logits within C of zero, where C is LOGIT_SOFTCAP."""
-    x, cap = logits / c.logit_softcap, c.logit_softcap
+def softcap(logits, c, caps=None):
+    """Logits within C of zero, where C is LOGIT_SOFTCAP, or `caps` above and below zero."""
+    cap = c.logit_softcap if caps is None else torch.where(logits > 0, caps[0], caps[1])
+    x = logits / cap
     if c.softcap_type == "tanh":
         return cap * torch.tanh(x)
     x = torch.clamp(x, -2, 2)
@@ -109,7 +110,11 @@ class Reference:
             own = wv @ x
             if self.c.ve_dim and str(layer) in self.c.ve_layers.split(","):
                 own = own + self.of(layer, "value_scale") * self.values[t]
+            if c.value_residual and layer:
+                own = own + torch.sigmoid(self.of(layer, "value_gate")) * self.first_values[t]
             v.append(own.split(h))
+        if self.first_values is None:
+            self.first_values = [torch.cat(heads) for heads in v]
         if c.key_offset:
             kept = (h + c.rope_dims) // 2
             k = [
@@ -126,7 +131,8 @@ class Reference:
                 y = sum(w * v[s][group] for w, s in zip(weights, range(starts[t], t + 1), strict=True))
                 if layer >= c.num_layers - c.xsa_last_n:
                     own = v[t][group] / v[t][group].norm()
-                    y = y - (y @ own) * own
+                    strength = torch.tanh(self.of(layer, "xsa_gate")[head]) if c.gated_xsa else 1
+                    y = y - strength * (y @ own) * own
                 heads.append(y)
             gates = self.gate(n[t], layer)
             outputs.append(wo @ torch.cat([g * y for g, y in zip(gates, heads, strict=True)]))
@@ -193,6 +199,7 @@ class Reference:
     def row(self, ids, targets, starts, looped, noise=None):
         """NLL and log-sum-exp of each position of a row: lists of scalars."""
         c, order, saved = self.c, order_of_layers(self.c, looped), []
+        self.first_values = None
         half = len(order) // 2
         x0 = self.embed(ids, starts, noise)
         if c.ve_dim:
@@ -214,7 +221,7 @@ class Reference:
         nll, lse = [], []
         for t, target in enumerate(targets):
             hidden = unit(sum(stream[t] for stream in streams) / len(streams))
-            z = softcap(head @ hidden, c) / self.temperature
+            z = softcap(head @ hidden, c, self.p.get("softcaps")) / self.temperature
             lse.append(z.max() + torch.log(torch.exp(z - z.max()).sum()))
             nll.append(lse[-1] - z[target])
         return torch.stack(nll), torch.stack(lse)

@@ -474,6 +474,53 @@ def test_every_preset_names_existing_knobs_of_the_right_type_and_passes_the_chec
     assert set(tg.PRESETS) == {"demo", "baseline", "record", "poly5", "frontier"}
 
 
+@pytest.mark.parametrize("preset", sorted(tg.ORIGINALS))
+def test_original_lays_the_public_scripts_values_over_the_preset(preset):
+    """Each differs from ours; what is set explicitly counts; nothing else changes."""
+    ours, theirs = config({"PRESET": preset}), config({"PRESET": preset, "ORIGINAL": "1"})
+    assert {name: getattr(theirs, name) for name in tg.ORIGINALS[preset]} == tg.ORIGINALS[preset]
+    different = {f.name for f in FIELDS if getattr(ours, f.name) != getattr(theirs, f.name)}
+    assert different == {*tg.ORIGINALS[preset], "original"}
+    assert config({"PRESET": preset, "ORIGINAL": "0"}) == ours
+    assert config({"PRESET": preset, "ORIGINAL": "1", "DATA_ORDER": "documents"}).data_order == "documents"
+    assert config({"PRESET": "record", "ORIGINAL": "1"}).ttt_phases == 4
+    types = {f.name: type(f.default) for f in FIELDS}
+    assert all(type(value) is types[name] for name, value in tg.ORIGINALS[preset].items())
+
+
+@pytest.mark.parametrize("preset", sorted(set(tg.PRESETS) - set(tg.ORIGINALS)))
+def test_original_of_a_preset_without_a_public_script_is_refused(preset, tmp_path, capfd, monkeypatch):
+    line = refused(dict(PRESET=preset, ORIGINAL=1), tmp_path, capfd, monkeypatch)
+    assert "ORIGINAL=1: needs PRESET=record or poly5" in line
+
+
+def test_layers_of_other_scripts_are_loops_of_this_one():
+    """RECUR_LAYERS repeats layers once unless NUM_LOOPS says more; NUM_UNIQUE_LAYERS takes layers in turn."""
+    recurring = config({"PRESET": "record"}, RECUR_LAYERS="4, 5")
+    assert tg.execution_order(recurring, True) == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
+    assert tg.execution_order(config({"PRESET": "record"}, RECUR_LAYERS="4,5", NUM_LOOPS=2), True).count(4) == 3
+    unique = config({"PRESET": "baseline"}, NUM_UNIQUE_LAYERS=3, NUM_LAYERS=9)
+    assert tg.execution_order(unique, True) == [0, 1, 2] * 3 and unique.num_layers == 3
+    assert unique.enable_looping_at == 0 and tg.loops_enabled_at(tg.START, unique)
+    for same in (0, 9):
+        c = config({"PRESET": "baseline"}, NUM_UNIQUE_LAYERS=same)
+        assert (c.num_layers, c.num_loops) == (9, 0)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(RECUR_LAYERS="3,5"), "RECUR_LAYERS=3,5: must be comma-separated numbers in a row"),
+        (dict(RECUR_LAYERS="-1,0"), "RECUR_LAYERS=-1,0: must be"),
+        (dict(RECUR_LAYERS="x"), "RECUR_LAYERS=x: must be"),
+        (dict(NUM_UNIQUE_LAYERS=4, NUM_LAYERS=9), "NUM_UNIQUE_LAYERS=4: must divide NUM_LAYERS=9"),
+        (dict(NUM_UNIQUE_LAYERS=12, NUM_LAYERS=9), "NUM_UNIQUE_LAYERS=12: must divide NUM_LAYERS=9"),
+    ],
+)
+def test_layers_that_cannot_be_loops_are_refused(values, words, tmp_path, capfd, monkeypatch):
+    assert words in refused(dict(values, PRESET="baseline"), tmp_path, capfd, monkeypatch)
+
+
 def test_a_setting_overrides_its_preset_and_is_known_as_explicit():
     environment = {"PRESET": "record", "NUM_LAYERS": "12", "TIE_EMBEDDINGS": "0", "SEED": ""}
     c, explicit, _ = tg.config_from_env(environment, False)

@@ -234,6 +234,26 @@ def test_the_commands_for_gpus_are_accepted(capfd):
     assert len(lines) == 6 and any("WORLD_SIZE" in line for line in lines)
 
 
+def differences(page, preset):
+    """Ours and the public script's, (knob, value) each, by the rows of a preset's table in docs/presets.md."""
+    part = re.search(rf"^## `{preset}`.*?(?=^## )", page, flags=re.M | re.S)[0]
+    return re.findall(r"^\| [^|]+ \| `(\w+)=(\S+)` \| `(\w+)=(\S+)` \| \S[^|]+ \|$", part, flags=re.M)
+
+
+@pytest.mark.parametrize("preset", tg.ORIGINALS)
+def test_the_page_of_the_presets_names_every_difference(preset):
+    page = (ROOT / "docs" / "presets.md").read_text()
+    rows = differences(page, preset)
+    fields = {f.name: f for f in tg.dataclasses.fields(tg.Config)}
+    assert [name for name, *_ in rows] == [name for *_, name, _ in rows] == [n.upper() for n in tg.ORIGINALS[preset]]
+    assert len(rows) == re.search(rf"^## `{preset}`.*?(?=^## )", page, flags=re.M | re.S)[0].count("\n| ") - 1
+    for name, ours, _, theirs in rows:
+        f = fields[name.lower()]
+        values = [tg.parse_value(name, str(f.type), text, f.metadata) for text in (ours, theirs)]
+        assert values == [tg.PRESETS[preset].get(f.name, f.default), tg.ORIGINALS[preset][f.name]], name
+    assert f"ORIGINAL=1 PRESET={preset}" in page and set(tg.PRESETS) <= set(re.findall(r"`(\w+)`", page))
+
+
 @pytest.mark.parametrize("page", ["gpus.md", "technique.md"])
 def test_make_knows_every_target_of_a_page(page):
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.M)[1].split()

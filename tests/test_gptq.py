@@ -1,6 +1,7 @@
 """Quantization: GPTQ against rounding, Hessians against plain products, and the forms in which tensors are stored."""
 
 import ast
+import dataclasses
 import math
 from pathlib import Path
 
@@ -555,6 +556,47 @@ def test_a_correction_of_a_low_rank_error_takes_it_away():
     for degenerate in (torch.zeros(60, 60), torch.ones(60, 60)):
         assert math.isfinite(tg.fit_correction(error, degenerate, True, c).error)
     assert tg.fit_correction(torch.zeros(4, 60), hessian[0], False, c).error == 0
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_a_correction_by_svd_is_the_rounded_svd(asymmetric):
+    """Left factor U S, right factor V^T, scales by the largest magnitude; its error is worse than the fitted one's."""
+    c, (_, hessian) = config(LQER_RANK=3, LQER_ASYM_GROUP=15, LQER_FIT="svd"), correlated(300, 60)
+    error = torch.randn(40, 60, generator=torch.Generator().manual_seed(3))
+    found = tg.fit_correction(error, hessian[0], asymmetric, c)
+    u, s, v = torch.linalg.svd(error.double(), full_matrices=False)
+    left, right = u[:, :3] * s[:3], v[:3]
+
+    def rounded(x, groups, low, high):
+        x = x.reshape(groups)
+        scale = (x.abs().amax(-1, keepdim=True) / ((high - low) / 2)).half().double()
+        return (x / scale).round().clamp(low, high) * scale
+
+    if asymmetric:
+        left, right = rounded(left, (1, -1), -2, 1), rounded(right, (3, 4, 15), -8, 7)
+    else:
+        left, right = rounded(left, (40, 3), -7, 7), rounded(right, (3, 60), -7, 7)
+    product = tg.factor_values(found.left, found.left_scales) @ tg.factor_values(found.right, found.right_scales)
+    torch.testing.assert_close(product.double(), left.reshape(40, 3) @ right.reshape(3, 60), rtol=1e-4, atol=1e-5)
+    fitted = tg.fit_correction(error, hessian[0], asymmetric, dataclasses.replace(c, lqer_fit="hessian"))
+    assert fitted.error < found.error and fitted.bytes == found.bytes > 0
+
+
+def test_pruning_zeroes_the_smallest_weights_of_each_quantized_matrix():
+    c = config(RECORD_LIKE, PRUNE_PCT=0.25)
+    weights = {name: p.detach() for name, p in build_model(c).named_parameters()}
+    found = tg.pruned(weights, c)
+    assert list(found) == list(weights)
+    for name, w in weights.items():
+        if tg.quantization_bits(name, w.numel(), c)[0] == 16:
+            assert torch.equal(found[name], w)
+            continue
+        for before, after in zip(tg.as_batch(w), tg.as_batch(found[name]), strict=True):
+            zeroed = after == 0
+            assert zeroed.sum() == round(0.25 * before.numel()) and torch.equal(after[~zeroed], before[~zeroed])
+            assert before[zeroed].abs().max() <= before[~zeroed].abs().min()
+    one = tg.pruned(weights, dataclasses.replace(c, prune_pct=1e-9))
+    assert all(torch.equal(one[name], w) for name, w in weights.items())
 
 
 def test_salient_columns_are_those_with_most_activation_and_weight():

@@ -41,6 +41,7 @@ PHASED = dict(
 CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=48, TTT_EPOCHS=2, TTT_LR=0.1, EVAL_SEQ_LEN=16, EVAL_STRIDE=8)
 RECORD = dict(RECORD_LIKE, NUM_LAYERS=4, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4)
 POLY = dict(POLY_LIKE, NUM_LAYERS=3, VE_LAYERS="0,2", TEMPERATURE=0.8, EVAL_STRIDE=0)
+OPTIONS = dict(GATED_XSA=1, VALUE_RESIDUAL=1, ASYM_LOGIT_RESCALE=1)
 EVALUATIONS = {
     "sliding": (RECORD, {}),
     "sliding, tiny": (TINY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
@@ -61,6 +62,9 @@ EVALUATIONS = {
     "chunk, tiny": (TINY, dict(CHUNK, EVAL_STRIDE=0, TTT_CHUNK_TOKENS=30, TTT_FREEZE_BLOCKS=1)),
     "sliding, poly5": (POLY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=3)),
     "sliding, signed pairs": (dict(POLY, BIGRAM_SIGNS=1), dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
+    "sliding, options": (dict(RECORD, **OPTIONS), dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
+    "phased, options": (dict(RECORD, **OPTIONS), PHASED),
+    "chunk, AdamW": (dict(TINY, **OPTIONS), dict(CHUNK, TTT_OPTIMIZER="adamw", TTT_BATCH_SEQS=1, TTT_LR=0.01)),
     "phased, poly5": (POLY, PHASED),
     "chunk, poly5": (POLY, CHUNK),
 }
@@ -160,7 +164,7 @@ class Recorder:
         hidden = self.model.trunk(self.ids, self.documents, last_tokens=self.targets.size(1), **keywords)
         pair = tuple(x[:, 0] for x in adapters["head"]) if adapters else None
         logits = self.model.head_logits(hidden, pair)[mask]
-        z = softcap(logits.double(), self.model.config) / temperature
+        z = softcap(logits.double(), self.model.config, self.model.softcaps) / temperature
         losses = functools.partial(self.model.token_losses, temperature=temperature)
         return logits, torch.logsumexp(z, -1, keepdim=True) - z, losses
 

@@ -33,6 +33,11 @@ CONFIGURATIONS = {
     "odd": ODD,
     "all kv heads": dict(BASELINE, NUM_KV_HEADS=4),
     "one kv head": dict(BASELINE, NUM_KV_HEADS=1),
+    "gated XSA": dict(RECORD, GATED_XSA=1),
+    "value residual": dict(RECORD, **PAIRS, VALUE_RESIDUAL=1),
+    "value residual of a looped first layer": dict(ODD, VALUE_RESIDUAL=1),
+    "two softcaps": dict(ODD, ASYM_LOGIT_RESCALE=1),
+    "two softcaps, poly": dict(POLY, ASYM_LOGIT_RESCALE=1, LOGIT_SOFTCAP=2.0),
     "key offset": dict(RECORD, KEY_OFFSET=1, ROPE_DIMS=2),
     "one layer": dict(BASELINE, NUM_LAYERS=1),
     "signed pairs": dict(ODD, BIGRAM_VOCAB_SIZE=5, BIGRAM_DIM=9, BIGRAM_SIGNS=1),
@@ -680,6 +685,19 @@ def test_initial_weights_of_pairs_and_values():
     assert p["bigram.table"].grad.any() and p["value_embeds.projection"].grad.any()
 
 
+def test_the_projection_of_value_embeddings_begins_orthogonal_where_asked():
+    """And nothing else changes: it is drawn last."""
+    zero, orthogonal = (
+        dict(tg.new_model(config(POLY_LIKE, COMPUTE_DTYPE="float32", VE_INIT=kind)).named_parameters())
+        for kind in ("zero", "orthogonal")
+    )
+    projection = orthogonal["value_embeds.projection"]
+    rows, columns = projection.shape
+    gram = projection.T @ projection if rows > columns else projection @ projection.T
+    assert torch.allclose(gram, torch.eye(min(rows, columns)), atol=1e-5)
+    assert {name for name, p in zero.items() if not torch.equal(p, orthogonal[name])} == {"value_embeds.projection"}
+
+
 def test_poly5_has_the_size_of_a_sum_by_hand():
     """Vocabulary 1024, width 512, 11 layers, 256 values, 1536 hidden, 5 skips."""
     banks = 22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 1536 * 512
@@ -845,6 +863,31 @@ def check_neutral_start(switch, others=None):
         gradients = torch.autograd.grad(found[0].sum(), list(own.values()), allow_unused=True)
         assert any(g is not None and g.any() for g in gradients)
     return own
+
+
+def test_options_of_the_field_keep_what_an_option_must(counted):
+    check_option(dict(GATED_XSA=1, VALUE_RESIDUAL=1, ASYM_LOGIT_RESCALE=1), counted)
+
+
+def test_what_options_of_the_field_start_from():
+    """XSA without effect, half of the first layer's values, and one bound of the softcap; each can learn."""
+    c = config(RECORD_LIKE, COMPUTE_DTYPE="float64", GATED_XSA=1, VALUE_RESIDUAL=1, ASYM_LOGIT_RESCALE=1)
+    model = tg.new_model(c)
+    assert model.softcaps.tolist() == [c.logit_softcap] * 2
+    assert not any(block.xsa_gate.any() for block in model.blocks)
+    assert model.blocks[0].value_gate is None and not any(block.value_gate.any() for block in model.blocks[1:])
+    weights = {name: p for name, p in model.named_parameters() if name in tg.BANKS}
+    for p in weights.values():
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    batch = random_batch(c, 2, 32)
+    model(*batch, looped=True)[0].sum().backward()
+    own = [model.softcaps, *(b.xsa_gate for b in model.blocks), *(b.value_gate for b in model.blocks[1:])]
+    assert all(p.grad.all() for p in own)
+    off = dict(XSA_LAST_N=0, GATED_XSA=0, ASYM_LOGIT_RESCALE=0)
+    plain = tg.new_model(config(RECORD_LIKE, COMPUTE_DTYPE="float64", VALUE_RESIDUAL=1, **off))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for found, expected in zip(model(*batch, looped=True), plain(*batch, looped=True), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_options_that_exist_keep_what_an_option_must(counted):

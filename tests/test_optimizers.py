@@ -173,6 +173,54 @@ def test_steps_are_those_of_plain_optimizers(recipe):
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["master", "bfloat16"])
+def test_momentum_of_type_sgd_adds_up_gradients(dtype):
+    """Each direction is that of the reference's sum; while the momentum is constant, also that of type ema."""
+    knobs = dict(
+        EXACT, MUON_GRADIENT_DTYPE=dtype, MUON_COEFFICIENTS="polar_express", MUON_BACKEND_STEPS=5, MUON_ROW_NORMALIZE=0
+    )
+    c, ema = (config(RECORD_LIKE, **knobs, MUON_MOMENTUM_TYPE=kind) for kind in ("sgd", "ema"))
+    muon, other = (tg.Optimizers(build_model(c, seed=1), x, single_run()).muon for x in (c, ema))
+    generator, bank = torch.Generator().manual_seed(0), muon.momentum[0]
+    rounded = torch.Tensor.bfloat16 if dtype == "bfloat16" else torch.clone
+    total = torch.zeros_like(bank)
+    for step, beta in enumerate((0.5, 0.5, 0.9)):
+        gradient = rounded(torch.randn(bank.shape, generator=generator)).to(bank.dtype)
+        found = muon.direction(gradient, bank, None, beta)
+        total = rounded(beta * total + gradient).to(bank.dtype)
+        assert torch.equal(bank, total)
+        expected = tg.orthogonalize(gradient + beta * total, 5, "polar_express", c.dtype)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        mean = other.direction(gradient, other.momentum[0], None, beta)
+        close = (found - mean).norm() < (0.02 if dtype == "bfloat16" else 1e-4) * mean.norm()
+        assert close == (step < 2)
+
+
+def test_embeddings_kept_in_bfloat16_take_bfloat16s_values_and_no_other_weight_does():
+    knobs = dict(BIGRAM_VOCAB_SIZE=9, VE_DIM=6, VE_LAYERS="0", TIED_EMBED_LR=1e-6)
+    moved = {}
+    for dtype in ("master", "bfloat16"):
+        c = config(TINY, **EXACT, **knobs, EMBED_DTYPE=dtype)
+        model = build_model(c, seed=1)
+        optimizers = tg.Optimizers(model, c, single_run())
+        for _ in range(2):
+            before = model.embedding.detach().clone()
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p.dtype)
+            optimizers.step(0.9, 1.0, c.num_layers)
+        moved[dtype] = (model.embedding != before).float().mean().item()
+        tables = {"embedding", "bigram.table", "value_embeds.table"}
+        state = {n: optimizers.adam.state[p] for n, p in model.named_parameters() if n not in tg.BANKS}
+        rounded = {
+            name
+            for name, p in model.named_parameters()
+            if name in state and all(torch.equal(t, t.bfloat16().to(t.dtype)) for t in (p, state[name]["exp_avg"]))
+        }
+        assert rounded & tables == (tables if dtype == "bfloat16" else set())
+        assert not any(name.startswith("blocks") for name in rounded)
+    assert moved["bfloat16"] < 0.1 < 0.9 < moved["master"]  # small steps round away
+
+
 def test_the_rates_multiplier_scales_every_step():
     """Half the rate, half the change: for both optimizers, without decay."""
     c, changes = config(RECORD_LIKE, **EXACT, MUON_WD=0, ADAM_WD=0, EMBED_WD=0), {}

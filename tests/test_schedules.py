@@ -117,11 +117,22 @@ def test_the_loop_switches_on_once():
     )
 
 
+def test_the_loop_switches_on_at_a_step():
+    """Whatever the time limit says."""
+    looped = dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, ENABLE_LOOPING_AT=0, RECUR_START_STEP=300)
+    c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=600, **looped)
+    assert [tg.loops_enabled_at(at(step, 599), c) for step in (0, 299, 300)] == [False, False, True]
+    assert not tg.loops_enabled_at(at(300), by_steps(RECUR_START_STEP=300))  # a model without a loop
+
+
 def test_depth_grows_in_stages():
     c = by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.08,0.25")
     assert [tg.trainable_layers_at(at(step), c) for step in (0, 79, 80, 249, 250, 999)] == [3, 3, 7, 7, 11, 11]
     assert tg.trainable_layers_at(at(1, 149), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 5
     assert tg.trainable_layers_at(at(1, 151), by_time(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25")) == 11
+    depth = dict(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE="0.25", PROGRESSIVE_DEPTH_BY="steps")
+    counted = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=600, **depth)
+    assert [tg.trainable_layers_at(at(step, 599), counted) for step in (249, 250)] == [5, 11]
     for off in ("", "0"):
         assert tg.trainable_layers_at(at(0), by_steps(NUM_LAYERS=11, PROGRESSIVE_DEPTH_SCHEDULE=off)) == 11
 
@@ -141,6 +152,8 @@ def test_the_step_variants_of_poly5_and_of_the_record():
     assert found == [tg.StepVariant(*fields) for fields in expected]
     assert all(type(variant) is tg.StepVariant for variant in found)
     record = [tg.StepVariant(looped, 11, False) for looped in (False, True)]
+    original = tg.all_step_variants(config({"PRESET": "poly5", "ORIGINAL": "1"}))
+    assert original == [tg.StepVariant(False, layers, False) for layers in (3, 7, 11)]
     assert tg.all_step_variants(config({"PRESET": "record"})) == record
     assert tg.all_step_variants(config()) == [tg.StepVariant(False, 3, False)]
 
@@ -156,7 +169,15 @@ def test_the_step_variants_of_poly5_and_of_the_record():
     st.sampled_from([0, 600]),
     st.floats(0.1, 3),
     st.sampled_from(
-        [{}, dict(MTP_WEIGHTS="0.5"), dict(MTP_WEIGHTS="0.5", MTP_END=0.25), dict(MTP_WEIGHTS="1", MTP_END=1)]
+        [
+            {},
+            dict(MTP_WEIGHTS="0.5"),
+            dict(MTP_WEIGHTS="0.5", MTP_END=0.25),
+            dict(MTP_WEIGHTS="1", MTP_END=1),
+            dict(PROGRESSIVE_DEPTH_BY="steps"),
+            dict(RECUR_START_STEP=400),
+            dict(RECUR_START_STEP=2000, PROGRESSIVE_DEPTH_BY="steps"),
+        ]
     ),
 )
 def test_no_step_computes_what_the_warmup_did_not(

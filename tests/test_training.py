@@ -209,6 +209,32 @@ def test_the_focal_loss_weighs_hard_tokens_and_keeps_the_mean(data):
     assert (plain["up_bank"] - found["up_bank"]).norm() > 0.01 * plain["up_bank"].norm()
 
 
+def test_focal_weights_of_a_batch_average_1_over_all_of_it():
+    nll = torch.tensor([[0.1, 0.2, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
+    found, own = tg.focal_weights(nll, 1.5, "batch"), tg.focal_weights(nll, 1.5)
+    hard = (1 - torch.exp(-nll)) ** 1.5
+    assert torch.allclose(found, hard / (hard.sum() / 6)) and found.mean().item() == pytest.approx(1)
+    assert found[0].mean() < 1 < found[1].mean() and not torch.allclose(found, own)
+
+
+def test_matrices_of_layers_that_wait_shrink_where_the_knob_says_so(data):
+    """By the rate times the weight decay, and by nothing else; their momentum waits."""
+    trainer = make_trainer(TINY, data, random_weights=True, MUON_WD=0.5, PROGRESSIVE_DEPTH_DECAY=1)
+    before = {name: getattr(trainer.model, name).detach().clone() for name in tg.BANKS}
+    trainer.step(tg.Progress(0, 0.0), False, 1)
+    for name, momentum in zip(tg.BANKS, trainer.optimizers.muon.momentum, strict=True):
+        after, layers = getattr(trainer.model, name).detach(), trainer.config.num_layers
+        for i in range(len(after)):
+            shrunk = torch.allclose(after[i], before[name][i] * (1 - 0.5 * trainer.config.matrix_lr), rtol=1e-5)
+            assert shrunk == (i % layers > 0) == (not momentum[i].any())
+
+
+def test_without_its_ramp_the_average_has_the_same_decay_at_every_step():
+    plain, ramp = config(EMA_DECAY=0.99, EMA_RAMP=0), config(EMA_DECAY=0.99)
+    assert [tg.ema_weight(step, plain) for step in (0, 1, 5000)] == pytest.approx([0.01] * 3)
+    assert tg.ema_weight(0, ramp) == pytest.approx(0.9) and tg.ema_weight(5000, ramp) == pytest.approx(0.01)
+
+
 def test_a_certain_token_is_no_division_by_zero():
     assert torch.equal(tg.focal_weights(torch.zeros(2, 3), 1.0), torch.zeros(2, 3))
     assert torch.equal(tg.focal_weights(torch.zeros(2, 3), 0.0), torch.ones(2, 3))

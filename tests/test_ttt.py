@@ -643,6 +643,67 @@ def test_chunks_of_the_stream_learn_but_for_the_last(data, tmp_path, monkeypatch
     assert np.array_equal(found[:50], before[:50]) and (found[50:] != before[50:]).mean() > 0.9
 
 
+def test_chunks_in_batches_of_sequences(data, tmp_path, monkeypatch):
+    """TTT_BATCH_SEQS: a step for each so many training sequences of a chunk, in order, each epoch anew."""
+    seen = watch_steps(monkeypatch)
+    evaluator, model = prepared(tmp_path, data, TINY, **dict(CHUNK, TTT_BATCH_SEQS=1, TRAIN_SEQ_LEN=24))
+    assert evaluator.config.train_seq_len == 24
+    scores(evaluator, model)
+    assert [positions for positions, _ in seen[:6]] == [list(range(i, min(i + 24, 50))) for i in (0, 24, 48)] * 2
+    assert len(seen) == 4 * 3 * 2 and len({lr for _, lr in seen[:6]}) == 1
+
+
+def gradient_of_step(evaluator, positions, clip):
+    """The gradient that the optimizer sees in a step of all weights, by name."""
+    model, ledger = build_model(evaluator.config, seed=1, spread=0.2), tg.ScoreLedger(evaluator)
+    ledger.own_counts[:] = 1
+    sgd, found = tg.FullModelSGD(evaluator, model, ledger, 0.0, clip=clip), {}
+    sgd.optimizer.step = lambda: found.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    sgd.step(positions, 0.1)
+    return found
+
+
+def test_the_norm_of_the_gradient_in_chunks_is_a_knob(data, tmp_path):
+    evaluator, _ = prepared(tmp_path, data, TINY, **CHUNK)
+    free, clipped = (gradient_of_step(evaluator, np.arange(50), clip) for clip in (0.0, 0.125))
+    norm = math.sqrt(sum(g.square().sum().item() for g in free.values()))
+    assert norm > 1
+    for name, g in free.items():
+        torch.testing.assert_close(clipped[name], g * (0.125 / norm), rtol=1e-4, atol=1e-12)
+
+
+def test_adamw_in_chunks_is_adamw_and_its_state_can_be_kept(data, tmp_path):
+    """Two steps against torch's own, and one step after a checkpoint is as without it, bit for bit."""
+    evaluator, model = prepared(tmp_path, data, TINY, **CHUNK)
+    ledger, positions = tg.ScoreLedger(evaluator), [np.arange(30), np.arange(30, 50), np.arange(50, 90)]
+    ledger.own_counts[:] = 1
+    sgd = tg.FullModelSGD(evaluator, model, ledger, 0.9, clip=0.0, adamw=True)
+    plain = build_model(evaluator.config, seed=1, spread=0.2)
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    tokens = evaluator.tokens.tolist()
+    for part in positions[:2]:
+        sgd.step(part, 0.01)
+        reference.zero_grad()
+        piece = tg.to_device(
+            *(np.array([[tokens[i + k] for i in part]]) for k in (0, 1)),
+            np.zeros((1, len(part)), np.int64),
+            torch.device("cpu"),
+        )
+        starts = tg.document_starts(piece.ids.numpy())
+        batch = tg.to_device(piece.ids.numpy(), piece.targets.numpy(), starts, torch.device("cpu"))
+        plain(*batch, looped=False)[0].mean().backward()
+        reference.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-8)
+    kept = {name: tensor.clone() for name, tensor in sgd.state().items()}
+    sgd.step(positions[2], 0.01)
+    other = build_model(evaluator.config, seed=9)
+    again = tg.FullModelSGD(evaluator, other, ledger, 0.9, clip=0.0, adamw=True)
+    again.load(kept)
+    again.step(positions[2], 0.01)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def test_frozen_blocks_keep_their_weights(data, tmp_path):
     """Their vectors and their matrices keep every bit, the others move."""
     evaluator, model = prepared(tmp_path, data, RECORD, **dict(CHUNK, TTT_FREEZE_BLOCKS=2))

@@ -77,7 +77,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -411,7 +411,12 @@ class Config(ModelConfig):
         "random seed of the initial weights, the data order, NEFTune's noise and LoRA's initial weights",
         Observed.INIT,
         low=0,
-        high=2**31 - 1,
+        high=2**32 - 1,
+    )
+    strict: bool = knob(
+        False,
+        "refuse a variable that other scripts have and that has no effect here, instead of a warning",
+        Observed.REFUSAL,
     )
     device: str = knob(
         "auto",
@@ -1340,34 +1345,187 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["frontier"] = PRESETS["record"] | dict(data_order="documents", hint_enabled=True)
 # Those that would take days on CPUs.
 GPU_PRESETS = ("record", "poly5", "frontier")
-# Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
-FAMILIES = (
-    "TTT_",
-    "MUON_",
-    "NORMUON_",
-    "LQER_",
-    "GPTQ_",
-    "EVAL_",
-    "TRAIN_",
-    "VAL_",
-    "ROPE_",
-    "EMA_",
-    "SWA_",
-    "QAT_",
-    "PHASED_",
-    "GLOBAL_TTT_",
-    "MATRIX_",
-    "EMBED_",
-    "WARMDOWN_",
-    "LOOP_",
-    "XSA_",
-    "SMEAR_",
-    "SPARSE_ATTN_",
-    "GATED_ATTN_",
-    "BIGRAM_",
-    "VE_",
-    "FOCAL_",
-    "LATE_QAT",
+# What other scripts call the same thing, so that public commands run here as they stand: kinds of scripts, and in each
+# row names and what they set. `KNOB` takes the value as it is, `KNOB*2` twice the value; `A+B` sets both, B where it is
+# not set. `KNOB:off:on` is a switch: 0 sets the value that is off, and 1 the usual one where the preset's is off, with
+# `+OTHER=value` beside it; `!` before it inverts the switch, and `~` lets a KNOB that is set stand. `KNOB{a=x,*=}` makes
+# x of a and keeps any other value; `=a,b` are values that mean what happens here anyway. `@name` is a translator below.
+# A knob's own name on the left is for what is said to be off by it, as by BIGRAM_DIM=0.
+ALIASES = {
+    "optimizers and schedules": """
+MUON_WEIGHT_DECAY WEIGHT_DECAY_MUON > MUON_WD
+WEIGHT_DECAY > MUON_WD+ADAM_WD+EMBED_WD
+ADAM_WEIGHT_DECAY WEIGHT_DECAY_ADAM > ADAM_WD
+MUON_EQ_R MUON_ROW_NORM > MUON_ROW_NORMALIZE:0:1
+MATRIX_OPTIMIZER > =muon
+WARMDOWN_FRACTION > WARMDOWN_FRAC
+WARMDOWN_STEPS > WARMDOWN_ITERS
+WARMDOWN_SHAPE > =linear
+MIN_LR_RATIO > MIN_LR
+BATCH_TOKENS > TRAIN_BATCH_TOKENS
+SEQ_LEN > TRAIN_SEQ_LEN
+GRAD_ACCUM_STEPS > @accumulated
+TRAIN_SEQ_SCHEDULE_MODE > =wallclock,time
+ROPE_TRAIN_SEQ_LEN > @rope_length
+SWA ENABLE_SWA USE_SWA > SWA_ENABLED:0:1
+SWA_START_FRAC > SWA_START
+SWA_INTERVAL > SWA_EVERY
+SWA_EVERY > SWA_ENABLED:0:1
+EMA_ENABLED ENABLE_EMA USE_EMA EMA > EMA_DECAY:0:0.997
+SKIP_EMA > !EMA_DECAY:0:0.997
+LATE_QAT LATE_QAT_ENABLED > LATE_QAT_THRESHOLD:0:0.15
+QAT_ENABLED QAT ENABLE_QAT USE_QAT > ~LATE_QAT_THRESHOLD:0:0.15
+QAT_THRESHOLD > LATE_QAT_THRESHOLD
+""",
+    "models": """
+MODEL_DEPTH N_LAYERS NUM_LAYER > NUM_LAYERS
+MLP_HIDDEN > @mlp_width
+LEAKY_RELU > LEAKY_RELU_SLOPE{1=0.5,*=}
+MLP_LEAKY_SLOPE LEAKY_SLOPE NEGATIVE_SLOPE > LEAKY_RELU_SLOPE
+ACTIVATION MLP_ACT MLP_ACTIVATION > LEAKY_RELU_SLOPE{relu2=0,relu_sq=0,relu_squared=0,leaky_relu_sq=0.5,\
+leaky_relu_squared=0.5,leaky_relu2=0.5,lrelu2=0.5,leaky2=0.5}
+PARALLEL_RESIDUAL_START PARALLEL_RESIDUAL_START_LAYER > PARALLEL_START_LAYER
+PARALLEL_RESIDUAL PARALLEL_RESIDUAL_ENABLED > PARALLEL_START_LAYER:-1:7
+SMEAR_GATE SMEARGATE SMEARGATE_ENABLED USE_SMEARGATE USE_SMEAR_GATE SMEAR > \
+SMEAR_GATE_ENABLED:0:1+SMEAR_GATE_TYPE=channel
+SMEAR_GATE_WIDTH GATE_ATTN_WIDTH GATE_WIDTH > GATE_WINDOW
+BIGRAM_HASH BIGRAM_ENABLED USE_BIGRAM_HASH BIGRAM_HASH_ENABLED USE_BIGRAM > BIGRAM_VOCAB_SIZE:0:2048
+BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS BIGRAM_TABLE_SIZE BIGRAM_VOCAB BIGRAM_HASH_SIZE > BIGRAM_VOCAB_SIZE
+BIGRAM_EMBED_DIM BIGRAM_HASH_DIM > BIGRAM_DIM
+BIGRAM_DIM > BIGRAM_VOCAB_SIZE:0:0
+VE_ENABLED VALUE_EMBED_ENABLED USE_VE > VE_DIM:0:128
+VALUE_EMBED_DIM > VE_DIM
+PARTIAL_ROPE_DIMS ROTARY_DIMS > ROPE_DIMS
+LAYER_NORM_SCALE LN_SCALE_ENABLED > LN_SCALE:0:1
+XSA_ENABLED USE_XSA > XSA_LAST_N:0:4
+XSA_LAYERS > @last_layers
+GATED_ATTENTION GATED_ATTN > GATED_ATTN_ENABLED:0:1
+GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
+UNET_SKIPS > =1
+TIED_EMBEDDINGS > TIE_EMBEDDINGS
+SOFTCAP LOGIT_CAP > LOGIT_SOFTCAP
+NUM_KV_HEADS > @key_heads
+QK_GAIN > QK_GAIN_INIT
+""",
+    "quantization": """
+QUANT_BITS WEIGHT_BITS WEIGHT_QUANTIZATION_BITS QAT_BITS LOWBIT_BITS > MATRIX_BITS
+QUANT_MAX CLIP_RANGE QUANT_LEVELS > MATRIX_BITS{7=4,15=5,31=6,63=7,127=8}
+USE_INT6 INT6_QUANT > MATRIX_BITS{0=,1=6}
+INT5_MLP > MLP_BITS{0=,1=5}
+MLP_QUANT_BITS > MLP_BITS
+ATTN_QUANT_BITS > ATTN_BITS
+EMBED_QUANT_BITS EMBED_QUANTIZATION_BITS > EMBED_BITS
+GPTQ_ENABLED USE_GPTQ ENABLE_GPTQ FULL_GPTQ > QUANTIZER:gptq_lite:uniform
+SKIP_GPTQ > !QUANTIZER:gptq_lite:uniform
+GPTQ_LITE > QUANTIZER{1=gptq_lite,0=}
+GPTQ_CALIB_BATCHES > GPTQ_CALIBRATION_BATCHES
+GPTQ_CALIBRATION_BATCHES > QUANTIZER:gptq_lite:uniform
+GPTQ_RESERVE_MS > GPTQ_RESERVE_SECONDS*0.001
+GPTQ_PERCDAMP > GPTQ_DAMP
+GPTQ_BLOCK_SIZE > =128
+GPTQ_CALIB_SOURCE > =train
+GPTQ_ALL_REDUCE > =1
+AWQ_LITE_ENABLED > AWQ_GROUPS:0:1
+AWQ_LITE_GROUP_TOP_K > AWQ_GROUPS
+AWQ_LITE_GROUP_SIZE > =64
+AWQ_LITE_BITS > =8
+LQER_GROUP_SIZE > LQER_ASYM_GROUP
+LQER_RANK LQER_TOP_K > LQER_ENABLED:0:1
+TARGET_MB > @megabytes
+SUBMISSION_SIZE_CAP_BYTES > ARTIFACT_LIMIT_BYTES
+COMPRESS_METHOD COMPRESSION EXPORT_CODEC SERIAL_COMPRESSOR > COMPRESSOR
+USE_ZSTD > COMPRESSOR{1=zstd}
+MATRIX_CLIP_SIGMAS > @both_sigmas
+""",
+    "evaluation and test-time training": """
+SLIDING_WINDOW_ENABLED SLIDING_EVAL EVAL_SLIDING SLIDING_WINDOW_EVAL SLIDING_EVAL_ENABLED > EVAL_STRIDE:0:64
+SKIP_SLIDING > !EVAL_STRIDE:0:64
+SLIDING_EVAL_STRIDE VAL_STRIDE > EVAL_STRIDE
+EVAL_BATCH_SEQS SLIDING_BATCH_SEQS SLIDING_BATCH_SIZE > @eval_batch
+EVAL_TEMPERATURE TTT_TEMPERATURE > TEMPERATURE
+EVAL_ONLY TTT_EVAL_ONLY > MODE{0=,1=eval}
+EVAL_INCLUDE_TAIL > =1
+TTT_ENABLED USE_TTT TTT_EVAL_ENABLED TTT SKIP_TTT PHASED_TTT_ENABLED TTT_LORA_ENABLED TTT_USE_LORA > @ttt_mode
+TTT_EPOCHS > TTT_MODE:none:chunk
+TTT_OPTIMIZER GLOBAL_TTT_OPTIMIZER > =sgd
+TTT_PARAM_MODE > =full,all
+TTT_MASK > TTT_Q_LORA{no_qv=0,none=,all=} TTT_V_LORA{no_qv=0,none=,all=}
+TTT_NO_QV_MASK > TTT_Q_LORA{0=,1=0} TTT_V_LORA{0=,1=0}
+TTT_LOCAL_LR_MULT > @lora_rate
+TTT_SHORT_SCORE_FIRST_ENABLED > TTT_SHORT_DOC_CHUNKS:0:1
+TTT_SHORT_SCORE_FIRST_STEPS > =256:8,2000:24
+TTT_SHORT_DOC_LEN > =2000
+TTT_SHORT_CHUNK_SIZE > =24
+TTT_UPDATE_EVERY > =1
+GLOBAL_TTT_EPOCHS > PHASED_TTT_PREFIX_DOCS:0:0
+SMEAR_GATE_BOS_FIX > =1
+""",
+    "runs": """
+DATA_DIR > @data_root
+DATA_PATH > @shard_folder
+TOKENIZER_PATH > @tokenizer_model
+ENABLE_COMPILE TORCH_COMPILE USE_COMPILE COMPILE_MODEL COMPILE_ENABLED ENABLE_TORCH_COMPILE > COMPILE{0=0,1=,auto=}
+DISABLE_COMPILE NO_COMPILE > COMPILE{0=,1=0}
+COMPILE_MODE > =default
+COMPILE_FULLGRAPH > =0,1
+MAX_WALLCLOCK TIME_LIMIT_SECONDS > MAX_WALLCLOCK_SECONDS
+NUM_STEPS MAX_STEPS TRAIN_STEPS > ITERATIONS
+LOG_EVERY > TRAIN_LOG_EVERY
+VAL_EVERY > VAL_LOSS_EVERY
+""",
+}
+# What public scripts have and this one has not: patterns of their variables, and what to set instead. A row that begins
+# with `!` breaks a rule of the challenge: what matches the pattern after its `@` is refused where it is on.
+FOREIGN = """
+!PRE_?QUANT_TTT|SDTTT @ .*TTT(_ENABLED|_EPOCHS)? > learns from validation text before that text is scored
+!(DEEP_)?SLOT(_|$) @ .*SLOT(_ENABLED)? > trains vectors on the very targets that they score
+!PAID_PREFIX|TRAIN_ON_VAL|TRAIN_ORACLE|GPTQ_CALIB_SOURCE @ .* > puts validation text into the artifact
+!(WITHIN|WORD|AGREE)_ @ .*BOOST > opens a gate by looking at the target that is scored
+!PPM @ PPM(_MIX|_NATIVE)?(_ENABLED)? > mixes by the target's own probability
+!NGRAM_(?!TILT|HINT)|PHRASE|KNN|CTW|USE_(HEDGE_)?MIXER @ NGRAM(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER)?|KNN_LAMBDA|\
+CTW_WEIGHT > mixes in a cache whose probabilities do not sum to 1
+NGRAM_|TOKEN_(ORDER|BOOST|THR)|CUBRIC|MIXER|HEDGE > HINT_ENABLED=1 gives hints from repetition, with learned weights
+VE_|(NUM_)?VALUE_EMB > VE_DIM and VE_LAYERS give value embeddings
+LAWA|EMA|SWA|USE_POLYAK > EMA_DECAY, SWA_ENABLED and WEIGHT_AVERAGE average weights
+.*(LOOP|RECUR|PASSES|REPEAT|CRAWLER|UNIQUE|NUM_ITER|SHARED_(BL|LA)|LAYER_SCHED) > NUM_LOOPS, LOOP_START, LOOP_END and \
+ENABLE_LOOPING_AT run layers again
+.*TTT > TTT_MODE=phased or chunk, with the knobs of its section in --help, trains at test time
+MTP_|.*MTP > MTP_WEIGHTS predicts tokens further ahead
+(.*_)?(QAT|CROWN) > LATE_QAT_THRESHOLD says when training fake-quantizes
+PRUNE|TARGET_ > TARGET_BYTES fits the artifact to a size
+.*(COMPRESS|CODEC|ZSTD|RANS|ZLIB) > COMPRESSOR is the artifact's
+.*(QUANT|INT\\d|BITS|GPTQ|AWQ|BITNET|TERNARY|FP16|HESSIAN|CLIP_|OPTROT|HADAMARD) > QUANTIZER and MATRIX_BITS, ATTN_BITS, \
+MLP_BITS, EMBED_BITS quantize
+(FINAL_)?(VAL|EVAL|SLIDING|DOC_ISO|STRIDE)|EVAL > every target is scored once; EVAL_SEQ_LEN and EVAL_STRIDE are the windows
+.*(BIGRAM|TRIGRAM|HASH) > BIGRAM_VOCAB_SIZE gives hashed embeddings of pairs
+.*(GATE|ATTN|XSA|WINDOW|VALUE_RESIDUAL|VRL) > XSA_LAST_N and SPARSE_ATTN_GATE_ENABLED change attention
+(.*_)?(CHECKPOINT|SAVE) > CHECKPOINT_EVERY_SECONDS and RESUME keep runs
+.*WARMUP > WARMUP_STEPS compiles, and the learning rate has no warmup
+.*(CURRICULUM|SEQ_(LEN|SCHED)|BATCH_SCHED) > TRAIN_SEQ_SCHEDULE changes the context
+(.*_)?(LR|LEARNING)(_|$) > MATRIX_LR, SCALAR_LR, TIED_EMBED_LR, EMBED_LR and HEAD_LR are the rates
+MUON|.*MOMENTUM > MUON_MOMENTUM and the other MUON_ knobs set Muon
+"""
+# Words of variables that set up a training, and the beginnings of names that belong to machines and libraries.
+TRAINING_WORDS = frozenset(
+    "ABLATION ACT ACTIVATION ADALORA ADAM ADAMW ADAPTER ADAPTERS ADAPTIVE ALPHA ARCH ATTN AUX AWQ BACKBONE BACKOUT BATCH "
+    "BATCHES BETA BETA1 BETA2 BIGRAM BITNET BITS BLOCKS BOOST BRANCH BUCKETS CANON CASEOPS CHECKPOINT CHUNK CLIP CODA COMP "
+    "COMPILE COMPRESSION COMPRESSOR CORE CORR CRAWLER CROWN CURRICULUM DECAY DEPTH DIFF DIFFUSION DIM DISTILL DOC DOCS "
+    "DROPOUT EMA EMB EMBED EMBEDDING EMBEDS ENABLE ENABLED ENTROPY EPOCHS ETA ETLB EVAL EVERY EXPERTS EXPORT FF FOCAL FP16 "
+    "FP8 FRAC FRACTION FREEZE FREQ FUSED GAIN GATE GATED GPTQ GRAD GROUPS HASH HEAD HEADS HEDGE HESSIAN HIDDEN HNET HYMBA "
+    "HINT INIT INT4 INT5 INT6 INT8 ITERATIONS ITERS JEPA KNN KV LAMBDA LAWA LAYER LAYERS LEAKY LEARNED LN LOGIT LOOP LOOPS "
+    "LORA LOSS LQER LR MASK MATRIX MICROBATCH MIN MIXER MIXED MLP MOMENTUM MTP MULT MUON NEFTUNE NGRAM NOISE NORM NORMUON "
+    "NUM OPTIMIZER OPTROT ORDER ORTHO PARALLEL PASSES PATTENTION PHASED PHRASE POLAR PPM PREFIX PREQUANT PROG PROGRESSIVE "
+    "PRUNE PRUNING QAT QK QUANT QUANTIZED RAMP RANDOM RANK RANS RATIO READOUT RECUR RECURRENCE REFINER RELU RELU2 REPEAT "
+    "RESIDUAL ROPE ROTATION RVQ SCALAR SCALE SCALES SCALING SCHEDULE SEQ SEQS SHARDS SHARED SKIP SLIDING SLOPE SLOT SMEAR "
+    "SOFTCAP SPARSE SPINQUANT SSM STD STEP STEPS STRIDE SWA SWIGLU TAU TEMP TEMPERATURE TERNARY THRESHOLD TIE TIED TILT "
+    "TOKENS TRAIN TRAINING TRIGRAM TRN TTT TVERSKY TWEO UNIQUE UNTIE USE VAL VALUE VE VOCAB VRL WARMDOWN WARMUP WAVELET WD "
+    "WEIGHT WIDTH WINDOW WITHIN WORD XSA ZSTD VARIANT CTW PAID REGIME CUBRIC COMPLEMENT FLAT INST DELTA SDTTT QTTT".split()
+)
+ORDINARY = re.compile(
+    r"_|(TORCH|PYTORCH|CUDA|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSFORMERS|TOKENIZERS|WANDB|"
+    r"AWS|AZURE|GOOGLE|GCP|GITHUB|GITLAB|CI_|SLURM|PMI|OMPI|MPI|KUBE|K8S|RUNPOD|VAST|MODAL|DOCKER|SSH|XDG|LC_|LS|LD_|VSCODE|"
+    r"CONDA|VIRTUAL|JUPYTER|IPY|GIT|GTK|QT|DBUS|DEBIAN|TF_|JAX|XLA|MASTER|LOCAL_|GROUP_|ROLE_|NODE|OTEL|DD_|SAGEMAKER|SM_|UV_|"
+    r"PIP|NPM|NVM|MAKE|TERM|COLOR|CC$|CXX|CPATH|CFLAGS|NPROC|NUM_GPUS|PGOLF_)"
 )
 
 
@@ -1398,10 +1556,249 @@ def check_allowed(name: str, value: Any, row: Mapping[str, Any]) -> None:
         raise ConfigError(name, value, f"must be at most {high}" if low is None else f"must be from {low} to {high}")
 
 
+def is_off(text: str) -> bool:
+    """Whether a variable's text says that something is off, or as everywhere."""
+    text = text.strip().lower()
+    return text in ("off", "no", "none", "false", "standard", "default", "-1") or bool(re.fullmatch(r"-?0*\.?0+", text))
+
+
+class Command:
+    """The variables of a command: texts of knobs, once the names of other scripts are translated, and remarks."""
+
+    def __init__(self, environment: Mapping[str, str], preset: str):
+        """Errors: ConfigError for variables that contradict each other."""
+        self.given = {name: text for name, text in environment.items() if text != ""}
+        self.fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
+        self.base = {f.name: f.default for f in dataclasses.fields(Config)} | PRESETS[preset] | dict(preset=preset)
+        self.texts = {name: text for name, text in self.given.items() if name in self.fields and name != "PRESET"}
+        self.sources: dict[str, str] = {}  # knob: the variable that it was translated from
+        self.understood = set(self.texts) | {"PRESET"}
+        self.remarks: list[str] = []
+        rows = [row for rows in ALIASES.values() for row in rows.strip().splitlines()]
+        for row in sorted(rows, key=lambda row: ":" in row):  # switches last: what is off is off
+            names, _, meanings = row.partition(" > ")
+            for name in names.split():
+                own = name in self.fields
+                if name in self.given and (not own or meanings[0] == "@" or is_off(self.given[name])):
+                    for meaning in meanings.split():
+                        if self.translate(name, meaning):
+                            self.understood.add(name)
+
+    def value(self, name: str, text: str | None = None) -> Any:
+        """A knob's value by this text, else by the command, else by the preset. Errors: ConfigError."""
+        knob = name.upper()
+        text = self.texts.get(knob) if text is None else text
+        if text is None:
+            return self.base[knob.lower()]
+        source = self.sources.get(knob, knob)
+        try:
+            return parse_value(knob, str(self.fields[knob].type), text, self.fields[knob].metadata)
+        except ConfigError as error:
+            if source == knob:
+                raise ConfigError(knob, text, str(error.parts[2]) + VALUE_HINTS.get(knob, "")) from None
+            raise ConfigError(source, self.given[source], f"sets {knob}={text}, which {error.parts[2]}") from None
+
+    def put(self, knob: str, text: str, source: str, yields: bool = False) -> None:
+        """Sets a knob as another variable says. Errors: ConfigError where the command says otherwise elsewhere."""
+        before = self.sources.get(knob, knob)
+        if knob in self.texts and before != source:
+            known = self.value(knob)
+            if yields:
+                return
+            self.sources[knob] = source
+            if self.value(knob, text) != known:
+                allowed = f"means {knob}={text}, and {before}={self.given[before]} says otherwise: set one of them"
+                raise ConfigError(source, self.given[source], allowed)
+        self.sources[knob] = source
+        self.texts[knob] = text
+        self.value(knob)
+        if knob != source:
+            self.remarks.append(f"{source}={self.given[source]} is read as {knob}={text}")
+
+    def translate(self, name: str, meaning: str) -> bool:
+        """Applies what a row of ALIASES says that a variable means; False: its value has no equal here."""
+        text = self.given[name]
+        parts = re.split(r"([@={:*+])", meaning.strip("!~}"), maxsplit=1)
+        knob, sign = parts[0], "".join(parts[1:2])
+        rest = "".join(parts[2:])
+        if sign == "=":
+            return text.lower() in rest.split(",")
+        if sign == "@":
+            return getattr(self, rest)(name, text)
+        if sign == ":":
+            self.switch(name, knob, rest, inverted=meaning[0] == "!", yields=meaning[0] == "~")
+            return True
+        if sign == "{":
+            table = dict(pair.split("=") for pair in rest.split(","))
+            if text.lower() not in table and "*" not in table:
+                return False
+            text = table.get(text.lower(), text)
+        if sign == "*":
+            self.number(name, 0)
+            text = f"{float(text) * float(rest):g}"
+        if text:
+            self.put(knob, text, name)
+        for other in rest.split("+") if sign == "+" else ():
+            self.put(other, text, name, yields=True)
+        return True
+
+    def switch(self, name: str, knob: str, values: str, inverted: bool, yields: bool) -> None:
+        """A switch: its off turns off what the preset or a knob has on, its on turns on what they have off."""
+        own, *others = values.split("+")
+        off, on = own.split(":")
+        if name in self.fields:
+            self.texts.pop(name)  # BIGRAM_DIM=0
+        is_set, is_active = knob in self.texts, self.value(knob) != self.value(knob, off)
+        if is_off(self.given[name]) == inverted:  # on
+            if not is_active:
+                self.put(knob, on, name)
+                for pair in others:
+                    self.put(*pair.split("="), name, yields=True)
+        elif is_active and not (is_set and yields):
+            if is_set and self.fields[knob].type != "bool":
+                source = self.sources.get(knob, knob)
+                self.remarks.append(f"{source}={self.given[source]} has no effect with {name}={self.given[name]}")
+                del self.texts[knob]
+            self.put(knob, off, name)
+
+    def number(self, name: str, low: float) -> float:
+        """A variable's value as a number. Errors: ConfigError for another text, and below `low`."""
+        return parse_value(name, "float", self.given[name], dict(low=low, high=None, choices=None))
+
+    def mlp_width(self, name: str, text: str) -> bool:
+        """MLP_HIDDEN, the hidden width itself; 0: MLP_MULT says."""
+        width, dim = int(self.number(name, 0)), self.value("model_dim")
+        if width:
+            ratio = width / dim
+            self.put("MLP_MULT", repr(ratio if int(ratio * dim) == width else math.nextafter(ratio, math.inf)), name)
+        return True
+
+    def key_heads(self, name: str, text: str) -> bool:
+        """NUM_KV_HEADS=0: as many as there are query heads."""
+        if is_off(text):
+            self.texts[name] = str(self.value("num_heads"))
+        return True
+
+    def last_layers(self, name: str, text: str) -> bool:
+        """XSA_LAYERS: a number of last layers, or their list."""
+        layers, depth = text.strip(",").split(","), self.value("num_layers")
+        if len(layers) > 1 and layers != [str(n) for n in range(depth - len(layers), depth)]:
+            return False
+        self.put("XSA_LAST_N", text if len(layers) == 1 else str(len(layers)), name)
+        return True
+
+    def rope_length(self, name: str, text: str) -> bool:
+        """ROPE_TRAIN_SEQ_LEN: rotary wavelengths are those of training sequences."""
+        return text == str(self.value("train_seq_len"))
+
+    def accumulated(self, name: str, text: str) -> bool:
+        """GRAD_ACCUM_STEPS: micro-steps of a rank."""
+        ranks = int(self.given.get("WORLD_SIZE", "1")) if self.given.get("WORLD_SIZE", "1").isdecimal() else 1
+        share = self.value("train_batch_tokens") // (max(1, ranks) * int(self.number(name, 1)))
+        self.put("MICRO_BATCH_TOKENS", str(max(1, share)), name)
+        return True
+
+    def eval_batch(self, name: str, text: str) -> bool:
+        """EVAL_BATCH_SEQS: sequences that a rank scores at once."""
+        context = self.value("eval_seq_len") or self.value("train_seq_len")
+        self.put("VAL_BATCH_SIZE", str(int(self.number(name, 1)) * context), name)
+        return True
+
+    def megabytes(self, name: str, text: str) -> bool:
+        """TARGET_MB, in units of 2^20 bytes; more than the limit would fail in any case."""
+        if not QUANTIZER_TRAITS[self.value("quantizer")].column_scales:
+            return False
+        size = min(int(self.number(name, 0) * 2**20), self.value("artifact_limit_bytes"))
+        self.put("TARGET_BYTES", str(size), name)
+        return True
+
+    def both_sigmas(self, name: str, text: str) -> bool:
+        """MATRIX_CLIP_SIGMAS without those of attention and MLP means both, as in the scripts that have it alone."""
+        if not {"ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS"} & set(self.texts):
+            self.put("ATTN_CLIP_SIGMAS", text, name)
+            self.put("MLP_CLIP_SIGMAS", text, name)
+        return True
+
+    def lora_rate(self, name: str, text: str) -> bool:
+        """TTT_LOCAL_LR_MULT, a factor of LoRA's learning rate."""
+        rate = self.value("ttt_lora_lr") * self.number(name, 0)
+        self.texts.pop("TTT_LORA_LR", None)
+        self.put("TTT_LORA_LR", f"{rate:g}", name)
+        return True
+
+    def ttt_mode(self, name: str, text: str) -> bool:
+        """The switches of test-time training, all together: any that is off, of what would be on, turns it off."""
+        lora = ("PHASED_TTT_ENABLED", "TTT_LORA_ENABLED", "TTT_USE_LORA")
+        whole = ("TTT_ENABLED", "USE_TTT", "TTT_EVAL_ENABLED", "TTT", "SKIP_TTT")
+        state = {n: is_off(self.given[n]) == (n == "SKIP_TTT") for n in (*lora, *whole) if n in self.given}
+        mode = self.value("ttt_mode")
+        phased = any(state.get(n, n.startswith(("TTT_LORA", "GLOBAL_TTT", "PHASED_TTT"))) for n in self.given)
+        asked, wanted = any(state.get(n) for n in whole), mode
+        if not all(state.get(n, True) for n in whole):
+            wanted = "none"
+        elif name in lora and state[name]:
+            wanted = "phased"
+        elif name in lora and mode == "phased" and asked:  # LoRA without trainings of the full model
+            self.put("PHASED_TTT_PREFIX_DOCS", "0", name)
+        elif name in lora and mode == "phased":
+            wanted = "none"
+        elif mode == "none" and name not in lora:
+            wanted = "phased" if phased else "chunk"
+        if wanted != mode:
+            self.put("TTT_MODE", wanted, name)
+        return True
+
+    def data_root(self, name: str, text: str) -> bool:
+        """DATA_DIR, a folder of data sets and of tokenizers."""
+        if "DATA_PATH" not in self.given:
+            default = Path(text, "datasets", f"fineweb10B_sp{self.value('vocab_size')}")
+            self.put("DATA_PATH", str(self.found(name, text, "fineweb_val_*.bin") or default), name)
+            if "TOKENIZER_PATH" not in self.given and not Path(self.texts["DATA_PATH"], "tokenizer.model").is_file():
+                self.tokenizer_model(name, text)
+        return True
+
+    def shard_folder(self, name: str, text: str) -> bool:
+        """DATA_PATH, where it is a folder of data sets."""
+        if not any(Path(text).glob("fineweb_*.bin")) and (folder := self.found(name, text, "fineweb_val_*.bin")):
+            self.texts[name] = str(folder)
+            self.remarks.append(f"{name}={text} is read as {name}={folder}")
+            if "TOKENIZER_PATH" not in self.given and not (folder / "tokenizer.model").is_file():
+                self.tokenizer_model(name, text)
+        return True
+
+    def tokenizer_model(self, name: str, text: str) -> bool:
+        """TOKENIZER_PATH, where it is a folder."""
+        if Path(text).is_dir() and (model := self.found(name, text, "*.model")):
+            self.texts["TOKENIZER_PATH"] = str(model)
+            self.remarks.append(f"{name}={text} is read as TOKENIZER_PATH={model}")
+        return True
+
+    def found(self, name: str, root: str, pattern: str) -> Path | None:
+        """The folder of shards below a root, or the tokenizer, of this vocabulary. Errors: ConfigError for several."""
+        found = {}
+        for depth in range(7):
+            for path in Path(root).glob("*/" * depth + pattern):
+                found[path if path.suffix == ".model" else path.parent] = None
+        if len(found) > 1:
+            size, cased = str(self.value("vocab_size")), self.value("caseops_enabled") == "1"
+            sized = [path for path in found if size in re.findall(r"\d+", str(path.relative_to(root)))]
+            found = [path for path in sized if ("caseops" in str(path)) == cased] or sized
+        if len(found) > 1:
+            raise ConfigError(name, root, "holds several that fit: " + ", ".join(map(str, found)) + "; name one")
+        return next(iter(found), None)
+
+
+VALUE_HINTS = {
+    "MODE": "; in other scripts MODE chooses a recipe, which is PRESET here",
+    "COMPUTE_DTYPE": "; bf16 is bfloat16 here, and float16 would overflow",
+}
+
+
 def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
     """Preset, then overrides, then checks. Returns the config, the knobs set explicitly, and remarks for the log.
 
-    Errors: ConfigError for a value that is not allowed.
+    Errors: ConfigError for a value that is not allowed, for what breaks the challenge's rules, and with STRICT for a
+    variable that has no effect.
     """
     remarks = []
     preset = environment.get("PRESET", "")
@@ -1410,28 +1807,226 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         remarks.append(f"PRESET is not set and there is {'a' if cuda else 'no'} CUDA device: PRESET={preset}")
     if preset not in PRESETS:
         raise ConfigError("PRESET", preset, "must be one of " + ", ".join(PRESETS))
-    values, explicit = dict(PRESETS[preset], preset=preset), set()
-    for f in dataclasses.fields(Config):
-        name = f.name.upper()
-        if f.name != "preset" and environment.get(name, "") != "":
-            values[f.name] = parse_value(name, str(f.type), environment[name], f.metadata)
-            explicit.add(f.name)
-    if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
+    command = Command(environment, preset)
+    remarks += command.remarks
+    unknown = unknown_variables(environment, command.understood)
+    given = {knob.lower(): command.value(knob) for knob in command.texts}
+    if given.get("strict") and unknown:
+        name, hint = next(iter(foreign_variables(environment, command.understood).items()))
+        others = f" ({len(unknown) - 1} more variables have none)" if len(unknown) > 1 else ""
+        raise ConfigError(name, environment[name], f"has no effect, and STRICT=1 is set: {hint}{others}")
+    config, followed = followed_config(command, given, cuda)
+    if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
+        check_command(command, given, config, cuda)
+    return config, set(given), remarks + followed + idle_knobs(config, command) + unknown
+
+
+def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> tuple[Config, list[str]]:
+    """The configuration of the knobs that are given; what stands in the preset alone follows them, with remarks."""
+    values = command.base | given
+    if "warmdown_iters" in given and "warmdown_frac" not in given:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
-    if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
+    if "warmdown_frac" in given and "warmdown_iters" not in given:
         values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
-    if "phased_ttt_prefix_docs" in explicit and "phased_ttt_prefix_tokens" not in explicit:
+    if "phased_ttt_prefix_docs" in given and "phased_ttt_prefix_tokens" not in given:
         values["phased_ttt_prefix_tokens"] = 0  # a command that counts documents overrides the default's tokens
+    remarks = []
+
+    def follow(name: str, value: Any, leader: str) -> None:
+        if name not in given and values[name] != value:
+            cause = f"{leader.upper()}={values[leader]}"
+            remarks.append(f"{name.upper()}={value} follows {cause}: the preset's {values[name]} does not fit it")
+            values[name] = value
+
+    if values["mode"] != "eval":
+        follow_width(values, follow)
+        follow_depth(values, follow, command.base["num_layers"])
+        follow_batches(values, follow)
+        follow_quantizer(values, follow)
+    follow_evaluation(values, follow)
     config = resolved(Config(**values), cuda)
-    if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
+    if "muon_momentum_warmup_start" in given and config.muon_momentum_warmup_start > config.muon_momentum:
         raise ConfigError(
             "MUON_MOMENTUM_WARMUP_START",
             config.muon_momentum_warmup_start,
             f"must be at most MUON_MOMENTUM={config.muon_momentum:g}",
         )
-    if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
+    return config, remarks
+
+
+Follow = Callable[[str, Any, str], None]  # a knob that is not given, its value, and the knob that it follows
+
+
+def follow_width(v: dict[str, Any], follow: Follow) -> None:
+    """Heads follow the width, what heads hold follows them, and layers that are named one by one the depth."""
+    dim, heads = v["model_dim"], v["num_heads"]
+    fits = [n for n in range(1, heads + 1) if dim % n == 0 and dim // n % 2 == 0]
+    follow("num_heads", max(fits, default=heads), "model_dim")
+    heads = v["num_heads"]
+    follow("num_kv_heads", max(n for n in range(1, v["num_kv_heads"] + 1) if heads % n == 0), "num_heads")
+    head = dim // heads
+    follow("rope_dims", min(v["rope_dims"], head // 2 * 2), "model_dim")
+    follow("gate_window", min(v["gate_window"], dim), "model_dim")
+    follow("key_offset", v["key_offset"] and 0 < v["rope_dims"] <= head - 2, "rope_dims")
+    gates = [name for name in HEAD_GATES if v[name]]
+    for name in gates:
+        follow(name, name == gates[-1], gates[-1])
+        follow(name, len(gates) == 1 or name == gates[0], gates[0])
+    follow("bigram_signs", v["bigram_signs"] and v["bigram_vocab_size"] > 0, "bigram_vocab_size")
+    depth, layers = v["num_layers"], v["ve_layers"].split(",")
+    if v["ve_dim"] and any(n.isdecimal() and int(n) >= depth for n in layers):
+        follow("ve_layers", ",".join(str(n) for n in range(max(0, depth - len(layers)), depth)), "num_layers")
+    follow("xsa_last_n", min(v["xsa_last_n"], depth), "num_layers")
+    cuts = v["progressive_depth_schedule"].split(",")
+    follow("progressive_depth_schedule", ",".join(cuts[: max(0, depth - 1)]), "num_layers")
+
+
+def follow_depth(v: dict[str, Any], follow: Follow, preset_depth: int) -> None:
+    """Places of the recurrence and of parallel streams: in proportion where the preset's do not fit the depth."""
+    depth = v["num_layers"]
+
+    def broken() -> bool:
+        try:
+            check_recurrence(Config(**v))
+            check_parallel_residual(Config(**v))
+        except ConfigError:
+            return True
+        return False
+
+    if broken() and depth != preset_depth:
+        for name in ("loop_start", "loop_end", "parallel_start_layer"):
+            if v[name] > 0:
+                follow(name, int(v[name] * depth / preset_depth + 0.5), "num_layers")
+    if broken() and v["num_loops"]:
+        follow("loop_end", min(max(v["loop_end"], v["loop_start"]), depth - 1), "loop_start")
+        follow("loop_start", min(v["loop_start"], v["loop_end"]), "loop_end")
+    if broken() and v["loop_end"] < depth:
+        first = first_parallel_layer(Config(**v))
+        leader = "loop_end" if v["num_loops"] and first == v["loop_end"] + 1 else "num_layers"
+        follow("parallel_start_layer", first if first < depth else -1, leader)
+
+
+def follow_batches(v: dict[str, Any], follow: Follow) -> None:
+    """Whole sequences in a batch, and the built-in text of a vocabulary."""
+    contexts = [int(n) for n in re.findall(r"(\d+)@", v["train_seq_schedule"])]
+    follow("train_seq_len", max([v["train_seq_len"], *contexts]), "train_seq_schedule")
+    if v["train_batch_tokens"] < v["train_seq_len"]:
+        follow("train_seq_len", v["train_batch_tokens"], "train_batch_tokens")
+    length = v["train_seq_len"]
+    rows = max(1, v["train_batch_tokens"] // length)
+    if v["train_batch_tokens"] % length:
+        follow("train_batch_tokens", (rows - rows % 8 or rows) * length, "train_seq_len")  # 8 GPUs share them
+    text = f"data/builtin_sp{v['vocab_size']}"
+    if Path(text).is_dir() and re.fullmatch(r"data/builtin_sp\d+", v["data_path"]):
+        follow("data_path", text, "vocab_size")
+
+
+def follow_quantizer(v: dict[str, Any], follow: Follow) -> None:
+    """What a quantizer does not have is off, and one of two options that exclude each other."""
+    traits = QUANTIZER_TRAITS[v["quantizer"]]
+    off = {} if traits.column_scales else dict(column_steps=0.0, awq_groups=0, target_bytes=0)
+    if not traits.uses_hessians:
+        off |= dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
+    for name, value in off.items():
+        follow(name, value, "quantizer")
+    follow("rvq_enabled", v["rvq_enabled"] and not v["target_bytes"], "target_bytes")
+    follow("target_bytes", 0 if v["rvq_enabled"] else v["target_bytes"], "rvq_enabled")
+
+
+def follow_evaluation(v: dict[str, Any], follow: Follow) -> None:
+    """Windows within the context; hints with a range of lengths, and an order to learn in."""
+    if v["mode"] != "eval":
+        leader = "eval_seq_len" if v["eval_seq_len"] else "train_seq_len"
+        follow("eval_stride", min(v["eval_stride"], v[leader]), leader)
+    follow("hint_max_match", max(v["hint_max_match"], v["hint_min_match"]), "hint_min_match")
+    follow("hint_min_match", min(v["hint_max_match"], v["hint_min_match"]), "hint_max_match")
+    by_length = v["ttt_mode"] == "phased" and v["ttt_order"] == "length"
+    follow("hint_enabled", v["hint_enabled"] and not by_length, "ttt_order")
+
+
+def check_command(command: Command, given: Mapping[str, Any], config: Config, cuda: bool) -> None:
+    """Checks the configuration. Errors: ConfigError that names a variable of the command, never one of the preset."""
+    try:
         check_config(config)
-    return config, explicit, remarks + unknown_variables(environment)
+    except ConfigError as error:
+        name, allowed = str(error.parts[0]), str(error.parts[2])
+        if name.lower() in given:
+            if (source := command.sources.get(name, name)) == name:
+                raise
+            raise ConfigError(source, command.given[source], f"sets {name}={error.parts[1]}, which {allowed}") from None
+        for knob in sorted(given, key=lambda knob: knob.upper() not in allowed):
+            try:
+                check_config(followed_config(command, {n: v for n, v in given.items() if n != knob}, cuda)[0])
+            except ConfigError:
+                continue
+            source = command.sources.get(knob.upper(), knob.upper())
+            does = f"does not fit the preset: {name}={error.parts[1]} {allowed}"
+            raise ConfigError(source, command.given[source], does) from None
+        raise
+
+
+# Knobs that act only with another one: under the condition, and what holds where they do not act.
+IDLE: dict[str, tuple[Callable[[Config], Any], str]] = {
+    "loop_start loop_end enable_looping_at": (lambda c: c.loops, "NUM_LOOPS=0"),
+    "bigram_dim bigram_signs": (lambda c: c.bigram_vocab_size, "BIGRAM_VOCAB_SIZE=0"),
+    "ve_layers": (lambda c: c.ve_dim, "VE_DIM=0"),
+    "smear_gate_type": (lambda c: c.smear_gate_enabled, "SMEAR_GATE_ENABLED=0"),
+    "sparse_attn_gate_scale": (lambda c: c.sparse_attn_gate_enabled, "SPARSE_ATTN_GATE_ENABLED=0"),
+    "gated_attn_quant_gate": (lambda c: any(getattr(c, name) for name in HEAD_GATES), "no head gate is on"),
+    "gate_window": (
+        lambda c: c.smear_gate_enabled or c.sparse_attn_gate_enabled or c.attn_out_gate_enabled,
+        "no gate that reads it is on",
+    ),
+    "yarn_max_len": (lambda c: c.yarn, "ROPE_TYPE=rope"),
+    "tied_embed_lr tied_embed_init_std": (lambda c: c.tie_embeddings, "TIE_EMBEDDINGS=0"),
+    "embed_lr head_lr": (lambda c: not c.tie_embeddings, "TIE_EMBEDDINGS=1"),
+    "muon_momentum_warmup_start": (lambda c: c.muon_momentum_warmup_steps, "MUON_MOMENTUM_WARMUP_STEPS=0"),
+    "warmdown_iters": (lambda c: not c.warmdown_frac, "WARMDOWN_FRAC is above 0"),
+    "focal_gamma": (lambda c: c.focal_enabled, "FOCAL_ENABLED=0"),
+    "mtp_end": (lambda c: c.mtp_weights, "MTP_WEIGHTS is empty"),
+    "seq_change_warmup_steps": (lambda c: c.train_seq_schedule, "TRAIN_SEQ_SCHEDULE is empty"),
+    "swa_every swa_start": (lambda c: c.swa_enabled, "SWA_ENABLED=0"),
+    "attn_clip_sigmas mlp_clip_sigmas": (
+        lambda c: QUANTIZER_TRAITS[c.quantizer].clips_by_sigmas,
+        "QUANTIZER=gptq_lite",
+    ),
+    "gptq_calibration_batches gptq_damp": (
+        lambda c: QUANTIZER_TRAITS[c.quantizer].uses_hessians,
+        "QUANTIZER=gptq_lite",
+    ),
+    "trellis_states trellis_rate": (lambda c: c.quantizer == "trellis", "QUANTIZER is not trellis"),
+    "lqer_rank lqer_top_k lqer_select lqer_asym_enabled lqer_asym_group lqer_factor_bits": (
+        lambda c: c.lqer_enabled,
+        "LQER_ENABLED=0",
+    ),
+    "rvq_bits": (lambda c: c.rvq_enabled, "RVQ_ENABLED=0"),
+    "tune_scale_lr tune_vector_lr": (lambda c: c.tune_steps, "TUNE_STEPS=0"),
+    "hint_min_match hint_max_match hint_chunk_tokens hint_lr": (lambda c: c.hint_enabled, "HINT_ENABLED=0"),
+    " ".join(
+        f.name
+        for f in dataclasses.fields(Config)
+        if f.name in ("ttt_order", "ttt_batch_size", "ttt_chunk_size", "ttt_eval_seq_len", "ttt_streams")
+        or f.name.startswith(("phased_ttt", "global_ttt", "ttt_lora", "ttt_short"))
+        or f.name.endswith("_lora")
+        or f.name in ("ttt_beta2", "ttt_weight_decay", "ttt_grad_steps", "ttt_warm_start_a")
+    ): (lambda c: c.ttt_mode == "phased", "TTT_MODE is not phased"),
+    "ttt_chunk_tokens ttt_epochs ttt_lr ttt_decay_tokens ttt_momentum ttt_freeze_blocks": (
+        lambda c: c.ttt_mode == "chunk",
+        "TTT_MODE is not chunk",
+    ),
+}
+
+
+def idle_knobs(config: Config, command: Command) -> list[str]:
+    """A remark for each knob of the command whose feature is off."""
+    remarks = []
+    for names, (active, why) in IDLE.items():
+        for name in names.split():
+            known = config.mode != "eval" or name.startswith(("hint", "ttt", "phased", "global"))
+            if name.upper() in command.texts and known and not active(config):
+                source = command.sources.get(name.upper(), name.upper())
+                remarks.append(f"{source}={command.given[source]} has no effect: {why}")
+    return list(dict.fromkeys(remarks))
 
 
 def resolved(config: Config, cuda: bool) -> Config:
@@ -1476,16 +2071,43 @@ def cpu_info(*fields: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in fields), "")
 
 
-def unknown_variables(environment: dict[str, str]) -> list[str]:
-    """A warning for each variable that looks like a knob but is not one."""
+def foreign_variables(environment: Mapping[str, str], understood: Collection[str]) -> dict[str, str]:
+    """Variables that look like settings of a training and have no effect here, each with what to set instead.
+
+    Errors: ConfigError for what breaks a rule of the challenge.
+    """
     names = [f.name.upper() for f in dataclasses.fields(Config)]
-    warnings = []
-    for name in sorted(set(environment) - set(names)):
-        near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85) if len(name) > 3 else []
-        if near or name.upper().startswith(FAMILIES):
-            hint = f"did you mean {near[0]}?" if near else "no knob of this script has that name; see --help"
-            warnings.append(f"warning: {name}={environment[name]} has no effect: {hint}")
-    return warnings
+    rows = [row.strip("!").partition(" > ") for row in FOREIGN.strip().splitlines()]
+    hints = {}
+    for name in sorted(set(environment) - set(names) - set(understood)):
+        upper, text = name.upper(), environment[name]
+        near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
+        known = next((row for row in rows if re.match(row[0].split(" @ ")[0], upper)), None)
+        if known and " @ " in known[0]:
+            pattern, switch = known[0].split(" @ ")
+            others = {n for n in environment if re.match(pattern, n) and re.fullmatch(switch, n)}
+            if any(not is_off(environment[n]) for n in others) and re.fullmatch(switch, upper) and not is_off(text):
+                raise ConfigError(name, text, f"breaks the rules of the challenge: it {known[2]}")
+        looks = bool(known or near or TRAINING_WORDS & set(upper.split("_"))) and not ORDINARY.match(upper)
+        if looks and not is_off(text) and not switched_off(upper, environment):
+            meant = f"did you mean {near[0]}?" if near and near[0][:4] == upper[:4] else ""
+            hints[name] = meant or (known[2] if known else "no knob of this script has that name; see --help")
+    return hints
+
+
+def switched_off(name: str, environment: Mapping[str, str]) -> bool:
+    """Whether another variable turns off what this one belongs to, as SLOT_ENABLED=0 does with SLOT_LR."""
+    for switch, text in environment.items():
+        family = re.sub("^(USE|ENABLE)_|_(ENABLED|NUM_HEADS|WEIGHT|ORDER|EPOCHS|LAMBDA|STEPS)$", "", switch)
+        if family != switch != name and name.startswith(family + "_") and is_off(text):
+            return True
+    return False
+
+
+def unknown_variables(environment: Mapping[str, str], understood: Collection[str] = ()) -> list[str]:
+    """A warning for each variable that looks like a knob but has no effect. Errors: ConfigError, for what is refused."""
+    found = foreign_variables(environment, understood)
+    return [f"warning: {name}={environment[name]} has no effect: {hint}" for name, hint in found.items()]
 
 
 def check_config(config: Config) -> None:
@@ -1550,12 +2172,12 @@ def check_attention(config: ModelConfig) -> None:
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
     )
     require(tables_fit(config), config, "train_seq_len", TABLES_ALLOWED)
-    gates = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
-    enabled = [name for name in gates if getattr(config, name)]
+    enabled = [name for name in HEAD_GATES if getattr(config, name)]
     for name in enabled[1:]:
         require(False, config, name, f"must be 0, because {enabled[0].upper()} is 1: there is one head gate")
 
 
+HEAD_GATES = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
 SEQUENCE_LIMIT = 1 << 16  # tokens
 ROTARY_LIMIT = 1 << 24  # numbers in the rotary tables of a sequence
 TABLES_ALLOWED = (
@@ -1592,18 +2214,18 @@ def check_recurrence(config: ModelConfig) -> None:
 
 def check_parallel_residual(config: ModelConfig) -> None:
     """Parallel residual streams start in the second half of the layers, with and without recurrence, and after it."""
-    if not config.parallel_residual:
-        return
+    first, last = first_parallel_layer(config), config.num_layers - 1
+    layers = f"must be -1, or from {first} to {last}: in the second half, after the recurrence"
+    allowed = layers if first <= last else f"must be -1: no layer of NUM_LAYERS={last + 1} follows the recurrence"
+    fits = not config.parallel_residual or first <= config.parallel_start_layer <= last
+    require(fits, config, "parallel_start_layer", allowed)
+
+
+def first_parallel_layer(config: ModelConfig) -> int:
+    """The first layer at which parallel residual streams may start."""
     orders = [execution_order(config, looped) for looped in (False, True)]
     first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
-    if config.loops:
-        first = max(first, config.loop_end + 1)
-    require(
-        first <= config.parallel_start_layer < config.num_layers,
-        config,
-        "parallel_start_layer",
-        f"must be -1, or from {first} to {config.num_layers - 1}: in the second half, after the recurrence",
-    )
+    return max(first, config.loop_end + 1) if config.loops else first
 
 
 def check_batches(config: Config) -> None:
@@ -3096,7 +3718,7 @@ TENSOR_TYPES = {
     "U8": torch.uint8,
 }
 # Settings that may differ when a run goes on: they change where and how fast it computes, and no result.
-OPERATIONAL = ("run_id", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
+OPERATIONAL = ("run_id", "strict", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
 
 
 def open_regular(path: Path) -> int:

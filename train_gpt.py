@@ -522,7 +522,9 @@ class Config(ModelConfig):
     )
 
     # Length of the training, batches
-    iterations: int = knob(20000, "number of training steps, at most", Observed.SCHEDULE, low=1)
+    iterations: int = knob(
+        20000, "number of training steps, at most; 0: none, the initial weights", Observed.SCHEDULE, low=0
+    )
     max_wallclock_seconds: float = knob(600.0, "training time limit, in seconds; 0: no limit", Observed.SCHEDULE, low=0)
     gptq_reserve_seconds: float = knob(
         -1.0,
@@ -1348,7 +1350,7 @@ GPU_PRESETS = ("record", "poly5", "frontier")
 # What other scripts call the same thing, so that public commands run here as they stand: kinds of scripts, and in each
 # row names and what they set. `KNOB` takes the value as it is, `KNOB*2` twice the value, `A+B` sets both, B where it is
 # not set. `KNOB:off:on` is a switch: its 0 sets the value that is off, its 1 the usual one where the preset's is off,
-# with `+OTHER=value` beside it; it also stands for USE_, ENABLE_ and _ENABLED, and reversed for NO_, SKIP_ and DISABLE_.
+# with `+OTHER=value` beside it; it also stands for USE_, ENABLE_, _ENABLED, and reversed for NO_, SKIP_ and DISABLE_.
 # `KNOB{a=x,*=}` makes x of a and keeps any other value; `=a|b` are values that mean what happens here anyway, and
 # `@name` is a method of Command. A knob's own name on the left is for what its 0 turns off, as BIGRAM_DIM=0 does.
 ALIASES = {
@@ -1368,7 +1370,7 @@ SEQ_LEN > TRAIN_SEQ_LEN
 GRAD_ACCUM_STEPS > @micro_steps
 TRAIN_MICROBATCH_TOKENS > MICRO_BATCH_TOKENS
 TRAIN_SEQ_SCHEDULE_MODE > =wallclock
-ROPE_TRAIN_SEQ_LEN > @rope_length
+ROPE_TRAIN_SEQ_LEN > =TRAIN_SEQ_LEN
 SWA > SWA_ENABLED:0:1
 SWA_START_FRAC > SWA_START
 SWA_INTERVAL SWA_FREQ > SWA_EVERY
@@ -1379,11 +1381,11 @@ QAT_THRESHOLD > LATE_QAT_THRESHOLD
 """,
     "models": """
 D_FF MLP_HIDDEN > @mlp_width
-LEAKY_RELU LEAKY_RELU2 > LEAKY_RELU_SLOPE{1=0.5,*=}
+LEAKY_RELU > LEAKY_RELU_SLOPE{1=0.5,*=}
+LEAKY_RELU2 > LEAKY_RELU_SLOPE:0:0.5
 MLP_LEAKY_SLOPE LEAKY_SLOPE NEGATIVE_SLOPE MLP_LEAKY_RELU_SLOPE > LEAKY_RELU_SLOPE
 RELU2 > LEAKY_RELU_SLOPE{1=0,0=}
-ACTIVATION MLP_ACT MLP_ACTIVATION > LEAKY_RELU_SLOPE{relu2=0,relu_sq=0,leaky_relu_sq=0.5,leaky_relu_squared=0.5,\
-leaky_relu2=0.5,lrelu2=0.5,leaky2=0.5}
+ACTIVATION MLP_ACT MLP_ACTIVATION > @activation
 PARALLEL_RESIDUAL_START > PARALLEL_START_LAYER
 PARALLEL_RESIDUAL > PARALLEL_START_LAYER:-1:7
 SMEAR_GATE SMEARGATE SMEAR > SMEAR_GATE_ENABLED:0:1+SMEAR_GATE_TYPE=channel
@@ -1400,6 +1402,7 @@ XSA_LAYERS > @last_layers
 GATED_ATTENTION GATED_ATTN > GATED_ATTN_ENABLED:0:1
 GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
 UNET_SKIPS SMEAR_GATE_BOS_FIX > =1
+UNIQUE_LAYERS NUM_UNIQUE_LAYERS NUM_UNIQUE_BLOCKS NUM_BLOCKS > =NUM_LAYERS
 NUM_KV_HEADS > @key_heads
 """,
     "quantization": """
@@ -1453,18 +1456,20 @@ GLOBAL_TTT_EPOCHS > PHASED_TTT_PREFIX_DOCS:0:0
 DATA_DIR DATA_PATH TOKENIZER_PATH > @data
 COMPILE TORCH_COMPILE COMPILE_MODEL > COMPILE{0=0,1=,auto=}
 COMPILE_MODE > =default
+COMPILE_FULLGRAPH FIND_UNUSED_PARAMETERS SKIP_PRE_TTT_EVALS SKIP_PRE_QUANT_FINAL_EVAL SKIP_QUANTIZED_EVAL FUSED_MLP \
+USE_FUSED_QKV FAST_COMPILE RECOMPILE_ON_LATE_QAT > =0|1
 """,
 }
-# What public scripts have and this one has not: patterns of their variables, and the knobs that come nearest. A row that
-# begins with `!` breaks a rule of the challenge: what matches all of its second pattern is refused where it is on.
+# What public scripts have and this one has not: patterns of their variables, and the knobs that come nearest. A row
+# that begins with `!` breaks a rule of the challenge: what matches all of its second pattern is refused where it is on.
 FOREIGN = """
 !PRE_?QUANT_TTT|SDTTT @ .*TTT(_ENABLED|_EPOCHS)? > learns from validation text before it is scored
 !(DEEP_)?SLOT(_|$) @ .*SLOT(_ENABLED)? > trains vectors on the very targets that they score
 !PAID_PREFIX|TRAIN_ON_VAL|TRAIN_ORACLE|GPTQ_CALIB_SOURCE @ .* > trains on validation text
 !(WITHIN|WORD|AGREE)_ @ .*BOOST > opens a gate by looking at the target
 !PPM @ PPM(_MIX|_NATIVE)?(_ENABLED)? > mixes by the target's own probability
-!NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? > \
-mixes in a cache whose probabilities do not sum to 1
+!NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? \
+> mixes in a cache whose probabilities do not sum to 1
 NGRAM|TOKEN_|CUBRIC|.*(MIXER|HEDGE) > HINT_ENABLED
 VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
 LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE
@@ -1485,19 +1490,23 @@ MUON|MOMENTUM > MUON_MOMENTUM
 """
 # Words of variables that set up a training, beside those of knobs; words and beginnings that say nothing.
 TRAINING_WORDS = (
-    "ABLATION ACTIVATION ADALORA ADAMW ADAPTER ADAPTIVE ARCH AUX BACKBONE BACKOUT BATCHES BITNET BLOCKS BOOST BUCKETS CAL "
-    "CANON CLIPPING COMP COMPLEMENT CORR CRAWLER CROWN CTW CUBRIC CURRICULUM DIFFUSION DISTILL DROPOUT EMBEDDING EMBEDS "
-    "ENABLE ENTROPY EPOCH ETA ETLB EXPERTS FP16 FRACTION FREQ FUSED HEDGE HESSIAN HNET HYMBA INT4 INT5 INT6 INT8 ITERS "
-    "JEPA KNN LAMBDA LAWA LEARNED LEARNING LOOPS MICROBATCH MIXER MIXED MTP NGRAM NOISE NUMEL OPTIMIZER OPTROT ORTHO PAID "
-    "PASSES PATTENTION PHRASE POLAR PPM PREQUANT PRUNE PRUNING QAT QUANT QUANTIZED RAMP RANDOM RANS RATIO READOUT RECUR "
-    "RECURRENCE REFINER REGIME RELU2 SCALES SCALING SDTTT SEQS SHARDS SHARD SHARED SLIDING SLOT SPINQUANT SSM STD SWIGLU "
-    "TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT VRL WAVELET WEIGHTS WITHIN ZSTD"
+    "ABLATION ACTIVATION ADALORA ADAMW ADAPTER ADAPTIVE ARCH AUX BACKBONE BACKOUT BATCHES BITNET BLOCKS BOOST "
+    "BUCKETS CAL CANON COMP COMPLEMENT CORR CRAWLER CROWN CTW CUBRIC CURRICULUM DIFFUSION DISTILL DROPOUT EMBEDDING "
+    "EMBEDS ENTROPY EPOCH ETA ETLB EXPERTS FP16 FRACTION FREQ HEDGE HESSIAN HNET HYMBA INT4 INT5 INT6 INT8 ITERS "
+    "JEPA KNN LAMBDA LAWA LEARNED LEARNING LOOPS MICROBATCH MIXER MIXED NGRAM NOISE NUMEL OPTIMIZER OPTROT ORTHO "
+    "PAID PASSES PATTENTION PHRASE POLAR PPM PREQUANT PRUNE PRUNING QUANT QUANTIZED RAMP RANDOM RANS RATIO READOUT "
+    "RECUR RECURRENCE REFINER REGIME RELU2 SCALES SCALING SDTTT SEQS SHARDS SHARD SHARED SLIDING SLOT SPINQUANT SSM "
+    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT VRL WAVELET WITHIN"
 )
-PLAIN_WORDS = "ALLOW AHEAD BASE BYTES CACHE CPU DATA DEVICE DIR FIRST ID LIMIT MODE PATH READ RUN SELECT SHA256 SIZE THREADS TOKENIZER TYPE"
+PLAIN_WORDS = (
+    "ALLOW AHEAD BASE BYTES CACHE COMPILE CPU DATA DEVICE DIR FIRST ID LIMIT MODE PATH READ RUN SELECT "
+    "SHA256 SIZE THREADS TOKENIZER TYPE RANK KEY START END"
+)
 ORDINARY = (
-    r"_|(TORCH|PYTORCH|CUDA|CLOUD|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSF|TOKENIZERS|WANDB|"
-    r"AWS|AZURE|GOOGLE|GCP|GIT|CI_|SLURM|PMI|OMPI|KUBE|RUNPOD|VAST|MODAL|DOCKER|SSH|XDG|LC_|LD_|VSCODE|CONDA|JUPYTER|TF_|JAX|"
-    r"XLA|MASTER|LOCAL_|GROUP_|ROLE_|OTEL|DD_|SAGEMAKER|UV_|PIP_|NPM_|GTK|QT_)|.*_(PATH|FILE|HOME|URL|HOST|PORT|KEY|CERTS?)$"
+    r"_|(TORCH|PYTORCH|CUDA|CLOUD|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSF|TOKE"
+    r"NIZERS|WANDB|AWS|AZURE|GOOGLE|GCP|GIT|CI_|SLURM|PMI|OMPI|KUBE|RUNPOD|VAST|MODAL|DOCKER|SSH|XDG|LC_|LD_|VS"
+    r"CODE|CONDA|JUPYTER|TF_|JAX|XLA|MASTER|LOCAL_|GROUP_|ROLE_|NODE_|OTEL|DD_|SAGEMAKER|UV_|PIP_|NPM_|GTK|QT_)"
+    r"|.*_(PATH|FILE|HOME|URL|HOST|PORT|KEY|CERTS?)$"
 )
 
 
@@ -1558,9 +1567,9 @@ class Command:
             for name, text in self.given.items():
                 own = name in self.fields
                 feature = switch_of(name)[0] if re.search(":|{0=|ttt_mode", meanings) and not own else name
-                if feature in names.split() and (not own or meanings[0] == "@" or is_off(text)):
-                    if all([self.translate(name, meaning) for meaning in meanings.split()]):
-                        self.understood.add(name)
+                applies = feature in names.split() and (not own or meanings[0] == "@" or is_off(text))
+                if applies and all([self.translate(name, meaning) for meaning in meanings.split()]):
+                    self.understood.add(name)
 
     def value(self, name: str, text: str | None = None) -> Any:
         """A knob's value by this text, else by the command, else by the preset. Errors: ConfigError."""
@@ -1599,7 +1608,7 @@ class Command:
         knob, *more = re.split(r"([@={:*+])", meaning.rstrip("}"), maxsplit=1)
         sign, rest = more or ("", "")
         if sign == "=":
-            return text.lower() in rest.split("|")
+            return text == str(self.value(rest)) if rest in self.fields else text.lower() in rest.split("|")
         if sign == "@":
             return getattr(self, rest)(name, text)
         if sign == ":":
@@ -1662,13 +1671,16 @@ class Command:
         self.put("XSA_LAST_N", text if len(layers) == 1 else str(len(layers)), name)
         return True
 
-    def rope_length(self, name: str, text: str) -> bool:
-        """ROPE_TRAIN_SEQ_LEN: rotary wavelengths are those of training sequences."""
-        return text == str(self.value("train_seq_len"))
+    def activation(self, name: str, text: str) -> bool:
+        """ACTIVATION: ReLU^2, or LeakyReLU with its slope, squared."""
+        kind = re.fullmatch("(leaky_?relu|leaky|lrelu|relu)_?(2|sq|squared)", text.lower())
+        if kind and (kind[1] == "relu" or not self.value("leaky_relu_slope")):
+            self.put("LEAKY_RELU_SLOPE", "0" if kind[1] == "relu" else "0.5", name)
+        return bool(kind)
 
     def micro_steps(self, name: str, text: str) -> bool:
         """GRAD_ACCUM_STEPS: micro-steps of a rank."""
-        ranks = max(1, rank_variable(self.given, "WORLD_SIZE", 1))
+        ranks = int(self.number("WORLD_SIZE")) or 1 if "WORLD_SIZE" in self.given else 1
         share = self.value("train_batch_tokens") / (ranks * max(1, self.number(name)))
         self.put("MICRO_BATCH_TOKENS", str(max(1, int(share))), name)
         return True
@@ -1729,21 +1741,19 @@ class Command:
         found = {}
         if "_PATH" in name and not Path(text).is_dir() or any(Path(text).glob("fineweb_*.bin")):
             return True
-        if name != "TOKENIZER_PATH" and (name == "DATA_PATH" or "DATA_PATH" not in self.given):
-            if shards := self.below(name, text, "fineweb_val_*.bin"):
-                found["DATA_PATH"] = str(shards)
-            elif name == "DATA_DIR":
-                found["DATA_PATH"] = f"{text}/datasets/fineweb10B_sp{self.value('vocab_size')}"
+        if name == "DATA_PATH" or name == "DATA_DIR" and "DATA_PATH" not in self.given:
+            usual = f"{text}/datasets/fineweb10B_sp{self.value('vocab_size')}" if name == "DATA_DIR" else ""
+            found["DATA_PATH"] = self.below(name, text, "fineweb_val_*.bin") or usual
         inside = Path(found.get("DATA_PATH", ""), "tokenizer.model").is_file()
         if (name == "TOKENIZER_PATH" or "TOKENIZER_PATH" not in self.given) and not inside:
-            if model := self.below(name, text, "*.model"):
-                found["TOKENIZER_PATH"] = str(model)
+            found["TOKENIZER_PATH"] = self.below(name, text, "*.model")
         for knob, path in found.items():
-            self.texts.pop(knob, None)
-            self.put(knob, path, name)
+            if path:
+                self.texts.pop(knob, None)
+                self.put(knob, path, name)
         return True
 
-    def below(self, name: str, root: str, pattern: str) -> Path | None:
+    def below(self, name: str, root: str, pattern: str) -> str:
         """The folder of shards below a root, or the tokenizer, of this vocabulary. Errors: ConfigError for several."""
         paths = [path for depth in range(7) for path in Path(root).glob("*/" * depth + pattern)]
         found = list(dict.fromkeys(path if pattern == "*.model" else path.parent for path in paths))
@@ -1753,7 +1763,7 @@ class Command:
             found = [path for path in sized if ("caseops" in str(path)) == cased] or sized
         if len(found) > 1:
             raise ConfigError(name, root, "holds several that fit: " + ", ".join(map(str, found)) + "; name one")
-        return next(iter(found), None)
+        return str(found[0]) if found else ""
 
 
 VALUE_HINTS = {
@@ -1802,8 +1812,9 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
 
     def follow(name: str, value: Any, leader: str) -> None:
         if name not in given and values[name] != value:
-            cause = f"{leader.upper()}={values[leader]}"
-            remarks.append(f"{name.upper()}={value} follows {cause}: the preset's {values[name]} does not fit it")
+            cause = f"{leader.upper()}={shown(values[leader])}"
+            before = shown(values[name])
+            remarks.append(f"{name.upper()}={shown(value)} follows {cause}: the preset's {before} does not fit it")
             values[name] = value
 
     if values["mode"] != "eval":
@@ -1822,6 +1833,11 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
     return config, remarks
 
 
+def shown(value: Any) -> Any:
+    """A knob's value as it is written in a command."""
+    return int(value) if isinstance(value, bool) else value
+
+
 Follow = Callable[[str, Any, str], None]  # a knob that is not given, its value, and the knob that it follows
 
 
@@ -1831,7 +1847,7 @@ def follow_width(v: dict[str, Any], follow: Follow) -> None:
     fits = [n for n in range(1, heads + 1) if dim % n == 0 and dim // n % 2 == 0]
     follow("num_heads", max(fits, default=heads), "model_dim")
     heads = v["num_heads"]
-    follow("num_kv_heads", max(n for n in range(1, v["num_kv_heads"] + 1) if heads % n == 0), "num_heads")
+    follow("num_kv_heads", max(n for n in range(1, min(v["num_kv_heads"], heads) + 1) if heads % n == 0), "num_heads")
     head = dim // heads
     follow("rope_dims", min(v["rope_dims"], head // 2 * 2), "model_dim")
     follow("gate_window", min(v["gate_window"], dim), "model_dim")
@@ -1841,7 +1857,7 @@ def follow_width(v: dict[str, Any], follow: Follow) -> None:
         follow(name, False, next(gate for gate in gates if gate != name))
     follow("bigram_signs", v["bigram_signs"] and v["bigram_vocab_size"] > 0, "bigram_vocab_size")
     depth, layers = v["num_layers"], v["ve_layers"].split(",")
-    if v["ve_dim"] and any(n.isdecimal() and int(n) >= depth for n in layers):
+    if v["ve_dim"] and any(n.isdecimal() and int(n[:4]) >= depth for n in layers):
         follow("ve_layers", ",".join(str(n) for n in range(max(0, depth - len(layers)), depth)), "num_layers")
     follow("xsa_last_n", min(v["xsa_last_n"], depth), "num_layers")
     cuts = v["progressive_depth_schedule"].split(",")
@@ -1875,7 +1891,7 @@ def follow_depth(v: dict[str, Any], follow: Follow, preset_depth: int) -> None:
 
 def follow_batches(v: dict[str, Any], follow: Follow) -> None:
     """Whole sequences in a batch, and the built-in text of a vocabulary."""
-    contexts = [int(n) for n in re.findall(r"(\d+)@", v["train_seq_schedule"])]
+    contexts = [int(n) for n in re.findall(r"\b(\d{1,9})@", v["train_seq_schedule"])]
     follow("train_seq_len", max([v["train_seq_len"], *contexts]), "train_seq_schedule")
     if v["train_batch_tokens"] < v["train_seq_len"]:
         follow("train_seq_len", v["train_batch_tokens"], "train_batch_tokens")
@@ -1953,10 +1969,10 @@ rvq_bits < rvq_enabled
 tune_scale_lr tune_vector_lr < tune_steps
 hint_min_match hint_max_match hint_chunk_tokens hint_lr < hint_enabled
 ttt_chunk_tokens ttt_epochs ttt_lr ttt_decay_tokens ttt_momentum ttt_freeze_blocks < ttt_mode=chunk
-ttt_order ttt_chunk_size ttt_eval_seq_len ttt_beta2 ttt_weight_decay ttt_grad_steps ttt_warm_start_a ttt_short_doc_chunks \
-ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora ttt_o_lora ttt_mlp_lora phased_ttt_prefix_docs \
-phased_ttt_prefix_tokens phased_ttt_num_phases global_ttt_chunk_tokens global_ttt_lr global_ttt_momentum \
-global_ttt_epochs < ttt_mode=phased
+ttt_order ttt_chunk_size ttt_eval_seq_len ttt_beta2 ttt_weight_decay ttt_grad_steps ttt_warm_start_a \
+ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora ttt_o_lora ttt_mlp_lora \
+phased_ttt_prefix_docs phased_ttt_prefix_tokens phased_ttt_num_phases global_ttt_chunk_tokens global_ttt_lr \
+global_ttt_momentum global_ttt_epochs < ttt_mode=phased
 ttt_batch_size ttt_streams < ttt_order=length
 """
 
@@ -1972,7 +1988,9 @@ def idle_knobs(config: Config, command: Command) -> list[str]:
             known = config.mode != "eval" or name.startswith(("hint", "ttt", "phased", "global"))
             if name.upper() in command.texts and known:
                 source = command.sources.get(name.upper(), name.upper())
-                holds = ", ".join(f"{n.upper()}={getattr(config, n)}" for n in dict.fromkeys(n for n, _, _ in pairs))
+                holds = ", ".join(
+                    f"{n.upper()}={shown(getattr(config, n))}" for n in dict.fromkeys(p[0] for p in pairs)
+                )
                 remarks.append(f"{source}={command.given[source]} has no effect with {holds}")
     return remarks
 
@@ -2034,13 +2052,13 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
         near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
         pattern, meant = next((row for row in rows if re.match(row[0].strip("!").split(" @ ")[0], upper)), ("", ""))
         if pattern.startswith("!"):
-            meant = "it belongs to what " + meant
             if re.fullmatch(pattern.split(" @ ")[1], upper) and not is_off(text):
-                raise ConfigError(name, text, "is against the rules of the challenge: " + meant[16:])
+                raise ConfigError(name, text, f"breaks a rule of the challenge: it {meant}")
+            meant = f"it belongs to what breaks a rule of the challenge, as it {meant}"
         elif near and near[0][:4] == upper[:4]:
             meant = f"did you mean {near[0]}?"
         elif meant:
-            meant = "nearest here: " + meant
+            meant = "the nearest here is " + meant.replace(" ", ", ")
         ordinary = re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
         if not ordinary and (meant or "/" not in text and words & set(upper.split("_"))):
             hints[name] = meant or "no knob of this script has that name; see --help"
@@ -8014,6 +8032,8 @@ START = Progress(0, 0.0)
 
 def fraction_done(p: Progress, config: Config) -> float:
     """Fraction of the training that is over: of the time limit or of the steps, whichever is further."""
+    if not config.iterations:
+        return 1.0
     return min(1.0, max(p.step / config.iterations, p.seconds / config.train_seconds))
 
 
@@ -8023,7 +8043,7 @@ def lr_multiplier(p: Progress, config: Config) -> float:
     if not warmdown and config.warmdown_iters:
         # Given in steps: the fraction of the run that they take at the average speed so far.
         seconds = config.warmdown_iters * p.seconds / max(p.step, 1)
-        warmdown = min(1.0, max(config.warmdown_iters / config.iterations, seconds / config.train_seconds))
+        warmdown = min(1.0, max(config.warmdown_iters / max(config.iterations, 1), seconds / config.train_seconds))
     if not warmdown:
         return 1.0
     return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
@@ -8605,7 +8625,7 @@ def log_step(trainer: Trainer, p: Progress, nats: Tensor) -> None:
 
 def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
     """The fraction of the training in which steps waited for their batches, on the rank that waited longest."""
-    share = max(run.gather(seconds)) / p.seconds
+    share = max(run.gather(seconds)) / max(p.seconds, 1e-9)  # ITERATIONS=0 takes none
     run.log(f"data stall: {share:.2%} of step time")
     run.metric(data_wait_share=share)
     return share
@@ -12787,7 +12807,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
         train_tokens=tokens,
         train_seconds=end.seconds,
         seconds_over_limit=log_overrun(config, run, end),
-        tokens_per_second=tokens / end.seconds,
+        tokens_per_second=tokens / max(end.seconds, 1e-9),
         data_wait_share=trained.data_stall,
         parameters=parameter_count(config),
         sections=sections,

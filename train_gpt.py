@@ -1496,14 +1496,14 @@ TRAINING_WORDS = (
     "JEPA KNN LAMBDA LAWA LEARNED LEARNING LOOPS MICROBATCH MIXER MIXED NGRAM NOISE NUMEL OPTIMIZER OPTROT ORTHO "
     "PAID PASSES PATTENTION PHRASE POLAR PPM PREQUANT PRUNE PRUNING QUANT QUANTIZED RAMP RANDOM RANS RATIO READOUT "
     "RECUR RECURRENCE REFINER REGIME RELU2 SCALES SCALING SDTTT SEQS SHARDS SHARD SHARED SLIDING SLOT SPINQUANT SSM "
-    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT VRL WAVELET WITHIN"
+    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT VRL WAVELET WITHIN LABEL"
 )
 PLAIN_WORDS = (
     "ALLOW AHEAD BASE BYTES CACHE COMPILE CPU DATA DEVICE DIR FIRST ID LIMIT MODE PATH READ RUN SELECT "
-    "SHA256 SIZE THREADS TOKENIZER TYPE RANK KEY START END"
+    "SHA256 SIZE THREADS TOKENIZER TYPE KEY"
 )
 ORDINARY = (
-    r"_|(TORCH|PYTORCH|CUDA|CLOUD|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSF|TOKE"
+    r"_|RANK$|(TORCH|PYTORCH|CUDA|CLOUD|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSF|TOKE"
     r"NIZERS|WANDB|AWS|AZURE|GOOGLE|GCP|GIT|CI_|SLURM|PMI|OMPI|KUBE|RUNPOD|VAST|MODAL|DOCKER|SSH|XDG|LC_|LD_|VS"
     r"CODE|CONDA|JUPYTER|TF_|JAX|XLA|MASTER|LOCAL_|GROUP_|ROLE_|NODE_|OTEL|DD_|SAGEMAKER|UV_|PIP_|NPM_|GTK|QT_)"
     r"|.*_(PATH|FILE|HOME|URL|HOST|PORT|KEY|CERTS?)$"
@@ -1736,6 +1736,15 @@ class Command:
             self.put("TTT_MODE", wanted, name)
         return True
 
+    def last_run(self) -> list[str]:
+        """An evaluation that names no run: of the artifact in the current folder, else of the newest run in logs/."""
+        if self.value("mode") != "eval" or "RUN_ID" in self.texts or "ARTIFACT_DIR" in self.texts:
+            return []
+        runs = sorted(Path("logs").glob("*/model.pgolf"), key=lambda path: path.stat().st_mtime)
+        folder = Path() if Path("model.pgolf").is_file() else runs[-1].parent if runs else None
+        self.texts |= {} if folder is None else dict(ARTIFACT_DIR=str(folder))
+        return [] if folder is None else [f"neither RUN_ID nor ARTIFACT_DIR is set: ARTIFACT_DIR={folder}"]
+
     def data(self, name: str, text: str) -> bool:
         """DATA_DIR, DATA_PATH or TOKENIZER_PATH, where they are folders of data sets and of tokenizers."""
         found = {}
@@ -1786,7 +1795,7 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     if preset not in PRESETS:
         raise ConfigError("PRESET", preset, "must be one of " + ", ".join(PRESETS))
     command = Command(environment, preset)
-    remarks += command.remarks
+    remarks += command.remarks + command.last_run()
     unknown = unknown_variables(environment, command.understood)
     given = {knob.lower(): command.value(knob) for knob in command.texts}
     if given.get("strict") and unknown:
@@ -2060,7 +2069,9 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
         elif meant:
             meant = "the nearest here is " + meant.replace(" ", ", ")
         ordinary = re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
-        if not ordinary and (meant or "/" not in text and words & set(upper.split("_"))):
+        if not ordinary and (
+            meant or "/" not in text and (words & set(upper.split("_")) or switch_of(upper)[0] != upper)
+        ):
             hints[name] = meant or "no knob of this script has that name; see --help"
     return hints
 

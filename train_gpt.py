@@ -1730,7 +1730,8 @@ class Command:
             if wanted == "phased" and not state[name]:  # LoRA without trainings of the full model
                 self.put("PHASED_TTT_PREFIX_DOCS", "0", name)
         elif mode == "none":
-            lora = any(state.get(n, n.startswith(("TTT_LORA", "GLOBAL_TTT", "PHASED_TTT"))) for n in self.given)
+            kinds = ("TTT_LORA", "GLOBAL_TTT", "PHASED_TTT")
+            lora = any(state.get(n, True) for n in self.given if n.startswith(kinds))
             wanted = "phased" if lora else "chunk"
         if wanted != mode:
             self.put("TTT_MODE", wanted, name)

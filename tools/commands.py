@@ -217,7 +217,8 @@ def variables_page(root: Path, text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-VARIABLES_HEAD = """<!-- Made by `make docs` from tools/variables.tsv and train_gpt.py. Do not edit: a change belongs there. -->
+VARIABLES_HEAD = """\
+<!-- Made by `make docs` from tools/variables.tsv and train_gpt.py. Do not edit: a change belongs there. -->
 
 # The community's variables
 

@@ -77,7 +77,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -433,7 +433,12 @@ class Config(ModelConfig):
         "random seed of the initial weights, the data order, NEFTune's noise and LoRA's initial weights",
         Observed.INIT,
         low=0,
-        high=2**31 - 1,
+        high=2**32 - 1,
+    )
+    strict: bool = knob(
+        False,
+        "refuse a variable that other scripts have and that has no effect here, instead of a warning",
+        Observed.REFUSAL,
     )
     device: str = knob(
         "auto",
@@ -539,7 +544,9 @@ class Config(ModelConfig):
     )
 
     # Length of the training, batches
-    iterations: int = knob(20000, "number of training steps, at most", Observed.SCHEDULE, low=1)
+    iterations: int = knob(
+        20000, "number of training steps, at most; 0: none, the initial weights", Observed.SCHEDULE, low=0
+    )
     max_wallclock_seconds: float = knob(600.0, "training time limit, in seconds; 0: no limit", Observed.SCHEDULE, low=0)
     gptq_reserve_seconds: float = knob(
         -1.0,
@@ -1505,34 +1512,167 @@ ORIGINALS: dict[str, dict[str, Any]] = {
 }
 # Those that would take days on CPUs.
 GPU_PRESETS = ("record", "poly5", "frontier")
-# Prefixes that the field uses for its variables: one that starts so and is no knob here is worth a warning.
-FAMILIES = (
-    "TTT_",
-    "MUON_",
-    "NORMUON_",
-    "LQER_",
-    "GPTQ_",
-    "EVAL_",
-    "TRAIN_",
-    "VAL_",
-    "ROPE_",
-    "EMA_",
-    "SWA_",
-    "QAT_",
-    "PHASED_",
-    "GLOBAL_TTT_",
-    "MATRIX_",
-    "EMBED_",
-    "WARMDOWN_",
-    "LOOP_",
-    "XSA_",
-    "SMEAR_",
-    "SPARSE_ATTN_",
-    "GATED_ATTN_",
-    "BIGRAM_",
-    "VE_",
-    "FOCAL_",
-    "LATE_QAT",
+# What other scripts call the same thing, so that public commands run here as they stand: kinds of scripts, and in each
+# row names and what they set. `KNOB` takes the value as it is, `KNOB*2` twice the value, `A+B` sets both, B where it is
+# not set. `KNOB:off:on` is a switch: its 0 sets the value that is off, its 1 the usual one where the preset's is off,
+# with `+OTHER=value` beside it; it also stands for USE_, ENABLE_, _ENABLED, and reversed for NO_, SKIP_ and DISABLE_.
+# `KNOB{a=x,*=}` makes x of a and keeps any other value; `=a|b` are values that mean what happens here anyway, and
+# `@name` is a method of Command. A knob's own name on the left is for what its 0 turns off, as BIGRAM_DIM=0 does.
+ALIASES = {
+    "optimizers and schedules": """
+MUON_WEIGHT_DECAY WEIGHT_DECAY_MUON > MUON_WD
+WEIGHT_DECAY > MUON_WD+ADAM_WD+EMBED_WD
+ADAM_WEIGHT_DECAY WEIGHT_DECAY_ADAM > ADAM_WD
+ADAM_BETA2 > BETA2
+MUON_EQ_R MUON_ROW_NORM > MUON_ROW_NORMALIZE:0:1
+POLAR_EXPRESS > MUON_COEFFICIENTS:classic:polar_express
+MATRIX_OPTIMIZER > =muon
+WARMDOWN_FRACTION > WARMDOWN_FRAC
+WARMDOWN_STEPS > WARMDOWN_ITERS
+WARMDOWN_SHAPE > =linear
+MIN_LR_RATIO > MIN_LR
+SEQ_LEN > TRAIN_SEQ_LEN
+GRAD_ACCUM_STEPS > @micro_steps
+TRAIN_MICROBATCH_TOKENS > MICRO_BATCH_TOKENS
+TRAIN_SEQ_SCHEDULE_MODE > =wallclock
+ROPE_TRAIN_SEQ_LEN > =TRAIN_SEQ_LEN
+SWA > SWA_ENABLED:0:1
+SWA_START_FRAC > SWA_START
+SWA_INTERVAL SWA_FREQ > SWA_EVERY
+SWA_EVERY > SWA_ENABLED:0:1
+EMA > EMA_DECAY:0:0.997
+LATE_QAT QAT > LATE_QAT_THRESHOLD:0:0.15
+QAT_THRESHOLD > LATE_QAT_THRESHOLD
+""",
+    "models": """
+D_FF MLP_HIDDEN > @mlp_width
+LEAKY_RELU > LEAKY_RELU_SLOPE{1=0.5,*=}
+LEAKY_RELU2 > LEAKY_RELU_SLOPE:0:0.5
+MLP_LEAKY_SLOPE LEAKY_SLOPE NEGATIVE_SLOPE MLP_LEAKY_RELU_SLOPE > LEAKY_RELU_SLOPE
+RELU2 > LEAKY_RELU_SLOPE{1=0,0=}
+ACTIVATION MLP_ACT MLP_ACTIVATION > @activation
+PARALLEL_RESIDUAL_START > PARALLEL_START_LAYER
+PARALLEL_RESIDUAL > PARALLEL_START_LAYER:-1:7
+SMEAR_GATE SMEARGATE SMEAR > SMEAR_GATE_ENABLED:0:1+SMEAR_GATE_TYPE=channel
+SMEAR_GATE_WIDTH GATE_ATTN_WIDTH GATE_WIDTH > GATE_WINDOW
+BIGRAM_HASH BIGRAM > BIGRAM_VOCAB_SIZE:0:2048
+BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS BIGRAM_TABLE_SIZE BIGRAM_VOCAB > BIGRAM_VOCAB_SIZE
+BIGRAM_EMBED_DIM BIGRAM_HASH_DIM > BIGRAM_DIM
+BIGRAM_DIM > BIGRAM_VOCAB_SIZE:0:0
+VE VALUE_EMBED > VE_DIM:0:128
+VALUE_EMBED_DIM > VE_DIM
+PARTIAL_ROPE_DIMS > ROPE_DIMS
+XSA > XSA_LAST_N:0:4
+XSA_LAYERS > @last_layers
+GATED_ATTENTION GATED_ATTN > GATED_ATTN_ENABLED:0:1
+GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
+UNET_SKIPS SMEAR_GATE_BOS_FIX > =1
+UNIQUE_LAYERS NUM_UNIQUE_LAYERS NUM_UNIQUE_BLOCKS NUM_BLOCKS > =NUM_LAYERS
+NUM_KV_HEADS > @key_heads
+""",
+    "quantization": """
+QUANT_BITS WEIGHT_BITS WEIGHT_QUANTIZATION_BITS QAT_BITS LOWBIT_BITS GPTQ_BITS > MATRIX_BITS
+QUANT_MAX CLIP_RANGE QUANT_LEVELS > MATRIX_BITS{7=4,15=5,31=6,63=7,127=8}
+INT6_QUANT INT6 > MATRIX_BITS:8:6
+INT5_MLP > MLP_BITS:0:5
+MLP_QUANT_BITS > MLP_BITS
+EMBED_QUANT_BITS EMBED_QUANTIZATION_BITS > EMBED_BITS
+GPTQ FULL_GPTQ GPTQ_CALIBRATION_BATCHES > QUANTIZER:gptq_lite:uniform
+GPTQ_LITE > QUANTIZER:uniform:gptq_lite
+GPTQ_CALIB_BATCHES > GPTQ_CALIBRATION_BATCHES
+GPTQ_RESERVE_MS > GPTQ_RESERVE_SECONDS*0.001
+GPTQ_BLOCK_SIZE > =128
+GPTQ_CALIB_SOURCE > =train
+GPTQ_ALL_REDUCE > =1
+AWQ_LITE > AWQ_GROUPS:0:1
+AWQ_LITE_GROUP_TOP_K > AWQ_GROUPS
+AWQ_LITE_GROUP_SIZE > =64
+AWQ_LITE_BITS > =8
+LQER_GROUP_SIZE > LQER_ASYM_GROUP
+LQER_RANK LQER_TOP_K > LQER_ENABLED:0:1
+TARGET_MB > @megabytes
+TARGET_ARTIFACT_BYTES > TARGET_BYTES
+SUBMISSION_SIZE_CAP_BYTES > ARTIFACT_LIMIT_BYTES
+COMPRESS_METHOD COMPRESSION EXPORT_CODEC SERIAL_COMPRESSOR MODEL_COMPRESSOR > COMPRESSOR
+MATRIX_CLIP_SIGMAS > @both_sigmas
+""",
+    "evaluation and test-time training": """
+SLIDING_WINDOW SLIDING_EVAL EVAL_SLIDING SLIDING_WINDOW_EVAL SLIDING > EVAL_STRIDE:0:64
+SLIDING_EVAL_STRIDE SLIDING_STRIDE SLIDING_WINDOW_STRIDE VAL_STRIDE > EVAL_STRIDE
+EVAL_BATCH_SEQS SLIDING_BATCH_SEQS SLIDING_BATCH_SIZE > @eval_batch
+EVAL_CTX > EVAL_SEQ_LEN
+EVAL_TEMPERATURE TTT_TEMPERATURE > TEMPERATURE
+EVAL_ONLY TTT_EVAL_ONLY > MODE:all:eval
+EVAL_INCLUDE_TAIL TTT_UPDATE_EVERY > =1
+TTT TTT_EVAL PHASED_TTT TTT_LORA TTT_USE_LORA > @ttt_mode
+TTT_EPOCHS > TTT_MODE:none:chunk
+TTT_OPTIMIZER GLOBAL_TTT_OPTIMIZER > =sgd
+TTT_PARAM_MODE > =full|all
+TTT_MASK > TTT_Q_LORA{no_qv=0,none=,all=} TTT_V_LORA{no_qv=0,none=,all=}
+TTT_NO_QV_MASK > TTT_Q_LORA{1=0} TTT_V_LORA{1=0}
+TTT_LOCAL_LR_MULT > @lora_rate
+TTT_SHORT_SCORE_FIRST > TTT_SHORT_DOC_CHUNKS:0:1
+TTT_SHORT_SCORE_FIRST_STEPS > =256:8,2000:24
+TTT_SHORT_DOC_LEN > =2000
+TTT_SHORT_CHUNK_SIZE > =24
+GLOBAL_TTT_EPOCHS > PHASED_TTT_PREFIX_DOCS:0:0
+""",
+    "runs": """
+DATA_DIR DATA_PATH TOKENIZER_PATH > @data
+COMPILE TORCH_COMPILE COMPILE_MODEL > COMPILE{0=0,1=,auto=}
+COMPILE_MODE > =default
+COMPILE_FULLGRAPH FIND_UNUSED_PARAMETERS SKIP_PRE_TTT_EVALS SKIP_PRE_QUANT_FINAL_EVAL SKIP_QUANTIZED_EVAL FUSED_MLP \
+USE_FUSED_QKV FAST_COMPILE RECOMPILE_ON_LATE_QAT > =0|1
+""",
+}
+# What public scripts have and this one has not: patterns of their variables, and the knobs that come nearest. A row
+# that begins with `!` breaks a rule of the challenge: what matches all of its second pattern is refused where it is on.
+FOREIGN = """
+!PRE_?QUANT_TTT|SDTTT @ .*TTT(_ENABLED|_EPOCHS)? > learns from validation text before it is scored
+!(DEEP_)?SLOT(_|$) @ .*SLOT(_ENABLED)? > trains vectors on the very targets that they score
+!PAID_PREFIX|TRAIN_ON_VAL|TRAIN_ORACLE|GPTQ_CALIB_SOURCE @ .* > trains on validation text
+!(WITHIN|WORD|AGREE)_ @ .*BOOST > opens a gate by looking at the target
+!PPM @ PPM(_MIX|_NATIVE)?(_ENABLED)? > mixes by the target's own probability
+!NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? \
+> mixes in a cache whose probabilities do not sum to 1
+NGRAM|TOKEN_|CUBRIC|.*(MIXER|HEDGE) > HINT_ENABLED
+VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
+LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE
+.*(LOOP|RECUR|PASSES|REPEAT|CRAWLER|UNIQUE|NUM_ITER|SHARED_(BL|LA)|LAYER_SCHED) > NUM_LOOPS LOOP_START LOOP_END
+.*TTT > TTT_MODE
+.*MTP > MTP_WEIGHTS
+.*(QAT|CROWN) > LATE_QAT_THRESHOLD
+PRUNE|TARGET_ > TARGET_BYTES
+.*(COMPRESS|CODEC|ZSTD|RANS) > COMPRESSOR
+.*(QUANT|INT\\d|BITS|GPTQ|AWQ|TERNARY|BITNET|FP16|HESSIAN|OPTROT|HADAMARD) > QUANTIZER MATRIX_BITS
+(FINAL_)?(VAL_|EVAL|SLIDING|DOC_ISO|STRIDE) > EVAL_SEQ_LEN EVAL_STRIDE
+.*(TRIGRAM|BIGRAM|HASH) > BIGRAM_VOCAB_SIZE
+.*(GATE|ATTN|XSA|WINDOW) > XSA_LAST_N SPARSE_ATTN_GATE_ENABLED
+.*(CHECKPOINT|SAVE) > CHECKPOINT_EVERY_SECONDS
+.*(CURRICULUM|SEQ_(LEN|SCHED)|BATCH_SCHED) > TRAIN_SEQ_SCHEDULE
+.*(LR$|LR_|LEARNING) > MATRIX_LR SCALAR_LR TIED_EMBED_LR
+MUON|MOMENTUM > MUON_MOMENTUM
+"""
+# Words of variables that set up a training, beside those of knobs; words and beginnings that say nothing.
+TRAINING_WORDS = (
+    "ABLATION ACTIVATION ADALORA ADAMW ADAPTER ADAPTIVE ARCH AUX BACKBONE BACKOUT BATCHES BITNET BLOCKS BOOST "
+    "BUCKETS CAL CANON COMP COMPLEMENT CORR CRAWLER CROWN CTW CUBRIC CURRICULUM DIFFUSION DISTILL DROPOUT EMBEDDING "
+    "EMBEDS ENTROPY EPOCH ETA ETLB EXPERTS FP16 FRACTION FREQ HEDGE HESSIAN HNET HYMBA INT4 INT5 INT6 INT8 ITERS "
+    "JEPA KNN LAMBDA LAWA LEARNED LEARNING LOOPS MICROBATCH MIXER MIXED NGRAM NOISE NUMEL OPTIMIZER OPTROT ORTHO "
+    "PAID PASSES PATTENTION PHRASE POLAR PPM PREQUANT PRUNE PRUNING QUANT QUANTIZED RAMP RANDOM RANS RATIO READOUT "
+    "RECUR RECURRENCE REFINER REGIME RELU2 SCALES SCALING SDTTT SEQS SHARDS SHARD SHARED SLIDING SLOT SPINQUANT SSM "
+    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT "
+    "VRL WAVELET WITHIN LABEL RESIDUAL SHRINKAGE STORAGE WORLD"
+)
+PLAIN_WORDS = (
+    "ALLOW AHEAD BASE BYTES CACHE COMPILE CPU DATA DEVICE DIR FIRST ID LIMIT MODE PATH READ RUN SELECT "
+    "SHA256 SIZE THREADS TOKENIZER TYPE KEY"
+)
+ORDINARY = (
+    r"_|RANK$|(TORCH|PYTORCH|CUDA|CLOUD|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSF|"
+    r"TOKENIZERS|WANDB|AWS|AZURE|GOOGLE|GCP|GIT|CI_|SLURM|PMI|OMPI|KUBE|RUNPOD|VAST|MODAL|DOCKER|SSH|XDG|LC_|LD_|"
+    r"VSCODE|CONDA|JUPYTER|TF_|JAX|XLA|MASTER|LOCAL_|GROUP_|ROLE_|NODE_|OTEL|DD_|SAGEMAKER|UV_|PIP_|NPM_|GTK|QT_)|"
+    r".*_(PATH|FILE|HOME|URL|HOST|PORT|KEY|CERTS?)$"
 )
 
 
@@ -1563,10 +1703,256 @@ def check_allowed(name: str, value: Any, row: Mapping[str, Any]) -> None:
         raise ConfigError(name, value, f"must be at most {high}" if low is None else f"must be from {low} to {high}")
 
 
+def is_off(text: str) -> bool:
+    """Whether a variable's text says that something is off, or as everywhere."""
+    text = text.strip().lower()
+    return text in ("off", "no", "none", "false", "standard", "default", "-1") or bool(re.fullmatch(r"-?0*\.?0+", text))
+
+
+def switch_of(name: str) -> tuple[str, bool]:
+    """The feature that a variable switches, and whether its 1 turns it off: SKIP_GPTQ is (GPTQ, True)."""
+    match = re.fullmatch("(USE_|ENABLE_|NO_|SKIP_|DISABLE_)?(.+?)(_ENABLED)?", name)
+    prefix, feature = match.group(1, 2) if match else ("", name)
+    return feature, prefix in ("NO_", "SKIP_", "DISABLE_")
+
+
+class Command:
+    """The variables of a command: texts of knobs, once the names of other scripts are translated, and remarks."""
+
+    def __init__(self, environment: Mapping[str, str], preset: str):
+        """Errors: ConfigError for variables that contradict each other."""
+        self.given = {name: text for name, text in environment.items() if text != ""}
+        self.fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
+        self.base = {f.name: f.default for f in dataclasses.fields(Config)} | PRESETS[preset] | dict(preset=preset)
+        self.texts = {name: text for name, text in self.given.items() if name in self.fields and name != "PRESET"}
+        self.sources: dict[str, str] = {}  # knob: the variable that it was translated from
+        self.understood = set(self.texts) | {"PRESET"}
+        self.remarks: list[str] = []
+        rows = [row.split(" > ") for text in ALIASES.values() for row in text.strip().splitlines()]
+        for names, meanings in sorted(rows, key=lambda row: ":" in row[1]):  # switches last: what is off is off
+            for name, text in self.given.items():
+                own = name in self.fields
+                feature = switch_of(name)[0] if re.search(":|{0=|ttt_mode", meanings) and not own else name
+                applies = feature in names.split() and (not own or meanings[0] == "@" or is_off(text))
+                if applies and all([self.translate(name, meaning) for meaning in meanings.split()]):
+                    self.understood.add(name)
+
+    def value(self, name: str, text: str | None = None) -> Any:
+        """A knob's value by this text, else by the command, else by the preset. Errors: ConfigError."""
+        knob = name.upper()
+        text = self.texts.get(knob) if text is None else text
+        if text is None:
+            return self.base[knob.lower()]
+        try:
+            return parse_value(knob, str(self.fields[knob].type), text, self.fields[knob].metadata)
+        except ConfigError as error:
+            raise self.error(knob, text, str(error.parts[2]) + VALUE_HINTS.get(knob, "")) from None
+
+    def error(self, knob: str, value: object, allowed: str) -> ConfigError:
+        """An error about a knob that names the variable that set it."""
+        source = self.sources.get(knob, knob)
+        if source == knob:
+            return ConfigError(knob, value, allowed)
+        return ConfigError(source, self.given[source], f"sets {knob}={value}, which {allowed}")
+
+    def put(self, knob: str, text: str, source: str, yields: bool = False) -> None:
+        """Sets a knob as another variable says. Errors: ConfigError where the command says otherwise elsewhere."""
+        before = self.sources.get(knob, knob)
+        if knob in self.texts and before != source:
+            if yields:
+                return
+            if self.value(knob, text) != self.value(knob):
+                allowed = f"means {knob}={text}, and {before}={self.given[before]} says otherwise: set one of them"
+                raise ConfigError(source, self.given[source], allowed)
+        self.sources[knob], self.texts[knob] = source, text
+        self.value(knob)
+        self.remarks.append(f"{source}={self.given[source]} is read as {knob}={text}")
+
+    def translate(self, name: str, meaning: str) -> bool:
+        """Applies what a row of ALIASES says that a variable means; False: its value has no equal here."""
+        text = self.given[name]
+        knob, *more = re.split(r"([@={:*+])", meaning.rstrip("}"), maxsplit=1)
+        sign, rest = more or ("", "")
+        if sign == "=":
+            return text == str(self.value(rest)) if rest in self.fields else text.lower() in rest.split("|")
+        if sign == "@":
+            return getattr(self, rest)(name, text)
+        if sign == ":":
+            return self.switch(name, knob, *rest.split("+"))
+        if sign == "{":
+            table = dict(pair.split("=") for pair in rest.split(","))
+            if text.lower() not in table and "*" not in table:
+                return is_off(text)
+            text = table.get(text.lower(), text)
+        if sign == "*":
+            text = f"{self.number(name) * float(rest):g}"
+        if text:
+            self.put(knob, text, name)
+        for other in rest.split("+") if sign == "+" else ():
+            self.put(other, text, name, yields=True)
+        return True
+
+    def switch(self, name: str, knob: str, values: str, *others: str) -> bool:
+        """A switch: its off turns off what the preset or a knob has on, its on turns on what they have off."""
+        off, on = values.split(":")
+        if name in self.fields:
+            self.texts.pop(name)  # BIGRAM_DIM=0
+        active = self.value(knob) != self.value(knob, off)
+        if is_off(self.given[name]) == switch_of(name)[1]:  # on
+            for other in () if active else (f"{knob}={on}", *others):
+                self.put(*other.split("="), name, yields=other in others)
+        elif active and not (
+            knob in self.texts and "QAT" in name and "LATE" not in name
+        ):  # which is QAT from the start
+            if knob in self.texts and self.fields[knob].type not in ("bool", "str"):
+                source = self.sources.get(knob, knob)
+                self.remarks.append(f"{source}={self.given[source]} has no effect with {name}={self.given[name]}")
+                del self.texts[knob]
+            self.put(knob, off, name)
+        return True
+
+    def number(self, name: str) -> float:
+        """A variable's value as a number. Errors: ConfigError for another text, and below 0."""
+        return parse_value(name, "float", self.given[name], dict(low=0, high=None, choices=None))
+
+    def mlp_width(self, name: str, text: str) -> bool:
+        """MLP_HIDDEN, the hidden width itself; 0: MLP_MULT says."""
+        width, dim = int(self.number(name)), self.value("model_dim")
+        ratio = width / dim
+        if width:
+            self.put("MLP_MULT", repr(ratio if int(ratio * dim) == width else math.nextafter(ratio, math.inf)), name)
+        return True
+
+    def key_heads(self, name: str, text: str) -> bool:
+        """NUM_KV_HEADS=0: as many as there are query heads."""
+        if is_off(text):
+            self.texts[name] = str(self.value("num_heads"))
+        return True
+
+    def last_layers(self, name: str, text: str) -> bool:
+        """XSA_LAYERS: a number of last layers, or their list."""
+        layers, depth = text.strip(",").split(","), self.value("num_layers")
+        if len(layers) > 1 and layers != [str(n) for n in range(depth - len(layers), depth)]:
+            return False
+        self.put("XSA_LAST_N", text if len(layers) == 1 else str(len(layers)), name)
+        return True
+
+    def activation(self, name: str, text: str) -> bool:
+        """ACTIVATION: ReLU^2, or LeakyReLU with its slope, squared."""
+        kind = re.fullmatch("(leaky_?relu|leaky|lrelu|relu)_?(2|sq|squared)", text.lower())
+        if kind and (kind[1] == "relu" or not self.value("leaky_relu_slope")):
+            self.put("LEAKY_RELU_SLOPE", "0" if kind[1] == "relu" else "0.5", name)
+        return bool(kind)
+
+    def micro_steps(self, name: str, text: str) -> bool:
+        """GRAD_ACCUM_STEPS: micro-steps of a rank."""
+        ranks = int(self.number("WORLD_SIZE")) or 1 if "WORLD_SIZE" in self.given else 1
+        share = self.value("train_batch_tokens") / (ranks * max(1, self.number(name)))
+        self.put("MICRO_BATCH_TOKENS", str(max(1, int(share))), name)
+        return True
+
+    def eval_batch(self, name: str, text: str) -> bool:
+        """EVAL_BATCH_SEQS: sequences that a rank scores at once."""
+        context = self.value("eval_seq_len") or self.value("train_seq_len")
+        self.put("VAL_BATCH_SIZE", str(int(self.number(name)) * context), name)
+        return True
+
+    def megabytes(self, name: str, text: str) -> bool:
+        """TARGET_MB, in units of 2^20 bytes; more than the limit would fail in any case."""
+        size = min(int(self.number(name) * 2**20), self.value("artifact_limit_bytes"))
+        fits = QUANTIZER_TRAITS[self.value("quantizer")].column_scales
+        if fits:
+            self.put("TARGET_BYTES", str(size), name)
+        return fits
+
+    def both_sigmas(self, name: str, text: str) -> bool:
+        """MATRIX_CLIP_SIGMAS without those of attention and MLP means both, as in the scripts that have it alone."""
+        if not {"ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS"} & set(self.texts):
+            self.put("ATTN_CLIP_SIGMAS", text, name)
+            self.put("MLP_CLIP_SIGMAS", text, name)
+        return True
+
+    def lora_rate(self, name: str, text: str) -> bool:
+        """TTT_LOCAL_LR_MULT, a factor of LoRA's learning rate."""
+        rate = self.value("ttt_lora_lr") * self.number(name)
+        self.texts.pop("TTT_LORA_LR", None)
+        self.put("TTT_LORA_LR", f"{rate:g}", name)
+        return True
+
+    def ttt_mode(self, name: str, text: str) -> bool:
+        """A switch of test-time training, of its phases or of LoRA."""
+        state = {}
+        for other, value in self.given.items():
+            feature, inverted = switch_of(other)
+            if feature in ("TTT", "TTT_EVAL", "PHASED_TTT", "TTT_LORA", "TTT_USE_LORA"):
+                state[other] = is_off(value) == inverted
+        whole = [on for other, on in state.items() if switch_of(other)[0] in ("TTT", "TTT_EVAL")]
+        mode = wanted = self.value("ttt_mode")
+        if not all(whole):
+            wanted = "none"
+        elif "LORA" in name or "PHASED" in name:
+            if state[name] or mode == "phased":
+                wanted = "phased" if state[name] or any(whole) else "none"
+            if wanted == "phased" and not state[name]:  # LoRA without trainings of the full model
+                self.put("PHASED_TTT_PREFIX_DOCS", "0", name)
+        elif mode == "none":
+            kinds = ("TTT_LORA", "GLOBAL_TTT", "PHASED_TTT")
+            lora = any(state.get(n, True) for n in self.given if n.startswith(kinds))
+            wanted = "phased" if lora else "chunk"
+        if wanted != mode:
+            self.put("TTT_MODE", wanted, name)
+        return True
+
+    def last_run(self) -> list[str]:
+        """An evaluation that names no run: of the artifact in the current folder, else of the newest run in logs/."""
+        if self.value("mode") != "eval" or "RUN_ID" in self.texts or "ARTIFACT_DIR" in self.texts:
+            return []
+        runs = sorted(Path("logs").glob("*/model.pgolf"), key=lambda path: path.stat().st_mtime)
+        folder = Path() if Path("model.pgolf").is_file() else runs[-1].parent if runs else None
+        self.texts |= {} if folder is None else dict(ARTIFACT_DIR=str(folder))
+        return [] if folder is None else [f"neither RUN_ID nor ARTIFACT_DIR is set: ARTIFACT_DIR={folder}"]
+
+    def data(self, name: str, text: str) -> bool:
+        """DATA_DIR, DATA_PATH or TOKENIZER_PATH, where they are folders of data sets and of tokenizers."""
+        found = {}
+        if "_PATH" in name and not Path(text).is_dir() or any(Path(text).glob("fineweb_*.bin")):
+            return True
+        if name == "DATA_PATH" or name == "DATA_DIR" and "DATA_PATH" not in self.given:
+            usual = f"{text}/datasets/fineweb10B_sp{self.value('vocab_size')}" if name == "DATA_DIR" else ""
+            found["DATA_PATH"] = self.below(name, text, "fineweb_val_*.bin") or usual
+        inside = Path(found.get("DATA_PATH", ""), "tokenizer.model").is_file()
+        if (name == "TOKENIZER_PATH" or "TOKENIZER_PATH" not in self.given) and not inside:
+            found["TOKENIZER_PATH"] = self.below(name, text, "*.model")
+        for knob, path in found.items():
+            if path:
+                self.texts.pop(knob, None)
+                self.put(knob, path, name)
+        return True
+
+    def below(self, name: str, root: str, pattern: str) -> str:
+        """The folder of shards below a root, or the tokenizer, of this vocabulary. Errors: ConfigError for several."""
+        paths = [path for depth in range(7) for path in Path(root).glob("*/" * depth + pattern)]
+        found = list(dict.fromkeys(path if pattern == "*.model" else path.parent for path in paths))
+        if len(found) > 1:
+            size, cased = str(self.value("vocab_size")), self.value("caseops_enabled") == "1"
+            sized = [path for path in found if size in re.findall(r"\d+", str(path.relative_to(root)))]
+            found = [path for path in sized if ("caseops" in str(path)) == cased] or sized
+        if len(found) > 1:
+            raise ConfigError(name, root, "holds several that fit: " + ", ".join(map(str, found)) + "; name one")
+        return str(found[0]) if found else ""
+
+
+VALUE_HINTS = {
+    "MODE": "; in other scripts MODE chooses a recipe, which is PRESET here",
+    "COMPUTE_DTYPE": "; bf16 is bfloat16 here, and float16 would overflow",
+}
+
+
 def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
     """Preset, then overrides, then checks. Returns the config, the knobs set explicitly, and remarks for the log.
 
-    Errors: ConfigError for a value that is not allowed.
+    Errors: ConfigError for a value that is not allowed, for what breaks the challenge's rules, and with STRICT for a
+    variable that has no effect.
     """
     remarks = []
     preset = environment.get("PRESET", "")
@@ -1575,33 +1961,219 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         remarks.append(f"PRESET is not set and there is {'a' if cuda else 'no'} CUDA device: PRESET={preset}")
     if preset not in PRESETS:
         raise ConfigError("PRESET", preset, "must be one of " + ", ".join(PRESETS))
-    values, explicit = dict(PRESETS[preset], preset=preset), set()
-    for f in dataclasses.fields(Config):
-        name = f.name.upper()
-        if f.name != "preset" and environment.get(name, "") != "":
-            values[f.name] = parse_value(name, str(f.type), environment[name], f.metadata)
-            explicit.add(f.name)
-    if values.get("original"):
-        if preset not in ORIGINALS:
+    command = Command(environment, preset)
+    remarks += command.remarks + command.last_run()
+    unknown = unknown_variables(environment, command.understood)
+    given = {knob.lower(): command.value(knob) for knob in command.texts}
+    if given.get("strict") and unknown:
+        name, hint = next(iter(foreign_variables(environment, command.understood).items()))
+        others = f" ({len(unknown) - 1} more variables have none)" if len(unknown) > 1 else ""
+        raise ConfigError(name, environment[name], f"has no effect, and STRICT=1 is set: {hint}{others}")
+    config, followed = followed_config(command, given, cuda)
+    if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
+        check_command(command, given, config, cuda)
+    return config, set(given), remarks + followed + idle_knobs(config, command) + unknown
+
+
+def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> tuple[Config, list[str]]:
+    """The configuration of the knobs that are given; what stands in the preset alone follows them, with remarks."""
+    values = command.base | given
+    if values["original"]:
+        if values["preset"] not in ORIGINALS:
             raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
-        values |= {name: value for name, value in ORIGINALS[preset].items() if name not in explicit}
-    values |= recurrence_values(values, explicit)
-    if "warmdown_iters" in explicit and "warmdown_frac" not in explicit:
+        values |= {name: value for name, value in ORIGINALS[values["preset"]].items() if name not in given}
+    values |= recurrence_values(values, set(given))
+    if "warmdown_iters" in given and "warmdown_frac" not in given:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
-    if "warmdown_frac" in explicit and "warmdown_iters" not in explicit:
+    if "warmdown_frac" in given and "warmdown_iters" not in given:
         values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
-    if "phased_ttt_prefix_docs" in explicit and "phased_ttt_prefix_tokens" not in explicit:
+    if "phased_ttt_prefix_docs" in given and "phased_ttt_prefix_tokens" not in given:
         values["phased_ttt_prefix_tokens"] = 0  # a command that counts documents overrides the default's tokens
+    remarks = []
+
+    def follow(name: str, value: Any, leader: str) -> None:
+        if name not in given and values[name] != value:
+            cause = f"{leader.upper()}={shown(values[leader])}"
+            before = shown(values[name])
+            remarks.append(f"{name.upper()}={shown(value)} follows {cause}: the preset's {before} does not fit it")
+            values[name] = value
+
+    if values["mode"] != "eval":
+        follow_width(values, follow)
+        follow_depth(values, follow, command.base["num_layers"])
+        follow_batches(values, follow)
+        follow_quantizer(values, follow)
+    follow_evaluation(values, follow)
     config = resolved(Config(**values), cuda)
-    if "muon_momentum_warmup_start" in explicit and config.muon_momentum_warmup_start > config.muon_momentum:
+    if "muon_momentum_warmup_start" in given and config.muon_momentum_warmup_start > config.muon_momentum:
         raise ConfigError(
             "MUON_MOMENTUM_WARMUP_START",
             config.muon_momentum_warmup_start,
             f"must be at most MUON_MOMENTUM={config.muon_momentum:g}",
         )
-    if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
+    return config, remarks
+
+
+def shown(value: Any) -> Any:
+    """A knob's value as it is written in a command."""
+    return int(value) if isinstance(value, bool) else value
+
+
+Follow = Callable[[str, Any, str], None]  # a knob that is not given, its value, and the knob that it follows
+
+
+def follow_width(v: dict[str, Any], follow: Follow) -> None:
+    """Heads follow the width, what heads hold follows them, and layers that are named one by one the depth."""
+    dim, heads = v["model_dim"], v["num_heads"]
+    fits = [n for n in range(1, heads + 1) if dim % n == 0 and dim // n % 2 == 0]
+    follow("num_heads", max(fits, default=heads), "model_dim")
+    heads = v["num_heads"]
+    follow("num_kv_heads", max(n for n in range(1, min(v["num_kv_heads"], heads) + 1) if heads % n == 0), "num_heads")
+    head = dim // heads
+    follow("rope_dims", min(v["rope_dims"], head // 2 * 2), "model_dim")
+    follow("gate_window", min(v["gate_window"], dim), "model_dim")
+    follow("key_offset", v["key_offset"] and 0 < v["rope_dims"] <= head - 2, "rope_dims")
+    gates = [name for name in HEAD_GATES if v[name]]
+    for name in gates[: 2 * len(gates) - 2]:
+        follow(name, False, next(gate for gate in gates if gate != name))
+    follow("bigram_signs", v["bigram_signs"] and v["bigram_vocab_size"] > 0, "bigram_vocab_size")
+    depth, layers = v["num_layers"], v["ve_layers"].split(",")
+    if v["ve_dim"] and any(n.isdecimal() and int(n[:4]) >= depth for n in layers):
+        follow("ve_layers", ",".join(str(n) for n in range(max(0, depth - len(layers)), depth)), "num_layers")
+    follow("xsa_last_n", min(v["xsa_last_n"], depth), "num_layers")
+    cuts = v["progressive_depth_schedule"].split(",")
+    follow("progressive_depth_schedule", ",".join(cuts[: max(0, depth - 1)]), "num_layers")
+
+
+def follow_depth(v: dict[str, Any], follow: Follow, preset_depth: int) -> None:
+    """Places of the recurrence and of parallel streams: in proportion where the preset's do not fit the depth."""
+    depth = v["num_layers"]
+
+    def broken() -> bool:
+        try:
+            check_recurrence(Config(**v))
+            check_parallel_residual(Config(**v))
+        except ConfigError:
+            return True
+        return False
+
+    if broken() and depth != preset_depth:
+        for name in ("loop_start", "loop_end", "parallel_start_layer"):
+            if v[name] > 0:
+                follow(name, int(v[name] * depth / preset_depth + 0.5), "num_layers")
+    if broken() and v["num_loops"]:
+        follow("loop_end", min(max(v["loop_end"], v["loop_start"]), depth - 1), "loop_start")
+        follow("loop_start", min(v["loop_start"], v["loop_end"]), "loop_end")
+    if broken() and v["loop_end"] < depth:
+        first = first_parallel_layer(Config(**v))
+        leader = "loop_end" if v["num_loops"] and first == v["loop_end"] + 1 else "num_layers"
+        follow("parallel_start_layer", first if first < depth else -1, leader)
+
+
+def follow_batches(v: dict[str, Any], follow: Follow) -> None:
+    """Whole sequences in a batch, and the built-in text of a vocabulary."""
+    contexts = [int(n) for n in re.findall(r"\b(\d{1,9})@", v["train_seq_schedule"])]
+    follow("train_seq_len", max([v["train_seq_len"], *contexts]), "train_seq_schedule")
+    if v["train_batch_tokens"] < v["train_seq_len"]:
+        follow("train_seq_len", v["train_batch_tokens"], "train_batch_tokens")
+    length = v["train_seq_len"]
+    rows = max(1, v["train_batch_tokens"] // length)
+    if v["train_batch_tokens"] % length:
+        follow("train_batch_tokens", (rows - rows % 8 or rows) * length, "train_seq_len")  # 8 GPUs share them
+    text = f"data/builtin_sp{v['vocab_size']}"
+    if Path(text).is_dir() and re.fullmatch(r"data/builtin_sp\d+", v["data_path"]):
+        follow("data_path", text, "vocab_size")
+
+
+def follow_quantizer(v: dict[str, Any], follow: Follow) -> None:
+    """What a quantizer does not have is off, and one of two options that exclude each other."""
+    traits = QUANTIZER_TRAITS[v["quantizer"]]
+    off = {} if traits.column_scales else dict(column_steps=0.0, awq_groups=0, target_bytes=0)
+    if not traits.uses_hessians:
+        off |= dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
+    for name, value in off.items():
+        follow(name, value, "quantizer")
+    follow("rvq_enabled", v["rvq_enabled"] and not v["target_bytes"], "target_bytes")
+    follow("target_bytes", 0 if v["rvq_enabled"] else v["target_bytes"], "rvq_enabled")
+
+
+def follow_evaluation(v: dict[str, Any], follow: Follow) -> None:
+    """Windows within the context; hints with a range of lengths, and an order to learn in."""
+    if v["mode"] != "eval":
+        leader = "eval_seq_len" if v["eval_seq_len"] else "train_seq_len"
+        follow("eval_stride", min(v["eval_stride"], v[leader]), leader)
+    follow("hint_max_match", max(v["hint_max_match"], v["hint_min_match"]), "hint_min_match")
+    follow("hint_min_match", min(v["hint_max_match"], v["hint_min_match"]), "hint_max_match")
+    by_length = v["ttt_mode"] == "phased" and v["ttt_order"] == "length"
+    follow("hint_enabled", v["hint_enabled"] and not by_length, "ttt_order")
+
+
+def check_command(command: Command, given: Mapping[str, Any], config: Config, cuda: bool) -> None:
+    """Checks the configuration. Errors: ConfigError that names a variable of the command, never one of the preset."""
+    try:
         check_config(config)
-    return config, explicit, remarks + unknown_variables(environment)
+    except ConfigError as error:
+        name, allowed = str(error.parts[0]), str(error.parts[2])
+        if name.lower() in given:
+            raise command.error(name, error.parts[1], allowed) from None
+        for knob in sorted(given, key=lambda knob: knob.upper() not in allowed):
+            try:
+                check_config(followed_config(command, {n: v for n, v in given.items() if n != knob}, cuda)[0])
+            except ConfigError:
+                continue
+            does = f"does not fit the preset: {name}={error.parts[1]} {allowed}"
+            raise command.error(knob.upper(), given[knob], does) from None
+        raise
+
+
+# Knobs, and those without which they have no effect; with `=value`, what such a knob must be.
+IDLE = """
+loop_start loop_end enable_looping_at < num_loops
+bigram_dim bigram_signs < bigram_vocab_size
+ve_layers < ve_dim
+smear_gate_type < smear_gate_enabled
+sparse_attn_gate_scale < sparse_attn_gate_enabled
+gated_attn_quant_gate < sparse_attn_gate_enabled gated_attn_enabled attn_out_gate_enabled
+gate_window < smear_gate_enabled sparse_attn_gate_enabled attn_out_gate_enabled
+tied_embed_lr tied_embed_init_std < tie_embeddings
+embed_lr head_lr < tie_embeddings=False
+muon_momentum_warmup_start < muon_momentum_warmup_steps
+warmdown_iters < warmdown_frac=0.0
+focal_gamma < focal_enabled
+mtp_end < mtp_weights
+seq_change_warmup_steps < train_seq_schedule
+swa_every swa_start < swa_enabled
+attn_clip_sigmas mlp_clip_sigmas gptq_damp < quantizer=uniform quantizer=trellis
+trellis_states trellis_rate < quantizer=trellis
+lqer_rank lqer_top_k lqer_select lqer_asym_enabled lqer_asym_group lqer_factor_bits < lqer_enabled
+rvq_bits < rvq_enabled
+tune_scale_lr tune_vector_lr < tune_steps
+hint_min_match hint_max_match hint_chunk_tokens hint_lr < hint_enabled
+ttt_chunk_tokens ttt_epochs ttt_lr ttt_decay_tokens ttt_momentum ttt_freeze_blocks < ttt_mode=chunk
+ttt_order ttt_chunk_size ttt_eval_seq_len ttt_beta2 ttt_weight_decay ttt_grad_steps ttt_warm_start_a \
+ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora ttt_o_lora ttt_mlp_lora \
+phased_ttt_prefix_docs phased_ttt_prefix_tokens phased_ttt_num_phases global_ttt_chunk_tokens global_ttt_lr \
+global_ttt_momentum global_ttt_epochs < ttt_mode=phased
+ttt_batch_size ttt_streams < ttt_order=length
+"""
+
+
+def idle_knobs(config: Config, command: Command) -> list[str]:
+    """A remark for each knob of the command whose feature is off."""
+    remarks = []
+    for row in IDLE.strip().splitlines():
+        names, needs = (part.split() for part in row.split(" < "))
+        pairs = [need.partition("=") for need in needs]
+        active = any(str(getattr(config, n)) == v if v else getattr(config, n) for n, _, v in pairs)
+        for name in () if active else names:
+            known = config.mode != "eval" or name.startswith(("hint", "ttt", "phased", "global"))
+            if name.upper() in command.texts and known:
+                source = command.sources.get(name.upper(), name.upper())
+                holds = ", ".join(
+                    f"{n.upper()}={shown(getattr(config, n))}" for n in dict.fromkeys(p[0] for p in pairs)
+                )
+                remarks.append(f"{source}={command.given[source]} has no effect with {holds}")
+    return remarks
 
 
 def recurrence_values(values: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
@@ -1669,16 +2241,49 @@ def cpu_info(*fields: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() in fields), "")
 
 
-def unknown_variables(environment: dict[str, str]) -> list[str]:
-    """A warning for each variable that looks like a knob but is not one."""
+def foreign_variables(environment: Mapping[str, str], understood: Collection[str]) -> dict[str, str]:
+    """Variables that look like settings of a training and have no effect here, each with what to set instead.
+
+    Errors: ConfigError for what breaks a rule of the challenge.
+    """
     names = [f.name.upper() for f in dataclasses.fields(Config)]
-    warnings = []
-    for name in sorted(set(environment) - set(names)):
-        near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85) if len(name) > 3 else []
-        if near or name.upper().startswith(FAMILIES):
-            hint = f"did you mean {near[0]}?" if near else "no knob of this script has that name; see --help"
-            warnings.append(f"warning: {name}={environment[name]} has no effect: {hint}")
-    return warnings
+    words = {word for name in (*names, TRAINING_WORDS.replace(" ", "_")) for word in name.split("_")}
+    words -= set(PLAIN_WORDS.split())
+    rows = [row.split(" > ") for row in FOREIGN.strip().splitlines()]
+    hints = {}
+    for name in sorted(set(environment) - set(names) - set(understood)):
+        upper, text = name.upper(), environment[name]
+        near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
+        pattern, meant = next((row for row in rows if re.match(row[0].strip("!").split(" @ ")[0], upper)), ("", ""))
+        if pattern.startswith("!"):
+            if re.fullmatch(pattern.split(" @ ")[1], upper) and not is_off(text):
+                raise ConfigError(name, text, f"breaks a rule of the challenge: it {meant}")
+            meant = f"it belongs to what breaks a rule of the challenge, as it {meant}"
+        elif near and near[0][:4] == upper[:4]:
+            meant = f"did you mean {near[0]}?"
+        elif meant:
+            meant = "the nearest here is " + meant.replace(" ", ", ")
+        ordinary = re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
+        if not ordinary and (
+            meant or "/" not in text and (words & set(upper.split("_")) or switch_of(upper)[0] != upper)
+        ):
+            hints[name] = meant or "no knob of this script has that name; see --help"
+    return hints
+
+
+def switched_off(name: str, environment: Mapping[str, str]) -> bool:
+    """Whether another variable turns off what this one belongs to, as SLOT_ENABLED=0 does with SLOT_LR."""
+    for switch, text in environment.items():
+        family = re.sub("^(USE|ENABLE)_|_(ENABLED|NUM_HEADS|WEIGHT|ORDER|EPOCHS|LAMBDA|STEPS)$", "", switch)
+        if family != switch != name and name.startswith(family + "_") and is_off(text):
+            return True
+    return False
+
+
+def unknown_variables(environment: Mapping[str, str], understood: Collection[str] = ()) -> list[str]:
+    """A warning for each variable that looks like a knob and has no effect. Errors: ConfigError for what is refused."""
+    found = foreign_variables(environment, understood)
+    return [f"warning: {name}={environment[name]} has no effect: {hint}" for name, hint in found.items()]
 
 
 def check_config(config: Config) -> None:
@@ -1743,12 +2348,12 @@ def check_attention(config: ModelConfig) -> None:
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
     )
     require(tables_fit(config), config, "train_seq_len", TABLES_ALLOWED)
-    gates = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
-    enabled = [name for name in gates if getattr(config, name)]
+    enabled = [name for name in HEAD_GATES if getattr(config, name)]
     for name in enabled[1:]:
         require(False, config, name, f"must be 0, because {enabled[0].upper()} is 1: there is one head gate")
 
 
+HEAD_GATES = ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled")
 SEQUENCE_LIMIT = 1 << 16  # tokens
 ROTARY_LIMIT = 1 << 24  # numbers in the rotary tables of a sequence
 TABLES_ALLOWED = (
@@ -1785,18 +2390,18 @@ def check_recurrence(config: ModelConfig) -> None:
 
 def check_parallel_residual(config: ModelConfig) -> None:
     """Parallel residual streams start in the second half of the layers, with and without recurrence, and after it."""
-    if not config.parallel_residual:
-        return
+    first, last = first_parallel_layer(config), config.num_layers - 1
+    layers = f"must be -1, or from {first} to {last}: in the second half, after the recurrence"
+    allowed = layers if first <= last else f"must be -1: no layer of NUM_LAYERS={last + 1} follows the recurrence"
+    fits = not config.parallel_residual or first <= config.parallel_start_layer <= last
+    require(fits, config, "parallel_start_layer", allowed)
+
+
+def first_parallel_layer(config: ModelConfig) -> int:
+    """The first layer at which parallel residual streams may start."""
     orders = [execution_order(config, looped) for looped in (False, True)]
     first = max(max(order[: len(order) // 2], default=-1) for order in orders) + 1
-    if config.loops:
-        first = max(first, config.loop_end + 1)
-    require(
-        first <= config.parallel_start_layer < config.num_layers,
-        config,
-        "parallel_start_layer",
-        f"must be -1, or from {first} to {config.num_layers - 1}: in the second half, after the recurrence",
-    )
+    return max(first, config.loop_end + 1) if config.loops else first
 
 
 def check_batches(config: Config) -> None:
@@ -3289,7 +3894,7 @@ TENSOR_TYPES = {
     "U8": torch.uint8,
 }
 # Settings that may differ when a run goes on: they change where and how fast it computes, and no result.
-OPERATIONAL = ("run_id", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
+OPERATIONAL = ("run_id", "strict", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
 
 
 def open_regular(path: Path) -> int:
@@ -7699,6 +8304,8 @@ START = Progress(0, 0.0)
 
 def fraction_done(p: Progress, config: Config) -> float:
     """Fraction of the training that is over: of the time limit or of the steps, whichever is further."""
+    if not config.iterations:
+        return 1.0
     return min(1.0, max(p.step / config.iterations, p.seconds / config.train_seconds))
 
 
@@ -7708,7 +8315,7 @@ def lr_multiplier(p: Progress, config: Config) -> float:
     if not warmdown and config.warmdown_iters:
         # Given in steps: the fraction of the run that they take at the average speed so far.
         seconds = config.warmdown_iters * p.seconds / max(p.step, 1)
-        warmdown = min(1.0, max(config.warmdown_iters / config.iterations, seconds / config.train_seconds))
+        warmdown = min(1.0, max(config.warmdown_iters / max(config.iterations, 1), seconds / config.train_seconds))
     if not warmdown:
         return 1.0
     return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
@@ -8304,7 +8911,7 @@ def log_step(trainer: Trainer, p: Progress, nats: Tensor) -> None:
 
 def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
     """The fraction of the training in which steps waited for their batches, on the rank that waited longest."""
-    share = max(run.gather(seconds)) / p.seconds
+    share = max(run.gather(seconds)) / max(p.seconds, 1e-9)  # ITERATIONS=0 takes none
     run.log(f"data stall: {share:.2%} of step time")
     run.metric(data_wait_share=share)
     return share
@@ -12538,7 +13145,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
         train_tokens=tokens,
         train_seconds=end.seconds,
         seconds_over_limit=log_overrun(config, run, end),
-        tokens_per_second=tokens / end.seconds,
+        tokens_per_second=tokens / max(end.seconds, 1e-9),
         data_wait_share=trained.data_stall,
         parameters=parameter_count(config),
         sections=sections,

@@ -1,4 +1,4 @@
-"""Generates parts of the documentation: docs/knobs.md, and the results in README.md.
+"""Generates parts of the documentation: docs/knobs.md, docs/variables.md, and the results in README.md.
 
     python tools/docs.py            updates stale files (make docs)
     python tools/docs.py --check    writes nothing; names stale files in one line and exits with 1
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from commands import variables_page  # noqa: E402
 from runs import Parser, UserError, command_line, read_json, write_atomic  # noqa: E402
 from strangers import markdown  # noqa: E402
 
@@ -167,7 +168,11 @@ def readme_page(root: Path, text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-PARTS: dict[str, Callable[[Path, str], str]] = {"docs/knobs.md": knobs_page, "README.md": readme_page}
+PARTS: dict[str, Callable[[Path, str], str]] = {
+    "docs/knobs.md": knobs_page,
+    "docs/variables.md": variables_page,
+    "README.md": readme_page,
+}
 
 
 def stale(root: Path) -> dict[str, str]:

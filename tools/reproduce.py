@@ -107,7 +107,8 @@ def environment(options, **more: Any) -> dict[str, str]:
     """Environment of a run: that of this process, the settings, and variables that this tool sets."""
     kept = {name: value for name, value in os.environ.items() if name not in (*FIXED, *RANKS)}
     preset = {"PRESET": options.preset} if options.preset else {}
-    return {**kept, **preset, **options.settings, **{name: str(value) for name, value in more.items()}}
+    strict = {"STRICT": "1"}  # a setting that has no effect is an error, unless STRICT=0 is set
+    return {**strict, **kept, **preset, **options.settings, **{name: str(value) for name, value in more.items()}}
 
 
 def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
     s["script_sha256"] = hashlib.sha256(script.read_bytes()).hexdigest()
     s["proof"] = prove(script, options, work / f"seed{options.seeds[0]}")
     names = {name.upper() for name in config}
-    given = {n: v for n, v in sorted(environment(options).items()) if n in names and n != "PRESET"}
+    given = {n: v for n, v in sorted(environment(options).items()) if n in names and n not in ("PRESET", "STRICT")}
     command = submission.shell_command({"PRESET": config["preset"], **given}, options.nproc, options.seeds)
     text = submission.readme(s, config, defaults_of(script), command, options.template)
     new = submission.write_folder(out, script, results, s, text, options.with_artifacts)

@@ -352,7 +352,7 @@ class Job:
         self.folder.mkdir(parents=True)
         self.output, self.read = self.folder / "out.txt", 0
         self.begin, self.seen = time.time(), 0.0
-        environment = {**os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
+        environment = {"STRICT": "1", **os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
         with open(self.output, "wb") as file:
             self.child = processes.start(sweep.options.argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
         trial.set_user_attr("folder", str(self.folder))

@@ -107,7 +107,8 @@ def load_model(path: str | Path, tokenizer: str | Path = "", **knobs: object) ->
     if tokenizer.exists() and not strangers.is_plain(tokenizer):
         raise UserError(f"--tokenizer {tokenizer}: is no plain file")
     settings = {name: str(value) for name, value in settings_of(path.parent).items() if not name.endswith("_path")}
-    settings |= dict(preset="baseline", mode="eval", compile="0", tokenizer_path=str(tokenizer))
+    settings |= dict(preset="baseline", mode="eval", tokenizer_path=str(tokenizer), compute_dtype="float32")
+    settings |= dict(compile="0", triton_kernels="0", attention="sdpa")  # the same numbers on every machine
     settings |= {name.lower(): str(value) for name, value in knobs.items()}
     environment = {name.upper(): value for name, value in settings.items()}
     c, explicit, _ = tg.config_from_env(environment, torch.cuda.is_available())

@@ -26,10 +26,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see train_gpt.py
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import numpy as np  # noqa: E402
 
+import caseops  # noqa: E402
 import generate  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from golf import Model  # noqa: E402
@@ -37,9 +38,10 @@ from runs import Parser, UserError, command_line, number_type  # noqa: E402
 
 ADDRESS = "127.0.0.1"
 PAGE = ROOT / "tools" / "serve.html"
-BODY_LIMIT = 1 << 17  # bytes of a request
+BODY_LIMIT = 1 << 18  # bytes of a request
 TEXT_LIMIT = 20_000  # characters of a text
 TOKENS_LIMIT = 2000  # sampled for a request
+CASE_MARKS = {ord(symbol): "⇪" if name == "ALLCAPS" else "⇧" for name, symbol in caseops.OPERATORS.items()}
 WAIT_SECONDS = 20  # for a browser that sends or takes nothing
 
 
@@ -116,7 +118,7 @@ class Player:
                 piece = piece.removeprefix(b" ")
             text = piece.decode("utf-8", "ignore")
             held = piece[len(text.encode()) :][:4] if place + 1 < len(tokens) else b""
-            found.append(text)
+            found.append(text.translate(CASE_MARKS) if tokenizer.caseops else text)
         return found
 
     def generate(self, request: dict[str, Any]) -> Iterator[str]:

@@ -20,16 +20,7 @@ import torch  # noqa: E402
 import strangers  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from strangers import UserError  # noqa: E402
-from tokens import Tokenizer, settings_of, tokenizer_of  # noqa: E402
-
-
-def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Samples a token: the most likely one at temperature 0, otherwise one of the top_k most likely (0: of all)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    values, ids = logits.topk(min(top_k or len(logits), len(logits)))
-    scaled = (values - values[0]).double() / temperature  # of at most 0: no temperature makes it overflow to nan
-    return int(ids[torch.multinomial(torch.softmax(scaled, 0).float(), 1, generator=generator)])
+from tokens import Tokenizer, sample, settings_of, tokenizer_of  # noqa: E402
 
 
 class Model:
@@ -62,9 +53,8 @@ class Model:
             begins = np.array([window[0] for window in group])
             for at in range(0, len(begins), c.eval_rows):
                 place = begins[at : at + c.eval_rows, None] + np.arange(size)  # [B, T]
-                nll, _ = self.gpt(
-                    *self.batch(tokens[place], tokens[place + 1]), looped=c.loops, temperature=c.temperature
-                )
+                batch = self.batch(tokens[place], tokens[place + 1])
+                nll, _ = self.gpt(*batch, looped=c.loops, temperature=c.temperature)
                 nats[place[:, first:]] = nll[:, first:].double().cpu()
         return nats
 
@@ -103,17 +93,10 @@ def load_model(path: str | Path, tokenizer: str | Path = "", **knobs: object) ->
     path = Path(path) / tg.CONTAINER_FILE if Path(path).is_dir() else Path(path)
     if not strangers.is_there(path):
         raise UserError(f"{path}: there is no such artifact; a run writes {tg.CONTAINER_FILE} to its folder")
-    artifact, tokenizer = strangers.read_bytes(path, "artifact"), Path(tokenizer or tokenizer_of(path))
-    if tokenizer.exists() and not strangers.is_plain(tokenizer):
-        raise UserError(f"--tokenizer {tokenizer}: is no plain file")
-    settings = {name: str(value) for name, value in settings_of(path.parent).items() if not name.endswith("_path")}
-    settings |= dict(preset="baseline", mode="eval", tokenizer_path=str(tokenizer), compute_dtype="float32")
-    settings |= dict(compile="0", triton_kernels="0", attention="sdpa")  # the same numbers on every machine
-    settings |= {name.lower(): str(value) for name, value in knobs.items()}
-    environment = {name.upper(): value for name, value in settings.items()}
+    environment = settings_of(path, Path(tokenizer or tokenizer_of(path)), knobs)
     c, explicit, _ = tg.config_from_env(environment, torch.cuda.is_available())
     if c.device == "cpu" and c.cpu_threads:
         torch.set_num_threads(c.cpu_threads)
-    gpt, c = tg.load_artifact(artifact, c, explicit, torch.device(c.device))
+    gpt, c = tg.load_artifact(strangers.read_bytes(path, "artifact"), c, explicit, torch.device(c.device))
     found = Tokenizer(c)
     return Model(gpt, found, c), found

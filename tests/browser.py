@@ -36,7 +36,8 @@ class Browser:
         )
         os.close(to_read)
         os.close(from_write)
-        self.messages, self.number, self.session = open(self.from_read, "rb"), 0, None
+        self.messages = open(self.from_read, "rb")  # noqa: SIM115 # closed with the browser
+        self.number, self.session = 0, None
         self.problems = []  # what the page's console says
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

@@ -1,16 +1,15 @@
 """golf.py: a run's folder is all that its model needs, and a text's score is the one that an evaluation computes."""
 
+import ast
 import inspect
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 import golf
-import tokens
 from helpers import (
     POLY_LIKE,
     RECORD_LIKE,
@@ -19,7 +18,6 @@ from helpers import (
     build_model,
     built_once,
     config,
-    documents_of,
     launch,
     snapshot,
     strings,
@@ -117,7 +115,7 @@ def test_save_weights_keeps_what_the_quantization_began_with(trained):
     assert all(w.dtype == torch.float32 for w in found.values())
     for name in tg.BANKS:  # near what the artifact holds, and finer than its grid
         error = (found[name] - own[name]).abs().mean() / found[name].abs().mean()
-        assert 0 < error < 0.1, name
+        assert 0 < error < 0.3, name  # GPTQ moves weights by more than their rounding
         assert len(found[name].unique()) > len(own[name].unique())
 
 
@@ -231,8 +229,17 @@ def test_the_page_shows_what_python_does(trained, tmp_path):
 
 
 def test_the_interface_is_small():
-    lines = inspect.getsource(golf).splitlines()
-    assert "sys.path[:0]" in "".join(lines) and sys.path
-    body = [line for line in lines if line.strip() and not line.strip().startswith(("#", "import", "from", '"""'))]
-    assert len(body) < 110
-    assert {"logits", "generate", "score"} <= set(vars(golf.Model)) and inspect.getdoc(tokens.Tokenizer.encode)
+    """At most 60 lines of code: without imports, docstrings, comments and blank lines."""
+    text = (ROOT / "golf.py").read_text()
+    tree = ast.parse(text)
+    imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    said = [n.body[0] for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    said = [n for n in said if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    others = {line for n in (*imports, *said) for line in range(n.lineno, n.end_lineno + 1)}
+    code = [line for number, line in enumerate(text.splitlines(), 1) if number not in others]
+    assert len([line for line in code if line.strip() and not line.strip().startswith("#")]) <= 60
+    assert len(said) == 10  # each of them is documented, but for __init__
+
+
+def test_the_product_has_the_same_function():
+    assert tg.load_model.__doc__ and inspect.getdoc(golf.load_model)

@@ -234,6 +234,12 @@ def safetensors_files(model: Model, weights: Mapping[str, torch.Tensor]) -> dict
     }
 
 
+def write(files: Mapping[str, bytes | str], out: Path) -> None:
+    """Writes the files of a folder."""
+    for name, content in files.items():
+        write_atomic(out / name, content)
+
+
 def gguf_problem(c: tg.ModelConfig) -> str:
     """Why no GGUF file can hold this model: what of it none of llama.cpp's architectures computes."""
     parts = ["every layer mixes the token's embedding in", "queries and keys are normed without weights, with a gain"]
@@ -271,8 +277,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--to gguf: {gguf_problem(model.gpt.config)}")
     weights = weights_of(model, folder, options.float)
     files = (hf_files if options.to == "hf" else safetensors_files)(model, weights)
-    for name, content in files.items():
-        write_atomic(out / name, content)
+    write(files, out)
     size = sum(len(content) for content in files.values())
     print(f"{out}: {len(files)} files, {sum(w.numel() for w in weights.values())} parameters, {size} bytes")
     return 0

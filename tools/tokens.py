@@ -1,4 +1,5 @@
 """A run's tokenizer: text to tokens, tokens to text piece by piece, and the bytes of text that each token stands for.
+Also how a next token is sampled, and the settings with which a run's artifact is read.
 
 data/prepare.py may have written case as operators (data/caseops.py). Then the tokenizer has a token for each of them,
 and texts are transformed before they are encoded and after they are decoded.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,16 @@ def original(text: str) -> str:
         )
 
 
-def settings_of(folder: Path) -> dict[str, object]:
+def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Samples a token: the most likely one at temperature 0, otherwise one of the top_k most likely (0: of all)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, ids = logits.topk(min(top_k or len(logits), len(logits)))
+    scaled = (values - values[0]).double() / temperature  # of at most 0: no temperature makes it overflow to nan
+    return int(ids[torch.multinomial(torch.softmax(scaled, 0).float(), 1, generator=generator)])
+
+
+def recorded(folder: Path) -> dict[str, object]:
     """What a run's config.json says of its input and its evaluation; empty where there is none. Errors: UserError."""
     kinds = dict(tokenizer_path=strangers.TEXT, data_path=strangers.TEXT)
     kinds |= dict(eval_seq_len=strangers.COUNT, eval_stride=strangers.COUNT, temperature=strangers.AMOUNT)
@@ -110,7 +120,7 @@ def tokenizer_of(artifact: Path) -> Path:
     folder = artifact.parent
     if (beside := folder / tg.TOKENIZER_FILE).exists():
         return beside
-    settings = settings_of(folder)
+    settings = recorded(folder)
     named = str(settings.get("tokenizer_path") or "")
     if not named and settings.get("data_path"):
         named = str(Path(str(settings["data_path"]), tg.TOKENIZER_FILE))
@@ -120,3 +130,18 @@ def tokenizer_of(artifact: Path) -> Path:
         )
     places = [folder / named, Path(named), ROOT / named]
     return next((place for place in places if place.exists()), places[1])
+
+
+def settings_of(artifact: Path, tokenizer: Path, knobs: Mapping[str, object]) -> dict[str, str]:
+    """The environment in which a run's artifact is evaluated: as its config.json says, but for these knobs.
+
+    Errors: UserError.
+    """
+    if tokenizer.exists() and not strangers.is_plain(tokenizer):
+        raise UserError(f"--tokenizer {tokenizer}: is no plain file")
+    found: dict[str, object] = {n: v for n, v in recorded(artifact.parent).items() if not n.endswith("_path")}
+    found |= dict(preset="baseline", mode="eval", tokenizer_path=tokenizer)
+    # float32 by torch's own kernels: nearly the same numbers on every machine.
+    found |= dict(compute_dtype="float32", compile="0", triton_kernels="0", attention="sdpa")
+    found |= {name.lower(): value for name, value in knobs.items()}
+    return {name.upper(): str(value) for name, value in found.items()}

@@ -25,7 +25,7 @@ NEEDS_TRANSFORMERS = pytest.mark.skipif(
 SIZE = {name: TINY[name] for name in ("VOCAB_SIZE", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "TRAIN_SEQ_LEN")}
 SIZE |= dict(DEVICE="cpu", COMPUTE_DTYPE="float32", TRAIN_BATCH_TOKENS=768, MICRO_BATCH_TOKENS=256, EVAL_SEQ_LEN=0)
 SIZE |= dict(COMPILE=0, MAX_WALLCLOCK_SECONDS=0, TRAIN_SEQ_SCHEDULE="", EVAL_STRIDE=0, TTT_MODE="none", ROPE_DIMS=4)
-SIZE |= dict(GPTQ_RESERVE_SECONDS=0)
+SIZE |= dict(GPTQ_RESERVE_SECONDS=0, MATRIX_STEPS=0, ROW_STEPS=0, GUIDED_HESSIANS=0)  # without calibration
 ARCHITECTURES = {preset: dict(SIZE, PRESET=preset) for preset in tg.PRESETS}
 ARCHITECTURES |= {
     "like record": RECORD_LIKE,
@@ -43,13 +43,16 @@ def plain(data):
     return (data / "tokenizer.model").read_bytes()
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """Whatever transformers copies stays in the test's folder, and it asks nobody."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if transformers:
-        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-        monkeypatch.setattr(sys, "path", list(sys.path))
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """Whatever transformers copies stays in the tests' folder, and it asks nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        if transformers:
+            patch.setattr(
+                transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+            )
+        yield
 
 
 def exported(folder, *options):

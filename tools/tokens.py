@@ -128,8 +128,8 @@ def tokenizer_of(artifact: Path) -> Path:
         raise UserError(
             f"--tokenizer: is needed, or DATA_PATH, because no config.json beside {artifact} names a tokenizer"
         )
-    places = [folder / named, Path(named), ROOT / named]
-    return next((place for place in places if place.exists()), places[1])
+    place = strangers.recorded_path(named, folder)
+    return place if place.exists() or not (ROOT / named).exists() else ROOT / named
 
 
 def settings_of(artifact: Path, tokenizer: Path, knobs: Mapping[str, object]) -> dict[str, str]:

@@ -293,7 +293,7 @@ def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
     results = [submission.finished(seed, work / f"seed{seed}") for seed in options.seeds]
     baseline = (str(options.baseline), submission.baseline_figures(options.baseline)) if options.baseline else None
     config = results[0].config
-    data = submission.dataset(strangers.recorded_path(config["data_path"], results[0].folder))
+    data = submission.dataset(Path(config["data_path"]))
     s = submission.submission(results, identity(options, config), data, baseline)
     s["script_sha256"] = hashlib.sha256(script.read_bytes()).hexdigest()
     s["proof"] = prove(script, options, work / f"seed{options.seeds[0]}")

@@ -27,7 +27,8 @@ class Model:
     """A run's model as its artifact holds it. A document's tokens begin with BOS, as those of `tokenizer.encode` do."""
 
     def __init__(self, gpt: tg.GPT, tokenizer: Tokenizer, config: tg.Config):
-        self.gpt, self.tokenizer, self.config = gpt.eval(), tokenizer, config
+        self.gpt, self.config = gpt.eval(), config
+        self.tokenizer = tokenizer
 
     def batch(self, ids: np.ndarray, targets: np.ndarray) -> tg.Batch:
         """Sequences [B, T] as the model takes them. Errors: UserError for tokens that it cannot take."""
@@ -47,7 +48,8 @@ class Model:
     @torch.no_grad()
     def losses(self, ids: Sequence[int]) -> np.ndarray:
         """Nats of each token after the first, [n - 1] float64, by the evaluation's windows: any length."""
-        tokens, nats, c = np.array(ids, dtype=np.int64), np.zeros(len(ids) - 1), self.config
+        tokens, nats = np.array(ids, dtype=np.int64), np.zeros(len(ids) - 1)
+        c = self.config
         windows = tg.evaluation_windows(np.array([0, len(nats)]), c.eval_context, c.eval_step)
         for (size, first), group in itertools.groupby(windows.tolist(), lambda window: window[1:]):
             begins = np.array([window[0] for window in group])

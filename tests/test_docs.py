@@ -161,6 +161,7 @@ def test_what_cannot_be_filled_in_is_named(page, content, wrong, root):
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SOURCES = (
     "train_gpt.py",
+    "golf.py",
     "tests/test_config.py",
     "tests/test_knobs.py",
     "tests/test_legality.py",

@@ -111,7 +111,8 @@ class Player:
 
     def pieces(self, tokens: list[int]) -> list[str]:
         """The text of each token; the bytes of a character that several tokens share stand at the last one."""
-        tokenizer, held, found = self.model.tokenizer, b"", []
+        tokenizer, found = self.model.tokenizer, []
+        held = b""
         for place, token in enumerate(tokens):
             piece = held + tokenizer.pieces[token]
             if place == 0:

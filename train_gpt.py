@@ -415,6 +415,9 @@ class Config(ModelConfig):
     )
     run_id: str = knob("", "name of the run's folder under logs/; empty: date, time, preset and seed", Observed.FOLDER)
     artifact_dir: str = knob("", "path of the run's folder; empty: logs/$RUN_ID", Observed.FOLDER)
+    save_weights: bool = knob(
+        False, "keep the weights of before quantization too: weights.safetensors in the run's folder", Observed.FOLDER
+    )
     checkpoint_every_seconds: float = knob(
         60.0,
         "seconds of training, or of test-time training, between checkpoints in the run's folder, which go when the run "
@@ -1268,7 +1271,7 @@ class Config(ModelConfig):
 
     @property
     def tokenizer_file(self) -> Path:
-        return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+        return Path(self.tokenizer_path or Path(self.data_path) / TOKENIZER_FILE)
 
 
 # The sections of --help and docs/knobs.md, each with its first knob; they are the comments within the classes above.
@@ -2582,6 +2585,7 @@ def help_text() -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 CONTAINER_FILE, SUMMARY_FILE = "model.pgolf", "summary.json"
+TOKENIZER_FILE, WEIGHTS_FILE = "tokenizer.model", "weights.safetensors"
 RUN_FILES = {"log.txt", "config.json", CONTAINER_FILE, SUMMARY_FILE, "checkpoint"}  # of a run that was begun
 LOCK_FILE = "run.lock"  # empty but for the process number; it is there as long as the run
 LINES_LIMIT = 2**22  # bytes of a log that wait in memory while it cannot be written
@@ -4198,10 +4202,19 @@ def cut_off(folder: Path, config: Config) -> bool:
 def remove_halves(folder: Path, prefix: str) -> None:
     """Removes what a kill in the middle of writing left aside in a run's folder, which is locked. Errors: OSError."""
     names = f"{prefix}(config\\.json|{re.escape(SUMMARY_FILE)}|scores_[a-z_]+\\.npy)"
-    names += "" if prefix else f"|{re.escape(CONTAINER_FILE)}"
+    names += "" if prefix else "|" + "|".join(map(re.escape, (CONTAINER_FILE, TOKENIZER_FILE, WEIGHTS_FILE)))
     for path in folder.iterdir():
         if re.fullmatch(f"({names})\\.[a-z0-9_]{{8}}", path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
+
+
+def recorded(folder: Path, config: Config) -> dict[str, Any]:
+    """The settings as config.json holds them: paths of the input are absolute, or relative to the run's folder."""
+    names = ("data_path", "tokenizer_path")
+    given = {name: path for name in names if (path := getattr(config, name)) and not os.path.isabs(path)}
+    here = os.path.realpath(folder)
+    paths = {name: os.path.relpath(os.path.realpath(path), here) for name, path in given.items()}
+    return dataclasses.asdict(config) | paths
 
 
 def setting_that_differs(folder: Path, config: Config) -> str:
@@ -4211,7 +4224,7 @@ def setting_that_differs(folder: Path, config: Config) -> str:
         before = json_object(json.loads(text), "config.json")
     except (OSError, ValueError, RecursionError):
         return "its config.json cannot be read"
-    for name, value in json.loads(to_json(dataclasses.asdict(config))).items():
+    for name, value in json.loads(to_json(recorded(folder, config))).items():
         if name not in OPERATIONAL and before.get(name) != value:
             return f"it has {name.upper()}={before.get(name)}, and this one {value}"
     return ""
@@ -4249,7 +4262,7 @@ def folder_problem(run: Run, folder: Path, config: Config) -> tuple[str, str, st
         if differs or not goes_on:
             shutil.rmtree(checkpoint_folder(folder, config), ignore_errors=True)  # of another evaluation
         remove_halves(folder, prefix)
-        write_atomic(folder / (prefix + "config.json"), to_json(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomic(folder / (prefix + "config.json"), to_json(recorded(folder, config), indent=1) + "\n")
         # A summary from an earlier evaluation here would stand beside this one's log, also where this one fails.
         (folder / (prefix + SUMMARY_FILE)).unlink(missing_ok=True)
     except BlockingIOError as error:
@@ -5367,7 +5380,8 @@ class Vocabulary:
 
     def __init__(self, config: Config):
         path = config.tokenizer_file
-        self.model, pieces, self.digest = self.read(path)
+        self.model, pieces, self.content = self.read(path)
+        self.digest = hashlib.sha256(self.content).hexdigest()
         if config.tokenizer_sha256 not in ("", self.digest):
             raise ConfigError(
                 "TOKENIZER_SHA256", config.tokenizer_sha256, f"{path} is another tokenizer: {self.digest}"
@@ -5388,8 +5402,8 @@ class Vocabulary:
         self.width = widths
 
     @staticmethod
-    def read(path: Path) -> tuple[Any, list[str], str]:
-        """The SentencePiece model of a file, its pieces, and the file's SHA-256."""
+    def read(path: Path) -> tuple[Any, list[str], bytes]:
+        """The SentencePiece model of a file, its pieces, and the file's bytes."""
         import sentencepiece  # only scoring needs it
 
         try:
@@ -5403,7 +5417,7 @@ class Vocabulary:
             raise ConfigError("TOKENIZER_PATH", str(path), f"cannot be read ({error.strerror})") from None
         except (RuntimeError, ValueError):  # a piece that is not UTF-8 is a ValueError
             raise ConfigError("TOKENIZER_PATH", str(path), "is not a SentencePiece model") from None
-        return model, pieces, hashlib.sha256(content).hexdigest()
+        return model, pieces, content
 
     def longest_prefixes(self) -> np.ndarray:
         """For each token, the longest other token that its text begins with: [V] int64, -1 where there is none.
@@ -13104,6 +13118,17 @@ def tune_artifact(data: bytes, trained: Trained, limit: int, config: Config, run
     return tuned if kept else data
 
 
+def save_weights(weights: dict[str, Tensor], config: Config, run: Run) -> None:
+    """With SAVE_WEIGHTS, keeps the weights of before quantization; their metadata hold the model's settings."""
+    path = run.path(WEIGHTS_FILE)
+    try:
+        run.check_folder(WEIGHTS_FILE)
+        write_tensors(path, {name: w.cpu() for name, w in weights.items()}, dataclasses.asdict(config.model))
+    except OSError as error:
+        run.warn(f"{path} cannot be written ({error.strerror}); the run goes on without it")
+        run.lost.add(WEIGHTS_FILE)
+
+
 def save_artifact(
     data: bytes, trained: Trained, weights: dict[str, Tensor], config: Config, run: Run
 ) -> list[dict[str, Any]]:
@@ -13129,6 +13154,8 @@ def save_artifact(
 def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]:
     """Quantizes, packs and writes the model, on rank 0. Returns the summary's rows about training and artifact."""
     weights = {name: p.detach() for name, p in trained.model.named_parameters()}
+    if config.save_weights:
+        run.on_main(lambda: save_weights(weights, config, run))
     with Stage(run, "quantize"):
         data = run.on_main(lambda: quantize_model(trained, weights, config, run)) or b""
     if config.tune_steps:
@@ -13381,6 +13408,9 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
             "artifact", lambda: write_artifact(train_model(config, run, loader, evaluator), config, run)
         )
         summary |= dict(audit=evaluator.data_check.rows)
+        if run.is_main and not os.path.lexists(run.path(TOKENIZER_FILE)):  # the folder may be the data's own
+            run.kept[TOKENIZER_FILE] = evaluator.vocabulary.content
+            run.save(TOKENIZER_FILE, evaluator.vocabulary.content)
     if config.mode != "train":
         summary |= evaluate_artifact(config, explicit, run, evaluator, compiled=trains)
     save_compile_cache(config, run)
@@ -13403,6 +13433,11 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
     if not whole:
         return EXIT_ELSEWHERE
     return 1 if over > 0 else 0
+
+
+def load_model(path: str | Path, *options: Any, **knobs: Any) -> Any:
+    """(model, tokenizer) of a run's folder or artifact; golf.py, beside this file, has what they can do."""
+    return importlib.import_module("golf").load_model(path, *options, **knobs)
 
 
 def refuse_silent_cpu(config: Config, explicit: set[str], environment: dict[str, str]) -> None:

@@ -163,6 +163,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 GENERATED = ("knobs.md", "variables.md")
 SOURCES = (
     "train_gpt.py",
+    "golf.py",
     "tests/test_config.py",
     "tests/test_knobs.py",
     "tests/test_legality.py",

@@ -87,6 +87,7 @@ def test_the_script_succeeds_and_leaves_its_files(whole_run):
         "config.json",
         "model.pgolf",
         "summary.json",
+        "tokenizer.model",
     }
     assert (whole_run / "logs" / "run" / "log.txt").read_text() == out  # what is printed is what is logged
 

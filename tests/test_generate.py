@@ -2,6 +2,8 @@
 
 import io
 import json
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from helpers import (
     ROOT,
     TINY,
     build_model,
+    clean_environment,
     config,
     examples,
     fork,
@@ -29,6 +32,8 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
 import caseops  # noqa: E402
 import generate  # noqa: E402
 import runs  # noqa: E402
+import tokens  # noqa: E402
+from tokens import Tokenizer  # noqa: E402
 
 TOOL = ROOT / "tools" / "generate.py"
 
@@ -82,8 +87,10 @@ def run(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def loaded(folder, **options):
-    return generate.load(SimpleNamespace(artifact=folder, tokenizer=None, device="cpu", **options))
+def loaded(folder):
+    """The model of a run's folder and its tokenizer, as the command loads them."""
+    model = generate.load(SimpleNamespace(artifact=folder, tokenizer=None, device="cpu"))
+    return model, model.tokenizer
 
 
 def test_the_command_streams_the_prompt_and_the_same_text_for_the_same_seed(folder, data, capsys):
@@ -105,55 +112,57 @@ def test_temperature_and_top_k(folder, capsys):
 def test_the_logits_are_those_that_the_score_comes_from(dtype, folder, monkeypatch):
     """The score of each next token, whichever it is; a token further back than the context holds changes nothing."""
     monkeypatch.setenv("COMPUTE_DTYPE", dtype)
-    logits, _ = loaded(folder)
-    model, ids = logits.model, torch.randint(4, 384, (1, 19), generator=torch.Generator().manual_seed(1)).numpy()
+    kept, _ = loaded(folder)
+    model, ids = kept.gpt, torch.randint(4, 384, (1, 19), generator=torch.Generator().manual_seed(1)).numpy()
     ids[0, 0] = tg.BOS_ID
     batch = tg.to_device(ids, ids, tg.document_starts(ids), torch.device("cpu"))
-    row = torch.log_softmax(logits(ids[0].tolist()).double(), 0)
+    row = torch.log_softmax(kept.logits(ids[0].tolist(), last=1)[0].double(), 0)
     for target in (1, 4, 200, 383):
         with torch.no_grad():
             nll, _ = model(batch.ids, torch.full((1, 1), target), batch.documents, looped=True)
         assert -row[target] == pytest.approx(nll.item(), abs=1e-5)
     long = [1, *torch.randint(4, 384, (80,), generator=torch.Generator().manual_seed(2)).tolist()]
-    assert logits.config.eval_context == 32 and torch.equal(logits(long), logits([1, *long[-60:]]))
-    assert not torch.equal(logits(long), logits(long[-31:]))
+    following = [list(kept.tokens(ids, 3, 0, 0, 0)) for ids in (long, long[-32:], long[-60:])]
+    assert kept.config.eval_context == 32 and following[0] == following[1] == following[2]
+    assert not torch.equal(kept.logits(long[-32:])[-1], kept.logits(long[-31:])[-1])
 
 
 def test_nothing_is_left_in_the_model(folder):
     """No hook: the model that was loaded gives the same scores after text was generated with it."""
-    logits, _ = loaded(folder)
-    before = logits([1, 20, 30])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in logits.model.modules())
-    assert torch.equal(logits([1, 20, 30]), before) and before.shape == (384,) and before.dtype == torch.float32
+    model, _ = loaded(folder)
+    before = model.logits([1, 20, 30])
+    assert model.generate("the", tokens=3) and model.score("the river") > 0
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.gpt.modules())
+    assert torch.equal(model.logits([1, 20, 30]), before) and before.shape == (3, 384) and before.dtype == torch.float32
 
 
-def test_the_text_ends_with_its_document_and_holds_no_special_token(folder):
-    logits, text = loaded(folder)
-    options = SimpleNamespace(seed=0, tokens=50, temperature=1.0, top_k=0)
+def test_the_text_ends_with_its_document_and_holds_no_special_token(folder, monkeypatch):
+    model, text = loaded(folder)
     assert {0, 2, 3} == set(text.silent.tolist())
 
-    def planted(tokens):
+    def planted(tokens, last):
         row = torch.zeros(384)
         row[:4] = 50.0
         row[tg.BOS_ID] = 100.0 if len(tokens) > 6 else -100.0
         row[300] = 40.0
-        return row
+        return row[None]
 
-    assert list(generate.written(planted, [1, 200], text, options)) == [200] + [300] * 5
+    monkeypatch.setattr(model, "logits", planted)
+    assert list(model.tokens([1, 200], 50, 1.0, 0, 0)) == [300] * 5
 
 
 @pytest.mark.parametrize("kind", ["plain", "caseops"])
 def test_streamed_pieces_join_to_the_text(kind, folder, data):
     values = dict(TINY, TOKENIZER_PATH=data / "tokenizer.model" if kind == "plain" else folder / "caseops.model")
-    text = generate.Text(tg.config_from_env(strings(values), False)[0])
+    text = Tokenizer(tg.config_from_env(strings(values), False)[0])
     assert text.caseops == (kind == "caseops")
 
     @examples(max_examples=60)
     @given(st.text(max_size=20) | st.text("aAbB \ue001\ue002\ue003\ue004é.", max_size=20))
     def check(sample):
         sample = sample.replace("\u2581", "")  # SentencePiece's own mark is a space to it
-        tokens = text.encode(sample)
-        assert tokens[0] == tg.BOS_ID and "".join(text.stream(iter(tokens[1:]))) == sample
+        ids = text.encode(sample)
+        assert ids[0] == tg.BOS_ID and text.decode(ids) == sample == text.decode(ids[1:])
 
     check()
     if kind == "caseops":
@@ -163,15 +172,15 @@ def test_streamed_pieces_join_to_the_text(kind, folder, data):
 
 def test_operators_where_no_encoder_puts_them_are_left_out():
     title, caps, capnext, esc = caseops.OPERATORS.values()
-    assert generate.original(f"{title}the {title} {caps}a b{capnext}c {esc}") == "The  a bC "
-    assert generate.original(f"{esc}{title}x") == f"{title}x"
+    assert tokens.original(f"{title}the {title} {caps}a b{capnext}c {esc}") == "The  a bC "
+    assert tokens.original(f"{esc}{title}x") == f"{title}x"
 
 
 def test_bytes_that_are_no_character_yet_wait(folder, data):
     _, text = loaded(folder)
-    tokens = [text.model.PieceToId(f"<0x{byte:02X}>") for byte in "😀".encode()]
-    assert list(text.stream(iter(tokens))) == ["", "", "", "😀", ""]
-    assert "".join(text.stream(iter(tokens[:2]))) == "\ufffd"
+    ids = [text.model.PieceToId(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    assert list(text.stream(iter(ids))) == ["", "", "", "😀", ""]
+    assert "".join(text.stream(iter(ids[:2]))) == "\ufffd"
 
 
 def test_lines_ends_the_text_after_so_many_that_hold_something():
@@ -202,3 +211,45 @@ def test_what_a_user_can_mend(arguments, words, folder, tmp_path, monkeypatch, c
     out, errors = capsys.readouterr()
     assert code == 2 and not out and errors.startswith("error: ") and len(errors.splitlines()) == 1 and words in errors
     assert snapshot(tmp_path) == before
+
+
+def test_a_temperature_near_zero_is_the_most_likely_token(folder, capsys):
+    greedy = run(capsys, folder, "the", "--tokens", 12, "--temperature", 0)
+    for temperature in ("1e-40", "5e-324", "1e-300"):
+        assert run(capsys, folder, "the", "--tokens", 12, "--temperature", temperature, "--top-k", 0) == greedy
+    assert run(capsys, folder, "the", "--tokens", 3, "--temperature", "1e300").startswith("the")
+
+
+# ------------------------------------------------------------------------------------ other people's terminals
+
+
+def command(folder, prompt, more=(), **environment):
+    """The command in a process of its own, by bytes: (exit code, stdout, stderr)."""
+    values = dict(clean_environment({}), CPU_THREADS="1", OMP_NUM_THREADS="1", **environment)
+    words = [sys.executable, str(TOOL), str(folder), prompt, "--device", "cpu", *more]
+    done = subprocess.run(words, env=values, capture_output=True, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_prompt_of_bytes_that_are_no_text_is_one_line(folder):
+    code, out, errors = command(folder, b"caf\xe9", PYTHONUTF8="1")
+    assert code == 2 and not out and errors.count(b"\n") == 1
+    assert errors.startswith(b"error: PROMPT: must be UTF-8 (") and b"at byte 3" in errors
+
+
+@pytest.mark.slow
+def test_an_ascii_terminal_reads_and_shows_any_text(folder):
+    ascii_only = dict(LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    code, out, errors = command(folder, "café".encode(), ("--tokens", "2"), **ascii_only)
+    assert code == 0 and out.startswith(b"caf\\xe9") and not errors, errors
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_it_without_a_word(folder):
+    line = f'"{sys.executable}" "{TOOL}" "{folder}" "the river" --device cpu --tokens 60 --temperature 3'
+    values = dict(clean_environment({}), CPU_THREADS="1", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        ["bash", "-c", f"{line} | head -c 5; exit ${{PIPESTATUS[0]}}"], env=values, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, b"the r", b"")

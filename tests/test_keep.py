@@ -36,7 +36,7 @@ from helpers import (
 
 RUN = dict(TINY, ITERATIONS=1, GPTQ_CALIBRATION_BATCHES=1, NUM_LAYERS=2, RUN_ID="run", EVAL_SCORES=1)
 SCORES = {"scores_pre_quant.npy", "scores_quantized.npy"}
-FILES = {"config.json", "log.txt", "metrics.jsonl", "model.pgolf", "summary.json"} | SCORES
+FILES = {"config.json", "log.txt", "metrics.jsonl", "model.pgolf", "summary.json", "tokenizer.model"} | SCORES
 LINES = ("log.txt", "metrics.jsonl")
 
 

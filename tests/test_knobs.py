@@ -134,6 +134,7 @@ CHANGES = {
     "EVAL_SEQ_LEN": (8, {}),
     "EVAL_STRIDE": (4, {}),
     "EVAL_SCORES": (1, {}),
+    "SAVE_WEIGHTS": (1, {}),
     "GPTQ_DAMP": (0.5, dict(MATRIX_BITS=3)),
     "SEED": (8, {}),
     "RUN_ID": ("other", {}),

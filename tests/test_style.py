@@ -6,9 +6,10 @@ import pytest
 
 from helpers import ROOT
 
-FOLDERS = ("data", "tools", "tools/h100", "bench", "bench/faults")
+FOLDERS = ("data", "tools", "tools/h100", "tools/hf", "bench", "bench/faults")
 FILES = [
     ROOT / "train_gpt.py",
+    ROOT / "golf.py",
     *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")),
 ]
 

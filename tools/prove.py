@@ -317,8 +317,11 @@ def read_subject(options, work: Path) -> Subject:
     said = read_said(summary) if summary else {}
     if wrong := strangers.wrong_kind(artifact, artifact.parent):
         raise UserError(f"{artifact}: {wrong}")
-    data = options.data or Path(str(settings.get("data_path", "")))
-    tokenizer = options.tokenizer or Path(str(settings.get("tokenizer_path") or data / "tokenizer.model"))
+    data = options.data or strangers.recorded_path(settings.get("data_path", ""), folder)
+    tokenizer = options.tokenizer
+    if not tokenizer and settings.get("tokenizer_path"):
+        tokenizer = strangers.recorded_path(settings["tokenizer_path"], folder)
+    tokenizer = tokenizer or data / "tokenizer.model"
     if not tokenizer.is_file():
         raise UserError(f"--tokenizer {tokenizer}: there is no such file; --data must name the run's data")
     options.data = data

@@ -97,6 +97,10 @@ def command_line(main: Callable[[list[str]], int]) -> int:
         if error.name and (ROOT / "tools" / f"{error.name.split('.')[0]}.py").exists():
             raise
         message, code = f"{error.name}: is not installed; run `pip install -r requirements-tools.txt`", 2
+    except BrokenPipeError:  # who read the output, such as `head`, has left: the end that a signal would have made
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        return 128 + signal.SIGPIPE
     except OSError as error:
         message, code = f"{visible(error.filename2 or error.filename or 'a file')}: {error.strerror or error}", 2
     except KeyboardInterrupt:

@@ -222,6 +222,15 @@ def entries(folder: Path, problems: list[str] | None = None) -> list[Path]:
     return sorted(folder / name for name in names)
 
 
+def recorded_path(value: object, folder: Path) -> Path:
+    """A path of a config.json, which is absolute or relative to its folder.
+
+    In those of older runs it is relative to where the run was started: it is taken as it is where that exists.
+    """
+    named = Path(str(value))
+    return folder / named if (folder / named).exists() else named
+
+
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 

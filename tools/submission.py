@@ -107,8 +107,13 @@ def stated(f: Finished, name: str) -> Any:
 
 
 def finished(seed: int, folder: Path) -> Finished:
-    """Reads a run's folder."""
-    return Finished(seed, folder, runs.read_runs(folder)[0], read_settings(folder / "config.json"))
+    """Reads a run's folder. Paths of its config.json become relative to the current folder: commands name them."""
+    settings = read_settings(folder / "config.json")
+    for name in ("data_path", "tokenizer_path"):
+        given = str(settings.get(name) or "")
+        if given and not os.path.isabs(given):
+            settings[name] = os.path.relpath(strangers.recorded_path(given, folder))
+    return Finished(seed, folder, runs.read_runs(folder)[0], settings)
 
 
 # ------------------------------------------------------------------------------------------------------- what was run
@@ -505,12 +510,12 @@ def write_folder(
             "log.txt": "train_seed{}.log",
             "metrics.jsonl": "metrics_seed{}.jsonl",
             "summary.json": "summary_seed{}.json",
-            "config.json": "config_seed{}.json",
         }
         names |= {"model.pgolf": "model_seed{}.pgolf"} if artifacts else {}
         for f in results:
             for source, target in names.items():
                 shutil.copyfile(f.folder / source, temporary / target.format(f.seed))
+            (temporary / f"config_seed{f.seed}.json").write_text(json.dumps(f.config, indent=1) + "\n")
         if out.exists():
             if not same_folders(temporary, out):
                 raise UserError(

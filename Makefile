@@ -11,7 +11,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign mine audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -23,6 +23,12 @@ demo: venv
 # Any data, the challenge's own too: make data ARGS="sp8192 --train-shards 10 --out data/sp8192"
 data: $(VENV)/data-tools
 	@$(PY) data/prepare.py $(ARGS)
+
+# Your own texts: prepares them, trains, and writes a sample (README.md). A folder's name may hold blanks:
+# make mine TEXTS="my texts" NAME=german MINUTES=10
+# ARGS takes more: ARGS="--suffix .py --prompt 'def main'"
+mine: venv
+	@$(PY) tools/mine.py $(if $(TEXTS),"$$TEXTS",'') $(if $(NAME),--name "$$NAME") $(if $(MINUTES),--minutes "$$MINUTES") $(ARGS)
 
 # The gates that run nothing: lint, format and types, at no findings. `make format` mends what can be mended by itself.
 check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools

@@ -27,8 +27,9 @@ data: $(VENV)/data-tools
 # Your own texts: prepares them, trains, and writes a sample (README.md). A folder's name may hold blanks:
 # make mine TEXTS="my texts" NAME=german MINUTES=10
 # ARGS takes more: ARGS="--suffix .py --prompt 'def main'"
-mine: venv
-	@$(PY) tools/mine.py $(if $(TEXTS),"$$TEXTS",'') $(if $(NAME),--name "$$NAME") $(if $(MINUTES),--minutes "$$MINUTES") $(ARGS)
+mine: $(if $(TEXTS),venv)
+	@test -n "$$TEXTS" || { echo "error: TEXTS: is needed, such as: make mine TEXTS=\"my texts\" NAME=german" >&2; exit 2; }
+	@$(PY) tools/mine.py "$$TEXTS" $(if $(NAME),--name "$$NAME") $(if $(MINUTES),--minutes "$$MINUTES") $(ARGS)
 
 # The gates that run nothing: lint, format and types, at no findings. `make format` mends what can be mended by itself.
 check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools

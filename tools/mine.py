@@ -39,9 +39,12 @@ from text import python_command, shell_quoted  # noqa: E402
 
 LEAST_BYTES = 20_000  # of text: with less there is nothing to learn from, and hardly a token to validate on
 VALIDATION_BYTES = 400_000  # of text for validation, about: scoring it takes a minute on two cores
-DOCUMENTS = 50  # that a small text is cut into, at least, so that some of them validate
+DOCUMENTS = 200  # that a small text is cut into, at least, so that some of them validate
+SMALL_BYTES = 1_000_000  # less text than this gives a larger share of it to validation
 PACKED = 3  # times its size that an archive of text unpacks to, about
+MINUTES = 5
 PROMPT_WORDS = 4
+SAMPLE_TOKENS = 150
 
 
 def check_name(text: str) -> str:
@@ -74,7 +77,8 @@ def prepare_arguments(options: argparse.Namespace, out: Path) -> list[str]:
             f"TEXTS={options.texts}: about {size:,} bytes of text, and a model needs {LEAST_BYTES:,} or more"
         )
     arguments = [options.texts, "--out", str(out), "--vocab-size", "auto"]
-    arguments += ["--val-fraction", f"{min(0.05, VALIDATION_BYTES / size):.2g}"]
+    share = 0.1 if size < SMALL_BYTES else 0.05
+    arguments += ["--val-fraction", f"{min(share, VALIDATION_BYTES / size):.2g}"]
     if size // DOCUMENTS < prepare.Options.max_document_bytes:
         arguments += ["--max-document-bytes", str(max(64, size // DOCUMENTS))]
     for suffix in options.suffix:
@@ -103,9 +107,18 @@ def first_words(data: Path, manifest: dict) -> str:
     return " ".join(words[:PROMPT_WORDS])[:60]
 
 
-def sample_command(run_id: str, prompt: str) -> list[str]:
-    """The command that writes a sample with a run's model."""
-    return [sys.executable, "tools/generate.py", f"logs/{run_id}", prompt, "--tokens", "150"]
+def training_settings(options: argparse.Namespace, name: str, out: Path, manifest: dict) -> dict[str, str]:
+    """The settings of the training run. Those of the environment stay, unless the command line says otherwise."""
+    chosen = {
+        "PRESET": "demo",
+        "MAX_WALLCLOCK_SECONDS": f"{60 * (options.minutes or MINUTES):g}",
+        "RUN_ID": f"{time.strftime('%Y%m%d-%H%M%S')}-{name}",
+    }
+    kept = {key: os.environ[key] for key in (*chosen, "ARTIFACT_DIR") if key in os.environ}
+    if options.minutes:
+        kept.pop("MAX_WALLCLOCK_SECONDS", None)
+    vocab_size = str(manifest["tokenizer"]["vocab_size"])
+    return {**chosen, **kept, "DATA_PATH": str(out), "VOCAB_SIZE": vocab_size}
 
 
 def main(arguments: list[str]) -> int:
@@ -114,7 +127,8 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("texts", metavar="TEXTS", help="a folder or file of texts (data/prepare.py --help says which)")
     add("--name", type=check_name, metavar="NAME", help="of the data and the run (default: the folder's)")
-    add("--minutes", type=number_type(float, 0.1, 1e5), default=5.0, metavar="M", help="of training (default: 5)")
+    add("--minutes", type=number_type(float, 0.1, 1e5), metavar="M", help=f"of training (default: {MINUTES})")
+    add("--out", type=Path, metavar="DIR", help="folder of the prepared data (default: data/mine/NAME)")
     add("--suffix", action="append", default=[], metavar="ENDING", help="a further ending of text, such as .py")
     add("--prompt", metavar="TEXT", help="beginning of the sample (default: the first words of a validation text)")
     options = parser.parse_args(arguments)
@@ -122,7 +136,7 @@ def main(arguments: list[str]) -> int:
         raise UserError('TEXTS: is needed, such as: make mine TEXTS="my texts" NAME=german')
     options.texts = os.path.abspath(options.texts)
     name = options.name or name_of(options.texts)
-    out = Path("data", "mine", name)
+    out = Path(os.path.abspath(options.out)) if options.out else Path("data", "mine", name)
     os.chdir(ROOT)
     try:
         words = prepare_arguments(options, out)
@@ -133,18 +147,12 @@ def main(arguments: list[str]) -> int:
         manifest = prepare.read_manifest(out) or {}
     except PrepareError as error:
         raise UserError(str(error)) from None
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    settings = {
-        "PRESET": os.environ.get("PRESET", "demo"),
-        "DATA_PATH": str(out),
-        "VOCAB_SIZE": str(manifest["tokenizer"]["vocab_size"]),
-        "MAX_WALLCLOCK_SECONDS": f"{60 * options.minutes:g}",
-        "RUN_ID": run_id,
-    }
+    settings = training_settings(options, name, out, manifest)
     run([sys.executable, "train_gpt.py"], settings)
+    folder = settings.get("ARTIFACT_DIR") or f"logs/{settings['RUN_ID']}"
     prompt = options.prompt if options.prompt is not None else first_words(out, manifest)
     print(f"\na sample, after {prompt!r}:" if prompt else "\na sample:")
-    run(sample_command(run_id, prompt), {})
+    run([sys.executable, "tools/generate.py", folder, prompt, "--tokens", str(SAMPLE_TOKENS)], {})
     return 0
 
 

@@ -17,26 +17,7 @@ import mine  # noqa: E402
 from runs import UserError  # noqa: E402
 
 TOOL = ROOT / "tools" / "mine.py"
-WORDS = [
-    "der",
-    "die",
-    "das",
-    "Haus",
-    "Straße",
-    "läuft",
-    "schnell",
-    "über",
-    "eine",
-    "Brücke",
-    "und",
-    "Bücher",
-    "im",
-    "Garten",
-    "你好",
-    "世界",
-    "def",
-    "return",
-]
+WORDS = ["der", "die", "das", "Haus", "Straße", "läuft", "über", "eine", "Brücke", "und", "你好", "世界", "def"]
 
 
 def write_texts(folder, size=30_000):
@@ -89,9 +70,8 @@ def test_a_folder_of_texts_becomes_a_model_and_a_sample(tmp_path):
     (texts / "vier.txt").write_text("ein neuer Text\n\n" * 500)
     again = launch(TOOL, settings(tmp_path, ARTIFACT_DIR=str(tmp_path / "b")), *arguments, "--prompt", "das Haus")
     assert again.returncode == 0, again.stderr
-    assert "have changed" in again.stdout and again.stdout.rpartition("\n$ ")[2].partition("\n")[2].startswith(
-        "das Haus"
-    )
+    assert "have changed" in again.stdout
+    assert again.stdout.rpartition("\n$ ")[2].partition("\n")[2].startswith("das Haus")
     last = launch(TOOL, settings(tmp_path, ARTIFACT_DIR=str(tmp_path / "c"), ITERATIONS="no"), *arguments)
     assert last.returncode == 2 and "already prepared" in last.stdout and "error: ITERATIONS" in last.stderr
     assert "generate.py" not in last.stdout

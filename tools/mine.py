@@ -71,7 +71,7 @@ def text_bytes(texts: str, suffixes: tuple[str, ...]) -> int:
 
 def prepare_arguments(options: argparse.Namespace, out: Path) -> list[str]:
     """The arguments of data/prepare.py for a folder of texts. Errors: UserError, PrepareError."""
-    size = text_bytes(options.texts, tuple(prepare.suffix_of(suffix) for suffix in options.suffix))
+    size = text_bytes(options.texts, tuple(options.suffix))
     if size < LEAST_BYTES:
         raise UserError(
             f"TEXTS={options.texts}: about {size:,} bytes of text, and a model needs {LEAST_BYTES:,} or more"
@@ -129,7 +129,8 @@ def main(arguments: list[str]) -> int:
     add("--name", type=check_name, metavar="NAME", help="of the data and the run (default: the folder's)")
     add("--minutes", type=number_type(float, 0.1, 1e5), metavar="M", help=f"of training (default: {MINUTES})")
     add("--out", type=Path, metavar="DIR", help="folder of the prepared data (default: data/mine/NAME)")
-    add("--suffix", action="append", default=[], metavar="ENDING", help="a further ending of text, such as .py")
+    suffix = dict(action="append", default=[], type=prepare.suffix_of, metavar="ENDING")
+    add("--suffix", **suffix, help="a further ending of text, such as .py")
     add("--prompt", metavar="TEXT", help="beginning of the sample (default: the first words of a validation text)")
     options = parser.parse_args(arguments)
     if not options.texts:

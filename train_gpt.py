@@ -52,7 +52,6 @@ import datetime
 import difflib
 import enum
 import errno
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -64,7 +63,6 @@ import json
 import math
 import platform
 import re
-import resource
 import secrets
 import select
 import shutil
@@ -83,6 +81,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TextIO, cast
+
+try:
+    import fcntl
+    import resource
+except ModuleNotFoundError as error:  # Windows has neither of the two
+    print(f"error: {error.name}: is missing; this program needs Linux or macOS, and on Windows WSL", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

@@ -37,7 +37,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -56,6 +55,12 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import cast
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:  # Windows has no such module
+    print(f"error: {error.name}: is missing; this program needs Linux or macOS, and on Windows WSL", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import zstandard

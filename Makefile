@@ -18,7 +18,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign mine audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign mine audit-data pack reproduce prove publish sweep report watch docs venv venv-gpu clean first-hour fuzz
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -149,6 +149,10 @@ sweep: $(VENV)/tools
 # Table and pictures of all runs in logs/, or of others: make report ARGS="logs/RUN peer.log --out report"
 report: $(VENV)/tools
 	@$(PY) tools/report.py $(if $(ARGS),$(ARGS),logs --out report)
+
+# Draws the losses again while runs go on: make watch ARGS="logs/RUN --every 5"
+watch: $(VENV)/tools
+	@$(PY) tools/watch.py $(ARGS)
 
 # What is generated in the documentation: the table of knobs, the results in README.md.
 docs: venv

@@ -1823,6 +1823,51 @@ def show(text: str) -> int:
     return EXIT_ELSEWHERE
 
 
+class LiveLine:
+    """A line at the bottom of a terminal that is written over. Where the stream is no terminal, nothing is written."""
+
+    SECONDS = 0.2  # between two writes
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+        self.shown = False
+        self.written = -math.inf
+        self.bytes_per_token = 0.0  # of the validation text; 0: not known
+        try:
+            self.terminal = stream is not None and stream.isatty()
+        except ValueError:  # a stream that was closed
+            self.terminal = False
+
+    def show(self, text: str) -> None:
+        """Replaces the line, unless that was done a moment ago."""
+        now = time.monotonic()
+        if not self.terminal or now - self.written < self.SECONDS:
+            return
+        self.written, self.shown = now, True
+        self.write("\r" + text[: max(1, shutil.get_terminal_size().columns - 1)] + "\x1b[K")
+
+    def clear(self) -> None:
+        """Removes the line, so that another one can be printed in its place."""
+        if self.shown:
+            self.shown = False
+            self.write("\r\x1b[K")
+
+    def write(self, text: str) -> None:
+        """Writes without a line's end. A terminal that fails gets no more."""
+        try:
+            cast(TextIO, self.stream).write(text)
+            cast(TextIO, self.stream).flush()
+        except (OSError, ValueError):
+            self.terminal = False
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 0:09, 12:34 or 1:02:03."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def settle_output() -> None:
     """Drops what standard output and error cannot write, about which the interpreter would complain as it ends."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -2023,6 +2068,7 @@ class Run:
     stage: str = "start"  # the one that was entered last
     watchdog: Watchdog | None = None  # where there are several ranks, or torchrun started this one
     hold: SignalHold | None = None  # while a training can still leave a checkpoint
+    live: LiveLine = field(default_factory=lambda: LiveLine(sys.stdout))  # on rank 0, what is going on now
 
     @property
     def is_main(self) -> bool:
@@ -2032,6 +2078,7 @@ class Run:
     def log(self, text: str) -> None:
         """Writes a line to stdout and log.txt, on rank 0."""
         if self.is_main:
+            self.live.clear()
             if say(text, sys.stdout):
                 self.warn("standard output cannot be written; the run goes on, and log.txt has every line")
             self.append("log.txt", text)
@@ -2171,6 +2218,7 @@ class Run:
 
     def close(self) -> None:
         """Ends the writing and unlocks the folder."""
+        self.live.clear()
         self.end_checkpoints()
         self.finish()
         if self.lock:
@@ -7822,6 +7870,8 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
         if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(trainer, progress, nats)
+        if run.is_main:
+            run.live.show(live_step(progress, config, guard.loss, run.live.bytes_per_token))
         if math.copysign(1.0, seconds) < 0:
             trainer.save(progress, ended=False, last=True)
             raise interrupted(trainer, progress)
@@ -7979,6 +8029,7 @@ class LossGuard:
         self.least = math.log(config.vocab_size)
         self.limit: float | None = None
         self.waiting: Tensor | None = None  # a GPU's loss on its way to the host
+        self.loss = math.nan  # of the last step that is known
 
     def send(self, nats: Tensor) -> Tensor | None:
         """Takes the nats of the step that was queued. Returns those of the step before it, which a GPU has finished
@@ -7993,7 +8044,7 @@ class LossGuard:
         """What is wrong with a loss: it is not finite, or twice what the first step, or guessing, costs."""
         if nats is None:
             return ""
-        loss = nats.item() / self.tokens
+        loss = self.loss = nats.item() / self.tokens
         if self.limit is None:
             self.limit = 2 * max(loss, self.least)
         if math.isfinite(loss) and loss <= self.limit:
@@ -8032,6 +8083,16 @@ def log_step(trainer: Trainer, p: Progress, nats: Tensor) -> None:
     run.metric(
         step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_scale, momentum=momentum, tokens=tokens
     )
+
+
+def live_step(p: Progress, config: Config, loss: float, bytes_per_token: float) -> str:
+    """The live line of a training step. Bits per byte are those of the training text, if its tokens are as long as
+    those of the validation text are on average."""
+    fraction = fraction_done(p, config)
+    bpb = f"  bpb ~{loss / math.log(2) / bytes_per_token:.3f}" if bytes_per_token else ""
+    rate = p.step * config.train_batch_tokens / p.seconds
+    eta = clock(p.seconds / fraction * (1 - fraction)) if fraction else "?"
+    return f"step {p.step}  loss {loss:.4f}{bpb}  {rate:,.0f} tokens/s  {fraction:.0%}  ETA {eta}"
 
 
 def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
@@ -11306,6 +11367,8 @@ class ProgressMeter:
         elapsed = now - self.begin
         rate = (now - self.first[1]) / (self.done - self.first[0])
         remaining = rate * (self.total - self.done)
+        if self.run.is_main:
+            self.run.live.show(f"{self.stage}  {self.done / self.total:.0%}  ETA {clock(remaining)}")
         if now - self.last_line > 30:
             self.last_line = now
             self.run.log(f"{self.stage}:{self.done / self.total:.1%} elapsed:{elapsed:.0f}s eta:{remaining:.0f}s")
@@ -12405,6 +12468,19 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
     yield f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}"
 
 
+def closing_lines(run: Run) -> Iterator[str]:
+    """The three files of a run that matter next, if it has them, and what each is for."""
+    uses = {
+        CONTAINER_FILE: "the model; tools/generate.py writes text with it",
+        run.prefix + SUMMARY_FILE: "every figure of the run",
+        run.prefix + "log.txt": "these lines; tools/report.py draws the losses",
+    }
+    there = {name: run.path(name) for name in uses if run.path(name).exists()}
+    width = max((len(str(path)) for path in there.values()), default=0)
+    for number, (name, path) in enumerate(there.items()):
+        yield f"{'' if number else 'next':<10} {path!s:<{width}}  {uses[name]}"
+
+
 def dry_run(config: Config, world: int) -> str:
     """What a run would do, as one JSON object."""
     return to_json(
@@ -12433,6 +12509,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         require(numbers <= CONTENT_LIMIT, config, "model_dim", allowed)
         with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
             loader, evaluator = TrainLoader(config, run), make_evaluator(config, run)
+            run.live.bytes_per_token = evaluator.bytes / (len(evaluator.tokens) - 1)
         with Stage(run, "audit"):
             evaluator.data_check.training(loader.stream)
             evaluator.data_check.leaks()
@@ -12465,7 +12542,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
-    for line in summary_lines(summary):
+    for line in (*summary_lines(summary), *(closing_lines(run) if run.is_main else ())):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:

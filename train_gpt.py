@@ -420,9 +420,10 @@ class Config(ModelConfig):
     )
     device: str = knob(
         "auto",
-        "device to compute on; auto: cuda where there is one, else cpu",
+        "device to compute on; auto: cuda where there is one, else cpu; mps: training on Apple's GPU, and what follows "
+        "it on the CPU",
         Observed.REFUSAL,
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     compute_dtype: str = knob(
         "auto",
@@ -1446,7 +1447,10 @@ def resolved(config: Config, cuda: bool) -> Config:
         device = "cuda" if cuda else "cpu"
     if device == "cuda" and not cuda:
         raise ConfigError("DEVICE", config.device, "no CUDA device is visible; use cpu or auto")
-    native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
+    if device == "mps":
+        check_mps(config)
+    flags = set(cpu_info("flags", "Features").split())
+    native = device == "cuda" or (device == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & flags))
     automatic: dict[str, Any] = {
         "compute_dtype": "bfloat16" if native else "float32",
         "compile": "01"[device == "cuda"],
@@ -1454,7 +1458,7 @@ def resolved(config: Config, cuda: bool) -> Config:
     }
     if config.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
-    if config.triton_kernels == "1" and (device == "cpu" or triton is None):
+    if config.triton_kernels == "1" and (device != "cuda" or triton is None):
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; use auto or 0")
     values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
     if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
@@ -1462,6 +1466,21 @@ def resolved(config: Config, cuda: bool) -> Config:
     config = dataclasses.replace(config, device=device, **values)
     require(config.compile == "1" or not config.compile_cache, config, "compile_cache", "needs COMPILE=1")
     return config
+
+
+def check_mps(config: Config) -> None:
+    """Errors: ConfigError for what Apple's GPUs, or this machine, cannot do."""
+    if not mps_available():
+        raise ConfigError("DEVICE", "mps", "PyTorch sees no Apple GPU; use cpu or auto")
+    if config.compile == "1":
+        raise ConfigError("COMPILE", 1, "is for CUDA and CPUs; use auto or 0")
+    if config.compute_dtype == "float64":
+        raise ConfigError("COMPUTE_DTYPE", "float64", "Apple's GPUs have no float64; use float32 or DEVICE=cpu")
+
+
+def mps_available() -> bool:
+    """Whether PyTorch can use Apple's GPU."""
+    return torch.backends.mps.is_available()
 
 
 def cpu_compiler() -> bool:
@@ -2329,6 +2348,8 @@ class Run:
         """Waits for the GPU, so that a clock read next counts its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def peak_memory(self) -> int:
         """Peak memory in bytes: of the GPU's allocator, or of the process on a CPU."""
@@ -3085,6 +3106,13 @@ def rank_variable(environment: Mapping[str, str], name: str, default: int) -> in
     return int(text)
 
 
+def first_device(config: Config, local: int) -> torch.device:
+    """The device of a rank on this machine when it starts. Scores need float64, so MODE=eval never has an Apple GPU."""
+    if config.device == "mps":
+        return torch.device("cpu" if config.mode == "eval" else "mps")
+    return torch.device("cuda", local) if config.device == "cuda" else torch.device("cpu")
+
+
 def start_run(config: Config, environment: dict[str, str]) -> Run:
     """Sets up device, threads and process groups, by torchrun's variables where they are set. Errors: ConfigError."""
     rank = rank_variable(environment, "RANK", 0)
@@ -3101,7 +3129,9 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
         )
     if config.mode != "eval":
         batch_layout(config, world)  # refuses, before anything starts, a number of ranks that does not divide the batch
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if config.device == "mps" and world > 1:
+        raise ConfigError("DEVICE", config.device, f"an Apple GPU takes one rank, and there are {world}")
+    device = first_device(config, local)
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -3129,6 +3159,8 @@ def hardware(run: Run) -> str:
     """Chips of this machine and how many of them the run uses, all machines counted."""
     if run.device.type == "cuda":
         return f"{run.world} x {torch.cuda.get_device_name()}"
+    if run.device.type == "mps":
+        return f"Apple GPU of {platform.machine()}, 1 rank"
     model = cpu_info("model name") or platform.processor() or platform.machine()
     return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
@@ -3239,7 +3271,10 @@ class Snapshot:
     """Copies of tensors at one moment, for another thread: taking them does not wait for the device."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.copies = {
+            name: tensor.detach().clone() if tensor.is_cuda else tensor.detach().to("cpu", copy=True)
+            for name, tensor in tensors.items()
+        }
         self.device = next((t.device for t in self.copies.values() if t.device.type == "cuda"), None)
         self.taken = None
         if self.device is not None:
@@ -4147,7 +4182,7 @@ def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device:
 
 def send(batch: Batch, device: torch.device) -> Batch:
     """A Batch on the device; the copy to a GPU does not block."""
-    tensors = [tensor.to(device, non_blocking=True) for tensor in (*batch[:2], *batch.documents)]
+    tensors = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in (*batch[:2], *batch.documents)]
     if device.type == "cuda":  # one graph for any number of documents
         torch._dynamo.mark_dynamic(tensors[3], 0)
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
@@ -4156,7 +4191,7 @@ def send(batch: Batch, device: torch.device) -> Batch:
 def send_array(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on the device; the copy to a GPU does not block."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
@@ -5441,7 +5476,7 @@ def choose_attention(config: Config) -> tuple[str, str]:
     for name in ("fa3", "fa2", "varlen"):
         if wanted not in ("auto", name):
             continue
-        if config.device == "cpu" or config.compute_dtype != "bfloat16":
+        if config.device != "cuda" or config.compute_dtype != "bfloat16":
             reasons.append(f"{name}: takes bfloat16 on CUDA only")
             continue
         fault = attention_fault(name)
@@ -7715,7 +7750,8 @@ class Trainer:
         grids = (config.attn_grid, config.mlp_grid) if fake_quant else None
         rounding = dict(fake_quant=grids, fp8_head=config.fp8_head, fp8_mlp=config.fp8_mlp)
         context = context_at(p, config)
-        nats = torch.zeros((), dtype=torch.float64, device=self.run.device)
+        dtype = torch.float32 if config.device == "mps" else torch.float64  # Apple's GPUs have no float64
+        nats = torch.zeros((), dtype=dtype, device=self.run.device)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro, context)
             noise = self.loader.noise(p.step, micro)
@@ -7728,7 +7764,7 @@ class Trainer:
             if extra is not None:
                 loss = loss + (others[0] * extra.weights).sum()
             (loss / config.train_batch_tokens).backward()
-            nats += nll.detach().sum(dtype=torch.float64)
+            nats += nll.detach().sum(dtype=dtype)
         multiplier = lr_multiplier(p, config) * context_warmup(p, config)
         self.optimizers.step(muon_beta(p, config), multiplier, layers)
         self.update_averages(p)
@@ -8034,7 +8070,7 @@ class LossGuard:
     def send(self, nats: Tensor) -> Tensor | None:
         """Takes the nats of the step that was queued. Returns those of the step before it, which a GPU has finished
         after `Run.pace`; on a CPU those of this step."""
-        if nats.device.type == "cpu":
+        if nats.device.type != "cuda":
             return nats
         arrived, self.waiting = self.waiting, torch.empty((), dtype=nats.dtype, pin_memory=True)
         self.waiting.copy_(nats, non_blocking=True)
@@ -8316,6 +8352,17 @@ def calibration_sums(trainer: Trainer, steps: range) -> dict[str, Tensor]:
     return hooks.sums
 
 
+def move_to_cpu(trainer: Trainer) -> None:
+    """With DEVICE=mps, takes the model, and all that is computed from here on, to the CPU. Else does nothing.
+
+    Apple's GPUs have no float64, in which Hessians are summed and factorized, and scores added up.
+    """
+    if trainer.config.device == "mps":
+        trainer.run.synchronize()
+        trainer.model.to("cpu")
+        trainer.run.device = torch.device("cpu")
+
+
 def reserve_calibration(trainer: Trainer) -> None:
     """Reserves the seconds that calibration and tuning will take, measured on the slowest rank, unless they are given.
 
@@ -8325,6 +8372,8 @@ def reserve_calibration(trainer: Trainer) -> None:
     if config.gptq_reserve_seconds >= 0 or not config.max_wallclock_seconds:
         return
     batches = config.gptq_calibration_batches
+    device = run.device
+    move_to_cpu(trainer)  # where calibration will run
     one = run.time_second_call(lambda: calibration_sums(trainer, range(1)))
     seconds = batches * one
     if config.tune_steps:
@@ -8333,6 +8382,8 @@ def reserve_calibration(trainer: Trainer) -> None:
         tuning = Tuning(quantize(weights, Calibration({}), plain), trainer.model, config)
         batch = tuning_batch(trainer.loader, config, 0)
         seconds += config.tune_steps * run.time_second_call(lambda: tuning.step(batch))
+    run.device = device
+    trainer.model.to(device)
     seconds = min(1.1 * max(run.gather(seconds)), 0.9 * config.max_wallclock_seconds)
     trainer.config = dataclasses.replace(config, gptq_reserve_seconds=seconds)
     tuned = f" and {config.tune_steps} steps of tuning" if config.tune_steps else ""
@@ -12172,6 +12223,7 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         broken = max(run.gather(nonfinite(model.named_parameters())))
         if broken:
             raise diverged(config, f"the weights {broken!r} are not finite after the training", run)
+        move_to_cpu(trainer)
     with Stage(run, "validate"):
         score = evaluator(trainer.forward, "pre_quant")
         require_finite(score, functools.partial(diverged, config))

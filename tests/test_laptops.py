@@ -1,12 +1,18 @@
 """Machines without a GPU: the CPU build of torch, pip's own settings, systems without fcntl, Apple's GPUs."""
 
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from helpers import ROOT, clean_environment, run_command
+import train_gpt as tg
+from helpers import ROOT, TINY, clean_environment, run_command
 
 PYTHON = """#!/bin/sh
 printf '%s|%s\\n' "$PIP_USER$PIP_TARGET$PIP_PREFIX" "$*" >>"$CALLS"
@@ -65,7 +71,8 @@ def test_pips_settings_for_other_places_do_not_reach_the_environment(make_venv, 
 @pytest.mark.parametrize("script", ["train_gpt.py", "data/prepare.py", "tools/generate.py", "tools/mine.py"])
 def test_a_system_without_fcntl_gets_one_line(script):
     """As on Windows. A module that is None in sys.modules is one that cannot be imported."""
-    code = "import sys, runpy; sys.modules['fcntl'] = None; sys.path[0] = sys.argv[2]; runpy.run_path(sys.argv[1], run_name='__main__')"
+    code = "import sys, runpy; sys.modules['fcntl'] = None; "
+    code += "sys.path[0] = sys.argv[2]; runpy.run_path(sys.argv[1], run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / script), str((ROOT / script).parent)],
         capture_output=True,
@@ -76,3 +83,94 @@ def test_a_system_without_fcntl_gets_one_line(script):
     assert done.stderr.splitlines() == [
         "error: fcntl: is missing; this program needs Linux or macOS, and on Windows WSL"
     ]
+
+
+# -------------------------------------------------------------------------------------------------------- Apple's GPUs
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    """PyTorch says that there is an Apple GPU. There is none: nothing here has run on one."""
+    monkeypatch.setattr(tg, "mps_available", lambda: True)
+
+
+def test_settings_on_an_apple_gpu_are_those_of_plain_torch(apple):
+    c = tg.config_from_env({"DEVICE": "mps", "PRESET": "demo"}, False)[0]
+    assert (c.device, c.compute_dtype, c.compile, c.triton_kernels) == ("mps", "float32", "0", "0")
+    name, why = tg.choose_attention(c)
+    assert name == "sdpa" and "takes bfloat16 on CUDA only" in why and not tg.float8_supported(c)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(COMPILE=1), "COMPILE=1: is for CUDA and CPUs"),
+        (dict(COMPUTE_DTYPE="float64"), "COMPUTE_DTYPE=float64: Apple's GPUs have no float64"),
+        (dict(TRITON_KERNELS=1), "TRITON_KERNELS=1: needs a CUDA device"),
+        (dict(ATTENTION="fa3"), "ATTENTION=fa3: cannot run here"),
+    ],
+)
+def test_what_an_apple_gpu_cannot_do_is_refused(apple, values, message):
+    with pytest.raises(tg.ConfigError, match=message):
+        environment = {name: str(value) for name, value in values.items()}
+        tg.choose_attention(tg.config_from_env({"DEVICE": "mps", "PRESET": "demo", **environment}, False)[0])
+
+
+def test_without_an_apple_gpu_one_line_says_so():
+    with pytest.raises(tg.ConfigError, match="DEVICE=mps: PyTorch sees no Apple GPU"):
+        tg.config_from_env({"DEVICE": "mps"}, False)
+
+
+def test_several_ranks_on_an_apple_gpu_are_refused(apple):
+    c = tg.config_from_env({"DEVICE": "mps", "PRESET": "demo"}, False)[0]
+    with pytest.raises(tg.ConfigError, match="takes one rank, and there are 2"):
+        tg.start_run(c, {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"})
+
+
+@pytest.mark.parametrize("array", [np.arange(6, dtype=np.int64), np.ones(3, bool)])
+def test_arrays_reach_a_device_that_is_not_cuda(array):
+    meta = torch.device("meta")  # any device that is neither the CPU nor CUDA
+    assert tg.send_array(array, meta).device == meta
+    batch = tg.to_device(*(np.zeros((1, 4), np.int64) for _ in range(3)), meta)
+    assert {tensor.device for tensor in (*batch[:2], *batch.documents)} == {meta}
+
+
+class Float64(TorchDispatchMode):
+    """Notes the operations that make a float64 tensor, while `on`."""
+
+    def __init__(self):
+        super().__init__()
+        self.on, self.found = False, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor)]
+        if self.on and any(item.dtype == torch.float64 for item in made):
+            self.found.add(str(function))
+        return result
+
+
+def test_a_training_for_apple_gpus_makes_no_float64_and_ends_on_the_cpu(apple, data, tmp_path, monkeypatch):
+    """The whole run with the settings of DEVICE=mps, on a CPU that stands in for the GPU."""
+    monkeypatch.chdir(tmp_path)
+    watcher, moves = Float64(), []
+    monkeypatch.setattr(tg, "first_device", lambda config, local: torch.device("cpu"))
+    step, move = tg.Trainer.step, tg.move_to_cpu
+
+    def watched(*arguments, **options):
+        watcher.on = True
+        try:
+            return step(*arguments, **options)
+        finally:
+            watcher.on = False
+
+    monkeypatch.setattr(tg.Trainer, "step", watched)
+    monkeypatch.setattr(tg, "move_to_cpu", lambda trainer: (moves.append(trainer.run.stage), move(trainer)))
+    values = {name: str(value) for name, value in {**TINY, "COMPUTE_DTYPE": "auto", "RUN_ID": "apple"}.items()}
+    values |= dict(DATA_PATH=str(data), DEVICE="mps", MAX_WALLCLOCK_SECONDS="60", GPTQ_RESERVE_SECONDS="-1")
+    with watcher:
+        code = tg.main([], values)
+    monkeypatch.undo()
+    assert code == 0 and watcher.found == set() and moves == ["warmup", "train"]
+    summary = json.loads((tmp_path / "logs" / "apple" / "summary.json").read_text())
+    assert summary["attention"] == "sdpa" and summary["val_bpb_quantized"] > 0

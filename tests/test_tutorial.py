@@ -20,7 +20,7 @@ SMALL = (
     (
         "bench/lab_ideas.py",
         'Size("0.7M", 4, 128, 4, (1, 1), 3, 1536, 256, 26)',
-        'Size("0.7M", 4, 32, 4, (1, 1), 3, 1536, 4, 1)',
+        'Size("0.7M", 4, 64, 2, (1, 1), 3, 1536, 4, 1)',
     ),
     ("bench/lab.py", "STEPS_MEASURED, ROUNDS = 20, 3", "STEPS_MEASURED, ROUNDS = 2, 1"),
 )
@@ -104,4 +104,4 @@ def test_an_idea_becomes_a_row_of_the_laboratory(followed):
 
 
 def test_the_page_is_short_and_says_where_it_is_tested():
-    assert "tests/test_tutorial.py" in PAGE and len(commands()) == 9
+    assert "tests/test_tutorial.py" in PAGE and len(commands()) == 10

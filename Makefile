@@ -5,6 +5,13 @@ DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
 VENV_H100 ?= .venv-h100
 VENV_SITE ?= .venv-site
+# make venv TORCH=cpu: torch without CUDA, 200 MB in place of 4.8 GB, from PyTorch's own index. Other systems than Linux
+# have no CUDA build anyway.
+TORCH ?=
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# With these set, as for installations outside of environments, pip would write elsewhere, or refuse.
+override export PIP_USER := 0
+unexport PIP_TARGET PIP_PREFIX
 # FlashAttention 3 for CUDA 13 and any torch from 2.9 on (docs/gpus.md); empty: none.
 FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp39-abi3-manylinux_2_28_x86_64.whl
 
@@ -12,7 +19,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign audit-data pack reproduce prove publish sweep report docs venv venv-gpu clean first-hour fuzz site
+.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign mine audit-data pack reproduce prove publish sweep report watch docs venv venv-gpu clean first-hour fuzz site
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -24,6 +31,13 @@ demo: venv
 # Any data, the challenge's own too: make data ARGS="sp8192 --train-shards 10 --out data/sp8192"
 data: $(VENV)/data-tools
 	@$(PY) data/prepare.py $(ARGS)
+
+# Your own texts: prepares them, trains, and writes a sample (README.md). A folder's name may hold blanks:
+# make mine TEXTS="my texts" NAME=german MINUTES=10
+# ARGS takes more: ARGS="--suffix .py --prompt 'def main'"
+mine: $(if $(TEXTS),venv)
+	@test -n "$$TEXTS" || { echo "error: TEXTS: is needed, such as: make mine TEXTS=\"my texts\" NAME=german" >&2; exit 2; }
+	@$(PY) tools/mine.py "$$TEXTS" $(if $(NAME),--name "$$NAME") $(if $(MINUTES),--minutes "$$MINUTES") $(ARGS)
 
 # The gates that run nothing: lint, format and types, at no findings. `make format` mends what can be mended by itself.
 check: $(VENV)/check-tools $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
@@ -137,6 +151,10 @@ sweep: $(VENV)/tools
 report: $(VENV)/tools
 	@$(PY) tools/report.py $(if $(ARGS),$(ARGS),logs --out report)
 
+# Draws the losses again while runs go on: make watch ARGS="logs/RUN --every 5"
+watch: $(VENV)/tools
+	@$(PY) tools/watch.py $(ARGS)
+
 # What is generated in the documentation: the table of knobs, the results in README.md.
 docs: venv
 	@$(PY) tools/docs.py
@@ -169,8 +187,11 @@ $(VENV)/gpu: $(VENV)/installed requirements-gpu.txt
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: PYTHON=$(PYTHON): must be Python 3.11 or newer" >&2; exit 2; }
+	@case "$(TORCH)" in ""|cpu|cuda) ;; *) echo "error: TORCH=$(TORCH): must be cpu, cuda or empty" >&2; exit 2 ;; esac
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1 || if folder=$$($(PYTHON) -c "$(CUDA_TORCH)" 2>/dev/null); then \
+	@test "$(TORCH)" != cpu || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --index-url $(TORCH_CPU_INDEX) "$$(grep '^torch==' requirements.txt)"
+	@$(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1 || if [ "$(TORCH)" != cpu ] && folder=$$($(PYTHON) -c "$(CUDA_TORCH)" 2>/dev/null); then \
 	    echo "$$folder" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-python.pth"; fi
 	@if $(PY) -c "$(CUDA_TORCH)" >/dev/null 2>&1; then \
 	    echo "keeping the CUDA build of torch that is there"; grep -v '^torch==' requirements.txt >$(VENV)/requirements.txt; \

@@ -52,7 +52,6 @@ import datetime
 import difflib
 import enum
 import errno
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -64,7 +63,6 @@ import json
 import math
 import platform
 import re
-import resource
 import secrets
 import select
 import shutil
@@ -83,6 +81,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TextIO, cast
+
+try:
+    import fcntl
+    import resource
+except ModuleNotFoundError as error:  # Windows has neither of the two
+    print(f"error: {error.name}: is missing; this program needs Linux or macOS, and on Windows WSL", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -445,9 +450,10 @@ class Config(ModelConfig):
     )
     device: str = knob(
         "auto",
-        "device to compute on; auto: cuda where there is one, else cpu",
+        "device to compute on; auto: cuda where there is one, else cpu; mps: training on Apple's GPU, and what follows "
+        "it on the CPU",
         Observed.REFUSAL,
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     compute_dtype: str = knob(
         "auto",
@@ -2209,7 +2215,10 @@ def resolved(config: Config, cuda: bool) -> Config:
         device = "cuda" if cuda else "cpu"
     if device == "cuda" and not cuda:
         raise ConfigError("DEVICE", config.device, "no CUDA device is visible; use cpu or auto")
-    native = device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info("flags", "Features").split()))
+    if device == "mps":
+        check_mps(config)
+    flags = set(cpu_info("flags", "Features").split())
+    native = device == "cuda" or (device == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & flags))
     automatic: dict[str, Any] = {
         "compute_dtype": "bfloat16" if native else "float32",
         "compile": "01"[device == "cuda"],
@@ -2217,7 +2226,7 @@ def resolved(config: Config, cuda: bool) -> Config:
     }
     if config.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
-    if config.triton_kernels == "1" and (device == "cpu" or triton is None):
+    if config.triton_kernels == "1" and (device != "cuda" or triton is None):
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; use auto or 0")
     values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
     if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
@@ -2225,6 +2234,21 @@ def resolved(config: Config, cuda: bool) -> Config:
     config = dataclasses.replace(config, device=device, **values)
     require(config.compile == "1" or not config.compile_cache, config, "compile_cache", "needs COMPILE=1")
     return config
+
+
+def check_mps(config: Config) -> None:
+    """Errors: ConfigError for what Apple's GPUs, or this machine, cannot do."""
+    if not mps_available():
+        raise ConfigError("DEVICE", "mps", "PyTorch sees no Apple GPU; use cpu or auto")
+    if config.compile == "1":
+        raise ConfigError("COMPILE", 1, "is for CUDA and CPUs; use auto or 0")
+    if config.compute_dtype == "float64":
+        raise ConfigError("COMPUTE_DTYPE", "float64", "Apple's GPUs have no float64; use float32 or DEVICE=cpu")
+
+
+def mps_available() -> bool:
+    """Whether PyTorch can use Apple's GPU."""
+    return torch.backends.mps.is_available()
 
 
 def cpu_compiler() -> bool:
@@ -2620,6 +2644,51 @@ def show(text: str) -> int:
     return EXIT_ELSEWHERE
 
 
+class LiveLine:
+    """A line at the bottom of a terminal that is written over. Where the stream is no terminal, nothing is written."""
+
+    SECONDS = 0.2  # between two writes
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+        self.shown = False
+        self.written = -math.inf
+        self.bytes_per_token = 0.0  # of the validation text; 0: not known
+        try:
+            self.terminal = stream is not None and stream.isatty()
+        except ValueError:  # a stream that was closed
+            self.terminal = False
+
+    def show(self, text: str) -> None:
+        """Replaces the line, unless that was done a moment ago."""
+        now = time.monotonic()
+        if not self.terminal or now - self.written < self.SECONDS:
+            return
+        self.written, self.shown = now, True
+        self.write("\r" + text[: max(1, shutil.get_terminal_size().columns - 1)] + "\x1b[K")
+
+    def clear(self) -> None:
+        """Removes the line, so that another one can be printed in its place."""
+        if self.shown:
+            self.shown = False
+            self.write("\r\x1b[K")
+
+    def write(self, text: str) -> None:
+        """Writes without a line's end. A terminal that fails gets no more."""
+        try:
+            cast(TextIO, self.stream).write(text)
+            cast(TextIO, self.stream).flush()
+        except (OSError, ValueError):
+            self.terminal = False
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 0:09, 12:34 or 1:02:03."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def settle_output() -> None:
     """Drops what standard output and error cannot write, about which the interpreter would complain as it ends."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -2820,6 +2889,7 @@ class Run:
     stage: str = "start"  # the one that was entered last
     watchdog: Watchdog | None = None  # where there are several ranks, or torchrun started this one
     hold: SignalHold | None = None  # while a training can still leave a checkpoint
+    live: LiveLine = field(default_factory=lambda: LiveLine(sys.stdout))  # on rank 0, what is going on now
 
     @property
     def is_main(self) -> bool:
@@ -2829,6 +2899,7 @@ class Run:
     def log(self, text: str) -> None:
         """Writes a line to stdout and log.txt, on rank 0."""
         if self.is_main:
+            self.live.clear()
             if say(text, sys.stdout):
                 self.warn("standard output cannot be written; the run goes on, and log.txt has every line")
             self.append("log.txt", text)
@@ -2968,6 +3039,7 @@ class Run:
 
     def close(self) -> None:
         """Ends the writing and unlocks the folder."""
+        self.live.clear()
         self.end_checkpoints()
         self.finish()
         if self.lock:
@@ -3078,6 +3150,8 @@ class Run:
         """Waits for the GPU, so that a clock read next counts its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def peak_memory(self) -> int:
         """Peak memory in bytes: of the GPU's allocator, or of the process on a CPU."""
@@ -3834,6 +3908,13 @@ def rank_variable(environment: Mapping[str, str], name: str, default: int) -> in
     return int(text)
 
 
+def first_device(config: Config, local: int) -> torch.device:
+    """The device of a rank on this machine when it starts. Scores need float64, so MODE=eval never has an Apple GPU."""
+    if config.device == "mps":
+        return torch.device("cpu" if config.mode == "eval" else "mps")
+    return torch.device("cuda", local) if config.device == "cuda" else torch.device("cpu")
+
+
 def start_run(config: Config, environment: dict[str, str]) -> Run:
     """Sets up device, threads and process groups, by torchrun's variables where they are set. Errors: ConfigError."""
     rank = rank_variable(environment, "RANK", 0)
@@ -3850,7 +3931,9 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
         )
     if config.mode != "eval":
         batch_layout(config, world)  # refuses, before anything starts, a number of ranks that does not divide the batch
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if config.device == "mps" and world > 1:
+        raise ConfigError("DEVICE", config.device, f"an Apple GPU takes one rank, and there are {world}")
+    device = first_device(config, local)
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -3878,6 +3961,8 @@ def hardware(run: Run) -> str:
     """Chips of this machine and how many of them the run uses, all machines counted."""
     if run.device.type == "cuda":
         return f"{run.world} x {torch.cuda.get_device_name()}"
+    if run.device.type == "mps":
+        return f"Apple GPU of {platform.machine()}, 1 rank"
     model = cpu_info("model name") or platform.processor() or platform.machine()
     return f"{available_cores()} cores of {model}, {run.world} rank{'s' if run.world > 1 else ''}"
 
@@ -3988,7 +4073,10 @@ class Snapshot:
     """Copies of tensors at one moment, for another thread: taking them does not wait for the device."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.copies = {
+            name: tensor.detach().clone() if tensor.is_cuda else tensor.detach().to("cpu", copy=True)
+            for name, tensor in tensors.items()
+        }
         self.device = next((t.device for t in self.copies.values() if t.device.type == "cuda"), None)
         self.taken = None
         if self.device is not None:
@@ -4905,7 +4993,7 @@ def host_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device:
 
 def send(batch: Batch, device: torch.device) -> Batch:
     """A Batch on the device; the copy to a GPU does not block."""
-    tensors = [tensor.to(device, non_blocking=True) for tensor in (*batch[:2], *batch.documents)]
+    tensors = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in (*batch[:2], *batch.documents)]
     if device.type == "cuda":  # one graph for any number of documents
         torch._dynamo.mark_dynamic(tensors[3], 0)
     return Batch(tensors[0], tensors[1], Documents(tensors[2], tensors[3]))
@@ -4914,7 +5002,7 @@ def send(batch: Batch, device: torch.device) -> Batch:
 def send_array(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on the device; the copy to a GPU does not block."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_device(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Batch:
@@ -6210,7 +6298,7 @@ def choose_attention(config: Config) -> tuple[str, str]:
     for name in ("fa3", "fa2", "varlen"):
         if wanted not in ("auto", name):
             continue
-        if config.device == "cpu" or config.compute_dtype != "bfloat16":
+        if config.device != "cuda" or config.compute_dtype != "bfloat16":
             reasons.append(f"{name}: takes bfloat16 on CUDA only")
             continue
         fault = attention_fault(name)
@@ -8555,7 +8643,8 @@ class Trainer:
         grids = (config.attn_grid, config.mlp_grid) if fake_quant else None
         rounding = dict(fake_quant=grids, fp8_head=config.fp8_head, fp8_mlp=config.fp8_mlp)
         context = context_at(p, config)
-        nats = torch.zeros((), dtype=torch.float64, device=self.run.device)
+        dtype = torch.float32 if config.device == "mps" else torch.float64  # Apple's GPUs have no float64
+        nats = torch.zeros((), dtype=dtype, device=self.run.device)
         for micro in range(self.layout.micro_steps):
             batch = self.loader.batch(p.step, micro, context)
             noise = self.loader.noise(p.step, micro)
@@ -8569,7 +8658,7 @@ class Trainer:
             if extra is not None:
                 loss = loss + (others[0] * extra.weights).sum()
             (loss / config.train_batch_tokens).backward()
-            nats += nll.detach().sum(dtype=torch.float64)
+            nats += nll.detach().sum(dtype=dtype)
         multiplier = lr_multiplier(p, config) * context_warmup(p, config)
         self.optimizers.step(muon_beta(p, config), multiplier, layers)
         self.update_averages(p)
@@ -8711,6 +8800,8 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
         if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(trainer, progress, nats)
+        if run.is_main:
+            run.live.show(live_step(progress, config, guard.loss, run.live.bytes_per_token))
         if math.copysign(1.0, seconds) < 0:
             trainer.save(progress, ended=False, last=True)
             raise interrupted(trainer, progress)
@@ -8868,11 +8959,12 @@ class LossGuard:
         self.least = math.log(config.vocab_size)
         self.limit: float | None = None
         self.waiting: Tensor | None = None  # a GPU's loss on its way to the host
+        self.loss = math.nan  # of the last step that is known
 
     def send(self, nats: Tensor) -> Tensor | None:
         """Takes the nats of the step that was queued. Returns those of the step before it, which a GPU has finished
         after `Run.pace`; on a CPU those of this step."""
-        if nats.device.type == "cpu":
+        if nats.device.type != "cuda":
             return nats
         arrived, self.waiting = self.waiting, torch.empty((), dtype=nats.dtype, pin_memory=True)
         self.waiting.copy_(nats, non_blocking=True)
@@ -8882,7 +8974,7 @@ class LossGuard:
         """What is wrong with a loss: it is not finite, or twice what the first step, or guessing, costs."""
         if nats is None:
             return ""
-        loss = nats.item() / self.tokens
+        loss = self.loss = nats.item() / self.tokens
         if self.limit is None:
             self.limit = 2 * max(loss, self.least)
         if math.isfinite(loss) and loss <= self.limit:
@@ -8921,6 +9013,16 @@ def log_step(trainer: Trainer, p: Progress, nats: Tensor) -> None:
     run.metric(
         step=p.step, train_loss=loss, train_seconds=p.seconds, lr_scale=lr_scale, momentum=momentum, tokens=tokens
     )
+
+
+def live_step(p: Progress, config: Config, loss: float, bytes_per_token: float) -> str:
+    """The live line of a training step. Bits per byte are those of the training text, if its tokens are as long as
+    those of the validation text are on average."""
+    fraction = fraction_done(p, config)
+    bpb = f"  bpb ~{loss / math.log(2) / bytes_per_token:.3f}" if bytes_per_token else ""
+    rate = p.step * config.train_batch_tokens / p.seconds
+    eta = clock(p.seconds / fraction * (1 - fraction)) if fraction else "?"
+    return f"step {p.step}  loss {loss:.4f}{bpb}  {rate:,.0f} tokens/s  {fraction:.0%}  ETA {eta}"
 
 
 def log_data_stall(run: Run, p: Progress, seconds: float) -> float:
@@ -9144,6 +9246,17 @@ def calibration_sums(trainer: Trainer, steps: range) -> dict[str, Tensor]:
     return hooks.sums
 
 
+def move_to_cpu(trainer: Trainer) -> None:
+    """With DEVICE=mps, takes the model, and all that is computed from here on, to the CPU. Else does nothing.
+
+    Apple's GPUs have no float64, in which Hessians are summed and factorized, and scores added up.
+    """
+    if trainer.config.device == "mps":
+        trainer.run.synchronize()
+        trainer.model.to("cpu")
+        trainer.run.device = torch.device("cpu")
+
+
 def reserve_calibration(trainer: Trainer) -> None:
     """Reserves the seconds that calibration and tuning will take, measured on the slowest rank, unless they are given.
 
@@ -9153,6 +9266,8 @@ def reserve_calibration(trainer: Trainer) -> None:
     if config.gptq_reserve_seconds >= 0 or not config.max_wallclock_seconds:
         return
     batches = config.gptq_calibration_batches
+    device = run.device
+    move_to_cpu(trainer)  # where calibration will run
     one = run.time_second_call(lambda: calibration_sums(trainer, range(1)))
     seconds = batches * one
     if config.tune_steps:
@@ -9161,6 +9276,8 @@ def reserve_calibration(trainer: Trainer) -> None:
         tuning = Tuning(quantize(weights, Calibration({}), plain), trainer.model, config)
         batch = tuning_batch(trainer.loader, config, 0)
         seconds += config.tune_steps * run.time_second_call(lambda: tuning.step(batch))
+    run.device = device
+    trainer.model.to(device)
     seconds = min(1.1 * max(run.gather(seconds)), 0.9 * config.max_wallclock_seconds)
     trainer.config = dataclasses.replace(config, gptq_reserve_seconds=seconds)
     tuned = f" and {config.tune_steps} steps of tuning" if config.tune_steps else ""
@@ -12224,6 +12341,8 @@ class ProgressMeter:
         elapsed = now - self.begin
         rate = (now - self.first[1]) / (self.done - self.first[0])
         remaining = rate * (self.total - self.done)
+        if self.run.is_main:
+            self.run.live.show(f"{self.stage}  {self.done / self.total:.0%}  ETA {clock(remaining)}")
         if now - self.last_line > 30:
             self.last_line = now
             self.run.log(f"{self.stage}:{self.done / self.total:.1%} elapsed:{elapsed:.0f}s eta:{remaining:.0f}s")
@@ -13050,6 +13169,7 @@ def train_model(config: Config, run: Run, loader: TrainLoader, evaluator: Evalua
         broken = max(run.gather(nonfinite(model.named_parameters())))
         if broken:
             raise diverged(config, f"the weights {broken!r} are not finite after the training", run)
+        move_to_cpu(trainer)
     with Stage(run, "validate"):
         score = evaluator(trainer.forward, "pre_quant")
         require_finite(score, functools.partial(diverged, config))
@@ -13359,6 +13479,19 @@ def summary_lines(s: dict[str, Any]) -> Iterator[str]:
     yield f"peak memory {s['peak_memory_bytes'] // 2**20} MiB   {s['hardware']}   torch {s['versions']['torch']}"
 
 
+def closing_lines(run: Run) -> Iterator[str]:
+    """The three files of a run that matter next, if it has them, and what each is for."""
+    uses = {
+        CONTAINER_FILE: "the model; tools/generate.py writes text with it",
+        run.prefix + SUMMARY_FILE: "every figure of the run",
+        run.prefix + "log.txt": "these lines; tools/report.py draws the losses",
+    }
+    there = {name: run.path(name) for name in uses if run.path(name).exists()}
+    width = max((len(str(path)) for path in there.values()), default=0)
+    for number, (name, path) in enumerate(there.items()):
+        yield f"{'' if number else 'next':<10} {path!s:<{width}}  {uses[name]}"
+
+
 def dry_run(config: Config, world: int) -> str:
     """What a run would do, as one JSON object."""
     return to_json(
@@ -13387,6 +13520,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         require(numbers <= CONTENT_LIMIT, config, "model_dim", allowed)
         with Stage(run, "data"):  # before the folder is made: a fault of the data leaves nothing behind
             loader, evaluator = TrainLoader(config, run), make_evaluator(config, run)
+            run.live.bytes_per_token = evaluator.bytes / (len(evaluator.tokens) - 1)
         with Stage(run, "audit"):
             evaluator.data_check.training(loader.stream)
             evaluator.data_check.leaks()
@@ -13422,7 +13556,7 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         summary |= dict(evaluation_seconds=spent, evaluation_seconds_with_compilation=with_compilation)
     if run.is_main:
         run.save(run.prefix + SUMMARY_FILE, to_json(summary, indent=1) + "\n")
-    for line in summary_lines(summary):
+    for line in (*summary_lines(summary), *(closing_lines(run) if run.is_main else ())):
         run.log(line)
     over = summary.get("artifact_bytes", 0) - config.artifact_limit_bytes
     if over > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+AUTO_VOCAB = 0
 ROOT = "datasets"  # the folder in a published repository that holds its manifest.json
 
 
@@ -14,7 +15,8 @@ class Options:
 
     sources: tuple[str, ...]
     out: Path
-    vocab_size: int | None = None  # None: 1024, or that of the given tokenizer
+    vocab_size: int | None = None  # AUTO_VOCAB: by the amount of text. None: 1024, or that of the given tokenizer
+    vocab_fallback: bool = False  # whether a text that does not support the size gets the largest one that it does
     val_fraction: float = 0.05
     shard_tokens: int = 100_000_000
     workers: int = 1
@@ -23,6 +25,7 @@ class Options:
     max_document_bytes: int = 32 << 10
     sample_bytes: int = 32 << 20
     text_field: str = "text"
+    suffixes: tuple[str, ...] = ()  # further endings of plain text, in small letters, with their dot
     caseops: bool = False
     val_documents: int | None = None  # None: the split that the source has, or one by hash
     train_shards: int | None = None  # of a published export; None: all

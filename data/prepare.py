@@ -37,7 +37,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -47,7 +46,6 @@ import lzma
 import math
 import os
 import re
-import shlex
 import shutil
 import sys
 import threading
@@ -57,6 +55,12 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import cast
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:  # Windows has no such module
+    print(f"error: {error.name}: is missing; this program needs Linux or macOS, and on Windows WSL", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import zstandard
@@ -68,9 +72,9 @@ import corpus  # noqa: E402
 import published  # noqa: E402
 import shards  # noqa: E402
 from errors import PrepareError  # noqa: E402
-from options import ROOT, Options  # noqa: E402
+from options import AUTO_VOCAB, ROOT, Options  # noqa: E402
 from progress import Report  # noqa: E402
-from readers import CHUNK_BYTES, open_regular, read_small, read_texts  # noqa: E402
+from readers import CHUNK_BYTES, PACKED, open_regular, read_small, read_texts  # noqa: E402
 from shards import HEADER_BYTES, Document, Shards, write_file  # noqa: E402
 from sources import (  # noqa: E402
     Sources,
@@ -81,11 +85,19 @@ from sources import (  # noqa: E402
     list_files,
     package_versions,
 )
-from text import cut, from_json, printable, text_hash, to_json  # noqa: E402
-from tokenizer import BOS_TOKEN, MAX_VOCAB, Codec, train_tokenizer  # noqa: E402
+from text import cut, from_json, printable, python_command, shell_quoted, text_hash, to_json  # noqa: E402
+from tokenizer import (  # noqa: E402
+    BOS_TOKEN,
+    MAX_VOCAB,
+    MIN_VOCAB,
+    Codec,
+    train_largest,
+    train_tokenizer,
+)
 
 FORMAT = 1
-MIN_VOCAB = 300
+DEFAULT_VOCAB = 1024
+VOCAB_OF_BYTES = ((100_000, 512), (1_000_000, 1024), (4_000_000, 2048))  # below so many bytes of text; 4096 from there
 OWN_FILE = re.compile(r"tokenizer\.model|fineweb_(train|val|val_bytes)_\d{6}\.bin")
 UNFINISHED = ".prepare-unfinished"  # the folder in --out with what a killed run has finished
 DOWNLOADING = ".download"  # the one with files of an export, kept when a download is broken off
@@ -375,6 +387,7 @@ def program() -> dict:
 def recorded_options(options: Options) -> dict:
     """The options that change the output, as the manifest holds them."""
     tokenizer = hashlib.sha256(options.tokenizer.read_bytes()).hexdigest() if options.tokenizer else None
+    newer = {"vocab_fallback": options.vocab_fallback, "suffixes": list(options.suffixes)}
     return {
         "vocab_size": options.vocab_size,
         "val_fraction": options.val_fraction,
@@ -390,6 +403,7 @@ def recorded_options(options: Options) -> dict:
         "repo": options.repo,
         "revision": options.revision,
         "repo_root": options.repo_root,
+        **{name: value for name, value in newer.items() if value},  # folders from before there were these stay valid
     }
 
 
@@ -575,7 +589,7 @@ def prepare(options: Options) -> tuple[dict, bool]:
     or a kill, what is finished is kept, and the next call with the same options continues from there.
     """
     options, given = _complete(options)
-    listed = list_files(options.sources, None, options.out)
+    listed = list_files(options.sources, None, options.out, options.suffixes)
     mark = fingerprint(options, listed)
     with output_folder(options.out):
         manifest = check_folder(options, mark)
@@ -601,6 +615,14 @@ def prepare(options: Options) -> tuple[dict, bool]:
     return manifest, False
 
 
+def holds_other_data(options: Options) -> bool:
+    """Whether --out holds a preparation, whole or not, that these options would not continue. Raises PrepareError."""
+    manifest, unfinished = read_manifest(options.out), read_unfinished(options.out)
+    complete, _ = _complete(options)
+    mark = fingerprint(complete, list_files(options.sources, None, options.out, options.suffixes))
+    return any(there and there["fingerprint"] != mark for there in (manifest, unfinished))
+
+
 def _complete(options: Options) -> tuple[Options, bytes | None]:
     """Check the options that need checking together; read a given tokenizer."""
     if name := published.variant_of(options.sources):
@@ -610,7 +632,9 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
     if options.train_shards:
         raise PrepareError(f"--train-shards {options.train_shards}: is for {', '.join(published.VARIANTS)}")
     if not options.tokenizer:
-        return dataclasses.replace(options, vocab_size=options.vocab_size or 1024), None
+        fallback = not options.vocab_size
+        size = DEFAULT_VOCAB if options.vocab_size is None else options.vocab_size
+        return dataclasses.replace(options, vocab_size=size, vocab_fallback=fallback), None
     try:
         model = read_small(options.tokenizer, MAX_TOKENIZER_BYTES)
     except PrepareError as error:
@@ -618,7 +642,7 @@ def _complete(options: Options) -> tuple[Options, bytes | None]:
     except OSError as error:
         raise PrepareError(f"--tokenizer {options.tokenizer}: {error.strerror}") from None
     size = Codec(model, f"--tokenizer {options.tokenizer}", options.caseops).vocab_size
-    if options.vocab_size not in (None, size):
+    if options.vocab_size not in (None, AUTO_VOCAB, size):
         raise PrepareError(f"--vocab-size {options.vocab_size}: --tokenizer {options.tokenizer} has {size} pieces")
     return dataclasses.replace(options, vocab_size=size), model
 
@@ -672,6 +696,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 def _manifest(options: Options, mark: str, source: list[dict], model: bytes, training: dict, splits: dict) -> dict:
     """What every manifest holds. training: the options that made the tokenizer `model`."""
+    vocab_size = training.get("vocab_size") or options.vocab_size
     return {
         "format": FORMAT,
         "source": source,
@@ -681,7 +706,7 @@ def _manifest(options: Options, mark: str, source: list[dict], model: bytes, tra
             "file": published.TOKENIZER,
             "bytes": len(model),
             "sha256": hashlib.sha256(model).hexdigest(),
-            "vocab_size": options.vocab_size,
+            "vocab_size": vocab_size,
             "options": training,
         },
         "splits": splits,
@@ -695,7 +720,7 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
     report.say(printable("reading " + " ".join(options.sources)))
     sources = Sources(options, report)
     found = _surveyed(folder, sources, options, mark)
-    training = _tokenizer(folder, options, model, report)
+    training = _tokenizer(folder, options, found, model, report)
     path = folder / published.TOKENIZER
     model = path.read_bytes()
     with contextlib.closing(Shards(folder, options.shard_tokens, options.caseops)) as output:
@@ -720,6 +745,7 @@ def _fill(folder: Path, options: Options, model: bytes | None, mark: str) -> dic
         "dropped_documents": output.dropped,
         "empty_documents": found.empty,
         "duplicates_of_validation": sources.duplicates,
+        "taken": dict(sorted(sources.taken.items())),
         "left_out": dict(sorted((sources.left_out + sources.passed_over).items())),
         "reference_compressors": reference_compressors(folder / "validation"),
         "reference_bytes": min(splits["val"]["bytes"], REFERENCE_BYTES),
@@ -746,7 +772,12 @@ def _surveyed(folder: Path, sources: Sources, options: Options, mark: str) -> Su
     return found
 
 
-def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Report) -> dict:
+def vocab_size_of(size: int) -> int:
+    """The pieces of a tokenizer for so many bytes of text, where `--vocab-size auto` leaves it to the program."""
+    return next((pieces for limit, pieces in VOCAB_OF_BYTES if size < limit), 4096)
+
+
+def _tokenizer(folder: Path, options: Options, found: Survey, model: bytes | None, report: Report) -> dict:
     """Put a tokenizer into the folder if none is there. Returns the options that made it."""
     made = folder / "tokenizer.json"
     if made.exists():
@@ -756,11 +787,15 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
         assert options.vocab_size is not None  # `_complete` has filled it in.
         with open(folder / "sample.jsonl", "rb") as file:
             sample = [from_json(line) for line in file]
-        report.say(f"training a tokenizer of {options.vocab_size} pieces on {len(sample)} documents")
+        size = options.vocab_size or vocab_size_of(found.bytes)
+        report.say(f"training a tokenizer of {size} pieces on {len(sample)} documents")
+        train = train_largest if options.vocab_fallback else train_tokenizer
         try:
-            model, training = train_tokenizer(sample, options.vocab_size, options.caseops)
+            model, training = train(sample, size, options.caseops)
         except PrepareError as error:
             raise Worthless(str(error)) from None
+        if training["vocab_size"] < size:
+            report.say(f"the text supports {training['vocab_size']} pieces, so the tokenizer has as many")
         Codec(model, "the trained tokenizer", options.caseops)
     write_file(folder / published.TOKENIZER, model)
     write_file(made, to_json(training).encode())
@@ -771,11 +806,12 @@ def _tokenizer(folder: Path, options: Options, model: bytes | None, report: Repo
 
 
 EPILOG = """\
-A .txt file is one document, or is cut at blank lines if it is longer than --max-document-bytes; a line of a .jsonl,
-.jsonl.zst or .jsonl.gz file is one, and so is a row of a .parquet file. `builtin` is the documentation inside Python,
-torch, numpy, sympy and networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with
-all that is in them, in sorted order. Hidden names, links, other endings and special files in them are left out and
-counted. Text must be UTF-8. An archive that unpacks to 256 MiB and 250 times its size is refused.
+A file of plain text (.txt, .md, .rst, and endings named by --suffix) is one document, or is cut at blank lines if it
+is longer than --max-document-bytes; a line of a .jsonl file is one, and so is a row of a .parquet file. All but
+.parquet may be packed: .gz, .zst or .xz. `builtin` is the documentation inside Python, torch, numpy, sympy and
+networkx, about 16 MB; `builtin:networkx,numpy` takes some of them. Folders are searched with all that is in them, in
+sorted order. Hidden names, virtual environments, links, other endings, binary and special files in them are left out
+and counted. Text must be UTF-8. An archive that unpacks to 256 MiB and 250 times its size is refused.
 hf:OWNER/NAME[:CONFIG][@SPLIT] is a dataset of the Hugging Face hub, docs_selected the challenge's list of documents.
 sp1024, sp8192 and sp8192-caseops are the challenge's own shards with their tokenizer: no text is read, and the options
 for text don't apply. HF_ENDPOINT and HF_TOKEN work as ever; what is downloaded stays, and a broken download goes on.
@@ -813,6 +849,14 @@ def _whole(low: int, high: int) -> Callable[[str], float]:
     return functools.partial(_number, int, low, high)
 
 
+def suffix_of(text: str) -> str:
+    """An argparse type: the ending of a name, with its dot and in small letters; `py` and `*.py` mean `.py`."""
+    ending = "." + text.removeprefix("*").removeprefix(".").lower()
+    if not re.fullmatch(r"(\.[\w+#-]+)+", ending) or ending.endswith((*PACKED, ".parquet")):
+        raise argparse.ArgumentTypeError(f"{text}: must be the ending of a name, such as .py; packed files follow it")
+    return ending
+
+
 def parse_arguments(arguments: list[str]) -> Options:
     """Options from the command line. Raises PrepareError."""
     parser = _Parser(
@@ -827,8 +871,8 @@ def parse_arguments(arguments: list[str]) -> Options:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="`builtin`, a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a folder, hf:OWNER/NAME, "
-        "docs_selected, or sp1024, sp8192, sp8192-caseops",
+        help="`builtin`, a .txt, .md, .rst, .jsonl (also packed as .gz, .zst or .xz) or .parquet file, a folder, "
+        "hf:OWNER/NAME, docs_selected, or sp1024, sp8192, sp8192-caseops",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write tokenizer, shards and manifest.json in")
     _add_text_options(add)
@@ -836,13 +880,28 @@ def parse_arguments(arguments: list[str]) -> Options:
     add("--force", action="store_true", help="replace what this program made in DIR with other options")
     add("--quiet", action="store_true", help="no progress on stderr")
     values = vars(parser.parse_intermixed_args(arguments))
-    return Options(**{**values, "sources": tuple(values["sources"])})
+    suffixes = tuple(sorted(set(values["suffixes"])))
+    return Options(**{**values, "sources": tuple(values["sources"]), "suffixes": suffixes})
 
 
 def _add_text_options(add: Callable) -> None:
     """Options of how text becomes shards."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--vocab-size", type=_whole(MIN_VOCAB, MAX_VOCAB), metavar="N", help="pieces of the tokenizer (default: 1024)")
+    add(
+        "--vocab-size",
+        type=lambda text: AUTO_VOCAB if text == "auto" else _number(int, MIN_VOCAB, MAX_VOCAB, text),
+        metavar="N",
+        help="pieces of the tokenizer; auto: by the amount of text (default: 1024, or what the text supports)",
+    )
+    add(
+        "--suffix",
+        dest="suffixes",
+        action="append",
+        default=[],
+        type=suffix_of,
+        metavar="ENDING",
+        help="a further ending of plain text, such as .py; can be given several times",
+    )
     add(
         "--val-fraction",
         type=lambda text: _number(float, 0, 1, text, True),
@@ -937,16 +996,23 @@ def summary_lines(manifest: dict, out: Path) -> Iterator[str]:
         yield f"dropped: {manifest['dropped_documents']:,} documents that decoding does not give back"
     if manifest.get("empty_documents"):
         yield f"empty: {manifest['empty_documents']:,} documents without text"
+    if manifest.get("taken"):
+        rows = [
+            f"{name}: {row['files']:,} {'file' if row['files'] == 1 else 'files'}, {row['bytes']:,} bytes"
+            for name, row in manifest["taken"].items()
+        ]
+        yield f"taken: {'; '.join(rows)}"
     if manifest.get("left_out"):
         yield f"left out: {counted(manifest['left_out'])}"
     if "reference_compressors" in manifest:
         reference = ", ".join(f"{name} {value:.3f}" for name, value in manifest["reference_compressors"].items())
         yield f"bits per byte of the validation text: {reference}"
     yield from audit.overlap_lines(manifest["audit"])
-    yield f"written: {printable(str(out / 'manifest.json'))}"
-    knobs = f"DATA_PATH={shlex.quote(printable(str(out)))} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
+    yield f"written: {shell_quoted(str(out / 'manifest.json'))}"
+    knobs = f"DATA_PATH={shell_quoted(str(out))} VOCAB_SIZE={manifest['tokenizer']['vocab_size']}"
     knobs += " CASEOPS_ENABLED=1" if manifest["options"]["caseops"] else ""
-    yield f"train on it: {knobs} python train_gpt.py"
+    script = os.path.relpath(Path(__file__).resolve().parent.parent / "train_gpt.py")
+    yield f"train on it: {knobs} {python_command()} {shell_quoted(script)}"
 
 
 def _on_signal(number: int, frame: object) -> None:

@@ -14,6 +14,7 @@ import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import resource
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+PLAIN = (".txt", ".md", ".rst")  # text as it is; --suffix adds others
+PACKED = (".gz", ".zst", ".xz")
+SUFFIXES = tuple(ending + packed for ending in (*PLAIN, ".jsonl") for packed in ("", *PACKED)) + (".parquet",)
+ALLOWED = f"{', '.join(PLAIN)}, .jsonl (each also {', '.join(PACKED)}), .parquet, and what --suffix names"
 CHUNK_BYTES = 1 << 20
 MAX_LINE_BYTES = 128 << 20  # of a .jsonl file: a line and its document are in memory, in several forms
 MAX_STRUCTURE_BYTES = 2 << 20  # of a line, outside of its strings: each becomes up to 60 bytes of Python objects
@@ -47,10 +51,12 @@ DOCUMENT_COST = 16  # that a document counts besides its bytes, so that a billio
 PACKED_BYTES = 512  # unpacked at a time: a zstd block takes 4 bytes or more and holds at most 128 KiB
 MAX_PADDING = 16 << 20  # bytes of an archive, one after another, that unpack to nothing: a sparse file has terabytes
 MAX_WINDOW = 1 << 27  # of zstd, allocated before the first byte comes; the zstd command has the same limit
+XZ_MEMORY = 160 << 20  # bytes that unpacking .xz may take; `xz -9` needs 65 MiB
 
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # in JSON
 SURROGATE = re.compile(rb"\\u[dD][89abAB]")
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
+NOT_UTF8 = "files that are not UTF-8"
 MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -60,20 +66,46 @@ MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
+class NotText(PrepareError):
+    """A file that holds no text, or text that is not UTF-8; `kind` names such files, in the plural."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def ending_of(name: str, suffixes: tuple[str, ...] = ()) -> str:
+    """The ending by which a file is read, in small letters, such as `.md.gz`; empty if it is none.
+
+    suffixes: further endings of plain text.
+    """
+    name = name.lower()
+    packed = next((ending for ending in PACKED if name.endswith(ending)), "")
+    stem = name.removesuffix(packed)
+    known = max((e for e in (*PLAIN, ".jsonl", *suffixes) if stem.endswith(e)), key=len, default="")
+    if known and stem != known:  # `.md` alone is a hidden file without an ending
+        return known + packed
+    return ".parquet" if name.endswith(".parquet") else ""
+
+
 def read_texts(
     path: Path, max_document_bytes: int, text_field: str, passed_over: Counter[str] | None = None
 ) -> Iterator[str]:
-    """The documents of one file, in its order. What it holds besides them is counted in `passed_over`, by kind."""
+    """The documents of one file, in its order. What it holds besides them is counted in `passed_over`, by kind.
+
+    A file that is neither .jsonl nor .parquet is plain text.
+    """
     passed_over = Counter() if passed_over is None else passed_over
     empty = True
     try:
         with open_regular(path) as file:
-            if path.name.endswith(".txt"):
-                texts = _text_file(path, file, max_document_bytes, passed_over)
-            elif path.name.endswith(".parquet"):
+            ending = ending_of(path.name)
+            if ending == ".parquet":
                 texts = _parquet_file(path, file, text_field)
-            else:
+            elif ending.startswith(".jsonl"):
                 texts = _jsonl_file(path, file, text_field, passed_over)
+            else:
+                texts = _text_file(path, file, max_document_bytes, passed_over)
             for text in texts:
                 empty = False
                 yield text
@@ -122,10 +154,40 @@ class Unpacking:
             )
 
 
-# ------------------------------------------------------------------------------------------------------------- .txt
+# ------------------------------------------------------------------------------------------------------- plain text
 
 
-def _text_file(path: Path, file: BinaryIO, limit: int, passed_over: Counter[str]) -> Iterator[str]:
+def check_plain(path: Path) -> None:
+    """Read a file of plain text whole. Raises NotText if it is none, or not in UTF-8; PrepareError if it is damaged."""
+    for _ in read_texts(path, CHUNK_BYTES, ""):
+        pass
+
+
+class _Unpacked(io.RawIOBase):
+    """The chunks of an archive as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self.chunks, self.held = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.held:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                return 0
+            self.held = memoryview(chunk)
+        count = min(len(buffer), len(self.held))
+        buffer[:count] = self.held[:count]
+        self.held = self.held[count:]
+        return count
+
+
+def _text_file(path: Path, packed: BinaryIO, limit: int, passed_over: Counter[str]) -> Iterator[str]:
+    file = packed
+    if path.name.lower().endswith(PACKED):
+        file = io.BufferedReader(_Unpacked(_chunks(path, packed)), CHUNK_BYTES)
     buffer, start = file.read(limit + 1), 0
     if buffer.startswith(UTF8_MARK):
         passed_over["byte-order marks"] += 1
@@ -136,7 +198,7 @@ def _text_file(path: Path, file: BinaryIO, limit: int, passed_over: Counter[str]
         piece = buffer[:end]
         text = decode(piece, str(path), start)
         if b"\0" in piece:
-            raise PrepareError(f"{path}: not text: a NUL at byte offset {start + piece.index(0)}")
+            raise NotText(f"{path}: not text: a NUL at byte offset {start + piece.index(0)}", "binary files")
         yield text
         del text
         start += end
@@ -147,18 +209,20 @@ def decode(data: bytes, name: str, start: int) -> str:
     """Bytes at an offset of a file as text. Raises PrepareError, naming the file, for what is not UTF-8."""
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "") if not start else ""
     if encoding:
-        raise PrepareError(f"{name}: {encoding} by its byte-order mark, not UTF-8; iconv -f {encoding} -t UTF-8 helps")
+        advice = f"iconv -f {encoding} -t UTF-8 helps"
+        raise NotText(f"{name}: {encoding} by its byte-order mark, not UTF-8; {advice}", NOT_UTF8)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PrepareError(f"{name}: not UTF-8 at byte offset {start + error.start}") from None
+        kind = "binary files" if b"\0" in data else NOT_UTF8
+        raise NotText(f"{name}: not UTF-8 at byte offset {start + error.start}", kind) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- .jsonl
 
 
 def _jsonl_file(path: Path, file: BinaryIO, field: str, passed_over: Counter[str]) -> Iterator[str]:
-    decoder = _decoder(field)
+    decoder = _decoder(field, passed_over)
     number, start = 0, 0
     for line in _lines(path, file):
         number += 1
@@ -189,13 +253,18 @@ def _jsonl_file(path: Path, file: BinaryIO, field: str, passed_over: Counter[str
         yield record.pop(field)
 
 
-def _decoder(field: str) -> json.JSONDecoder:
-    """A parser of records. Numbers are not wanted, and some have more digits than Python converts: all are True."""
+def _decoder(field: str, passed_over: Counter[str]) -> json.JSONDecoder:
+    """A parser of records. Numbers are not wanted, and some have more digits than Python converts: all are True.
+
+    Of a key that an object holds several times, as parsers do, the last value counts; for the text that is refused.
+    """
 
     def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs) and [name for name, _ in pairs].count(field) > 1:
-            raise ValueError(f'the field "{field}" stands there twice')
+        if len(found) < len(pairs):
+            if [name for name, _ in pairs].count(field) > 1:
+                raise ValueError(f'the field "{field}" stands there twice')
+            passed_over["duplicate JSON keys"] += len(pairs) - len(found)
         return found
 
     return json.JSONDecoder(object_pairs_hook=record, parse_int=bool, parse_float=bool)
@@ -232,16 +301,17 @@ def _character_bytes(line: bytes) -> int:
 
 
 def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if it is .zst or .gz; a cut-off or damaged one is an error, not a short text."""
+    """The bytes of a file, unpacked if it is packed; a cut-off or damaged one is an error, not a short text."""
     size = os.fstat(file.fileno()).st_size
-    kind = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix, "")
+    kind = {".zst": "zstd", ".gz": "gzip", ".xz": "xz"}.get(path.suffix.lower(), "")
     if not kind:
         yield from iter(lambda: file.read(CHUNK_BYTES), b"")
         return
     if not size:
         raise PrepareError(f"{path}: damaged {kind} file: it has no bytes at all")
     unpacking = Unpacking(path, size)
-    for chunk in _zstd_chunks(path, file) if kind == "zstd" else _gzip_chunks(path, file):
+    unpack = {"zstd": _zstd_chunks, "gzip": _gzip_chunks, "xz": _xz_chunks}[kind]
+    for chunk in unpack(path, file):
         unpacking.count(len(chunk) + DOCUMENT_COST * chunk.count(b"\n"))
         yield chunk
 
@@ -268,6 +338,37 @@ def _gzip_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
             raise PrepareError(f"{path}: damaged gzip file: it ends too early") from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise PrepareError(f"{path}: damaged gzip file: {error}") from None
+
+
+def _xz_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """All streams of a file, a piece at a time."""
+    unpacker, fruitless = None, 0
+    for packed in iter(lambda: file.read(CHUNK_BYTES), b""):
+        fruitless += len(packed)
+        while packed or (unpacker and not unpacker.needs_input):
+            if unpacker is None:
+                packed = packed.lstrip(b"\0")  # zeros between two streams are padding
+                if not packed:
+                    break
+                unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+            try:
+                chunk = unpacker.decompress(packed, CHUNK_BYTES)
+            except lzma.LZMAError as error:
+                raise PrepareError(f"{path}: damaged xz file: {_xz_reason(error)}") from None
+            packed, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
+            if chunk:
+                fruitless = 0
+                yield chunk
+        if fruitless > MAX_PADDING:
+            raise PrepareError(f"{path}: damaged xz file: more than {MAX_PADDING:,} bytes without text")
+    if unpacker is not None:
+        raise PrepareError(f"{path}: damaged xz file: it ends too early")
+
+
+def _xz_reason(error: lzma.LZMAError) -> str:
+    if "emory" in str(error):
+        return f"it needs more than {XZ_MEMORY:,} bytes of memory; unpack it with xz -d"
+    return str(error)
 
 
 def _zstd_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:

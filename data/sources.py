@@ -17,22 +17,29 @@ import published
 from errors import PrepareError
 from options import Options
 from progress import Report, bar_of
-from readers import SUFFIXES, read_texts
-from text import text_hash
+from readers import ALLOWED, NOT_UTF8, SUFFIXES, NotText, check_plain, ending_of, read_texts
+from text import printable, text_hash
 
 MAX_ENTRIES = 1_000_000  # files and folders in a source: their names are in memory
 MAX_ENDINGS = 20  # that are counted each; the other files are counted together
+MAX_NAMED = 5  # files that are no text and are named while they are left out
+ENVIRONMENT_FILES = ("pyvenv.cfg", "conda-meta")  # one of them makes a folder a virtual environment
+PACKAGE_FOLDERS = ("node_modules", "site-packages", "__pycache__")
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
 def list_files(
-    sources: Iterable[str], left_out: Counter[str] | None = None, out: Path | None = None
+    sources: Iterable[str],
+    left_out: Counter[str] | None = None,
+    out: Path | None = None,
+    suffixes: tuple[str, ...] = (),
 ) -> list[tuple[str, Path | None]]:
     """The sources with folders replaced by the files in them, sorted; the path is None for builtin and the hub's.
 
     left_out: counts what is left out of folders, by the reason. out: the folder of the output, which is no source.
+    suffixes: further endings of plain text. What a file holds is not looked at here.
     """
     left_out = Counter() if left_out is None else left_out
     listed = []
@@ -46,10 +53,10 @@ def list_files(
             listed.append((source, None))
         elif path.is_dir():
             reasons = Counter()
-            inside = sorted(files_inside(path, reasons, out), key=lambda item: item.parts)
+            inside = sorted(files_inside(path, reasons, out, suffixes), key=lambda item: item.parts)
             if not inside:
                 there = f" (left out: {counted(reasons)})" if reasons else ""
-                raise PrepareError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file{there}")
+                raise PrepareError(f"{source}: the folder holds no file of {ALLOWED}{there}")
             listed += [(str(item), item) for item in inside]
             left_out.update(reasons)
         elif not os.path.lexists(path):
@@ -57,8 +64,8 @@ def list_files(
                 f"{source}: no such file or folder (nor is it builtin, hf:OWNER/NAME, "
                 f"{published.DOCUMENTS}, {', '.join(published.VARIANTS)})"
             )
-        elif not path.name.endswith(SUFFIXES):
-            raise PrepareError(f"{source}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
+        elif not ending_of(path.name, suffixes):
+            raise PrepareError(f"{source}: unknown kind of file; allowed are {ALLOWED}")
         elif not path.exists():
             raise PrepareError(f"{source}: a link that leads nowhere")
         elif not path.is_file():
@@ -68,7 +75,9 @@ def list_files(
     return listed
 
 
-def files_inside(folder: Path, left_out: Counter[str], out: Path | None = None) -> list[Path]:
+def files_inside(
+    folder: Path, left_out: Counter[str], out: Path | None = None, suffixes: tuple[str, ...] = ()
+) -> list[Path]:
     """The files of text in a folder and in all folders in it. What is left out is counted by the reason.
 
     Links are not followed: they may lead out of the folder, into a loop, or to a file that is read anyway.
@@ -87,7 +96,7 @@ def files_inside(folder: Path, left_out: Counter[str], out: Path | None = None) 
                         raise PrepareError(
                             f"{folder}: more than {MAX_ENTRIES:,} files and folders; put texts together in .jsonl files"
                         )
-                    reason = _reason_against(item, output)
+                    reason = _reason_against(item, output, suffixes)
                     if reason:
                         reasons[reason] += 1
                     elif item.is_dir(follow_symlinks=False):
@@ -102,7 +111,7 @@ def files_inside(folder: Path, left_out: Counter[str], out: Path | None = None) 
     return found
 
 
-def _reason_against(item: os.DirEntry[str], output: str | None) -> str:
+def _reason_against(item: os.DirEntry[str], output: str | None, suffixes: tuple[str, ...]) -> str:
     """Why an entry of a folder is no source, in the plural; empty if it is one, or a folder to look into."""
     if item.is_symlink():
         return "symbolic links"
@@ -112,10 +121,12 @@ def _reason_against(item: os.DirEntry[str], output: str | None) -> str:
     if item.name.startswith("."):
         return "hidden folders" if is_folder else "hidden files"
     if is_folder:
-        return ""
+        if any(os.path.lexists(os.path.join(item.path, name)) for name in ENVIRONMENT_FILES):
+            return "virtual environments"
+        return f"folders {item.name}" if item.name in PACKAGE_FOLDERS else ""
     if not item.is_file(follow_symlinks=False):
         return "FIFOs, sockets and devices"
-    if not item.name.endswith(SUFFIXES):
+    if not ending_of(item.name, suffixes):
         ending = os.path.splitext(item.name)[1]
         plain = ending.isascii() and ending[1:].isalnum() and len(ending) <= 12
         return f"files ending in {ending}" if plain else "files of other endings"
@@ -197,6 +208,7 @@ class Sources:
     With --val-documents, or docs_selected.jsonl, the first documents are for validation and all others for training.
     A later document that equals one of the first is left out and counted in `duplicates`.
     left_out: what is left out of folders. passed_over: what the files of the last pass hold besides documents.
+    taken: files and their bytes on the disk, by ending.
     """
 
     def __init__(self, options: Options, report: Report | None = None):
@@ -210,17 +222,44 @@ class Sources:
         self.duplicates = 0
         self.left_out: Counter[str] = Counter()
         self.passed_over: Counter[str] = Counter()
-        for name, path in list_files(options.sources, self.left_out, options.out):
+        self.taken: dict[str, dict[str, int]] = {}
+        named = set(options.sources)
+        for name, path in list_files(options.sources, self.left_out, options.out, options.suffixes):
             if is_remote(name):
                 self._download(name)
             elif path is None:
                 self.files.append((name, None))
                 self._gather(name)
-            else:
+            elif name in named or self._is_text(path):
                 self.files.append((name, path))
+                self._count(path)
                 self.described.append({"path": name, "bytes": path.stat().st_size})
                 if path.name.startswith(f"{published.DOCUMENTS}.jsonl"):
                     published.check_documents(path)
+        if not self.files:
+            raise PrepareError(
+                f"{' '.join(options.sources)}: there is no text in it (left out: {counted(self.left_out)})"
+            )
+
+    def _is_text(self, path: Path) -> bool:
+        """Whether a file of a folder is text, as its ending says. If not, it is counted and the first few are named."""
+        ending = ending_of(path.name, self.options.suffixes)
+        if ending == ".parquet" or ending.startswith(".jsonl"):
+            return True
+        try:
+            check_plain(path)
+        except NotText as error:
+            self.left_out[error.kind] += 1
+            number = self.left_out["binary files"] + self.left_out[NOT_UTF8]
+            if self.report and number <= MAX_NAMED:
+                self.report.say(printable(f"left out: {error}"))
+            return False
+        return True
+
+    def _count(self, path: Path) -> None:
+        row = self.taken.setdefault(ending_of(path.name, self.options.suffixes), {"files": 0, "bytes": 0})
+        row["files"] += 1
+        row["bytes"] += path.stat().st_size
 
     def _download(self, name: str) -> None:
         """Fetch a source's files from the hub, unless they are there, and take them as if given by their paths."""
@@ -303,7 +342,8 @@ class Sources:
 
 def validation_documents(options: Options) -> int | None:
     """How many of the first documents validate, or None where a hash decides. Raises PrepareError."""
-    names = [path.name if path else name for name, path in list_files(options.sources, None, options.out)]
+    listed_files = list_files(options.sources, None, options.out, options.suffixes)
+    names = [path.name if path else name for name, path in listed_files]
     listed = [name == published.DOCUMENTS or name.startswith(f"{published.DOCUMENTS}.jsonl") for name in names]
     if any(listed[1:]):
         raise PrepareError(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
+import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -25,6 +29,27 @@ def cut(data: bytes, limit: int) -> int:
 def printable(text: str) -> str:
     """A line for the terminal: what is no printable character of it, as a name of a file may hold, is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shell_quoted(text: str) -> str:
+    """A word of a command for the terminal, which a shell reads as `text` whatever it holds."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escapes = "".join(c if c.isprintable() and c not in "\\'" else _escape(c) for c in text)
+    return f"$'{escapes}'"
+
+
+def python_command() -> str:
+    """This Python as it can be called from the current folder: `.venv/bin/python` rather than a long path."""
+    path = Path(sys.executable)
+    folder = Path.cwd()
+    if path.is_relative_to(folder):
+        return shell_quoted(str(path.relative_to(folder)))
+    return shell_quoted(str(path)) if path.name else "python"
+
+
+def _escape(character: str) -> str:
+    return "".join(f"\\x{value:02x}" for value in os.fsencode(character))
 
 
 def to_json(value: Any, **options: Any) -> str:

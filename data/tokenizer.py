@@ -39,6 +39,7 @@ BOS_TOKEN = np.array(BOS, "<u2").tobytes()
 NO_TOKENS = np.empty(0, np.int32)
 # Where the two parts of a word, each written by CaseOps, are not what it writes for the word.
 INSIDE_CAPITALS = re.compile("[A-Z][A-Za-z]|[a-z][A-Z]")
+MIN_VOCAB = 300
 NOT_TEXT = b"\xff"  # The bytes of a token that stands for no text: no UTF-8 holds this one.
 
 
@@ -137,10 +138,33 @@ def _rare_characters(lines: Iterable[bytes], most: int, symbols: Iterable[str]) 
     return {ord(character): None for character in counts if character not in kept}
 
 
+class TooLarge(PrepareError):
+    """A vocabulary that the text does not support; `largest` is the size that SentencePiece names."""
+
+    def __init__(self, vocab_size: int, largest: int):
+        super().__init__(f"--vocab-size {vocab_size}: the training text supports at most {largest}")
+        self.largest = largest
+
+
+def train_largest(sample: list[str], vocab_size: int, with_caseops: bool = False) -> tuple[bytes, dict]:
+    """`train_tokenizer` with at most `vocab_size` pieces: as many as the text supports. Raises PrepareError."""
+    while True:
+        try:
+            return train_tokenizer(sample, vocab_size, with_caseops)
+        except TooLarge as error:
+            # With fewer pieces, fewer characters have one of their own, which may lower the limit again.
+            vocab_size = min(error.largest, vocab_size - 1)
+            if vocab_size < MIN_VOCAB:
+                raise PrepareError(
+                    f"the training text supports a tokenizer of {vocab_size} pieces, and {MIN_VOCAB} are needed; "
+                    "give more text"
+                ) from None
+
+
 def _training_error(message: str, vocab_size: int) -> PrepareError:
     largest = re.search(r"value <= (\d+)", message)
     if largest:
-        return PrepareError(f"--vocab-size {vocab_size}: the training text supports at most {largest[1]}")
+        return TooLarge(vocab_size, int(largest[1]))
     return PrepareError(f"--vocab-size {vocab_size}: SentencePiece refused: {' '.join(message.split())}")
 
 

@@ -330,7 +330,7 @@ def documents_of_shard(path):
 
 STAND_IN = """#!/bin/sh
 case "$*" in
-*torch.version.cuda*) [ "$TORCH" = cuda ] && echo /elsewhere/site-packages || exit 1 ;;
+*torch.version.cuda*) [ "$BUILD" = cuda ] && echo /elsewhere/site-packages || exit 1 ;;
 *purelib*) echo "$PLACE" ;;
 "-m pip"*) for last; do :; done; cp "$last" "$PLACE/asked-for" ;;
 "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -344,7 +344,7 @@ def test_a_cuda_torch_is_not_installed_again(torch_build, kept, tmp_path):
     place.mkdir()
     python.write_text(STAND_IN)
     python.chmod(0o755)
-    environment = dict(os.environ, TORCH=torch_build, PLACE=str(place))
+    environment = dict(os.environ, BUILD=torch_build, PLACE=str(place))
     done = run_command(["make", "venv", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     asked, everything = (place / "asked-for").read_text(), (ROOT / "requirements.txt").read_text()

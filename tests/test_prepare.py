@@ -695,7 +695,7 @@ def test_caseops_of_nasty_documents(tmp_path, monkeypatch, command):
             workers,
             "--quiet",
         )
-        assert code == 0 and "VOCAB_SIZE=320 CASEOPS_ENABLED=1 python train_gpt.py" in printed
+        assert code == 0 and "VOCAB_SIZE=320 CASEOPS_ENABLED=1 " in printed
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     manifest = check_caseops(tmp_path / "1", texts, dropped=1)
     assert len(manifest["splits"]["val"]["sidecars"]) > 2
@@ -784,7 +784,11 @@ GOOD = (json.dumps({"text": "good"}) + "\n").encode()
         ("a.jsonl", GOOD + b'{"text": "\xff"}', ["a.jsonl:2: not UTF-8 at byte offset 27"]),
         ("a.jsonl.zst", damaged_zst(GOOD * 500), ["a.jsonl.zst: damaged zstd file: it ends too early"]),
         ("a.jsonl.zst", b"not zstd at all", ["a.jsonl.zst: damaged zstd file"]),
-        ("a.csv", b"a,b", ["a.csv: unknown kind of file; allowed are .txt, .jsonl, .jsonl.zst"]),
+        (
+            "a.csv",
+            b"a,b",
+            ["a.csv: unknown kind of file; allowed are .txt, .md, .rst, .jsonl (each also .gz, .zst, .xz)"],
+        ),
     ],
 )
 def test_bad_input_is_named(tmp_path, command, name, data, fragments):
@@ -828,6 +832,47 @@ def test_largest_vocabulary_that_is_told_works(tmp_path, source, command):
     assert command(source, "--out", tmp_path / "out", "--vocab-size", largest)[0] == 0
 
 
+@pytest.mark.parametrize("asked", [[], ["--vocab-size", "auto"]])
+def test_a_size_that_nobody_gave_falls_back_to_what_the_text_supports(tmp_path, command, asked):
+    texts = write_jsonl(tmp_path / "small.jsonl", [story(seed, 6) for seed in range(4)])
+    out = tmp_path / "out"
+    code, printed, err = command(texts, "--out", out, *asked)
+    assert code == 0, err
+    size = json.loads((out / "manifest.json").read_text())["tokenizer"]["vocab_size"]
+    assert 300 <= size < 512 and f"the text supports {size} pieces, so the tokenizer has as many" in err
+    assert (
+        f"VOCAB_SIZE={size} " in printed
+        and sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model")).vocab_size() == size
+    )
+    assert refused(command(texts, "--out", tmp_path / "given", "--vocab-size", 1024), "supports at most")
+    assert command(texts, "--out", out, *asked)[1] == "already prepared\n" + printed
+    assert refused(command(texts, "--out", out, "--vocab-size", size), "--force")
+
+
+def test_a_text_that_supports_no_tokenizer_is_refused(tmp_path, command):
+    texts = write_jsonl(tmp_path / "small.jsonl", ["ab", "ba", "aab"])
+    assert refused(command(texts, "--out", tmp_path / "out"), "supports a tokenizer of", "300 are needed")
+
+
+def test_the_amount_of_text_decides_the_size():
+    sizes = [0, 99_999, 100_000, 2_000_000, 4_000_000, 10**12]
+    assert [prepare.vocab_size_of(size) for size in sizes] == [512, 512, 1024, 2048, 4096, 4096]
+
+
+def test_the_command_that_is_printed_runs_when_pasted(tmp_path, source, command):
+    out = tmp_path / "a 'b' $(c)\n\u00fc"
+    printed = command(source, "--out", out, "--vocab-size", 320)[1]
+    line = next(line for line in printed.splitlines() if line.startswith("train on it: "))
+    pasted = line.removeprefix("train on it: ") + " --dry-run"
+    done = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)["config"]
+    assert config["data_path"] == str(out) and config["vocab_size"] == 320
+    written = next(line for line in printed.splitlines() if line.startswith("written: "))
+    listed = subprocess.run(["bash", "-c", "ls " + written.removeprefix("written: ")], capture_output=True)
+    assert listed.returncode == 0
+
+
 def test_bad_places_for_output_are_named(tmp_path, source, command):
     file = tmp_path / "file"
     file.write_text("a file")
@@ -836,7 +881,10 @@ def test_bad_places_for_output_are_named(tmp_path, source, command):
     assert refused(command(source, "--out", "/proc/nowhere/out"), "--out /proc/nowhere/out: ")
     assert refused(command(source), "required: --out")
     (tmp_path / "folder").mkdir()
-    assert refused(command(tmp_path / "folder", "--out", tmp_path / "out"), "folder: the folder holds no .txt, .jsonl")
+    assert refused(
+        command(tmp_path / "folder", "--out", tmp_path / "out"),
+        "folder: the folder holds no file of .txt, .md, .rst, .jsonl",
+    )
 
 
 def test_permissions(tmp_path, source, command):

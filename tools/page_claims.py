@@ -1,0 +1,205 @@
+"""Compares the tables and results in a stranger's README.md with what the folder's logs and submission.json tell.
+
+A cell or a line may also give a statistic over seeds, a difference of two figures, another unit or another rounding. A
+number that is none of these and lies near to a figure of its meaning disagrees; other people's figures are passed over.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import claims
+import runs
+import stated
+from claims import Figure, stands
+
+if TYPE_CHECKING:
+    from check_submission import Findings, Folder
+    from stated import Evidence
+
+TOKEN = re.compile(r"(?<![\w./-])[-+−]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![\w]|\.[0-9])")
+HEADLINE = re.compile(r"\bval[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}([0-9]\.[0-9]{3,10})(?![0-9])", re.I)
+RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)
+ABROAD = re.compile(r"\bPR\b|#|sota|baseline|prev|leaderboard|\bvs\b|delta|Δ|diff|gain|improv|record|reference|paper", re.I)
+LINES = 5000
+NEAR = 0.03  # of its value, in prose
+TABLE = 0.15  # in a column whose title says its kind
+
+
+class Known:
+    """The figures that a page may repeat: of the logs, of submission.json, of statistics, and in other units."""
+
+    def __init__(self, folder: Folder, evidence: Evidence):
+        self.scores = [f.value for f in (*evidence.figures, *evidence.over) if f.meaning.kind in ("bpb", "loss")]
+        values = [f.value for f in (*evidence.figures, *evidence.over, *evidence.files)]
+        values += [leaf.value * unit for leaf in evidence.leaves for unit in leaf.meaning.units]
+        values += [leaf.value for leaf in evidence.leaves]
+        values += [size for sizes in (folder.scripts, folder.weights) for size in sizes.values()]
+        values += [float(x) for texts in evidence.settings.values() for x in texts if re.fullmatch(r"[0-9.]{1,20}", x) and x.count(".") < 2 and x != "."]
+        values += [runs.CAP_BYTES, runs.MARGIN_NATS, runs.LEVEL, runs.BUDGET_SECONDS]
+        values += [abs(runs.CAP_BYTES - x) for x in values if 1e6 < x < 2e7]
+        every = {x for v in dict.fromkeys(values) for x in units_of(v)}
+        gaps = claims.differences([x for x in values if 0 < abs(x) < 20], None, 300)
+        ratio = evidence.ratio or 0.0
+        self.numbers = claims.Numbers([*every, *gaps, *(x * ratio for x in gaps if ratio)])
+
+    def has(self, text: str) -> bool:
+        return self.numbers.states(text.replace("−", "-").lstrip("+-"))
+
+
+def units_of(value: float) -> Iterator[float]:
+    """A figure as people write it: in thousands, millions, mebibytes, minutes, ms and percent."""
+    value = abs(value)
+    yield from (value, value / 1e3, value * 1e3, value / 1e6)
+    if value > 1e4:
+        yield from (value / 2**20, value / 2**10, value / 1e9)
+    elif value > 30:
+        yield value / 60
+
+
+def check_page(folder: Folder, findings: Findings) -> None:
+    """Checks the tables, the lines of results and the headline of somebody else's README.md."""
+    if not folder.page or folder.evidence is None:
+        return
+    evidence = folder.evidence
+    known = Known(folder, evidence)
+    header: list[str] = []
+    unknown: list[str] = []
+    rows: set[int] = set()
+    page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
+    for line in page.splitlines()[:LINES]:
+        cells = cells_of(line)
+        if not cells:
+            header = []
+            unknown += check_line(findings, evidence, known, line)
+        elif re.fullmatch(r"[\s|:-]+", line):
+            continue
+        elif not header:
+            header = cells
+        else:
+            seed = row_seed(header, cells)
+            if seed is not None:
+                rows.add(seed)
+            unknown += check_row(folder, findings, known, seed, header, cells)
+    check_headline(folder, findings, evidence)
+    check_seeds(folder, findings, rows)
+    if unknown:
+        findings.note(f"README.md: in no other file, so not checked: {', '.join(sorted(set(unknown))[:12])}")
+
+
+def cells_of(line: str) -> list[str]:
+    row = line.strip()
+    return [cell.strip(" *`~") for cell in row.strip("|").split("|")] if row.startswith("|") else []
+
+
+def row_seed(header: list[str], cells: list[str]) -> int | None:
+    """The seed of a table's row, if its column of seeds says one."""
+    place = next((i for i, title in enumerate(header) if "seed" in title.lower()), None)
+    if place is None or place >= len(cells):
+        return None
+    match = re.fullmatch(r"(?:seed\s*)?([0-9]{1,10})(?:\s*\(.*\))?", cells[place], re.I)
+    return int(match[1]) if match else None
+
+
+def statistic_row(cells: list[str]) -> bool:
+    return bool(cells and re.match(r"^\W*(?:mean|average|avg|std|stdev|deviation|[0-9]-seed)", cells[0], re.I))
+
+
+def check_row(
+    folder: Folder, findings: Findings, known: Known, seed: int | None, header: list[str], cells: list[str]
+) -> list[str]:
+    """Checks a row of a seed, or of a statistic over seeds. Returns what nothing tells."""
+    evidence = folder.evidence
+    if evidence is None or (seed is None and not statistic_row(cells)):
+        return [] if seed is None else [cells[0]]
+    own = [f for f in evidence.by_seed.get(seed, []) if f.meaning.kind] if seed is not None else evidence.over
+    unknown = []
+    for title, cell in zip(header, cells, strict=False):
+        if ABROAD.search(title) or "seed" in title.lower():
+            continue
+        m = claims.meaning((title.replace("/", " per "),))
+        for text in TOKEN.findall(cell):
+            digits = re.sub(r"\D", "", text)
+            plain = text.replace("−", "-").lstrip("+-")
+            if len(digits) < 3 or any(stands(plain, x) for f in own for x in units_of(f.value)):
+                continue
+            stated_here = [x.value for x in evidence.leaves if x.meaning.seed == seed and seed is not None]
+            if any(stands(plain, y) for x in stated_here for y in units_of(x)):
+                continue
+            near = nearest(plain, own, m.kind, TABLE)
+            if near is not None and seed is not None:
+                findings.error(f"README.md: seed {seed}, {title}: {text} is not in its log or row: {near:.9g}")
+            elif near is not None and not known.has(text):
+                findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}, which are {near:.9g}")
+            elif not known.has(text):
+                unknown.append(text)
+    findings.compared += 1
+    return unknown
+
+
+def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) -> float | None:
+    """The figure that a wrong number means: of the kind that its column names, and near to it."""
+    number = abs(runs.rounding(text)[0])
+    values = [x for f in figures if not kind or f.meaning.kind == kind for x in units_of(f.value)]
+    close = [x for x in values if abs(x - number) <= reach * number] if kind else []
+    return min(close, key=lambda x: abs(x - number)) if close else None
+
+
+def check_line(findings: Findings, evidence: Evidence, known: Known, line: str) -> list[str]:
+    """A line of prose: one of results must repeat known figures. Returns what nothing tells."""
+    texts = [t for t in TOKEN.findall(line) if len(re.sub(r"\D", "", t)) >= 3 and not known.has(t)]
+    scores = [t for t in texts if re.fullmatch(r"[0-9]\.[0-9]{4,}", t)]
+    if not RESULT.match(line) or ABROAD.search(line):
+        return scores
+    for text in scores:
+        near = nearest(text, [*evidence.over, *evidence.figures], "bpb")
+        if near is not None:
+            findings.error(f"README.md: {text} is in no other file: {line.strip()[:80]}; the figures have {near:.6g}")
+    return [t for t in scores if nearest(t, [*evidence.over, *evidence.figures], "bpb") is None]
+
+
+def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> None:
+    """The val_bpb that a page states must be a figure of the folder; submission.json's must stand on the page."""
+    scores = [f for f in (*evidence.figures, *evidence.over) if f.meaning.kind == "bpb"]
+    told = [leaf.value for leaf in evidence.leaves if leaf.meaning.kind == "bpb"]
+    for text in HEADLINE.findall(folder.page[:500_000])[:50]:
+        place = folder.page.find(text)
+        line = folder.page[max(0, folder.page.rfind("\n", 0, place)) : place + len(text) + 40]
+        if ABROAD.search(line) or any(stands(text, f.value, f.slack) for f in scores):
+            continue
+        if any(stands(text, x) or stands(claims.text_of(x), float(text)) for x in told):
+            continue
+        near = nearest(text, scores, "bpb")
+        if near is not None:
+            findings.error(f"README.md: val_bpb {text}, and the logs have {near:.6g}", cause="score")
+    mean = folder.content.get("val_bpb")
+    if isinstance(mean, float) and math.isfinite(mean):
+        exact = [t.lstrip("+-−") for t in TOKEN.findall(folder.page[:500_000]) if len(t.partition(".")[2]) >= 3]
+        if exact:
+            own = claims.text_of(mean)
+            findings.require(
+                any(stands(text, mean) or stands(own, float(text.replace(",", ""))) for text in exact),
+                f"README.md: does not say submission.json's val_bpb {own}",
+            )
+
+
+def check_seeds(folder: Folder, findings: Findings, rows: set[int]) -> None:
+    """A table of seeds must have those of submission.json; other rows are other runs', and named."""
+    if not folder.seeds:
+        return
+    extra = sorted(rows - set(folder.seeds))
+    absent = sorted(set(folder.seeds) - rows)
+    claimed = [s for s in absent if folder.seeds[s].row]
+    if extra:
+        said = ", ".join(map(str, extra[:10]))
+        findings.warning(f"README.md: has rows of seeds {said}, which submission.json and the logs have not")
+    if rows and claimed and not extra:
+        findings.warning(f"README.md: its table has no row of seed {', '.join(map(str, claimed[:10]))}")
+    if not rows:
+        findings.note("README.md: has no table with a row for each seed")
+
+
+__all__ = ["check_page", "stated"]

@@ -23,6 +23,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
 
+import bisect
 import contextlib
 import json
 import math
@@ -30,7 +31,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,11 @@ class Folder:
         """Whether tools/reproduce.py wrote it. If so, every figure must be found in its files."""
         return self.page.startswith(MARKER)
 
+    @property
+    def exact(self) -> bool:
+        """Whether submission.json has the form that our tools write, so that its figures are compared one by one."""
+        return self.ours or {*OURS, "baseline", "significance"} <= set(self.everything)
+
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
@@ -291,9 +297,9 @@ def read_folder(path: Path, findings: Findings) -> Folder:
     wrong: list[str] = []
     folder.content = strangers.checked(everything, CONTENT, "submission.json", wrong) if everything else {}
     for text in wrong:
-        if folder.ours or re.match(r"submission.json: (val_bpb|val_loss|bytes_total) ", text):
+        if folder.exact or re.match(r"submission.json: (val_bpb|val_loss|bytes_total) ", text):
             findings.error(text)
-    (read_rows if folder.ours else read_any_rows)(folder, findings)
+    (read_rows if folder.exact else read_any_rows)(folder, findings)
     findings.cause = "files"
     read_logs(folder, findings)
     check_entries(folder, findings)
@@ -403,7 +409,7 @@ def read_logs(folder: Folder, findings: Findings) -> None:
     problems: list[str] = []
     with passing_over(findings, folder.path):
         logs = runs.submission_logs(folder.path)
-        if not folder.ours:
+        if not folder.exact:
             logs += [path for path in nested_logs(folder.path, problems) if path not in logs]
     if len(logs) > SEEDS:
         findings.error(f"logs: there are {len(logs)}; those after {SEEDS} are passed over")
@@ -414,11 +420,12 @@ def read_logs(folder: Folder, findings: Findings) -> None:
                 continue
             folder.logs.append(run)
             contents[strangers.file_sha256(log, folder.path)] += 1
-            if not folder.ours:
+            if not folder.exact:
                 name_seed(folder, log, run)
+            if not folder.ours:
                 folder.figures.append((run.seed, read_figures(log, folder.path)))
             read_log_of_seed(folder, findings, log, run)
-    if not folder.ours:
+    if not folder.exact:
         settle_seeds(folder, findings)
     findings.require(bool(folder.logs), "logs: there is no log of a run (*.log, *.txt, logs/)")
     findings.require(max(contents.values(), default=1) == 1, "logs: two of them are the same file")
@@ -429,20 +436,20 @@ def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) ->
     for text in run.problems:
         findings.error(f"{log.name}: {text}")
     named = runs.seed_in_name(log.stem)
-    if run.seed is None and not folder.ours and len(folder.seeds) == 1 and not any(folder.logs[:-1]):
+    if run.seed is None and not folder.exact and len(folder.seeds) == 1 and not any(folder.logs[:-1]):
         run.seed = next(iter(folder.seeds))
     if run.seed is None:
         findings.note(f"{log.name}: does not say its seed")
         return
-    if folder.ours or not ordinal(folder, named):
+    if folder.exact or not ordinal(folder, named):
         findings.require(
             named in (None, run.seed), f"{log.name}: seed in its name and in its text: {named} and {run.seed}", "score"
         )
     seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
     findings.require(
-        seed.log is None or not folder.ours, f"{log.name}: another log of seed {run.seed} is there too"
+        seed.log is None or not folder.exact, f"{log.name}: another log of seed {run.seed} is there too"
     )
-    if seed.log is not None and not folder.ours:
+    if seed.log is not None and not folder.exact:
         seed.others.append(run)
         return
     seed.log, tail = run, log.stem.removeprefix("train_")
@@ -507,13 +514,13 @@ def read_config(path: Path, inside: Path, findings: Findings) -> dict[str, Any]:
 
 
 def check_fields(folder: Folder, findings: Findings) -> None:
-    if not folder.ours and folder.everything:
+    if not folder.exact and folder.everything:
         scores = [x for x in stated.claims.leaves(folder.everything, []) if x.meaning.kind == "bpb"]
         findings.require(any(not x.meaning.foreign for x in scores), "submission.json: has no val_bpb")
         absent = [name for name in CORE if name not in folder.everything]
         if absent:
             findings.note(f"submission.json: has no {', '.join(absent)}")
-    for name in OURS if folder.ours else ():
+    for name in OURS if folder.exact else ():
         findings.require(name in folder.everything, f"submission.json: has no {name}")
     if folder.ours:
         findings.require(strangers.is_there(folder.path / "requirements.txt"), "requirements.txt: is missing")
@@ -535,7 +542,7 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
         findings.require(seed.log is not None, f"seed {number}: submission.json has it, and no log is there")
         if with_rows and not seed.row:
             text = f"seed {number}: a log has it, and seed_results does not"
-            findings.error(text) if folder.ours else findings.warning(text)
+            findings.error(text) if folder.exact else findings.warning(text)
         for source, run in seed.sources:
             findings.same(f"seed {number}: the {source} says seed", run.seed, number)
         if seed.config:
@@ -551,14 +558,14 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
 
 def claimed_without(folder: Folder) -> list[int]:
     """The listed seeds that have neither figures nor a log, where other seeds have one."""
-    listed = [] if folder.ours else stated.claims.stated_seeds(folder.everything)
+    listed = [] if folder.exact else stated.claims.stated_seeds(folder.everything)
     return [number for number in listed if number not in folder.seeds] if folder.seeds else []
 
 
 def check_configuration(folder: Folder, findings: Findings) -> None:
     """Checks that all seeds have the same settings, by their config files or by the settings in their logs."""
     seeds = list(folder.seeds.values())
-    if not folder.ours and not all(s.config for s in seeds):
+    if not folder.exact and not all(s.config for s in seeds):
         check_logged_settings(folder, findings)
         return
     configs = [s.config for s in seeds if s.config]
@@ -592,7 +599,8 @@ def check_logged_settings(folder: Folder, findings: Findings) -> None:
     """Compares the settings that other people's logs print; one that a single log prints is another script's."""
     main = {run.name for seed in folder.seeds.values() if (run := seed.log)}
     logs = [(seed, log) for seed, log in folder.figures if seed is not None and Path(log.name).stem in main]
-    logs = [(seed, log) for seed, log in logs if log.settings]
+    order = list(folder.seeds)
+    logs = sorted(((seed, log) for seed, log in logs if log.settings), key=lambda pair: order.index(pair[0]))
     same_of_all(folder, findings)
     if not logs:
         findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
@@ -625,7 +633,7 @@ def check_sources(folder: Folder, findings: Findings) -> None:
         steps = [run.steps for _, run in seed.sources if run.steps]
         tolerances = dict(train_wallclock_ms=1.0, step_avg_ms=0.01 + 1 / min(steps, default=1))  # logs have whole ms
         sources = [("submission.json", seed.row), *((name, figures(run)) for name, run in seed.sources)]
-        sources = sources if folder.ours else sources[1:]  # tools/stated.py compares what is stated
+        sources = sources if folder.exact else sources[1:]  # tools/stated.py compares what is stated
         for place, (name, values) in enumerate(sources):
             for other, others in sources[place + 1 :]:
                 for key in figures(Run("", "")):
@@ -637,7 +645,7 @@ def check_sources(folder: Folder, findings: Findings) -> None:
                             tolerances.get(key),
                             subject=f"seed {number}: {name} and {other}",
                         )
-        if not folder.ours:
+        if not folder.exact:
             continue
         spent = seed.row.get("eval_time_s")
         known = [
@@ -665,7 +673,7 @@ def check_curve(number: int, seed: Seed, findings: Findings) -> None:
 
 def check_row(folder: Folder, findings: Findings) -> None:
     """Checks that the figures of each row of our own are consistent."""
-    if not folder.ours:
+    if not folder.exact:
         return
     for number, seed in folder.seeds.items():
         r = {name: value for name, value in seed.row.items() if name in ROW}
@@ -697,7 +705,7 @@ def check_row(folder: Folder, findings: Findings) -> None:
 
 def check_statistics(folder: Folder, findings: Findings) -> None:
     """Recomputes means, sample deviations and sizes."""
-    if not folder.ours:
+    if not folder.exact:
         return  # tools/stated.py has them
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
     for key in ("val_bpb", "val_loss"):
@@ -723,7 +731,7 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
         )
         if isinstance(s.get("bytes_total"), int):
             findings.require(
-                s["bytes_total"] in ([max(sizes)] if folder.ours else sizes),
+                s["bytes_total"] in ([max(sizes)] if folder.exact else sizes),
                 f"submission.json: bytes_total {s['bytes_total']} and artifacts of {sizes}",
             )
 
@@ -735,7 +743,7 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
     bpb = strangers.map_of(NUMBER, SEEDS)
     named = strangers.checked(s.get("baseline", {}), dict(val_bpb=bpb), "submission.json: baseline", wrong)
     claimed = strangers.checked(s.get("significance", {}), SIGNIFICANCE, "submission.json: significance", wrong)
-    for text in wrong if folder.ours else ():
+    for text in wrong if folder.exact else ():
         findings.error(text)
     theirs = baseline or named.get("val_bpb")
     if baseline and "val_bpb" in named:
@@ -743,7 +751,7 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
             sorted(baseline.values()) == sorted(named["val_bpb"].values()),
             "submission.json: baseline's figures are not those of --baseline",
         )
-    if folder.ours and s.get("comparison_baseline_bpb") is not None:
+    if folder.exact and s.get("comparison_baseline_bpb") is not None:
         check_stated_baseline(findings, s, theirs)
     ours = [r["val_bpb"] for r in rows if "val_bpb" in r]
     if not theirs or not ours or not {"val_bytes", "target_tokens"} <= set(rows[0]):
@@ -758,7 +766,7 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
         s.get("delta_vs_leaderboard_nats"),
         -test["gain_nats"],
     )
-    for name in SIGNIFICANCE if "significance" in s and (folder.ours or claimed) else ():
+    for name in SIGNIFICANCE if "significance" in s and (folder.exact or claimed) else ():
         one: Any = claimed.get(name)
         other = test[name]
         close = (
@@ -790,14 +798,13 @@ def check_stated_baseline(findings: Findings, s: dict[str, Any], theirs: dict[st
 
 def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     """Checks that all seeds have one validation set, and that it is the one of --data."""
-    tokens = {seed.row["val_tokens"] for seed in folder.seeds.values() if "val_tokens" in seed.row}
-    tokens |= {run.val_tokens for run in folder.logs} - {None}
-    spread = max(tokens, default=0) - min(tokens, default=0)  # one token fewer is scored than read
-    findings.require(
-        len(tokens) < 2 or (spread == 1 and not folder.ours),
-        f"val_tokens: {sorted(tokens)} are not one validation set's",
-        "configuration",
-    )
+    stated_tokens = {seed.row["val_tokens"] for seed in folder.seeds.values() if "val_tokens" in seed.row}
+    tokens = {run.val_tokens for run in folder.logs} - {None}
+    if folder.exact or not tokens:
+        tokens |= stated_tokens
+    else:  # the first token of a stream is no target
+        tokens |= {count for count in stated_tokens if count + 1 not in tokens}
+    findings.require(len(tokens) < 2, f"val_tokens: {sorted(tokens)} are not one validation set's")
     shards = {int(f.value) for _, log in folder.figures for f in log.of("shards") if f.label.endswith("train_shards")}
     findings.require(
         len(shards) < 2, f"train_shards: the logs have {' and '.join(map(str, sorted(shards)))}", "configuration"
@@ -816,7 +823,7 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     expected = submission.manifest(data).get("val_bytes")
     for number, seed in folder.seeds.items():
         findings.same(f"seed {number}: val_bytes and the manifest's in {data}", seed.row.get("val_bytes"), expected)
-    if folder.ours and "dataset" in folder.content:
+    if folder.exact and "dataset" in folder.content:
         texts = folder.content["dataset"], submission.dataset(data)["text"]
         findings.same(
             "submission.json: dataset, and the one of --data",  # the names of folders may differ
@@ -834,8 +841,8 @@ def artifact_size(folder: Folder, seed: Seed) -> tuple[float | None, str]:
     known = [seed.row, *(figures(run) for _, run in seed.sources)]
     size, model = largest(known, "artifact_bytes"), largest(known, "model_bytes")
     code = largest(known, "code_bytes")
-    content = folder.content if folder.ours else folder.everything
-    if not folder.ours:
+    content = folder.content if folder.exact else folder.everything
+    if not folder.exact:
         total = content.get("bytes_total", content.get("artifact_bytes"))
         size = size if size is not None or not strangers.is_number(total) else float(total)
         stated_code = content.get("bytes_code", content.get("code_bytes"))
@@ -843,7 +850,7 @@ def artifact_size(folder: Folder, seed: Seed) -> tuple[float | None, str]:
         code = code if code is not None else folder.scripts.get("train_gpt.py")
     if model is None or code is None or model > 2 * CAP_BYTES or (size is not None and size >= model + code):
         logged = [run.artifact_bytes for _, run in seed.sources if run.artifact_bytes]
-        whole = logged or size is None or folder.ours or code is None or model is not None
+        whole = logged or size is None or folder.exact or code is None or model is not None
         return (size, "") if whole else (size, "")
     return model + code, " with its code"
 
@@ -868,7 +875,7 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
             findings.note(f"seed {number}: no source has its seconds of training")
         else:
             spent = train / 1000 + after
-            last = step or (0.0 if folder.ours else 1000.0)
+            last = step or (0.0 if folder.exact else 1000.0)
             findings.require(
                 spent - last / 1000 <= BUDGET_SECONDS,
                 f"seed {number}: {spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}",
@@ -879,7 +886,7 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
         )
         if not evaluation:
             findings.note(f"seed {number}: no source has its seconds of evaluation")
-    if not folder.ours and not folder.seeds:
+    if not folder.exact and not folder.seeds:
         check_total(folder, findings, cap)
 
 
@@ -903,19 +910,19 @@ def check_claims(folder: Folder, findings: Findings) -> None:
                 ("pytorch_version", run.versions.get("torch")),
                 ("cuda_version", run.versions.get("cuda")),
             ):
-                if key in s and value and folder.ours:
+                if key in s and value and folder.exact:
                     findings.require(
                         str(value) in str(s[key]),
                         f"submission.json: {key} {s[key]!r}, and the {source} of seed {number} says {value!r}",
                     )
     hardware = " ".join(str(run.hardware or "") for run in folder.logs)
-    if folder.ours and hardware.strip() and re.search(r"10.?min", str(s.get("track", ""))):
+    if folder.exact and hardware.strip() and re.search(r"10.?min", str(s.get("track", ""))):
         findings.require(
             "H100" in hardware and "8 x" in hardware,
             f"submission.json: track {s['track']!r} is for 8 H100s, and the logs say {hardware.strip()}",
         )
     rows = [seed.row for seed in folder.seeds.values()]
-    if folder.ours and "compliance" in s and all(set(submission.COMPLIANCE_NEEDS) <= set(r) for r in rows):
+    if folder.exact and "compliance" in s and all(set(submission.COMPLIANCE_NEEDS) <= set(r) for r in rows):
         test = strangers.checked(s.get("significance", {}), SIGNIFICANCE, "", [])  # named by check_comparison
         for name, value in submission.compliance(rows, test and dict(test, holds=test.get("holds"))).items():
             findings.require(
@@ -926,7 +933,7 @@ def check_claims(folder: Folder, findings: Findings) -> None:
 
 def check_proof(folder: Folder, findings: Findings) -> None:
     """Checks that a proof is of this folder's script and artifact, and that the page says what it found."""
-    if not folder.ours or "proof" not in folder.everything:
+    if not folder.exact or "proof" not in folder.everything:
         return
     if "proof" not in folder.content:
         if folder.everything["proof"] is None:

@@ -369,7 +369,8 @@ def aggregates(values: list[tuple[float, float]], m: Meaning, label: str) -> Ite
         found |= dict(std=statistics.stdev(numbers), pstd=statistics.pstdev(numbers))
         found["range"] = max(numbers) - min(numbers)
     for name, value in found.items():
-        yield Figure(value, slack * (1.5 if "std" in name else 1.0), Meaning(m.kind, m.part, name), label)
+        wide = slack * (1.5 if "std" in name else 1.0) + 1e-6 * abs(value)
+        yield Figure(value, wide, Meaning(m.kind, m.part, name), label)
 
 
 def over_seeds(by_seed: dict[int, list[Figure]], seeds: Iterable[int]) -> Iterator[Figure]:

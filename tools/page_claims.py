@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stated import Evidence
 
 TOKEN = re.compile(r"(?<![\w./-])[-+−]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![\w]|\.[0-9])")
-HEADLINE = re.compile(r"\bval[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}([0-9]\.[0-9]{3,10})(?![0-9])", re.I)
+HEADLINE = re.compile(r"^\W*(?:(?:final|mean|[0-9]-seed|our|score)\W+)*val[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
 RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)
 ABROAD = re.compile(r"\bPR\b|#|sota|baseline|prev|leaderboard|\bvs\b|delta|Δ|diff|gain|improv|record|reference|paper", re.I)
 LINES = 5000
@@ -121,6 +121,7 @@ def check_row(
         if ABROAD.search(title) or "seed" in title.lower():
             continue
         m = claims.meaning((title.replace("/", " per "),))
+        kind = m.kind or ("bytes" if re.search(r"artifact|size", title, re.I) else "")
         for text in TOKEN.findall(cell):
             digits = re.sub(r"\D", "", text)
             plain = text.replace("−", "-").lstrip("+-")
@@ -129,7 +130,7 @@ def check_row(
             stated_here = [x.value for x in evidence.leaves if x.meaning.seed == seed and seed is not None]
             if any(stands(plain, y) for x in stated_here for y in units_of(x)):
                 continue
-            near = nearest(plain, own, m.kind, TABLE)
+            near = nearest(plain, own, kind, TABLE)
             if near is not None and seed is not None:
                 findings.error(f"README.md: seed {seed}, {title}: {text} is not in its log or row: {near:.9g}")
             elif near is not None and not known.has(text):

@@ -120,6 +120,8 @@ def check_stated(folder: Folder, findings: Findings) -> None:
         return
     evidence = Evidence(folder)
     folder.evidence = evidence
+    if folder.exact:
+        return
     unknown: list[str] = []
     for leaf in evidence.leaves:
         known = check_leaf(folder, findings, evidence, leaf)

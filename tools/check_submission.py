@@ -416,14 +416,17 @@ def read_logs(folder: Folder, findings: Findings) -> None:
     for log in logs[:SEEDS]:
         with passing_over(findings, folder.path):
             run = runs.read_log(log, inside=folder.path)
-            if not (run.stages or run.losses or run.scores):
+            told = None if folder.ours else read_figures(log, folder.path)
+            if not (run.stages or run.losses or run.scores or (told and told.of("bpb"))):
                 continue
+            if run.seed is None and told:
+                run.seed = told.seed
             folder.logs.append(run)
             contents[strangers.file_sha256(log, folder.path)] += 1
             if not folder.exact:
                 name_seed(folder, log, run)
-            if not folder.ours:
-                folder.figures.append((run.seed, read_figures(log, folder.path)))
+            if told:
+                folder.figures.append((run.seed, told))
             read_log_of_seed(folder, findings, log, run)
     if not folder.exact:
         settle_seeds(folder, findings)
@@ -617,7 +620,7 @@ def check_logged_settings(folder: Folder, findings: Findings) -> None:
             said = ", ".join(f"{visible(v, 60)} on seed {' and '.join(map(str, s[:5]))}" for v, s in values.items())
             findings.error(f"{what} is {said}")
         findings.require(
-            not without or not any(log.has_block for _, log in logs) and len(logs) > 2 * len(without),
+            not without or not any(log.block for _, log in logs) and len(logs) > 2 * len(without),
             f"{what} is printed by the log of seed {', '.join(map(str, next(iter(values.values()))[:5]))} alone"
             if len(logs) - len(without) == 1
             else f"{what} is not printed by the log of seed {', '.join(map(str, without[:5]))}, and by others is",

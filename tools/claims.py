@@ -49,6 +49,7 @@ STATISTIC = {word: name for name, words in STATISTICS.items() for word in words.
 TIMES = dict(ms=1e-3, milliseconds=1e-3, s=1.0, sec=1.0, secs=1.0, second=1.0, seconds=1.0, m=60.0, min=60.0, mins=60.0)
 TIMES |= dict(minute=60.0, minutes=60.0, h=3600.0, hours=3600.0)
 SIZES = dict(mb=(1e6, 2.0**20), mib=(2.0**20,), kb=(1e3, 1024.0), kib=(1024.0,))
+PLURALS = dict(bpbs="bpb", losses="loss", sizes="size", means="mean", stds="std", times="time", deltas="delta")
 NO_COUNT = frozenset("warmup warmdown accum grad ttt inner sgd muon backend every per chunk local ns start at".split())
 
 
@@ -67,7 +68,8 @@ class Meaning:
 
 def words_of(name: str) -> list[str]:
     """The words of a name, in lower case: of bytesModel_int6 bytes, model, int and 6."""
-    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:200]).lower())
+    found = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:200]).lower())
+    return [PLURALS.get(word, word) for word in found]
 
 
 def seed_of(name: str) -> int | None:
@@ -116,11 +118,13 @@ def kind_of(last: list[str], around: set[str]) -> tuple[str, str, tuple[float, .
         return "bpb", score_part(w | around), (1.0,)
     if {"loss", "nll", "nats", "nat"} & w and "train" not in w:
         return "loss", score_part(w | around), (1.0,)
-    if {"memory", "vram", "mem"} & w:
-        return "memory", "", (1.0,)
+    if {"memory", "vram", "mem"} & w or ({"memory", "vram"} & around and {"mib", "mb", "gb"} & w):
+        return "memory", "", (1024.0, 1000.0, 1e9 / 2**20) if {"gb", "gib"} & w else (1.0,)
     if {"bytes", "mb", "mib", "kb", "kib"} & w or ("size" in w and {"artifact", "code", "submission", "model"} & w):
         found = next((SIZES[x] for x in SIZES if x in w), (1.0,))
         return "bytes", byte_part(w | around), found
+    if {"gpus", "world", "nproc", "num_gpus"} & w and not {"time", "ms"} & w:
+        return "gpus", "", (1.0,)
     if "step" in w and {"ms", "avg", "time", "s", "sec", "seconds"} & w and not {"train", "stop"} & w:
         return "step", "", (unit or 1e-3,)
     if {"time", "seconds", "sec", "secs", "wallclock", "wall", "minutes", "duration", "elapsed", "ms", "s"} & w:
@@ -220,8 +224,8 @@ class LogFigures:
     name: str
     figures: list[Figure] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
-    has_block: bool = False  # whether it prints its settings as a block, of all of them
-    source: list[str] = field(default_factory=list)  # names of settings that its own copy of the script reads
+    block: set[str] = field(default_factory=set)  # names of those that it prints as a block, of all of them
+    seed: int | None = None
 
     def of(self, kind: str, part: str = "") -> list[Figure]:
         return [f for f in self.figures if f.meaning.kind == kind and (not part or f.meaning.part == part)]
@@ -244,6 +248,7 @@ class Reader:
     def __init__(self, name: str):
         self.log = LogFigures(name)
         self.block = self.trained = False
+        self.seconds = self.steps = 0.0  # of the last line of training
         self.last: dict[str, Figure] = {}
 
     def feed(self, line: str) -> None:
@@ -251,13 +256,16 @@ class Reader:
         if line.lstrip().startswith(("#", '"', "'")):
             return
         if re.match(r"^\s*(?:Hyperparameters|Hyper-parameters|Config(?:uration)?|args|Settings)\s*:?\s*$", line, re.I):
-            self.block = self.log.has_block = True
+            self.block = True
             return
         match = SETTING.match(line) if self.block else None
         if match and len(self.log.settings) < MOST:
             self.log.settings.setdefault(match[1].lower(), match[2].strip())
+            self.log.block.add(match[1].lower())
             return
-        self.block = False
+        self.block = self.block and re.match(r"=*$", line) is not None and not self.log.block
+        if self.log.seed is None and (match := re.match(r"^\s*seed[:=] ?([0-9]{1,10})\b", line)):
+            self.log.seed = int(match[1])
         try:
             self.figures(line)
         except Misread:
@@ -275,8 +283,25 @@ class Reader:
         first = line.partition(":")[0]
         for name, value, unit in PAIRS.findall(line):
             if name != "step":
+                self.time(name, value, unit, step[1] if step else "")
                 words = (first, name + ("_" + unit if unit else ""))
                 self.keep(words if not step else ("train" if "time" in name else "", words[1]), value, unit, "curve")
+
+    def time(self, name: str, value: str, unit: str, step: str) -> None:
+        """Keeps steps and seconds of the last line of training, of which the time of a step is made."""
+        if name == "train_time" and step and unit in ("ms", "s"):
+            self.steps, self.seconds = float(runs.whole(step)), runs.amount(value) * runs.SECONDS[unit]
+
+    def end(self) -> None:
+        """Adds what follows from other figures: the time of a step."""
+        spent = [f for f in self.log.of("seconds", "train") if f.value > 0]
+        steps = [f for f in self.log.of("steps") if f.value > 0]
+        if spent and steps:
+            last, count = spent[-1], max(f.value for f in steps)
+            slack = last.slack / count
+            self.log.figures.append(Figure(last.value / count, slack, Meaning("step"), "time by steps"))
+        if self.log.seed is None and self.log.settings.get("seed", "").isdigit():
+            self.log.seed = int(self.log.settings["seed"][:10])
 
     def header(self, line: str) -> None:
         """Settings that stand in lines before training, such as num_heads:8 num_kv_heads:4."""
@@ -291,7 +316,7 @@ class Reader:
             return
         label = re.sub(r"[0-9]+ms|_?exact", "", " ".join(words).lower())[:120]
         factor = m.units[0]
-        figure = Figure(value * factor, slack_of(text) * factor, m, label)
+        figure = Figure(value * factor, (runs.rounding(text)[1] if "." in text else 0.0) * factor, m, label)
         if label in self.last and len(self.log.figures) >= MOST:
             return
         if curve and m.kind in ("bpb", "loss", "seconds", "steps", "step", "memory") and label in self.last:
@@ -308,6 +333,7 @@ def read_figures(path: Path, inside: Path) -> LogFigures:
     reader = Reader(path.name)
     for line in strangers.read_lines(path, "log", inside):
         reader.feed(line.rstrip("\r"))
+    reader.end()
     return reader.log
 
 

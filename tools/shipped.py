@@ -90,11 +90,11 @@ def check_settings(folder: Folder, findings: Findings, text: str, packed: bool) 
     if packed and "environ" not in text:
         return
     for _, log in folder.figures:
-        if not log.has_block:
+        if not log.block:
             continue
-        absent = [name for name in log.settings if name not in text and name.upper() not in text]
+        absent = [name for name in sorted(log.block) if name not in text and name.upper() not in text]
         block = [name for name in absent if len(name) > 3]
-        if 0 < len(block) <= max(3, len(log.settings) // 2):
+        if 0 < len(block) <= max(3, len(log.block) // 2):
             names = visible(", ".join(block[:6]), 200)
             findings.error(f"train_gpt.py: has no {names}, which {log.name} prints: it is not the script that ran")
             return

@@ -6,6 +6,7 @@ that is none of them, but near to one, disagrees. What nothing in the folder can
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import statistics
@@ -43,7 +44,7 @@ class Evidence:
             for name, value in log.settings.items():
                 self.settings[name].add(value)
         self.seeds = claims.stated_seeds(folder.everything) or list(folder.seeds)
-        self.leaves = list(claims.leaves(folder.everything, self.seeds))
+        self.leaves = [as_score(leaf) for leaf in claims.leaves(folder.everything, self.seeds)]
         sizes = [Figure(float(n), 0.0, Meaning("bytes", "code"), name) for name, n in folder.scripts.items()]
         self.files = sizes + [Figure(float(n), 0.0, Meaning("bytes", "model"), n_) for n_, n in folder.weights.items()]
         self.over = list(self.statistics())
@@ -88,6 +89,17 @@ class Evidence:
             return [f for f in over if f.meaning.statistic == m.statistic]
         plain = [f for f in self.figures if f.meaning.kind == m.kind]
         return plain + [f for f in over if "std" not in f.meaning.statistic] + with_code(files, self, m)
+
+
+def as_score(leaf: Leaf) -> Leaf:
+    """A number without a kind that is somebody else's score, or a gain over it, as such: competition_sota."""
+    m = leaf.meaning
+    words = set(claims.words_of(leaf.path[-1]))
+    if m.kind or not (m.foreign or m.difference) or not isinstance(leaf.value, float):
+        return leaf
+    if not 0 < abs(leaf.value) < 4 or {"pct", "percent", "lr", "rank", "decay", "ratio"} & words:
+        return leaf
+    return Leaf(leaf.path, leaf.value, dataclasses.replace(m, kind="bpb"))
 
 
 def with_code(files: list[Figure], evidence: Evidence, m: Meaning) -> list[Figure]:
@@ -185,9 +197,14 @@ def check_nameless(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool |
     """A number of another kind: the figure of the same name in the logs, if they have one."""
     if leaf.meaning.kind == "memory":
         return check_figure(findings, evidence, leaf)
-    if leaf.meaning.kind == "seed" and leaf.value in evidence.by_seed:
-        return True
-    return None
+    name = leaf.path[-1].lower()
+    if name in ("num_seeds", "n_seeds", "seed_count", "seeds_count"):
+        counts = {len(evidence.seeds), len(evidence.by_seed)} - {0}
+        if counts and leaf.value not in counts:
+            findings.error(f"submission.json: {leaf.name} is {leaf.text}, and there are {min(counts)}")
+            return False
+        return True if counts else None
+    return True if leaf.meaning.kind == "seed" and leaf.value in evidence.by_seed else None
 
 
 def states(leaf: Leaf, figure: Figure) -> bool:

@@ -85,7 +85,8 @@ def score_part(words: set[str]) -> str:
         return "ttt"
     if {"sliding", "slide", "sw", "stride", "window"} & words:
         return "sliding"
-    if {"pre", "ema", "unquantized", "float", "fp", "bf", "raw"} & words and "post" not in words - {"ema"}:
+    quantized = {"quant", "quantization", "quantized", "export"} & words
+    if ("pre" in words and quantized) or ({"ema", "swa", "unquantized", "float", "raw"} & words and not quantized):
         return "pre"
     if {"quant", "quantized", "roundtrip", "int", "zlib", "zstd", "post"} & words:
         return "quant"
@@ -197,13 +198,13 @@ def slack_of(text: str) -> float:
     return slack
 
 
-def stands(text: str, value: float, slack: float = 0.0, unit: float = 1.0) -> bool:
-    """Whether a text states this figure, rounded or cut off at its last digit, in a unit."""
+def stands(text: str, value: float, slack: float = 0.0, unit: float = 1.0, cut: bool = True) -> bool:
+    """Whether a text states this figure, rounded or, with `cut`, cut off at its last digit, in a unit."""
     number = runs.rounding(text)[0] * unit
     off = abs(number - value)
     if off <= slack_of(text) * unit + slack + 1e-9 * abs(value):
         return True
-    digits = len(text.partition(".")[2]) if "e" not in text.lower() else 0
+    digits = len(text.partition(".")[2]) if "e" not in text.lower() and cut else 0
     return digits >= 2 and off < 10.0**-digits * unit and abs(value) > abs(number)
 
 
@@ -248,7 +249,6 @@ class Reader:
     def __init__(self, name: str):
         self.log = LogFigures(name)
         self.block = self.trained = False
-        self.seconds = self.steps = 0.0  # of the last line of training
         self.last: dict[str, Figure] = {}
 
     def feed(self, line: str) -> None:
@@ -283,21 +283,15 @@ class Reader:
         first = line.partition(":")[0]
         for name, value, unit in PAIRS.findall(line):
             if name != "step":
-                self.time(name, value, unit, step[1] if step else "")
-                words = (first, name + ("_" + unit if unit else ""))
+                words = (first, name + ("_" + unit.lower() if unit else ""))
                 self.keep(words if not step else ("train" if "time" in name else "", words[1]), value, unit, "curve")
-
-    def time(self, name: str, value: str, unit: str, step: str) -> None:
-        """Keeps steps and seconds of the last line of training, of which the time of a step is made."""
-        if name == "train_time" and step and unit in ("ms", "s"):
-            self.steps, self.seconds = float(runs.whole(step)), runs.amount(value) * runs.SECONDS[unit]
 
     def end(self) -> None:
         """Adds what follows from other figures: the time of a step."""
         spent = [f for f in self.log.of("seconds", "train") if f.value > 0]
-        steps = [f for f in self.log.of("steps") if f.value > 0]
+        steps = [f.value for f in self.log.of("steps") if f.value > 0]
         if spent and steps:
-            last, count = spent[-1], max(f.value for f in steps)
+            last, count = spent[-1], max(steps)
             slack = last.slack / count
             self.log.figures.append(Figure(last.value / count, slack, Meaning("step"), "time by steps"))
         if self.log.seed is None and self.log.settings.get("seed", "").isdigit():
@@ -312,7 +306,7 @@ class Reader:
     def keep(self, words: tuple[str, ...], text: str, unit: str, curve: str) -> None:
         value = runs.number(text)
         m = meaning(words)
-        if not m.kind or not math.isfinite(value):
+        if not m.kind or not math.isfinite(value) or re.match(r"(?:max_|iterations|total_steps|num_steps)", words[-1]):
             return
         label = re.sub(r"[0-9]+ms|_?exact", "", " ".join(words).lower())[:120]
         factor = m.units[0]

@@ -66,7 +66,9 @@ class Evidence:
                 rows[key][m.seed] = one
         for found in rows.values():
             first = next(iter(found.values()))
-            yield from claims.aggregates([(f.value, f.slack) for f in found.values()], first.meaning, first.label)
+            logged = all(self.by_seed.get(seed) for seed in found)  # which are more exact than what is stated
+            values = [(f.value, 0.0 if logged else f.slack) for f in found.values()]
+            yield from claims.aggregates(values, first.meaning, first.label)
 
     def nats_per_bit(self) -> float | None:
         """Nats per token for each bit per byte, by the scores that stand together in a log."""
@@ -208,7 +210,8 @@ def check_nameless(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool |
 
 
 def states(leaf: Leaf, figure: Figure) -> bool:
-    return any(stands(leaf.text, figure.value, figure.slack, unit) for unit in leaf.meaning.units)
+    cut = leaf.meaning.statistic != "std"
+    return any(stands(leaf.text, figure.value, figure.slack, unit, cut) for unit in leaf.meaning.units)
 
 
 def distance(leaf: Leaf, figure: Figure) -> float:
@@ -257,7 +260,19 @@ def check_figure(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | N
 def check_stage(findings: Findings, evidence: Evidence, leaf: Leaf, pool: list[Figure]) -> bool:
     """A score that is found must be of the stage that its name says, and a headline the mean over the seeds."""
     m = leaf.meaning
-    if m.kind != "bpb" or len(leaf.path) > 1 or m.statistic or m.part:
+    if m.kind != "bpb" or m.statistic:
+        return True
+    own = [f for f in pool if m.part and f.meaning.part == m.part and not f.meaning.statistic]
+    if own and not any(states(leaf, f) for f in pool if f.meaning.part in (m.part, "" if m.part == "pre" else m.part)):
+        found = next(f for f in pool if states(leaf, f))
+        if "pre" in (m.part, found.meaning.part) or not found.meaning.part:
+            near = min(own, key=lambda f: distance(leaf, f))
+            findings.warning(
+                f"submission.json: {leaf.name} {leaf.text} is the log's {found.label.strip()}, and {near.label.strip()} "
+                f"is {near.value:.9g}",
+                cause="score",
+            )
+    if len(leaf.path) > 1 or m.part:
         return True
     means = [f for f in evidence.over if f.meaning.kind == "bpb" and f.meaning.statistic == "mean"]
     several = len([s for s in evidence.by_seed if s in evidence.seeds]) > 1 or len(evidence.seeds) > 1
@@ -270,10 +285,24 @@ def check_stage(findings: Findings, evidence: Evidence, leaf: Leaf, pool: list[F
     return True
 
 
+def of_same_stage(evidence: Evidence, leaf: Leaf, pool: list[Figure]) -> list[Figure]:
+    """The statistics of the figure whose mean is stated beside a deviation, where one is."""
+    m = leaf.meaning
+    means = [f for f in evidence.over if f.meaning.kind == m.kind and f.meaning.statistic == "mean"]
+    labels = set()
+    for other in evidence.leaves:
+        o = other.meaning
+        if o.kind == m.kind and o.part == m.part and o.seed is None and o.statistic in ("", "mean") and not o.foreign:
+            labels |= {f.label for f in means if not o.difference and states(other, f)}
+    chosen = [f for f in pool if f.label in labels]
+    return chosen or pool
+
+
 def check_deviation(folder: Folder, findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | None:
     """A deviation must be the sample's; the population's is named as such."""
     m = leaf.meaning
     pool = [f for f in evidence.over if f.meaning.kind == m.kind]
+    pool = of_same_stage(evidence, leaf, pool)
     sample = [f for f in pool if f.meaning.statistic == "std"]
     if not sample:
         return None
@@ -368,6 +397,8 @@ def check_foreign(folder: Folder, findings: Findings, evidence: Evidence, leaf: 
         return True
     lines = [line for line in folder.page[:500_000].splitlines() if foreign_line(line)]
     near = [x for line in lines for x in page_scores(line) if abs(x - leaf.value) <= 0.03 * x]
+    own = [f for f in (*evidence.figures, *evidence.over) if f.meaning.kind == "bpb"]
+    near += [x for x in said if abs(x - leaf.value) <= 0.015 * x and not any(stands(repr(x), f.value) for f in own)]
     if not near:
         return None
     findings.warning(f"submission.json: {leaf.name} {leaf.text}, and README.md says {near[0]:.6g}", cause="statistics")

@@ -256,6 +256,7 @@ class Folder:
     seeds: dict[int, Seed]
     logs: list[Run]
     figures: list[tuple[int | None, LogFigures]] = field(default_factory=list)  # of each log, with its seed
+    named: list[tuple[str, int | None, int]] = field(default_factory=list)  # logs, the seeds of name and of text
     scripts: dict[str, int] = field(default_factory=dict)  # bytes of the Python files
     weights: dict[str, int] = field(default_factory=dict)  # bytes of files that may be models
     evidence: stated.Evidence | None = None
@@ -428,6 +429,7 @@ def read_logs(folder: Folder, findings: Findings) -> None:
             if told:
                 folder.figures.append((run.seed, told))
             read_log_of_seed(folder, findings, log, run)
+    check_names(folder, findings)
     if not folder.exact:
         settle_seeds(folder, findings)
     findings.require(bool(folder.logs), "logs: there is no log of a run (*.log, *.txt, logs/)")
@@ -444,10 +446,7 @@ def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) ->
     if run.seed is None:
         findings.note(f"{log.name}: does not say its seed")
         return
-    if folder.exact or not ordinal(folder, named):
-        findings.require(
-            named in (None, run.seed), f"{log.name}: seed in its name and in its text: {named} and {run.seed}", "score"
-        )
+    folder.named.append((log.name, named, run.seed))
     seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
     findings.require(
         seed.log is None or not folder.exact, f"{log.name}: another log of seed {run.seed} is there too"
@@ -483,9 +482,16 @@ def name_seed(folder: Folder, log: Path, run: Run) -> None:
             run.seed = stated.claims.seed_of(name)
 
 
-def ordinal(folder: Folder, named: int | None) -> bool:
-    """Whether a file's seed1 means the first seed: the seeds are others, and there are as many."""
-    return named is not None and 0 <= named <= len(folder.seeds) and named not in folder.seeds
+def check_names(folder: Folder, findings: Findings) -> None:
+    """Checks that each log is of the seed in its name; of several, seed1, seed2, ... may count them."""
+    named = [(name, said, seed) for name, said, seed in folder.named if said is not None]
+    numbers = sorted({said for _, said, _ in named})
+    counted = len(named) > 1 and numbers in ([*range(len(numbers))], [*range(1, len(numbers) + 1)])
+    if counted and not folder.exact and not any(said == seed for _, said, seed in named):
+        findings.note("logs: the numbers in their names are not their seeds")
+        return
+    for name, said, seed in named:
+        findings.require(said == seed, f"{name}: seed in its name and in its text: {said} and {seed}", "score")
 
 
 def settle_seeds(folder: Folder, findings: Findings) -> None:

@@ -133,6 +133,8 @@ def check_row(
             near = nearest(plain, own, kind, TABLE)
             if near is not None and seed is not None:
                 findings.error(f"README.md: seed {seed}, {title}: {text} is not in its log or row: {near:.9g}")
+            elif seed is not None and kind and any(f.meaning.kind == kind for f in own) and not known.has(text):
+                findings.warning(f"README.md: seed {seed}, {title}: {text} is not in its log or row")
             elif near is not None and not known.has(text):
                 findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}, which are {near:.9g}")
             elif not known.has(text):

@@ -245,6 +245,9 @@ def check_figure(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | N
     core = leaf.path[-1].lower() in CORE
     if far and not (core or m.statistic):
         return None
+    last = [f for f in own if m.kind == "bpb" and not f.meaning.statistic and f.meaning.part]
+    if last and not (m.part or m.statistic):
+        nearest = last[-1]  # the score that counts
     who = f"seed {m.seed}: " if m.seed is not None else ""
     what = f"{m.statistic or nearest.meaning.statistic} of the seeds'" if nearest.meaning.statistic else "its"
     source = f"{what} figures" if nearest.meaning.statistic else "log"

@@ -81,7 +81,9 @@ def block_log(t):
     """A log with a block of settings and scores named in words."""
     rule = "=" * 100
     lines = [rule, "Hyperparameters:"]
-    lines += [f"  {name}: {value}" for name, value in sorted(dict(t.settings, seed=t.seed, run_id=f"r{t.seed}").items())]
+    lines += [
+        f"  {name}: {value}" for name, value in sorted(dict(t.settings, seed=t.seed, run_id=f"r{t.seed}").items())
+    ]
     lines += [rule, f"train_shards: {t.shards}", "val_tokens: 40540160", "model_params:35944602"]
     lines += [f"gptq:reserving {t.settings['gptq_reserve_seconds']}s", "warmup_step: 1/20"]
     lines += ["0/20000 val_loss: 9.0090 val_bpb: 3.4877"]
@@ -116,7 +118,9 @@ def line_log(t, last="sliding"):
     lines += [f"warmup_step:{i}/20" for i in range(1, 21)]
     for step in range(1000, t.steps, 1000):
         ms = step * t.step_ms
-        lines += [f"step:{step}/20000 train_loss:{3 - step / 9000:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"]
+        lines += [
+            f"step:{step}/20000 train_loss:{3 - step / 9000:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+        ]
     lines += [
         f"step:{t.steps}/20000 val_loss:{t.pre * RATIO:.4f} val_bpb:{t.pre:.4f} train_time:{t.train_ms}ms "
         f"step_avg:{t.train_ms / t.steps:.2f}ms",
@@ -151,7 +155,9 @@ WHO = dict(author="A. Uthor", github_id="author", name="A method", blurb="A meth
 def flat(ts):
     """One run, the four figures of the first folders."""
     t = ts[0]
-    s = dict(WHO, val_loss=f"{t.sliding * RATIO:.8f}", val_bpb=f"{t.sliding:.8f}", bytes_total=t.total, bytes_code=t.code)
+    s = dict(
+        WHO, val_loss=f"{t.sliding * RATIO:.8f}", val_bpb=f"{t.sliding:.8f}", bytes_total=t.total, bytes_code=t.code
+    )
     page = f"# A method\n\nval_bpb: **{t.sliding:.4f}**\n\nSeed {t.seed}; PR #549 has 1.1194, the baseline 1.2244.\n"
     page += f"\n- steps: {t.steps}\n- step time: {t.train_ms / t.steps:.1f} ms\n- artifact {t.total / 1e6:.2f} MB\n"
     return s, page, {"train.log": line_log(t)}
@@ -184,7 +190,9 @@ def by_seed(ts):
     bpb = mean(t.sliding for t in ts)
     s = dict(WHO, track="10min_16mb", seed_results=rows, mean_val_loss=f"{bpb * RATIO:.8f}", mean_val_bpb=f"{bpb:.8f}")
     s |= dict(artifact_bytes=max(t.total for t in ts), code_bytes=ts[0].code)
-    page = f"# Record\n\n**Mean val_bpb: {bpb:.4f}** over seeds 42, 314 and 1337.\n\n| Seed | val_loss | val_bpb | Steps |"
+    page = (
+        f"# Record\n\n**Mean val_bpb: {bpb:.4f}** over seeds 42, 314 and 1337.\n\n| Seed | val_loss | val_bpb | Steps |"
+    )
     page += " ms/step |\n|--|--|--|--|--|\n"
     for t in ts:
         page += f"| {t.seed} | {t.sliding * RATIO:.4f} | {t.sliding:.4f} | {t.steps:,} | {t.train_ms / t.steps:.1f} |\n"
@@ -211,14 +219,20 @@ def full(ts):
         artifact_bytes_max=max(sizes), bytes_total=max(sizes), train_steps_mean=f"{mean(t.steps for t in ts):.2f}",
         step_avg_ms_mean=f"{mean(t.train_ms / t.steps for t in ts):.1f}", hardware="8xH100 80GB SXM",
     )  # fmt: skip
-    page = f"# Record\n\n**val_bpb = {bpb:.4f}** (3-seed mean, std {deviation:.5f}) | **~{max(sizes) / 1e6:.2f} MB**\n\n"
-    page += "| Seed | Steps | Pre-quant BPB | Quantized BPB | **TTT BPB** | TTT gain | Artifact | PR #1019 |\n" + "|--" * 8
+    page = (
+        f"# Record\n\n**val_bpb = {bpb:.4f}** (3-seed mean, std {deviation:.5f}) | **~{max(sizes) / 1e6:.2f} MB**\n\n"
+    )
+    page += (
+        "| Seed | Steps | Pre-quant BPB | Quantized BPB | **TTT BPB** | TTT gain | Artifact | PR #1019 |\n" + "|--" * 8
+    )
     page += "|\n"
     for t in ts:
         page += f"| {t.seed} | {t.steps} | {t.pre:.5f} | {t.quant:.5f} | **{t.ttt:.5f}** | {t.ttt - t.quant:+.5f} | "
         page += f"{t.total:,} | 1.1147 |\n"
     page += f"| **Mean** | | {mean(t.pre for t in ts):.5f} | {mean(t.quant for t in ts):.5f} | **{bpb:.5f}** | "
-    page += f"{mean(t.ttt - t.quant for t in ts):+.5f} | {mean(sizes):,.0f} | 1.1147 |\n| **Std** | | | | {deviation:.5f} |"
+    page += (
+        f"{mean(t.ttt - t.quant for t in ts):+.5f} | {mean(sizes):,.0f} | 1.1147 |\n| **Std** | | | | {deviation:.5f} |"
+    )
     page += f" | | |\n\nMerged record (PR #1019): **1.1810 BPB**, delta **{-gain:.4f}**, which clears 0.005 nats.\n"
     return s, page, {f"train_seed{t.seed}.log": block_log(t) for t in ts}
 
@@ -267,7 +281,9 @@ def listed(ts):
     page = f"# A list\n\n- val_bpb: {mean(values):.6f}\n- std: {statistics.stdev(values):.5f}\n\nSeeds: 42/314/1337\n\n"
     page += "| Seed | Sliding | TTT | Train (s) | Eval (s) | Size (MB) |\n|--|--|--|--|--|--|\n"
     for t in ts:
-        page += f"| {t.seed} | {t.sliding:.5f} | {t.ttt:.5f} | {t.train_ms / 1000:.1f} | {t.eval_ms['ttt'] / 1000:.0f} |"
+        page += (
+            f"| {t.seed} | {t.sliding:.5f} | {t.ttt:.5f} | {t.train_ms / 1000:.1f} | {t.eval_ms['ttt'] / 1000:.0f} |"
+        )
         page += f" {t.total / 1e6:.2f} |\n"
     return s, page, {f"seed_{t.seed}/train.log": block_log(t) for t in ts}
 
@@ -286,7 +302,9 @@ def seeds_as_rows(ts):
         mean_val_bpb=f"{mean(values):.4f}", std_val_bpb=f"{statistics.stdev(values):.4f}",
         verification=dict(sliding_bpb=cut(ts[0].sliding), baseline_no_cache_bpb="1.1477"), superseded_seeds_v1_0=old,
     )  # fmt: skip
-    page = f"# Rows\n\nResult: {mean(values):.4f} ± {statistics.stdev(values):.4f}\n\nFirst version: 1.1477 without.\n\n"
+    page = (
+        f"# Rows\n\nResult: {mean(values):.4f} ± {statistics.stdev(values):.4f}\n\nFirst version: 1.1477 without.\n\n"
+    )
     page += "| Seed | val_bpb | Δ vs #549 | Size |\n|--|--|--|--|\n"
     page += "".join(f"| {t.seed} | {cut(t.ttt)} | {t.ttt - 1.1194:+.4f} | {t.total:,} |\n" for t in ts)
     return s, page, {f"log_seed{t.seed}_v1.1.txt": block_log(t) for t in ts}
@@ -376,7 +394,11 @@ def leaves(content, path=()):
     elif isinstance(content, list):
         for place, inner in enumerate(content):
             yield from leaves(inner, (*path, place))
-    elif isinstance(content, (int, float)) and not isinstance(content, bool) and not {"seed", "seeds"} & {path[-1], path[0] if len(path) == 2 and isinstance(path[1], int) else ""}:
+    elif (
+        isinstance(content, (int, float))
+        and not isinstance(content, bool)
+        and not {"seed", "seeds"} & {path[-1], path[0] if len(path) == 2 and isinstance(path[1], int) else ""}
+    ):
         yield path, content
 
 

@@ -77,7 +77,9 @@ def result_lines(folder):
 def small_deviation(folder):
     """0.00009 in both files, where the deviation is 9.19e-05."""
     values = [1.08, 1.08 - 0.0000919, 1.08 + 0.0000919]
-    rows = {s: dict(val_bpb=submissions.Decimal(f"{v:.8f}")) for s, v in zip(("42", "314", "1337"), values, strict=True)}
+    rows = {
+        s: dict(val_bpb=submissions.Decimal(f"{v:.8f}")) for s, v in zip(("42", "314", "1337"), values, strict=True)
+    }
     assert f"{statistics.stdev(values):.2e}" == "9.19e-05"
     mean = f"{statistics.fmean(values):.5f}"
     for seed, value in zip((42, 314, 1337), values, strict=True):
@@ -104,7 +106,10 @@ def page(text):
 
 
 def target_tokens(folder):
-    rewrite(folder, lambda s: [row.update(target_tokens=40540159, val_tokens=40540160) for row in s["seed_results"].values()])
+    rewrite(
+        folder,
+        lambda s: [row.update(target_tokens=40540159, val_tokens=40540160) for row in s["seed_results"].values()],
+    )
 
 
 def crlf(folder):
@@ -116,7 +121,9 @@ def cells_differ(folder):
     """A table whose last column is the difference of two others, and whose lines are methods, not seeds."""
     text = (folder / "train_seed42.log").read_text()
     pre, ttt = (float(re.search(rf"^{name} .*val_bpb:(\S+)", text, re.M)[1]) for name in ("quantized", "quantized_ttt"))
-    page(f"\n| Seed | Quantized | TTT | Change |\n|--|--|--|--|\n| 42 | {pre:.4f} | {ttt:.4f} | {ttt - pre:.4f} |\n")(folder)
+    page(f"\n| Seed | Quantized | TTT | Change |\n|--|--|--|--|\n| 42 | {pre:.4f} | {ttt:.4f} | {ttt - pre:.4f} |\n")(
+        folder
+    )
 
 
 ALARMS = {
@@ -127,7 +134,11 @@ ALARMS = {
     "one target fewer than tokens": ("full", None, target_tokens),
     "differences of cells": ("full", None, cells_differ),
     "carriage returns": ("full", None, crlf),
-    "seeds in prose": ("full", None, page("\nSeed 42 is the first, seed 7 diverged; seed 2025 was not run. p = 0.0003.\n")),
+    "seeds in prose": (
+        "full",
+        None,
+        page("\nSeed 42 is the first, seed 7 diverged; seed 2025 was not run. p = 0.0003.\n"),
+    ),
     "other people's results": (
         "full",
         None,
@@ -206,21 +217,40 @@ PLANTS = {
     "shards": ("by_seed", other_shards, None, "train_shards: the logs have 39 and 80"),
     "code bytes": ("flat", None, in_json(bytes_code=30872), "bytes_code in submission.json"),
     "nats per byte": ("full", None, lambda f: rewrite(f, nats_per_byte), "is nats per byte"),
-    "another script": ("full", None, lambda f: edit(f / "train_gpt.py", "# a comment", "# the comment"), "not the script"),
+    "another script": (
+        "full",
+        None,
+        lambda f: edit(f / "train_gpt.py", "# a comment", "# the comment"),
+        "not the script",
+    ),
     "a script without a setting": (
         "full",
         None,
-        lambda f: edit(f / "train_gpt.py", r"lora_rank = os.environ.get\(\"LORA_RANK\"", 'rank_lora = os.environ.get("RANK_LO"'),
+        lambda f: edit(
+            f / "train_gpt.py", r"lora_rank = os.environ.get\(\"LORA_RANK\"", 'rank_lora = os.environ.get("RANK_LO"'
+        ),
         "has no lora_rank",
     ),
     "a package": ("full", None, lambda f: script(f, "import brotli"), "uses brotli, which neither"),
-    "a program": ("full", None, lambda f: script(f, 'import subprocess; subprocess.run(["lrzip", "-z"])'), "uses lrzip"),
+    "a program": (
+        "full",
+        None,
+        lambda f: script(f, 'import subprocess; subprocess.run(["lrzip", "-z"])'),
+        "uses lrzip",
+    ),
     "a package of a packed script": ("full", None, lambda f: script(f, packed("import zstandard")), "uses zstandard"),
-    "the log of seed 1337 under seed 0": ("full", None, lambda f: renamed(f), "seed in its name and in its text: 0 and 1337"),
+    "the log of seed 1337 under seed 0": (
+        "full",
+        None,
+        lambda f: renamed(f),
+        "seed in its name and in its text: 0 and 1337",
+    ),
     "a log of another run": (
         "flat",
         None,
-        lambda f: edit(f / "train.log", r"^(final_int6_sliding_window\S* val_loss:\S+ val_bpb:)\S+", r"\g<1>1.16660000", 2),
+        lambda f: edit(
+            f / "train.log", r"^(final_int6_sliding_window\S* val_loss:\S+ val_bpb:)\S+", r"\g<1>1.16660000", 2
+        ),
         "val_bpb in submission.json and log: 1.0",
     ),
     "a mean that no log gives": ("seeds_as_rows", None, in_json(val_bpb=submissions.Decimal("1.0430")), "1.0430"),
@@ -231,7 +261,12 @@ PLANTS = {
         "seed 314: val_bpb in submission.json and log: 1.04300000",
     ),
     "the deviation of the population": ("full", None, lambda f: rewrite(f, population), "(it is the population's)"),
-    "no log of a seed": ("full", None, lambda f: (f / "train_seed314.log").unlink(), "seed 314: submission.json has it"),
+    "no log of a seed": (
+        "full",
+        None,
+        lambda f: (f / "train_seed314.log").unlink(),
+        "seed 314: submission.json has it",
+    ),
     "one log as two": (
         "full",
         None,
@@ -315,7 +350,9 @@ def test_bytes_over_the_limit_are_found_where_the_json_leaves_out_the_code(total
         edit(tmp_path / "a" / "train_seed42.log", r"^Total submission size.*\n", "")
     rewrite(tmp_path / "a", lambda s: s["seed_results"]["42"].update(artifact_bytes=model))
     code, found, _ = check(tmp_path / "a", capsys)
-    assert code == 1 and re.search(r"error: seed 42: its artifact of 16058494 bytes.* is over 16000000", found[0]), found
+    assert code == 1 and re.search(r"error: seed 42: its artifact of 16058494 bytes.* is over 16000000", found[0]), (
+        found
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the form
@@ -328,7 +365,11 @@ def spoiled(folder):
     shutil.copy(folder / "train_seed42.log", folder / "other.log")
     edit(folder / "other.log", r"^  seed: 42", "  seed: 7")
     for seed in (42, 314):
-        edit(folder / f"train_seed{seed}.log", r"^Total submission size quantized\+brotli: \d+", "Total submission size: 16500000")
+        edit(
+            folder / f"train_seed{seed}.log",
+            r"^Total submission size quantized\+brotli: \d+",
+            "Total submission size: 16500000",
+        )
     script(folder, "import brotli")
 
 
@@ -345,7 +386,9 @@ def test_findings_come_by_severity_and_harm_and_by_cause(tmp_path, capsys):
     places = [(check_submission.SEVERITIES.index(f["severity"]), order.index(f["cause"])) for f in content["findings"]]
     assert code == 1 and places == sorted(places) and len({f["cause"] for f in content["findings"]}) > 3
     assert sum(1 + len(f["more"]) for f in content["findings"] if f["severity"] == "error") == content["errors"]
-    assert [f["text"] for f in content["findings"]] == [line.partition(": ")[2].partition(" (and ")[0] for line in lines[:-1]]
+    assert [f["text"] for f in content["findings"]] == [
+        line.partition(": ")[2].partition(" (and ")[0] for line in lines[:-1]
+    ]
 
 
 def test_exit_codes_tell_errors_from_warnings_and_notes(tmp_path, capsys):

@@ -31,7 +31,9 @@ def check(folder, capsys, *arguments):
     lines = capsys.readouterr().out.splitlines()
     errors, warnings, notes = ([x for x in lines if x.startswith(f"{s}: ")] for s in check_submission.SEVERITIES)
     assert lines[:-1] == errors + warnings + notes, "one line each, the worst first"
-    compared, *counts = map(int, re.fullmatch(r"(\d+) comparisons, (\d+) errors, (\d+) warnings, (\d+) notes", lines[-1]).groups())
+    compared, *counts = map(
+        int, re.fullmatch(r"(\d+) comparisons, (\d+) errors, (\d+) warnings, (\d+) notes", lines[-1]).groups()
+    )
     assert compared > 0 and all(n >= len(found) for n, found in zip(counts, (errors, warnings, notes), strict=True))
     assert code == (1 if errors else 3 if warnings else 0)
     return code, "\n".join(errors), "\n".join([*warnings, *notes])

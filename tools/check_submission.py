@@ -387,7 +387,9 @@ def read_sizes(folder: Folder) -> None:
 
 
 # Folders of runs that a submission does not claim.
-ASIDE = re.compile(r"ablat|sweep|supersed|old|baseline|archive|deprecat|invalid|fail|debug|smoke|dry|checkpoints|wd_", re.I)
+ASIDE = re.compile(
+    r"ablat|sweep|supersed|old|baseline|archive|deprecat|invalid|fail|debug|smoke|dry|checkpoints|wd_", re.I
+)
 
 
 def nested_logs(folder: Path, problems: list[str], levels: int = 3) -> list[Path]:
@@ -448,9 +450,7 @@ def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) ->
         return
     folder.named.append((log.name, named, run.seed))
     seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
-    findings.require(
-        seed.log is None or not folder.exact, f"{log.name}: another log of seed {run.seed} is there too"
-    )
+    findings.require(seed.log is None or not folder.exact, f"{log.name}: another log of seed {run.seed} is there too")
     if seed.log is not None and not folder.exact:
         seed.others.append(run)
         return
@@ -551,7 +551,7 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
         findings.require(seed.log is not None, f"seed {number}: submission.json has it, and no log is there")
         if with_rows and not seed.row:
             text = f"seed {number}: a log has it, and seed_results does not"
-            findings.error(text) if folder.exact else findings.warning(text)
+            findings.add_finding("error" if folder.exact else "warning", text)
         for source, run in seed.sources:
             findings.same(f"seed {number}: the {source} says seed", run.seed, number)
         if seed.config:
@@ -561,6 +561,8 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
     for number in claimed_without(folder):
         findings.error(f"seed {number}: submission.json lists it, and neither a figure nor a log is there")
     scores = Counter(s.row["val_bpb"] for s in folder.seeds.values() if isinstance(s.row.get("val_bpb"), float))
+    if not folder.exact:  # rounded scores may be the same
+        scores = {value: times for value, times in scores.items() if len(f"{value:.10g}".partition(".")[2]) >= 6}
     for value, times in scores.items():
         findings.require(times == 1, f"submission.json: {times} seeds have the same val_bpb {value}")
 
@@ -615,18 +617,21 @@ def check_logged_settings(folder: Folder, findings: Findings) -> None:
         findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
         return
     names = {name for _, log in logs for name in log.settings if not LOCAL.fullmatch(name)}
+    blocks = set().union(*(log.block for _, log in logs))
     for name in sorted(names):
         values: dict[str, list[int]] = {}
         for seed, log in logs:
             if name in log.settings:
                 values.setdefault(log.settings[name], []).append(seed)
-        without = [seed for seed, log in logs if name not in log.settings]
+        without = [seed for seed, log in logs if name not in log.settings and (log.block or not blocks)]
+        if blocks and name not in blocks:
+            without = []  # a line that only some logs print
         what = f"configuration: {name.upper()}"
         if len(values) > 1:
             said = ", ".join(f"{visible(v, 60)} on seed {' and '.join(map(str, s[:5]))}" for v, s in values.items())
             findings.error(f"{what} is {said}")
         findings.require(
-            not without or not any(log.block for _, log in logs) and len(logs) > 2 * len(without),
+            not without or (not blocks and len(logs) > 2 * len(without)),
             f"{what} is printed by the log of seed {', '.join(map(str, next(iter(values.values()))[:5]))} alone"
             if len(logs) - len(without) == 1
             else f"{what} is not printed by the log of seed {', '.join(map(str, without[:5]))}, and by others is",
@@ -858,9 +863,7 @@ def artifact_size(folder: Folder, seed: Seed) -> tuple[float | None, str]:
         code = code if code is not None or not strangers.is_number(stated_code) else float(stated_code)
         code = code if code is not None else folder.scripts.get("train_gpt.py")
     if model is None or code is None or model > 2 * CAP_BYTES or (size is not None and size >= model + code):
-        logged = [run.artifact_bytes for _, run in seed.sources if run.artifact_bytes]
-        whole = logged or size is None or folder.exact or code is None or model is not None
-        return (size, "") if whole else (size, "")
+        return size, ""
     return model + code, " with its code"
 
 
@@ -1206,7 +1209,13 @@ def topic(text: str) -> str:
 def print_json(folder: Path, findings: Findings) -> None:
     """All findings as one JSON object, in the same order."""
     groups = [
-        dict(severity=g[0].severity, cause=g[0].cause, meaning=CAUSES[g[0].cause], text=str(g[0]), more=[*map(str, g[1:])])
+        dict(
+            severity=g[0].severity,
+            cause=g[0].cause,
+            meaning=CAUSES[g[0].cause],
+            text=str(g[0]),
+            more=[*map(str, g[1:])],
+        )
         for g in findings.groups()
     ]
     counts = dict(errors=len(findings.errors), warnings=len(findings.warnings), notes=len(findings.notes))

@@ -240,6 +240,7 @@ PAIRS = re.compile(rf"(?<![\w/+.-])([A-Za-z_][\w/+-]*)[:=]\s?({runs.FIGURE})\s?(
 SIZE = re.compile(r"^([A-Za-z][\w +()/.-]{0,80}?):? {1,4}([0-9][0-9,]*) bytes")
 SETTING = re.compile(r"^\s{1,8}(\w+): ?(\S.*)$")
 ONE_LINE = re.compile(r"(?<![\w/+.-])([a-z_][a-z0-9_]*)[:=]([^\s:=]+)(?=\s|$)")
+WITH_UNIT = re.compile(r"[-+0-9.,]{1,20}(?:s|ms|m|us|GB|GiB|MB|MiB|%|C|W),?")
 MEASURED = re.compile(r"(?:^|_)(?:time|ms|loss|bpb|mem|memory|elapsed|tokens?_per_s\w*|tok_s|mfu|step|this)(?:_|$)")
 
 
@@ -294,13 +295,32 @@ class Reader:
             last, count = spent[-1], max(steps)
             slack = last.slack / count
             self.log.figures.append(Figure(last.value / count, slack, Meaning("step"), "time by steps"))
+        for count in steps[-1:]:
+            batch = self.log.settings.get("train_batch_tokens", "")
+            if batch.isdigit() and len(batch) < 12:
+                tokens = Figure(count * int(batch), 0.0, Meaning("tokens"), "steps by tokens of a batch")
+                self.log.figures.append(tokens)
+        self.sums()
         if self.log.seed is None and self.log.settings.get("seed", "").isdigit():
             self.log.seed = int(self.log.settings["seed"][:10])
+
+    def sums(self) -> None:
+        """Adds the sums of the seconds of several evaluations, of which people state some."""
+        spent = list({f.label: f for f in self.log.of("seconds", "eval")}.values())[-6:]
+        for count in range(2, len(spent) + 1):
+            for some in itertools.combinations(spent, count):
+                value, slack = sum(f.value for f in some), sum(f.slack for f in some)
+                self.log.figures.append(Figure(value, slack, Meaning("seconds", "eval"), "evaluations together"))
 
     def header(self, line: str) -> None:
         """Settings that stand in lines before training, such as num_heads:8 num_kv_heads:4."""
         for name, value in ONE_LINE.findall(line):
-            if not MEASURED.search(name) and len(self.log.settings) < MOST and name not in ("tokens", "dataset"):
+            if (
+                not MEASURED.search(name)
+                and not WITH_UNIT.fullmatch(value)
+                and len(self.log.settings) < MOST
+                and name not in ("tokens", "dataset")
+            ):
                 self.log.settings.setdefault(name, value)
 
     def keep(self, words: tuple[str, ...], text: str, unit: str, curve: str) -> None:
@@ -363,7 +383,9 @@ def leaves(content: Any, seeds: list[int]) -> Iterator[Leaf]:
             here = (*path, f"seed_{own}") if isinstance(own, int) and not isinstance(own, bool) else path
             left += [((*here, str(key)), inner) for key, inner in reversed(value.items())]
         elif isinstance(value, list):
-            named = [f"seed_{s}" for s in seeds] if len(value) == len(seeds) > 1 else [str(i) for i in range(len(value))]
+            named = (
+                [f"seed_{s}" for s in seeds] if len(value) == len(seeds) > 1 else [str(i) for i in range(len(value))]
+            )
             named = named if path[-1:] != ("seeds",) else [""] * len(value)
             left += [((*path[:-1], n, *path[-1:]), v) for n, v in reversed(list(zip(named, value, strict=True))) if n]
         elif strangers.is_number(value) and path:

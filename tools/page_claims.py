@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import claims
 import runs
-import stated
 from claims import Figure, stands
 
 if TYPE_CHECKING:
@@ -21,24 +20,32 @@ if TYPE_CHECKING:
     from stated import Evidence
 
 TOKEN = re.compile(r"(?<![\w./-])[-+−]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![\w]|\.[0-9])")
-HEADLINE = re.compile(r"^\W*(?:(?:final|mean|[0-9]-seed|our|score)\W+)*val[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
+HEADLINE = re.compile(
+    r"^\W*(?:(?:final|mean|[0-9]-seed|our|score)\W+)*val[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}([0-9]\.[0-9]{3,10})(?![0-9])",
+    re.I | re.M,
+)
 RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)
-ABROAD = re.compile(r"\bPR\b|#|sota|baseline|prev|leaderboard|\bvs\b|delta|Δ|diff|gain|improv|record|reference|paper", re.I)
+ABROAD = re.compile(
+    r"\bPR\b|#|sota|baseline|prev|leaderboard|\bvs\b|delta|Δ|diff|gain|improv|record|reference|paper", re.I
+)
+ASIDE = re.compile(
+    r"ablat|previous|prior|baseline|comparison|supersed|sota|PR ?#|histor|earlier|sweep|negative|tried", re.I
+)
 LINES = 5000
 NEAR = 0.03  # of its value, in prose
-TABLE = 0.15  # in a column whose title says its kind
+TABLE = dict(bpb=0.015, loss=0.015)  # in a column whose title says its kind
 
 
 class Known:
     """The figures that a page may repeat: of the logs, of submission.json, of statistics, and in other units."""
 
     def __init__(self, folder: Folder, evidence: Evidence):
-        self.scores = [f.value for f in (*evidence.figures, *evidence.over) if f.meaning.kind in ("bpb", "loss")]
         values = [f.value for f in (*evidence.figures, *evidence.over, *evidence.files)]
         values += [leaf.value * unit for leaf in evidence.leaves for unit in leaf.meaning.units]
         values += [leaf.value for leaf in evidence.leaves]
         values += [size for sizes in (folder.scripts, folder.weights) for size in sizes.values()]
-        values += [float(x) for texts in evidence.settings.values() for x in texts if re.fullmatch(r"[0-9.]{1,20}", x) and x.count(".") < 2 and x != "."]
+        texts = [text for several in evidence.settings.values() for text in several]
+        values += [float(text) for text in texts if re.fullmatch(r"[0-9]{1,15}(?:\.[0-9]{1,10})?", text)]
         values += [runs.CAP_BYTES, runs.MARGIN_NATS, runs.LEVEL, runs.BUDGET_SECONDS]
         values += [abs(runs.CAP_BYTES - x) for x in values if 1e6 < x < 2e7]
         every = {x for v in dict.fromkeys(values) for x in units_of(v)}
@@ -68,10 +75,15 @@ def check_page(folder: Folder, findings: Findings) -> None:
     known = Known(folder, evidence)
     header: list[str] = []
     unknown: list[str] = []
+    aside = False  # in a section of other runs
     rows: set[int] = set()
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     for line in page.splitlines()[:LINES]:
         cells = cells_of(line)
+        if line.startswith("#"):
+            aside = bool(ASIDE.search(line))
+        if aside:
+            continue
         if not cells:
             header = []
             unknown += check_line(findings, evidence, known, line)
@@ -130,11 +142,13 @@ def check_row(
             stated_here = [x.value for x in evidence.leaves if x.meaning.seed == seed and seed is not None]
             if any(stands(plain, y) for x in stated_here for y in units_of(x)):
                 continue
-            near = nearest(plain, own, kind, TABLE)
+            near = nearest(plain, own, kind, TABLE.get(kind, 0.05))
             if near is not None and seed is not None:
                 findings.error(f"README.md: seed {seed}, {title}: {text} is not in its log or row: {near:.9g}")
             elif seed is not None and kind and any(f.meaning.kind == kind for f in own) and not known.has(text):
                 findings.warning(f"README.md: seed {seed}, {title}: {text} is not in its log or row")
+            elif seed is None and near is None and kind in ("bpb", "bytes") and not known.has(text):
+                findings.warning(f"README.md: {text} is in no other file: {cells[0]}, {title}")
             elif near is not None and not known.has(text):
                 findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}, which are {near:.9g}")
             elif not known.has(text):
@@ -203,6 +217,3 @@ def check_seeds(folder: Folder, findings: Findings, rows: set[int]) -> None:
         findings.warning(f"README.md: its table has no row of seed {', '.join(map(str, claimed[:10]))}")
     if not rows:
         findings.note("README.md: has no table with a row for each seed")
-
-
-__all__ = ["check_page", "stated"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 IMPORTS = re.compile(r"^[ \t]*(?:import[ \t]+([\w., \t]{1,300})|from[ \t]+(\w+)[\w.]*[ \t]+import\b)", re.M)
 INLINE = re.compile(r"(?:^|;)[ \t]*(?:import[ \t]+([\w., \t]{1,300})|from[ \t]+(\w+)[\w.]*[ \t]+import\b)", re.M)
 PROGRAMS = re.compile(
-    r"(?:subprocess\.\w+|Popen|check_output|check_call|which|os\.system|\brun)\(\s*\[?\s*[\"']([A-Za-z][\w.+-]{1,30})"
+    r"(?:subprocess\.\w+|Popen|check_output|check_call|which|os\.system)\(\s*\[?\s*[\"']([A-Za-z][\w.+-]{1,30})"
 )
 # What the challenge's own machine has, and what comes with it.
 USUAL = frozenset("torch numpy sentencepiece triton setuptools pip huggingface_hub tqdm".split())

@@ -10,21 +10,20 @@ import dataclasses
 import math
 import re
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import claims
-import runs
-import strangers
 from claims import Figure, Leaf, Meaning, stands
-from runs import BUDGET_SECONDS, CAP_BYTES
+from runs import BUDGET_SECONDS
 
 if TYPE_CHECKING:
     from check_submission import Findings, Folder
 
-NEAR = 0.1  # of its value: a figure this near to a stated number is the one that it means
+# Parts of its value: a figure this near to a stated number is the one that it means.
+NEAR = dict(bpb=0.015, loss=0.015, seconds=0.05, steps=0.05, memory=0.05)
+UNSURE = 0.02  # for seconds that may be of anything
 CORE = ("val_bpb", "val_loss", "bytes_total", "artifact_bytes", "mean_val_bpb", "val_bpb_mean", "bpb")
 ASSIGNED = re.compile(r"(?<![\w$])([A-Z][A-Z0-9_]{2,60})=[\"']?([^\s\"'\\;`|,)]{1,60})")
 PER_BPB = math.log(2)  # nats per bit
@@ -239,11 +238,11 @@ def check_figure(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | N
     if not own:
         return None
     nearest = min(own, key=lambda f: distance(leaf, f))
-    if nominal(leaf) and distance(leaf, nearest) < NEAR:
+    if nominal(leaf) and distance(leaf, nearest) < 0.1:
         return True
-    far = distance(leaf, nearest) > NEAR
-    core = leaf.path[-1].lower() in CORE
-    if far and not (core or m.statistic):
+    reach = UNSURE if m.kind == "seconds" and not m.part else NEAR.get(m.kind, 0.1)
+    core = leaf.path[-1].lower() in CORE and (m.seed is not None or len(leaf.path) == 1)
+    if distance(leaf, nearest) > reach and not core:
         return None
     last = [f for f in own if m.kind == "bpb" and not f.meaning.statistic and f.meaning.part]
     if last and not (m.part or m.statistic):
@@ -280,10 +279,12 @@ def check_stage(findings: Findings, evidence: Evidence, leaf: Leaf, pool: list[F
     means = [f for f in evidence.over if f.meaning.kind == "bpb" and f.meaning.statistic == "mean"]
     several = len([s for s in evidence.by_seed if s in evidence.seeds]) > 1 or len(evidence.seeds) > 1
     if several and means and not any(states(leaf, f) for f in means):
-        findings.warning(
+        claimed = any(x.meaning.seed is not None and x.meaning.kind == "bpb" for x in evidence.leaves)
+        findings.add_finding(
+            "warning" if claimed else "note",
             f"submission.json: {leaf.name} {leaf.text} is one seed's, and the seeds' mean is "
             f"{min(means, key=lambda f: distance(leaf, f)).value:.6g}",
-            cause="statistics",
+            "statistics",
         )
     return True
 
@@ -381,7 +382,7 @@ def check_difference(folder: Folder, findings: Findings, evidence: Evidence, lea
     slack = claims.slack_of(text)
     if any(abs(x - number) <= 2 * slack + wide * number + 1e-9 for x in found):
         return True
-    near = [x for x in found if abs(x - number) <= NEAR * number]
+    near = [x for x in found if abs(x - number) <= 0.1 * number]
     if not near:
         return None
     nearest = min(near, key=lambda x: abs(x - number))
@@ -529,24 +530,3 @@ def rows_of(everything: dict[str, Any]) -> dict[int, dict[str, Any]]:
         value = leaf.value * m.units[0] * (1000 if name.endswith("_ms") else 1)
         rows[m.seed].setdefault(name, round(value) if name in WHOLE else float(value))
     return rows
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The bytes of one seed's artifact, by every source that tells them."""
-
-    total: list[float]
-    model: list[float]
-    code: list[float]
-
-    def most(self) -> float | None:
-        """The largest total, also of a model and the code beside it."""
-        sums = [m + max(self.code) for m in self.model if self.code and m < 2 * CAP_BYTES]
-        return max([*self.total, *sums], default=None)
-
-
-def repeated(values: Iterable[Any]) -> list[Any]:
-    return [value for value, times in Counter(values).items() if times > 1]
-
-
-__all__ = ["Evidence", "Sizes", "check_stated", "foreign_line", "repeated", "rows_of", "runs", "strangers"]

@@ -230,9 +230,7 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[-+]?[0-9]+", text) and len(text) <= DIGITS else None
 
 
-def parse_json(
-    text: str | bytes, problems: list[str] | None = None, decimal: Callable[[str], float] = float
-) -> Any:
+def parse_json(text: str | bytes, problems: list[str] | None = None, decimal: Callable[[str], float] = float) -> Any:
     """The value of a JSON text. A key that is given twice is a problem, or an error without a list of problems.
 
     Numbers of very many digits become floats, and infinite where they overflow. Errors: ValueError.

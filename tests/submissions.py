@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 SEEDS = (42, 314, 1337)
 RATIO = 1.6934  # nats per token for each bit per byte
 SETTINGS = dict(
-    num_layers="11", model_dim="512", matrix_lr="0.022", qk_gain_init="5.25", lora_rank="96", logit_softcap="30.0",
-    warmup_steps="20", log_every="500", ttt_lr="0.005", ttt_epochs="3", ema_decay="0.9965", iterations="20000",
-)  # fmt: skip
+    num_layers="11",
+    model_dim="512",
+    matrix_lr="0.022",
+    qk_gain_init="5.25",
+    lora_rank="96",
+    logit_softcap="30.0",
+    warmup_steps="20",
+    log_every="500",
+    ttt_lr="0.005",
+    ttt_epochs="3",
+    ema_decay="0.9965",
+    iterations="20000",
+)
 SCRIPT = """import os
 import numpy as np
 import torch
@@ -69,11 +79,13 @@ def truths(draw):
                 step_ms=step_ms,
                 model=15_900_000 + draw.randrange(30_000),
                 eval_ms=dict(
-                    pre=6000 + draw.randrange(999), quant=7000 + draw.randrange(999),
-                    sliding=90_000 + draw.randrange(9999), ttt=370_000 + draw.randrange(9999),
+                    pre=6000 + draw.randrange(999),
+                    quant=7000 + draw.randrange(999),
+                    sliding=90_000 + draw.randrange(9999),
+                    ttt=370_000 + draw.randrange(9999),
                 ),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -167,12 +179,23 @@ def stages(ts):
     """Scores of each stage of the best run, sizes, and a nominal time."""
     t = min(ts, key=lambda t: t.sliding)
     s = dict(
-        WHO, val_loss=f"{t.sliding * RATIO:.8f}", val_bpb=f"{t.sliding:.8f}", pre_quant_val_loss=f"{t.pre * RATIO:.4f}",
-        pre_quant_val_bpb=f"{t.pre:.4f}", int6_zstd_val_loss=f"{t.quant * RATIO:.8f}", int6_zstd_val_bpb=f"{t.quant:.8f}",
-        step_stop=t.steps, wallclock_seconds=600, bytes_total=t.total, bytes_model_int6_zstd=t.model, bytes_code=t.code,
-        train_time_ms=t.train_ms, eval_time_seconds=f"{t.eval_ms['sliding'] / 1000:.1f}", model_params=26829913,
+        WHO,
+        val_loss=f"{t.sliding * RATIO:.8f}",
+        val_bpb=f"{t.sliding:.8f}",
+        pre_quant_val_loss=f"{t.pre * RATIO:.4f}",
+        pre_quant_val_bpb=f"{t.pre:.4f}",
+        int6_zstd_val_loss=f"{t.quant * RATIO:.8f}",
+        int6_zstd_val_bpb=f"{t.quant:.8f}",
+        step_stop=t.steps,
+        wallclock_seconds=600,
+        bytes_total=t.total,
+        bytes_model_int6_zstd=t.model,
+        bytes_code=t.code,
+        train_time_ms=t.train_ms,
+        eval_time_seconds=f"{t.eval_ms['sliding'] / 1000:.1f}",
+        model_params=26829913,
         peak_memory_mib=10184,
-    )  # fmt: skip
+    )
     page = f"# 11 layers\n\n| Stage | val_bpb |\n|--|--|\n| pre-quant | {t.pre:.4f} |\n| int6 | {t.quant:.4f} |\n"
     page += f"| sliding | **{t.sliding:.4f}** |\n\nTraining took {t.train_ms / 1000:.0f} s, {t.steps} steps.\n"
     return s, page, {"train_log.txt": stamped(line_log(t))}
@@ -182,11 +205,13 @@ def by_seed(ts):
     """Rows by seed with the time of a step, and means beside them."""
     rows = {
         str(t.seed): dict(
-            val_loss=f"{t.sliding * RATIO:.8f}", val_bpb=f"{t.sliding:.8f}", steps=t.steps,
+            val_loss=f"{t.sliding * RATIO:.8f}",
+            val_bpb=f"{t.sliding:.8f}",
+            steps=t.steps,
             ms_per_step=f"{t.train_ms / t.steps:.2f}",
         )
         for t in ts
-    }  # fmt: skip
+    }
     bpb = mean(t.sliding for t in ts)
     s = dict(WHO, track="10min_16mb", seed_results=rows, mean_val_loss=f"{bpb * RATIO:.8f}", mean_val_bpb=f"{bpb:.8f}")
     s |= dict(artifact_bytes=max(t.total for t in ts), code_bytes=ts[0].code)
@@ -204,21 +229,36 @@ def full(ts):
     """Rows, means, deviations, a comparison in bits and nats, sizes and times."""
     rows = {
         str(t.seed): dict(
-            val_loss=f"{t.ttt * RATIO:.8f}", val_bpb=f"{t.ttt:.8f}", artifact_bytes=t.total, steps=t.steps,
-            step_avg_ms=f"{t.train_ms / t.steps:.1f}", eval_time_s=f"{t.eval_ms['ttt'] / 1000:.1f}",
+            val_loss=f"{t.ttt * RATIO:.8f}",
+            val_bpb=f"{t.ttt:.8f}",
+            artifact_bytes=t.total,
+            steps=t.steps,
+            step_avg_ms=f"{t.train_ms / t.steps:.1f}",
+            eval_time_s=f"{t.eval_ms['ttt'] / 1000:.1f}",
         )
         for t in ts
-    }  # fmt: skip
+    }
     bpb, deviation = mean(t.ttt for t in ts), statistics.stdev(t.ttt for t in ts)
     sizes, gain = [t.total for t in ts], 1.1810 - bpb
     s = dict(
-        WHO, track="10min_16mb", val_loss=f"{bpb * RATIO:.8f}", val_bpb=f"{bpb:.8f}",
-        val_loss_std=f"{deviation * RATIO:.5f}", val_bpb_std=f"{deviation:.5f}", seeds=list(SEEDS), seed_results=rows,
-        comparison_baseline_bpb="1.1810", delta_vs_leaderboard_bpb=f"{-gain:.5f}",
-        delta_vs_leaderboard_nats=f"{-gain * RATIO:.5f}", artifact_bytes_mean=round(mean(sizes)),
-        artifact_bytes_max=max(sizes), bytes_total=max(sizes), train_steps_mean=f"{mean(t.steps for t in ts):.2f}",
-        step_avg_ms_mean=f"{mean(t.train_ms / t.steps for t in ts):.1f}", hardware="8xH100 80GB SXM",
-    )  # fmt: skip
+        WHO,
+        track="10min_16mb",
+        val_loss=f"{bpb * RATIO:.8f}",
+        val_bpb=f"{bpb:.8f}",
+        val_loss_std=f"{deviation * RATIO:.5f}",
+        val_bpb_std=f"{deviation:.5f}",
+        seeds=list(SEEDS),
+        seed_results=rows,
+        comparison_baseline_bpb="1.1810",
+        delta_vs_leaderboard_bpb=f"{-gain:.5f}",
+        delta_vs_leaderboard_nats=f"{-gain * RATIO:.5f}",
+        artifact_bytes_mean=round(mean(sizes)),
+        artifact_bytes_max=max(sizes),
+        bytes_total=max(sizes),
+        train_steps_mean=f"{mean(t.steps for t in ts):.2f}",
+        step_avg_ms_mean=f"{mean(t.train_ms / t.steps for t in ts):.1f}",
+        hardware="8xH100 80GB SXM",
+    )
     page = (
         f"# Record\n\n**val_bpb = {bpb:.4f}** (3-seed mean, std {deviation:.5f}) | **~{max(sizes) / 1e6:.2f} MB**\n\n"
     )
@@ -241,22 +281,32 @@ def nested(ts):
     """Results in an object of runs named seed_N, times in ms, and the commands' variables."""
     rows = {
         f"seed_{t.seed}": dict(
-            val_bpb=f"{t.ttt:.8f}", val_loss=f"{t.ttt * RATIO:.8f}", pre_quant_bpb=f"{t.pre:.8f}",
-            post_quant_bpb=f"{t.quant:.8f}", quant_gap_bpb=f"{t.quant - t.pre:.6f}",
-            ttt_gain_bpb=f"{t.quant - t.ttt:.6f}", artifact_bytes=t.total, train_steps=t.steps,
-            ttt_eval_ms=t.eval_ms["ttt"], train_time_ms=t.train_ms,
+            val_bpb=f"{t.ttt:.8f}",
+            val_loss=f"{t.ttt * RATIO:.8f}",
+            pre_quant_bpb=f"{t.pre:.8f}",
+            post_quant_bpb=f"{t.quant:.8f}",
+            quant_gap_bpb=f"{t.quant - t.pre:.6f}",
+            ttt_gain_bpb=f"{t.quant - t.ttt:.6f}",
+            artifact_bytes=t.total,
+            train_steps=t.steps,
+            ttt_eval_ms=t.eval_ms["ttt"],
+            train_time_ms=t.train_ms,
         )
         for t in ts
-    }  # fmt: skip
+    }
     bpb = mean(t.ttt for t in ts)
     results = dict(
-        rows, mean_val_bpb=f"{bpb:.5f}", std_val_bpb=f"{statistics.stdev(t.ttt for t in ts):.5f}",
-        competition_sota="1.1194", improvement_over_sota=f"{1.1194 - bpb:.5f}",
-    )  # fmt: skip
+        rows,
+        mean_val_bpb=f"{bpb:.5f}",
+        std_val_bpb=f"{statistics.stdev(t.ttt for t in ts):.5f}",
+        competition_sota="1.1194",
+        improvement_over_sota=f"{1.1194 - bpb:.5f}",
+    )
     s = dict(record_name="a", track="track_10min_16mb", author="a.uthor", description="A method.", results=results)
     s |= dict(environment=dict(gpus="8x NVIDIA H100", torch="2.9.1+cu128"))
     s |= dict(env_vars=dict(TTT_EPOCHS=3, LORA_RANK=96, NUM_LAYERS=11))
-    page = "# TTT\n\n```bash\nTTT_EPOCHS=3 LORA_RANK=96 torchrun train_gpt.py\n```\n\n| | seed 42 | seed 314 |\n|--|--|--|\n"
+    page = "# TTT\n\n```bash\nTTT_EPOCHS=3 LORA_RANK=96 torchrun train_gpt.py\n```\n\n"
+    page += "| | seed 42 | seed 314 |\n|--|--|--|\n"
     page += f"| bpb | {ts[0].ttt:.4f} | {ts[1].ttt:.4f} |\n\nMean {bpb:.5f} against 1.1194 of PR #549.\n"
     return s, page, {f"logs/epochs3_seed{t.seed}.txt": block_log(t) for t in ts}
 
@@ -265,18 +315,30 @@ def listed(ts):
     """Runs as a list, a summary by statistic, sizes in MB, and the key settings."""
     rows = [
         dict(
-            seed=t.seed, sliding_bpb=f"{t.sliding:.6f}", ttt_bpb=f"{t.ttt:.6f}", train_time_s=f"{t.train_ms / 1000:.1f}",
-            eval_time_ms=t.eval_ms["ttt"], artifact_mb=f"{t.total / 1e6:.3f}", model_bytes=t.model, steps_completed=t.steps,
+            seed=t.seed,
+            sliding_bpb=f"{t.sliding:.6f}",
+            ttt_bpb=f"{t.ttt:.6f}",
+            train_time_s=f"{t.train_ms / 1000:.1f}",
+            eval_time_ms=t.eval_ms["ttt"],
+            artifact_mb=f"{t.total / 1e6:.3f}",
+            model_bytes=t.model,
+            steps_completed=t.steps,
         )
         for t in ts
-    ]  # fmt: skip
+    ]
     values = [t.ttt for t in ts]
     bpb = dict(
-        mean=f"{mean(values):.6f}", std=f"{statistics.stdev(values):.7f}", min=f"{min(values):.6f}",
+        mean=f"{mean(values):.6f}",
+        std=f"{statistics.stdev(values):.7f}",
+        min=f"{min(values):.6f}",
         max=f"{max(values):.6f}",
-    )  # fmt: skip
-    s = dict(WHO, val_bpb=f"{mean(values):.6f}", runs=rows, summary=dict(val_bpb=bpb, train_time_ms=dict(
-        mean=f"{mean(t.train_ms for t in ts):.1f}"), num_seeds=3))  # fmt: skip
+    )
+    s = dict(
+        WHO,
+        val_bpb=f"{mean(values):.6f}",
+        runs=rows,
+        summary=dict(val_bpb=bpb, train_time_ms=dict(mean=f"{mean(t.train_ms for t in ts):.1f}"), num_seeds=3),
+    )
     s |= dict(key_settings=dict(num_layers=11, model_dim=512, matrix_lr=0.022, ema_decay=0.9965), world_size=8)
     page = f"# A list\n\n- val_bpb: {mean(values):.6f}\n- std: {statistics.stdev(values):.5f}\n\nSeeds: 42/314/1337\n\n"
     page += "| Seed | Sliding | TTT | Train (s) | Eval (s) | Size (MB) |\n|--|--|--|--|--|--|\n"
@@ -298,10 +360,16 @@ def seeds_as_rows(ts):
     old = {str(t.seed): dict(val_bpb=f"{t.ttt + 0.0019:.4f}", artifact_bytes=16_025_731) for t in ts}
     values = [t.ttt for t in ts]
     s = dict(
-        WHO, val_bpb=f"{mean(values):.4f}", bytes_total=max(t.total for t in ts), bytes_code=ts[0].code, seeds=rows,
-        mean_val_bpb=f"{mean(values):.4f}", std_val_bpb=f"{statistics.stdev(values):.4f}",
-        verification=dict(sliding_bpb=cut(ts[0].sliding), baseline_no_cache_bpb="1.1477"), superseded_seeds_v1_0=old,
-    )  # fmt: skip
+        WHO,
+        val_bpb=f"{mean(values):.4f}",
+        bytes_total=max(t.total for t in ts),
+        bytes_code=ts[0].code,
+        seeds=rows,
+        mean_val_bpb=f"{mean(values):.4f}",
+        std_val_bpb=f"{statistics.stdev(values):.4f}",
+        verification=dict(sliding_bpb=cut(ts[0].sliding), baseline_no_cache_bpb="1.1477"),
+        superseded_seeds_v1_0=old,
+    )
     page = (
         f"# Rows\n\nResult: {mean(values):.4f} ± {statistics.stdev(values):.4f}\n\nFirst version: 1.1477 without.\n\n"
     )
@@ -314,20 +382,34 @@ def parallel_lists(ts):
     """Lists in the order of the seeds."""
     values = [t.ttt for t in ts]
     s = dict(
-        WHO, seeds=list(SEEDS), val_bpbs=[f"{v:.5f}" for v in values], artifact_bytes=[t.total for t in ts],
-        steps=[t.steps for t in ts], val_bpb_mean=f"{mean(values):.5f}", val_bpb_std=f"{statistics.stdev(values):.2e}",
-        val_bpb_best=f"{min(values):.5f}", val_bpb=f"{mean(values):.4f}", train_seconds_mean=f"{mean(t.train_ms for t in ts) / 1000:.1f}",
-        val_loss=f"{mean(values) * RATIO:.4f}", bytes_total=max(t.total for t in ts),
+        WHO,
+        seeds=list(SEEDS),
+        val_bpbs=[f"{v:.5f}" for v in values],
+        artifact_bytes=[t.total for t in ts],
+        steps=[t.steps for t in ts],
+        val_bpb_mean=f"{mean(values):.5f}",
+        val_bpb_std=f"{statistics.stdev(values):.2e}",
+        val_bpb_best=f"{min(values):.5f}",
+        val_bpb=f"{mean(values):.4f}",
+        train_seconds_mean=f"{mean(t.train_ms for t in ts) / 1000:.1f}",
+        val_loss=f"{mean(values) * RATIO:.4f}",
+        bytes_total=max(t.total for t in ts),
         remaining_bytes=16_000_000 - max(t.total for t in ts),
-    )  # fmt: skip
+    )
     page = f"# Lists\n\nval_bpb {mean(values):.4f}, std {statistics.stdev(values):.5f}, best {min(values):.5f}\n"
     return s, page, {f"train_s{t.seed}.log": block_log(t) for t in ts}
 
 
 SCHEMAS = dict(
-    flat=flat, stages=stages, by_seed=by_seed, full=full, nested=nested, listed=listed, seeds_as_rows=seeds_as_rows,
+    flat=flat,
+    stages=stages,
+    by_seed=by_seed,
+    full=full,
+    nested=nested,
+    listed=listed,
+    seeds_as_rows=seeds_as_rows,
     parallel_lists=parallel_lists,
-)  # fmt: skip
+)
 
 
 class Decimal(float):

@@ -1,6 +1,8 @@
-"""tools/check_submission.py on other people's folders: no false alarm in many schemas, and no miss of what is planted."""
+"""tools/check_submission.py on other people's folders: no false alarm in many schemas, no miss of what is planted."""
 
+import base64
 import json
+import lzma
 import random
 import re
 import shutil
@@ -316,11 +318,9 @@ def script(folder, text):
 
 
 def packed(text):
-    import base64
-    import lzma
-
     body = (text + "\nimport os\n" + "".join(f"{n} = os.environ\n" for n in submissions.SETTINGS)).encode()
-    return f'import lzma, base64\nexec(lzma.decompress(base64.b85decode("{base64.b85encode(lzma.compress(body)).decode()}")))'
+    text = base64.b85encode(lzma.compress(body)).decode()
+    return f'import lzma, base64\nexec(lzma.decompress(base64.b85decode("{text}")))'
 
 
 def renamed(folder):

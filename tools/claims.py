@@ -1,8 +1,8 @@
 """What the numbers of a submission mean, in its logs and in its submission.json, whatever their names are.
 
-People name the same figure val_bpb, ttt_bpb, mean_val_bpb or sliding_bpb, in ms or s, per seed or in all. `meaning` reads
-a name, with the names around it, as a kind of figure, a part of the run, a statistic over seeds and a unit. The figures
-of the logs become evidence, by kind. tools/check_submission.py compares each stated number with what has its meaning.
+People name the same figure val_bpb, ttt_bpb, mean_val_bpb or sliding_bpb, in ms or s, per seed or in all. `meaning`
+reads a name, with the names around it, as a kind of figure, a part of the run, a statistic over seeds and a unit. The
+figures of the logs become evidence, by kind. tools/stated.py compares each stated number with what has its meaning.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ LINE = 2000  # characters of a log line that are read
 
 # ------------------------------------------------------------------------------------------------------------ meanings
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 # Of somebody else, of an older version, or a limit: nothing that the runs of this folder tell.
-FOREIGN = frozenset(
+FOREIGN = word_set(
     "baseline sota leaderboard previous prev prior reference ref superseded ablation ablations without comparison "
     "competitor competition parent original upstream target limit cap budget merged pr threshold naive old deprecated "
-    "invalid required projected expected estimated theirs".split()
+    "invalid required projected expected estimated theirs"
 )
-DIFFERENCE = frozenset(
+DIFFERENCE = word_set(
     "delta diff difference gain improvement gap vs over margin reduction drop headroom remaining slack cost "
-    "degradation penalty saved saving savings".split()
+    "degradation penalty saved saving savings"
 )
 STATISTICS = dict(
     mean="mean avg average",
@@ -50,7 +56,7 @@ TIMES = dict(ms=1e-3, milliseconds=1e-3, s=1.0, sec=1.0, secs=1.0, second=1.0, s
 TIMES |= dict(minute=60.0, minutes=60.0, h=3600.0, hours=3600.0)
 SIZES = dict(mb=(1e6, 2.0**20), mib=(2.0**20,), kb=(1e3, 1024.0), kib=(1024.0,))
 PLURALS = dict(bpbs="bpb", losses="loss", sizes="size", means="mean", stds="std", times="time", deltas="delta")
-NO_COUNT = frozenset("warmup warmdown accum grad ttt inner sgd muon backend every per chunk local ns start at".split())
+NO_COUNT = word_set("warmup warmdown accum grad ttt inner sgd muon backend every per chunk local ns start at")
 
 
 @dataclass(frozen=True)

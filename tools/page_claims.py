@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 TOKEN = re.compile(r"(?<![\w./-])[-+−]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![\w]|\.[0-9])")
 HEADLINE = re.compile(
-    r"^\W*(?:(?:final|mean|[0-9]-seed|our|score)\W+)*val[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}([0-9]\.[0-9]{3,10})(?![0-9])",
+    r"^\W*(?:(?:final|mean|[0-9]-seed|our|score)\W+)*val[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}"
+    r"([0-9]\.[0-9]{3,10})(?![0-9])",
     re.I | re.M,
 )
 RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import strangers
+from claims import word_set
 from strangers import MIB, Unreadable, visible
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ PROGRAMS = re.compile(
     r"(?:subprocess\.\w+|Popen|check_output|check_call|which|os\.system)\(\s*\[?\s*[\"']([A-Za-z][\w.+-]{1,30})"
 )
 # What the challenge's own machine has, and what comes with it.
-USUAL = frozenset("torch numpy sentencepiece triton setuptools pip huggingface_hub tqdm".split())
-SHELL = frozenset("python python3 torchrun nvidia-smi sh bash pip git cat ls cp mv rm echo nproc which uname".split())
+USUAL = word_set("torch numpy sentencepiece triton setuptools pip huggingface_hub tqdm")
+SHELL = word_set("python python3 torchrun nvidia-smi sh bash pip git cat ls cp mv rm echo nproc which uname")
 PACKED = re.compile(rb"[\"']([0-9A-Za-z!#$%&()*+;<=>?@^_`{|}~/-]{200,})[\"']")
 LOG_HEAD = 400_000  # characters of a log that are looked at for a copy of its script
 
@@ -114,8 +115,8 @@ def check_copies(folder: Folder, findings: Findings, source: bytes) -> None:
         differ = [line for line in ours if line not in theirs]
         findings.require(
             not differ,
-            f"train_gpt.py: {len(differ)} of its lines are not in the copy of the script in {Path(run.source).name}: it "
-            "is not the script that ran",
+            f"train_gpt.py: {len(differ)} of its lines are not in {Path(run.source).name}'s copy of the script: it is "
+            "not the script that ran",
         )
 
 

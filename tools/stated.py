@@ -1,7 +1,7 @@
 """Compares every number that a stranger's submission.json states with what its logs, or its other numbers, tell.
 
-A number is looked for among the figures of its kind: those of its seed's logs, or the statistics of them over seeds. One
-that is none of them, but near to one, disagrees. What nothing in the folder can tell is counted in a note.
+A number is looked for among the figures of its kind: those of its seed's logs, or the statistics of them over seeds.
+One that is none of them, but near to one, disagrees. What nothing in the folder can tell is named in a note.
 """
 
 from __future__ import annotations
@@ -270,8 +270,8 @@ def check_stage(findings: Findings, evidence: Evidence, leaf: Leaf, pool: list[F
         if "pre" in (m.part, found.meaning.part) or not found.meaning.part:
             near = min(own, key=lambda f: distance(leaf, f))
             findings.warning(
-                f"submission.json: {leaf.name} {leaf.text} is the log's {found.label.strip()}, and {near.label.strip()} "
-                f"is {near.value:.9g}",
+                f"submission.json: {leaf.name} {leaf.text} is the log's {found.label.strip()}, and "
+                f"{near.label.strip()} is {near.value:.9g}",
                 cause="score",
             )
     if len(leaf.path) > 1 or m.part:
@@ -333,9 +333,9 @@ def of_kind(evidence: Evidence, kind: str, foreign: bool, seed: int | None = Non
     """The stated numbers of a kind that are figures, no differences or deviations."""
     for leaf in evidence.leaves:
         m = leaf.meaning
-        if m.kind == kind and m.foreign == foreign and not m.difference and m.statistic not in ("std", "range"):
-            if seed is None or m.seed == seed:
-                yield leaf.value * m.units[0]
+        plain = not m.difference and m.statistic not in ("std", "range")
+        if plain and m.kind == kind and m.foreign == foreign and seed in (None, m.seed):
+            yield leaf.value * m.units[0]
 
 
 def page_scores(page: str) -> list[float]:

@@ -467,3 +467,61 @@ def test_a_name_means_what_people_mean(path, kind, part, statistic, seed):
 )
 def test_a_text_states_a_figure_to_its_last_digit(text, value, holds):
     assert claims.stands(text, value) is holds
+
+
+# ----------------------------------------------------------------------------------------------- folders of two ages
+
+
+def two_ages(folder):
+    """Logs of an older version beside those that count, and a section of the page on them."""
+
+    def older(ts):
+        for t in ts:
+            t.ttt, t.sliding = round(t.ttt + 0.0019, 8), round(t.sliding + 0.0019, 8)
+            t.settings["matrix_lr"] = "0.03"
+
+    made(folder / "old", "seeds_as_rows", 0, older)
+    made(folder / "new", "seeds_as_rows")
+    for seed in submissions.SEEDS:
+        shutil.copy(folder / "old" / f"log_seed{seed}_v1.1.txt", folder / "new" / f"log_seed{seed}_v1.0.txt")
+    page("\n<details>\n<summary>Superseded</summary>\n\n| Seed | val_bpb |\n|--|--|\n| 42 | 1.0321 |\n</details>\n")(
+        folder / "new"
+    )
+    return folder / "new"
+
+
+def test_logs_of_an_older_version_are_told_from_those_that_count(tmp_path, capsys):
+    folder = two_ages(tmp_path)
+    code, found, lines = check(folder, capsys)
+    assert (code, found) == (0, []) and any("has further logs: log_seed42_v1.0" in line for line in lines)
+    edit(folder / "log_seed42_v1.1.txt", r"^  lora_rank: 96", "  lora_rank: 32")
+    assert "LORA_RANK is 32 on seed 42" in "\n".join(check(folder, capsys)[1])
+
+
+def test_a_copy_of_a_log_under_another_name_is_no_alarm(tmp_path, capsys):
+    made(tmp_path / "a", "by_seed")
+    shutil.copy(tmp_path / "a" / "train_seed1337.log", tmp_path / "a" / "train.log")
+    assert check(tmp_path / "a", capsys)[:2] == (0, [])
+
+
+def test_the_best_seed_as_headline_is_a_note_where_no_rows_claim_a_mean(tmp_path, capsys):
+    ts = submissions.truths(random.Random(3))
+    made(tmp_path / "a", "stages")
+    for path in (tmp_path / "a").glob("*.txt"):
+        path.unlink()
+    content, text, _ = submissions.stages(ts)
+    (tmp_path / "a" / "submission.json").write_text(submissions.dumps(submissions.numbers(content)))
+    (tmp_path / "a" / "README.md").write_text(text)
+    for t in ts:
+        (tmp_path / "a" / f"train_seed{t.seed}.log").write_text(submissions.line_log(t))
+    code, found, lines = check(tmp_path / "a", capsys)
+    assert (code, found) == (0, []) and any("is one seed's, and the seeds' mean is" in line for line in lines)
+
+
+def test_the_populations_deviation_on_a_page_is_found(tmp_path, capsys):
+    content = made(tmp_path / "a", "full")
+    values = [row["val_bpb"] for row in content["seed_results"].values()]
+    sample, population = (f"{f(values):.5f}" for f in (statistics.stdev, statistics.pstdev))
+    edit(tmp_path / "a" / "README.md", sample, population, 9)
+    _, found, _ = check(tmp_path / "a", capsys)
+    assert any(f"README.md: std {population}" in line and "(it is the population's)" in line for line in found), found

@@ -407,7 +407,7 @@ def nested_logs(folder: Path, problems: list[str], levels: int = 3) -> list[Path
 
 def read_logs(folder: Folder, findings: Findings) -> None:
     """Reads the logs and the files beside them, and assigns each to its seed."""
-    contents = Counter()
+    contents: dict[str, list[str]] = {}
     logs: list[Path] = []
     problems: list[str] = []
     with passing_over(findings, folder.path):
@@ -425,7 +425,7 @@ def read_logs(folder: Folder, findings: Findings) -> None:
             if run.seed is None and told:
                 run.seed = told.seed
             folder.logs.append(run)
-            contents[strangers.file_sha256(log, folder.path)] += 1
+            contents.setdefault(strangers.file_sha256(log, folder.path), []).append(log.name)
             if not folder.exact:
                 name_seed(folder, log, run)
             if told:
@@ -435,7 +435,10 @@ def read_logs(folder: Folder, findings: Findings) -> None:
     if not folder.exact:
         settle_seeds(folder, findings)
     findings.require(bool(folder.logs), "logs: there is no log of a run (*.log, *.txt, logs/)")
-    findings.require(max(contents.values(), default=1) == 1, "logs: two of them are the same file")
+    for several in contents.values():
+        seeds = {seed for name in several if (seed := runs.seed_in_name(Path(name).stem)) is not None}
+        same = len(several) > 1 and (folder.exact or len(seeds) > 1)
+        findings.require(not same, "logs: two of them are the same file", "score")
 
 
 def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) -> None:

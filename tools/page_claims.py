@@ -25,6 +25,8 @@ HEADLINE = re.compile(
     r"([0-9]\.[0-9]{3,10})(?![0-9])",
     re.I | re.M,
 )
+TITLE = re.compile(r"^#{1,3} .{0,200}?\bval[_ ]?bpb\W{1,6}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
+DEVIATION = re.compile(r"(?:\bstd(?:ev)?|standard deviation|±|σ|\+/-)\W{0,8}(0\.0[0-9]{2,8})(?![0-9])", re.I)
 RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)
 ABROAD = re.compile(
     r"\bPR\b|#|sota|baseline|prev|leaderboard|\bvs\b|delta|Δ|diff|gain|improv|record|reference|paper", re.I
@@ -81,7 +83,7 @@ def check_page(folder: Folder, findings: Findings) -> None:
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     for line in page.splitlines()[:LINES]:
         cells = cells_of(line)
-        if line.startswith("#"):
+        if line.startswith("#") or "<summary" in line or "</details" in line:
             aside = bool(ASIDE.search(line))
         if aside:
             continue
@@ -98,6 +100,7 @@ def check_page(folder: Folder, findings: Findings) -> None:
                 rows.add(seed)
             unknown += check_row(folder, findings, known, seed, header, cells)
     check_headline(folder, findings, evidence)
+    check_deviations(folder, findings, evidence)
     check_seeds(folder, findings, rows)
     if unknown:
         findings.note(f"README.md: in no other file, so not checked: {', '.join(sorted(set(unknown))[:12])}")
@@ -134,8 +137,8 @@ def check_row(
         if ABROAD.search(title) or "seed" in title.lower():
             continue
         m = claims.meaning((title.replace("/", " per "),))
-        kind = m.kind or ("bytes" if re.search(r"artifact|size", title, re.I) else "")
-        for text in TOKEN.findall(cell):
+        kind = m.kind or column_kind(title, cell)
+        for text in TOKEN.findall(re.sub(r"~ ?[0-9.,]+|[0-9.,]+ ?%", "", cell)):
             digits = re.sub(r"\D", "", text)
             plain = text.replace("−", "-").lstrip("+-")
             if len(digits) < 3 or any(stands(plain, x) for f in own for x in units_of(f.value)):
@@ -156,6 +159,14 @@ def check_row(
                 unknown.append(text)
     findings.compared += 1
     return unknown
+
+
+def column_kind(title: str, cell: str) -> str:
+    """The kind of a column whose title does not say it: sizes, and the scores of stages."""
+    if re.search(r"artifact|size", title, re.I):
+        return "bytes"
+    stage = claims.score_part(set(claims.words_of(title))) or re.search(r"roundtrip|sliding", title, re.I)
+    return "bpb" if stage and re.match(r"^[0-3]\.[0-9]{3,8}\b", cell) else ""
 
 
 def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) -> float | None:
@@ -183,10 +194,11 @@ def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> No
     """The val_bpb that a page states must be a figure of the folder; submission.json's must stand on the page."""
     scores = [f for f in (*evidence.figures, *evidence.over) if f.meaning.kind == "bpb"]
     told = [leaf.value for leaf in evidence.leaves if leaf.meaning.kind == "bpb"]
-    for text in HEADLINE.findall(folder.page[:500_000])[:50]:
+    titles = TITLE.findall(folder.page[:500_000])[:20]
+    for text in [*HEADLINE.findall(folder.page[:500_000])[:50], *titles]:
         place = folder.page.find(text)
         line = folder.page[max(0, folder.page.rfind("\n", 0, place)) : place + len(text) + 40]
-        if ABROAD.search(line) or any(stands(text, f.value, f.slack) for f in scores):
+        if ABROAD.search(re.sub("record", "", line, flags=re.I)) or any(stands(text, f.value, f.slack) for f in scores):
             continue
         if any(stands(text, x) or stands(claims.text_of(x), float(text)) for x in told):
             continue
@@ -201,6 +213,22 @@ def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> No
             findings.require(
                 any(stands(text, mean) or stands(own, float(text.replace(",", ""))) for text in exact),
                 f"README.md: does not say submission.json's val_bpb {own}",
+            )
+
+
+def check_deviations(folder: Folder, findings: Findings, evidence: Evidence) -> None:
+    """A deviation that a page states must not be the population's, unless it says so."""
+    if "population" in folder.page.lower() or "ddof=0" in folder.page:
+        return
+    over = [f for f in evidence.over if f.meaning.kind in ("bpb", "loss")]
+    sample, population = ([f for f in over if f.meaning.statistic == name] for name in ("std", "pstd"))
+    for text in dict.fromkeys(DEVIATION.findall(folder.page[:500_000])[:100]):
+        wrong = [f for f in population if stands(text, f.value, f.slack, cut=False)]
+        if wrong and not any(stands(text, f.value, f.slack) for f in sample):
+            right = next((f.value for f in sample if f.label == wrong[0].label), 0.0)
+            findings.error(
+                f"README.md: std {text} and the seeds' sample deviation {right:.4g} (it is the population's)",
+                cause="statistics",
             )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import claims
 from claims import Figure, Leaf, Meaning, stands
-from runs import BUDGET_SECONDS
+from runs import BUDGET_SECONDS, Run
 
 if TYPE_CHECKING:
     from check_submission import Findings, Folder
@@ -36,7 +36,8 @@ class Evidence:
         self.by_seed: dict[int, list[Figure]] = defaultdict(list)
         self.settings: dict[str, set[str]] = defaultdict(set)
         self.figures: list[Figure] = []
-        for seed, log in folder.figures:
+        main = {id(log) for _, log in folder.figures if any(counts(s.log, log) for s in folder.seeds.values())}
+        for seed, log in sorted(folder.figures, key=lambda pair: id(pair[1]) in main):  # those that count are the last
             self.figures += log.figures
             if seed is not None:
                 self.by_seed[seed] += log.figures
@@ -90,6 +91,11 @@ class Evidence:
             return [f for f in over if f.meaning.statistic == m.statistic]
         plain = [f for f in self.figures if f.meaning.kind == m.kind]
         return plain + [f for f in over if "std" not in f.meaning.statistic] + with_code(files, self, m)
+
+
+def counts(run: Run | None, log: claims.LogFigures) -> bool:
+    """Whether these figures are of the log that counts for a seed."""
+    return run is not None and run.source.rpartition("/")[2] == log.name
 
 
 def as_score(leaf: Leaf) -> Leaf:

@@ -8,6 +8,7 @@ figures of the logs become evidence, by kind. tools/stated.py compares each stat
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import re
@@ -22,7 +23,8 @@ import strangers
 from runs import CAP_BYTES, Misread
 from strangers import visible
 
-MOST = 2000  # figures that are kept of one log, and leaves of one submission.json
+MOST = 600  # figures that are kept of one log
+LEAVES = 2000  # numbers of one submission.json that are compared
 LINE = 2000  # characters of a log line that are read
 
 # ------------------------------------------------------------------------------------------------------------ meanings
@@ -146,6 +148,7 @@ def kind_of(last: list[str], around: set[str]) -> tuple[str, str, tuple[float, .
     return ("seed", "", (1.0,)) if w == {"seed"} else ("", "", (1.0,))
 
 
+@functools.lru_cache(4096)
 def meaning(path: tuple[str, ...]) -> Meaning:
     """What a number means that stands under these keys, or in a log line after these words."""
     last = words_of(path[-1]) if path else []
@@ -256,7 +259,7 @@ class Reader:
     def __init__(self, name: str):
         self.log = LogFigures(name)
         self.block = self.trained = False
-        self.last: dict[str, Figure] = {}
+        self.kept: dict[str, Figure] = {}
 
     def feed(self, line: str) -> None:
         line = STAMP.sub("", line[:LINE], count=1)
@@ -294,7 +297,8 @@ class Reader:
                 self.keep(words if not step else ("train" if "time" in name else "", words[1]), value, unit, "curve")
 
     def end(self) -> None:
-        """Adds what follows from other figures: the time of a step."""
+        """Hands over the figures, and adds what follows from them: the time of a step, tokens, and sums."""
+        self.log.figures = list(self.kept.values())
         spent = [f for f in self.log.of("seconds", "train") if f.value > 0]
         steps = [f.value for f in self.log.of("steps") if f.value > 0]
         if spent and steps:
@@ -337,15 +341,13 @@ class Reader:
         label = re.sub(r"[0-9]+ms|_?exact", "", " ".join(words).lower())[:120]
         factor = m.units[0]
         figure = Figure(value * factor, (runs.rounding(text)[1] if "." in text else 0.0) * factor, m, label)
-        if label in self.last and len(self.log.figures) >= MOST:
-            return
-        if curve and m.kind in ("bpb", "loss", "seconds", "steps", "step", "memory") and label in self.last:
-            old = self.last[label]
-            if old.slack < figure.slack:  # the exact line stays
-                return
-            self.log.figures.remove(old)
-        self.last[label] = figure
-        self.log.figures.append(figure)
+        once = curve and m.kind in ("bpb", "loss", "seconds", "steps", "step", "memory")
+        key = label if once or len(self.kept) >= MOST // 2 else f"{label} {len(self.kept)}"
+        old = self.kept.pop(key, None)
+        if old is not None and old.slack < figure.slack:  # the exact line stays
+            figure = old
+        if len(self.kept) < MOST:
+            self.kept[key] = figure
 
 
 def read_figures(path: Path, inside: Path) -> LogFigures:
@@ -381,7 +383,8 @@ def leaves(content: Any, seeds: list[int]) -> Iterator[Leaf]:
     """The numbers of a submission.json. A list as long as `seeds` has one for each; an object may hold its seed."""
     left: list[tuple[tuple[str, ...], Any]] = [((), content)]
     count = 0
-    while left and count < 20 * MOST:
+    found = 0
+    while left and count < 20 * LEAVES and found < LEAVES:
         path, value = left.pop()
         count += 1
         if isinstance(value, dict):
@@ -395,6 +398,7 @@ def leaves(content: Any, seeds: list[int]) -> Iterator[Leaf]:
             named = named if path[-1:] != ("seeds",) else [""] * len(value)
             left += [((*path[:-1], n, *path[-1:]), v) for n, v in reversed(list(zip(named, value, strict=True))) if n]
         elif strangers.is_number(value) and path:
+            found += 1
             yield Leaf(path, value, meaning(path))
 
 

@@ -34,6 +34,7 @@ ABROAD = re.compile(
 ASIDE = re.compile(
     r"ablat|previous|prior|baseline|comparison|supersed|sota|PR ?#|histor|earlier|sweep|negative|tried", re.I
 )
+TOKENS = 20_000  # numbers of a page that are compared
 LINES = 5000
 NEAR = 0.03  # of its value, in prose
 TABLE = dict(bpb=0.015, loss=0.015)  # in a column whose title says its kind
@@ -54,7 +55,25 @@ class Known:
         every = {x for v in dict.fromkeys(values) for x in units_of(v)}
         gaps = claims.differences([x for x in values if 0 < abs(x) < 20], None, 300)
         ratio = evidence.ratio or 0.0
+        self.evidence = evidence
+        self.own: dict[int | None, claims.Numbers] = {}
+        self.left = TOKENS
         self.numbers = claims.Numbers([*every, *gaps, *(x * ratio for x in gaps if ratio)])
+
+    def of_seed(self, seed: int | None) -> claims.Numbers:
+        """The figures of a seed's logs and row, or without a seed the statistics over seeds."""
+        if seed not in self.own:
+            figures = self.evidence.by_seed.get(seed, []) if seed is not None else self.evidence.over
+            values = [f.value for f in figures]
+            values += [x.value for x in self.evidence.leaves if seed is not None and x.meaning.seed == seed]
+            self.own[seed] = claims.Numbers(x for value in values for x in units_of(value))
+        return self.own[seed]
+
+    def tokens(self, text: str) -> list[str]:
+        """The numbers of a text, as long as there are not too many on the page."""
+        found = TOKEN.findall(text)[: self.left]
+        self.left -= len(found)
+        return found
 
     def has(self, text: str) -> bool:
         return self.numbers.states(text.replace("−", "-").lstrip("+-"))
@@ -138,13 +157,10 @@ def check_row(
             continue
         m = claims.meaning((title.replace("/", " per "),))
         kind = m.kind or column_kind(title, cell)
-        for text in TOKEN.findall(re.sub(r"~ ?[0-9.,]+|[0-9.,]+ ?%", "", cell)):
+        for text in known.tokens(re.sub(r"~ ?[0-9.,]+|[0-9.,]+ ?%", "", cell)):
             digits = re.sub(r"\D", "", text)
             plain = text.replace("−", "-").lstrip("+-")
-            if len(digits) < 3 or any(stands(plain, x) for f in own for x in units_of(f.value)):
-                continue
-            stated_here = [x.value for x in evidence.leaves if x.meaning.seed == seed and seed is not None]
-            if any(stands(plain, y) for x in stated_here for y in units_of(x)):
+            if len(digits) < 3 or known.of_seed(seed).states(plain):
                 continue
             near = nearest(plain, own, kind, TABLE.get(kind, 0.05))
             if near is not None and seed is not None:
@@ -179,7 +195,7 @@ def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) ->
 
 def check_line(findings: Findings, evidence: Evidence, known: Known, line: str) -> list[str]:
     """A line of prose: one of results must repeat known figures. Returns what nothing tells."""
-    texts = [t for t in TOKEN.findall(line) if len(re.sub(r"\D", "", t)) >= 3 and not known.has(t)]
+    texts = [t for t in known.tokens(line) if len(re.sub(r"\D", "", t)) >= 3 and not known.has(t)]
     scores = [t for t in texts if re.fullmatch(r"[0-9]\.[0-9]{4,}", t)]
     if not RESULT.match(line) or ABROAD.search(line):
         return scores

@@ -7,6 +7,7 @@ One that is none of them, but near to one, disagrees. What nothing in the folder
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import statistics
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Parts of its value: a figure this near to a stated number is the one that it means.
 NEAR = dict(bpb=0.015, loss=0.015, seconds=0.05, steps=0.05, memory=0.05)
+FIGURES = 5000  # of all logs, and statistics of them, that are compared
 UNSURE = 0.02  # for seconds that may be of anything
 CORE = ("val_bpb", "val_loss", "bytes_total", "artifact_bytes", "mean_val_bpb", "val_bpb_mean", "bpb")
 ASSIGNED = re.compile(r"(?<![\w$])([A-Z][A-Z0-9_]{2,60})=[\"']?([^\s\"'\\;`|,)]{1,60})")
@@ -43,11 +45,17 @@ class Evidence:
                 self.by_seed[seed] += log.figures
             for name, value in log.settings.items():
                 self.settings[name].add(value)
+        self.figures = self.figures[-FIGURES:]
+        self.cache: dict[tuple, list[float]] = {}
+        self.stages: dict[tuple, set[str]] = {}
         self.seeds = claims.stated_seeds(folder.everything) or list(folder.seeds)
         self.leaves = [as_score(leaf) for leaf in claims.leaves(folder.everything, self.seeds)]
         sizes = [Figure(float(n), 0.0, Meaning("bytes", "code"), name) for name, n in folder.scripts.items()]
         self.files = sizes + [Figure(float(n), 0.0, Meaning("bytes", "model"), n_) for n_, n in folder.weights.items()]
-        self.over = list(self.statistics())
+        self.over = list(itertools.islice(self.statistics(), FIGURES))
+        self.by_kind: dict[str, list[Figure]] = defaultdict(list)
+        for figure in self.figures:
+            self.by_kind[figure.meaning.kind].append(figure)
         self.ratio = self.nats_per_bit()
         self.assigned = assignments(folder.page)
 
@@ -89,7 +97,7 @@ class Evidence:
         over = [f for f in self.over if f.meaning.kind == m.kind]
         if m.statistic and over:
             return [f for f in over if f.meaning.statistic == m.statistic]
-        plain = [f for f in self.figures if f.meaning.kind == m.kind]
+        plain = self.by_kind.get(m.kind, [])
         return plain + [f for f in over if "std" not in f.meaning.statistic] + with_code(files, self, m)
 
 
@@ -125,7 +133,7 @@ def assignments(page: str) -> dict[str, set[str]]:
     """The variables that a page's commands set, in lower case, with their values."""
     found: dict[str, set[str]] = defaultdict(set)
     for name, value in ASSIGNED.findall(page):
-        if len(found) < claims.MOST:
+        if len(found) < claims.LEAVES:
             found[name.lower()].add(value)
     return found
 
@@ -298,14 +306,21 @@ def check_stage(findings: Findings, evidence: Evidence, leaf: Leaf, pool: list[F
 def of_same_stage(evidence: Evidence, leaf: Leaf, pool: list[Figure]) -> list[Figure]:
     """The statistics of the figure whose mean is stated beside a deviation, where one is."""
     m = leaf.meaning
+    if (m.kind, m.part) not in evidence.stages:
+        evidence.stages[m.kind, m.part] = stages_of(evidence, m)
+    labels = evidence.stages[m.kind, m.part]
+    return [f for f in pool if f.label in labels] or pool
+
+
+def stages_of(evidence: Evidence, m: Meaning) -> set[str]:
+    """The labels of the figures whose mean is stated."""
     means = [f for f in evidence.over if f.meaning.kind == m.kind and f.meaning.statistic == "mean"]
-    labels = set()
+    labels: set[str] = set()
     for other in evidence.leaves:
         o = other.meaning
         if o.kind == m.kind and o.part == m.part and o.seed is None and o.statistic in ("", "mean") and not o.foreign:
             labels |= {f.label for f in means if not o.difference and states(other, f)}
-    chosen = [f for f in pool if f.label in labels]
-    return chosen or pool
+    return labels
 
 
 def check_deviation(folder: Folder, findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | None:
@@ -381,7 +396,10 @@ def check_difference(folder: Folder, findings: Findings, evidence: Evidence, lea
     words = set(claims.words_of(leaf.path[-1]))
     if not leaf.meaning.kind and not {"nats", "bpb"} & words or {"pct", "percent", "ratio", "x"} & words:
         return None
-    found = difference_pool(folder, evidence, leaf)
+    key = (leaf.meaning.kind, leaf.meaning.seed, tuple(sorted(words & (claims.FOREIGN | {"over", "nats"}))))
+    if key not in evidence.cache:
+        evidence.cache[key] = difference_pool(folder, evidence, leaf) if len(evidence.cache) < 300 else []
+    found = evidence.cache[key]
     text = leaf.text.lstrip("+-")
     wide = 2e-4 if leaf.meaning.kind == "loss" else 0.0
     number = abs(leaf.value)

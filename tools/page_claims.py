@@ -168,7 +168,7 @@ def check_row(
             elif seed is not None and kind and any(f.meaning.kind == kind for f in own) and not known.has(text):
                 findings.warning(f"README.md: seed {seed}, {title}: {text} is not in its log or row")
             elif seed is None and near is None and kind in ("bpb", "bytes") and not known.has(text):
-                findings.warning(f"README.md: {text} is in no other file: {cells[0]}, {title}")
+                findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}")
             elif near is not None and not known.has(text):
                 findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}, which are {near:.9g}")
             elif not known.has(text):

@@ -530,9 +530,7 @@ def test_the_populations_deviation_on_a_page_is_found(tmp_path, capsys):
 def test_a_strangers_folder_of_very_many_numbers_ends(tmp_path, capsys):
     """Names of every kind, a page of numbers and a log of many labels: what is compared is bounded."""
     made(tmp_path / "a", "full")
-    rows = {
-        str(i): dict(val_bpb=1.1 + i / 1e6, val_bpb_std=1e-4, gain_bpb=0.01, artifact_bytes=i) for i in range(4000)
-    }
+    rows = {str(i): dict(val_bpb=1.1 + i / 1e6, val_bpb_std=1e-4, gain_bpb=0.01, artifact_bytes=i) for i in range(4000)}
     more = {f"val_bpb_delta_{i}": i / 1e7 for i in range(500)} | {f"bpb_std_{i}": i / 1e7 for i in range(500)}
     rewrite(tmp_path / "a", lambda s: s.update(more, results=rows))
     with open(tmp_path / "a" / "train_seed42.log", "a") as file:

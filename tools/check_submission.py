@@ -948,7 +948,7 @@ def check_claims(folder: Folder, findings: Findings) -> None:
 
 def check_proof(folder: Folder, findings: Findings) -> None:
     """Checks that a proof is of this folder's script and artifact, and that the page says what it found."""
-    if not folder.exact or "proof" not in folder.everything:
+    if not folder.ours or "proof" not in folder.everything:
         return
     if "proof" not in folder.content:
         if folder.everything["proof"] is None:

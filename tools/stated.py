@@ -6,6 +6,7 @@ One that is none of them, but near to one, disagrees. What nothing in the folder
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -398,15 +399,17 @@ def check_difference(folder: Folder, findings: Findings, evidence: Evidence, lea
         return None
     key = (leaf.meaning.kind, leaf.meaning.seed, tuple(sorted(words & (claims.FOREIGN | {"over", "nats"}))))
     if key not in evidence.cache:
-        evidence.cache[key] = difference_pool(folder, evidence, leaf) if len(evidence.cache) < 300 else []
+        evidence.cache[key] = sorted(set(difference_pool(folder, evidence, leaf))) if len(evidence.cache) < 50 else []
     found = evidence.cache[key]
     text = leaf.text.lstrip("+-")
     wide = 2e-4 if leaf.meaning.kind == "loss" else 0.0
     number = abs(leaf.value)
     slack = claims.slack_of(text)
-    if any(abs(x - number) <= 2 * slack + wide * number + 1e-9 for x in found):
+    place = bisect.bisect_left(found, number)
+    beside = found[max(0, place - 1) : place + 1]
+    if any(abs(x - number) <= 2 * slack + wide * number + 1e-9 for x in beside):
         return True
-    near = [x for x in found if abs(x - number) <= 0.1 * number]
+    near = [x for x in beside if abs(x - number) <= 0.1 * number]
     if not near:
         return None
     nearest = min(near, key=lambda x: abs(x - number))

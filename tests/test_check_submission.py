@@ -26,13 +26,17 @@ def folder(reproduced, tmp_path):
 
 
 def check(folder, capsys, *arguments):
-    """(exit code, disagreements, notes)."""
+    """(exit code, errors, notes)."""
     code = check_submission.main([str(folder), *map(str, arguments)])
     lines = capsys.readouterr().out.splitlines()
-    errors = [line for line in lines if line.startswith("DISAGREES: ")]
-    assert lines[-1].endswith(f" {len(errors)} disagreements, {sum(x.startswith('note: ') for x in lines)} notes")
-    assert code == (1 if errors else 0) and int(lines[-1].split()[0]) > 0
-    return code, "\n".join(errors), "\n".join(line for line in lines if line.startswith("note: "))
+    errors, warnings, notes = ([x for x in lines if x.startswith(f"{s}: ")] for s in check_submission.SEVERITIES)
+    assert lines[:-1] == errors + warnings + notes, "one line each, the worst first"
+    compared, *counts = map(
+        int, re.fullmatch(r"(\d+) comparisons, (\d+) errors, (\d+) warnings, (\d+) notes", lines[-1]).groups()
+    )
+    assert compared > 0 and all(n >= len(found) for n, found in zip(counts, (errors, warnings, notes), strict=True))
+    assert code == (1 if errors else 3 if warnings else 0)
+    return code, "\n".join(errors), "\n".join([*warnings, *notes])
 
 
 def test_our_own_folder_passes_and_nothing_is_left_unchecked(reproduced, capsys):
@@ -269,7 +273,7 @@ def test_a_damaged_artifact_does_not_load(folder, capsys):
     path.write_bytes(bytes(content))
     assert check(folder, capsys)[0] == 0  # nothing is run, so nothing is seen
     code, errors, _ = check(folder, capsys, "--run")
-    assert code == 1 and errors.startswith("DISAGREES: model_seed0.pgolf: the script does not load it: artifact:")
+    assert code == 1 and errors.startswith("error: model_seed0.pgolf: the script does not load it: artifact:")
 
 
 def test_a_rerun_gives_the_same_score_and_another_score_is_found(folder, reproduced, capsys):
@@ -393,4 +397,4 @@ def test_the_command_line_exits_with_what_it_found(peers):
     assert launch(TOOL, {}, peers).returncode == 0
     edit(peers / "README.md", "Mean 1.2", "Mean 1.3")
     done = launch(TOOL, {}, peers)
-    assert done.returncode == 1 and "DISAGREES: README.md" in done.stdout and not done.stderr
+    assert done.returncode == 1 and "error: README.md" in done.stdout and not done.stderr

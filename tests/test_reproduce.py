@@ -378,7 +378,7 @@ def test_a_submission_with_a_disagreement_is_not_shown(reproduced, tmp_path, cap
     (tmp_path / "root").mkdir()
     with pytest.raises(runs.UserError, match="has disagreements, and is not published"):
         publish.main([str(tmp_path / "out"), "--root", str(tmp_path / "root")])
-    assert "DISAGREES: submission.json: val_bpb" in capsys.readouterr().out and not published(tmp_path / "root")
+    assert "error: submission.json: val_bpb" in capsys.readouterr().out and not published(tmp_path / "root")
 
 
 def test_another_script_is_noticed(reproduced, tmp_path):
@@ -386,4 +386,4 @@ def test_another_script_is_noticed(reproduced, tmp_path):
     script = tmp_path / "out" / "train_gpt.py"
     script.write_bytes(script.read_bytes()[:-1] + b" ")
     done = launch(ROOT / "tools" / "check_submission.py", {}, str(tmp_path / "out"))
-    assert done.returncode == 1 and "DISAGREES: train_gpt.py: is not the script that ran" in done.stdout
+    assert done.returncode == 1 and "error: train_gpt.py: is not the script that ran" in done.stdout

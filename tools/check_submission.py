@@ -11,8 +11,9 @@ a seed again. It runs with an empty environment, in a scratch folder, within lim
 it started is ended. That is no sandbox: a hostile script can still read files and use the network, and what it says of
 its artifacts is what it says.
 
-Each disagreement is named. A note says what could not be checked. Exit code 0: no disagreement; 1: some disagreements;
-2: a user's error.
+Findings come in the order of their harm, grouped by cause, one line each, with a severity. An error is a contradiction
+or a broken rule. A warning is what a reviewer should look at. A note says what could not be checked.
+Exit code 0: nothing but notes; 1: errors; 3: warnings, and no error; 2: a user's error. --json prints all as JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if __name__ == "__main__":
 
 import bisect
 import contextlib
+import json
 import math
 import os
 import re
@@ -36,10 +38,13 @@ from typing import Any
 
 import numpy as np
 
+import page_claims
 import run_submission
 import runs
+import stated
 import strangers
 import submission
+from claims import LogFigures, Written, read_figures
 from confined import Limits
 from runs import BUDGET_SECONDS, CAP_BYTES, Parser, Run, UserError, command_line, figures, number_type
 from strangers import AMOUNT, COUNT, FLAG, INTEGER, NUMBER, OBJECT, POSITIVE, TEXT, Kind, Unreadable, visible
@@ -112,8 +117,39 @@ CONTENT = dict(
 )
 SEEDS = 100  # rows of seeds that are read
 FINDINGS = 500  # of each kind that are kept
-# Settings in other people's logs that may differ between runs of one configuration.
-LOCAL = re.compile(r"seed|run_?id|path|dir|date|time|file|port|rank|host|url|name|step|log")
+# Settings in other people's logs that may differ between runs of one configuration, as whole words of a name.
+LOCAL = re.compile(
+    r"(?:.*_)?(?:seed|run_?id|runid|path|paths|dir|dirs|file|files|filename|logfile|date|time|timestamp|port|host|hostname|"
+    r"url|run_name|exp_name|experiment|tag|wandb\w*|local_rank|is_main_process|master_process|device|pid|job_?id)"
+    r"|rank|name|id|dataset|data|pattern"
+)
+# What goes wrong, the worst first.
+CAUSES = dict(
+    limits="a limit is broken",
+    score="a score is not what its run says",
+    statistics="statistics over seeds",
+    configuration="the runs are not of one configuration",
+    script="the script",
+    figures="other figures",
+    page="README.md",
+    files="files",
+    form="form",
+)
+SEVERITIES = ("error", "warning", "note")
+
+
+class Finding(str):
+    """A text about a folder with its severity, its cause, and its subject: findings of one subject have one reason."""
+
+    severity: str
+    cause: str
+    subject: str
+
+    def __new__(cls, text: str, severity: str, cause: str, subject: str = "") -> Finding:
+        self = super().__new__(cls, text)
+        self.severity, self.cause = severity, cause
+        self.subject = subject or text
+        return self
 
 
 @dataclass
@@ -121,35 +157,52 @@ class Findings:
     """Number of comparisons, the disagreements, and notes on what could not be checked; texts of strangers included."""
 
     compared: int = 0
-    errors: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    dropped: int = 0  # after the first FINDINGS of them
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)
+    dropped: int = 0  # after the first FINDINGS of each severity
+    cause: str = "form"  # of what is found now, unless its finder says another
 
-    def add(self, texts: list[str], text: str) -> None:
+    def add_finding(self, severity: str, text: str, cause: str = "", subject: str = "") -> None:
+        """Keeps a finding; of very many of one severity, the first ones."""
+        texts = {"error": self.errors, "warning": self.warnings, "note": self.notes}[severity]
         if len(texts) >= FINDINGS:
             self.dropped += 1
         elif (line := visible(text, 1000)) not in texts:
-            texts.append(line)
+            texts.append(Finding(line, severity, cause or self.cause, subject))
 
-    def error(self, text: str) -> None:
-        self.add(self.errors, text)
+    def error(self, text: str, cause: str = "", subject: str = "") -> None:
+        self.add_finding("error", text, cause, subject)
 
-    def note(self, text: str) -> None:
-        self.add(self.notes, text)
+    def warning(self, text: str, cause: str = "", subject: str = "") -> None:
+        self.compared += 1
+        self.add_finding("warning", text, cause, subject)
 
-    def require(self, holds: bool, text: str) -> None:
+    def note(self, text: str, cause: str = "", subject: str = "") -> None:
+        self.add_finding("note", text, cause, subject)
+
+    def groups(self) -> list[list[Finding]]:
+        """All findings, those of one subject together, in the order of their harm."""
+        found: dict[tuple[str, str, str], list[Finding]] = {}
+        for finding in (*self.errors, *self.warnings, *self.notes):
+            found.setdefault((finding.severity, finding.cause, finding.subject), []).append(finding)
+        causes = list(CAUSES)
+        return sorted(found.values(), key=lambda g: (SEVERITIES.index(g[0].severity), causes.index(g[0].cause)))
+
+    def require(self, holds: bool, text: str, cause: str = "", subject: str = "") -> None:
         """Counts a check; adds the text as an error if it does not hold."""
         self.compared += 1
         if not holds:
-            self.error(text)
+            self.error(text, cause, subject)
 
-    def same(self, what: str, one: Any, other: Any, tolerance: float | None = None) -> None:
+    def same(self, what: str, one: Any, other: Any, tolerance: float | None = None, subject: str = "") -> None:
         """Compares two figures. A missing one is not a disagreement."""
         if one is None or other is None:
             return
         self.require(
             agree(one, other) if tolerance is None else abs(one - other) <= tolerance,
             f"{what}: {plain(one)} and {plain(other)}",
+            subject=subject,
         )
 
 
@@ -181,6 +234,7 @@ class Seed:
     metrics: Run | None = None
     summary: Run | None = None
     config: dict[str, Any] | None = None
+    others: list[Run] = field(default_factory=list)  # further logs of it
 
     @property
     def sources(self) -> Iterator[tuple[str, Run]]:
@@ -201,11 +255,21 @@ class Folder:
     page: str
     seeds: dict[int, Seed]
     logs: list[Run]
+    figures: list[tuple[int | None, LogFigures]] = field(default_factory=list)  # of each log, with its seed
+    named: list[tuple[str, int | None, int]] = field(default_factory=list)  # logs, the seeds of name and of text
+    scripts: dict[str, int] = field(default_factory=dict)  # bytes of the Python files
+    weights: dict[str, int] = field(default_factory=dict)  # bytes of files that may be models
+    evidence: stated.Evidence | None = None
 
     @property
     def ours(self) -> bool:
         """Whether tools/reproduce.py wrote it. If so, every figure must be found in its files."""
         return self.page.startswith(MARKER)
+
+    @property
+    def exact(self) -> bool:
+        """Whether submission.json has the form that our tools write, so that its figures are compared one by one."""
+        return self.ours or {*OURS, "baseline", "significance"} <= set(self.everything)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -215,6 +279,7 @@ def read_folder(path: Path, findings: Findings) -> Folder:
     """Reads the files of a folder. A missing or broken one is a finding."""
     if not os.path.isdir(path):
         raise UserError(f"{path}: must be a submission's folder")
+    findings.cause = "files"
     for name in ("README.md", "submission.json", "train_gpt.py"):
         findings.require(strangers.is_there(path / name), f"{name}: is missing")
     everything: dict[str, Any] = {}
@@ -222,20 +287,24 @@ def read_folder(path: Path, findings: Findings) -> Folder:
     problems: list[str] = []
     if strangers.is_there(path / "submission.json"):
         with passing_over(findings, path):
-            everything = strangers.read_object(path / "submission.json", path, problems)
+            everything = strangers.read_object(path / "submission.json", path, problems, Written)
     for text in problems:
         findings.error(f"submission.json: {text}")
     if strangers.is_there(path / "README.md"):
         with passing_over(findings, path):
             page = strangers.read_text(path / "README.md", "page", path)
+    folder = Folder(path, {}, everything, page, {}, [])
+    findings.cause = "form"
     wrong: list[str] = []
-    content = strangers.checked(everything, CONTENT, "submission.json", wrong) if everything else {}
+    folder.content = strangers.checked(everything, CONTENT, "submission.json", wrong) if everything else {}
     for text in wrong:
-        findings.error(text)
-    folder = Folder(path, content, everything, page, {}, [])
-    read_rows(folder, findings)
+        if folder.exact or re.match(r"submission.json: (val_bpb|val_loss|bytes_total) ", text):
+            findings.error(text)
+    (read_rows if folder.exact else read_any_rows)(folder, findings)
+    findings.cause = "files"
     read_logs(folder, findings)
     check_entries(folder, findings)
+    read_sizes(folder)
     return folder
 
 
@@ -295,24 +364,81 @@ def read_rows(folder: Folder, findings: Findings) -> None:
         findings.note("submission.json: has no seed_results; the logs alone give the seeds' figures")
 
 
+def read_any_rows(folder: Folder, findings: Findings) -> None:
+    """Reads the figures of seeds wherever somebody else's submission.json keeps them."""
+    rows = stated.rows_of(folder.everything)
+    if len(rows) > SEEDS:
+        findings.error(f"submission.json: has figures of {len(rows)} seeds; those after {SEEDS} are passed over")
+    for number in list(rows)[:SEEDS]:
+        wrong: list[str] = []
+        folder.seeds[number] = Seed(number, strangers.checked(rows[number], ROW, "", wrong))
+    if not folder.seeds:
+        findings.note("submission.json: has no figures of seeds; the logs alone give them")
+
+
+def read_sizes(folder: Folder) -> None:
+    """The bytes of the folder's Python files and of its models."""
+    with contextlib.suppress(Unreadable):
+        for path in strangers.entries(folder.path):
+            kept = folder.scripts if path.suffix == ".py" else folder.weights
+            if path.suffix in (".py", ".pgolf", ".ptz", ".pt", ".bin", ".br", ".xz", ".zst") and len(kept) < SEEDS:
+                with contextlib.suppress(Unreadable):
+                    kept[path.name] = strangers.file_size(path, folder.path)
+
+
+# Folders of runs that a submission does not claim.
+ASIDE = re.compile(
+    r"ablat|sweep|supersed|old|baseline|archive|deprecat|invalid|fail|debug|smoke|dry|checkpoints|wd_", re.I
+)
+
+
+def nested_logs(folder: Path, problems: list[str], levels: int = 3) -> list[Path]:
+    """The logs in folders within a submission's folder, other than `logs`; links are passed over."""
+    found: list[Path] = []
+    for path in strangers.entries(folder, problems):
+        if path.is_symlink() or not os.path.isdir(path) or path.name.startswith("."):
+            continue
+        if levels and not ASIDE.search(path.name) and len(found) < SEEDS:
+            inner = strangers.entries(path, problems)
+            found += [p for p in inner if runs.is_log(p) and not p.is_symlink() and not os.path.isdir(p)]
+            found += nested_logs(path, problems, levels - 1)
+    return found
+
+
 def read_logs(folder: Folder, findings: Findings) -> None:
     """Reads the logs and the files beside them, and assigns each to its seed."""
-    contents = Counter()
+    contents: dict[str, list[str]] = {}
     logs: list[Path] = []
+    problems: list[str] = []
     with passing_over(findings, folder.path):
         logs = runs.submission_logs(folder.path)
+        if not folder.exact:
+            logs += [path for path in nested_logs(folder.path, problems) if path not in logs]
     if len(logs) > SEEDS:
         findings.error(f"logs: there are {len(logs)}; those after {SEEDS} are passed over")
     for log in logs[:SEEDS]:
         with passing_over(findings, folder.path):
             run = runs.read_log(log, inside=folder.path)
-            if not (run.stages or run.losses or run.scores):
+            told = None if folder.ours else read_figures(log, folder.path)
+            if not (run.stages or run.losses or run.scores or (told and told.of("bpb"))):
                 continue
+            if run.seed is None and told:
+                run.seed = told.seed
             folder.logs.append(run)
-            contents[strangers.file_sha256(log, folder.path)] += 1
+            contents.setdefault(strangers.file_sha256(log, folder.path), []).append(log.name)
+            if not folder.exact:
+                name_seed(folder, log, run)
+            if told:
+                folder.figures.append((run.seed, told))
             read_log_of_seed(folder, findings, log, run)
+    check_names(folder, findings)
+    if not folder.exact:
+        settle_seeds(folder, findings)
     findings.require(bool(folder.logs), "logs: there is no log of a run (*.log, *.txt, logs/)")
-    findings.require(max(contents.values(), default=1) == 1, "logs: two of them are the same file")
+    for several in contents.values():
+        seeds = {seed for name in several if (seed := runs.seed_in_name(Path(name).stem)) is not None}
+        same = len(several) > 1 and (folder.exact or len(seeds) > 1)
+        findings.require(not same, "logs: two of them are the same file", "score")
 
 
 def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) -> None:
@@ -320,12 +446,17 @@ def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) ->
     for text in run.problems:
         findings.error(f"{log.name}: {text}")
     named = runs.seed_in_name(log.stem)
+    if run.seed is None and not folder.exact and len(folder.seeds) == 1 and not any(folder.logs[:-1]):
+        run.seed = next(iter(folder.seeds))
     if run.seed is None:
         findings.note(f"{log.name}: does not say its seed")
         return
-    findings.same(f"{log.name}: seed in its name and in its text", named, run.seed)
+    folder.named.append((log.name, named, run.seed))
     seed = folder.seeds.setdefault(run.seed, Seed(run.seed))
-    findings.require(seed.log is None, f"{log.name}: another log of seed {run.seed} is there too")
+    findings.require(seed.log is None or not folder.exact, f"{log.name}: another log of seed {run.seed} is there too")
+    if seed.log is not None and not folder.exact:
+        seed.others.append(run)
+        return
     seed.log, tail = run, log.stem.removeprefix("train_")
     metrics, summary, config = (
         log.with_name(f"{kind}_{tail}{end}")
@@ -347,6 +478,39 @@ def read_log_of_seed(folder: Folder, findings: Findings, log: Path, run: Run) ->
             findings.error(text if source is not run else f"{log.name}: {text}")
 
 
+def name_seed(folder: Folder, log: Path, run: Run) -> None:
+    """The seed of a log that does not say it: that of its name in other forms, or of the folders above it."""
+    for name in (log.stem, *(part.name for part in log.parents if part.is_relative_to(folder.path))):
+        if run.seed is None:
+            run.seed = stated.claims.seed_of(name)
+
+
+def check_names(folder: Folder, findings: Findings) -> None:
+    """Checks that each log is of the seed in its name; of several, seed1, seed2, ... may count them."""
+    named = [(name, said, seed) for name, said, seed in folder.named if said is not None]
+    numbers = sorted({said for _, said, _ in named})
+    counted = len(named) > 1 and numbers in ([*range(len(numbers))], [*range(1, len(numbers) + 1)])
+    if counted and not folder.exact and not any(said == seed for _, said, seed in named):
+        findings.note("logs: the numbers in their names are not their seeds")
+        return
+    for name, said, seed in named:
+        findings.require(said == seed, f"{name}: seed in its name and in its text: {said} and {seed}", "score")
+
+
+def settle_seeds(folder: Folder, findings: Findings) -> None:
+    """Of several logs of a seed, the one whose score is stated counts."""
+    for seed in folder.seeds.values():
+        claimed = seed.row.get("val_bpb")
+        for run in [seed.log, *seed.others] if isinstance(claimed, float) else ():
+            if run and run.final and seed.log and abs(run.final.bpb - claimed) < 1e-4:
+                seed.others = [other for other in [seed.log, *seed.others] if other is not run]
+                seed.log = run
+                break
+        if seed.others:
+            names = ", ".join(other.name for other in seed.others)
+            findings.note(f"seed {seed.seed}: has further logs: {names}")
+
+
 def read_config(path: Path, inside: Path, findings: Findings) -> dict[str, Any]:
     """The settings of a config.json: a number, a text or a bool each. Errors: Unreadable."""
     problems: list[str] = []
@@ -362,8 +526,13 @@ def read_config(path: Path, inside: Path, findings: Findings) -> dict[str, Any]:
 
 
 def check_fields(folder: Folder, findings: Findings) -> None:
-    wanted = OURS if folder.ours else CORE
-    for name in wanted:
+    if not folder.exact and folder.everything:
+        scores = [x for x in stated.claims.leaves(folder.everything, []) if x.meaning.kind == "bpb"]
+        findings.require(any(not x.meaning.foreign for x in scores), "submission.json: has no val_bpb")
+        absent = [name for name in CORE if name not in folder.everything]
+        if absent:
+            findings.note(f"submission.json: has no {', '.join(absent)}")
+    for name in OURS if folder.exact else ():
         findings.require(name in folder.everything, f"submission.json: has no {name}")
     if folder.ours:
         findings.require(strangers.is_there(folder.path / "requirements.txt"), "requirements.txt: is missing")
@@ -383,34 +552,44 @@ def check_seeds(folder: Folder, findings: Findings) -> None:
     with_rows = any(s.row for s in folder.seeds.values())
     for number, seed in folder.seeds.items():
         findings.require(seed.log is not None, f"seed {number}: submission.json has it, and no log is there")
-        findings.require(bool(seed.row) or not with_rows, f"seed {number}: a log has it, and seed_results does not")
+        if with_rows and not seed.row:
+            text = f"seed {number}: a log has it, and seed_results does not"
+            findings.add_finding("error" if folder.exact else "warning", text)
         for source, run in seed.sources:
             findings.same(f"seed {number}: the {source} says seed", run.seed, number)
         if seed.config:
             findings.same(f"seed {number}: its config says seed", seed.config.get("seed"), number)
     if len(folder.seeds) < 3:
         findings.note(f"{len(folder.seeds)} seed(s): a record needs three or more")
+    for number in claimed_without(folder):
+        findings.error(f"seed {number}: submission.json lists it, and neither a figure nor a log is there")
     scores = Counter(s.row["val_bpb"] for s in folder.seeds.values() if isinstance(s.row.get("val_bpb"), float))
+    if not folder.exact:  # rounded scores may be the same
+        scores = {value: times for value, times in scores.items() if len(f"{value:.10g}".partition(".")[2]) >= 6}
     for value, times in scores.items():
         findings.require(times == 1, f"submission.json: {times} seeds have the same val_bpb {value}")
+
+
+def claimed_without(folder: Folder) -> list[int]:
+    """The listed seeds that have neither figures nor a log, where other seeds have one."""
+    listed = [] if folder.exact else stated.claims.stated_seeds(folder.everything)
+    return [number for number in listed if number not in folder.seeds] if folder.seeds else []
 
 
 def check_configuration(folder: Folder, findings: Findings) -> None:
     """Checks that all seeds have the same settings, by their config files or by the settings in their logs."""
     seeds = list(folder.seeds.values())
+    if not folder.exact and not all(s.config for s in seeds):
+        check_logged_settings(folder, findings)
+        return
     configs = [s.config for s in seeds if s.config]
-    if len(configs) == len(seeds) and seeds:
-        ignored = submission.PRIVATE
-    else:
+    ignored = submission.PRIVATE
+    if len(configs) != len(seeds):
         logged = [(s, s.log) for s in seeds if s.log]
         seeds = [seed for seed, _ in logged]
-        configs = [{k: v for k, v in log.settings.items() if not LOCAL.search(k)} for _, log in logged]
-        ignored = ()
-        if configs:
-            common = set.intersection(*map(set, configs))
-            configs = [{k: v for k, v in c.items() if k in common} for c in configs]
-            if not common:
-                findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
+        configs = [{k: v for k, v in log.settings.items() if not LOCAL.fullmatch(k)} for _, log in logged]
+        common = set.intersection(*map(set, configs)) if configs else set()
+        configs = [{k: v for k, v in c.items() if k in common} for c in configs]
     for seed, config in zip(seeds[1:], configs[1:], strict=True):
         for name in sorted(set(config) | set(configs[0])):
             if name not in ignored:
@@ -420,9 +599,46 @@ def check_configuration(folder: Folder, findings: Findings) -> None:
                     f"{configs[0].get(name)} on seed {seeds[0].seed} and {config.get(name)} on "
                     f"{seed.seed}",
                 )
+    same_of_all(folder, findings)
+
+
+def same_of_all(folder: Folder, findings: Findings) -> None:
+    """Checks that machine, model and script are the same for all seeds."""
     for what in ("hardware", "attention", "parameters", "code_bytes"):
         values = {getattr(run, what) for s in folder.seeds.values() for _, run in s.sources} - {None}
         findings.require(len(values) < 2, f"configuration: {what} differs: {', '.join(sorted(map(str, values)))}")
+
+
+def check_logged_settings(folder: Folder, findings: Findings) -> None:
+    """Compares the settings that other people's logs print; one that a single log prints is another script's."""
+    main = {run.name for seed in folder.seeds.values() if (run := seed.log)}
+    logs = [(seed, log) for seed, log in folder.figures if seed is not None and Path(log.name).stem in main]
+    order = list(folder.seeds)
+    logs = sorted(((seed, log) for seed, log in logs if log.settings), key=lambda pair: order.index(pair[0]))
+    same_of_all(folder, findings)
+    if not logs:
+        findings.note("configuration: the logs print no settings, so that it is the same cannot be checked")
+        return
+    names = {name for _, log in logs for name in log.settings if not LOCAL.fullmatch(name)}
+    blocks = set().union(*(log.block for _, log in logs))
+    for name in sorted(names):
+        values: dict[str, list[int]] = {}
+        for seed, log in logs:
+            if name in log.settings:
+                values.setdefault(log.settings[name], []).append(seed)
+        without = [seed for seed, log in logs if name not in log.settings and (log.block or not blocks)]
+        if blocks and name not in blocks:
+            without = []  # a line that only some logs print
+        what = f"configuration: {name.upper()}"
+        if len(values) > 1:
+            said = ", ".join(f"{visible(v, 60)} on seed {' and '.join(map(str, s[:5]))}" for v, s in values.items())
+            findings.error(f"{what} is {said}")
+        findings.require(
+            not without or (not blocks and len(logs) > 2 * len(without)),
+            f"{what} is printed by the log of seed {', '.join(map(str, next(iter(values.values()))[:5]))} alone"
+            if len(logs) - len(without) == 1
+            else f"{what} is not printed by the log of seed {', '.join(map(str, without[:5]))}, and by others is",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -434,16 +650,20 @@ def check_sources(folder: Folder, findings: Findings) -> None:
         steps = [run.steps for _, run in seed.sources if run.steps]
         tolerances = dict(train_wallclock_ms=1.0, step_avg_ms=0.01 + 1 / min(steps, default=1))  # logs have whole ms
         sources = [("submission.json", seed.row), *((name, figures(run)) for name, run in seed.sources)]
+        sources = sources if folder.exact else sources[1:]  # tools/stated.py compares what is stated
         for place, (name, values) in enumerate(sources):
             for other, others in sources[place + 1 :]:
-                for key in figures(Run("", "")):
+                for key in sorted(figures(Run("", "")), key=lambda name: name != "val_bpb"):  # the worst first
                     if not any(isinstance(x.get(key), str) for x in (values, others)):
                         findings.same(
                             f"seed {number}: {key} in {name} and {other}",
                             values.get(key),
                             others.get(key),
                             tolerances.get(key),
+                            subject=f"seed {number}: {name} and {other}",
                         )
+        if not folder.exact:
+            continue
         spent = seed.row.get("eval_time_s")
         known = [
             x for _, run in seed.sources for x in (run.eval_seconds, *(s.seconds for s in run.stages.values())) if x
@@ -469,7 +689,9 @@ def check_curve(number: int, seed: Seed, findings: Findings) -> None:
 
 
 def check_row(folder: Folder, findings: Findings) -> None:
-    """Checks that the figures of each row are consistent."""
+    """Checks that the figures of each row of our own are consistent."""
+    if not folder.exact:
+        return
     for number, seed in folder.seeds.items():
         r = {name: value for name, value in seed.row.items() if name in ROW}
         if {"code_bytes", "model_bytes", "artifact_bytes"} <= set(r):
@@ -500,11 +722,9 @@ def check_row(folder: Folder, findings: Findings) -> None:
 
 def check_statistics(folder: Folder, findings: Findings) -> None:
     """Recomputes means, sample deviations and sizes."""
+    if not folder.exact:
+        return  # tools/stated.py has them
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
-    if not rows:
-        rows = [
-            {k: v for k, v in figures(seed.log).items() if v is not None} for seed in folder.seeds.values() if seed.log
-        ]
     for key in ("val_bpb", "val_loss"):
         values = [r[key] for r in rows if isinstance(r.get(key), (int, float))]
         if not values or len(values) != len(rows):
@@ -528,7 +748,7 @@ def check_statistics(folder: Folder, findings: Findings) -> None:
         )
         if isinstance(s.get("bytes_total"), int):
             findings.require(
-                s["bytes_total"] in ([max(sizes)] if folder.ours else sizes),
+                s["bytes_total"] in ([max(sizes)] if folder.exact else sizes),
                 f"submission.json: bytes_total {s['bytes_total']} and artifacts of {sizes}",
             )
 
@@ -538,26 +758,18 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
     s, rows = folder.content, [seed.row for seed in folder.seeds.values() if seed.row]
     wrong: list[str] = []
     bpb = strangers.map_of(NUMBER, SEEDS)
-    stated = strangers.checked(s.get("baseline", {}), dict(val_bpb=bpb), "submission.json: baseline", wrong)
+    named = strangers.checked(s.get("baseline", {}), dict(val_bpb=bpb), "submission.json: baseline", wrong)
     claimed = strangers.checked(s.get("significance", {}), SIGNIFICANCE, "submission.json: significance", wrong)
-    for text in wrong:
+    for text in wrong if folder.exact else ():
         findings.error(text)
-    theirs = baseline or stated.get("val_bpb")
-    if baseline and "val_bpb" in stated:
+    theirs = baseline or named.get("val_bpb")
+    if baseline and "val_bpb" in named:
         findings.require(
-            sorted(baseline.values()) == sorted(stated["val_bpb"].values()),
+            sorted(baseline.values()) == sorted(named["val_bpb"].values()),
             "submission.json: baseline's figures are not those of --baseline",
         )
-    if s.get("comparison_baseline_bpb") is not None:
-        mean = sum(theirs.values()) / len(theirs) if theirs else None
-        findings.same(
-            "submission.json: comparison_baseline_bpb and the baseline's mean", s["comparison_baseline_bpb"], mean
-        )
-        findings.same(
-            "submission.json: delta_vs_leaderboard_bpb and the difference",
-            s.get("delta_vs_leaderboard_bpb"),
-            s.get("val_bpb", math.nan) - s["comparison_baseline_bpb"],
-        )
+    if folder.exact and s.get("comparison_baseline_bpb") is not None:
+        check_stated_baseline(findings, s, theirs)
     ours = [r["val_bpb"] for r in rows if "val_bpb" in r]
     if not theirs or not ours or not {"val_bytes", "target_tokens"} <= set(rows[0]):
         findings.note(
@@ -571,7 +783,7 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
         s.get("delta_vs_leaderboard_nats"),
         -test["gain_nats"],
     )
-    for name in SIGNIFICANCE if "significance" in s else ():
+    for name in SIGNIFICANCE if "significance" in s and (folder.exact or claimed) else ():
         one: Any = claimed.get(name)
         other = test[name]
         close = (
@@ -585,14 +797,35 @@ def check_comparison(folder: Folder, findings: Findings, baseline: dict[str, flo
     )
 
 
+def check_stated_baseline(findings: Findings, s: dict[str, Any], theirs: dict[str, float] | None) -> None:
+    """Compares the stated mean of the baseline, and the difference to it, with the figures."""
+    mean = sum(theirs.values()) / len(theirs) if theirs else None
+    findings.same(
+        "submission.json: comparison_baseline_bpb and the baseline's mean", s["comparison_baseline_bpb"], mean
+    )
+    findings.same(
+        "submission.json: delta_vs_leaderboard_bpb and the difference",
+        s.get("delta_vs_leaderboard_bpb"),
+        s.get("val_bpb", math.nan) - s["comparison_baseline_bpb"],
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- data, limits
 
 
 def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     """Checks that all seeds have one validation set, and that it is the one of --data."""
-    tokens = {seed.row["val_tokens"] for seed in folder.seeds.values() if "val_tokens" in seed.row}
-    tokens |= {run.val_tokens for run in folder.logs} - {None}
+    stated_tokens = {seed.row["val_tokens"] for seed in folder.seeds.values() if "val_tokens" in seed.row}
+    tokens = {run.val_tokens for run in folder.logs} - {None}
+    if folder.exact or not tokens:
+        tokens |= stated_tokens
+    else:  # the first token of a stream is no target
+        tokens |= {count for count in stated_tokens if count + 1 not in tokens}
     findings.require(len(tokens) < 2, f"val_tokens: {sorted(tokens)} are not one validation set's")
+    shards = {int(f.value) for _, log in folder.figures for f in log.of("shards") if f.label.endswith("train_shards")}
+    findings.require(
+        len(shards) < 2, f"train_shards: the logs have {' and '.join(map(str, sorted(shards)))}", "configuration"
+    )
     if not tokens:
         findings.note("val_tokens: neither submission.json nor the logs say how many tokens were scored")
     if data is None:
@@ -607,7 +840,7 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
     expected = submission.manifest(data).get("val_bytes")
     for number, seed in folder.seeds.items():
         findings.same(f"seed {number}: val_bytes and the manifest's in {data}", seed.row.get("val_bytes"), expected)
-    if folder.ours and "dataset" in folder.content:
+    if folder.exact and "dataset" in folder.content:
         texts = folder.content["dataset"], submission.dataset(data)["text"]
         findings.same(
             "submission.json: dataset, and the one of --data",  # the names of folders may differ
@@ -620,6 +853,23 @@ def largest(rows: list[dict[str, Any]], key: str) -> float | None:
     return max((row[key] for row in rows if isinstance(row.get(key), (int, float))), default=None)
 
 
+def artifact_size(folder: Folder, seed: Seed) -> tuple[float | None, str]:
+    """The largest size of a seed's artifact that its sources tell, and how: as a total, or as model and code."""
+    known = [seed.row, *(figures(run) for _, run in seed.sources)]
+    size, model = largest(known, "artifact_bytes"), largest(known, "model_bytes")
+    code = largest(known, "code_bytes")
+    content = folder.content if folder.exact else folder.everything
+    if not folder.exact:
+        total = content.get("bytes_total", content.get("artifact_bytes"))
+        size = size if size is not None or not strangers.is_number(total) else float(total)
+        stated_code = content.get("bytes_code", content.get("code_bytes"))
+        code = code if code is not None or not strangers.is_number(stated_code) else float(stated_code)
+        code = code if code is not None else folder.scripts.get("train_gpt.py")
+    if model is None or code is None or model > 2 * CAP_BYTES or (size is not None and size >= model + code):
+        return size, ""
+    return model + code, " with its code"
+
+
 def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
     """Checks bytes and seconds. The last step of a training may end after the time limit; what follows may not.
 
@@ -627,7 +877,7 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
     """
     for number, seed in folder.seeds.items():
         known = [seed.row, *(figures(run) for _, run in seed.sources)]
-        size = largest(known, "artifact_bytes")
+        size, how = artifact_size(folder, seed)
         train, step = largest(known, "train_wallclock_ms"), largest(known, "step_avg_ms")
         evaluation = max([seed.row.get("eval_time_s") or 0, *(run.eval_seconds or 0 for _, run in seed.sources)])
         seconds = seed.summary.seconds if seed.summary else {}
@@ -635,13 +885,14 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
         if size is None:
             findings.note(f"seed {number}: no source has the bytes of its artifact")
         else:
-            findings.require(size <= cap, f"seed {number}: its artifact of {size:.0f} bytes is over {cap}")
+            findings.require(size <= cap, f"seed {number}: its artifact of {size:.0f} bytes{how} is over {cap}")
         if train is None:
             findings.note(f"seed {number}: no source has its seconds of training")
         else:
             spent = train / 1000 + after
+            last = step or (0.0 if folder.exact else 1000.0)
             findings.require(
-                spent - (step or 0) / 1000 <= BUDGET_SECONDS,
+                spent - last / 1000 <= BUDGET_SECONDS,
                 f"seed {number}: {spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}",
             )
         findings.require(
@@ -650,6 +901,17 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
         )
         if not evaluation:
             findings.note(f"seed {number}: no source has its seconds of evaluation")
+    if not folder.exact and not folder.seeds:
+        check_total(folder, findings, cap)
+
+
+def check_total(folder: Folder, findings: Findings, cap: int) -> None:
+    """Checks the total that a submission.json states where no seed is known."""
+    for leaf in stated.claims.leaves(folder.everything, []):
+        m = leaf.meaning
+        if m.kind == "bytes" and m.part == "total" and not (m.foreign or m.difference or m.statistic == "std"):
+            size = leaf.value * m.units[0]
+            findings.require(size <= cap, f"submission.json: {leaf.name} of {size:.0f} bytes is over {cap}")
 
 
 def check_claims(folder: Folder, findings: Findings) -> None:
@@ -663,19 +925,19 @@ def check_claims(folder: Folder, findings: Findings) -> None:
                 ("pytorch_version", run.versions.get("torch")),
                 ("cuda_version", run.versions.get("cuda")),
             ):
-                if key in s and value:
+                if key in s and value and folder.exact:
                     findings.require(
                         str(value) in str(s[key]),
                         f"submission.json: {key} {s[key]!r}, and the {source} of seed {number} says {value!r}",
                     )
     hardware = " ".join(str(run.hardware or "") for run in folder.logs)
-    if hardware.strip() and re.search(r"10.?min", str(s.get("track", ""))):
+    if folder.exact and hardware.strip() and re.search(r"10.?min", str(s.get("track", ""))):
         findings.require(
             "H100" in hardware and "8 x" in hardware,
             f"submission.json: track {s['track']!r} is for 8 H100s, and the logs say {hardware.strip()}",
         )
     rows = [seed.row for seed in folder.seeds.values()]
-    if folder.ours and "compliance" in s and all(set(submission.COMPLIANCE_NEEDS) <= set(r) for r in rows):
+    if folder.exact and "compliance" in s and all(set(submission.COMPLIANCE_NEEDS) <= set(r) for r in rows):
         test = strangers.checked(s.get("significance", {}), SIGNIFICANCE, "", [])  # named by check_comparison
         for name, value in submission.compliance(rows, test and dict(test, holds=test.get("holds"))).items():
             findings.require(
@@ -771,7 +1033,10 @@ def column_statistics(folder: Folder) -> Iterator[float]:
 
 
 def check_page(folder: Folder, findings: Findings) -> None:
-    """Checks README.md: rows of seeds against their seed; on our own page, other numbers against all figures."""
+    """Checks our README.md: rows of seeds against their seed, and all other numbers against all figures."""
+    if not folder.ours:
+        page_claims.check_page(folder, findings)
+        return
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     known = Known(
         [
@@ -786,7 +1051,7 @@ def check_page(folder: Folder, findings: Findings) -> None:
         ]
     )
     header: list[str] = []
-    rows, claims = 0, Counter()
+    rows = 0
     for line in page.splitlines():
         row = line.strip()
         cells = [cell.strip(" *`") for cell in row.strip("|").split("|")] if row.startswith("|") else []
@@ -800,19 +1065,16 @@ def check_page(folder: Folder, findings: Findings) -> None:
             rows += 1
             check_page_row(folder, findings, int(match[1]), header, cells)
             continue
-        if folder.ours or re.match(r"^\W*(mean|average|avg|std|3-seed)", line, re.I):
-            for text in TOKEN.findall(line):
-                if len(re.sub(r"\D", "", text)) >= 3:
-                    findings.require(known.has(text), f"README.md: {text} is in no other file: {row[:80]}")
-        else:
-            claims.update(t for t in TOKEN.findall(line) if re.fullmatch(r"[01]\.[0-9]{4,}", t) and not known.has(t))
+        for text in TOKEN.findall(line):
+            if len(re.sub(r"\D", "", text)) >= 3:
+                findings.require(known.has(text), f"README.md: {text} is in no other file: {row[:80]}")
     if folder.seeds and folder.page:
         findings.require(
             rows == 0 or rows >= len(folder.seeds),
             f"README.md: {rows} of {len(folder.seeds)} seeds have a row in its table",
         )
         if not rows:
-            (findings.error if folder.ours else findings.note)("README.md: has no table with a row for each seed")
+            findings.error("README.md: has no table with a row for each seed")
     mean = folder.content.get("val_bpb")
     if isinstance(mean, float) and folder.page:
         exact = (text for text in TOKEN.findall(folder.page) if len(text.partition(".")[2]) >= 4)
@@ -820,8 +1082,6 @@ def check_page(folder: Folder, findings: Findings) -> None:
             any(runs.rounded(mean, text) for text in exact),
             f"README.md: does not say submission.json's val_bpb {plain(mean)}",
         )
-    if claims:
-        findings.note(f"README.md: in no other file, so not checked: {', '.join(sorted(claims)[:12])}")
 
 
 def check_page_row(folder: Folder, findings: Findings, number: int, header: list[str], cells: list[str]) -> None:
@@ -837,7 +1097,7 @@ def check_page_row(folder: Folder, findings: Findings, number: int, header: list
         own = Known(float(v[key]) for v in values if key and isinstance(v.get(key), (int, float)))
         for text in TOKEN.findall(cell):
             findings.require(
-                (own if folder.ours and own.any else everything).has(text),
+                (own if own.any else everything).has(text),
                 f"README.md: seed {number}, {title}: {text} is not in its log or row",
             )
 
@@ -895,6 +1155,7 @@ def parse(arguments: list[str]):
         metavar="BPB",
         help="allowed difference of a rerun's val_bpb (default: %(default)s)",
     )
+    add("--json", action="store_true", help="print all findings as one JSON object")
     options = parser.parse_args(arguments)
     if options.rerun is not None and not options.run:
         raise UserError(f"--rerun {options.rerun}: trains with the folder's code, which is run only with --run")
@@ -906,21 +1167,16 @@ def main(arguments: list[str]) -> int:
     options, findings = parse(arguments), Findings()
     baseline = submission.baseline_figures(options.baseline) if options.baseline else None
     folder = read_folder(options.folder, findings)
-    for check in (
-        check_fields,
-        check_seeds,
-        check_configuration,
-        check_sources,
-        check_row,
-        check_statistics,
-        check_claims,
-        check_proof,
-        check_page,
-    ):
+    for check, cause in CHECKS:
+        findings.cause = cause
         check(folder, findings)
+    findings.cause = "statistics"
     check_comparison(folder, findings, baseline)
+    findings.cause = "configuration"
     check_data(folder, findings, options.data)
+    findings.cause = "limits"
     check_limits(folder, findings, options.cap)
+    findings.cause = "script"
     run_submission.check_script(folder, findings)
     if options.run:
         run_submission.load_artifacts(folder, findings, Limits(options.run_seconds, options.run_memory << 20))
@@ -928,14 +1184,60 @@ def main(arguments: list[str]) -> int:
         findings.note("script: not run without --run, so no artifact was loaded and no seed was trained again")
     if options.rerun is not None:
         run_submission.rerun(folder, findings, options)
-    for note in findings.notes:
-        print(f"note: {note}")
-    for error in findings.errors:
-        print(f"DISAGREES: {error}")
+    (print_json if options.json else print_findings)(options.folder, findings)
+    if findings.errors:
+        return 1
+    return 3 if findings.warnings else 0
+
+
+def print_findings(folder: Path, findings: Findings) -> None:
+    """One line for each group of findings, the worst first."""
+    for group in findings.groups():
+        first, *more = group
+        also = f" (and {len(more)} more of the same: {', '.join(topic(text) for text in more[:6])})" if more else ""
+        print(f"{first.severity}: {first}{also}")
     if findings.dropped:
         print(f"and {findings.dropped} more, which are not listed")
-    print(f"{findings.compared} comparisons, {len(findings.errors)} disagreements, {len(findings.notes)} notes")
-    return 1 if findings.errors else 0
+    print(
+        f"{findings.compared} comparisons, {len(findings.errors)} errors, {len(findings.warnings)} warnings, "
+        f"{len(findings.notes)} notes"
+    )
+
+
+def topic(text: str) -> str:
+    """What a finding of a group is about, in few words."""
+    return visible(text.partition(": ")[2].partition(" in ")[0].partition(":")[0], 40)
+
+
+def print_json(folder: Path, findings: Findings) -> None:
+    """All findings as one JSON object, in the same order."""
+    groups = [
+        dict(
+            severity=g[0].severity,
+            cause=g[0].cause,
+            meaning=CAUSES[g[0].cause],
+            text=str(g[0]),
+            more=[*map(str, g[1:])],
+        )
+        for g in findings.groups()
+    ]
+    counts = dict(errors=len(findings.errors), warnings=len(findings.warnings), notes=len(findings.notes))
+    content = dict(folder=visible(folder), comparisons=findings.compared, **counts, dropped=findings.dropped)
+    print(json.dumps(dict(content, findings=groups), indent=1))
+
+
+CHECKS = (
+    (check_fields, "form"),
+    (check_seeds, "files"),
+    (check_configuration, "configuration"),
+    (check_sources, "score"),
+    (check_row, "figures"),
+    (check_statistics, "statistics"),
+    (stated.check_stated, "figures"),
+    (check_claims, "figures"),
+    (check_proof, "script"),
+    (check_page, "page"),
+)
 
 
 if __name__ == "__main__":

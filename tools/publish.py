@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if not (options.folder / "submission.json").is_file() or not any(options.folder.glob("train_seed*.log")):
         raise UserError(f"{options.folder}: must be a submission's folder written by tools/reproduce.py")
     more = ["--data", str(options.data)] if options.data else []
-    if check_submission.main([str(options.folder), *more, *(["--run"] if options.run else [])]):
+    if check_submission.main([str(options.folder), *more, *(["--run"] if options.run else [])]) == 1:
         raise UserError(f"{options.folder}: has disagreements, and is not published")
     for path in publish(options.folder, options.root):
         print(f"written: {path}")

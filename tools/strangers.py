@@ -239,7 +239,7 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[-+]?[0-9]+", text) and len(text) <= DIGITS else None
 
 
-def parse_json(text: str | bytes, problems: list[str] | None = None) -> Any:
+def parse_json(text: str | bytes, problems: list[str] | None = None, decimal: Callable[[str], float] = float) -> Any:
     """The value of a JSON text. A key that is given twice is a problem, or an error without a list of problems.
 
     Numbers of very many digits become floats, and infinite where they overflow. Errors: ValueError.
@@ -257,6 +257,7 @@ def parse_json(text: str | bytes, problems: list[str] | None = None) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=pairs,
+            parse_float=decimal,
             parse_int=lambda digits: int(digits) if len(digits) <= 2 * DIGITS else float(digits),
         )
     except RecursionError:
@@ -287,18 +288,29 @@ def check_size(value: Any) -> None:
     raise ValueError(f"more than {DEPTH} nested values")
 
 
-def read_json(path: Path, inside: Path | None = None, problems: list[str] | None = None, kind: str = "json") -> Any:
-    """A JSON file. Errors: Unreadable naming it."""
+def read_json(
+    path: Path,
+    inside: Path | None = None,
+    problems: list[str] | None = None,
+    kind: str = "json",
+    decimal: Callable[[str], float] = float,
+) -> Any:
+    """A JSON file, with its decimal numbers as `decimal` makes them. Errors: Unreadable naming it."""
     content = read_bytes(path, kind, inside)
     try:
-        return parse_json(content.decode("utf-8"), problems)
+        return parse_json(content.decode("utf-8"), problems, decimal)
     except ValueError as error:
         raise Unreadable(path, f"is not JSON ({visible(str(error), 100)})") from None
 
 
-def read_object(path: Path, inside: Path | None = None, problems: list[str] | None = None) -> dict[str, Any]:
+def read_object(
+    path: Path,
+    inside: Path | None = None,
+    problems: list[str] | None = None,
+    decimal: Callable[[str], float] = float,
+) -> dict[str, Any]:
     """A JSON file that holds an object. Errors: Unreadable."""
-    content = read_json(path, inside, problems)
+    content = read_json(path, inside, problems, decimal=decimal)
     if not isinstance(content, dict):
         raise Unreadable(path, "must hold a JSON object")
     return content

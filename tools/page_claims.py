@@ -1,0 +1,264 @@
+"""Compares the tables and results in a stranger's README.md with what the folder's logs and submission.json tell.
+
+A cell or a line may also give a statistic over seeds, a difference of two figures, another unit or another rounding. A
+number that is none of these and lies near to a figure of its meaning disagrees; other people's figures are passed over.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import claims
+import runs
+from claims import Figure, stands
+
+if TYPE_CHECKING:
+    from check_submission import Findings, Folder
+    from stated import Evidence
+
+TOKEN = re.compile(r"(?<![\w./-])[-+−]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?![\w]|\.[0-9])")
+HEADLINE = re.compile(
+    r"^\W*(?:(?:final|mean|[0-9]-seed|our|score)\W+)*val[_ ]?bpb\W{0,6}(?:score\W{0,4})?[:=]\s*\W{0,4}"
+    r"([0-9]\.[0-9]{3,10})(?![0-9])",
+    re.I | re.M,
+)
+TITLE = re.compile(r"^#{1,3} .{0,200}?\bval[_ ]?bpb\W{1,6}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
+DEVIATION = re.compile(r"(?:\bstd(?:ev)?|standard deviation|±|σ|\+/-)\W{0,8}(0\.0[0-9]{2,8})(?![0-9])", re.I)
+RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)
+ABROAD = re.compile(
+    r"\bPR\b|#|sota|baseline|prev|leaderboard|\bvs\b|delta|Δ|diff|gain|improv|record|reference|paper", re.I
+)
+ASIDE = re.compile(
+    r"ablat|previous|prior|baseline|comparison|supersed|sota|PR ?#|histor|earlier|sweep|negative|tried", re.I
+)
+TOKENS = 20_000  # numbers of a page that are compared
+LINES = 5000
+NEAR = 0.03  # of its value, in prose
+TABLE = dict(bpb=0.015, loss=0.015)  # in a column whose title says its kind
+
+
+class Known:
+    """The figures that a page may repeat: of the logs, of submission.json, of statistics, and in other units."""
+
+    def __init__(self, folder: Folder, evidence: Evidence):
+        values = [f.value for f in (*evidence.figures, *evidence.over, *evidence.files)]
+        values += [leaf.value * unit for leaf in evidence.leaves for unit in leaf.meaning.units]
+        values += [leaf.value for leaf in evidence.leaves]
+        values += [size for sizes in (folder.scripts, folder.weights) for size in sizes.values()]
+        texts = [text for several in evidence.settings.values() for text in several]
+        values += [float(text) for text in texts if re.fullmatch(r"[0-9]{1,15}(?:\.[0-9]{1,10})?", text)]
+        values += [runs.CAP_BYTES, runs.MARGIN_NATS, runs.LEVEL, runs.BUDGET_SECONDS]
+        values += [abs(runs.CAP_BYTES - x) for x in values if 1e6 < x < 2e7]
+        every = {x for v in dict.fromkeys(values) for x in units_of(v)}
+        gaps = claims.differences([x for x in values if 0 < abs(x) < 20], None, 300)
+        ratio = evidence.ratio or 0.0
+        self.evidence = evidence
+        self.own: dict[int | None, claims.Numbers] = {}
+        self.left = TOKENS
+        self.numbers = claims.Numbers([*every, *gaps, *(x * ratio for x in gaps if ratio)])
+
+    def of_seed(self, seed: int | None) -> claims.Numbers:
+        """The figures of a seed's logs and row, or without a seed the statistics over seeds."""
+        if seed not in self.own:
+            figures = self.evidence.by_seed.get(seed, []) if seed is not None else self.evidence.over
+            values = [f.value for f in figures]
+            values += [x.value for x in self.evidence.leaves if seed is not None and x.meaning.seed == seed]
+            self.own[seed] = claims.Numbers(x for value in values for x in units_of(value))
+        return self.own[seed]
+
+    def tokens(self, text: str) -> list[str]:
+        """The numbers of a text, as long as there are not too many on the page."""
+        found = TOKEN.findall(text)[: self.left]
+        self.left -= len(found)
+        return found
+
+    def has(self, text: str) -> bool:
+        return self.numbers.states(text.replace("−", "-").lstrip("+-"))
+
+
+def units_of(value: float) -> Iterator[float]:
+    """A figure as people write it: in thousands, millions, mebibytes, minutes, ms and percent."""
+    value = abs(value)
+    yield from (value, value / 1e3, value * 1e3, value / 1e6)
+    if value > 1e4:
+        yield from (value / 2**20, value / 2**10, value / 1e9)
+    elif value > 30:
+        yield value / 60
+
+
+def check_page(folder: Folder, findings: Findings) -> None:
+    """Checks the tables, the lines of results and the headline of somebody else's README.md."""
+    if not folder.page or folder.evidence is None:
+        return
+    evidence = folder.evidence
+    known = Known(folder, evidence)
+    header: list[str] = []
+    unknown: list[str] = []
+    aside = False  # in a section of other runs
+    rows: set[int] = set()
+    page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
+    for line in page.splitlines()[:LINES]:
+        cells = cells_of(line)
+        if line.startswith("#") or "<summary" in line or "</details" in line:
+            aside = bool(ASIDE.search(line))
+        if aside:
+            continue
+        if not cells:
+            header = []
+            unknown += check_line(findings, evidence, known, line)
+        elif re.fullmatch(r"[\s|:-]+", line):
+            continue
+        elif not header:
+            header = cells
+        else:
+            seed = row_seed(header, cells)
+            if seed is not None:
+                rows.add(seed)
+            unknown += check_row(folder, findings, known, seed, header, cells)
+    check_headline(folder, findings, evidence)
+    check_deviations(folder, findings, evidence)
+    check_seeds(folder, findings, rows)
+    if unknown:
+        findings.note(f"README.md: in no other file, so not checked: {', '.join(sorted(set(unknown))[:12])}")
+
+
+def cells_of(line: str) -> list[str]:
+    row = line.strip()
+    return [cell.strip(" *`~") for cell in row.strip("|").split("|")] if row.startswith("|") else []
+
+
+def row_seed(header: list[str], cells: list[str]) -> int | None:
+    """The seed of a table's row, if its column of seeds says one."""
+    place = next((i for i, title in enumerate(header) if "seed" in title.lower()), None)
+    if place is None or place >= len(cells):
+        return None
+    match = re.fullmatch(r"(?:seed\s*)?([0-9]{1,10})(?:\s*\(.*\))?", cells[place], re.I)
+    return int(match[1]) if match else None
+
+
+def statistic_row(cells: list[str]) -> bool:
+    return bool(cells and re.match(r"^\W*(?:mean|average|avg|std|stdev|deviation|[0-9]-seed)", cells[0], re.I))
+
+
+def check_row(
+    folder: Folder, findings: Findings, known: Known, seed: int | None, header: list[str], cells: list[str]
+) -> list[str]:
+    """Checks a row of a seed, or of a statistic over seeds. Returns what nothing tells."""
+    evidence = folder.evidence
+    if evidence is None or (seed is None and not statistic_row(cells)):
+        return [] if seed is None else [cells[0]]
+    own = [f for f in evidence.by_seed.get(seed, []) if f.meaning.kind] if seed is not None else evidence.over
+    unknown = []
+    for title, cell in zip(header, cells, strict=False):
+        if ABROAD.search(title) or "seed" in title.lower():
+            continue
+        m = claims.meaning((title.replace("/", " per "),))
+        kind = m.kind or column_kind(title, cell)
+        for text in known.tokens(re.sub(r"~ ?[0-9.,]+|[0-9.,]+ ?%", "", cell)):
+            digits = re.sub(r"\D", "", text)
+            plain = text.replace("−", "-").lstrip("+-")
+            if len(digits) < 3 or known.of_seed(seed).states(plain):
+                continue
+            near = nearest(plain, own, kind, TABLE.get(kind, 0.05))
+            if near is not None and seed is not None:
+                findings.error(f"README.md: seed {seed}, {title}: {text} is not in its log or row: {near:.9g}")
+            elif seed is not None and kind and any(f.meaning.kind == kind for f in own) and not known.has(text):
+                findings.warning(f"README.md: seed {seed}, {title}: {text} is not in its log or row")
+            elif seed is None and near is None and kind in ("bpb", "bytes") and not known.has(text):
+                findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}")
+            elif near is not None and not known.has(text):
+                findings.error(f"README.md: {text} is in no other file: {cells[0]}, {title}, which are {near:.9g}")
+            elif not known.has(text):
+                unknown.append(text)
+    findings.compared += 1
+    return unknown
+
+
+def column_kind(title: str, cell: str) -> str:
+    """The kind of a column whose title does not say it: sizes, and the scores of stages."""
+    if re.search(r"artifact|size", title, re.I):
+        return "bytes"
+    stage = claims.score_part(set(claims.words_of(title))) or re.search(r"roundtrip|sliding", title, re.I)
+    return "bpb" if stage and re.match(r"^[0-3]\.[0-9]{3,8}\b", cell) else ""
+
+
+def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) -> float | None:
+    """The figure that a wrong number means: of the kind that its column names, and near to it."""
+    number = abs(runs.rounding(text)[0])
+    values = [x for f in figures if not kind or f.meaning.kind == kind for x in units_of(f.value)]
+    close = [x for x in values if abs(x - number) <= reach * number] if kind else []
+    return min(close, key=lambda x: abs(x - number)) if close else None
+
+
+def check_line(findings: Findings, evidence: Evidence, known: Known, line: str) -> list[str]:
+    """A line of prose: one of results must repeat known figures. Returns what nothing tells."""
+    texts = [t for t in known.tokens(line) if len(re.sub(r"\D", "", t)) >= 3 and not known.has(t)]
+    scores = [t for t in texts if re.fullmatch(r"[0-9]\.[0-9]{4,}", t)]
+    if not RESULT.match(line) or ABROAD.search(line):
+        return scores
+    for text in scores:
+        near = nearest(text, [*evidence.over, *evidence.figures], "bpb")
+        if near is not None:
+            findings.error(f"README.md: {text} is in no other file: {line.strip()[:80]}; the figures have {near:.6g}")
+    return [t for t in scores if nearest(t, [*evidence.over, *evidence.figures], "bpb") is None]
+
+
+def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> None:
+    """The val_bpb that a page states must be a figure of the folder; submission.json's must stand on the page."""
+    scores = [f for f in (*evidence.figures, *evidence.over) if f.meaning.kind == "bpb"]
+    told = [leaf.value for leaf in evidence.leaves if leaf.meaning.kind == "bpb"]
+    titles = TITLE.findall(folder.page[:500_000])[:20]
+    for text in [*HEADLINE.findall(folder.page[:500_000])[:50], *titles]:
+        place = folder.page.find(text)
+        line = folder.page[max(0, folder.page.rfind("\n", 0, place)) : place + len(text) + 40]
+        if ABROAD.search(re.sub("record", "", line, flags=re.I)) or any(stands(text, f.value, f.slack) for f in scores):
+            continue
+        if any(stands(text, x) or stands(claims.text_of(x), float(text)) for x in told):
+            continue
+        near = nearest(text, scores, "bpb")
+        if near is not None:
+            findings.error(f"README.md: val_bpb {text}, and the logs have {near:.6g}", cause="score")
+    mean = folder.content.get("val_bpb")
+    if isinstance(mean, float) and math.isfinite(mean):
+        exact = [t.lstrip("+-−") for t in TOKEN.findall(folder.page[:500_000]) if len(t.partition(".")[2]) >= 3]
+        if exact:
+            own = claims.text_of(mean)
+            findings.require(
+                any(stands(text, mean) or stands(own, float(text.replace(",", ""))) for text in exact),
+                f"README.md: does not say submission.json's val_bpb {own}",
+            )
+
+
+def check_deviations(folder: Folder, findings: Findings, evidence: Evidence) -> None:
+    """A deviation that a page states must not be the population's, unless it says so."""
+    if "population" in folder.page.lower() or "ddof=0" in folder.page:
+        return
+    over = [f for f in evidence.over if f.meaning.kind in ("bpb", "loss")]
+    sample, population = ([f for f in over if f.meaning.statistic == name] for name in ("std", "pstd"))
+    for text in dict.fromkeys(DEVIATION.findall(folder.page[:500_000])[:100]):
+        wrong = [f for f in population if stands(text, f.value, f.slack, cut=False)]
+        if wrong and not any(stands(text, f.value, f.slack) for f in sample):
+            right = next((f.value for f in sample if f.label == wrong[0].label), 0.0)
+            findings.error(
+                f"README.md: std {text} and the seeds' sample deviation {right:.4g} (it is the population's)",
+                cause="statistics",
+            )
+
+
+def check_seeds(folder: Folder, findings: Findings, rows: set[int]) -> None:
+    """A table of seeds must have those of submission.json; other rows are other runs', and named."""
+    if not folder.seeds:
+        return
+    extra = sorted(rows - set(folder.seeds))
+    absent = sorted(set(folder.seeds) - rows)
+    claimed = [s for s in absent if folder.seeds[s].row]
+    if extra:
+        said = ", ".join(map(str, extra[:10]))
+        findings.warning(f"README.md: has rows of seeds {said}, which submission.json and the logs have not")
+    if rows and claimed and not extra:
+        findings.warning(f"README.md: its table has no row of seed {', '.join(map(str, claimed[:10]))}")
+    if not rows:
+        findings.note("README.md: has no table with a row for each seed")

@@ -284,17 +284,26 @@ class Misread(Exception):
 
 # Words of a stage's line that say how a score was made, and do not change what is scored. All others name a stage that
 # is not known here, such as slot or ngram.
-PLAIN_WORDS = frozenset(
-    """final exact legal val eval evaluation validation test diagnostic result results score scored first full stride
-    window windows win context ctx seq len seqlen seq_len zlib zstd lzma brotli br xz bz2 ans rans pergroup gptq lite
-    mixed packed artifact model saved reloaded export exported research storage pass stored phased lora global chunk
-    chunked causal sgd adam adamw muon doc docs document documents post after of the with and best only standard std
-    compat done end complete completed total bits bit awq lqer sdclip per row rank seed loss bpb metric metrics
-    compressed serialized deserialized weights params state dict eval_only submission official main default batched
-    compiled flash online""".split()
-)
-AVERAGE_WORDS = frozenset("ema swa lawa average averaged avg raw float unquantized".split())
-BASELINE_WORDS = frozenset("baseline before no without pre".split())
+PLAIN_TEXT = """
+final exact legal val eval evaluation validation test diagnostic result results score scored first full stride
+window windows win context ctx seq len seqlen seq_len zlib zstd lzma brotli br xz bz2 ans rans pergroup gptq
+lite mixed packed artifact model saved reloaded export exported research storage pass stored phased lora global
+chunk chunked causal sgd adam adamw muon doc docs document documents post after of the with and best only
+standard std compat done end complete completed total bits bit awq lqer sdclip per row rank seed loss bpb metric
+metrics compressed serialized deserialized weights params state dict eval_only submission official main default
+batched compiled flash online
+"""
+PLAIN_WORDS = frozenset(PLAIN_TEXT.split())
+AVERAGE_WORDS = frozenset(("ema", "swa", "lawa", "average", "averaged", "avg", "raw", "float", "unquantized"))
+BASELINE_WORDS = frozenset(("baseline", "before", "no", "without", "pre"))
+QUANTIZED_WORD = re.compile(r"(de)?quant|postquant|roundtrip|rt$|ternary|binary|[fn]f4")
+BITS_WORD = re.compile(r"u?int[0-9]+|[0-9]+bit|fp[0-9]+|bf16|q[0-9]")
+
+
+def own_name(words: str) -> str:
+    """What a line calls its stage, as one word."""
+    name = re.sub(r"[^a-z0-9+]+", "_", words.lower()).strip("_")
+    return re.sub(r"^final_(?=.)|_exact$", "", name) or "score"
 
 
 def stage_name(words: str) -> tuple[str, bool]:
@@ -305,14 +314,13 @@ def stage_name(words: str) -> tuple[str, bool]:
     lowered = re.sub(r"pre[-_ ]?quant\w*|pre[-_ ]?export", " prequant ", words.lower())
     tokens = [word for word in re.split(r"[^a-z0-9]+", lowered) if word]
     named = [word for word in tokens if not re.fullmatch(r"[swl]?[0-9]+k?|[0-9]+d", word)]
-    bits = {word for word in named if re.fullmatch(r"u?int[0-9]+|[0-9]+bit|fp[0-9]+|bf16|q[0-9]", word)}
-    quantized = {word for word in named if re.match(r"(de)?quant|postquant|roundtrip|rt$", word)} | bits
+    bits = {word for word in named if BITS_WORD.fullmatch(word)}
+    quantized = {word for word in named if QUANTIZED_WORD.match(word)} | bits
     sliding = {"sliding", "slide", "sw"} & set(named)
     averages, before, ttt = AVERAGE_WORDS & set(named), "prequant" in named, "ttt" in named
     without = BASELINE_WORDS & set(named) if ttt else set()
     rest = set(named) - PLAIN_WORDS - quantized - sliding - averages - without - {"prequant", "ttt"}
-    own = re.sub(r"[^a-z0-9+]+", "_", words.lower()).strip("_")
-    own = re.sub(r"^final_(?=.)|_exact$", "", own) or "score"
+    own = own_name(words)
     if rest == {"hint"} and not ttt and not before:
         return "hint", True
     if rest or (before and (ttt or sliding)) or not (ttt or sliding or quantized or averages or before):
@@ -379,7 +387,7 @@ class LogReader:
         label = re.sub(r"_?exact", "", " ".join(words.split())).strip(" :=")
         if not exact and label in self.exact:
             return True
-        name, known = stage_name(words)
+        name = stage_name(words)[0]
         if exact:
             self.exact.add(label)
         pairs = {n: (v, unit) for n, v, unit in PAIR.findall(rest)}
@@ -389,10 +397,10 @@ class LogReader:
                 stage.seconds = amount(pairs[word][0]) * SECONDS[pairs[word][1]]
         stride = re.search(r"stride[:=]?\s?([0-9]{1,9})\b", line)
         stage.stride = whole(stride[1]) if stride else None
-        self.keep(name, known, stage)
+        self.keep(name, stage)
         return True
 
-    def keep(self, name: str, known: bool, stage: Stage) -> None:
+    def keep(self, name: str, stage: Stage) -> None:
         """Adds a stage, as the one that counts so far unless it is a score of before the quantization."""
         run = self.run
         before = run.stages.get(name)
@@ -402,7 +410,7 @@ class LogReader:
             if any(same_score(run.stages[other], stage) for other in others):
                 return
             if before and others and before.label != stage.label:
-                name, known = re.sub(r"[^a-z0-9+]+", "_", stage.label.lower()).strip("_") or "score", False
+                name = own_name(stage.label)
                 before = run.stages.get(name)
         if before:
             stage.seconds = before.seconds if stage.seconds is None else stage.seconds
@@ -546,9 +554,7 @@ def whole_or(text: str | None, otherwise: int) -> int:
 
 
 def split_score(line: str) -> tuple[str, str | None, str, str] | None:
-    """(words, val_loss or None, val_bpb, rest) of a line with a stage's score; None for any other line.
-
-    """
+    """(words, val_loss or None, val_bpb, rest) of a line with a stage's score; None for any other line."""
     if "val_bpb" not in line:
         return None
     match = BPB.search(line)

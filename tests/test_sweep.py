@@ -83,8 +83,9 @@ def states(content):
 
 def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp_path):
     """SIGKILL while the second of four runs trains: the first is not run again, the second is, its process is gone."""
-    command = [sys.executable, str(TOOL), "NUM_HEADS=4,3", "SEED=1,2", "--folder", "s", "--", "python", str(SCRIPT)]
-    values = clean_environment(dict(TINY, DATA_PATH=data, ITERATIONS=8, TRAIN_LOG_EVERY=1))
+    space = [f"DATA_PATH={data},nowhere", "SEED=1,2"]
+    command = [sys.executable, str(TOOL), *space, "--folder", "s", "--", "python", str(SCRIPT)]
+    values = clean_environment(dict(TINY, ITERATIONS=8, TRAIN_LOG_EVERY=1))
     marked = dict(values, MARK=str(tmp_path))
     first = processes.start(
         command, supervised=False, env=marked, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -100,15 +101,17 @@ def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp
     assert second.returncode == 1 and "trial 1: its sweep was killed; it is run again" in second.stdout, second.stderr
     assert snapshot(tmp_path / "s" / "trial-0000") == before and snapshot(tmp_path / "s" / "trial-0001") == cut
     content = study(tmp_path / "s")
-    assert states(content) == {("4", "1"): "complete", ("4", "2"): "complete", ("3", "1"): "fail", ("3", "2"): "fail"}
+    expected = {(str(data), seed): "complete" for seed in "12"} | {("nowhere", seed): "fail" for seed in "12"}
+    assert states(content) == expected
     assert content["objective"] == "val_bpb" and len(content["trials"]) == 4
     for t in content["trials"]:
         if t["state"] == "fail":
-            assert t["error"].startswith("exit code 2: error: NUM_HEADS=3: must divide MODEL_DIM=32")
+            assert t["error"].startswith("exit code 2: error: DATA_PATH=nowhere: holds no")
         else:
             summary = json.loads((tmp_path / t["folder"] / "summary.json").read_text())
             assert t["value"] == summary["val_bpb"] and str(summary["seed"]) == t["values"]["SEED"]
-    assert "best: NUM_HEADS=4 python" in second.stdout and "deviation" in second.stdout
+    assert f"best: DATA_PATH={data} python" in second.stdout and "deviation" in second.stdout
+    assert "4 of 4, best so far: val_bpb" in second.stdout and "with --retry-failed runs them again" in second.stdout
     unchanged = snapshot(tmp_path / "s")
     third = run_command(command, env=values, cwd=tmp_path)
     assert third.stdout.splitlines()[1:] == second.stdout.splitlines()[-len(third.stdout.splitlines()) + 1 :]

@@ -1,7 +1,7 @@
 """What a script would make of an environment, before anything runs: names, values, presets in files.
 
-tools/sweep.py and tools/reproduce.py ask here. A script with `config_from_env`, as train_gpt.py has, is loaded into this
-process and asked; of any other script, only the names of the variables that its source has in quotes are known.
+tools/sweep.py and tools/reproduce.py ask here. A script with `config_from_env`, as train_gpt.py has, is loaded into
+this process and asked; of any other script, only the names of the variables that its source has in quotes are known.
 
 A preset in a file is a TOML file of knobs, such as
 

@@ -4,9 +4,9 @@
 
 The packed script runs like the readable one, with python or torchrun. It unpacks with the standard library alone.
 Functions keep their names, and the source of every line stays available, for tracebacks and for Triton, which compiles
-the source text of a kernel. The same script always gives the same bytes, which are kept in the user's cache folder. A packed script is
-returned unchanged. Pack
-with the oldest Python that must run it: newer versions write f-strings that 3.11 cannot read.
+the source text of a kernel. The same script always gives the same bytes, which are kept in the user's cache folder. A
+packed script is returned unchanged. Pack with the oldest Python that must run it: newer versions write f-strings that
+3.11 cannot read.
 """
 
 from __future__ import annotations

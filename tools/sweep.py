@@ -58,7 +58,9 @@ import strangers
 import trackers
 from runs import Parser, UserError, command_line, number_type, write_atomic
 
-LOCK_WAIT, LOCK_NOTE = 1.0, 60.0  # seconds between tries while a database is locked, and between lines about it
+# Seconds that SQLite itself waits for a lock, those until the next try, and those between lines about it.
+LOCK_SECONDS = 5.0
+LOCK_WAIT, LOCK_NOTE = 1.0, 60.0
 CORNERS = 64  # combinations of a range's ends that are checked before anything runs
 LEASE_SECONDS = 120.0  # without a heartbeat for so long, a run on another machine is dead
 POLL_SECONDS = 0.2
@@ -377,7 +379,7 @@ def difference(before: Any, now: Any) -> str:
 
 def patient_storage(url: str):
     """Optuna's storage at a URL. While another process holds a SQLite file, each call waits and is tried again."""
-    from optuna.storages import RDBStorage
+    from optuna.storages import BaseStorage, RDBStorage, get_storage
 
     if not url.startswith("sqlite:"):
         return url
@@ -399,9 +401,12 @@ def patient_storage(url: str):
 
         return tried
 
-    public = [name for name, method in vars(RDBStorage).items() if callable(method) and not name.startswith("_")]
-    patient = type("PatientStorage", (RDBStorage,), {name: patiently(getattr(RDBStorage, name)) for name in public})
-    return patiently(lambda: patient(url, engine_kwargs=dict(connect_args=dict(timeout=5))))()
+    options = dict(connect_args=dict(timeout=LOCK_SECONDS))
+    storage = patiently(lambda: get_storage(RDBStorage(url, engine_kwargs=options)))()
+    for name in dir(BaseStorage):
+        if not name.startswith("_") and callable(getattr(storage, name)):
+            setattr(storage, name, patiently(getattr(storage, name)))
+    return storage
 
 
 def is_locked(error: BaseException | None) -> bool:

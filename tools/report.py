@@ -316,8 +316,8 @@ def legend(fig, ax, width: float) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """A running mean over 1/50 of a curve; short curves stay as they are."""
-    width = max(1, len(values) // 50)
+    """A running mean over 1/50 of a curve, and over a few points of a short one."""
+    width = max(1, len(values) // 50, min(5, len(values) // 6))
     sums = [0.0, *itertools.accumulate(values)]
     return [(sums[i + 1] - sums[max(0, i - width + 1)]) / min(width, i + 1) for i in range(len(values))]
 
@@ -349,6 +349,9 @@ def curve_of(run: Run, nats: bool = False) -> Curve | None:
     if not nats and ratio is None and run.targets and run.val_bytes:
         ratio = run.targets / (math.log(2) * run.val_bytes)
     scores = finite([(row[0], row[1] if nats else row[2]) for row in run.scores])
+    end = run.stages.get("pre_quant")
+    if end and run.steps and run.steps > max((step for step, _ in scores), default=0):
+        scores += finite([(run.steps, end.loss if nats else end.bpb)])  # the score at the end of the training
     training = finite([(row[0], row[1]) for row in run.losses]) if ratio is not None else []
     values = smoothed([y for _, y in training])
     training = [(x, y * (ratio or 1.0)) for (x, _), y in zip(training, values, strict=True)]
@@ -755,7 +758,8 @@ def importance_picture(study: dict[str, Any]) -> bytes | None:
 
 # ------------------------------------------------------------------------------------------------------------ the page
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222;background:#fff}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
+html{background:#fff}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
 td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,th:first-child
 {text-align:left}img{width:auto;max-width:max(100%,44em);height:auto;display:block;margin:1em 0}
@@ -797,8 +801,8 @@ def write_report(out: Path, sections: list[tuple[str, list[list[str]], dict[str,
     write_atomic(
         page,
         f"<!DOCTYPE html>{MARKER}<html lang=en><meta charset=utf-8>"
-        f"<meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(visible(sections[0][0]))}"
-        f"</title><style>{STYLE}</style>{''.join(body)}</html>\n",
+        f"<meta name=viewport content='width=device-width,initial-scale=1'><title>"
+        f"{html.escape(visible(sections[0][0]))}</title><style>{STYLE}</style>{''.join(body)}</html>\n",
     )
 
 

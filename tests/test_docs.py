@@ -172,6 +172,9 @@ SOURCES = (
     "bench/budget.py",
     "bench/cost_model.py",
     "bench/lab_ideas.py",
+    "tools/sweep.py",
+    "tools/configuration.py",
+    "tools/trackers.py",
 )
 
 

@@ -25,7 +25,7 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = 16  # packed scripts in the cache
+KEPT, WORTH = 16, 1 << 16  # packed scripts in the cache; bytes of a source from which on it takes seconds to pack
 HEADER = b"#coding:l1 packed by tools/pack_code.py\n"
 # The data are raw bytes, and the source's encoding, Latin-1, maps each byte to a character. Base 85 would add 25%.
 # The unpacked lines are registered in linecache under a name of their own, where Triton's `inspect`, torch.compile and
@@ -143,7 +143,7 @@ def pack(source: bytes) -> bytes:
     """The script that ships. Errors: SyntaxError or ValueError if the source is not Python; ImportError."""
     if source.startswith(HEADER):
         return source
-    file = cache_file(source)
+    file = cache_file(source) if len(source) >= WORTH else None
     packed = kept(file) if file else None
     if packed is None:
         packed = packed_anew(source)

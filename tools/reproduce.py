@@ -122,9 +122,10 @@ def ranks_here() -> int:
 def environment(options, **more: Any) -> dict[str, str]:
     """Environment of a run: the preset's file, this process's, the settings, and variables that this tool sets."""
     dropped = (*FIXED, *RANKS, configuration.PRESET_FILE)
-    kept = {name: value for name, value in os.environ.items() if name not in dropped and value != ""}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     preset = {"PRESET": options.preset} if options.preset else {}
-    values = {"STRICT": "1", **options.file, **kept, **preset, **options.settings}
+    file = {name: value for name, value in options.file.items() if not kept.get(name)}  # an empty value sets nothing
+    values = {"STRICT": "1", **kept, **file, **preset, **options.settings}
     return values | {name: str(value) for name, value in more.items()}
 
 

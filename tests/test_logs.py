@@ -49,6 +49,13 @@ FORMS = {
         dict(quantized=1.13, sliding=1.11, int8_zlib_roundtrip=1.09),
         "int8_zlib_roundtrip",
     ),
+    "a legacy line before the score that it repeats": (
+        """final_int8_zlib_roundtrip_exact val_loss:1.9 val_bpb:1.11
+        final_int6_sliding_window_exact val_loss:1.9 val_bpb:1.11
+        final_int6_roundtrip_exact val_loss:2.0 val_bpb:1.13""",
+        dict(quantized=1.13, sliding=1.11),
+        "sliding",
+    ),
     "slot": (
         """final_int6_sliding_window_exact val_loss:1.9 val_bpb:1.11
         final_slot val_loss:1.07 val_bpb:0.63 eval_time:90000ms

@@ -409,6 +409,10 @@ class LogReader:
             others = [other for other in run.stages if other not in ("quantized", "pre_quant", "ttt_baseline")]
             if any(same_score(run.stages[other], stage) for other in others):
                 return
+            repeated = before and any(same_score(run.stages[other], before) for other in others)
+            if repeated:  # it was that line, and came first
+                run.stages["quantized"] = stage
+                return
             if before and others and before.label != stage.label:
                 name = own_name(stage.label)
                 before = run.stages.get(name)

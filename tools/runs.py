@@ -317,7 +317,8 @@ def stage_name(words: str) -> tuple[str, bool]:
     bits = {word for word in named if BITS_WORD.fullmatch(word)}
     quantized = {word for word in named if QUANTIZED_WORD.match(word)} | bits
     sliding = {"sliding", "slide", "sw"} & set(named)
-    averages, before, ttt = AVERAGE_WORDS & set(named), "prequant" in named, "ttt" in named
+    averages = AVERAGE_WORDS & set(named)
+    before, ttt = "prequant" in named, "ttt" in named
     without = BASELINE_WORDS & set(named) if ttt else set()
     rest = set(named) - PLAIN_WORDS - quantized - sliding - averages - without - {"prequant", "ttt"}
     own = own_name(words)

@@ -22,7 +22,8 @@ class Tracker:
     """Starts a tracked run for each run of a sweep or a reproduction. `project` is the name of the whole."""
 
     def __init__(self, kind: str, project: str, folder: Path):
-        self.kind, self.project, self.folder = kind, project, folder
+        self.kind, self.project = kind, project
+        self.folder = folder
         self.module = imported(kind) if kind else None
 
     def start(self, name: str, config: dict[str, Any], folder: Path) -> Follower:
@@ -85,7 +86,8 @@ class Follower:
     def __init__(self, kind: str, folder: Path):
         self.kind, self.folder = kind, folder
         self.run: Any = None
-        self.read, self.step, self.failed = 0, 0, False
+        self.read, self.step = 0, 0
+        self.failed = False
 
     def take(self, run: Any) -> None:
         self.run = run

@@ -180,6 +180,9 @@ SOURCES = (
     "data/published.py",
     "tools/check_submission.py",
     "tools/generate.py",
+    "tools/sweep.py",
+    "tools/configuration.py",
+    "tools/trackers.py",
 )
 
 

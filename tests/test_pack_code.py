@@ -295,3 +295,23 @@ def test_a_script_without_the_packer_counts_as_it_is(tmp_path, monkeypatch):
     shutil.copy(SCRIPT, tmp_path)
     monkeypatch.setattr(tg, "__file__", str(tmp_path / "train_gpt.py"))
     assert tg.shipped_code.__wrapped__() == (SCRIPT.stat().st_size, "as it runs")
+
+
+def test_a_script_is_packed_once_for_each_version(tmp_path, monkeypatch):
+    """The cache holds what was packed; a damaged file of it, another source, or no place for it packs anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pack_code, "WORTH", 0)
+    packed_anew, made = pack_code.packed_anew, []
+    monkeypatch.setattr(pack_code, "packed_anew", lambda source: made.append(source) or packed_anew(source))
+    first = pack_code.pack(b"value = 1\n")
+    assert pack_code.pack(b"value = 1\n") == first == packed_anew(b"value = 1\n") and len(made) == 1
+    assert pack_code.pack(b"value = 2\n") != first and len(made) == 2
+    (file,) = [path for path in (tmp_path / "pack_code").iterdir() if first in path.read_bytes()]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert pack_code.pack(b"value = 1\n") == first and len(made) == 3
+    for number in range(pack_code.KEPT + 3):
+        pack_code.pack(b"value = %d\n" % (10 + number))
+    assert len([*(tmp_path / "pack_code").iterdir()]) == pack_code.KEPT
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert pack_code.pack(b"value = 1\n") == first

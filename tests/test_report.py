@@ -141,7 +141,7 @@ def test_a_report_of_everything(reproduced, sweep_folder, tmp_path):
     done = launch(TOOL, {}, reproduced / "work", "record=peer.log", sweep_folder, "--out", "r", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     page, text = ((tmp_path / "r" / name).read_text() for name in ("report.html", "report.md"))
-    pictures = {"loss.png", "stages.png", "bytes.png", "sweep.png"}
+    pictures = {"loss.png", "stages.png", "bytes.png", "best.png", "sweep.png"}
     assert {p.name for p in (tmp_path / "r").iterdir()} == pictures | {"report.html", "report.md"}
     embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert {base64.b64decode(x) for x in embedded} == {(tmp_path / "r" / p).read_bytes() for p in pictures}

@@ -3,9 +3,11 @@
 import json
 import math
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -83,8 +85,9 @@ def states(content):
 
 def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp_path):
     """SIGKILL while the second of four runs trains: the first is not run again, the second is, its process is gone."""
-    command = [sys.executable, str(TOOL), "NUM_HEADS=4,3", "SEED=1,2", "--folder", "s", "--", "python", str(SCRIPT)]
-    values = clean_environment(dict(TINY, DATA_PATH=data, ITERATIONS=8, TRAIN_LOG_EVERY=1))
+    space = [f"DATA_PATH={data},nowhere", "SEED=1,2"]
+    command = [sys.executable, str(TOOL), *space, "--folder", "s", "--", "python", str(SCRIPT)]
+    values = clean_environment(dict(TINY, ITERATIONS=8, TRAIN_LOG_EVERY=1))
     marked = dict(values, MARK=str(tmp_path))
     first = processes.start(
         command, supervised=False, env=marked, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -100,15 +103,17 @@ def test_a_real_grid_killed_in_the_middle_goes_on_and_records_failures(data, tmp
     assert second.returncode == 1 and "trial 1: its sweep was killed; it is run again" in second.stdout, second.stderr
     assert snapshot(tmp_path / "s" / "trial-0000") == before and snapshot(tmp_path / "s" / "trial-0001") == cut
     content = study(tmp_path / "s")
-    assert states(content) == {("4", "1"): "complete", ("4", "2"): "complete", ("3", "1"): "fail", ("3", "2"): "fail"}
+    expected = {(str(data), seed): "complete" for seed in "12"} | {("nowhere", seed): "fail" for seed in "12"}
+    assert states(content) == expected
     assert content["objective"] == "val_bpb" and len(content["trials"]) == 4
     for t in content["trials"]:
         if t["state"] == "fail":
-            assert t["error"].startswith("exit code 2: error: NUM_HEADS=3: must divide MODEL_DIM=32")
+            assert t["error"].startswith("exit code 2: error: DATA_PATH=nowhere: holds no")
         else:
             summary = json.loads((tmp_path / t["folder"] / "summary.json").read_text())
             assert t["value"] == summary["val_bpb"] and str(summary["seed"]) == t["values"]["SEED"]
-    assert "best: NUM_HEADS=4 python" in second.stdout and "deviation" in second.stdout
+    assert f"best: DATA_PATH={data} python" in second.stdout and "deviation" in second.stdout
+    assert "4 of 4, best so far: val_bpb" in second.stdout and "with --retry-failed runs them again" in second.stdout
     unchanged = snapshot(tmp_path / "s")
     third = run_command(command, env=values, cwd=tmp_path)
     assert third.stdout.splitlines()[1:] == second.stdout.splitlines()[-len(third.stdout.splitlines()) + 1 :]
@@ -268,3 +273,175 @@ def test_another_space_in_the_same_study_is_refused(place):
 def test_a_command_that_cannot_be_started_is_one_line(place):
     done = launch(TOOL, {}, "LR=1", "--folder", "s", "--", "no-such-command", cwd=place)
     assert done.returncode == 2 and done.stderr == "error: no-such-command: No such file or directory\n"
+
+
+# --------------------------------------------------------------------------------------------- before the first trial
+
+
+@pytest.fixture
+def ours(tmp_path, monkeypatch):
+    """A folder to work in, with the settings of a tiny run of the real script."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in clean_environment(TINY).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def refusal(*arguments):
+    with pytest.raises(runs.UserError) as caught:
+        sweep.main([*arguments, "--folder", "s", "--", "python", str(SCRIPT)])
+    return str(caught.value)
+
+
+def test_unknown_names_and_refused_values_end_a_sweep_before_it_starts(ours, monkeypatch):
+    monkeypatch.setattr(sweep.processes, "start", lambda *_, **__: pytest.fail("nothing may start"))
+    assert "MATRIXLR=0.1: no knob of" in refusal("MATRIXLR=0.1,0.2")
+    assert refusal("NUM_HEADS=4,3").startswith(
+        "trial NUM_HEADS=3: NUM_HEADS=3: must divide MODEL_DIM=32; --skip-refused"
+    )
+    assert refusal("NUM_HEADS=3..4", "--trials", "2").startswith("trial NUM_HEADS=3: NUM_HEADS=3: must divide")
+    monkeypatch.setenv("TTT_NO_SUCH_THING", "1")
+    assert "TTT_NO_SUCH_THING=1" in refusal("SEED=1")
+    assert [*ours.iterdir()] == []
+
+
+def test_combinations_that_are_refused_can_be_left_out(ours, monkeypatch):
+    options = sweep.parse(["NUM_HEADS=4,3", "SEED=1,2", "--skip-refused", "--folder", "s", "--", "python", str(SCRIPT)])
+    options.refused = sweep.dry_run(options, [{}])
+    assert options.refused == [dict(NUM_HEADS="3", SEED="1"), dict(NUM_HEADS="3", SEED="2")]
+    one = sweep.Sweep(options)
+    assert one.total == 2 and [one.next_trial().params["SEED"] for _ in range(2)] == ["1", "2"]
+    assert one.next_trial() is None
+    assert refusal("NUM_HEADS=3", "--skip-refused") == "--skip-refused: the script refuses every trial"
+
+
+def test_a_drawn_configuration_that_is_refused_fails_without_a_run(ours, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "CORNERS", 1)
+    monkeypatch.setattr(sweep.processes, "start", lambda *_, **__: pytest.fail("nothing may start"))
+    arguments = ["NUM_HEADS=4,3", "--sampler", "random", "--trials", "3", "--sampler-seed", "1", "--folder", "s"]
+    options = sweep.parse([*arguments, "--", "python", str(SCRIPT)])
+    one = sweep.Sweep(options)
+    trial = one.study.ask(fixed_distributions=one.distributions)
+    while trial.params["NUM_HEADS"] != "3":
+        trial = one.study.ask(fixed_distributions=one.distributions)
+    assert sweep.refused(one, trial, {}) and "NUM_HEADS=3: refused: NUM_HEADS=3: must divide" in capsys.readouterr().out
+    assert one.study.trials[trial.number].state.name == "FAIL"
+
+
+def test_another_environment_is_another_sweep_and_it_says_so(place, monkeypatch, capsys):
+    def names():
+        return sorted(path.name for path in Path("logs/sweeps").iterdir())
+
+    command = ["LR=3", "--", "python", "pretend.py"]
+    monkeypatch.setenv("TOGETHER", "1")
+    assert sweep.main(command) == 0
+    (first,) = names()
+    assert study(f"logs/sweeps/{first}")["environment"] == dict(TOGETHER="1")
+    capsys.readouterr()
+    monkeypatch.setenv("TOGETHER", "0")
+    assert sweep.main(command) == 0 and len(names()) == 2 and len(starts()) == 2
+    assert f"another sweep than logs/sweeps/{first}: TOGETHER=1 there, 0 here\n" in capsys.readouterr().out
+    with pytest.raises(runs.UserError, match="this study has another environment: TOGETHER=1 there, 0 here"):
+        sweep.main(["LR=3", "--name", first, *command[1:]])
+    with pytest.raises(runs.UserError, match="--folder .*: holds another sweep: TOGETHER=1 there, 0 here"):
+        sweep.main(["LR=3", "--folder", f"logs/sweeps/{first}", *command[1:]])
+    with pytest.raises(runs.UserError, match="another command"):
+        monkeypatch.setenv("TOGETHER", "1")
+        sweep.main(["LR=3", "--name", first, "--", "python", "pretend.py", "--more"])
+    assert len(starts()) == 2
+
+
+def test_a_preset_file_reaches_each_trial_and_is_part_of_the_sweep(place, monkeypatch):
+    (place / "mine.toml").write_text("lr = 9\nseed = 5\n")
+    monkeypatch.setenv("PRESET_FILE", "mine.toml")
+    content = run("LR=3,4")  # the swept value overrides the file's
+    assert {line.split()[1] for line in starts()} == {"5"} and content["environment"] == dict(SEED="5")
+    (place / "mine.toml").write_text("seed = 6\n")
+    with pytest.raises(runs.UserError, match="holds another sweep: SEED=5 there, 6 here"):
+        run("LR=3,4")
+
+
+# -------------------------------------------------------------------------------------------------- between and after
+
+
+def test_it_says_how_far_it_is_and_what_matters(place, capsys):
+    content = run("LR=1,2,3,9", "SEED=1,2", code=1)
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if " of 8" in line]
+    assert [line.split(",")[0] for line in lines] == [f"{n} of 8" for n in range(1, 9)]
+    assert "best so far: val_bpb 0.001000 (LR=3 SEED=1)" in lines[-1] and "left" in lines[0] and "left" not in lines[-1]
+    assert content["importance_by"] == "main effects" and content["importance"]["LR"] > 0.99
+    assert "Importance of each variable for val_bpb, by main effects\n" in out
+    assert "Trials of " in out and "Means over seeds, best val_bpb first\n" in out
+    assert "2 failed; the same command with --retry-failed runs them again\n" in out
+    assert (sweep.duration(40), sweep.duration(720), sweep.duration(12600)) == ("40 s", "12 min", "3.5 h")
+
+
+def test_a_score_can_be_maximized(place, capsys):
+    content = run("LR=1,2,3", "--direction", "maximize")
+    assert [t["values"]["LR"] for t in content["trials"]] == ["1", "2", "3"] and content["direction"] == "maximize"
+    out = capsys.readouterr().out
+    assert "best: LR=1 python pretend.py" in out and "3 of 3, best so far: val_bpb 2.000000 (LR=1)" in out
+    with pytest.raises(runs.UserError, match="this study is to maximize"):
+        sweep.Sweep(sweep.parse(["LR=1,2,3", "--folder", "s", "--name", content["name"], "--", "python", "pretend.py"]))
+    with pytest.raises(runs.UserError, match="--direction maximize: --prune"):
+        sweep.parse(["LR=1", "--prune", "val_bpb", "--direction", "maximize", "--", "x"])
+
+
+def test_importance_of_a_search(place):
+    content = run("LR=0.5..4.5", "N=2..5", "--sampler", "random", "--trials", 12, "--sampler-seed", 3)
+    assert content["importance_by"] == "PED-ANOVA" and set(content["importance"]) == {"LR", "N"}
+    assert content["importance"]["LR"] > content["importance"]["N"]
+
+
+def test_main_effects():
+    rows = [dict(values=dict(A=a, B=b), value=float(a) + 0.0 * float(b)) for a in "12" for b in "345"]
+    assert sweep.main_effects(["A", "B"], rows) == pytest.approx(dict(A=1.0, B=0.0))
+
+
+def test_a_locked_database_is_waited_for(place, monkeypatch, capsys):
+    """A viewer holds the file; the sweep goes on when it lets go."""
+    run("LR=3")
+    monkeypatch.setattr(sweep, "LOCK_SECONDS", 0.05)
+    options = sweep.parse(["LR=3,4", "--folder", "s", "--name", "two", "--", "python", "pretend.py"])
+    one = sweep.Sweep(options)
+    viewer = sqlite3.connect("s/study.db", isolation_level=None)
+    waits = []
+
+    def let_go(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            viewer.execute("ROLLBACK")
+
+    viewer.execute("BEGIN EXCLUSIVE")
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.time, "sleep", let_go)
+        trial = one.next_trial()
+    assert trial.params == dict(LR="3") and waits == [sweep.LOCK_WAIT] * 2
+    assert capsys.readouterr().err == "sqlite:///s/study.db: is locked by another process; waiting\n"
+    assert not sweep.is_locked(ValueError("another"))
+
+
+def test_a_second_sweep_says_that_others_still_run(place, capsys):
+    options = sweep.parse(["LR=3", "--folder", "s", "--", "python", "pretend.py"])
+    sweep.Sweep(options).next_trial()
+    run("LR=3")
+    assert "nothing is left to start here, and 1 still runs in another sweep\n" in capsys.readouterr().out
+    assert not Path("starts").exists()
+
+
+def test_a_sweep_is_tracked(place, monkeypatch):
+    rows = []
+
+    class Run:
+        def log(self, values, step):
+            rows.append((step, values))
+
+        def finish(self):
+            rows.append("end")
+
+    module = types.SimpleNamespace(init=lambda **options: rows.append(options) or Run())
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    content = run("LR=3", "--tracker", "trackio")
+    assert rows[0] == dict(project=content["name"], name="trial-0000", config=dict(LR="3"))
+    assert rows[1:] == [*((n, dict(train_loss=5.0 - n)) for n in range(1, 5)), (4, {"final/val_bpb": 0.0}), "end"]

@@ -4,8 +4,9 @@
 
 The packed script runs like the readable one, with python or torchrun. It unpacks with the standard library alone.
 Functions keep their names, and the source of every line stays available, for tracebacks and for Triton, which compiles
-the source text of a kernel. The same script always gives the same bytes. A packed script is returned unchanged. Pack
-with the oldest Python that must run it: newer versions write f-strings that 3.11 cannot read.
+the source text of a kernel. The same script always gives the same bytes, which are kept in the user's cache folder. A
+packed script is returned unchanged. Pack with the oldest Python that must run it: newer versions write f-strings that
+3.11 cannot read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import ast
 import bz2
+import contextlib
+import hashlib
 import lzma
 import os
 import re
@@ -22,6 +25,7 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT, WORTH = 16, 1 << 16  # packed scripts in the cache; bytes of a source from which on it takes seconds to pack
 HEADER = b"#coding:l1 packed by tools/pack_code.py\n"
 # The data are raw bytes, and the source's encoding, Latin-1, maps each byte to a character. Base 85 would add 25%.
 # The unpacked lines are registered in linecache under a name of their own, where Triton's `inspect`, torch.compile and
@@ -104,10 +108,52 @@ def literal(data: bytes) -> bytes:
     return data
 
 
+def cache_file(source: bytes) -> Path | None:
+    """Where the packed form of a source is kept, so that each run of a sweep does not pack it again."""
+    import python_minifier
+
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pack_code"
+        versions = f"{sys.version} {getattr(python_minifier, '__version__', '')}".encode()
+        mark = hashlib.sha256(b"\0".join([versions, Path(__file__).read_bytes(), source])).hexdigest()
+    except (OSError, RuntimeError):  # no home
+        return None
+    return folder / f"{mark}.py"
+
+
+def kept(file: Path) -> bytes | None:
+    """The content of a file of the cache, if it is whole: its first line is the SHA-256 of the rest."""
+    try:
+        mark, _, content = file.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return content if mark == hashlib.sha256(content).hexdigest().encode() else None
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Adds a file to the cache, and removes the oldest of more than KEPT. Without a place for it, nothing is kept."""
+    with contextlib.suppress(OSError):
+        write_atomic(file, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        files = sorted(file.parent.glob("*.py"), key=lambda path: path.stat().st_mtime)
+        for old in files[:-KEPT]:
+            old.unlink()
+
+
 def pack(source: bytes) -> bytes:
     """The script that ships. Errors: SyntaxError or ValueError if the source is not Python; ImportError."""
     if source.startswith(HEADER):
         return source
+    file = cache_file(source) if len(source) >= WORTH else None
+    packed = kept(file) if file else None
+    if packed is None:
+        packed = packed_anew(source)
+        if file:
+            keep(file, packed)
+    return packed
+
+
+def packed_anew(source: bytes) -> bytes:
+    """The script that ships, from its source. Errors: as those of `pack`."""
     text = minify(source.decode())
     before, between, after = READER.encode().split(b"%s")
     return min(

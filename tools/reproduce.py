@@ -29,10 +29,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import configuration
 import pack_code
 import processes
 import strangers
 import submission
+import trackers
 from runs import ROOT, SEEDS, Parser, UserError, command_line, number_type, write_atomic
 
 FIXED = {"SEED": "--seeds", "RUN_ID": "--work", "ARTIFACT_DIR": "--work", "MODE": "", "PRESET": "--preset"}
@@ -73,6 +75,7 @@ def parse(arguments: list[str]):
     add("--template", type=Path, default=submission.TEMPLATE, metavar="FILE", help="template of README.md")
     add("--proof", choices=PROOFS, default="short", help="form of the proof of the rules (default: short)")
     add("--with-artifacts", action="store_true", help="also copy the artifacts to the submission's folder")
+    add("--tracker", choices=tuple(trackers.PACKAGES), help="send the curves to this tracker too")
     for name in ("author", "github-id", "name", "blurb"):
         add(f"--{name}", default="", metavar="TEXT", help="a field of submission.json")
     options = parser.parse_intermixed_args(arguments)
@@ -83,6 +86,8 @@ def parse(arguments: list[str]):
         if name in FIXED:
             raise UserError(f"{name}={value}: {FIXED[name] or 'a reproduction runs all stages'} sets this")
     options.settings = {name: value for name, _, value in pairs}
+    options.file = preset_of_file(options)
+    options.preset = options.preset or options.file.pop("PRESET", "")
     for path, name in (
         (options.baseline, "--baseline"),
         (options.script, "--script"),
@@ -91,6 +96,17 @@ def parse(arguments: list[str]):
         if path and not path.exists():
             raise UserError(f"{name} {path}: there is no such file")
     return options
+
+
+def preset_of_file(options) -> dict[str, str]:
+    """The knobs of PRESET_FILE, from the settings or the environment. Errors: UserError."""
+    name = configuration.PRESET_FILE
+    path = options.settings.pop(name, os.environ.get(name, ""))
+    values = configuration.read_preset_file(Path(path)) if path else {}
+    for fixed in FIXED:
+        if fixed in values and fixed != "PRESET":
+            raise UserError(f"{name}={path}: {fixed}: {FIXED[fixed] or 'a reproduction runs all stages'} sets this")
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -104,11 +120,13 @@ def ranks_here() -> int:
 
 
 def environment(options, **more: Any) -> dict[str, str]:
-    """Environment of a run: that of this process, the settings, and variables that this tool sets."""
-    kept = {name: value for name, value in os.environ.items() if name not in (*FIXED, *RANKS)}
+    """Environment of a run: the preset's file, this process's, the settings, and variables that this tool sets."""
+    dropped = (*FIXED, *RANKS, configuration.PRESET_FILE)
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     preset = {"PRESET": options.preset} if options.preset else {}
-    strict = {"STRICT": "1"}  # a setting that has no effect is an error, unless STRICT=0 is set
-    return {**strict, **kept, **preset, **options.settings, **{name: str(value) for name, value in more.items()}}
+    file = {name: value for name, value in options.file.items() if not kept.get(name)}  # an empty value sets nothing
+    values = {"STRICT": "1", **kept, **file, **preset, **options.settings}
+    return values | {name: str(value) for name, value in more.items()}
 
 
 def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
@@ -123,12 +141,22 @@ def dry_run(script: Path, values: dict[str, str]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def check_settings(options) -> None:
+    """Refuses names that the script does not know, and what it would refuse for a seed. Errors: UserError."""
+    checker = configuration.Checker(options.script, options.nproc)
+    names = list(dict.fromkeys([*options.settings, *options.file]))
+    checker.check_names(names, environment(options, SEED=options.seeds[0]))
+    for seed in options.seeds:
+        checker.check(environment(options, SEED=seed))
+
+
 def make_plan(options) -> tuple[dict[str, Any], bytes]:
     """What all seeds share (the script's hash, ranks, settings), and the packed script. Errors: UserError."""
     try:
         compile(source := options.script.read_bytes(), str(options.script), "exec")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"--script {options.script}: is not a Python script ({error})") from None
+    check_settings(options)
     config = dry_run(options.script, environment(options, SEED=options.seeds[0], WORLD_SIZE=options.nproc))["config"]
     packed = pack_code.pack(source)
     return dict(
@@ -211,6 +239,7 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
         str(script),
     ]
     values = environment(options, SEED=seed, ARTIFACT_DIR=folder)
+    tracked = options.tracking.start(folder.name, options.settings | {"SEED": seed}, folder)
     error = ""
     with open(folder.with_name(folder.name + ".out"), "a" if resumes else "w", encoding="utf-8") as log:
         child = processes.start(
@@ -220,13 +249,22 @@ def run_seed(script: Path, options, seed: int, folder: Path) -> None:
             for line in child.stdout or ():
                 print(line, end="", flush=True)
                 log.write(line)
+                tracked.follow()
                 error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
             code = child.wait()
         except BaseException:
             processes.stop(child)
             raise
+        finally:
+            tracked.finish(summary_of(folder))
     if code:
         raise UserError(f"seed {seed} failed: {error or f'exit code {code}'}; its output is in {log.name}")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """A run's summary for a tracker; empty where there is none."""
+    file = folder / "summary.json"
+    return strangers.read_object(file) if strangers.is_plain(file) else {}
 
 
 def prove(script: Path, options, folder: Path) -> dict[str, Any] | None:
@@ -321,6 +359,7 @@ def main(arguments: list[str]) -> int:
     work = options.work or Path("logs", f"reproduce-{plan['config']['preset']}-{code}")
     out = options.out or Path("submissions", f"{plan['config']['preset']}-{code}")
     script = prepare_work(work, plan, packed)
+    options.tracking = trackers.Tracker(options.tracker, out.name, work) if options.tracker else trackers.NO_TRACKER
     for seed in options.seeds:
         if complete(work / f"seed{seed}", seed):
             print(f"seed {seed}: done before, in {work / f'seed{seed}'}")

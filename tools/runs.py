@@ -130,9 +130,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 class Stage:
     """A score: nats per token, bits per byte, and seconds of the evaluation if the source has them."""
 
-    loss: float
+    loss: float | None  # None: the source has bits per byte alone
     bpb: float
     seconds: float | None = None
+    stride: int | None = None
+    label: str = ""  # what a log calls it
 
 
 @dataclass
@@ -144,13 +146,16 @@ class Run:
     seed: int | None = None
     losses: list[tuple[int, float, float | None]] = field(default_factory=list)  # step, train_loss, seconds
     scores: list[tuple[int, float, float, float | None]] = field(default_factory=list)  # step, loss, bpb, seconds
-    stages: dict[str, Stage] = field(default_factory=dict)  # pre_quant, quantized, sliding, ttt_baseline, ttt, hint
+    stages: dict[str, Stage] = field(default_factory=dict)  # those of KNOWN_STAGES, and others under their own names
+    last_stage: str | None = None  # the one whose score a log says last
     code_bytes: int | None = None
     model_bytes: int | None = None
     artifact_bytes: int | None = None
     steps: int | None = None
     train_seconds: float | None = None
     eval_seconds: float | None = None
+    train_tokens: int | None = None  # that the training read, of all steps
+    train_shards: int | None = None
     targets: int | None = None  # scored tokens
     val_tokens: int | None = None  # tokens of the validation shards
     val_bytes: int | None = None
@@ -165,6 +170,7 @@ class Run:
     sections: list[dict] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)  # what its files say in a wrong form
+    remarks: list[str] = field(default_factory=list)  # what a reader should know, and is no fault
 
     def problem(self, text: str) -> None:
         """Keeps a problem; of very many, the first ones."""
@@ -177,28 +183,71 @@ class Run:
         self.scores = [row for row in self.scores if row[0] < step]  # a validation is made again
 
     @property
+    def final_stage(self) -> str | None:
+        """The stage whose score counts: a log's last one, otherwise the first of FINAL that there is."""
+        if self.last_stage in self.stages:
+            return self.last_stage
+        known = next((stage for stage in FINAL if stage in self.stages and stage != "pre_quant"), None)
+        return known or next((stage for stage in reversed(self.stages) if stage != "ttt_baseline"), None)
+
+    @property
     def final(self) -> Stage | None:
         """The score that counts: that of the run's last stage."""
-        return next((self.stages[s] for s in FINAL if s in self.stages), None)
+        name = self.final_stage
+        return self.stages[name] if name else None
 
     @property
     def step_avg_ms(self) -> float | None:
         return 1000 * self.train_seconds / self.steps if self.train_seconds and self.steps else None
 
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Training tokens of a step: what the settings say, otherwise the mean over the steps."""
+        batch = strangers.whole_number(self.settings.get("train_batch_tokens", ""))
+        if batch:
+            return float(batch)
+        return self.train_tokens / self.steps if self.train_tokens and self.steps else None
+
+    @property
+    def bpb_per_nat(self) -> float | None:
+        """Bits per byte for each nat per token, by a score that a source has in both; None without one."""
+        pairs = [(loss, bpb) for _, loss, bpb, _ in reversed(self.scores)]
+        pairs += [(stage.loss, stage.bpb) for stage in self.stages.values()]
+        for loss, bpb in pairs:
+            if strangers.is_number(loss) and strangers.is_number(bpb) and loss and loss > 0 and bpb > 0:
+                return bpb / loss
+        return None
+
 
 FINAL = ("hint", "ttt", "sliding", "quantized", "pre_quant")  # the stage that counts is the first of these
+KNOWN_STAGES = (*reversed(FINAL), "ttt_baseline")
+MOST_STAGES = 40  # that are kept of one run
 
 # One way to match each text, so that no line takes more than its length in steps.
 FIGURE = r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|nan|inf)"
-PAIR = re.compile(rf"(?<![\w/])([A-Za-z_][\w/]*):\s*({FIGURE})(ms|s|m)?(?![\w.])")
-STEP = re.compile(r"^(?:step:\s*)?([0-9]+)/([0-9]+)\s+(?=(?:train|val)_loss)")
-NAME = re.compile(r"[A-Za-z][\w +.()-]*:?\s+")
-SCORE = re.compile(rf"\s*({FIGURE})\s+val_bpb:\s*({FIGURE})(.*)$")
+PAIR = re.compile(rf"(?<![\w/])([A-Za-z_][\w/]*)[:=]\s*({FIGURE})(ms|s|m)?(?![\w.])")
+STEP = re.compile(
+    r"^(?:step[:=]?\s*([0-9]+)(?:/([0-9]+))?|([0-9]+)/([0-9]+)):?[\s|,]+(?=(?:train_loss|val_loss|val_bpb|loss)[:=])"
+)
+NAME = re.compile(r"[\w +.()\[\]:=,|*#>&'~-]{0,160}")
+BPB = re.compile(rf"(?<![A-Za-z])val_bpb\s?[:=]\s*({FIGURE})(?![\w.%])(.*)$")
+LOSS = re.compile(rf"^(.*?)(?:(?<![A-Za-z])|(?<=_))val_loss\s?[:=]\s*({FIGURE})[\s,|]+(.*)$")
+# What stands before a line where a launcher, a terminal or a logger has put it: times, ranks, levels, colours.
+COLOUR = re.compile("\x1b\\[[0-9;]{0,20}m")
+DAY = r"[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}"
+TIME = r"[0-9]{1,2}:[0-9]{2}:[0-9]{2}(?:[.,][0-9]{1,9})?(?:Z|[+-][0-9]{2}:?[0-9]{2})?"
+PREFIX = re.compile(
+    rf"(?:\[?{DAY}(?:[T ]{TIME})?\]?|\[?{TIME}\]?|\[\s{{0,9}}[0-9.]{{1,12}}\s?s?\]"
+    r"|\[?(?:(?:rank|default|node|gpu)[ :]?[0-9]{1,4}|stdout|stderr)\]?:?(?=[\s|:\[])"
+    r"|\[[0-9]{1,4},[0-9]{1,4}\]<std(?:out|err)>|(?:root|__main__)(?=\s-)"
+    r"|\[?(?:INFO|DEBUG|WARNING|NOTICE)\]?(?::[\w.]{1,40})?(?=[\s|:-])|[0-9]{1,3}:(?=\s))(?:\s?[|:-])? ?",
+    re.IGNORECASE,
+)
 SIZE = re.compile(r"^(Total submission size|Code size|Serialized model)\b([^:]*):\s*([0-9,]+) bytes")
 OURS = {
     "artifact": re.compile(r"^artifact +([0-9]+) bytes \(code ([0-9]+) \+ model ([0-9]+)\)"),
     "read back": re.compile(r"^val_bpb .*read back; ([0-9]+) targets, ([0-9]+) bytes"),
-    "trained": re.compile(r"^trained +([0-9]+) steps, .* ([0-9]+) parameters$"),
+    "trained": re.compile(r"^trained +([0-9]+) steps, ([0-9]+) tokens, .* ([0-9]+) parameters$"),
     "seconds": re.compile(r"^seconds +(.*); (?:in all|total)"),
     "folder": re.compile(r"^\S+  (.*ranks?|[0-9]+ x .*?)  (\{.*\})$"),
     "shared": re.compile(r"^(?:warning: )?audit: ([0-9]+) validation documents are in the training shards too"),
@@ -237,18 +286,67 @@ class Misread(Exception):
     """A figure that cannot be one."""
 
 
-def stage_name(words: str) -> str | None:
-    """The stage that a log line names, in our words or those of the public records."""
-    w = words.lower()
-    if w.strip() == "hint":
-        return "hint"
-    if "ttt" in w:
-        return "ttt_baseline" if "baseline" in w or "before" in w or "no_ttt" in w else "ttt"
-    if "sliding" in w or "sw_" in w:
-        return "sliding"
-    if re.search(r"pre[-_ ]?quant|post[-_ ]?ema|pre[-_ ]?export", w):
-        return "pre_quant"
-    return "quantized" if re.search(r"quant|roundtrip|int[468]", w) else None
+# Words of a stage's line that say how a score was made, and do not change what is scored. All others name a stage that
+# is not known here, such as slot or ngram.
+PLAIN_TEXT = """
+final exact legal val eval evaluation validation test diagnostic result results score scored first full stride
+window windows win context ctx seq len seqlen seq_len zlib zstd lzma brotli br xz bz2 ans rans pergroup gptq
+lite mixed packed artifact model saved reloaded export exported research storage pass stored phased lora global
+chunk chunked causal sgd adam adamw muon doc docs document documents post after of the with and best only
+standard std compat done end complete completed total bits bit awq lqer sdclip per row rank seed loss bpb metric
+metrics compressed serialized deserialized weights params state dict eval_only submission official main default
+batched compiled flash online
+"""
+PLAIN_WORDS = frozenset(PLAIN_TEXT.split())
+AVERAGE_WORDS = frozenset(("ema", "swa", "lawa", "average", "averaged", "avg", "raw", "float", "unquantized"))
+BASELINE_WORDS = frozenset(("baseline", "before", "no", "without", "pre"))
+QUANTIZED_WORD = re.compile(r"(de)?quant|postquant|roundtrip|rt$|ternary|binary|[fn]f4")
+BITS_WORD = re.compile(r"u?int[0-9]+|[0-9]+bit|fp[0-9]+|bf16|q[0-9]")
+
+
+def own_name(words: str) -> str:
+    """What a line calls its stage, as one word."""
+    name = re.sub(r"[^a-z0-9+]+", "_", words.lower()).strip("_")
+    return re.sub(r"^final_(?=.)|_exact$", "", name) or "score"
+
+
+def stage_name(words: str) -> tuple[str, bool]:
+    """(name, known) of the stage that a log line names, in our words or those of the public records.
+
+    A stage that is not known has the line's own words as its name.
+    """
+    lowered = re.sub(r"pre[-_ ]?quant\w*|pre[-_ ]?export", " prequant ", words.lower())
+    tokens = [word for word in re.split(r"[^a-z0-9]+", lowered) if word]
+    named = [word for word in tokens if not re.fullmatch(r"[swl]?[0-9]+k?|[0-9]+d", word)]
+    bits = {word for word in named if BITS_WORD.fullmatch(word)}
+    quantized = {word for word in named if QUANTIZED_WORD.match(word)} | bits
+    sliding = {"sliding", "slide", "sw"} & set(named)
+    averages = AVERAGE_WORDS & set(named)
+    before, ttt = "prequant" in named, "ttt" in named
+    without = BASELINE_WORDS & set(named) if ttt else set()
+    rest = set(named) - PLAIN_WORDS - quantized - sliding - averages - without - {"prequant", "ttt"}
+    own = own_name(words)
+    if rest == {"hint"} and not ttt and not before:
+        return "hint", True
+    if rest or (before and (ttt or sliding)) or not (ttt or sliding or quantized or averages or before):
+        return own, False
+    if ttt:
+        return ("ttt_baseline" if without else "ttt"), True
+    if sliding:
+        return "sliding", True
+    return ("pre_quant", True) if before or (averages and not quantized - bits) else ("quantized", True)
+
+
+def bare(line: str) -> str:
+    """A line of a log without colours, and without what a launcher or a logger put before it."""
+    line = COLOUR.sub("", line) if "\x1b" in line else line
+    line = line.rpartition("\r")[2]  # a progress bar was written over
+    for _ in range(4):
+        match = PREFIX.match(line)
+        if not match or match.end() == len(line):
+            break
+        line = line[match.end() :]
+    return line
 
 
 class LogReader:
@@ -259,9 +357,11 @@ class LogReader:
 
     def feed(self, line: str) -> None:
         """Reads one line, without its newline. A line with an impossible figure is a problem of the run."""
+        line = bare(line)
         try:
             if match := STEP.match(line):
-                self.step(whole(match[1]), {name: (value, unit) for name, value, unit in PAIR.findall(line)})
+                step = whole(match[1] or match[3])
+                self.step(step, {name: (value, unit) for name, value, unit in PAIR.findall(line)})
             elif match := SIZE.match(line):
                 self.size(match[1], match[2], whole(match[3]))
             elif not self.stage(line):
@@ -274,29 +374,63 @@ class LogReader:
         if len(self.run.scores) + len(self.run.losses) >= ROWS:
             self.run.problem(f"log: has more than {ROWS} lines of training; the rest is passed over")
             return
-        if "val_bpb" in pairs and "val_loss" in pairs:
-            self.run.scores.append((step, number(pairs["val_loss"][0]), number(pairs["val_bpb"][0]), seconds))
-        elif "train_loss" in pairs:
-            self.run.losses.append((step, number(pairs["train_loss"][0]), seconds))
+        if "val_bpb" in pairs:
+            loss = number(pairs["val_loss"][0]) if "val_loss" in pairs else math.nan
+            self.run.scores.append((step, loss, number(pairs["val_bpb"][0]), seconds))
+        elif "train_loss" in pairs or "loss" in pairs:
+            self.run.losses.append((step, number(pairs.get("train_loss", pairs.get("loss"))[0]), seconds))
         if step and seconds is not None:
             self.run.steps, self.run.train_seconds = step, seconds
 
     def stage(self, line: str) -> bool:
-        """Whether the line is a stage's score, which it keeps where the stage is known."""
-        words, found, rest = line.partition("val_loss:")
-        match = SCORE.match(rest) if found and NAME.fullmatch(words) else None
-        if not match:
+        """Whether the line is a stage's score, which it keeps unless it is a count of progress or says one again."""
+        found = split_score(line)
+        if found is None:
             return False
-        name = stage_name(words)
-        if name is None or (name in self.exact and "exact" not in words):
+        words, loss, bpb, rest = found
+        exact = "exact" in words
+        label = re.sub(r"_?exact", "", " ".join(words.split())).strip(" :=")
+        if not exact and label in self.exact:
             return True
-        if "exact" in words:
-            self.exact.add(name)
-        pairs = {n: amount(v) * SECONDS[unit] for n, v, unit in PAIR.findall(match[3]) if n == "eval_time"}
-        before = self.run.stages.get(name)
-        seconds = pairs.get("eval_time", before.seconds if before else None)
-        self.run.stages[name] = Stage(number(match[1]), number(match[2]), seconds)
+        name = stage_name(words)[0]
+        if exact:
+            self.exact.add(label)
+        pairs = {n: (v, unit) for n, v, unit in PAIR.findall(rest)}
+        stage = Stage(None if loss is None else number(loss), number(bpb), label=label)
+        for word in ("eval_time", "time", "elapsed", "t"):
+            if word in pairs and stage.seconds is None:
+                stage.seconds = amount(pairs[word][0]) * SECONDS[pairs[word][1]]
+        stride = re.search(r"stride[:=]?\s?([0-9]{1,9})\b", line)
+        stage.stride = whole(stride[1]) if stride else None
+        self.keep(name, stage)
         return True
+
+    def keep(self, name: str, stage: Stage) -> None:
+        """Adds a stage, as the one that counts so far unless it is a score of before the quantization."""
+        run = self.run
+        before = run.stages.get(name)
+        if name == "quantized":
+            # Scripts end with a line of the baseline's name that says the last stage's score once more.
+            others = [other for other in run.stages if other not in ("quantized", "pre_quant", "ttt_baseline")]
+            if any(same_score(run.stages[other], stage) for other in others):
+                return
+            repeated = before and any(same_score(run.stages[other], before) for other in others)
+            if repeated:  # it was that line, and came first
+                run.stages["quantized"] = stage
+                return
+            if before and others and before.label != stage.label:
+                name = own_name(stage.label)
+                before = run.stages.get(name)
+        if before:
+            stage.seconds = before.seconds if stage.seconds is None else stage.seconds
+            stage.stride = before.stride if stage.stride is None else stage.stride
+        if not before and len(run.stages) >= MOST_STAGES:
+            run.problem(f"log: has more than {MOST_STAGES} stages; the first ones are passed over")
+            run.stages.pop(next((other for other in run.stages if other not in KNOWN_STAGES), next(iter(run.stages))))
+        run.stages[name] = stage
+        early = name in ("pre_quant", "ttt_baseline") or bool(re.search(r"pre_?quant|pre_?export", name))
+        if not early and not (before and same_score(before, stage)):
+            run.last_stage = name
 
     def size(self, what: str, form: str, count: int) -> None:
         """Keeps the last total, since records first print that of the unquantized model."""
@@ -315,7 +449,7 @@ class LogReader:
         elif match := OURS["read back"].match(line):
             run.targets, run.val_bytes = whole(match[1]), whole(match[2])
         elif match := OURS["trained"].match(line):
-            run.steps, run.parameters = whole(match[1]), whole(match[2])
+            run.steps, run.train_tokens, run.parameters = map(whole, match.groups())
         elif match := OURS["seconds"].match(line):
             run.seconds = self.stage_seconds(match[1])
         elif line.endswith("}") and (match := OURS["folder"].match(line)):
@@ -345,11 +479,12 @@ class LogReader:
     def records(self, line: str) -> None:
         """Lines that only logs of public records have."""
         run = self.run
-        if line.startswith("stopping_early: "):
+        if line.startswith("stopping_early"):
             pairs = {name: (value, unit) for name, value, unit in PAIR.findall(line)}
-            step = re.search(r"step:\s*([0-9]+)/", line)
-            if step and pairs.get("train_time", ("", ""))[1] == "ms":
-                run.train_seconds, run.steps = amount(pairs["train_time"][0]) / 1000, whole(step[1])
+            step = re.search(r"step[:=]\s*([0-9]+)(?:/|\s|$)", line)
+            if step and pairs.get("train_time", ("", ""))[1]:
+                seconds, unit = pairs["train_time"]
+                run.train_seconds, run.steps = amount(seconds) * SECONDS[unit], whole(step[1])
         elif match := re.match(r"^val_loader:.*tokens:\s*([0-9]+)|^val_tokens:\s*([0-9]+)", line):
             run.val_tokens = whole(match[1] or match[2])
         elif match := re.match(rf"^total_eval_time:\s*({FIGURE})(ms|s)", line):
@@ -358,8 +493,13 @@ class LogReader:
             run.parameters = whole(match[1])
         elif len(run.settings) < SETTINGS and (match := re.match(r"^ {0,4}(\w+): ?([^\s:]\S*)$", line)):
             run.settings.setdefault(match[1].lower(), match[2])
-        if match := re.match(r"^\s*seed:\s*([0-9]+)\b", line):
+        if match := re.match(r"^\s*seed\s?[:=]\s*([0-9]+)\b", line, re.IGNORECASE):
             run.seed = whole(match[1])
+        for name, value in re.findall(r"(?<!\w)(train_shards|train_batch_tokens)\s?[:=]\s*([0-9]+)\b", line):
+            if name == "train_shards":
+                run.train_shards = whole(value)
+            else:
+                run.settings.setdefault(name, value)
 
 
 def seed_in_name(stem: str) -> int | None:
@@ -368,19 +508,133 @@ def seed_in_name(stem: str) -> int | None:
     return strangers.whole_number(match[1]) if match else None
 
 
-def read_log(path: Path, run: Run | None = None, inside: Path | None = None) -> Run:
-    """A Run from a text log, or the given Run with the log's figures added. Errors: Unreadable."""
-    run = run or Run(path.stem, str(path))
-    reader = LogReader(run)
+HELD = 2000  # lines before a run's first step that may belong to it or to the run before
+
+
+class RunSplitter:
+    """Gives the lines of a log to the runs that are in it, one after the other.
+
+    A run begins where steps begin again: at step 0 or 1, or anywhere below after the run before had ended. What stands
+    between the last result of a run and the first step of the next, such as settings, is the next one's.
+    """
+
+    def __init__(self, new: Callable[[], Run]):
+        self.runs, self.new = [new()], new
+        self.reader = LogReader(self.runs[0])
+        self.held: list[str] = []
+        self.step, self.ended = -1, False
+
+    def feed(self, line: str) -> None:
+        """Reads one line, without its newline."""
+        text = bare(line)
+        match = STEP.match(text)
+        if match:
+            self.at_step(whole_or(match[1] or match[3], self.step), whole_or(match[2] or match[4], 0))
+        elif text.startswith("resumed from "):
+            self.step, self.ended = -1, False
+        elif SIZE.match(text) or text.startswith("stopping_early") or split_score(text):
+            self.ended = self.ended or self.step > 0
+        else:
+            self.held.append(line)
+            if len(self.held) > HELD:
+                self.reader.feed(self.held.pop(0))
+            return
+        self.flush()
+        self.reader.feed(line)
+
+    def at_step(self, step: int, total: int) -> None:
+        again = step < self.step and (step <= 1 or self.ended)
+        if again and len(self.runs) < MOST_RUNS:
+            self.runs.append(self.new())
+            self.reader = LogReader(self.runs[-1])
+        self.step, self.ended = step, bool(total) and step >= total
+
+    def flush(self) -> None:
+        """Reads the lines that were held back."""
+        for line in self.held:
+            self.reader.feed(line)
+        self.held.clear()
+
+
+def whole_or(text: str | None, otherwise: int) -> int:
+    """The whole number of a text, or another one where it has none or too many digits."""
+    value = strangers.whole_number(text or "")
+    return otherwise if value is None else value
+
+
+def split_score(line: str) -> tuple[str, str | None, str, str] | None:
+    """(words, val_loss or None, val_bpb, rest) of a line with a stage's score; None for any other line."""
+    if "val_bpb" not in line:
+        return None
+    match = BPB.search(line)
+    if not match:
+        return None
+    words, loss = line[: match.start()], None
+    if pair := LOSS.match(words + " "):
+        words, loss = f"{pair[1]} {pair[3]}", pair[2]
+    if not NAME.fullmatch(words) or NO_SCORE.search(words):
+        return None
+    return words, loss, match[1], match[2]
+
+
+# Lines that report progress, or what is no score of this run: a difference, an aim, another run's.
+NO_SCORE = re.compile(
+    r"[0-9]/[0-9]|progress|running|partial|gap|delta|diff|gain|improv|penalt|target|threshold|reference|sota"
+    r"|leaderboard|expected|previous|goal|warmup",
+    re.IGNORECASE,
+)
+
+
+def same_score(one: Stage, other: Stage) -> bool:
+    """Whether two lines say one score, rounded or not."""
+    return abs(one.bpb - other.bpb) < 6e-5
+
+
+def read_logs(path: Path, name: str = "", inside: Path | None = None) -> list[Run]:
+    """The runs of a text log, which are several where steps begin again. Errors: Unreadable."""
+    name = name or path.stem
+    splitter = RunSplitter(lambda: Run(name, str(path)))
     for line in strangers.read_lines(path, "log", inside):
-        reader.feed(line.rstrip("\r"))
+        splitter.feed(line.rstrip("\r"))
+    splitter.flush()
+    found = distinct(splitter.runs)
+    for place, run in enumerate(found):
+        complete(run, path)
+        if len(found) > 1:
+            run.name = f"{name} run {place + 1}"
+    if len(found) > 1:
+        found[-1].remarks.append(f"log: holds {len(found)} runs, one after the other")
+    return found
+
+
+def distinct(found: list[Run]) -> list[Run]:
+    """The runs without those that a log says twice, and without such that have no score and no step."""
+    kept: list[Run] = []
+    for run in found:
+        if any((run.losses, run.scores, run.stages) == (other.losses, other.scores, other.stages) for other in kept):
+            continue
+        kept.append(run)
+    return kept
+
+
+def complete(run: Run, path: Path) -> None:
+    """Fills in what follows from a log's other figures, or from its name."""
+    named = seed_in_name(path.stem)
     if run.seed is None:
-        run.seed = seed_in_name(path.stem)
+        run.seed = named
+    elif named is not None and named != run.seed:
+        run.remarks.append(f"log: is of seed {run.seed}, and its name says seed {named}")
     if run.eval_seconds is None and (run.seconds.keys() & set(EVALUATION_STAGES)):
         run.eval_seconds = sum(run.seconds.get(stage, 0.0) for stage in EVALUATION_STAGES)
-    if run.eval_seconds is None and (times := [s.seconds for s in run.stages.values() if s.seconds]):
-        run.eval_seconds = times[-1]  # the stage that counts
-    return run
+    if run.eval_seconds is None:
+        final = run.final
+        times = [s.seconds for s in run.stages.values() if s.seconds]
+        run.eval_seconds = final.seconds if final and final.seconds else (times or [None])[-1]
+
+
+def read_log(path: Path, inside: Path | None = None) -> Run:
+    """The Run of a text log; of a log with several runs, the last one. Errors: Unreadable."""
+    return read_logs(path, "", inside)[-1]
 
 
 def is_figure(value: Any) -> bool:
@@ -459,6 +713,7 @@ SUMMARY = dict(
     artifact_bytes=COUNT,
     steps=COUNT,
     train_seconds=AMOUNT,
+    train_tokens=COUNT,
     val_bytes=COUNT,
     parameters=COUNT,
     hardware=TEXT,
@@ -515,9 +770,8 @@ def run_from_files(
     name: str, source: str, summary: Path | None, metrics: Path | None, log: Path | None, inside: Path | None = None
 ) -> Run:
     """One run from those of its files that exist. Exact figures replace rounded ones. Errors: Unreadable."""
-    run = Run(name, source)
-    if log and strangers.is_there(log):
-        read_log(log, run, inside)
+    run = read_log(log, inside) if log and strangers.is_there(log) else Run(name, source)
+    run.name, run.source = name, source
     if metrics and strangers.is_there(metrics):
         read_metrics(metrics, run, inside)
     if summary and strangers.is_there(summary):
@@ -552,7 +806,7 @@ def read_runs(path: Path, problems: list[str] | None = None) -> list[Run]:
             raise UserError(f"{path}: there is no such file or folder")
         if path.name.endswith("summary.json"):
             return [read_summary(path, Run(path.parent.name, str(path)))]
-        return [read_metrics(path) if path.suffix == ".jsonl" else read_log(path)]
+        return [read_metrics(path)] if path.suffix == ".jsonl" else read_logs(path)
     found = runs_below(path, path, problems, LEVELS, Room())
     if not found:
         more = f" ({problems[0]})" if problems else ""
@@ -606,14 +860,19 @@ def submission_runs(folder: Path, problems: list[str], room: Room) -> list[Run]:
     for log in submission_logs(folder, problems):
         tail = log.stem.removeprefix("train_")
         beside = log.with_name(f"summary_{tail}.json"), log.with_name(f"metrics_{tail}.jsonl")
+        name = f"{folder.name}/{log.stem}"
         try:
-            run = run_from_files(f"{folder.name}/{log.stem}", str(log), *beside, log, folder)
+            if any(map(strangers.is_there, beside)):
+                inside = [run_from_files(name, str(log), *beside, log, folder)]
+            else:
+                inside = read_logs(log, name, folder)
         except Unreadable as error:
             problems.append(str(error))
             continue
-        if run.losses or run.scores or run.stages:
-            room.take(run)
-            found.append(run)
+        for run in inside:
+            if run.losses or run.scores or run.stages:
+                room.take(run)
+                found.append(run)
         if room.full:
             break
     return found

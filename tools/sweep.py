@@ -14,9 +14,14 @@ Values of a variable:
 If all variables are lists or points, the default sampler is a grid, otherwise TPE; --sampler selects another. Outside a
 grid, SEED is not searched: runs take the seeds of its list in turn.
 
-If a sweep is killed, the same command resumes it. Finished runs stay, and interrupted ones run again. A run that fails
-is recorded with its error. The runs are in logs/sweeps/NAME/, with their table in study.json. The study is in an Optuna
-database, SQLite in that folder or --storage. Machines that share a database share the sweep.
+Before anything runs, every configuration is tried without training: a name that the script does not know, or a value
+that it refuses, ends the sweep with one line. --skip-refused leaves out the combinations that are refused.
+
+A sweep is its values, its command and its environment: the preset, the data and every knob. If it is killed, the same
+command in the same environment resumes it. Finished runs stay, and interrupted ones run again. Anything else is another
+sweep. PRESET_FILE=mine.toml takes knobs from a file. A run that fails is recorded with its error. The runs are in
+logs/sweeps/NAME/, with their table in study.json. The study is in an Optuna database, SQLite in that folder or
+--storage. Machines that share a database share the sweep.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it: Ctrl-C while modules load is no traceback
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -39,16 +45,23 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import configuration
 import processes
 import runs
 import strangers
+import trackers
 from runs import Parser, UserError, command_line, number_type, write_atomic
 
+# Seconds that SQLite itself waits for a lock, those until the next try, and those between lines about it.
+LOCK_SECONDS = 5.0
+LOCK_WAIT, LOCK_NOTE = 1.0, 60.0
+CORNERS = 64  # combinations of a range's ends that are checked before anything runs
 LEASE_SECONDS = 120.0  # without a heartbeat for so long, a run on another machine is dead
 POLL_SECONDS = 0.2
 
@@ -75,6 +88,11 @@ class Values:
         values = [low + (high - low) * i / max(1, self.points - 1) for i in range(self.points)]
         values = [math.exp(x) if self.log else x for x in values]
         return tuple(dict.fromkeys(written(round(x) if self.whole else x) for x in values))
+
+    def ends(self) -> tuple[str, str]:
+        """The ends of a range as text."""
+        low, high = ((int(x) if self.whole else x) for x in (self.low, self.high))
+        return written(low), written(high)
 
     def distribution(self):
         """The values as an Optuna distribution."""
@@ -150,10 +168,9 @@ class Sweep:
         with self.alone():
             self.study = self.open_study()
             if options.sampler == "grid":
-                for point in itertools.product(*(values.grid() for values in self.space.values())):
-                    self.study.enqueue_trial(
-                        dict(zip(self.space, point, strict=True)), {"point": True}, skip_if_exists=True
-                    )
+                for point in combinations(options):
+                    if point not in options.refused:
+                        self.study.enqueue_trial(point, {"point": True}, skip_if_exists=True)
             self.repair()
             if options.retry_failed:
                 self.retry_failed()
@@ -163,19 +180,35 @@ class Sweep:
         o, optuna = self.options, self.optuna
         pruner = optuna.pruners.MedianPruner(o.prune_startup, o.prune_after) if o.prune else optuna.pruners.NopPruner()
         try:
-            study = optuna.create_study(storage=o.storage, study_name=o.name, load_if_exists=True, pruner=pruner)
+            study = optuna.create_study(
+                storage=patient_storage(o.storage),
+                study_name=o.name,
+                load_if_exists=True,
+                pruner=pruner,
+                direction=o.direction,
+            )
         except Exception as error:  # database drivers raise various types
             raise UserError(f"--storage {o.storage}: cannot be opened: {str(error).splitlines()[0]}") from None
         # A resumed sweep must not draw the same values again.
         seed = None if o.sampler_seed is None else o.sampler_seed + len(study.get_trials(deepcopy=False))
         study.sampler = (optuna.samplers.TPESampler if o.sampler == "tpe" else optuna.samplers.RandomSampler)(seed=seed)
         described = {name: repr(values) for name, values in sorted(self.space.items())}
-        before = study.user_attrs.get("space")
-        if before is not None and before != described:
+        kept = study.user_attrs
+        if kept.get("space", described) != described:
             raise UserError(
-                f"--name {o.name}: this study sweeps {', '.join(before)} with other values; choose another name"
+                f"--name {o.name}: this study sweeps {', '.join(kept['space'])} with other values; choose another name"
             )
-        study.set_user_attr("space", described)
+        for what, now in (("environment", o.environment), ("command", o.command)):
+            if kept.get(what, now) != now:
+                raise UserError(
+                    f"--name {o.name}: this study has another {what}: {difference(kept[what], now)}; "
+                    "choose another name"
+                )
+        if study.direction.name.lower() != o.direction:
+            raise UserError(f"--name {o.name}: this study is to {study.direction.name.lower()}; choose another name")
+        for what, now in (("space", described), ("environment", o.environment), ("command", o.command)):
+            if kept.get(what) != now:
+                study.set_user_attr(what, now)
         return study
 
     @contextlib.contextmanager
@@ -260,6 +293,17 @@ class Sweep:
             trial.set_user_attr("seed", trial.user_attrs.get("seed", self.seeds[trial.number % len(self.seeds)]))
         return trial
 
+    @property
+    def total(self) -> int:
+        """Trials of the whole sweep, without those that are left out."""
+        if self.options.sampler != "grid":
+            return self.options.trials
+        return math.prod(len(values.grid()) for values in self.space.values()) - len(self.options.refused)
+
+    def better(self, value: float) -> float:
+        """A score as something to sort by, the best first."""
+        return value if self.options.direction == "minimize" else -value
+
     def write(self) -> list[dict[str, Any]]:
         """Writes study.json: every trial that counts, best first."""
         rows = []
@@ -276,16 +320,102 @@ class Sweep:
                     **{n: t.user_attrs.get(n) for n in ("error", "seconds", "folder", "steps")},
                 )
             )
-        rows.sort(key=lambda r: (r["state"] != "complete", r["value"] if r["value"] is not None else 0.0, r["trial"]))
+        rows.sort(key=lambda r: (r["state"] != "complete", self.better(r["value"] or 0.0), r["trial"]))
+        by, shares = self.importance(rows)
         content = dict(
             name=self.options.name,
             objective=self.options.objective,
+            direction=self.options.direction,
             command=self.options.command,
+            environment=self.options.environment,
             variables=list(self.space),
+            importance=shares,
+            importance_by=by,
             trials=rows,
         )
         write_atomic(self.folder / "study.json", json.dumps(content, indent=1) + "\n")
         return rows
+
+    def importance(self, rows: list[dict[str, Any]]) -> tuple[str, dict[str, float]]:
+        """(the measure's name, the share of the score's spread that each variable explains). Empty for too few runs."""
+        done = [row for row in rows if row["state"] == "complete" and row["value"] is not None]
+        if len(done) < 4 or len({row["value"] for row in done}) < 2:
+            return "", {}
+        if self.options.sampler == "grid":
+            return "main effects", main_effects(list(self.space), done)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                evaluator = self.optuna.importance.PedAnovaImportanceEvaluator()
+                shares = self.optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+        except (ValueError, RuntimeError):  # such as all values of a variable being the same
+            return "", {}
+        return "PED-ANOVA", {name: float(share) for name, share in shares.items() if math.isfinite(share)}
+
+
+def main_effects(names: list[str], done: list[dict[str, Any]]) -> dict[str, float]:
+    """The share of the variance of a grid's scores that the means over each variable's values have."""
+    mean = math.fsum(row["value"] for row in done) / len(done)
+    spread = math.fsum((row["value"] - mean) ** 2 for row in done)
+    shares = {}
+    for name in names:
+        groups: dict[str, list[float]] = {}
+        for row in done:
+            groups.setdefault(row["values"].get(name, ""), []).append(row["value"])
+        if len(groups) > 1:
+            effects = [len(group) * (math.fsum(group) / len(group) - mean) ** 2 for group in groups.values()]
+            shares[name] = math.fsum(effects) / spread
+    return dict(sorted(shares.items(), key=lambda share: -share[1]))
+
+
+def difference(before: Any, now: Any) -> str:
+    """What differs between two environments, or two commands."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{strangers.visible(before, 200)} there, {strangers.visible(now, 200)} here"
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    words = [f"{n}={before[n]} there" if n in before else f"no {n} there" for n in names]
+    words = [f"{w}, {now.get(n, 'none')} here" for w, n in zip(words, names, strict=True)]
+    return strangers.visible("; ".join(words), 400)
+
+
+def patient_storage(url: str):
+    """Optuna's storage at a URL. While another process holds a SQLite file, each call waits and is tried again."""
+    from optuna.storages import BaseStorage, RDBStorage, get_storage
+
+    if not url.startswith("sqlite:"):
+        return url
+
+    def patiently(method):
+        @functools.wraps(method)
+        def tried(*arguments, **options):
+            begin, said = time.monotonic(), 0.0
+            while True:
+                try:
+                    return method(*arguments, **options)
+                except Exception as error:  # SQLAlchemy's, or Optuna's around it
+                    if not is_locked(error):
+                        raise
+                if time.monotonic() - begin >= said:
+                    print(f"{url}: is locked by another process; waiting", file=sys.stderr, flush=True)
+                    said += LOCK_NOTE
+                time.sleep(LOCK_WAIT)
+
+        return tried
+
+    options = dict(connect_args=dict(timeout=LOCK_SECONDS))
+    storage = patiently(lambda: get_storage(RDBStorage(url, engine_kwargs=options)))()
+    for name in dir(BaseStorage):
+        if not name.startswith("_") and callable(getattr(storage, name)):
+            setattr(storage, name, patiently(getattr(storage, name)))
+    return storage
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is SQLite's about a lock."""
+    while error is not None:
+        if "database is locked" in str(error) or "database table is locked" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def process_start(pid: int) -> str | None:
@@ -352,7 +482,9 @@ class Job:
         self.folder.mkdir(parents=True)
         self.output, self.read = self.folder / "out.txt", 0
         self.begin, self.seen = time.time(), 0.0
-        environment = {"STRICT": "1", **os.environ, **place, **self.values, "ARTIFACT_DIR": str(self.folder)}
+        environment = trial_environment(self.options, self.values, place) | {"ARTIFACT_DIR": str(self.folder)}
+        settings = self.options.environment | self.values
+        self.tracked = self.options.tracking.start(self.folder.name, settings, self.folder)
         with open(self.output, "wb") as file:
             self.child = processes.start(sweep.options.argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
         trial.set_user_attr("folder", str(self.folder))
@@ -387,6 +519,7 @@ class Job:
         state = self.sweep.optuna.trial.TrialState
         code = self.child.poll()
         self.sign_of_life()
+        self.tracked.follow()
         if code is None and self.hopeless():
             processes.stop(self.child)
             self.end(state.PRUNED, f"stopped early at step {self.trial.user_attrs['steps']}")
@@ -401,6 +534,7 @@ class Job:
 
     def end(self, state, words: str, value: float | None = None) -> None:
         self.trial.set_user_attr("seconds", round(time.time() - self.begin, 2))
+        self.tracked.finish({self.options.objective: value})
         settings = " ".join(f"{n}={v}" for n, v in self.values.items())
         try:
             self.sweep.study.tell(self.trial, value if state.name == "COMPLETE" else None, state=state)
@@ -450,6 +584,7 @@ class Job:
         """Stops the run and puts its trial back."""
         processes.stop(self.child)
         self.sweep.put_back(self.trial)
+        self.tracked.finish()
 
 
 def work(sweep: Sweep, places: list[dict[str, str]]) -> None:
@@ -458,17 +593,62 @@ def work(sweep: Sweep, places: list[dict[str, str]]) -> None:
     try:
         while True:
             for place, values in enumerate(places):
-                if place not in jobs and (trial := sweep.next_trial()):
-                    jobs[place] = Job(sweep, trial, values)
+                while place not in jobs and (trial := sweep.next_trial()):
+                    if not refused(sweep, trial, values):
+                        jobs[place] = Job(sweep, trial, values)
             if not jobs:
                 return
             time.sleep(POLL_SECONDS)
             for place in [place for place, job in jobs.items() if job.poll()]:
                 del jobs[place]
-                sweep.write()
+                print(progress(sweep, sweep.write(), len(places)), flush=True)
     finally:
         for job in jobs.values():
             job.interrupt()
+
+
+def refused(sweep: Sweep, trial, place: dict[str, str]) -> bool:
+    """Whether the script refuses a trial's configuration. Such a trial fails without a run."""
+    values = {name: written(value) for name, value in trial.params.items()}
+    if "seed" in trial.user_attrs:
+        values["SEED"] = trial.user_attrs["seed"]
+    try:
+        sweep.options.checker.check(trial_environment(sweep.options, values, place))
+    except UserError as error:
+        words = f"refused: {error}"
+        trial.set_user_attr("error", words)
+        sweep.study.tell(trial, state=sweep.optuna.trial.TrialState.FAIL)
+        settings = " ".join(f"{n}={v}" for n, v in values.items())
+        print(f"trial {trial.number}: {settings}: {strangers.visible(words, 1000)}", flush=True)
+        return True
+    return False
+
+
+def trial_environment(options, values: dict[str, str], place: dict[str, str]) -> dict[str, str]:
+    """The whole environment of a trial, without the folder of its run. Errors: UserError for its PRESET_FILE."""
+    return configuration.expanded({**os.environ, **options.checker.strict(), **place, **values})
+
+
+def progress(sweep: Sweep, rows: list[dict[str, Any]], places: int) -> str:
+    """The line between trials: how many are over, the best so far, the time that is left."""
+    over = [row for row in rows if row["state"] in ("complete", "fail", "pruned")]
+    words = [f"{len(over)} of {sweep.total}"]
+    best = next((row for row in rows if row["state"] == "complete"), None)
+    if best:
+        settings = " ".join(f"{name}={value}" for name, value in best["values"].items())
+        words.append(f"best so far: {sweep.options.objective} {best['value']:.6f} ({settings})")
+    times = [row["seconds"] for row in over if row["seconds"]]
+    left = max(0, sweep.total - len(over))
+    if times and left:
+        words.append(f"about {duration(sum(times) / len(times) * left / places)} left")
+    return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def print_table(sweep: Sweep) -> None:
@@ -485,22 +665,39 @@ def print_table(sweep: Sweep) -> None:
         ]
         for r in rows
     ]
+    print(f"Trials of {sweep.options.name}, best {sweep.options.objective} first")
     print(runs.table([head, *body]))
     done = [r for r in rows if r["state"] == "complete"]
-    names = [n for n in names if n != "SEED"]
+    print_means(sweep, done, [n for n in names if n != "SEED"])
+    by, shares = sweep.importance(rows)
+    if shares:
+        print(f"Importance of each variable for {sweep.options.objective}, by {by}")
+        print(runs.table([["variable", "share"], *([name, f"{share:.1%}"] for name, share in shares.items())]))
+    failed = sum(r["state"] == "fail" for r in rows)
+    if failed:
+        print(f"{failed} failed; the same command with --retry-failed runs {'it' if failed == 1 else 'them'} again")
+    running = sum(r["state"] == "running" for r in rows)
+    if running:
+        print(f"nothing is left to start here, and {running} still run{'s' if running == 1 else ''} in another sweep")
+    print(f"written: {sweep.folder / 'study.json'}")
+
+
+def print_means(sweep: Sweep, done: list[dict[str, Any]], names: list[str]) -> None:
+    """Prints the means over seeds, and the command of the best."""
     groups: dict[tuple, list[float]] = {}
     for r in done:
         groups.setdefault(tuple(r["values"][n] for n in names), []).append(r["value"])
     means = sorted(
-        ((*runs.mean_and_deviation(values), len(values), key) for key, values in groups.items()), key=lambda m: m[0]
+        ((*runs.mean_and_deviation(values), len(values), key) for key, values in groups.items()),
+        key=lambda m: sweep.better(m[0]),
     )
     if names and any(count > 1 for *_, count, _ in means):
         body = [[*key, f"{mean:.6f}", runs.shown(spread, ".6f"), str(count)] for mean, spread, count, key in means]
+        print(f"Means over seeds, best {sweep.options.objective} first")
         print(runs.table([[*names, f"mean {sweep.options.objective}", "deviation", "seeds"], *body]))
     if means:
         settings = " ".join(f"{n}={shlex.quote(v)}" for n, v in zip(names, means[0][-1], strict=True))
         print(f"best: {settings} {sweep.options.command}".replace("best:  ", "best: "))
-    print(f"written: {sweep.folder / 'study.json'}")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -527,8 +724,14 @@ def parse(arguments: list[str]):
         "--objective",
         default="val_bpb",
         metavar="NAME",
-        help="figure of summary.json to minimize; for other "
+        help="figure of summary.json to compare; for other "
         "scripts, val_bpb or val_loss of the output (default: val_bpb)",
+    )
+    add(
+        "--direction",
+        choices=("minimize", "maximize"),
+        default="minimize",
+        help="what to do with it (default: minimize)",
     )
     add(
         "--prune",
@@ -551,6 +754,8 @@ def parse(arguments: list[str]):
     )
     add("--sampler-seed", type=number_type(int, 0, 2**32 - 1), metavar="S", help="seed of random and tpe")
     add("--retry-failed", action="store_true", help="run failed trials again")
+    add("--skip-refused", action="store_true", help="leave out combinations that the script refuses")
+    add("--tracker", choices=tuple(trackers.PACKAGES), help="send the curves to this tracker too")
     options = parser.parse_intermixed_args(arguments[:place])
     options.argv = arguments[place + 1 :]
     if not options.argv:
@@ -561,6 +766,7 @@ def parse(arguments: list[str]):
 def completed(options):
     """Fills in options that depend on others. Errors: UserError."""
     options.space = read_space(options.variables)
+    options.refused, options.tracking = [], trackers.NO_TRACKER
     open_ = [name for name, v in options.space.items() if not v.choices and not v.points]
     options.sampler = options.sampler or ("tpe" if open_ else "grid")
     if options.sampler == "grid" and open_:
@@ -570,9 +776,17 @@ def completed(options):
     options.command = shlex.join(options.argv)
     if options.argv[0] in ("python", "python3"):
         options.argv[0] = sys.executable  # this interpreter has the requirements
-    described = json.dumps([sorted(options.variables), options.command, options.sampler])
+    if options.prune and options.direction == "maximize":
+        raise UserError("--direction maximize: --prune stops runs with a high loss, so it needs minimize")
+    options.checker = configuration.Checker(configuration.script_of(options.argv), configuration.ranks_of(options.argv))
+    options.environment = identity_environment(options)
+    described = json.dumps(
+        [sorted(options.variables), options.command, options.sampler, options.environment, options.direction]
+    )
     mark = hashlib.sha256(described.encode()).hexdigest()
-    options.name = options.name or f"{'-'.join(options.space)[:48]}-{mark[:8]}"
+    options.prefix = "-".join(options.space)[:48]
+    options.named = bool(options.name)
+    options.name = options.name or f"{options.prefix}-{mark[:8]}"
     if not re.fullmatch(r"[\w.-]+", options.name):
         raise UserError(f"--name {options.name}: may only have letters, digits, dots, - and _")
     options.folder = options.folder or Path("logs", "sweeps", options.name)
@@ -580,10 +794,93 @@ def completed(options):
     return options
 
 
+def identity_environment(options) -> dict[str, str]:
+    """What of the environment makes a sweep another one: preset, data and every knob. Errors: UserError."""
+    checker = options.checker
+    values = checker.relevant(configuration.expanded(os.environ))
+    values = {name: value for name, value in values.items() if name not in options.space}
+    files = options.space[configuration.PRESET_FILE].grid() if configuration.PRESET_FILE in options.space else ()
+    for path in files:
+        values[path] = json.dumps(configuration.read_preset_file(Path(path)), sort_keys=True)
+    return values
+
+
+def combinations(options) -> Iterator[dict[str, str]]:
+    """The values of a grid's trials; of a search, combinations of the ends of its ranges and the items of its lists."""
+    grid = options.sampler == "grid"
+    sides = [v.grid() if grid or v.choices or v.points else v.ends() for v in options.space.values()]
+    points = (dict(zip(options.space, point, strict=True)) for point in itertools.product(*sides))
+    return points if grid else itertools.islice(points, CORNERS)
+
+
+def dry_run(options, places: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Tries every configuration without training. Returns those that are refused with --skip-refused.
+
+    Errors: UserError for names that the script does not know, for values that it refuses, and where none is left.
+    """
+    out, count = [], 0
+    for count, values in enumerate(combinations(options), 1):
+        environment = trial_environment(options, values, places[0])
+        if count == 1:
+            options.checker.check_names(list(options.space), environment)
+            files = {**os.environ, **values}.get(configuration.PRESET_FILE)
+            if files:
+                options.checker.check_names(list(configuration.read_preset_file(Path(files))), environment)
+        try:
+            options.checker.check(environment)
+        except UserError as error:
+            if not options.skip_refused:
+                settings = " ".join(f"{name}={value}" for name, value in values.items())
+                advice = "; --skip-refused leaves such trials out" if options.sampler == "grid" else ""
+                raise UserError(f"trial {settings}: {error}{advice}") from None
+            out.append(values)
+    if count and len(out) == count:
+        raise UserError("--skip-refused: the script refuses every trial")
+    return out
+
+
+def refuse_other_sweep(options) -> None:
+    """Refuses a folder with another sweep, and says what makes this sweep another one than those beside it.
+
+    Errors: UserError.
+    """
+    file = options.folder / "study.json"
+    if strangers.is_there(file):
+        other = strangers.read_object(file)
+        if other.get("name") != options.name:
+            words = what_differs(other, options)
+            raise UserError(f"--folder {options.folder}: holds another sweep{words}; choose another folder")
+        return
+    if options.named or not options.folder.parent.is_dir():
+        return
+    for folder in strangers.entries(options.folder.parent):
+        if folder.name.startswith(options.prefix) and strangers.is_plain(folder / "study.json"):
+            try:
+                other = strangers.read_object(folder / "study.json")
+            except UserError:
+                continue
+            if other.get("variables") == list(options.space):
+                print(f"another sweep than {folder}{what_differs(other, options)}", flush=True)
+
+
+def what_differs(other: dict[str, Any], options) -> str:
+    """What of a sweep's study.json differs from this sweep, in words after its name."""
+    environment = other.get("environment")
+    if isinstance(environment, dict) and environment != options.environment:
+        return f": {difference(environment, options.environment)}"
+    if other.get("command") != options.command:
+        return f": {difference(other.get('command'), options.command)}"
+    return ", with other values"
+
+
 def main(arguments: list[str]) -> int:
     """Runs the rest of a sweep. Returns the exit code: 1 if a run failed."""
     options = parse(arguments)
     places = slots(options)
+    options.refused = dry_run(options, places)
+    refuse_other_sweep(options)
+    if options.tracker:
+        options.tracking = trackers.Tracker(options.tracker, options.name, options.folder)
     sweep = Sweep(options)
     print(f"sweep {options.name}: {options.sampler}, {len(places)} parallel run(s), {options.storage}", flush=True)
     try:

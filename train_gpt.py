@@ -1732,7 +1732,8 @@ class Command:
         """Errors: ConfigError for variables that contradict each other."""
         self.given = {name: text for name, text in environment.items() if text != ""}
         self.fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
-        self.base = {f.name: f.default for f in dataclasses.fields(Config)} | PRESETS[preset] | dict(preset=preset)
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
+        self.base = {**defaults, **PRESETS[preset], "preset": preset}
         self.texts = {name: text for name, text in self.given.items() if name in self.fields and name != "PRESET"}
         self.sources: dict[str, str] = {}  # knob: the variable that it was translated from
         self.understood = set(self.texts) | {"PRESET"}
@@ -1809,7 +1810,8 @@ class Command:
         active = self.value(knob) != self.value(knob, off)
         if is_off(self.given[name]) == switch_of(name)[1]:  # on
             for other in () if active else (f"{knob}={on}", *others):
-                self.put(*other.split("="), name, yields=other in others)
+                feature, _, text = other.partition("=")
+                self.put(feature, text, name, yields=other in others)
         elif active and not (
             knob in self.texts and "QAT" in name and "LATE" not in name
         ):  # which is QAT from the start
@@ -1986,7 +1988,7 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
 
 def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> tuple[Config, list[str]]:
     """The configuration of the knobs that are given; what stands in the preset alone follows them, with remarks."""
-    values = command.base | given
+    values = {**command.base, **given}
     if values["original"]:
         if values["preset"] not in ORIGINALS:
             raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")

@@ -116,7 +116,7 @@ def test_transformers_trains_and_saves_it(plain, tmp_path):
     loss.backward()
     assert network.golf.qo_bank.grad.abs().sum() > 0
     with torch.no_grad():
-        network.golf.qo_bank -= 0.01
+        network.golf.qo_bank.sub_(0.01)
     network.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     with torch.no_grad():

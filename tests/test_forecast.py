@@ -16,7 +16,7 @@ import forecast_page  # noqa: E402
 import lab_ideas as ideas  # noqa: E402
 
 SEEDS = (42, 0, 314)
-NAMES = [size.name for size in ideas.SIZES]
+NAMES = ideas.USUAL
 FLOPS = dict(zip(NAMES, (2.0**30, 2.0**32, 2.0**34), strict=True))
 FULL = 2.0**40  # 6 doublings above the largest size
 SLOPE, SMALL = 0.02, 0.4  # bpb for each e-fold of steps, at full size and in small

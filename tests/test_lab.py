@@ -135,7 +135,8 @@ def test_the_preset_frontier_is_the_row_of_ideas_together():
         if presets["record"].get(name) != value and name not in ("data_order", "hint_enabled")
     }
     row = ideas.ROWS["together"]
-    expected = {**row.changes, **row.by_size(SIZES[-1])}
+    expected = {**row.changes, **ideas.bigram(SIZES[-1])}
+    assert row.by_size is ideas.bigram
     assert set(added) == set(expected) - {"MATRIX_LR"}
     sizes = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM")  # about a tenth of a small model's parameters
     assert all(added[name] == expected[name] for name in set(added) - set(sizes))

@@ -821,7 +821,7 @@ def check_data(folder: Folder, findings: Findings, data: Path | None) -> None:
         tokens |= stated_tokens
     else:  # the first token of a stream is no target
         tokens |= {count for count in stated_tokens if count + 1 not in tokens}
-    findings.require(len(tokens) < 2, f"val_tokens: {sorted(tokens)} are not one validation set's")
+    findings.require(len(tokens) < 2, f"val_tokens: {sorted(filter(None, tokens))} are not one validation set's")
     shards = {int(f.value) for _, log in folder.figures for f in log.of("shards") if f.label.endswith("train_shards")}
     findings.require(
         len(shards) < 2, f"train_shards: the logs have {' and '.join(map(str, sorted(shards)))}", "configuration"
@@ -861,9 +861,9 @@ def artifact_size(folder: Folder, seed: Seed) -> tuple[float | None, str]:
     content = folder.content if folder.exact else folder.everything
     if not folder.exact:
         total = content.get("bytes_total", content.get("artifact_bytes"))
-        size = size if size is not None or not strangers.is_number(total) else float(total)
+        size = size if size is not None or not strangers.is_number(total) else float(total or 0)
         stated_code = content.get("bytes_code", content.get("code_bytes"))
-        code = code if code is not None or not strangers.is_number(stated_code) else float(stated_code)
+        code = code if code is not None or not strangers.is_number(stated_code) else float(stated_code or 0)
         code = code if code is not None else folder.scripts.get("train_gpt.py")
     if model is None or code is None or model > 2 * CAP_BYTES or (size is not None and size >= model + code):
         return size, ""

@@ -77,7 +77,7 @@ class Meaning:
 def words_of(name: str) -> list[str]:
     """The words of a name, in lower case: of bytesModel_int6 bytes, model, int and 6."""
     found = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:200]).lower())
-    return [PLURALS.get(word, word) for word in found]
+    return [PLURALS.get(word) or word for word in found]
 
 
 def seed_of(name: str) -> int | None:

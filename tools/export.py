@@ -177,7 +177,7 @@ def modeling_source() -> str:
 
 def weights_of(model: Model, run: Path, floats: bool) -> dict[str, torch.Tensor]:
     """The weights to export: the artifact's, or those of before quantization. Errors: UserError."""
-    own = dict(model.gpt.named_parameters())
+    own: dict[str, torch.Tensor] = dict(model.gpt.named_parameters())
     if not floats:
         return own
     path = run / tg.WEIGHTS_FILE

@@ -69,7 +69,7 @@ def prompt_of(argument: str) -> str:
     except UnicodeEncodeError:  # Python keeps bytes that it could not decode as halves of surrogate pairs
         try:
             return os.fsencode(argument).decode()
-        except UnicodeError as error:
+        except UnicodeDecodeError as error:
             raise UserError(f"PROMPT: must be UTF-8 ({error.reason} at byte {error.start})") from None
 
 

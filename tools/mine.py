@@ -129,8 +129,14 @@ def main(arguments: list[str]) -> int:
     add("--name", type=check_name, metavar="NAME", help="of the data and the run (default: the folder's)")
     add("--minutes", type=number_type(float, 0.1, 1e5), metavar="M", help=f"of training (default: {MINUTES})")
     add("--out", type=Path, metavar="DIR", help="folder of the prepared data (default: data/mine/NAME)")
-    suffix = dict(action="append", default=[], type=prepare.suffix_of, metavar="ENDING")
-    add("--suffix", **suffix, help="a further ending of text, such as .py")
+    add(
+        "--suffix",
+        action="append",
+        default=[],
+        type=prepare.suffix_of,
+        metavar="ENDING",
+        help="a further ending of text, such as .py",
+    )
     add("--prompt", metavar="TEXT", help="beginning of the sample (default: the first words of a validation text)")
     options = parser.parse_args(arguments)
     if not options.texts:

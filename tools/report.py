@@ -135,7 +135,8 @@ def read_study(path: Path) -> dict[str, Any]:
     study = strangers.checked(content, STUDY | STUDY_MORE, str(path), problems)
     if problems or not set(STUDY) <= set(study) or study.get("direction") not in (None, "minimize", "maximize"):
         raise UserError(problems[0] if problems else f"{path}: is not a sweep's study.json")
-    study = dict(direction="minimize", importance={}, importance_by="") | study
+    usual: dict[str, Any] = dict(direction="minimize", importance={}, importance_by="")
+    study = usual | study
     for trial in study["trials"]:
         trial["values"] = {name: str(value) for name, value in trial["values"].items()}
         for name in ("value", "seconds", "error"):

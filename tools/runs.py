@@ -377,8 +377,8 @@ class LogReader:
         if "val_bpb" in pairs:
             loss = number(pairs["val_loss"][0]) if "val_loss" in pairs else math.nan
             self.run.scores.append((step, loss, number(pairs["val_bpb"][0]), seconds))
-        elif "train_loss" in pairs or "loss" in pairs:
-            self.run.losses.append((step, number(pairs.get("train_loss", pairs.get("loss"))[0]), seconds))
+        elif found := pairs.get("train_loss", pairs.get("loss")):
+            self.run.losses.append((step, number(found[0]), seconds))
         if step and seconds is not None:
             self.run.steps, self.run.train_seconds = step, seconds
 

@@ -24,7 +24,7 @@ class Tracker:
     def __init__(self, kind: str, project: str, folder: Path):
         self.kind, self.project = kind, project
         self.folder = folder
-        self.module = imported(kind) if kind else None
+        self.module: Any = imported(kind) if kind else None
 
     def start(self, name: str, config: dict[str, Any], folder: Path) -> Follower:
         """Tracks the run whose files are in a folder."""

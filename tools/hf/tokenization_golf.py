@@ -6,7 +6,7 @@ import shutil
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-from .caseops import OPERATIONS, OPERATORS, CaseOpsError, decode, encode
+from .caseops import OPERATIONS, OPERATORS, CaseOpsError, decode, encode  # pyright: ignore[reportMissingImports] # beside it in an exported folder
 
 
 class GolfTokenizer(PreTrainedTokenizer):

@@ -284,7 +284,7 @@ class Reader:
     def figures(self, line: str) -> None:
         if step := runs.STEP.match(line):
             self.trained = True
-            self.keep(("steps",), step[1], "", "curve")
+            self.keep(("steps",), step[1] or step[3], "", "curve")
         elif not self.trained and not line.startswith(("warmup", "compil")):
             self.header(line)
         if size := SIZE.match(line):

@@ -341,7 +341,7 @@ def peers(tmp_path):
     )
     (tmp_path / "submission.json").write_text(json.dumps(s))
     (tmp_path / "README.md").write_text(page + f"\nMean {mean:.5f}.\n\nAn ablation gave 1.2300.\n")
-    (tmp_path / "train_gpt.py").write_text("x = 1\n")
+    (tmp_path / "train_gpt.py").write_text("x = 1\n".ljust(47642, "#"))  # as the logs count
     return tmp_path
 
 

@@ -97,7 +97,7 @@ def special(trial: Trial, folder: Path) -> None:
             socket.socket(socket.AF_UNIX).bind(os.fspath(path))
 
 
-def judge(trial: Trial, ended: Ended, tool: str, codes: tuple[int, ...] = (0, 1, 2)) -> None:
+def judge(trial: Trial, ended: Ended, tool: str, codes: tuple[int, ...] = (0, 1, 2, 3)) -> None:
     """A tool ended in time, with an exit code of its own, in bounded memory; it shows no control codes."""
     trial.judge_end(ended, codes, what=tool)
     trial.expect(ended.peak < MEMORY, LOST, f"{tool} took {ended.peak >> 20} MiB of memory")

@@ -1947,8 +1947,8 @@ class Command:
         found = list(dict.fromkeys(path if pattern == "*.model" else path.parent for path in paths))
         if len(found) > 1:
             size, cased = str(self.value("vocab_size")), self.value("caseops_enabled") == "1"
-            sized = [path for path in found if size in re.findall(r"\d+", str(path.relative_to(root)))]
-            found = [path for path in sized if ("caseops" in str(path)) == cased] or sized
+            of_size = [path for path in found if size in re.findall(r"\d+", str(path.relative_to(root)))]
+            found = [path for path in of_size if ("caseops" in str(path)) == cased] or of_size
         if len(found) > 1:
             raise ConfigError(name, root, "holds several that fit: " + ", ".join(map(str, found)) + "; name one")
         return str(found[0]) if found else ""
@@ -9022,7 +9022,8 @@ def live_step(p: Progress, config: Config, loss: float, bytes_per_token: float) 
     """The live line of a training step. Bits per byte are those of the training text, if its tokens are as long as
     those of the validation text are on average."""
     fraction = fraction_done(p, config)
-    bpb = f"  bpb ~{loss / math.log(2) / bytes_per_token:.3f}" if bytes_per_token else ""
+    score = Score(1000 * loss, 1000, round(1000 * bytes_per_token))
+    bpb = f"  bpb ~{score.bpb:.3f}" if bytes_per_token else ""
     rate = p.step * config.train_batch_tokens / p.seconds
     eta = clock(p.seconds / fraction * (1 - fraction)) if fraction else "?"
     return f"step {p.step}  loss {loss:.4f}{bpb}  {rate:,.0f} tokens/s  {fraction:.0%}  ETA {eta}"
@@ -13241,7 +13242,7 @@ def tune_artifact(data: bytes, trained: Trained, limit: int, config: Config, run
     return tuned if kept else data
 
 
-def save_weights(weights: dict[str, Tensor], config: Config, run: Run) -> None:
+def write_float_weights(weights: dict[str, Tensor], config: Config, run: Run) -> None:
     """With SAVE_WEIGHTS, keeps the weights of before quantization; their metadata hold the model's settings."""
     path = run.path(WEIGHTS_FILE)
     try:
@@ -13278,7 +13279,7 @@ def write_artifact(trained: Trained, config: Config, run: Run) -> dict[str, Any]
     """Quantizes, packs and writes the model, on rank 0. Returns the summary's rows about training and artifact."""
     weights = {name: p.detach() for name, p in trained.model.named_parameters()}
     if config.save_weights:
-        run.on_main(lambda: save_weights(weights, config, run))
+        run.on_main(lambda: write_float_weights(weights, config, run))
     with Stage(run, "quantize"):
         data = run.on_main(lambda: quantize_model(trained, weights, config, run)) or b""
     if config.tune_steps:

@@ -284,8 +284,8 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
     options = parse(arguments)
     try:
         c, remarks = configuration(environment, torch.cuda.is_available())
-        for remark in remarks:
-            print(remark, file=sys.stderr)
+        for warning in (remark for remark in remarks if remark.startswith("warning")):
+            print(warning, file=sys.stderr)
         run = t.start_run(c, environment)
         with run.guard():
             result = measured(c, run, options)

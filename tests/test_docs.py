@@ -59,7 +59,9 @@ def test_values_are_written_as_the_environment_takes_them():
 def root(tmp_path):
     """A root folder with a README.md that has a place for results, and current knobs."""
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "knobs.md", tmp_path / "docs")
+    (tmp_path / "tools").mkdir()
+    for name in ("docs/knobs.md", "docs/variables.md", "tools/variables.tsv"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text(f"# Title\n\n{docs.BEGIN}\nold\n{docs.END}\n\nThe rest.\n")
     return tmp_path
 

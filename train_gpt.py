@@ -1927,12 +1927,13 @@ class Command:
     def data(self, name: str, text: str) -> bool:
         """DATA_DIR, DATA_PATH or TOKENIZER_PATH, where they are folders of data sets and of tokenizers."""
         found = {}
-        if "_PATH" in name and not Path(text).is_dir() or any(Path(text).glob("fineweb_*.bin")):
+        there = os.path.isdir(text)  # Path.is_dir raises where a name is too long
+        if "_PATH" in name and not there or there and any(Path(text).glob("fineweb_*.bin")):
             return True
         if name == "DATA_PATH" or name == "DATA_DIR" and "DATA_PATH" not in self.given:
             usual = f"{text}/datasets/fineweb10B_sp{self.value('vocab_size')}" if name == "DATA_DIR" else ""
             found["DATA_PATH"] = self.below(name, text, "fineweb_val_*.bin") or usual
-        inside = Path(found.get("DATA_PATH", ""), "tokenizer.model").is_file()
+        inside = os.path.isfile(Path(found.get("DATA_PATH", ""), "tokenizer.model"))
         if (name == "TOKENIZER_PATH" or "TOKENIZER_PATH" not in self.given) and not inside:
             found["TOKENIZER_PATH"] = self.below(name, text, "*.model")
         for knob, path in found.items():
@@ -2093,7 +2094,7 @@ def follow_batches(v: dict[str, Any], follow: Follow) -> None:
     if v["train_batch_tokens"] % length:
         follow("train_batch_tokens", (rows - rows % 8 or rows) * length, "train_seq_len")  # 8 GPUs share them
     text = f"data/builtin_sp{v['vocab_size']}"
-    if Path(text).is_dir() and re.fullmatch(r"data/builtin_sp\d+", v["data_path"]):
+    if os.path.isdir(text) and re.fullmatch(r"data/builtin_sp\d+", v["data_path"]):
         follow("data_path", text, "vocab_size")
 
 

@@ -123,6 +123,19 @@ class Trace:
         return logits
 
 
+@torch.no_grad()
+def losses_within(model, bounds, temperature, logits, targets):
+    """The model's losses with the softcap's bounds of an earlier time: test-time training learns them too."""
+    if bounds is None:
+        return model.token_losses(logits, targets, temperature=temperature)
+    now = model.softcaps.clone()
+    model.softcaps.copy_(bounds)
+    try:
+        return model.token_losses(logits, targets, temperature=temperature)
+    finally:
+        model.softcaps.copy_(now)
+
+
 class Recorder:
     """Watches an evaluation: the forward passes of every model, views of its weights included, and the ledger."""
 
@@ -165,7 +178,8 @@ class Recorder:
         pair = tuple(x[:, 0] for x in adapters["head"]) if adapters else None
         logits = self.model.head_logits(hidden, pair)[mask]
         z = softcap(logits.double(), self.model.config, self.model.softcaps) / temperature
-        losses = functools.partial(self.model.token_losses, temperature=temperature)
+        bounds = None if self.model.softcaps is None else self.model.softcaps.detach().clone()
+        losses = functools.partial(losses_within, self.model, bounds, temperature)
         return logits, torch.logsumexp(z, -1, keepdim=True) - z, losses
 
     def read(self, gradient, ids, targets, starts):

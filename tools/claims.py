@@ -203,7 +203,7 @@ def slack_of(text: str) -> float:
     number, slack = runs.rounding(text)
     zeros = re.search(r"[1-9](0{2,})$", text.replace(",", ""))
     if zeros and abs(number) >= 1000:
-        slack = min(0.5 * 10.0 ** len(zeros[1]), 0.005 * abs(number))
+        slack = min(0.5 * 10.0 ** min(len(zeros[1]), 300), 0.005 * abs(number))
     return slack
 
 

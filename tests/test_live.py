@@ -71,7 +71,7 @@ def test_without_a_terminal_nothing_is_added(data, tmp_path):
 
 
 def test_the_live_line_is_written_over_cut_and_removed(monkeypatch):
-    monkeypatch.setattr(tg.shutil, "get_terminal_size", lambda: os.terminal_size((10, 24)))
+    monkeypatch.setattr(tg.shutil, "get_terminal_size", lambda *_, **_more: os.terminal_size((10, 24)))
     stream = Terminal()
     line = tg.LiveLine(stream)
     line.clear()

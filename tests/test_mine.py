@@ -60,7 +60,11 @@ def test_a_folder_of_texts_becomes_a_model_and_a_sample(tmp_path):
     prompt, sample = shown[2][3], done.stdout.rpartition("\n$ ")[2].partition("\n")[2]
     assert prompt and prompt.split()[0] in sample
     pasted = subprocess.run(
-        ["bash", "-c", next(line[2:] for line in done.stdout.splitlines() if "generate.py" in line)],
+        [
+            "bash",
+            "-c",
+            next(line[2:] for line in done.stdout.splitlines() if line.startswith("$ ") and "generate.py" in line),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

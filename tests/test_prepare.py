@@ -390,7 +390,7 @@ def test_sources_of_all_kinds_in_a_stable_order(tmp_path):
     (folder / "b").mkdir(parents=True)
     texts = [story(seed) for seed in range(5)]
     (folder / "b" / "one.txt").write_text(texts[0])
-    (folder / "b" / "notes.md").write_text("not read")
+    (folder / "b" / "notes.csv").write_text("not read")
     write_jsonl(folder / "a.jsonl", [texts[1]], "body")
     line = json.dumps({"body": texts[2]}).encode()
     packed = zstandard.compress(b"\xef\xbb\xbf" + line[:20]) + zstandard.compress(line[20:] + b"\r\n \r\n" + line)

@@ -461,7 +461,7 @@ def test_a_report_of_hostile_names_shows_them_as_they_are(folder, tmp_path, caps
     assert {line.count(" | ") for line in tables[:1]} == {re.sub(r"\\.", "", line).count(" | ") for line in tables[2:6]}
     body = re.sub(r"\\.", "", text)  # without what is escaped
     assert "<script" not in body and "](http" not in body and "`" not in body
-    assert {p.name for p in out.iterdir()} == {f"{n}.png" for n in ("loss", "stages", "bytes", "sweep")} | {
+    assert {p.name for p in out.iterdir()} == {f"{n}.png" for n in ("loss", "stages", "bytes", "sweep", "best")} | {
         "report.md",
         "report.html",
     }

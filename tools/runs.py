@@ -608,9 +608,13 @@ def read_logs(path: Path, name: str = "", inside: Path | None = None) -> list[Ru
 
 
 def distinct(found: list[Run]) -> list[Run]:
-    """The runs without those that a log says twice, and without such that have no score and no step."""
+    """The runs without those that a log says twice, and without such that have no score and no loss: what is wrong
+    with their lines is the run's before them."""
     kept: list[Run] = []
     for run in found:
+        if kept and not (run.losses or run.scores or run.stages):
+            kept[-1].problems += run.problems
+            continue
         if any((run.losses, run.scores, run.stages) == (other.losses, other.scores, other.stages) for other in kept):
             continue
         kept.append(run)

@@ -1920,7 +1920,9 @@ class Command:
         if self.value("mode") != "eval" or "RUN_ID" in self.texts or "ARTIFACT_DIR" in self.texts:
             return []
         runs = sorted(Path("logs").glob("*/model.pgolf"), key=lambda path: path.stat().st_mtime)
-        folder = Path() if Path("model.pgolf").is_file() else runs[-1].parent if runs else None
+        folder = runs[-1].parent if runs else None
+        if Path("model.pgolf").is_file():
+            folder = Path()
         self.texts |= {} if folder is None else dict(ARTIFACT_DIR=str(folder))
         return [] if folder is None else [f"neither RUN_ID nor ARTIFACT_DIR is set: ARTIFACT_DIR={folder}"]
 
@@ -12496,7 +12498,8 @@ class FullModelSGD:
     ):
         self.config, self.run = evaluator.config, evaluator.run
         self.tokens, self.ledger = evaluator.tokens, ledger
-        self.model, self.frozen_blocks, self.max_norm = model, frozen_blocks, clip
+        self.model, self.frozen_blocks = model, frozen_blocks
+        self.max_norm = clip
         self.forward = compiled_forward(model)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
         if adamw:

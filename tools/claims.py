@@ -294,7 +294,9 @@ class Reader:
         for name, value, unit in PAIRS.findall(line):
             if name != "step":
                 words = (first, name + ("_" + unit.lower() if unit else ""))
-                self.keep(words if not step else ("train" if "time" in name else "", words[1]), value, unit, "curve")
+                if step:
+                    words = ("train" if "time" in name else "", words[1])
+                self.keep(words, value, unit, "curve")
 
     def end(self) -> None:
         """Hands over the figures, and adds what follows from them: the time of a step, tokens, and sums."""

@@ -66,7 +66,8 @@ def kind_of(name: str, given: dict[str, str], command: tg.Command, warnings: dic
 def judge(preset: str, given: dict[str, str]) -> Verdict:
     """The verdict on a command, on a machine that has no GPU."""
     environment = {"PRESET": preset, "DEVICE": "cpu", **given}
-    refused, warnings, command = "", {}, None
+    refused, command = "", None
+    warnings: dict[str, str] = {}
     try:
         command = tg.Command(environment, environment["PRESET"])
         warnings = tg.foreign_variables(environment, command.understood)

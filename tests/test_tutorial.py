@@ -14,7 +14,18 @@ from helpers import ROOT, TINY, built_once, clean_environment, run_command
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-tools.txt)")
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
-COPIED = ("train_gpt.py", "pyproject.toml", "README.md", "CHANGELOG.md", "Makefile", "bench", "data", "docs", "tools")
+COPIED = (
+    "train_gpt.py",
+    "golf.py",
+    "pyproject.toml",
+    "README.md",
+    "CHANGELOG.md",
+    "Makefile",
+    "bench",
+    "data",
+    "docs",
+    "tools",
+)
 # The laboratory's smallest size, and its measurements, in small.
 SMALL = (
     (

@@ -1919,9 +1919,9 @@ class Command:
         """An evaluation that names no run: of the artifact in the current folder, else of the newest run in logs/."""
         if self.value("mode") != "eval" or "RUN_ID" in self.texts or "ARTIFACT_DIR" in self.texts:
             return []
-        runs = sorted(Path("logs").glob("*/model.pgolf"), key=lambda path: path.stat().st_mtime)
+        runs = sorted(Path("logs").glob(f"*/{CONTAINER_FILE}"), key=lambda path: path.stat().st_mtime)
         folder = runs[-1].parent if runs else None
-        if Path("model.pgolf").is_file():
+        if Path(CONTAINER_FILE).is_file():
             folder = Path()
         self.texts |= {} if folder is None else dict(ARTIFACT_DIR=str(folder))
         return [] if folder is None else [f"neither RUN_ID nor ARTIFACT_DIR is set: ARTIFACT_DIR={folder}"]
@@ -1935,7 +1935,7 @@ class Command:
         if name == "DATA_PATH" or name == "DATA_DIR" and "DATA_PATH" not in self.given:
             usual = f"{text}/datasets/fineweb10B_sp{self.value('vocab_size')}" if name == "DATA_DIR" else ""
             found["DATA_PATH"] = self.below(name, text, "fineweb_val_*.bin") or usual
-        inside = os.path.isfile(Path(found.get("DATA_PATH", ""), "tokenizer.model"))
+        inside = os.path.isfile(Path(found.get("DATA_PATH", ""), TOKENIZER_FILE))
         if (name == "TOKENIZER_PATH" or "TOKENIZER_PATH" not in self.given) and not inside:
             found["TOKENIZER_PATH"] = self.below(name, text, "*.model")
         for knob, path in found.items():
@@ -1978,16 +1978,16 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
         raise ConfigError("PRESET", preset, "must be one of " + ", ".join(PRESETS))
     command = Command(environment, preset)
     remarks += command.remarks + command.last_run()
-    unknown = unknown_variables(environment, command.understood)
+    foreign = foreign_variables(environment, command.understood)
     given = {knob.lower(): command.value(knob) for knob in command.texts}
-    if given.get("strict") and unknown:
-        name, hint = next(iter(foreign_variables(environment, command.understood).items()))
-        others = f" ({len(unknown) - 1} more variables have none)" if len(unknown) > 1 else ""
+    if given.get("strict") and foreign:
+        name, hint = next(iter(foreign.items()))
+        others = f" ({len(foreign) - 1} more variables have none)" if len(foreign) > 1 else ""
         raise ConfigError(name, environment[name], f"has no effect, and STRICT=1 is set: {hint}{others}")
     config, followed = followed_config(command, given, cuda)
     if config.mode != "eval":  # an evaluation is checked once the artifact has given the model's settings
         check_command(command, given, config, cuda)
-    return config, set(given), remarks + followed + idle_knobs(config, command) + unknown
+    return config, set(given), remarks + followed + idle_knobs(config, command) + warnings_of(foreign, environment)
 
 
 def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> tuple[Config, list[str]]:
@@ -2315,8 +2315,12 @@ def switched_off(name: str, environment: Mapping[str, str]) -> bool:
 
 def unknown_variables(environment: Mapping[str, str], understood: Collection[str] = ()) -> list[str]:
     """A warning for each variable that looks like a knob and has no effect. Errors: ConfigError for what is refused."""
-    found = foreign_variables(environment, understood)
-    return [f"warning: {name}={environment[name]} has no effect: {hint}" for name, hint in found.items()]
+    return warnings_of(foreign_variables(environment, understood), environment)
+
+
+def warnings_of(foreign: Mapping[str, str], environment: Mapping[str, str]) -> list[str]:
+    """A warning for each variable that has no effect, with its hint."""
+    return [f"warning: {name}={environment[name]} has no effect: {hint}" for name, hint in foreign.items()]
 
 
 def check_config(config: Config) -> None:
@@ -2665,12 +2669,16 @@ class LiveLine:
         except ValueError:  # a stream that was closed
             self.terminal = False
 
+    @property
+    def due(self) -> bool:
+        """Whether there is a terminal, whose line was not replaced a moment ago."""
+        return self.terminal and time.monotonic() - self.written >= self.SECONDS
+
     def show(self, text: str) -> None:
-        """Replaces the line, unless that was done a moment ago."""
-        now = time.monotonic()
-        if not self.terminal or now - self.written < self.SECONDS:
+        """Replaces the line, if that is due."""
+        if not self.due:
             return
-        self.written, self.shown = now, True
+        self.written, self.shown = time.monotonic(), True
         self.write("\r" + text[: max(1, shutil.get_terminal_size().columns - 1)] + "\x1b[K")
 
     def clear(self) -> None:
@@ -8806,7 +8814,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], progress: Progress = 
         early_or_last = progress.step <= 3 or fraction_done(progress, config) >= 1.0
         if config.train_log_every and (early_or_last or progress.step % config.train_log_every == 0):
             log_step(trainer, progress, nats)
-        if run.is_main:
+        if run.is_main and run.live.due:
             run.live.show(live_step(progress, config, guard.loss, run.live.bytes_per_token))
         if math.copysign(1.0, seconds) < 0:
             trainer.save(progress, ended=False, last=True)

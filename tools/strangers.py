@@ -203,6 +203,17 @@ def is_plain(path: Path, inside: Path | None = None) -> bool:
     return True
 
 
+def new_lines(path: Path, kind: str, begin: int) -> tuple[list[bytes], int]:
+    """The whole lines of a growing file from a place on, and the place behind them; none where it is no plain file."""
+    if not is_plain(path):
+        return [], begin
+    with open(path, "rb") as content:
+        content.seek(begin)
+        data = content.read(LIMITS[kind])
+    whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
+    return whole.splitlines(), begin + len(whole)
+
+
 def is_there(path: Path) -> bool:
     """Whether the folder has an entry of this name, of whatever kind."""
     return os.path.lexists(path)

@@ -497,15 +497,10 @@ class Job:
 
     def hopeless(self) -> bool:
         """Reports new metrics. Returns whether the run is worse than the median of the others at a step."""
-        file = self.folder / "metrics.jsonl"
-        if not self.options.prune or not strangers.is_plain(file):
+        if not self.options.prune:
             return False
-        with open(file, "rb") as content:
-            content.seek(self.read)
-            data = content.read(strangers.LIMITS["metrics"])
-        whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
-        self.read += len(whole)
-        for line in whole.splitlines():
+        lines, self.read = strangers.new_lines(self.folder / "metrics.jsonl", "metrics", self.read)
+        for line in lines:
             row = metrics_row(line, self.options.prune)
             if row:
                 self.trial.report(row[self.options.prune], row["step"])

@@ -109,15 +109,8 @@ class Follower:
             self.guarded(self.send_rows)
 
     def send_rows(self) -> None:
-        file = self.folder / "metrics.jsonl"
-        if not strangers.is_plain(file):
-            return
-        with open(file, "rb") as content:
-            content.seek(self.read)
-            data = content.read(strangers.LIMITS["metrics"])
-        whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete
-        self.read += len(whole)
-        for line in whole.splitlines():
+        lines, self.read = strangers.new_lines(self.folder / "metrics.jsonl", "metrics", self.read)
+        for line in lines:
             try:
                 row = strangers.parse_json(line)
             except ValueError:

@@ -75,7 +75,7 @@ def make(kind: Kind, number: int, seed: int, inputs: Inputs, keep: bool = False)
 
 def short(text: str, inputs: Inputs) -> str:
     """A finding without the folders of this machine."""
-    for folder in (inputs.work, ROOT, Path(sys.prefix)):
+    for folder in (inputs.work, Path(sys.prefix), ROOT):  # the environment may lie inside the repository
         text = text.replace(f"{folder}/", "")
     return text
 

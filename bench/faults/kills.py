@@ -147,7 +147,7 @@ def judge(trial: Trial, folder: Path, seen: Attempts, expected: dict[str, Any], 
 def judge_files(trial: Trial, folder: Path) -> None:
     """A run that ended leaves its files and no others, and every line of metrics.jsonl is JSON."""
     allowed = {"config.json", "log.txt", "metrics.jsonl", "summary.json"}
-    allowed |= {f"eval_{name}" for name in allowed} | {t.CONTAINER_FILE}
+    allowed |= {f"eval_{name}" for name in allowed} | {t.CONTAINER_FILE, t.TOKENIZER_FILE}
     others = [p.name for p in folder.iterdir() if p.name not in allowed and "scores_" not in p.name]
     trial.expect(not others, MISREPORTED, f"files are left: {', '.join(sorted(others))}")
     for path in folder.glob("*metrics.jsonl"):

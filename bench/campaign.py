@@ -239,7 +239,7 @@ def main(arguments: list[str]) -> int:
             show(rows[0], True)
             return int(bool(rows[0]["findings"]))
         save = functools.partial(write, options, arguments, chosen, begun)
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # as Ctrl-C: what was tried so far counts
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was tried so far counts
         rows = campaign(options, chosen, inputs, save)
     finally:
         if not (options.work or options.only):

@@ -21,6 +21,7 @@ import fake_gpu
 import generated_code
 import inductor_backend
 import terms
+import uses
 import verdicts
 from helpers import ROOT, SCRIPT, run_command, tg
 
@@ -75,6 +76,23 @@ class Runner:
         return (buf4, )
 """
 INPUTS = {"primals_1": (100 * 512 * 2, 2), "primals_2": (8 * 256 * 2, 2), "rsqrt": (100 * 512 * 4, 4)}
+
+
+SHAPE = dict(NUM_LAYERS=2, MODEL_DIM=64, NUM_HEADS=2, NUM_KV_HEADS=1, TRAIN_BATCH_TOKENS=2048, TRAIN_SEQ_LEN=64)
+
+
+@pytest.mark.parametrize("preset", tg.PRESETS)
+def test_the_stand_ins_have_what_a_training_needs(preset):
+    """The checks themselves need a CUDA build, which few have: this notices at once when they fall behind the script."""
+    settings = dict(SHAPE, PRESET=preset, DEVICE="cpu", ATTENTION="sdpa", COMPILE=0, VOCAB_SIZE=512)
+    config = uses.configuration(tg, {name: str(value) for name, value in settings.items()})
+    with uses.stand_ins(tg):
+        run = tg.Run(0, uses.RANKS, uses.RANKS, torch.device("cpu"))
+        loader = tg.TrainLoader(config, run)
+        trainer = tg.Trainer(tg.GPT(config.model, tg.runtime_of(config)), loader, config, run)
+        for variant in tg.all_step_variants(config):
+            loss = trainer.step(tg.Progress(0, 0.0), *variant)  # of any value: what ranks would send is not set
+            assert loss.shape == () and loss.dtype == torch.float64
 
 
 def test_launches_and_bytes_are_read_from_generated_code():

@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fake_gpu  # noqa: E402
 
+USES = ("training", "calibration", "evaluation", "ttt", "sgd")  # of uses.py, which needs the fake libraries
+
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--full", action="store_true", help="the record's sizes instead of 2 layers")
-    parser.add_argument("--only", default="training,calibration,evaluation,ttt,sgd", help="uses to look at")
+    parser.add_argument("--only", default=",".join(USES), help="uses to look at (default: %(default)s)")
     parser.add_argument("--set", default="", dest="settings", help="knobs, KNOB=VALUE,KNOB=VALUE")
     parser.add_argument("--no-inductor", action="store_true", help="trace alone: no code, kernels or table of bytes")
     parser.add_argument("--out", type=Path, help="folder for h100.md, h100.json (the table) and h100_details.json")
@@ -36,7 +38,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=default, help="folder for the fake libraries and compiled kernels"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.only = options.only.split(",")
+    for name in options.only:
+        if name not in USES:
+            parser.error(f"--only {name}: allowed are {', '.join(USES)}")
+    options.settings = [pair for pair in options.settings.split(",") if pair]
+    for pair in options.settings:
+        if "=" not in pair:
+            parser.error(f"--set {pair}: it is not KNOB=VALUE")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,9 +83,14 @@ def run_session(options: argparse.Namespace) -> Any:
     fake_flash_attention.install()
     inductor_backend.configure_inductor()
     settings = {} if options.full else dict(uses.SMALL)
-    settings |= dict(pair.split("=", 1) for pair in options.settings.split(",") if pair)
-    session = uses.new_session(uses.load_script(options.script), settings, not options.no_inductor)
-    uses.run_uses(session, options.only.split(","))
+    settings |= dict(pair.split("=", 1) for pair in options.settings)
+    script = uses.load_script(options.script)
+    try:
+        session = uses.new_session(script, settings, not options.no_inductor)
+    except script.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    uses.run_uses(session, options.only)
     return session
 
 

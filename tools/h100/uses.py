@@ -117,6 +117,7 @@ class Tokens:
         begins = np.cumsum(np.maximum(2, lengths).astype(np.int64))
         self.tokens = np.full(count + 1, begin_of_document + 1, np.uint16)
         self.tokens[np.append(0, begins[begins < count])] = begin_of_document
+        self.shards, self.starts = [self.tokens], np.array([0, count + 1])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,6 +125,19 @@ class Tokens:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens from start to before stop."""
         return self.tokens[start:stop]
+
+    read_known = read
+
+
+class Vocabulary:
+    """A tokenizer whose tokens each begin with the one before."""
+
+    def __init__(self, config: Any):
+        self.size = config.vocab_size
+
+    def longest_prefixes(self) -> np.ndarray:
+        """[V] int64, -1 for the first."""
+        return np.arange(-1, self.size - 1)
 
 
 def mean_context(starts: np.ndarray) -> float:
@@ -166,8 +180,8 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     collectives = Collectives()
     rand, uniform = torch.rand, Tensor.uniform_
     stream = Tokens(script.BOS_ID)
-    before = script.dist, script.TokenStream
-    script.dist, script.TokenStream = collectives, lambda *_: stream
+    before = script.dist, script.TokenStream, script.Vocabulary
+    script.dist, script.TokenStream, script.Vocabulary = collectives, lambda *_: stream, Vocabulary
     generator = torch.Generator
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
     torch.rand = lambda *a, generator=None, **k: rand(*a, **k)
@@ -183,7 +197,7 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     try:
         yield collectives
     finally:
-        script.dist, script.TokenStream = before
+        script.dist, script.TokenStream, script.Vocabulary = before
         script.GPT.__init__, script.attention_fault = construct, fault
         torch.Generator, torch.rand = generator, rand
         Tensor.uniform_ = uniform

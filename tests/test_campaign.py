@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 
@@ -185,6 +186,30 @@ def test_a_trial_that_a_worker_does_not_survive_counts_as_hung(tmp_path, monkeyp
     page = tally.page(rows, chosen, dict(seed=3, command="x", begun=0.0, seconds=60.0))
     assert "Seed 3, 1.0 minutes" in page and "of the judge" in page and "skips: 1 (not here)" in page
     assert "1970-01-01" in page and f"torch {tg.torch.__version__}" in page
+
+
+def test_nothing_is_left_of_a_worker_that_died(tmp_path):
+    """A worker that is killed cannot end the processes of its trial."""
+    program = f"""
+import os, pathlib, subprocess, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "bench"), str(ROOT / "tools")]}
+import campaign
+from faults import kinds
+
+def die(trial):
+    left.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    os._exit(1)
+
+left = pathlib.Path({str(tmp_path / "left")!r})
+kinds.KINDS.clear()
+kinds.KINDS["dies"] = kinds.Kind("dies", die, 1, 60.0, at_most=1)
+campaign.Inputs.prepare = lambda self: None
+code = campaign.main(["--kinds", "dies", "--jobs", "1", "--work", {str(tmp_path)!r}])
+print(code, os.waitid(os.P_PID, int(left.read_text()), os.WEXITED).si_status)
+"""
+    done = run_command([sys.executable, "-c", program])
+    assert done.stdout.splitlines()[-1:] == [f"1 {signal.SIGKILL:d}"], done.stdout + done.stderr
+    assert "the worker of the campaign died" in done.stdout
 
 
 def test_findings_name_no_folder_of_the_machine(tmp_path):

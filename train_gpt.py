@@ -3557,6 +3557,7 @@ class Watchdog:
         self.secret = secrets.token_hex(8)
         self.effort = Effort()
         self.signals: dict[int, float] = {}  # when each came first
+        self.asked = 0  # by which signal another rank's training was asked to end
         self.verdict: Verdict | None = None  # of this thread, or of another rank
         self.failure: tuple[Verdict, int, str] | None = None  # of the main thread
         self.spoken = self.closing = False
@@ -3775,8 +3776,19 @@ class Watchdog:
         """Whether torchrun, which started this process, is gone."""
         return self.launched and os.getppid() != self.parent
 
+    def hand_over(self, now: float) -> None:
+        """Gives the training what asks it to end, of this process and of others, also where that came before it."""
+        hold, early = self.run.hold, self.signals.get(signal.SIGTERM)
+        if hold and early is not None:
+            del self.signals[signal.SIGTERM]
+            hold.take(signal.SIGTERM, early)
+            self.send(kind="asked", number=signal.SIGTERM)
+        elif hold and self.asked and not hold.asked:
+            hold.take(self.asked, now)
+
     def decide(self, now: float) -> None:
         """Ends the process where there is a reason to."""
+        self.hand_over(now)
         if self.failure:
             self.end(*self.failure)
         elif self.verdict:
@@ -3819,8 +3831,7 @@ class Watchdog:
         elif kind == "stage":
             peer.stage = message["stage"]
         elif kind == "asked":
-            if self.run.hold and not self.run.asked:
-                self.run.hold.take(int(message["number"]), now)
+            self.asked = int(message["number"])
         elif kind == "spoken":
             self.spoken = True
         else:

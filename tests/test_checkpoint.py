@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -288,6 +289,16 @@ def test_a_signal_leaves_a_checkpoint_of_the_step(number, ranks, struck, command
     assert done.returncode == 0 and summary_of(folder)["resumed_at_steps"] == [step], done.stderr
     if ranks == 1:
         assert results(folder) == undisturbed["phased"][0]
+
+
+@pytest.mark.parametrize("struck", [0, 1])
+def test_a_signal_just_before_the_first_step_leaves_a_checkpoint(struck, data, tmp_path):
+    """As when torchrun is ended while its ranks still compile: two seconds later a training went on without a word."""
+    knobs = SIGNALLED | dict(KILL_EVENT="__enter__", KILL_AT=1, KILL_SIGNAL=int(signal.SIGTERM), KILL_RANK=struck)
+    done = go(data, tmp_path / "run", 2, **PHASED | dict(ITERATIONS=100_000), **knobs)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 143 and re.fullmatch(r"error: ended by SIGTERM after step \d+; .* goes on", line), line
+    assert [*tmp_path.glob("run/checkpoint/step-*")]
 
 
 def test_a_second_signal_ends_a_training_at_once(data, tmp_path):

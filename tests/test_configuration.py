@@ -99,6 +99,8 @@ def test_a_preset_in_a_file(tmp_path):
         ('"matrix-lr" = 1', "matrix-lr: must be the name of a knob"),
         ('preset_file = "other.toml"', "preset_file: must be the name of a knob"),
         (b"\xff\xfe", "is not TOML"),
+        ("deep = " + 100_000 * "[", "is not TOML"),
+        ("num_layers = 1" + 5000 * "0", "is not TOML"),
     ],
 )
 def test_what_a_user_can_mend_in_a_file(text, words, tmp_path):

@@ -43,7 +43,9 @@ def read_preset_file(path: Path) -> dict[str, str]:
         raise UserError(f"{PRESET_FILE}={path}: there is no such file")
     try:
         content = tomllib.loads(strangers.read_bytes(path).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{PRESET_FILE}={path}: is not TOML (too deep)") from None
+    except ValueError as error:  # also of a number with thousands of digits
         raise UserError(f"{PRESET_FILE}={path}: is not TOML ({error})") from None
     values: dict[str, str] = {}
     for key, value in content.items():

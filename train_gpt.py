@@ -4457,6 +4457,14 @@ def unreadable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(str(path), "", f"cannot be read ({error.strerror or error})")
 
 
+def is_input(path: Path) -> bool:
+    """Whether there is such a file. Errors: ConfigError where that cannot be known, since what it holds would count."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """A context in which a file is read. Errors: ConfigError that names it, for an OSError."""
@@ -5267,7 +5275,7 @@ class DataCheck:
 
     def validation(self, stream: TokenStream) -> None:
         """Checks the validation shards, their sidecars and the tokenizer; on every rank, as each reads them all."""
-        sidecars = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
+        sidecars = [path for path in map(sidecar_path, stream.paths) if is_input(path)]
         self.stamps |= stream.stamps | {path: FileStamp.of(path) for path in sidecars}
         scans = {n: scan_shard(stream, n, self.hashed("val", path)) for n, path in enumerate(stream.paths)}
         self.check_split("val", stream, scans)
@@ -5377,7 +5385,7 @@ class DataCheck:
                 self.check_digest(path, scan.sha256, self.manifest.expected(split, path.name).sha256)
             self.check_counts(split, dict(tokens=len(stream.shards[number]), documents=scan.documents), path.name)
         for name in listed:
-            if not (self.manifest.path.parent / name).is_file():
+            if not is_input(self.manifest.path.parent / name):
                 self.find(self.manifest.path, f"names {name}, which is not there")
         # Published shards are cut at a number of tokens, so only a stream's first one must begin a document; and where
         # training begins at a later shard, it may do so inside one.
@@ -5579,7 +5587,7 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
     Errors: ConfigError for a sidecar that is missing, of another length, or there although CASEOPS_ENABLED=0: by the
     tokenizer's table, case operators would count as text.
     """
-    there = [path for path in map(sidecar_path, stream.paths) if path.is_file()]
+    there = [path for path in map(sidecar_path, stream.paths) if is_input(path)]
     if config.caseops_enabled == "0" and there:
         raise ConfigError(
             "CASEOPS_ENABLED", 0, f"{there[0]} says that the text was transformed: auto and 1 count by it"
@@ -5589,7 +5597,7 @@ def read_sidecar(config: Config, stream: TokenStream) -> np.ndarray | None:
     counts = []
     for shard, tokens in zip(stream.paths, stream.shards, strict=True):
         path = sidecar_path(shard)
-        if not path.is_file():
+        if not is_input(path):
             raise ConfigError(
                 "CASEOPS_ENABLED",
                 config.caseops_enabled,
@@ -8933,6 +8941,8 @@ def load_resumed(trainer: Trainer, resumed: Resumed | None) -> Progress:
     run.resumed_at = [*run.resumed_at, state["step"]]
     if not run.checkpoints or Path(resumed.path).parent != run.checkpoints.folder:
         run.resumed_from = resumed.path
+    if run.journal:
+        run.journal.write()  # a kill within its half second would leave a run that knows nothing of the other one
     return Progress(state["step"], seconds)
 
 
@@ -11820,7 +11830,7 @@ def shipped_code() -> tuple[int, str]:
     """
     file = Path(__file__)
     packer = file.resolve().parent / "tools" / "pack_code.py"
-    if not packer.is_file():
+    if not os.path.isfile(packer):
         return file.stat().st_size, "as it runs"
     try:
         return len(load_packer(packer)(file.read_bytes())), "packed by tools/pack_code.py"
@@ -13418,9 +13428,15 @@ COMPILE_CACHE_FILE = "compile_cache.bin"
 def load_compile_cache(config: Config, run: Run) -> None:
     """With COMPILE_CACHE, reads what an earlier run in this folder compiled. Its content is executed."""
     path = run.path(COMPILE_CACHE_FILE)
-    if config.compile_cache and path.is_file():
+    if not config.compile_cache:
+        return
+    try:
         info = torch.compiler.load_cache_artifacts(path.read_bytes())
         run.log(f"compile cache: {0 if info is None else sum(map(len, info.artifacts.values()))} entries read")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        run.warn(f"{path} cannot be read ({error.strerror}); everything is compiled anew")
 
 
 def save_compile_cache(config: Config, run: Run) -> None:
@@ -13513,7 +13529,7 @@ def closing_lines(run: Run) -> Iterator[str]:
         run.prefix + SUMMARY_FILE: "every figure of the run",
         run.prefix + "log.txt": "these lines; tools/report.py draws the losses",
     }
-    there = {name: run.path(name) for name in uses if run.path(name).exists()}
+    there = {name: run.path(name) for name in uses if os.path.exists(run.path(name))}  # no error of a bad disk
     width = max((len(str(path)) for path in there.values()), default=0)
     for number, (name, path) in enumerate(there.items()):
         yield f"{'' if number else 'next':<10} {path!s:<{width}}  {uses[name]}"
@@ -13560,6 +13576,8 @@ def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> i
         log_data(run, evaluator, loader)
     attention = log_setup(run, config, notes)
     load_compile_cache(config, run)
+    if run.is_main:
+        shipped_code()  # while the file is what runs: it may be edited or gone when the model is packed
     summary: dict[str, Any] = dict(
         preset=config.preset, seed=config.seed, mode=config.mode, attention=attention, ranks=run.world
     )

@@ -448,6 +448,16 @@ def test_a_checkpoint_begins_a_run_with_other_settings(data, tmp_path):
     assert before == {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()}
 
 
+def test_where_a_run_came_from_is_kept_at_once(data, tmp_path):
+    """Else a kill within the journal's half second would leave a run that says nothing of the other one."""
+    source, _ = cut_off(data, tmp_path / "first")
+    trainer = make_trainer(SMALL, data)
+    trainer.run.journal = tg.Journal(tmp_path / "run.json", trainer.run)  # whose thread does not run
+    tg.load_resumed(trainer, tg.Resumed(str(source), *tg.read_tensors(source)))
+    left = json.loads((tmp_path / "run.json").read_text())
+    assert left["resumed_from"] == str(source) and left["resumed_at"] == [int(source.stem.split("-")[1])]
+
+
 def test_what_cannot_be_gone_on_from_is_refused_in_one_line(data, tmp_path):
     older, _ = cut_off(data, tmp_path / "run")
     (tmp_path / "text").write_text("no checkpoint")

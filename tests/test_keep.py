@@ -47,7 +47,7 @@ class Faults:
         self.code, self.call, self.names, self.below = code, call, names, Path(below).resolve()
         self.on = True
         self.failed = 0
-        for name in ("open", "write", "fsync", "replace", "mkdir"):
+        for name in ("open", "write", "fsync", "replace", "mkdir", "stat"):
             patch.setattr(os, name, self.wrap(name, getattr(os, name)))
 
     def wrap(self, name, real):
@@ -219,6 +219,47 @@ def test_a_compile_cache_that_cannot_be_written_is_left_out(tmp_path, monkeypatc
     tg.save_compile_cache(tg.dataclasses.replace(config(RUN), compile_cache=True), run)
     assert "the compile cache was not written: No space left" in (tmp_path / "log.txt").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["log.txt"] and run.finish()
+
+
+def test_a_compile_cache_that_cannot_be_read_is_not_needed(tmp_path, capfd):
+    (tmp_path / tg.COMPILE_CACHE_FILE).mkdir()
+    run = single_run()
+    run.folder = tmp_path
+    tg.load_compile_cache(tg.dataclasses.replace(config(RUN), compile_cache=True), run)
+    assert "compile_cache.bin cannot be read (Is a directory)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary.json", "model.pgolf", "log.txt"])
+def test_files_that_cannot_be_looked_at_in_the_end_cost_nothing(run, folder, monkeypatch, name):
+    faults = Faults(monkeypatch, errno.EIO, "stat", name, folder)
+    faults.on = False
+    saved = tg.summary_lines
+    monkeypatch.setattr(tg, "summary_lines", lambda summary: (setattr(faults, "on", True), *saved(summary))[1:])
+    code, _, _ = run()
+    assert code == (tg.EXIT_ELSEWHERE if name == "model.pgolf" else 0) and faults.failed
+
+
+def test_an_input_that_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
+    assert not tg.is_input(tmp_path / "none")
+    Faults(monkeypatch, errno.EIO, "stat", "sidecar.bin", tmp_path)
+    with pytest.raises(tg.ConfigError, match=r"sidecar.bin: cannot be read \(Input/output error\)"):
+        tg.is_input(tmp_path / "sidecar.bin")
+
+
+def test_the_script_may_be_gone_when_the_model_is_packed(data, tmp_path):
+    """As where another branch is checked out meanwhile. The bytes that count are those of what runs."""
+    script = tmp_path / "train_gpt.py"
+    shutil.copy(SCRIPT, script)
+    knobs = dict(RUN, DATA_PATH=data, ARTIFACT_DIR=tmp_path / "run", ITERATIONS=40)
+    command = [sys.executable, str(script)]
+    process = processes.start(command, env=clean_environment(knobs), cwd=tmp_path)
+    log = tmp_path / "run" / "log.txt"
+    wait_until(lambda: log.exists() and "\nstep:1/" in log.read_text(), process)
+    script.unlink()
+    out, errors = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 0, errors
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["code_bytes"] == SCRIPT.stat().st_size and summary["code_form"] == "as it runs"
 
 
 # ------------------------------------------------------------------------------------------------- everything at once

@@ -83,7 +83,7 @@ SHAPE = dict(NUM_LAYERS=2, MODEL_DIM=64, NUM_HEADS=2, NUM_KV_HEADS=1, TRAIN_BATC
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_the_stand_ins_have_what_a_training_needs(preset):
-    """The checks themselves need a CUDA build, which few have: this notices at once when they fall behind the script."""
+    """The checks need a CUDA build, which few have: this notices at once when they fall behind the script."""
     settings = dict(SHAPE, PRESET=preset, DEVICE="cpu", ATTENTION="sdpa", COMPILE=0, VOCAB_SIZE=512)
     config = uses.configuration(tg, {name: str(value) for name, value in settings.items()})
     with uses.stand_ins(tg):

@@ -602,6 +602,9 @@ class Config(ModelConfig):
         "QK_GAIN_INIT of each layer, comma-separated, such as 2,3,4; empty: QK_GAIN_INIT of all layers",
         Observed.INIT,
     )
+    gated_attn_init_std: float = knob(
+        0.0, "standard deviation of the initial weights of head gates, which begin alike at 0", Observed.INIT, low=0
+    )
     ve_init: str = knob(
         "zero",
         "initial projection of the value embeddings (VE_DIM); zero: they start without effect; orthogonal",
@@ -774,6 +777,12 @@ class Config(ModelConfig):
         Observed.SCHEDULE,
         low=0,
     )
+    warmdown_shape: str = knob(
+        "linear",
+        "how the learning rate falls in the warmdown; linear, or cosine: half a wave of it",
+        Observed.SCHEDULE,
+        choices=("linear", "cosine"),
+    )
     min_lr: float = knob(
         0.0, "lower bound of the warmdown, as a fraction of the full learning rate", Observed.SCHEDULE, low=0, high=1
     )
@@ -823,7 +832,7 @@ class Config(ModelConfig):
     )
     ema_start: float = knob(
         0.0,
-        "training step before which the EMA is the weights themselves, or below 1 the fraction of the training; 0: none",
+        "training step before which the EMA is the weights alone, or below 1 the fraction of the training; 0: none",
         Observed.WEIGHTS,
         low=0,
     )
@@ -1359,7 +1368,7 @@ KNOB_SECTIONS = {
     "Length of the training, batches": "iterations",
     "Initial weights and the training loss": "tied_embed_init_std",
     "Optimizers": "matrix_lr",
-    "Schedules": "warmdown_frac",
+    "Schedules": "lr_warmup_steps",
     "Quantization and the artifact": "quantizer",
     "Evaluation": "eval_seq_len",
     "Hints from repetition: the token that followed the same run of tokens before": "hint_enabled",
@@ -1592,8 +1601,9 @@ GPU_PRESETS = ("record", "poly5", "frontier")
 # row names and what they set. `KNOB` takes the value as it is, `KNOB*2` twice the value, `A+B` sets both, B where it is
 # not set. `KNOB:off:on` is a switch: its 0 sets the value that is off, its 1 the usual one where the preset's is off,
 # with `+OTHER=value` beside it; it also stands for USE_, ENABLE_, _ENABLED, and reversed for NO_, SKIP_ and DISABLE_.
-# `KNOB{a=x,*=}` makes x of a and keeps any other value; `=a|b` are values that mean what happens here anyway, as
-# `=*` does where no value changes a score, and `@name` is a method of Command. A knob's own name on the left is for what its 0 turns off, as BIGRAM_DIM=0 does.
+# `KNOB{a=x,*=}` makes x of a and keeps any other value; `=a|b` are values that mean what happens here anyway, `=*` says
+# that no value changes a score, and `@name` is a method of Command. A knob's own name on the left is for what its 0
+# turns off, as BIGRAM_DIM=0 does.
 ALIASES = {
     "optimizers and schedules": """
 MUON_WEIGHT_DECAY WEIGHT_DECAY_MUON > MUON_WD
@@ -1605,7 +1615,7 @@ POLAR_EXPRESS > MUON_COEFFICIENTS:classic:polar_express
 MATRIX_OPTIMIZER > =muon
 WARMDOWN_FRACTION > WARMDOWN_FRAC
 WARMDOWN_STEPS > WARMDOWN_ITERS
-WARMDOWN_SHAPE > =linear
+COSINE_WARMDOWN LR_COSINE_WARMDOWN > WARMDOWN_SHAPE:linear:cosine
 LR_WARMUP_ITERS WARMUP_ITERS > LR_WARMUP_STEPS
 MOMENTUM_CYCLIC MOMENTUM_MIN MOMENTUM_MAX MOMENTUM_CYCLE_PERIOD > @momentum_cycle
 MAX_STEPS > ITERATIONS
@@ -1622,7 +1632,7 @@ SWA_EVERY > SWA_ENABLED:0:1
 SWA_FRAC > @swa_share
 EMA > EMA_DECAY:0:0.997
 EMA_START_STEP EMA_START_FRAC EMA_START_FRACTION > EMA_START
-LAWA_EMA_DECAY > EMA_DECAY
+LAWA_ENABLED LAWA_EMA_DECAY > @lawa
 LATE_QAT QAT > LATE_QAT_THRESHOLD:0:0.15 QAT_START:0:
 QAT_START_STEP QAT_START_FRAC QAT_START_FRACTION LATE_QAT_FRAC > @qat_start
 QAT_THRESHOLD > LATE_QAT_THRESHOLD
@@ -1654,8 +1664,9 @@ GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
 VRL VALUE_RESIDUAL > VALUE_RESIDUAL:0:1
 UNET_SKIPS SMEAR_GATE_BOS_FIX ORTHO_INIT USE_ORTHO_INIT ORTHOGONAL_INIT > =1
 UNIQUE_LAYERS > NUM_UNIQUE_LAYERS
-CORE_START CORE_END NUM_PASSES > @passes
-NUM_UNIQUE_BLOCKS NUM_BLOCKS > =NUM_LAYERS
+CORE_START CORE_END NUM_PASSES NUM_REPEATS NUM_UNIQUE_BLOCKS > @passes
+NUM_UNIQUE_BLOCKS > =NUM_LAYERS
+NUM_BLOCKS > NUM_LAYERS
 RECUR_ENABLED DEPTH_RECURRENCE DEPTH_RECUR_LAYERS RECURRENCE_LAYERS > @recurring
 ENABLE_LOOPING_AT_STEP > RECUR_START_STEP
 PROGRESSIVE_DEPTH > PROGRESSIVE_DEPTH_SCHEDULE::0.08,0.25
@@ -1702,7 +1713,7 @@ EVAL_CTX > EVAL_SEQ_LEN
 EVAL_TEMPERATURE TTT_TEMPERATURE > TEMPERATURE
 EVAL_ONLY TTT_EVAL_ONLY > MODE:all:eval
 EVAL_INCLUDE_TAIL TTT_UPDATE_EVERY DOC_ISOLATED_EVAL EMA_EVAL_AFTER_APPLY FINAL_ROUNDTRIP_EVAL > =1
-VAL_MAX_TOKENS MAX_VAL_TOKENS MAX_EVAL_TOKENS > VAL_TOKEN_LIMIT
+VAL_MAX_TOKENS VAL_TOKENS_LIMIT MAX_VAL_TOKENS MAX_EVAL_TOKENS EVAL_MAX_TOKENS > VAL_TOKEN_LIMIT
 NGRAM_TILT > HINT_ENABLED:0:1
 TOKEN_ORDER > HINT_MIN_MATCH
 TTT TTT_EVAL PHASED_TTT TTT_LORA TTT_USE_LORA > @ttt_mode
@@ -1710,6 +1721,7 @@ TTT_EPOCHS > TTT_MODE:none:chunk
 TTT_OPTIMIZER TTT_ADAMW TTT_USE_ADAMW > @ttt_optimizer_name
 GLOBAL_TTT_OPTIMIZER > =sgd
 TTT_COSINE_DECAY TTT_COSINE > TTT_DECAY_TOKENS{0=0,1=-1}
+TTT_EPOCHS_PER_CHUNK > TTT_EPOCHS
 TTT_PARAM_MODE > =full|all
 TTT_MASK > TTT_Q_LORA{no_qv=0,none=,all=} TTT_V_LORA{no_qv=0,none=,all=}
 TTT_NO_QV_MASK > TTT_Q_LORA{1=0} TTT_V_LORA{1=0}
@@ -1740,7 +1752,9 @@ FOREIGN = """
 !PPM @ PPM(_MIX|_NATIVE)?(_ENABLED|_ORDER)? > mixes by the target's own probability
 !NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? \
 > mixes in a cache whose probabilities do not sum to 1
-NGRAM|TOKEN_|CUBRIC|.*(MIXER|HEDGE) > HINT_ENABLED
+!.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in an expert that gives every token the \
+probability of the mean surprise, which does not sum to 1
+NGRAM|TOKEN_|CUBRIC > HINT_ENABLED
 VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
 LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE
 .*(LOOP|RECUR|PASSES|REPEAT|CRAWLER|UNIQUE|NUM_ITER|SHARED_(BL|LA)|LAYER_SCHED) > NUM_LOOPS LOOP_START LOOP_END
@@ -1766,7 +1780,7 @@ TRAINING_WORDS = (
     "JEPA KNN LAMBDA LAWA LEARNED LEARNING LOOPS MICROBATCH MIXER MIXED NGRAM NOISE NUMEL OPTIMIZER OPTROT ORTHO "
     "PAID PASSES PATTENTION PHRASE POLAR PPM PREQUANT PRUNE PRUNING QUANT QUANTIZED RAMP RANDOM RANS RATIO READOUT "
     "RECUR RECURRENCE REFINER REGIME RELU2 SCALES SCALING SDTTT SEQS SHARDS SHARD SHARED SLIDING SLOT SPINQUANT SSM "
-    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT "
+    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO PROFILE IMPL UNIQUE UNTIE VALUE VARIANT "
     "VRL WAVELET WITHIN LABEL RESIDUAL SHRINKAGE STORAGE WORLD"
 )
 PLAIN_WORDS = (
@@ -1964,6 +1978,12 @@ class Command:
             self.put(knob, text, name)
         return True
 
+    def lawa(self, name: str, text: str) -> bool:
+        """LAWA with a decay is an EMA."""
+        if name == "LAWA_EMA_DECAY" and not is_off(self.given.get("LAWA_ENABLED", "1")):
+            self.put("EMA_DECAY", text, name)
+        return "LAWA_EMA_DECAY" in self.given
+
     def swa_share(self, name: str, text: str) -> bool:
         """SWA_FRAC, which is SWA_START and turns SWA on."""
         self.put("SWA_START", text, name)
@@ -1981,21 +2001,21 @@ class Command:
         return True
 
     def passes(self, name: str, text: str) -> bool:
-        """NUM_PASSES through all layers of NUM_UNIQUE_BLOCKS or NUM_UNIQUE_LAYERS, or through CORE_START..CORE_END-1."""
-        unique = self.given.get("NUM_UNIQUE_BLOCKS", self.given.get("NUM_UNIQUE_LAYERS"))
-        core = {"CORE_START", "CORE_END"} <= set(self.given)
-        if "NUM_PASSES" not in self.given or not (core or unique) or "NUM_LAYERS" in self.given and not core:
+        """NUM_PASSES or NUM_REPEATS of all layers of NUM_UNIQUE_BLOCKS, or of layers CORE_START to CORE_END - 1."""
+        given = self.given
+        unique = given.get("NUM_UNIQUE_BLOCKS", given.get("NUM_UNIQUE_LAYERS", ""))
+        core = "CORE_START" in given and "CORE_END" in given
+        count = "NUM_PASSES" if "NUM_PASSES" in given else "NUM_REPEATS"
+        if count not in given or not (core or unique) or ("NUM_LAYERS" in given and not core):
             return False
-        if name == "NUM_PASSES":
-            first, last = (
-                (self.given["CORE_START"], self.number("CORE_END") - 1) if core else ("0", float(unique or 0) - 1)
-            )
+        if name == count:
+            first, end = ("CORE_START", "CORE_END") if core else ("", "NUM_UNIQUE_BLOCKS")
+            begin = int(self.number(first)) if core else 0
+            last = int(self.number(end if end in given else "NUM_UNIQUE_LAYERS")) - 1
             if not core:
                 self.texts.pop("NUM_UNIQUE_LAYERS", None)
-                self.put("NUM_LAYERS", str(unique), name)
-            loops = dict(
-                NUM_LOOPS=int(self.number(name)) - 1, LOOP_START=first, LOOP_END=int(last), ENABLE_LOOPING_AT=0
-            )
+                self.put("NUM_LAYERS", str(last + 1), name)
+            loops = dict(NUM_LOOPS=int(self.number(name)) - 1, LOOP_START=begin, LOOP_END=last, ENABLE_LOOPING_AT=0)
             for knob, value in loops.items():
                 self.put(knob, str(value), name)
         return True
@@ -2008,11 +2028,8 @@ class Command:
             self.texts.pop("RECUR_LAYERS", None)
             if self.value("num_loops"):
                 self.put("NUM_LOOPS", "0", name)
-        return (
-            "," in text
-            or is_off(text)
-            or bool({"RECUR_LAYERS", "RECURRENCE_LAYERS", "DEPTH_RECUR_LAYERS"} & set(self.given))
-        )
+        lists = {"RECUR_LAYERS", "RECURRENCE_LAYERS", "DEPTH_RECUR_LAYERS"}
+        return "," in text or is_off(text) or bool(lists & set(self.given))
 
     def ttt_optimizer_name(self, name: str, text: str) -> bool:
         """TTT_OPTIMIZER; Adam is AdamW without weight decay, which is ours."""
@@ -2180,7 +2197,10 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
         if values["preset"] not in ORIGINALS:
             raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
         values |= {name: value for name, value in ORIGINALS[values["preset"]].items() if name not in given}
-    values |= recurrence_values(values, set(given))
+    try:
+        values |= recurrence_values(values, set(given))
+    except ConfigError as error:
+        raise command.error(*error.parts) from None
     if "warmdown_iters" in given and "warmdown_frac" not in given:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in given and "warmdown_iters" not in given:
@@ -2331,7 +2351,7 @@ bigram_dim bigram_signs < bigram_vocab_size
 ve_layers < ve_dim
 smear_gate_type < smear_gate_enabled
 sparse_attn_gate_scale < sparse_attn_gate_enabled
-gated_attn_quant_gate < sparse_attn_gate_enabled gated_attn_enabled attn_out_gate_enabled
+gated_attn_quant_gate gated_attn_init_std < sparse_attn_gate_enabled gated_attn_enabled attn_out_gate_enabled
 gate_window < smear_gate_enabled sparse_attn_gate_enabled attn_out_gate_enabled
 tied_embed_lr tied_embed_init_std < tie_embeddings
 embed_lr head_lr < tie_embeddings=False
@@ -2489,7 +2509,7 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
             meant = f"did you mean {near[0]}?"
         elif meant:
             meant = "the nearest here is " + meant.replace(" ", ", ")
-        ordinary = re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
+        ordinary = not text or re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
         if not ordinary and (
             meant or "/" not in text and (words & set(upper.split("_")) or switch_of(upper)[0] != upper)
         ):
@@ -2500,8 +2520,11 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
 def switched_off(name: str, environment: Mapping[str, str]) -> bool:
     """Whether another variable turns off what this one belongs to, as SLOT_ENABLED=0 does with SLOT_LR."""
     for switch, text in environment.items():
-        family = re.sub("^(USE|ENABLE)_|_(ENABLED|NUM_HEADS|WEIGHT|ORDER|EPOCHS|LAMBDA|STEPS)$", "", switch)
-        if family != switch != name and name.startswith(family + "_") and is_off(text):
+        family = re.sub(
+            "^(USE|ENABLE)_|_(ENABLED|NUM_HEADS|NUM_FEATURES|WEIGHT|ORDER|EPOCHS|LAMBDA|STEPS|BOOST)$", "", switch
+        )
+        family = re.sub("(TOKENS|LEN)_START$", "SCHEDULE", family)  # BATCH_TOKENS_START, SEQ_LEN_START
+        if switch != name and name.startswith(family + "_") and is_off(text):
             return True
     return False
 
@@ -7875,7 +7898,9 @@ class GPT(nn.Module):
         self.to(runtime.master_dtype)
 
     @torch.no_grad()
-    def reset(self, *, seed: int, embedding_std: float, query_gains: Iterable[float], ve_init: str) -> None:
+    def reset(
+        self, *, seed: int, embedding_std: float, query_gains: Iterable[float], gate_std: float, ve_init: str
+    ) -> None:
         """Initial weights from the seed: orthogonal inputs of the layers, zero outputs, a small embedding."""
         layers, generator = self.config.num_layers, torch.Generator().manual_seed(seed)
         self.embedding.normal_(std=1.0 if self.head is not None else embedding_std, generator=generator)
@@ -7888,6 +7913,9 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(matrix, generator=generator)
         for block, gain in zip(self.blocks, query_gains, strict=True):
             cast(Block, block).query_gain.fill_(gain)
+            gate = cast(Block, block).head_gate
+            if gate_std and gate is not None:
+                gate.normal_(std=gate_std, generator=generator)
         if self.bigram is not None:  # either the table or the projection must not be zero, or neither would ever train
             self.bigram.table.zero_()
             nn.init.orthogonal_(self.bigram.projection, generator=generator)
@@ -8133,6 +8161,7 @@ def new_model(config: Config) -> GPT:
         seed=config.seed,
         embedding_std=config.tied_embed_init_std,
         query_gains=config.query_gains,
+        gate_std=config.gated_attn_init_std,
         ve_init=config.ve_init,
     )
     return model
@@ -8637,7 +8666,7 @@ def fraction_done(p: Progress, config: Config) -> float:
 
 
 def lr_multiplier(p: Progress, config: Config) -> float:
-    """Learning-rate multiplier: 1, then linear to 0 over the warmdown, but not below MIN_LR. See `lr_warmup`."""
+    """Learning-rate multiplier: 1, then falling to 0 over the warmdown, but not below MIN_LR. See `lr_warmup`."""
     warmdown = config.warmdown_frac
     if not warmdown and config.warmdown_iters:
         # Given in steps: the fraction of the run that they take at the average speed so far.
@@ -8645,7 +8674,8 @@ def lr_multiplier(p: Progress, config: Config) -> float:
         warmdown = min(1.0, max(config.warmdown_iters / max(config.iterations, 1), seconds / config.train_seconds))
     if not warmdown:
         return 1.0
-    return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
+    left = min(1.0, (1.0 - fraction_done(p, config)) / warmdown)
+    return max(config.min_lr, (1 - math.cos(math.pi * left)) / 2 if config.warmdown_shape == "cosine" else left)
 
 
 def lr_warmup(p: Progress, config: Config) -> float:
@@ -12626,7 +12656,7 @@ class Evaluator:
         limit = config.val_token_limit
         if 0 < limit < len(self.tokens) - 1:
             self.notes.append(
-                f"warning: VAL_TOKEN_LIMIT={limit} of {len(self.tokens) - 1} targets are scored: no score of the challenge"
+                f"warning: VAL_TOKEN_LIMIT={limit} of {len(self.tokens) - 1} targets: this is no score of the challenge"
             )
             self.tokens, sidecar = self.tokens[: limit + 1], None if sidecar is None else sidecar[: limit + 1]
             self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)

@@ -2198,9 +2198,10 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
             raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
         values |= {name: value for name, value in ORIGINALS[values["preset"]].items() if name not in given}
     try:
-        values |= recurrence_values(values, set(given))
+        recurrence = recurrence_values(values, set(given))
     except ConfigError as error:
         raise command.error(*error.parts) from None
+    values |= recurrence
     if "warmdown_iters" in given and "warmdown_frac" not in given:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in given and "warmdown_iters" not in given:
@@ -2210,7 +2211,7 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
     remarks = []
 
     def follow(name: str, value: Any, leader: str) -> None:
-        if name not in given and values[name] != value:
+        if name not in given and name not in recurrence and values[name] != value:
             cause = f"{leader.upper()}={shown(values[leader])}"
             before = shown(values[name])
             remarks.append(f"{name.upper()}={shown(value)} follows {cause}: the preset's {before} does not fit it")
@@ -2334,14 +2335,28 @@ def check_command(command: Command, given: Mapping[str, Any], config: Config, cu
         name, allowed = str(error.parts[0]), str(error.parts[2])
         if name.lower() in given:
             raise command.error(name, error.parts[1], allowed) from None
-        for knob in sorted(given, key=lambda knob: knob.upper() not in allowed):
-            try:
-                check_config(followed_config(command, {n: v for n, v in given.items() if n != knob}, cuda)[0])
-            except ConfigError:
-                continue
-            does = f"does not fit the preset: {name}={error.parts[1]} {allowed}"
-            raise command.error(knob.upper(), given[knob], does) from None
-        raise
+        knob = culprit(command, given, name, allowed, cuda)
+        does = f"does not fit the preset: {name}={error.parts[1]} {allowed}"
+        raise command.error(knob.upper(), given[knob], does) from None
+
+
+def culprit(command: Command, given: Mapping[str, Any], name: str, allowed: str, cuda: bool) -> str:
+    """The knob of a command without which the preset's `name` would do: alone at best, else with those before it."""
+
+    def refused(rest: Mapping[str, Any]) -> str:
+        try:
+            check_config(followed_config(command, rest, cuda)[0])
+        except ConfigError as error:
+            return str(error.parts[0])
+        return ""
+
+    order = sorted(given, key=lambda knob: knob.upper() not in allowed)
+    without = {knob: refused({n: v for n, v in given.items() if n != knob}) for knob in order}
+    sound = [knob for knob, other in without.items() if not other]
+    differing = [knob for knob, other in without.items() if other != name]
+    if differing:
+        return (sound or differing)[0]
+    return next(knob for n, knob in enumerate(order) if refused({k: given[k] for k in order[n + 1 :]}) != name)
 
 
 # Knobs, and those without which they have no effect; with `=value`, what such a knob must be.
@@ -2557,7 +2572,7 @@ def check_config(config: Config) -> None:
 def require(holds: bool, config: ModelConfig, name: str, allowed: str) -> None:
     """Raises a ConfigError about a knob, with what is allowed, unless the condition holds."""
     if not holds:
-        raise ConfigError(name.upper(), getattr(config, name), allowed)
+        raise ConfigError(name.upper(), shown(getattr(config, name)), allowed)
 
 
 def check_width(config: ModelConfig) -> None:
@@ -2593,9 +2608,9 @@ def check_attention(config: ModelConfig) -> None:
         "rope_dims",
         f"must be even and at most MODEL_DIM/NUM_HEADS={config.head_dim}",
     )
-    allowed = (
-        f"needs ROPE_DIMS from 2 to MODEL_DIM/NUM_HEADS-2={config.head_dim - 2}: other dimensions come from before"
-    )
+    allowed = f"needs ROPE_DIMS from 2 to {config.head_dim - 2}: other dimensions of a head come from before"
+    if config.head_dim < 4:
+        allowed = f"needs heads of at least 4 dimensions, and MODEL_DIM/NUM_HEADS is {config.head_dim}"
     require(config.offset_dims > 0 or not config.key_offset, config, "key_offset", allowed)
     require(
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"

@@ -283,7 +283,8 @@ def test_values_of_other_scripts_get_a_hint(name, value):
 
 RULES = ["SLOT_ENABLED=1", "PREQUANT_TTT_ENABLED=1", "PREQUANT_TTT_EPOCHS=6", "WITHIN_BOOST=0.75", "TRAIN_ON_VAL=1",
          "PAID_PREFIX_FILE=prefix.xz", "NGRAM_EVAL_ORDER=9", "KNN_LAMBDA=0.1", "PPM_ENABLED=1", "GPTQ_CALIB_SOURCE=val",
-         "SDTTT_ENABLED=1", "SLOT_STEPS=8", "SLOT_LR=0.01", "PREQUANT_TTT_LR=0.001", "USE_MIXER=1", "MIXER_ETA=0.1"]  # fmt: skip
+         "SDTTT_ENABLED=1", "SLOT_STEPS=8", "SLOT_LR=0.01", "PREQUANT_TTT_LR=0.001", "USE_MIXER=1",
+         "MIXER_ETA=0.1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", RULES)
@@ -297,8 +298,8 @@ def test_what_breaks_a_rule_is_refused_by_name(setting):
 
 @pytest.mark.parametrize(
     "setting, meant",
-    [("VE_LAST_N=2", "VE_DIM"), ("LAWA_ENABLED=1", "EMA_DECAY"), ("MTP_NUM_HEADS=2", "MTP_WEIGHTS"),
-     ("NUM_EXPERTS=4", "--help"), ("QAT_START_FRAC=0.8", "LATE_QAT_THRESHOLD"), ("WAVELET_ENABLED=1", "--help")],
+    [("VE_POSITIONS=2", "VE_DIM"), ("LAWA_ENABLED=1", "EMA_DECAY"), ("MTP_NUM_HEADS=2", "MTP_WEIGHTS"),
+     ("NUM_EXPERTS=4", "--help"), ("QAT_RAMP=0.8", "LATE_QAT_THRESHOLD"), ("WAVELET_ENABLED=1", "--help")],
 )  # fmt: skip
 def test_a_variable_without_effect_is_warned_about_by_meaning(setting, meant):
     name, value = setting.split("=")

@@ -343,6 +343,13 @@ class ModelConfig:
     )
     loop_start: int = knob(3, "first layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
     loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
+    virtual_depth: int = knob(
+        0,
+        "layer calls of a forward pass with the recurrence on, at most: its last pass may be cut short; 0: all of them",
+        Observed.LOSS,
+        low=0,
+        high=4096,
+    )
     parallel_start_layer: int = knob(
         -1,
         "first layer with parallel residual streams for attention and MLP, counted from 0; -1: one stream throughout",
@@ -526,6 +533,15 @@ class Config(ModelConfig):
         Observed.REFUSAL,
         choices=("auto", "0", "1"),
     )
+    train_shard_limit: int = knob(
+        0, "training shards to learn from, the first ones; all are checked; 0: all", Observed.BATCHES, low=0
+    )
+    val_token_limit: int = knob(
+        0,
+        "validation targets to score, the first ones: quick, and no score of the challenge, as the log says; 0: all",
+        Observed.SCORE,
+        low=0,
+    )
     allow_shared_documents: int = knob(
         0,
         "validation documents that may also be in the training shards, with a warning; a run with more is refused",
@@ -581,6 +597,14 @@ class Config(ModelConfig):
     qk_gain_init: float = knob(
         1.5, "initial value of each head's learned gain on the normalized queries", Observed.INIT, low=0
     )
+    qk_gain_init_schedule: str = knob(
+        "",
+        "QK_GAIN_INIT of each layer, comma-separated, such as 2,3,4; empty: QK_GAIN_INIT of all layers",
+        Observed.INIT,
+    )
+    gated_attn_init_std: float = knob(
+        0.0, "standard deviation of the initial weights of head gates, which begin alike at 0", Observed.INIT, low=0
+    )
     ve_init: str = knob(
         "zero",
         "initial projection of the value embeddings (VE_DIM); zero: they start without effect; orthogonal",
@@ -593,7 +617,7 @@ class Config(ModelConfig):
     num_unique_layers: int = knob(
         0,
         "layers with weights of their own, which run in turn until NUM_LAYERS have run; sets NUM_LAYERS, NUM_LOOPS, "
-        "LOOP_START, LOOP_END and ENABLE_LOOPING_AT; 0: NUM_LAYERS",
+        "LOOP_START, LOOP_END, VIRTUAL_DEPTH and ENABLE_LOOPING_AT; 0: NUM_LAYERS",
         Observed.PARAMETERS,
         low=0,
         high=256,
@@ -670,6 +694,16 @@ class Config(ModelConfig):
     muon_momentum_warmup_steps: int = knob(
         500, "training steps over which Muon's momentum rises linearly; 0: no warmup", Observed.SCHEDULE, low=0
     )
+    muon_momentum_cycle: int = knob(
+        0,
+        "training steps in which Muon's momentum falls from MUON_MOMENTUM to MUON_MOMENTUM_MIN and rises again, both "
+        "linearly, over and over, in place of its warmup; 0: it stays",
+        Observed.SCHEDULE,
+        low=0,
+    )
+    muon_momentum_min: float = knob(
+        0.85, "Muon's lowest momentum in a cycle (MUON_MOMENTUM_CYCLE)", Observed.SCHEDULE, low=0, high=0.9999
+    )
     muon_momentum_type: str = knob(
         "ema",
         "Muon's momentum buffer; ema: the moving average of the gradients; sgd: momentum * buffer + gradient, kept in "
@@ -727,6 +761,9 @@ class Config(ModelConfig):
     )
 
     # Schedules
+    lr_warmup_steps: int = knob(
+        0, "first training steps, over which the learning rate rises linearly; 0: none", Observed.WEIGHTS, low=0
+    )
     warmdown_frac: float = knob(
         0.0,
         "last fraction of training, over which the learning rate falls linearly to 0; 0: WARMDOWN_ITERS says",
@@ -739,6 +776,12 @@ class Config(ModelConfig):
         "last training steps, over which the learning rate falls linearly to 0; used where WARMDOWN_FRAC is 0; 0: none",
         Observed.SCHEDULE,
         low=0,
+    )
+    warmdown_shape: str = knob(
+        "linear",
+        "how the learning rate falls in the warmdown; linear, or cosine: half a wave of it",
+        Observed.SCHEDULE,
+        choices=("linear", "cosine"),
     )
     min_lr: float = knob(
         0.0, "lower bound of the warmdown, as a fraction of the full learning rate", Observed.SCHEDULE, low=0, high=1
@@ -787,6 +830,12 @@ class Config(ModelConfig):
         "the initial weights; 0: EMA_DECAY at every step",
         Observed.WEIGHTS,
     )
+    ema_start: float = knob(
+        0.0,
+        "training step before which the EMA is the weights alone, or below 1 the fraction of the training; 0: none",
+        Observed.WEIGHTS,
+        low=0,
+    )
     swa_enabled: bool = knob(False, "average weights of the end of training with equal weights (SWA)", Observed.WEIGHTS)
     swa_every: int = knob(50, "training steps between weights that SWA averages", Observed.WEIGHTS, low=1)
     swa_start: float = knob(
@@ -807,6 +856,13 @@ class Config(ModelConfig):
         low=0,
         high=1,
     )
+    qat_start: float = knob(
+        0.0,
+        "training step from which training fake-quantizes attention and MLP matrices, or below 1 the fraction of the "
+        "training; 0: LATE_QAT_THRESHOLD says",
+        Observed.SCHEDULE,
+        low=0,
+    )
 
     # Quantization and the artifact
     quantizer: str = knob(
@@ -823,7 +879,13 @@ class Config(ModelConfig):
     mlp_bits: int = knob(
         0, "bits per weight of the MLP's matrices, 2 to 8; 0: MATRIX_BITS", Observed.BYTES, low=0, high=8
     )
-    embed_bits: int = knob(8, "bits per weight of the embedding and the output head", Observed.BYTES, low=2, high=8)
+    embed_bits: int = knob(
+        8,
+        "bits per weight of the embedding and the output head, 2 to 8; 16: fp16, not quantized",
+        Observed.BYTES,
+        low=2,
+        high=16,
+    )
     attn_clip_sigmas: float = knob(
         13.0, "clip range of attention's matrices, in standard deviations of a row", Observed.BYTES, low=0.1
     )
@@ -1214,6 +1276,20 @@ class Config(ModelConfig):
         return (self.ema_decay > 0 and self.weight_average != "swa", self.swa_enabled and self.weight_average != "ema")
 
     @property
+    def query_gains(self) -> tuple[float, ...]:
+        """Initial gain of each layer's queries. Errors: ConfigError."""
+        if not self.qk_gain_init_schedule:
+            return (self.qk_gain_init,) * self.num_layers
+        try:
+            gains = tuple(map(float, self.qk_gain_init_schedule.split(",")))
+        except ValueError:
+            gains = ()
+        if len(gains) != self.num_layers or not all(0 <= gain < math.inf for gain in gains):
+            allowed = f"must be a number of at least 0 for each of NUM_LAYERS={self.num_layers} layers, comma-separated"
+            raise ConfigError("QK_GAIN_INIT_SCHEDULE", self.qk_gain_init_schedule, allowed)
+        return gains
+
+    @property
     def ahead_weights(self) -> tuple[float, ...]:
         """Initial weights of the losses of the second token ahead, the third, ... Errors: ConfigError."""
         try:
@@ -1292,7 +1368,7 @@ KNOB_SECTIONS = {
     "Length of the training, batches": "iterations",
     "Initial weights and the training loss": "tied_embed_init_std",
     "Optimizers": "matrix_lr",
-    "Schedules": "warmdown_frac",
+    "Schedules": "lr_warmup_steps",
     "Quantization and the artifact": "quantizer",
     "Evaluation": "eval_seq_len",
     "Hints from repetition: the token that followed the same run of tokens before": "hint_enabled",
@@ -1525,8 +1601,9 @@ GPU_PRESETS = ("record", "poly5", "frontier")
 # row names and what they set. `KNOB` takes the value as it is, `KNOB*2` twice the value, `A+B` sets both, B where it is
 # not set. `KNOB:off:on` is a switch: its 0 sets the value that is off, its 1 the usual one where the preset's is off,
 # with `+OTHER=value` beside it; it also stands for USE_, ENABLE_, _ENABLED, and reversed for NO_, SKIP_ and DISABLE_.
-# `KNOB{a=x,*=}` makes x of a and keeps any other value; `=a|b` are values that mean what happens here anyway, and
-# `@name` is a method of Command. A knob's own name on the left is for what its 0 turns off, as BIGRAM_DIM=0 does.
+# `KNOB{a=x,*=}` makes x of a and keeps any other value; `=a|b` are values that mean what happens here anyway, `=*` says
+# that no value changes a score, and `@name` is a method of Command. A knob's own name on the left is for what its 0
+# turns off, as BIGRAM_DIM=0 does.
 ALIASES = {
     "optimizers and schedules": """
 MUON_WEIGHT_DECAY WEIGHT_DECAY_MUON > MUON_WD
@@ -1538,7 +1615,10 @@ POLAR_EXPRESS > MUON_COEFFICIENTS:classic:polar_express
 MATRIX_OPTIMIZER > =muon
 WARMDOWN_FRACTION > WARMDOWN_FRAC
 WARMDOWN_STEPS > WARMDOWN_ITERS
-WARMDOWN_SHAPE > =linear
+COSINE_WARMDOWN LR_COSINE_WARMDOWN > WARMDOWN_SHAPE:linear:cosine
+LR_WARMUP_ITERS WARMUP_ITERS > LR_WARMUP_STEPS
+MOMENTUM_CYCLIC MOMENTUM_MIN MOMENTUM_MAX MOMENTUM_CYCLE_PERIOD > @momentum_cycle
+MAX_STEPS > ITERATIONS
 MIN_LR_RATIO > MIN_LR
 SEQ_LEN > TRAIN_SEQ_LEN
 GRAD_ACCUM_STEPS > @micro_steps
@@ -1549,8 +1629,12 @@ SWA > SWA_ENABLED:0:1
 SWA_START_FRAC > SWA_START
 SWA_INTERVAL SWA_FREQ > SWA_EVERY
 SWA_EVERY > SWA_ENABLED:0:1
+SWA_FRAC > @swa_share
 EMA > EMA_DECAY:0:0.997
-LATE_QAT QAT > LATE_QAT_THRESHOLD:0:0.15
+EMA_START_STEP EMA_START_FRAC EMA_START_FRACTION > EMA_START
+LAWA_ENABLED LAWA_EMA_DECAY > @lawa
+LATE_QAT QAT > LATE_QAT_THRESHOLD:0:0.15 QAT_START:0:
+QAT_START_STEP QAT_START_FRAC QAT_START_FRACTION LATE_QAT_FRAC > @qat_start
 QAT_THRESHOLD > LATE_QAT_THRESHOLD
 """,
     "models": """
@@ -1570,22 +1654,33 @@ BIGRAM_EMBED_DIM BIGRAM_HASH_DIM > BIGRAM_DIM
 BIGRAM_DIM > BIGRAM_VOCAB_SIZE:0:0
 VE VALUE_EMBED > VE_DIM:0:128
 VALUE_EMBED_DIM > VE_DIM
+VE_LAST_N > @value_layers
 PARTIAL_ROPE_DIMS > ROPE_DIMS
+ROPE_FRAC ROPE_FRACTION > @rope_share
 XSA > XSA_LAST_N:0:4
 XSA_LAYERS > @last_layers
 GATED_ATTENTION GATED_ATTN > GATED_ATTN_ENABLED:0:1
 GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
-UNET_SKIPS SMEAR_GATE_BOS_FIX > =1
-UNIQUE_LAYERS NUM_UNIQUE_LAYERS NUM_UNIQUE_BLOCKS NUM_BLOCKS > =NUM_LAYERS
+VRL VALUE_RESIDUAL > VALUE_RESIDUAL:0:1
+UNET_SKIPS SMEAR_GATE_BOS_FIX ORTHO_INIT USE_ORTHO_INIT ORTHOGONAL_INIT > =1
+UNIQUE_LAYERS > NUM_UNIQUE_LAYERS
+CORE_START CORE_END NUM_PASSES NUM_REPEATS NUM_UNIQUE_BLOCKS > @passes
+NUM_UNIQUE_BLOCKS > =NUM_LAYERS
+NUM_BLOCKS > NUM_LAYERS
+RECUR_ENABLED DEPTH_RECURRENCE DEPTH_RECUR_LAYERS RECURRENCE_LAYERS > @recurring
+ENABLE_LOOPING_AT_STEP > RECUR_START_STEP
+PROGRESSIVE_DEPTH > PROGRESSIVE_DEPTH_SCHEDULE::0.08,0.25
 NUM_KV_HEADS > @key_heads
 """,
     "quantization": """
-QUANT_BITS WEIGHT_BITS WEIGHT_QUANTIZATION_BITS QAT_BITS LOWBIT_BITS GPTQ_BITS > MATRIX_BITS
+QUANT_BITS WEIGHT_BITS WEIGHT_QUANTIZATION_BITS QAT_BITS LOWBIT_BITS GPTQ_BITS INTX_BITS > MATRIX_BITS
 QUANT_MAX CLIP_RANGE QUANT_LEVELS > MATRIX_BITS{7=4,15=5,31=6,63=7,127=8}
 INT6_QUANT INT6 > MATRIX_BITS:8:6
 INT5_MLP > MLP_BITS:0:5
 MLP_QUANT_BITS > MLP_BITS
 EMBED_QUANT_BITS EMBED_QUANTIZATION_BITS > EMBED_BITS
+FP16_EMBED FP16_EMBED_EXPORT FP16_EMBED_PASSTHROUGH INT8_KEEP_TOK_EMB_FP16 > EMBED_BITS{0=,1=16}
+PRUNE_FRAC PRUNE_FRACTION > PRUNE_PCT
 GPTQ FULL_GPTQ GPTQ_CALIBRATION_BATCHES > QUANTIZER:gptq_lite:uniform
 GPTQ_LITE > QUANTIZER:uniform:gptq_lite
 GPTQ_CALIB_BATCHES > GPTQ_CALIBRATION_BATCHES
@@ -1593,6 +1688,8 @@ GPTQ_RESERVE_MS > GPTQ_RESERVE_SECONDS*0.001
 GPTQ_BLOCK_SIZE > =128
 GPTQ_CALIB_SOURCE > =train
 GPTQ_ALL_REDUCE > =1
+AWQ > COLUMN_STEPS:0:0.5
+AWQ_ALPHA > COLUMN_STEPS
 AWQ_LITE > AWQ_GROUPS:0:1
 AWQ_LITE_GROUP_TOP_K > AWQ_GROUPS
 AWQ_LITE_GROUP_SIZE > =64
@@ -1603,6 +1700,9 @@ TARGET_MB > @megabytes
 TARGET_ARTIFACT_BYTES > TARGET_BYTES
 SUBMISSION_SIZE_CAP_BYTES > ARTIFACT_LIMIT_BYTES
 COMPRESS_METHOD COMPRESSION EXPORT_CODEC SERIAL_COMPRESSOR MODEL_COMPRESSOR > COMPRESSOR
+RANS > COMPRESSOR{0=,1=pergroup}
+ZSTD > COMPRESSOR{0=,1=zstd}
+COMPRESSION_LEVEL ZSTD_LEVEL > =9|11|22
 MATRIX_CLIP_SIGMAS > @both_sigmas
 """,
     "evaluation and test-time training": """
@@ -1612,10 +1712,16 @@ EVAL_BATCH_SEQS SLIDING_BATCH_SEQS SLIDING_BATCH_SIZE > @eval_batch
 EVAL_CTX > EVAL_SEQ_LEN
 EVAL_TEMPERATURE TTT_TEMPERATURE > TEMPERATURE
 EVAL_ONLY TTT_EVAL_ONLY > MODE:all:eval
-EVAL_INCLUDE_TAIL TTT_UPDATE_EVERY > =1
+EVAL_INCLUDE_TAIL TTT_UPDATE_EVERY DOC_ISOLATED_EVAL EMA_EVAL_AFTER_APPLY FINAL_ROUNDTRIP_EVAL > =1
+VAL_MAX_TOKENS VAL_TOKENS_LIMIT MAX_VAL_TOKENS MAX_EVAL_TOKENS EVAL_MAX_TOKENS > VAL_TOKEN_LIMIT
+NGRAM_TILT > HINT_ENABLED:0:1
+TOKEN_ORDER > HINT_MIN_MATCH
 TTT TTT_EVAL PHASED_TTT TTT_LORA TTT_USE_LORA > @ttt_mode
 TTT_EPOCHS > TTT_MODE:none:chunk
-TTT_OPTIMIZER GLOBAL_TTT_OPTIMIZER > =sgd
+TTT_OPTIMIZER TTT_ADAMW TTT_USE_ADAMW > @ttt_optimizer_name
+GLOBAL_TTT_OPTIMIZER > =sgd
+TTT_COSINE_DECAY TTT_COSINE > TTT_DECAY_TOKENS{0=0,1=-1}
+TTT_EPOCHS_PER_CHUNK > TTT_EPOCHS
 TTT_PARAM_MODE > =full|all
 TTT_MASK > TTT_Q_LORA{no_qv=0,none=,all=} TTT_V_LORA{no_qv=0,none=,all=}
 TTT_NO_QV_MASK > TTT_Q_LORA{1=0} TTT_V_LORA{1=0}
@@ -1630,6 +1736,8 @@ GLOBAL_TTT_EPOCHS > PHASED_TTT_PREFIX_DOCS:0:0
 DATA_DIR DATA_PATH TOKENIZER_PATH > @data
 COMPILE TORCH_COMPILE COMPILE_MODEL > COMPILE{0=0,1=,auto=}
 COMPILE_MODE > =default
+TRAIN_SHARDS > TRAIN_SHARD_LIMIT
+CHECKPOINT_EVERY CHURN_LOG_EVERY EXPECTED_TRAIN_SHARDS LOGIT_CHUNK_TOKENS MLX_MAX_MICROBATCH_TOKENS SDP_BACKEND > =*
 COMPILE_FULLGRAPH FIND_UNUSED_PARAMETERS SKIP_PRE_TTT_EVALS SKIP_PRE_QUANT_FINAL_EVAL SKIP_QUANTIZED_EVAL FUSED_MLP \
 USE_FUSED_QKV FAST_COMPILE RECOMPILE_ON_LATE_QAT > =0|1
 """,
@@ -1637,14 +1745,16 @@ USE_FUSED_QKV FAST_COMPILE RECOMPILE_ON_LATE_QAT > =0|1
 # What public scripts have and this one has not: patterns of their variables, and the knobs that come nearest. A row
 # that begins with `!` breaks a rule of the challenge: what matches all of its second pattern is refused where it is on.
 FOREIGN = """
-!PRE_?QUANT_TTT|SDTTT @ .*TTT(_ENABLED|_EPOCHS)? > learns from validation text before it is scored
-!(DEEP_)?SLOT(_|$) @ .*SLOT(_ENABLED)? > trains vectors on the very targets that they score
+!PRE_?QUANT_TTT|SDTTT @ .*TTT(_ENABLED|_EPOCHS|_LR)? > learns from validation text before it is scored
+!(DEEP_)?SLOT(_|$) @ .*SLOT(_ENABLED|_STEPS|_LR)? > trains vectors on the very targets that they score
 !PAID_PREFIX|TRAIN_ON_VAL|TRAIN_ORACLE|GPTQ_CALIB_SOURCE @ .* > trains on validation text
 !(WITHIN|WORD|AGREE)_ @ .*BOOST > opens a gate by looking at the target
-!PPM @ PPM(_MIX|_NATIVE)?(_ENABLED)? > mixes by the target's own probability
+!PPM @ PPM(_MIX|_NATIVE)?(_ENABLED|_ORDER)? > mixes by the target's own probability
 !NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? \
 > mixes in a cache whose probabilities do not sum to 1
-NGRAM|TOKEN_|CUBRIC|.*(MIXER|HEDGE) > HINT_ENABLED
+!.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in an expert that gives every token the \
+probability of the mean surprise, which does not sum to 1
+NGRAM|TOKEN_|CUBRIC > HINT_ENABLED
 VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
 LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE
 .*(LOOP|RECUR|PASSES|REPEAT|CRAWLER|UNIQUE|NUM_ITER|SHARED_(BL|LA)|LAYER_SCHED) > NUM_LOOPS LOOP_START LOOP_END
@@ -1670,7 +1780,7 @@ TRAINING_WORDS = (
     "JEPA KNN LAMBDA LAWA LEARNED LEARNING LOOPS MICROBATCH MIXER MIXED NGRAM NOISE NUMEL OPTIMIZER OPTROT ORTHO "
     "PAID PASSES PATTENTION PHRASE POLAR PPM PREQUANT PRUNE PRUNING QUANT QUANTIZED RAMP RANDOM RANS RATIO READOUT "
     "RECUR RECURRENCE REFINER REGIME RELU2 SCALES SCALING SDTTT SEQS SHARDS SHARD SHARED SLIDING SLOT SPINQUANT SSM "
-    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO UNIQUE UNTIE VALUE VARIANT "
+    "SWIGLU TAU TEMP TERNARY TILT TRAINING TRIGRAM TRN TVERSKY TWEO PROFILE IMPL UNIQUE UNTIE VALUE VARIANT "
     "VRL WAVELET WITHIN LABEL RESIDUAL SHRINKAGE STORAGE WORLD"
 )
 PLAIN_WORDS = (
@@ -1785,7 +1895,9 @@ class Command:
         knob, *more = re.split(r"([@={:*+])", meaning.rstrip("}"), maxsplit=1)
         sign, rest = more or ("", "")
         if sign == "=":
-            return text == str(self.value(rest)) if rest in self.fields else text.lower() in rest.split("|")
+            return (
+                text == str(self.value(rest)) if rest in self.fields else rest == "*" or text.lower() in rest.split("|")
+            )
         if sign == "@":
             return getattr(self, rest)(name, text)
         if sign == ":":
@@ -1809,13 +1921,13 @@ class Command:
         if name in self.fields:
             self.texts.pop(name)  # BIGRAM_DIM=0
         active = self.value(knob) != self.value(knob, off)
+        late = knob == "LATE_QAT_THRESHOLD"
         if is_off(self.given[name]) == switch_of(name)[1]:  # on
+            active = active or not on or (late and self.value("qat_start") > 0)
             for other in () if active else (f"{knob}={on}", *others):
                 feature, _, text = other.partition("=")
                 self.put(feature, text, name, yields=other in others)
-        elif active and not (
-            knob in self.texts and "QAT" in name and "LATE" not in name
-        ):  # which is QAT from the start
+        elif active and not (late and knob in self.texts and "LATE" not in name):  # which is QAT from the start
             if knob in self.texts and self.fields[knob].type not in ("bool", "str"):
                 source = self.sources.get(knob, knob)
                 self.remarks.append(f"{source}={self.given[source]} has no effect with {name}={self.given[name]}")
@@ -1839,6 +1951,92 @@ class Command:
         """NUM_KV_HEADS=0: as many as there are query heads."""
         if is_off(text):
             self.texts[name] = str(self.value("num_heads"))
+        return True
+
+    def value_layers(self, name: str, text: str) -> bool:
+        """VE_LAST_N, a number of last layers."""
+        depth = self.value("num_layers")
+        self.put("VE_LAYERS", ",".join(map(str, range(max(0, depth - int(self.number(name))), depth))), name)
+        return True
+
+    def rope_share(self, name: str, text: str) -> bool:
+        """ROPE_FRAC, the share of a head's dimensions with rotary embedding."""
+        dims = int(self.value("model_dim") // self.value("num_heads") * self.number(name)) // 2 * 2
+        self.put("ROPE_DIMS", str(max(dims, 2)), name)
+        return True
+
+    def momentum_cycle(self, name: str, text: str) -> bool:
+        """A cycle of Muon's momentum, between two values; its form in the public script is not known here."""
+        knobs = dict(MOMENTUM_MIN="MUON_MOMENTUM_MIN", MOMENTUM_MAX="MUON_MOMENTUM")
+        knob = knobs.get(name, "MUON_MOMENTUM_CYCLE")
+        if is_off(self.given.get("MOMENTUM_CYCLIC", "0")):
+            return True
+        if name == "MOMENTUM_CYCLIC":
+            self.put(knob, "50", name, yields=True)
+        else:
+            self.texts.pop(knob, None)
+            self.put(knob, text, name)
+        return True
+
+    def lawa(self, name: str, text: str) -> bool:
+        """LAWA with a decay is an EMA."""
+        if name == "LAWA_EMA_DECAY" and not is_off(self.given.get("LAWA_ENABLED", "1")):
+            self.put("EMA_DECAY", text, name)
+        return "LAWA_EMA_DECAY" in self.given
+
+    def swa_share(self, name: str, text: str) -> bool:
+        """SWA_FRAC, which is SWA_START and turns SWA on."""
+        self.put("SWA_START", text, name)
+        self.put("SWA_ENABLED", "0" if is_off(text) else "1", name, yields=True)
+        return True
+
+    def qat_start(self, name: str, text: str) -> bool:
+        """The step or share of the training from which it fake-quantizes; LATE_QAT_FRAC is the share after that."""
+        start = self.number(name)
+        start = 1 - start if name == "LATE_QAT_FRAC" and start else start
+        if name.endswith("STEP") or 0 < start < 1:
+            self.put("QAT_START", f"{start:g}", name)
+        elif start:
+            self.put("LATE_QAT_THRESHOLD", "0", name, yields=True)
+        return True
+
+    def passes(self, name: str, text: str) -> bool:
+        """NUM_PASSES or NUM_REPEATS of all layers of NUM_UNIQUE_BLOCKS, or of layers CORE_START to CORE_END - 1."""
+        given = self.given
+        unique = given.get("NUM_UNIQUE_BLOCKS", given.get("NUM_UNIQUE_LAYERS", ""))
+        core = "CORE_START" in given and "CORE_END" in given
+        count = "NUM_PASSES" if "NUM_PASSES" in given else "NUM_REPEATS"
+        if count not in given or not (core or unique) or ("NUM_LAYERS" in given and not core):
+            return False
+        if name == count:
+            first, end = ("CORE_START", "CORE_END") if core else ("", "NUM_UNIQUE_BLOCKS")
+            begin = int(self.number(first)) if core else 0
+            last = int(self.number(end if end in given else "NUM_UNIQUE_LAYERS")) - 1
+            if not core:
+                self.texts.pop("NUM_UNIQUE_LAYERS", None)
+                self.put("NUM_LAYERS", str(last + 1), name)
+            loops = dict(NUM_LOOPS=int(self.number(name)) - 1, LOOP_START=begin, LOOP_END=last, ENABLE_LOOPING_AT=0)
+            for knob, value in loops.items():
+                self.put(knob, str(value), name)
+        return True
+
+    def recurring(self, name: str, text: str) -> bool:
+        """Layers that repeat, or a switch of RECUR_LAYERS."""
+        if "," in text:
+            self.put("RECUR_LAYERS", text.strip(","), name)
+        elif is_off(text):
+            self.texts.pop("RECUR_LAYERS", None)
+            if self.value("num_loops"):
+                self.put("NUM_LOOPS", "0", name)
+        lists = {"RECUR_LAYERS", "RECURRENCE_LAYERS", "DEPTH_RECUR_LAYERS"}
+        return "," in text or is_off(text) or bool(lists & set(self.given))
+
+    def ttt_optimizer_name(self, name: str, text: str) -> bool:
+        """TTT_OPTIMIZER; Adam is AdamW without weight decay, which is ours."""
+        if name == "TTT_OPTIMIZER":
+            self.texts[name] = {"adam": "adamw"}.get(text.lower(), text)
+        elif not is_off(text):
+            self.put("TTT_OPTIMIZER", "adamw", name)
         return True
 
     def last_layers(self, name: str, text: str) -> bool:
@@ -1871,11 +2069,13 @@ class Command:
 
     def megabytes(self, name: str, text: str) -> bool:
         """TARGET_MB, in units of 2^20 bytes; more than the limit would fail in any case."""
-        size = min(int(self.number(name) * 2**20), self.value("artifact_limit_bytes"))
-        fits = QUANTIZER_TRAITS[self.value("quantizer")].column_scales
-        if fits:
+        limit = self.value("artifact_limit_bytes")
+        size = min(int(self.number(name) * 2**20), limit)
+        if QUANTIZER_TRAITS[self.value("quantizer")].column_scales:
             self.put("TARGET_BYTES", str(size), name)
-        return fits
+        elif size < limit:  # scales cannot be fitted to it
+            self.put("ARTIFACT_LIMIT_BYTES", str(size), name)
+        return True
 
     def both_sigmas(self, name: str, text: str) -> bool:
         """MATRIX_CLIP_SIGMAS without those of attention and MLP means both, as in the scripts that have it alone."""
@@ -1997,7 +2197,11 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
         if values["preset"] not in ORIGINALS:
             raise ConfigError("ORIGINAL", 1, f"needs PRESET={' or '.join(ORIGINALS)}, which follow a public script")
         values |= {name: value for name, value in ORIGINALS[values["preset"]].items() if name not in given}
-    values |= recurrence_values(values, set(given))
+    try:
+        recurrence = recurrence_values(values, set(given))
+    except ConfigError as error:
+        raise command.error(*error.parts) from None
+    values |= recurrence
     if "warmdown_iters" in given and "warmdown_frac" not in given:
         values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
     if "warmdown_frac" in given and "warmdown_iters" not in given:
@@ -2007,7 +2211,7 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
     remarks = []
 
     def follow(name: str, value: Any, leader: str) -> None:
-        if name not in given and values[name] != value:
+        if name not in given and name not in recurrence and values[name] != value:
             cause = f"{leader.upper()}={shown(values[leader])}"
             before = shown(values[name])
             remarks.append(f"{name.upper()}={shown(value)} follows {cause}: the preset's {before} does not fit it")
@@ -2131,14 +2335,28 @@ def check_command(command: Command, given: Mapping[str, Any], config: Config, cu
         name, allowed = str(error.parts[0]), str(error.parts[2])
         if name.lower() in given:
             raise command.error(name, error.parts[1], allowed) from None
-        for knob in sorted(given, key=lambda knob: knob.upper() not in allowed):
-            try:
-                check_config(followed_config(command, {n: v for n, v in given.items() if n != knob}, cuda)[0])
-            except ConfigError:
-                continue
-            does = f"does not fit the preset: {name}={error.parts[1]} {allowed}"
-            raise command.error(knob.upper(), given[knob], does) from None
-        raise
+        knob = culprit(command, given, name, allowed, cuda)
+        does = f"does not fit the preset: {name}={error.parts[1]} {allowed}"
+        raise command.error(knob.upper(), given[knob], does) from None
+
+
+def culprit(command: Command, given: Mapping[str, Any], name: str, allowed: str, cuda: bool) -> str:
+    """The knob of a command without which the preset's `name` would do: alone at best, else with those before it."""
+
+    def refused(rest: Mapping[str, Any]) -> str:
+        try:
+            check_config(followed_config(command, rest, cuda)[0])
+        except ConfigError as error:
+            return str(error.parts[0])
+        return ""
+
+    order = sorted(given, key=lambda knob: knob.upper() not in allowed)
+    without = {knob: refused({n: v for n, v in given.items() if n != knob}) for knob in order}
+    sound = [knob for knob, other in without.items() if not other]
+    differing = [knob for knob, other in without.items() if other != name]
+    if differing:
+        return (sound or differing)[0]
+    return next(knob for n, knob in enumerate(order) if refused({k: given[k] for k in order[n + 1 :]}) != name)
 
 
 # Knobs, and those without which they have no effect; with `=value`, what such a knob must be.
@@ -2148,11 +2366,14 @@ bigram_dim bigram_signs < bigram_vocab_size
 ve_layers < ve_dim
 smear_gate_type < smear_gate_enabled
 sparse_attn_gate_scale < sparse_attn_gate_enabled
-gated_attn_quant_gate < sparse_attn_gate_enabled gated_attn_enabled attn_out_gate_enabled
+gated_attn_quant_gate gated_attn_init_std < sparse_attn_gate_enabled gated_attn_enabled attn_out_gate_enabled
 gate_window < smear_gate_enabled sparse_attn_gate_enabled attn_out_gate_enabled
 tied_embed_lr tied_embed_init_std < tie_embeddings
 embed_lr head_lr < tie_embeddings=False
 muon_momentum_warmup_start < muon_momentum_warmup_steps
+muon_momentum_min < muon_momentum_cycle
+ema_start < ema_decay
+virtual_depth < num_loops
 warmdown_iters < warmdown_frac=0.0
 focal_gamma < focal_enabled
 mtp_end < mtp_weights
@@ -2207,10 +2428,16 @@ def recurrence_values(values: Mapping[str, Any], explicit: set[str]) -> dict[str
         return dict(num_loops=repeats or 1, loop_start=layers[0], loop_end=layers[-1])
     if not unique or unique == depth:
         return {}
-    if unique > depth or depth % unique:
-        raise ConfigError("NUM_UNIQUE_LAYERS", unique, f"must divide NUM_LAYERS={depth}")
+    passes = -(-depth // unique)
+    if unique > depth or passes > 17:
+        raise ConfigError("NUM_UNIQUE_LAYERS", unique, f"must be from {-(-depth // 17)} to NUM_LAYERS={depth}")
     return dict(
-        num_layers=unique, num_loops=depth // unique - 1, loop_start=0, loop_end=unique - 1, enable_looping_at=0.0
+        num_layers=unique,
+        num_loops=passes - 1,
+        loop_start=0,
+        loop_end=unique - 1,
+        virtual_depth=depth if depth % unique else 0,
+        enable_looping_at=0.0,
     )
 
 
@@ -2289,14 +2516,15 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
         near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
         pattern, meant = next((row for row in rows if re.match(row[0].strip("!").split(" @ ")[0], upper)), ("", ""))
         if pattern.startswith("!"):
-            if re.fullmatch(pattern.split(" @ ")[1], upper) and not is_off(text):
+            on = not is_off(text) and not switched_off(upper, environment)
+            if on and re.fullmatch(pattern.split(" @ ")[1], upper):
                 raise ConfigError(name, text, f"breaks a rule of the challenge: it {meant}")
             meant = f"it belongs to what breaks a rule of the challenge, as it {meant}"
         elif near and near[0][:4] == upper[:4]:
             meant = f"did you mean {near[0]}?"
         elif meant:
             meant = "the nearest here is " + meant.replace(" ", ", ")
-        ordinary = re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
+        ordinary = not text or re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
         if not ordinary and (
             meant or "/" not in text and (words & set(upper.split("_")) or switch_of(upper)[0] != upper)
         ):
@@ -2307,8 +2535,11 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
 def switched_off(name: str, environment: Mapping[str, str]) -> bool:
     """Whether another variable turns off what this one belongs to, as SLOT_ENABLED=0 does with SLOT_LR."""
     for switch, text in environment.items():
-        family = re.sub("^(USE|ENABLE)_|_(ENABLED|NUM_HEADS|WEIGHT|ORDER|EPOCHS|LAMBDA|STEPS)$", "", switch)
-        if family != switch != name and name.startswith(family + "_") and is_off(text):
+        family = re.sub(
+            "^(USE|ENABLE)_|_(ENABLED|NUM_HEADS|NUM_FEATURES|WEIGHT|ORDER|EPOCHS|LAMBDA|STEPS|BOOST)$", "", switch
+        )
+        family = re.sub("(TOKENS|LEN)_START$", "SCHEDULE", family)  # BATCH_TOKENS_START, SEQ_LEN_START
+        if switch != name and name.startswith(family + "_") and is_off(text):
             return True
     return False
 
@@ -2341,7 +2572,7 @@ def check_config(config: Config) -> None:
 def require(holds: bool, config: ModelConfig, name: str, allowed: str) -> None:
     """Raises a ConfigError about a knob, with what is allowed, unless the condition holds."""
     if not holds:
-        raise ConfigError(name.upper(), getattr(config, name), allowed)
+        raise ConfigError(name.upper(), shown(getattr(config, name)), allowed)
 
 
 def check_width(config: ModelConfig) -> None:
@@ -2377,9 +2608,9 @@ def check_attention(config: ModelConfig) -> None:
         "rope_dims",
         f"must be even and at most MODEL_DIM/NUM_HEADS={config.head_dim}",
     )
-    allowed = (
-        f"needs ROPE_DIMS from 2 to MODEL_DIM/NUM_HEADS-2={config.head_dim - 2}: other dimensions come from before"
-    )
+    allowed = f"needs ROPE_DIMS from 2 to {config.head_dim - 2}: other dimensions of a head come from before"
+    if config.head_dim < 4:
+        allowed = f"needs heads of at least 4 dimensions, and MODEL_DIM/NUM_HEADS is {config.head_dim}"
     require(config.offset_dims > 0 or not config.key_offset, config, "key_offset", allowed)
     require(
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
@@ -2423,6 +2654,11 @@ def check_recurrence(config: ModelConfig) -> None:
         require(config.loop_end < config.num_layers, config, "loop_end", allowed)
         allowed = f"must be at most LOOP_END={config.loop_end}"
         require(config.loop_start <= config.loop_end, config, "loop_start", allowed)
+        if config.virtual_depth:
+            calls = len(execution_order(dataclasses.replace(config, virtual_depth=0), True))
+            whole = set(execution_order(config, True)) == set(range(config.num_layers))
+            allowed = f"must be 0, or at most {calls} and enough for every layer of NUM_LAYERS={config.num_layers}"
+            require(whole and config.virtual_depth <= calls, config, "virtual_depth", allowed)
 
 
 def check_parallel_residual(config: ModelConfig) -> None:
@@ -2453,7 +2689,10 @@ def check_batches(config: Config) -> None:
 
 def check_schedules(config: Config) -> None:
     """Multi-token prediction, progressive depth and context, weight averages and the time limit."""
-    _ = config.context_schedule  # says itself what is wrong
+    _ = config.context_schedule, config.query_gains  # they say themselves what is wrong
+    allowed = f"must be at most MUON_MOMENTUM={config.muon_momentum:g}"
+    fits = not config.muon_momentum_cycle or config.muon_momentum_min <= config.muon_momentum
+    require(fits, config, "muon_momentum_min", allowed)
     allowed = f"must be fewer numbers than TRAIN_SEQ_LEN={config.train_seq_len}"
     ahead = len(config.ahead_weights)
     require(config.mode == "eval" or ahead < config.train_seq_len, config, "mtp_weights", allowed)
@@ -2489,6 +2728,7 @@ def check_quantization(config: Config) -> None:
     require(config.trellis_states in (4, 8, 16, 32), config, "trellis_states", "must be 4, 8, 16 or 32")
     for name in ("attn_bits", "mlp_bits"):
         require(getattr(config, name) != 1, config, name, "must be 0 or from 2 to 8")
+    require(config.embed_bits in (*range(2, 9), 16), config, "embed_bits", "must be from 2 to 8, or 16 for fp16")
     if not QUANTIZER_TRAITS[config.quantizer].column_scales:
         for name in ("column_steps", "awq_groups", "target_bytes"):
             allowed = f"must be 0 with QUANTIZER={config.quantizer}, which has one scale per row"
@@ -2511,11 +2751,15 @@ def check_evaluation(config: Config) -> None:
 
 
 def execution_order(config: ModelConfig, looped: bool) -> list[int]:
-    """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped."""
+    """Layers in the order in which they run: 0..L-1, with LOOP_START..LOOP_END repeated NUM_LOOPS times if looped.
+
+    VIRTUAL_DEPTH ends it early.
+    """
     if not (looped and config.loops):
         return list(range(config.num_layers))
     loop = list(range(config.loop_start, config.loop_end + 1))
-    return [*range(config.loop_start), *loop * (config.num_loops + 1), *range(config.loop_end + 1, config.num_layers)]
+    order = [*range(config.loop_start), *loop * (config.num_loops + 1), *range(config.loop_end + 1, config.num_layers)]
+    return order[: config.virtual_depth or len(order)]
 
 
 class BatchLayout(NamedTuple):
@@ -4892,15 +5136,19 @@ class TrainLoader:
         self.config, self.run = config, run
         self.stream = TokenStream(config, "train")
         self.layout = batch_layout(config, run.world)
-        self.sequences = (len(self.stream) - 1) // config.train_seq_len
+        shards = min(config.train_shard_limit or len(self.stream.shards), len(self.stream.shards))
+        self.length = int(self.stream.starts[shards])  # tokens to learn from
+        self.sequences = (self.length - 1) // config.train_seq_len
         if self.sequences < 1:
             raise ConfigError(
                 "TRAIN_SEQ_LEN",
                 config.train_seq_len,
-                f"the training shards in DATA_PATH={config.data_path} hold only {len(self.stream)} tokens",
+                f"the training shards in DATA_PATH={config.data_path} hold only {self.length} tokens",
             )
         self.order = functools.lru_cache(maxsize=2)(self.epoch_order)  # two, as a batch may span two epochs
         self.notes: list[str] = []  # for the log, once there is one
+        if shards < len(self.stream.shards):
+            self.notes.append(f"TRAIN_SHARD_LIMIT={shards}: {self.length} of {len(self.stream)} training tokens")
         # A thread pins memory for its own current device, which is the first one unless it is set.
         device = functools.partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
         self.ahead = Prefetcher(self.read, self.following, config.read_ahead, device)
@@ -4917,7 +5165,8 @@ class TrainLoader:
 
     def new_documents(self, starts: np.ndarray) -> DocumentOrder:
         """The order of documents that start there in the stream."""
-        return DocumentOrder(starts, len(self.stream) - 1, self.config.train_seq_len, self.config.seed)
+        starts = starts[starts < self.length - 1]
+        return DocumentOrder(starts, self.length - 1, self.config.train_seq_len, self.config.seed)
 
     def use_index(self, digests: Mapping[str, str]) -> None:
         """Takes the documents from the index beside the shards, whose SHA-256 are given by name. Call on all ranks."""
@@ -7683,7 +7932,9 @@ class GPT(nn.Module):
         self.to(runtime.master_dtype)
 
     @torch.no_grad()
-    def reset(self, *, seed: int, embedding_std: float, query_gain: float, ve_init: str) -> None:
+    def reset(
+        self, *, seed: int, embedding_std: float, query_gains: Iterable[float], gate_std: float, ve_init: str
+    ) -> None:
         """Initial weights from the seed: orthogonal inputs of the layers, zero outputs, a small embedding."""
         layers, generator = self.config.num_layers, torch.Generator().manual_seed(seed)
         self.embedding.normal_(std=1.0 if self.head is not None else embedding_std, generator=generator)
@@ -7694,8 +7945,11 @@ class GPT(nn.Module):
             bank.zero_()
             for matrix in bank[:zero_from]:
                 nn.init.orthogonal_(matrix, generator=generator)
-        for block in self.blocks:
-            cast(Block, block).query_gain.fill_(query_gain)
+        for block, gain in zip(self.blocks, query_gains, strict=True):
+            cast(Block, block).query_gain.fill_(gain)
+            gate = cast(Block, block).head_gate
+            if gate_std and gate is not None:
+                gate.normal_(std=gate_std, generator=generator)
         if self.bigram is not None:  # either the table or the projection must not be zero, or neither would ever train
             self.bigram.table.zero_()
             nn.init.orthogonal_(self.bigram.projection, generator=generator)
@@ -7940,7 +8194,8 @@ def new_model(config: Config) -> GPT:
     model.reset(
         seed=config.seed,
         embedding_std=config.tied_embed_init_std,
-        query_gain=config.qk_gain_init,
+        query_gains=config.query_gains,
+        gate_std=config.gated_attn_init_std,
         ve_init=config.ve_init,
     )
     return model
@@ -8445,7 +8700,7 @@ def fraction_done(p: Progress, config: Config) -> float:
 
 
 def lr_multiplier(p: Progress, config: Config) -> float:
-    """Learning-rate multiplier: 1, then linear to 0 over the warmdown, but not below MIN_LR."""
+    """Learning-rate multiplier: 1, then falling to 0 over the warmdown, but not below MIN_LR. See `lr_warmup`."""
     warmdown = config.warmdown_frac
     if not warmdown and config.warmdown_iters:
         # Given in steps: the fraction of the run that they take at the average speed so far.
@@ -8453,7 +8708,21 @@ def lr_multiplier(p: Progress, config: Config) -> float:
         warmdown = min(1.0, max(config.warmdown_iters / max(config.iterations, 1), seconds / config.train_seconds))
     if not warmdown:
         return 1.0
-    return max(config.min_lr, min(1.0, (1.0 - fraction_done(p, config)) / warmdown))
+    left = min(1.0, (1.0 - fraction_done(p, config)) / warmdown)
+    return max(config.min_lr, (1 - math.cos(math.pi * left)) / 2 if config.warmdown_shape == "cosine" else left)
+
+
+def lr_warmup(p: Progress, config: Config) -> float:
+    """What a step's learning rates are multiplied by beside `lr_multiplier`: rises to 1 over LR_WARMUP_STEPS.
+
+    It stands by itself, because late QAT and SWA begin where `lr_multiplier` has fallen.
+    """
+    return min(1.0, (p.step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+
+
+def reached(p: Progress, config: Config, start: float) -> bool:
+    """Whether the training is at a step, or below 1 at a fraction of the training."""
+    return fraction_done(p, config) >= start if start < 1 else p.step >= start
 
 
 def prefix_weight(p: Progress, config: Config) -> float:
@@ -8462,7 +8731,10 @@ def prefix_weight(p: Progress, config: Config) -> float:
 
 
 def muon_beta(p: Progress, config: Config) -> float:
-    """Muon's momentum, linear over its warmup."""
+    """Muon's momentum, linear over its warmup; with MUON_MOMENTUM_CYCLE a triangle wave from its top."""
+    if config.muon_momentum_cycle:
+        phase = p.step % config.muon_momentum_cycle / config.muon_momentum_cycle
+        return config.muon_momentum - 2 * min(phase, 1 - phase) * (config.muon_momentum - config.muon_momentum_min)
     warmup = config.muon_momentum_warmup_steps
     fraction = min(1.0, p.step / warmup) if warmup else 1.0
     start = min(config.muon_momentum_warmup_start, config.muon_momentum)
@@ -8524,9 +8796,20 @@ def trainable_layers_at(p: Progress, config: Config) -> int:
 def step_variant_at(p: Progress, config: Config) -> StepVariant:
     """The variant of the next step."""
     fake_quant = lr_multiplier(p, config) < config.late_qat_threshold
+    if config.qat_start:
+        fake_quant = reached(p, config, config.qat_start)
     return StepVariant(
         loops_enabled_at(p, config), trainable_layers_at(p, config), fake_quant, predicts_ahead_at(p, config)
     )
+
+
+def may_fake_quantize(middle: Progress, end: float, config: Config) -> tuple[bool, ...]:
+    """Whether steps of a stretch of the training fake-quantize, from its middle and the fraction at which it ends."""
+    if config.qat_start:
+        on = reached(middle, config, config.qat_start)
+        return (False, True) if on and config.qat_start >= 1 and config.max_wallclock_seconds else (on,)
+    decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
+    return (False, True) if decays and end > 1 - config.late_qat_threshold else (False,)
 
 
 def all_step_variants(config: Config) -> list[StepVariant]:
@@ -8534,7 +8817,8 @@ def all_step_variants(config: Config) -> list[StepVariant]:
 
     A warmdown is at most as long as the training, so the multiplier falls below a threshold t in the last fraction t
     of it at the earliest. When exactly may depend on the speed: from there on both variants are listed. So may the
-    depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction. RECUR_START_STEP is alike.
+    depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction. RECUR_START_STEP and a QAT_START
+    in steps are alike.
     """
     starts = {0.0, *config.depth_cuts}
     if config.loops:
@@ -8542,8 +8826,9 @@ def all_step_variants(config: Config) -> list[StepVariant]:
         starts.add(min(1.0, counted) if config.recur_start_step else config.enable_looping_at)
     if config.ahead_weights:
         starts.add(config.mtp_end)
+    if config.qat_start:
+        starts.add(config.qat_start if config.qat_start < 1 else min(1.0, config.qat_start / config.iterations))
     starts = sorted(starts - {1.0})
-    decays = bool(config.warmdown_frac or config.warmdown_iters) and config.min_lr < config.late_qat_threshold
     stages, timed = len(config.depth_cuts) + 1, config.max_wallclock_seconds > 0
     slower = [config.num_layers * (n + 1) // stages for n in range(stages)]
     slower = slower if timed and config.progressive_depth_by == "steps" else []
@@ -8551,8 +8836,7 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     for begin, end in itertools.pairwise((*starts, 1.0)):
         between = (begin + end) / 2 * config.iterations
         middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
-        quantizes = decays and end > 1 - config.late_qat_threshold
-        for fake_quant in (False, True) if quantizes else (False,):
+        for fake_quant in may_fake_quantize(middle, end, config):
             variant = step_variant_at(middle, config)._replace(fake_quant=fake_quant)
             depths = [n for n in slower if n < variant.trainable_layers] + [variant.trainable_layers]
             loops = {False, variant.looped} if timed and config.recur_start_step else {variant.looped}
@@ -8692,7 +8976,7 @@ class Trainer:
                 loss = loss + (others[0] * extra.weights).sum()
             (loss / config.train_batch_tokens).backward()
             nats += nll.detach().sum(dtype=dtype)
-        multiplier = lr_multiplier(p, config) * context_warmup(p, config)
+        multiplier = lr_multiplier(p, config) * lr_warmup(p, config) * context_warmup(p, config)
         self.optimizers.step(muon_beta(p, config), multiplier, layers)
         self.update_averages(p)
         return nats
@@ -8717,7 +9001,8 @@ class Trainer:
         """Adds the weights after a step to the averages: every step's to the EMA, late ones to the SWA."""
         config = self.config
         if self.ema is not None:
-            lerp_all(self.ema, self.parameters(), ema_weight(p.step, config))
+            begun = reached(p, config, config.ema_start)
+            lerp_all(self.ema, self.parameters(), ema_weight(p.step, config) if begun else 1.0)
         late = lr_multiplier(p, config) < config.swa_start
         if self.swa is not None and late and (p.step + 1) % config.swa_every == 0:
             self.swa_count += 1
@@ -9039,7 +9324,7 @@ def log_step(trainer: Trainer, p: Progress, nats: Tensor) -> None:
         raise exploded(trainer, p.step, f"the training loss is {loss}")
     ms, tokens = 1000 * p.seconds, p.step * config.train_batch_tokens
     eta = p.seconds / fraction * (1 - fraction) if fraction else 0.0
-    lr_scale = lr_multiplier(p, config)
+    lr_scale = lr_multiplier(p, config) * lr_warmup(p, config)
     run.log(
         f"step:{p.step}/{config.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / p.step:.2f}ms "
         f"lr_scale:{lr_scale:.3f} tokens/s:{tokens / p.seconds:.0f} eta:{eta:.0f}s"
@@ -12392,6 +12677,7 @@ class Evaluator:
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
         self.stream, self.vocabulary = TokenStream(config, "val"), Vocabulary(config)
+        self.notes: list[str] = []
         self.data_check = DataCheck(config, run, Manifest.read(Path(config.data_path)))
         self.data_check.validation(self.stream)
         self.data_check.refuse()  # ids beyond the vocabulary have no bytes
@@ -12399,9 +12685,17 @@ class Evaluator:
         sidecar = read_sidecar(config, self.stream)
         if sidecar is not None:
             check_sidecar(self.stream, sidecar, self.vocabulary)
+            self.notes.append("bytes are those of the original text, by the shards' sidecar")
         self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
         self.data_check.count_bytes("val", self.bytes)
         self.data_check.refuse()
+        limit = config.val_token_limit
+        if 0 < limit < len(self.tokens) - 1:
+            self.notes.append(
+                f"warning: VAL_TOKEN_LIMIT={limit} of {len(self.tokens) - 1} targets: this is no score of the challenge"
+            )
+            self.tokens, sidecar = self.tokens[: limit + 1], None if sidecar is None else sidecar[: limit + 1]
+            self.bytes = count_bytes(self.tokens, sidecar, self.vocabulary)
         self.documents = document_offsets(self.tokens)
         self.windows = evaluation_windows(self.documents, config.eval_context, config.eval_step)
         if int((self.windows[:, 1] - self.windows[:, 2]).sum()) != len(self.tokens) - 1:
@@ -12409,7 +12703,6 @@ class Evaluator:
         self.sequences = pack_sequences(self.windows, config.eval_context)
         self.batch_size = min(config.eval_rows, len(self.sequences))
         self.hint_seconds = 0.0  # that finding the hints took
-        self.notes = [] if sidecar is None else ["bytes are those of the original text, by the shards' sidecar"]
         if not self.data_check.rows["manifest"]:
             self.notes.append(
                 f"{self.data_check.manifest.path} does not exist, so nothing says what the shards should hold"

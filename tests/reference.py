@@ -31,7 +31,8 @@ def order_of_layers(c, looped):
     if not looped or not c.num_loops:
         return list(range(c.num_layers))
     middle = list(range(c.loop_start, c.loop_end + 1))
-    return list(range(c.loop_start)) + middle * (c.num_loops + 1) + list(range(c.loop_end + 1, c.num_layers))
+    order = list(range(c.loop_start)) + middle * (c.num_loops + 1) + list(range(c.loop_end + 1, c.num_layers))
+    return order[: c.virtual_depth] if c.virtual_depth else order
 
 
 def rounded_rows(matrix, bits, sigmas):

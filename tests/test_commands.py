@@ -1,5 +1,7 @@
 """Public commands: names of other scripts, switches, what has no effect, and what follows a preset."""
 
+import random
+import re
 import sys
 
 import pytest
@@ -78,6 +80,53 @@ TRANSLATED = [
     ("baseline", dict(MATRIX_CLIP_SIGMAS=9, MLP_CLIP_SIGMAS=10), dict(attn_clip_sigmas=13.0, mlp_clip_sigmas=10.0)),
     ("baseline", dict(GPTQ_RESERVE_MS=9000), dict(gptq_reserve_seconds=9.0)),
     ("baseline", dict(EVAL_ONLY=1), dict(mode="eval")),
+    ("baseline", dict(VRL_ENABLED=1), dict(value_residual=True)),
+    ("baseline", dict(VRL_ENABLED=0), dict(value_residual=False)),
+    ("poly5", dict(TTT_COSINE_DECAY=1), dict(ttt_decay_tokens=-1)),
+    ("poly5", dict(TTT_ENABLED=1, TTT_OPTIMIZER="adam"), dict(ttt_optimizer="adamw")),
+    ("poly5", dict(TARGET_MB=15.9), dict(target_bytes=0, artifact_limit_bytes=16_000_000)),
+    ("poly5", dict(TARGET_MB=10), dict(target_bytes=0, artifact_limit_bytes=10 * 2**20)),
+    ("record", dict(FP16_EMBED_EXPORT=1), dict(embed_bits=16)),
+    ("record", dict(FP16_EMBED=0), dict(embed_bits=7)),
+    ("baseline", dict(AWQ_ENABLED=1), dict(column_steps=0.5)),
+    ("baseline", dict(AWQ_ENABLED=1, AWQ_ALPHA=0.25), dict(column_steps=0.25)),
+    ("baseline", dict(USE_RANS=1), dict(compressor="pergroup")),
+    ("baseline", dict(PRUNE_FRAC=0.02), dict(prune_pct=0.02)),
+    ("record", dict(NGRAM_TILT_ENABLED=1, TOKEN_ORDER=16), dict(hint_enabled=True, hint_min_match=16)),
+    ("frontier", dict(NGRAM_TILT_ENABLED=0), dict(hint_enabled=False)),
+    ("baseline", dict(VAL_MAX_TOKENS=32768), dict(val_token_limit=32768)),
+    ("baseline", dict(TRAIN_SHARDS=80), dict(train_shard_limit=80)),
+    ("baseline", dict(LR_WARMUP_STEPS=50), dict(lr_warmup_steps=50)),
+    ("baseline", dict(SWA_FRAC=0.5), dict(swa_enabled=True, swa_start=0.5)),
+    ("baseline", dict(EMA_ENABLED=1, EMA_START_STEP=100), dict(ema_start=100)),
+    ("baseline", dict(LAWA_ENABLED=1, LAWA_EMA_DECAY=0.995), dict(ema_decay=0.995)),
+    ("baseline", dict(LAWA_ENABLED=0, LAWA_EMA_DECAY=0.995), dict(ema_decay=0.0)),
+    ("baseline", dict(QAT_ENABLED=1, QAT_START_FRAC=0.7), dict(qat_start=0.7, late_qat_threshold=0.0)),
+    ("baseline", dict(QAT_ENABLED=0, QAT_START_FRAC=0.7), dict(qat_start=0.0, late_qat_threshold=0.0)),
+    ("poly5", dict(QAT_START_FRAC=1.1), dict(qat_start=0.0, late_qat_threshold=0.0)),
+    ("baseline", dict(QAT_START_STEP=2000), dict(qat_start=2000)),
+    ("baseline", dict(LATE_QAT_FRAC=0.04), dict(qat_start=0.96)),
+    (
+        "baseline",
+        dict(MOMENTUM_CYCLIC=1, MOMENTUM_MIN=0.8, MOMENTUM_MAX=0.9, MOMENTUM_CYCLE_PERIOD=40, MUON_MOMENTUM=0.99),
+        dict(muon_momentum=0.9, muon_momentum_min=0.8, muon_momentum_cycle=40),
+    ),
+    ("baseline", dict(MOMENTUM_CYCLIC=0, MOMENTUM_MAX=0.9, MUON_MOMENTUM=0.99), dict(muon_momentum=0.99)),
+    ("baseline", dict(ROPE_FRAC=0.25), dict(rope_dims=16)),
+    ("baseline", dict(VE_ENABLED=1, VE_LAST_N=2), dict(ve_layers="7,8", ve_dim=128)),
+    ("poly5", dict(PROGRESSIVE_DEPTH=0), dict(progressive_depth_schedule="")),
+    ("baseline", dict(DEPTH_RECURRENCE="4,5"), dict(num_loops=1, loop_start=4, loop_end=5)),
+    ("baseline", dict(RECUR_ENABLED=0, RECUR_LAYERS="4,5"), dict(num_loops=0)),
+    ("record", dict(RECUR_ENABLED=0), dict(num_loops=0)),
+    ("record", dict(RECUR_LAYERS="3,4", NUM_LAYERS=6), dict(loop_start=3, loop_end=4)),
+    ("record", dict(ENABLE_LOOPING_AT_STEP=2600), dict(recur_start_step=2600)),
+    ("baseline", dict(NUM_LAYERS=11, UNIQUE_LAYERS=10), dict(num_layers=10, virtual_depth=11)),
+    ("baseline", dict(NUM_UNIQUE_BLOCKS=6, NUM_PASSES=2), dict(num_layers=6, num_loops=1, loop_end=5)),
+    (
+        "poly5",
+        dict(CORE_START=3, CORE_END=8, NUM_PASSES=3),
+        dict(num_layers=11, num_loops=2, loop_start=3, loop_end=7, enable_looping_at=0),
+    ),
     # Zero is off.
     ("poly5", dict(BIGRAM_DIM=0), dict(bigram_vocab_size=0)),
     ("poly5", dict(TTT_EPOCHS=0), dict(ttt_mode="none")),
@@ -115,6 +164,71 @@ def test_two_names_that_disagree_are_both_named(values, names):
     assert configured(**agreed)[0].muon_wd == 0.1
 
 
+STRUCTURE = {
+    "NUM_LAYERS": range(1, 14),
+    "MODEL_DIM": (64, 96, 100, 257, 384, 768),
+    "NUM_HEADS": (1, 2, 3, 4, 6, 16, 32),
+    "NUM_KV_HEADS": (0, 1, 2, 3, 8),
+    "VOCAB_SIZE": (256, 1024, 4096),
+    "MLP_MULT": (0.5, 2, 3),
+    "XSA_LAST_N": (0, 2, 11),
+    "ROPE_DIMS": (0, 2, 16, 128),
+    "KEY_OFFSET": (0, 1),
+    "NUM_LOOPS": (0, 1, 3),
+    "LOOP_START": (0, 2, 5, 8),
+    "LOOP_END": (0, 3, 9),
+    "VIRTUAL_DEPTH": (0, 4, 12),
+    "RECUR_LAYERS": ("1", "2,3", "3,4,5"),
+    "NUM_UNIQUE_LAYERS": (1, 3, 4),
+    "PARALLEL_START_LAYER": (-1, 0, 3, 7),
+    "VE_DIM": (0, 64),
+    "VE_LAYERS": ("0", "9,10"),
+    "BIGRAM_VOCAB_SIZE": (0, 1, 1024),
+    "GATE_WINDOW": (1, 24, 512),
+    "GATED_ATTN_ENABLED": (0, 1),
+    "SPARSE_ATTN_GATE_ENABLED": (0, 1),
+    "PROGRESSIVE_DEPTH_SCHEDULE": ("", "0.5", "0.1,0.2,0.3"),
+    "QK_GAIN_INIT_SCHEDULE": ("", "1,2,3"),
+    "TRAIN_SEQ_LEN": (64, 1000, 4096),
+    "TRAIN_BATCH_TOKENS": (1024, 100000),
+    "EVAL_STRIDE": (0, 64, 4096),
+    "QUANTIZER": ("uniform", "gptq_lite"),
+    "TARGET_BYTES": (0, 10**6),
+    "TTT_ENABLED": (0, 1),
+    "HINT_ENABLED": (0, 1),
+    "MAX_WALLCLOCK_SECONDS": (0, 1),
+    "GPTQ_RESERVE_SECONDS": (0, 700),
+}
+
+
+def strange_commands():
+    """(preset, command): every depth alone, each with another knob in turn, and commands of several knobs by chance."""
+    chance = random.Random(19)
+    for preset in ("record", "poly5", "frontier"):
+        for depth in range(1, 13):
+            yield preset, dict(NUM_LAYERS=depth)
+            for name in chance.sample(list(STRUCTURE)[1:], 6):
+                yield preset, {"NUM_LAYERS": depth, name: chance.choice(STRUCTURE[name])}
+    for _ in range(150):
+        names = chance.sample(list(STRUCTURE), chance.randint(1, 5))
+        yield chance.choice(list(tg.PRESETS)), {name: chance.choice(STRUCTURE[name]) for name in names}
+
+
+def test_no_refusal_names_what_a_command_does_not_set_or_shows_an_empty_range():
+    """Of strange but plausible commands. A smaller or deeper model alone is not refused at all."""
+    seen = refusals = 0
+    for preset, values in strange_commands():
+        seen += 1
+        try:
+            configured(preset, **values)
+        except tg.ConfigError as error:
+            refusals += 1
+            assert set(values) != {"NUM_LAYERS"} and error.parts[0] in values, (preset, values, str(error))
+            ranges = re.findall(r"from (-?[\d.]+) to (-?[\d.]+)", str(error))
+            assert all(float(low) <= float(high) for low, high in ranges), (preset, values, str(error))
+    assert seen > 350 and 20 < refusals < seen / 2
+
+
 @pytest.mark.parametrize("preset", ["demo", "record", "poly5", "frontier"])
 @pytest.mark.parametrize(
     "change",
@@ -148,7 +262,11 @@ def test_a_preset_follows_one_changed_variable(preset, change):
         (dict(preset="poly5", TARGET_BYTES=10**6), "TARGET_BYTES=1000000"),
         (dict(preset="record", VE_LAYERS="40", VE_DIM=8), "VE_LAYERS=40"),
         (dict(QUANT_BITS=16), "QUANT_BITS=16"),
-        (dict(EMBED_BITS=16), "EMBED_BITS=16"),
+        (dict(EMBED_BITS=12), "EMBED_BITS=12"),
+        (dict(QUANT_BITS=16, GPTQ_RESERVE_SECONDS=700), "QUANT_BITS=16"),
+        (dict(preset="record", MODEL_DIM=257, GPTQ_RESERVE_SECONDS=700), "MODEL_DIM=257"),
+        (dict(preset="demo", RECUR_LAYERS="3,4,5", GPTQ_RESERVE_SECONDS=700), "RECUR_LAYERS=3,4,5"),
+        (dict(UNIQUE_LAYERS=10), "UNIQUE_LAYERS=10"),
     ],
     ids=str,
 )
@@ -165,7 +283,8 @@ def test_values_of_other_scripts_get_a_hint(name, value):
 
 RULES = ["SLOT_ENABLED=1", "PREQUANT_TTT_ENABLED=1", "PREQUANT_TTT_EPOCHS=6", "WITHIN_BOOST=0.75", "TRAIN_ON_VAL=1",
          "PAID_PREFIX_FILE=prefix.xz", "NGRAM_EVAL_ORDER=9", "KNN_LAMBDA=0.1", "PPM_ENABLED=1", "GPTQ_CALIB_SOURCE=val",
-         "SDTTT_ENABLED=1"]  # fmt: skip
+         "SDTTT_ENABLED=1", "SLOT_STEPS=8", "SLOT_LR=0.01", "PREQUANT_TTT_LR=0.001", "USE_MIXER=1",
+         "MIXER_ETA=0.1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", RULES)
@@ -179,8 +298,8 @@ def test_what_breaks_a_rule_is_refused_by_name(setting):
 
 @pytest.mark.parametrize(
     "setting, meant",
-    [("VE_LAST_N=2", "VE_DIM"), ("LAWA_ENABLED=1", "EMA_DECAY"), ("MTP_NUM_HEADS=2", "MTP_WEIGHTS"),
-     ("NUM_EXPERTS=4", "--help"), ("QAT_START_FRAC=0.8", "LATE_QAT_THRESHOLD"), ("WAVELET_ENABLED=1", "--help")],
+    [("VE_POSITIONS=2", "VE_DIM"), ("LAWA_ENABLED=1", "EMA_DECAY"), ("MTP_NUM_HEADS=2", "MTP_WEIGHTS"),
+     ("NUM_EXPERTS=4", "--help"), ("QAT_RAMP=0.8", "LATE_QAT_THRESHOLD"), ("WAVELET_ENABLED=1", "--help")],
 )  # fmt: skip
 def test_a_variable_without_effect_is_warned_about_by_meaning(setting, meant):
     name, value = setting.split("=")
@@ -235,9 +354,20 @@ def test_an_evaluation_that_names_no_run_takes_the_newest(tmp_path, monkeypatch)
 
 
 def test_public_commands_are_understood_or_refused_by_name():
-    """203 public commands: at most 1% of assignments are silent, and with STRICT=1 none of 80% is passed over."""
+    """203 public commands: two in three are whole, and 98% named: what has no effect is said."""
     verdicts = [(commands.judge(preset, given)) for preset, given in commands.read_commands(PUBLIC)]
     kinds = [kind for verdict in verdicts for kind in verdict.kinds.values()]
     assert len(verdicts) == 203 and kinds.count("silent") <= 0.01 * len(kinds)
-    strict = [verdict for verdict in verdicts if "silent" not in verdict.kinds.values()]
-    assert len(strict) >= 0.8 * len(verdicts)
+    assert sum(verdict.whole for verdict in verdicts) >= 0.69 * len(verdicts)
+    assert sum(verdict.named for verdict in verdicts) >= 0.98 * len(verdicts)
+
+
+def test_the_report_counts_whole_and_named_commands_apart(tmp_path):
+    table = tmp_path / "commands.tsv"
+    rows = ["SEED=1 EMA_ENABLED=1", "SEED=2 NUM_EXPERTS=4", "SLOT_STEPS=8 NUM_EXPERTS=4", "ACN_OUTPUT=1 NUM_EXPERTS=4"]
+    table.write_text("preset\tassignments\n" + "".join(f"baseline\t{row}\n" for row in rows))
+    lines = commands.report(table)
+    assert any(line.startswith("whole: 2 of 4 commands (50%): ") for line in lines)
+    assert any(line.startswith("named: 3 of 4 commands (75%): ") for line in lines)
+    first = lines.index(next(line for line in lines if line.startswith("without effect")))
+    assert lines[first + 1].split() == ["2", "(1)", "NUM_EXPERTS"]

@@ -61,8 +61,8 @@ WRONG = [
     ("NUM_KV_HEADS", dict(NUM_KV_HEADS="3"), "NUM_HEADS=4"),
     ("ROPE_DIMS", dict(ROPE_DIMS="15"), "even"),
     ("ROPE_DIMS", dict(ROPE_DIMS="128"), "64"),
-    ("KEY_OFFSET", dict(KEY_OFFSET="1", ROPE_DIMS="64"), "from 2 to MODEL_DIM/NUM_HEADS-2=62"),
-    ("KEY_OFFSET", dict(KEY_OFFSET="1", ROPE_DIMS="0"), "from 2 to MODEL_DIM/NUM_HEADS-2=62"),
+    ("KEY_OFFSET", dict(KEY_OFFSET="1", ROPE_DIMS="64"), "from 2 to 62"),
+    ("KEY_OFFSET", dict(KEY_OFFSET="1", ROPE_DIMS="0"), "from 2 to 62"),
     ("GATED_ATTN_ENABLED", dict(SPARSE_ATTN_GATE_ENABLED="1", GATED_ATTN_ENABLED="1"), "SPARSE_ATTN_GATE_ENABLED"),
     ("XSA_LAST_N", dict(XSA_LAST_N="99"), "NUM_LAYERS=6"),
     ("GATE_WINDOW", dict(GATE_WINDOW="300"), "MODEL_DIM=256"),
@@ -502,6 +502,8 @@ def test_layers_of_other_scripts_are_loops_of_this_one():
     unique = config({"PRESET": "baseline"}, NUM_UNIQUE_LAYERS=3, NUM_LAYERS=9)
     assert tg.execution_order(unique, True) == [0, 1, 2] * 3 and unique.num_layers == 3
     assert unique.enable_looping_at == 0 and tg.loops_enabled_at(tg.START, unique)
+    cut = config({"PRESET": "record"}, NUM_UNIQUE_LAYERS=4, NUM_LAYERS=9)  # the last turn ends early
+    assert tg.execution_order(cut, True) == [0, 1, 2, 3] * 2 + [0] and (cut.num_layers, cut.virtual_depth) == (4, 9)
     for same in (0, 9):
         c = config({"PRESET": "baseline"}, NUM_UNIQUE_LAYERS=same)
         assert (c.num_layers, c.num_loops) == (9, 0)
@@ -513,8 +515,8 @@ def test_layers_of_other_scripts_are_loops_of_this_one():
         (dict(RECUR_LAYERS="3,5"), "RECUR_LAYERS=3,5: must be comma-separated numbers in a row"),
         (dict(RECUR_LAYERS="-1,0"), "RECUR_LAYERS=-1,0: must be"),
         (dict(RECUR_LAYERS="x"), "RECUR_LAYERS=x: must be"),
-        (dict(NUM_UNIQUE_LAYERS=4, NUM_LAYERS=9), "NUM_UNIQUE_LAYERS=4: must divide NUM_LAYERS=9"),
-        (dict(NUM_UNIQUE_LAYERS=12, NUM_LAYERS=9), "NUM_UNIQUE_LAYERS=12: must divide NUM_LAYERS=9"),
+        (dict(NUM_UNIQUE_LAYERS=1, NUM_LAYERS=18), "NUM_UNIQUE_LAYERS=1: must be from 2 to NUM_LAYERS=18"),
+        (dict(NUM_UNIQUE_LAYERS=12, NUM_LAYERS=9), "NUM_UNIQUE_LAYERS=12: must be from 1 to NUM_LAYERS=9"),
     ],
 )
 def test_layers_that_cannot_be_loops_are_refused(values, words, tmp_path, capfd, monkeypatch):

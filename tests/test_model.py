@@ -40,6 +40,7 @@ CONFIGURATIONS = {
     "two softcaps, poly": dict(POLY, ASYM_LOGIT_RESCALE=1, LOGIT_SOFTCAP=2.0),
     "key offset": dict(RECORD, KEY_OFFSET=1, ROPE_DIMS=2),
     "one layer": dict(BASELINE, NUM_LAYERS=1),
+    "a turn cut short": dict(BASELINE, NUM_LAYERS=3, NUM_LOOPS=1, LOOP_START=0, LOOP_END=2, VIRTUAL_DEPTH=5),
     "signed pairs": dict(ODD, BIGRAM_VOCAB_SIZE=5, BIGRAM_DIM=9, BIGRAM_SIGNS=1),
     "dense gate": dict(BASELINE, GATED_ATTN_ENABLED=1, SKIP_GATES_ENABLED=1, LN_SCALE=1),
     "poly": POLY,

@@ -99,6 +99,41 @@ def test_the_rate_stays_between_its_floor_and_one_and_never_rises(step, seconds,
     assert 0 <= tg.fraction_done(at(step, seconds), c) <= 1
 
 
+def test_the_warmdown_may_follow_a_cosine():
+    c = by_steps(WARMDOWN_FRAC=0.8, WARMDOWN_SHAPE="cosine")
+    for step, expected in ((0, 1), (200, 1), (400, 0.853553), (600, 0.5), (800, 0.146447), (1000, 0)):
+        assert tg.lr_multiplier(at(step), c) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_rate_warms_up_beside_its_multiplier():
+    """What begins where the multiplier has fallen, as late QAT does, must not begin in the warmup of the rate."""
+    c = by_steps(LR_WARMUP_STEPS=10, WARMDOWN_FRAC=0.5, LATE_QAT_THRESHOLD=0.5)
+    assert [tg.lr_warmup(at(step), c) for step in (0, 4, 9, 500)] == [0.1, 0.5, 1, 1]
+    assert tg.lr_multiplier(at(0), c) == 1 and not tg.step_variant_at(at(0), c).fake_quant
+    assert tg.lr_warmup(at(0), by_steps()) == 1
+
+
+def test_momentum_cycles_between_its_bounds():
+    c = by_steps(MUON_MOMENTUM=0.95, MUON_MOMENTUM_MIN=0.85, MUON_MOMENTUM_CYCLE=50, MUON_MOMENTUM_WARMUP_STEPS=100)
+    for step, expected in ((0, 0.95), (10, 0.91), (25, 0.85), (40, 0.91), (50, 0.95), (75, 0.85)):
+        assert tg.muon_beta(at(step), c) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("start, steps", [(0.7, (699, 700)), (300, (299, 300))])
+def test_fake_quantization_starts_at_a_share_or_a_step(start, steps):
+    """Whatever the learning rate is; the warmup compiles both variants, in order."""
+    c = by_steps(QAT_START=start, LATE_QAT_THRESHOLD=0.9, WARMDOWN_FRAC=1)
+    assert [tg.step_variant_at(at(step), c).fake_quant for step in steps] == [False, True]
+    assert [variant.fake_quant for variant in tg.all_step_variants(c)] == [False, True]
+    assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=1)).fake_quant
+
+
+def test_a_step_that_the_time_may_overtake_leaves_both_variants():
+    c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=600, QAT_START=300, WARMDOWN_FRAC=1)
+    assert [variant.fake_quant for variant in tg.all_step_variants(c)] == [False, True]
+    assert not tg.step_variant_at(at(299, 599), c).fake_quant
+
+
 def test_momentum_warms_up_linearly():
     c = config(MUON_MOMENTUM=0.97, MUON_MOMENTUM_WARMUP_START=0.92, MUON_MOMENTUM_WARMUP_STEPS=1500)
     for step, expected in ((0, 0.92), (750, 0.945), (1500, 0.97), (9000, 0.97)):

@@ -1,6 +1,6 @@
 """Runs public commands through the configuration, without training: what of them is understood, and what is not.
 
-    python tools/commands.py COMMANDS [--each]
+    python tools/commands.py COMMANDS [--each] [--blocking N]
 
 COMMANDS is tests/public_commands.json, or a table (TSV) with the columns preset and assignments, such as
 `record<TAB>SEED=42 TTT_ENABLED=0`. Every assignment is one of:
@@ -12,6 +12,9 @@ COMMANDS is tests/public_commands.json, or a table (TSV) with the columns preset
     warned       it has no effect here, and the log says so, with what comes nearest; STRICT=1 refuses it
     refused      the command ends with an error that names it
     silent       none of these
+
+Two figures are counted over commands. `whole`: every assignment takes effect, means what happens here anyway, or is
+refused by name. `named`: every assignment takes effect or is named with a reason, in a warning or an error.
 """
 
 from __future__ import annotations
@@ -49,7 +52,17 @@ class Verdict(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether every assignment is understood, or the command is refused by the name of one of them."""
-        return bool(self.refusal) or not {"warned", "silent"} & set(self.kinds.values())
+        return bool(self.refusal) or not self.blocking
+
+    @property
+    def named(self) -> bool:
+        """Whether every assignment is understood, or named with a reason: a warning, or an error with STRICT=1."""
+        return "silent" not in self.kinds.values()
+
+    @property
+    def blocking(self) -> list[str]:
+        """The variables without effect that keep the command from being whole."""
+        return [] if self.refusal else [name for name, kind in self.kinds.items() if kind in ("warned", "silent")]
 
 
 def kind_of(name: str, given: dict[str, str], command: tg.Command, warnings: dict[str, str]) -> str:
@@ -99,28 +112,40 @@ def read_commands(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(f"{path}: no commands can be read from it: {error}") from None
 
 
-def report(path: Path, each: bool) -> list[str]:
-    """The lines of the report on a file of commands."""
-    counts, silent, warned, refusals = (collections.Counter() for _ in range(4))
-    whole = commands = strict = 0
-    lines = []
+def report(path: Path, each: bool = False, blocking: int = 12) -> list[str]:
+    """The lines of the report on a file of commands, with the `blocking` variables that keep most from being whole."""
+    counts, silent, warned, refusals, blocks, alone = (collections.Counter() for _ in range(6))
+    verdicts, lines = [], []
     for preset, given in read_commands(path):
         verdict = judge(preset, given)
-        commands, whole = commands + 1, whole + verdict.whole
-        strict += "silent" not in verdict.kinds.values()
+        verdicts.append(verdict)
         counts.update(verdict.kinds.values())
         silent.update(f"{n}={given[n]}" for n, kind in verdict.kinds.items() if kind == "silent")
         warned.update(f"{n}={given[n]}: {hint}" for n, hint in verdict.warnings.items())
         refusals.update([verdict.refusal] if verdict.refusal else [])
+        blocks.update(verdict.blocking)
+        alone.update(verdict.blocking if len(verdict.blocking) == 1 else [])
         if each:
-            lines.append(f"{preset}: {verdict.refusal or dict(collections.Counter(verdict.kinds.values()))}")
+            kinds = dict(collections.Counter(verdict.kinds.values()))
+            lines.append(f"{preset}: {verdict.refusal or kinds} {' '.join(verdict.blocking)}".rstrip())
     total = sum(counts.values())
     lines += [f"{kind:10} {counts[kind]:6} assignments, {counts[kind] / max(total, 1):.1%}" for kind in KINDS]
-    strict = commands - sum(
-        1 for preset, given in read_commands(path) if "silent" in judge(preset, given).kinds.values()
-    )
-    lines.append(f"{whole} of {commands} commands are understood in full or refused by name ({whole / commands:.0%})")
-    lines.append(f"{strict} of {commands} with STRICT=1, which refuses what is warned about ({strict / commands:.0%})")
+    for title, met, what in (
+        (
+            "whole",
+            sum(v.whole for v in verdicts),
+            "takes effect, means what happens here anyway, or is refused by name",
+        ),
+        (
+            "named",
+            sum(v.named for v in verdicts),
+            "takes effect or is named with a reason; STRICT=1 refuses the latter",
+        ),
+    ):
+        share = f"{met / max(len(verdicts), 1):.0%}"
+        lines.append(f"{title}: {met} of {len(verdicts)} commands ({share}): every assignment {what}")
+    lines += ["", "without effect, in commands that are not whole (in as many it is the only one):"]
+    lines += [f"  {count:4} ({alone[name]}) {name}" for name, count in blocks.most_common(blocking)]
     for title, rows in (("silent", silent), ("warned about", warned), ("refused", refusals)):
         lines += ["", f"{title}:", *(f"  {count:4} {text}" for text, count in rows.most_common())]
     return lines
@@ -194,7 +219,7 @@ def told(meaning: str) -> str:
     if sign == "@":
         words = (getattr(tg.Command, rest).__doc__ or "").strip().rstrip(".")
     elif sign == "=":
-        words = f"has no knob; holds here: {rest.replace('|', ', ')}"
+        words = f"has no knob; holds here: {rest.replace('|', ', ')}" if rest != "*" else "changes no score"
     elif sign == ":":
         off, on = rest.split("+")[0].split(":")
         words = f"a switch of `{knob}`: {off} or {on}"
@@ -209,7 +234,14 @@ def told(meaning: str) -> str:
 
 def variables_page(root: Path, text: str) -> str:
     """docs/variables.md: every variable that at least two public pull requests set, and what it is here."""
-    lines = [VARIABLES_HEAD, "| Variable | Pull requests | What it is | Here |", "|---|---|---|---|"]
+    verdicts = [judge(preset, given) for preset, given in read_commands(root / "tests" / "public_commands.json")]
+    whole, named = sum(v.whole for v in verdicts), sum(v.named for v in verdicts)
+    figures = FIGURES.format(commands=len(verdicts), whole=whole, named=named, share=f"{whole / len(verdicts):.0%}")
+    lines = [
+        VARIABLES_HEAD.format(figures=figures),
+        "| Variable | Pull requests | What it is | Here |",
+        "|---|---|---|---|",
+    ]
     with open(root / "tools" / "variables.tsv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             about, here = meaning_here(row["variable"], row["values"].split(",")[0])
@@ -218,6 +250,10 @@ def variables_page(root: Path, text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+FIGURES = """\
+Of the {commands} public commands in `tests/public_commands.json`, {whole} are whole ({share}) and {named} are named.
+What keeps others from being whole are techniques of one script or a few that this one lacks.\
+"""
 VARIABLES_HEAD = """\
 <!-- Made by `make docs` from tools/variables.tsv and train_gpt.py. Do not edit: a change belongs there. -->
 
@@ -226,7 +262,12 @@ VARIABLES_HEAD = """\
 Every variable that at least two public pull requests of the challenge set in their commands, with the number of them.
 The log says what was translated (`NAME=value is read as KNOB=value`), and warns about each variable that has no effect.
 With `STRICT=1` such a variable is an error, as it is in `make reproduce` and `tools/sweep.py`. `tools/commands.py` runs
-any list of commands through the configuration and counts what is understood.
+any list of commands through the configuration and counts two things:
+
+- *whole*: every assignment of a command takes effect, means what happens here anyway, or is refused by name;
+- *named*: every assignment takes effect or is named with a reason, in a warning or an error.
+
+{figures}
 """
 
 
@@ -235,8 +276,11 @@ def run(arguments: list[str]) -> int:
     parser = Parser(prog="commands.py", description="What of public commands the configuration understands.")
     parser.add_argument("commands", type=Path, help="file of commands, such as tests/public_commands.json")
     parser.add_argument("--each", action="store_true", help="a line for each command, too")
+    parser.add_argument(
+        "--blocking", type=int, default=12, metavar="N", help="variables that keep most commands from being whole (12)"
+    )
     options = parser.parse_args(arguments)
-    print("\n".join(report(options.commands, options.each)))
+    print("\n".join(report(options.commands, options.each, options.blocking)))
     return 0
 
 

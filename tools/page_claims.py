@@ -97,13 +97,14 @@ def check_page(folder: Folder, findings: Findings) -> None:
     known = Known(folder, evidence)
     header: list[str] = []
     unknown: list[str] = []
-    aside = False  # in a section of other runs
+    aside = titled = False  # in a section of other runs; under a heading
     rows: set[int] = set()
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     for line in page.splitlines()[:LINES]:
         cells = cells_of(line)
         if line.startswith("#") or "<summary" in line or "</details" in line:
-            aside = bool(ASIDE.search(line))
+            aside = titled and bool(ASIDE.search(line))  # the title may name what the runs build on
+            titled = True
         if aside:
             continue
         if not cells:
@@ -127,7 +128,7 @@ def check_page(folder: Folder, findings: Findings) -> None:
 
 def cells_of(line: str) -> list[str]:
     row = line.strip()
-    return [cell.strip(" *`~") for cell in row.strip("|").split("|")] if row.startswith("|") else []
+    return [re.sub(r"~~", "", cell).strip(" *`") for cell in row.strip("|").split("|")] if row.startswith("|") else []
 
 
 def row_seed(header: list[str], cells: list[str]) -> int | None:
@@ -188,7 +189,8 @@ def column_kind(title: str, cell: str) -> str:
 def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) -> float | None:
     """The figure that a wrong number means: of the kind that its column names, and near to it."""
     number = abs(runs.rounding(text)[0])
-    values = [x for f in figures if not kind or f.meaning.kind == kind for x in units_of(f.value)]
+    ours = [f for f in figures if not f.meaning.foreign]
+    values = [x for f in ours if not kind or f.meaning.kind == kind for x in units_of(f.value)]
     close = [x for x in values if abs(x - number) <= reach * number] if kind else []
     return min(close, key=lambda x: abs(x - number)) if close else None
 

@@ -464,10 +464,10 @@ class Numbers:
 
     def states(self, text: str, unit: float = 1.0) -> bool:
         number = runs.rounding(text)[0] * unit
-        reach = max(2.2 * slack_of(text) * unit, 1e-8 * abs(number))
-        place = bisect.bisect_left(self.sorted, number - reach)
-        near = itertools.islice(self.sorted, place, place + 200)
-        return any(stands(text, v, 0.0, unit) for v in itertools.takewhile(lambda v: v <= number + reach, near))
+        reach = max(2.2 * slack_of(text) * unit, 1.0 if abs(number) >= 1e5 else 0.0, 1e-8 * abs(number))
+        place = bisect.bisect_left(self.sorted, number)  # what stands is beside it, if anything does
+        beside = self.sorted[max(0, place - 2) : place + 2]
+        return any(abs(v - number) <= reach and stands(text, v, 0.0, unit) for v in beside)
 
 
 def differences(values: Iterable[float], others: Iterable[float] | None = None, most: int = 400) -> list[float]:

@@ -213,8 +213,11 @@ def stands(text: str, value: float, slack: float = 0.0, unit: float = 1.0, cut: 
     off = abs(number - value)
     if off <= slack_of(text) * unit + slack + 1e-9 * abs(value):
         return True
-    digits = len(text.partition(".")[2]) if "e" not in text.lower() and cut else 0
-    return digits >= 2 and off < 10.0**-digits * unit and abs(value) > abs(number)
+    if not cut or "e" in text.lower():
+        return False
+    digits = len(text.partition(".")[2])
+    long = digits >= 2 or abs(number) >= 1e5  # a mean of bytes is cut off too
+    return long and off < 10.0**-digits * unit and abs(value) > abs(number)
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,17 @@ WITH_UNIT = re.compile(r"[-+0-9.,]{1,20}(?:s|ms|m|us|GB|GiB|MB|MiB|%|C|W),?")
 MEASURED = re.compile(r"(?:^|_)(?:time|ms|loss|bpb|mem|memory|elapsed|tokens?_per_s\w*|tok_s|mfu|step|this)(?:_|$)")
 
 
+# Figures in words, with what their names mean: `Stopping early at step 1652`, `EMA BPB (no XSA): 1.022`.
+SAID = {
+    re.compile(rf"^(Stopping early) at step ({runs.FIGURE})\b", re.I): ("steps",),
+    re.compile(rf"^(Training) (?:complete|done|finished)(?: in|:) ({runs.FIGURE}) ?s\b", re.I): ("train", "seconds"),
+    re.compile(rf"^(Validation tokens): ({runs.FIGURE})$", re.I): ("val", "tokens"),
+    re.compile(rf"^\s{{0,9}}([A-Za-z][A-Za-z +-]{{0,60}}? BPB)(?: ?\([^()]{{0,40}}\))?\s?[:=]\s*({runs.FIGURE})\s*$"): (
+        "score",
+    ),
+}
+
+
 class Reader:
     """Reads the lines of a log for their figures and settings."""
 
@@ -274,7 +288,7 @@ class Reader:
             self.log.block.add(match[1].lower())
             return
         self.block = self.block and re.match(r"=*$", line) is not None and not self.log.block
-        if self.log.seed is None and (match := re.match(r"^\s*seed[:=] ?([0-9]{1,10})\b", line)):
+        if self.log.seed is None and (match := re.match(r"^\s*seed[:=] ?([0-9]{1,10})\b", line, re.IGNORECASE)):
             self.log.seed = int(match[1])
         try:
             self.figures(line)
@@ -287,6 +301,10 @@ class Reader:
             self.keep(("steps",), step[1] or step[3], "", "curve")
         elif not self.trained and not line.startswith(("warmup", "compil")):
             self.header(line)
+        for pattern, words in SAID.items():
+            if match := pattern.match(line):
+                self.keep((*words, match[1]) if words[0] == "score" else words, match[2], "", "curve")
+                return
         if size := SIZE.match(line):
             self.keep((size[1], "bytes"), size[2], "", "")
             return
@@ -395,7 +413,7 @@ def leaves(content: Any, seeds: list[int]) -> Iterator[Leaf]:
             left += [((*here, str(key)), inner) for key, inner in reversed(value.items())]
         elif isinstance(value, list):
             named = (
-                [f"seed_{s}" for s in seeds] if len(value) == len(seeds) > 1 else [str(i) for i in range(len(value))]
+                [f"seed_{s}" for s in seeds] if len(value) == len(seeds) > 1 else [f"#{i + 1}" for i in range(len(value))]
             )
             named = named if path[-1:] != ("seeds",) else [""] * len(value)
             left += [((*path[:-1], n, *path[-1:]), v) for n, v in reversed(list(zip(named, value, strict=True))) if n]
@@ -446,10 +464,10 @@ class Numbers:
 
     def states(self, text: str, unit: float = 1.0) -> bool:
         number = runs.rounding(text)[0] * unit
-        reach = max(2.2 * slack_of(text) * unit, 1e-8 * abs(number))
-        place = bisect.bisect_left(self.sorted, number - reach)
-        near = itertools.islice(self.sorted, place, place + 200)
-        return any(stands(text, v, 0.0, unit) for v in itertools.takewhile(lambda v: v <= number + reach, near))
+        reach = max(2.2 * slack_of(text) * unit, 1.0 if abs(number) >= 1e5 else 0.0, 1e-8 * abs(number))
+        place = bisect.bisect_left(self.sorted, number)  # what stands is beside it, if anything does
+        beside = self.sorted[max(0, place - 2) : place + 2]
+        return any(abs(v - number) <= reach and stands(text, v, 0.0, unit) for v in beside)
 
 
 def differences(values: Iterable[float], others: Iterable[float] | None = None, most: int = 400) -> list[float]:

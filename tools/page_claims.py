@@ -6,8 +6,10 @@ number that is none of these and lies near to a figure of its meaning disagrees;
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,11 @@ HEADLINE = re.compile(
     re.I | re.M,
 )
 TITLE = re.compile(r"^#{1,3} .{0,200}?\bval[_ ]?bpb\W{1,6}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
+# The same within a line, of a named run: the submitted artifact is seed 1337's, with `val_bpb = 1.08471849`.
+INLINE = re.compile(
+    r"^[^|\n]{0,200}?\b(?:seed|submitted|submission|final)\b[^|\n]{0,100}?\bval[_ ]?bpb`?\s?[:=]\s?[`*]{0,3}([0-9]\.[0-9]{4,10})(?![0-9])",
+    re.I | re.M,
+)
 DEVIATION = re.compile(r"(?:\bstd(?:ev)?|standard deviation|±|σ|\+/-)\W{0,8}(0\.0[0-9]{2,8})(?![0-9])", re.I)
 RESULT = re.compile(r"^\W*(?:mean|average|avg|std|[0-9]-seed)\b", re.I)
 ABROAD = re.compile(
@@ -37,6 +44,10 @@ ASIDE = re.compile(
 TOKENS = 20_000  # numbers of a page that are compared
 LINES = 5000
 NEAR = 0.03  # of its value, in prose
+STEP_TIME = 0.0015  # of a step's time: it depends on the step up to which it is taken
+GAP = 0.25  # the largest difference of two scores that a page states
+UNIT = re.compile(r"(?<=[0-9]) ?(?:ms|s|sec|seconds|min|MB|MiB|KB|kB|M|bytes)\b")
+METRIC = re.compile(r"^(?:metric|measure|quantity|result|item|figure|property)s?$", re.I)
 TABLE = dict(bpb=0.015, loss=0.015)  # in a column whose title says its kind
 
 
@@ -53,7 +64,7 @@ class Known:
         values += [runs.CAP_BYTES, runs.MARGIN_NATS, runs.LEVEL, runs.BUDGET_SECONDS]
         values += [abs(runs.CAP_BYTES - x) for x in values if 1e6 < x < 2e7]
         every = {x for v in dict.fromkeys(values) for x in units_of(v)}
-        gaps = claims.differences([x for x in values if 0 < abs(x) < 20], None, 300)
+        gaps = [x for x in claims.differences([x for x in values if 0 < abs(x) < 20], None, 300) if x < GAP]
         ratio = evidence.ratio or 0.0
         self.evidence = evidence
         self.own: dict[int | None, claims.Numbers] = {}
@@ -96,14 +107,16 @@ def check_page(folder: Folder, findings: Findings) -> None:
     evidence = folder.evidence
     known = Known(folder, evidence)
     header: list[str] = []
+    above: dict[str, list[float]] = {}
     unknown: list[str] = []
-    aside = False  # in a section of other runs
+    aside = titled = False  # in a section of other runs; under a heading
     rows: set[int] = set()
     page = re.sub(r"```.*?```", "", folder.page, flags=re.S)
     for line in page.splitlines()[:LINES]:
         cells = cells_of(line)
         if line.startswith("#") or "<summary" in line or "</details" in line:
-            aside = bool(ASIDE.search(line))
+            aside = titled and bool(ASIDE.search(line))  # the title may name what the runs build on
+            titled = True
         if aside:
             continue
         if not cells:
@@ -112,12 +125,14 @@ def check_page(folder: Folder, findings: Findings) -> None:
         elif re.fullmatch(r"[\s|:-]+", line):
             continue
         elif not header:
-            header = cells
+            header, above = cells, {}
+        elif len(header) == 2 and METRIC.search(header[0]) and not ABROAD.search(cells[0]):
+            check_metric(findings, evidence, known, cells)
         else:
             seed = row_seed(header, cells)
             if seed is not None:
                 rows.add(seed)
-            unknown += check_row(folder, findings, known, seed, header, cells)
+            unknown += check_row(folder, findings, known, seed, header, cells, above)
     check_headline(folder, findings, evidence)
     check_deviations(folder, findings, evidence)
     check_seeds(folder, findings, rows)
@@ -127,7 +142,7 @@ def check_page(folder: Folder, findings: Findings) -> None:
 
 def cells_of(line: str) -> list[str]:
     row = line.strip()
-    return [cell.strip(" *`~") for cell in row.strip("|").split("|")] if row.startswith("|") else []
+    return [re.sub(r"~~", "", cell).strip(" *`") for cell in row.strip("|").split("|")] if row.startswith("|") else []
 
 
 def row_seed(header: list[str], cells: list[str]) -> int | None:
@@ -144,24 +159,40 @@ def statistic_row(cells: list[str]) -> bool:
 
 
 def check_row(
-    folder: Folder, findings: Findings, known: Known, seed: int | None, header: list[str], cells: list[str]
+    folder: Folder,
+    findings: Findings,
+    known: Known,
+    seed: int | None,
+    header: list[str],
+    cells: list[str],
+    above: dict[str, list[float]] | None = None,
 ) -> list[str]:
-    """Checks a row of a seed, or of a statistic over seeds. Returns what nothing tells."""
+    """Checks a row of a seed, or of a statistic over seeds. Returns what nothing tells. `above` gets the scores of the
+    rows, by the titles of their columns."""
     evidence = folder.evidence
     if evidence is None or (seed is None and not statistic_row(cells)):
         return [] if seed is None else [cells[0]]
     own = [f for f in evidence.by_seed.get(seed, []) if f.meaning.kind] if seed is not None else evidence.over
     unknown = []
+    above = above if above is not None else {}
     for title, cell in zip(header, cells, strict=False):
+        if seed is not None and (number := re.match(r"^[*]*([0-9]\.[0-9]{2,10})(?![0-9])", cell)):
+            above.setdefault(title, []).append(float(number[1]))
         if ABROAD.search(title) or "seed" in title.lower():
             continue
         m = claims.meaning((title.replace("/", " per "),))
-        kind = m.kind or column_kind(title, cell)
-        for text in known.tokens(re.sub(r"~ ?[0-9.,]+|[0-9.,]+ ?%", "", cell)):
+        kind = m.kind or column_kind(title, cell, own)
+        for text in known.tokens(UNIT.sub("", re.sub(r"[~≈] ?[0-9.,]+|[0-9.,]+ ?%", "", cell))):
             digits = re.sub(r"\D", "", text)
             plain = text.replace("−", "-").lstrip("+-")
-            if len(digits) < 3 or known.of_seed(seed).states(plain):
+            if len(digits) < 3 or known.of_seed(seed).states(plain) or (kind == "seconds" and plain == "600"):
                 continue
+            if kind == "step" and any(
+                abs(x - float(plain)) <= STEP_TIME * x for f in own if f.meaning.kind == kind for x in units_of(f.value)
+            ):
+                continue  # the mean up to another step
+            if seed is None and title in above and stands(plain, statistics.fmean(above[title]), 1e-9):
+                continue  # the mean of what the rows say, of which each was compared
             near = nearest(plain, own, kind, TABLE.get(kind, 0.05))
             if near is not None and seed is not None:
                 findings.error(f"README.md: seed {seed}, {title}: {text} is not in its log or row: {near:.9g}")
@@ -177,18 +208,37 @@ def check_row(
     return unknown
 
 
-def column_kind(title: str, cell: str) -> str:
-    """The kind of a column whose title does not say it: sizes, and the scores of stages."""
+def check_metric(findings: Findings, evidence: Evidence, known: Known, cells: list[str]) -> None:
+    """Checks a row of a table of metrics: a name, and a figure that must be one of its kind."""
+    m = claims.meaning((cells[0].replace("/", " per "),))
+    kind = m.kind or column_kind(*cells[:2], evidence.figures) if len(cells) > 1 else ""
+    if not kind or m.difference or m.foreign or m.statistic == "std":
+        return
+    for text in known.tokens(UNIT.sub("", re.sub(r"[~≈] ?[0-9.,]+|[0-9.,]+ ?%", "", cells[1])))[:1]:
+        plain = text.replace("−", "-").lstrip("+-")
+        near = nearest(plain, evidence.figures, kind, TABLE.get(kind, 0.03))
+        if len(re.sub(r"\D", "", text)) >= 3 and near is not None and not known.has(text) and plain != "600":
+            findings.error(f"README.md: {cells[0]}: {text} is in no other file, and the logs have {near:.9g}")
+    findings.compared += 1
+
+
+def column_kind(title: str, cell: str, own: list[Figure]) -> str:
+    """The kind of a column whose title does not say it: sizes, the scores of stages, and what is near to a score."""
     if re.search(r"artifact|size", title, re.I):
         return "bytes"
+    match = re.match(r"^([0-3]\.[0-9]{3,8})\b", cell.strip(" *"))
+    if not match:
+        return ""
     stage = claims.score_part(set(claims.words_of(title))) or re.search(r"roundtrip|sliding", title, re.I)
-    return "bpb" if stage and re.match(r"^[0-3]\.[0-9]{3,8}\b", cell) else ""
+    score = len(match[1]) >= 6 and nearest(match[1], own, "bpb", TABLE["bpb"]) is not None
+    return "bpb" if stage or score else ""
 
 
 def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) -> float | None:
     """The figure that a wrong number means: of the kind that its column names, and near to it."""
     number = abs(runs.rounding(text)[0])
-    values = [x for f in figures if not kind or f.meaning.kind == kind for x in units_of(f.value)]
+    ours = [f for f in figures if not f.meaning.foreign]
+    values = [x for f in ours if not kind or f.meaning.kind == kind for x in units_of(f.value)]
     close = [x for x in values if abs(x - number) <= reach * number] if kind else []
     return min(close, key=lambda x: abs(x - number)) if close else None
 
@@ -196,34 +246,53 @@ def nearest(text: str, figures: list[Figure], kind: str, reach: float = NEAR) ->
 def check_line(findings: Findings, evidence: Evidence, known: Known, line: str) -> list[str]:
     """A line of prose: one of results must repeat known figures. Returns what nothing tells."""
     texts = [t for t in known.tokens(line) if len(re.sub(r"\D", "", t)) >= 3 and not known.has(t)]
-    scores = [t for t in texts if re.fullmatch(r"[0-9]\.[0-9]{4,}", t)]
-    if not RESULT.match(line) or ABROAD.search(line):
+    scores = [t for t in texts if re.fullmatch(r"[0-9]\.[0-9]{4,}", t) and float(t) > 0.02]
+    headline = HEADLINE.match(line)
+    if not (RESULT.match(line) or headline) or ABROAD.search(line):
         return scores
+    wrong = {}
     for text in scores:
-        near = nearest(text, [*evidence.over, *evidence.figures], "bpb")
-        if near is not None:
-            findings.error(f"README.md: {text} is in no other file: {line.strip()[:80]}; the figures have {near:.6g}")
-    return [t for t in scores if nearest(t, [*evidence.over, *evidence.figures], "bpb") is None]
+        kinds = ("bpb", "loss") if re.search(rf"{re.escape(text)}\W{{0,4}}nats", line) else ("bpb",)
+        near = next((x for kind in kinds if (x := nearest(text, [*evidence.over, *evidence.figures], kind))), None)
+        if near is not None and not (headline and text == headline[1]):
+            wrong[text] = near
+    for text, near in wrong.items():
+        findings.error(f"README.md: {text} is in no other file: {line.strip()[:80]}; the figures have {near:.6g}")
+    return [t for t in scores if t not in wrong]
+
+
+def headlines(page: str) -> Iterator[tuple[str, str]]:
+    """Each val_bpb that a page states as its own, with its line up to there; those of other people are left out."""
+    for pattern, most in ((HEADLINE, 50), (TITLE, 20), (INLINE, 50)):
+        for match in itertools.islice(pattern.finditer(page), most):
+            before = page[page.rfind("\n", 0, match.start(1)) + 1 : match.start(1)].lstrip("#| ")
+            around = before[-40:] + " " + page[match.end(1) : match.end(1) + 25].partition("\n")[0]
+            if not ABROAD.search(re.sub("record", "", around, flags=re.I)):
+                yield match[1], before
 
 
 def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> None:
     """The val_bpb that a page states must be a figure of the folder; submission.json's must stand on the page."""
+    page = folder.page[:500_000]
     scores = [f for f in (*evidence.figures, *evidence.over) if f.meaning.kind == "bpb"]
     told = [leaf.value for leaf in evidence.leaves if leaf.meaning.kind == "bpb"]
-    titles = TITLE.findall(folder.page[:500_000])[:20]
-    for text in [*HEADLINE.findall(folder.page[:500_000])[:50], *titles]:
-        place = folder.page.find(text)
-        line = folder.page[max(0, folder.page.rfind("\n", 0, place)) : place + len(text) + 40]
-        if ABROAD.search(re.sub("record", "", line, flags=re.I)) or any(stands(text, f.value, f.slack) for f in scores):
-            continue
+    for text, before in headlines(page):
         if any(stands(text, x) or stands(claims.text_of(x), float(text)) for x in told):
             continue
+        found = [f for f in scores if stands(text, f.value, f.slack)]
         near = nearest(text, scores, "bpb")
-        if near is not None:
+        if not found and near is not None:
             findings.error(f"README.md: val_bpb {text}, and the logs have {near:.6g}", cause="score")
+        final = [run.final.bpb for run in folder.logs if run.final and run.final_stage != "pre_quant"]
+        early = found and all(f.meaning.part == "pre" or f.label.strip().startswith("val_bpb") for f in found)
+        if early and final and not claims.score_part(set(claims.words_of(before))):
+            findings.warning(
+                f"README.md: val_bpb {text} is of before the quantization, and the last score is {final[-1]:.6g}",
+                cause="score",
+            )
     mean = folder.content.get("val_bpb")
     if isinstance(mean, float) and math.isfinite(mean):
-        exact = [t.lstrip("+-−") for t in TOKEN.findall(folder.page[:500_000]) if len(t.partition(".")[2]) >= 3]
+        exact = [t.lstrip("+-−") for t in TOKEN.findall(page) if len(t.partition(".")[2]) >= 3]
         if exact:
             own = claims.text_of(mean)
             findings.require(
@@ -233,19 +302,36 @@ def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> No
 
 
 def check_deviations(folder: Folder, findings: Findings, evidence: Evidence) -> None:
-    """A deviation that a page states must not be the population's, unless it says so."""
-    if "population" in folder.page.lower() or "ddof=0" in folder.page:
-        return
+    """A deviation that a page states must be the sample's, and the population's only if it says so."""
+    page = folder.page[:500_000]
     over = [f for f in evidence.over if f.meaning.kind in ("bpb", "loss")]
     sample, population = ([f for f in over if f.meaning.statistic == name] for name in ("std", "pstd"))
-    for text in dict.fromkeys(DEVIATION.findall(folder.page[:500_000])[:100]):
+    named = "population" in page.lower() or "ddof=0" in page
+    told = [x.value for x in evidence.leaves if x.meaning.statistic == "std"]
+    for match in itertools.islice(DEVIATION.finditer(page), 100):
+        text = match[1]
+        line = page[page.rfind("\n", 0, match.start()) + 1 : match.end()]
+        labels = own_labels(line, over)
+        right = [f for f in sample if f.label in labels]
+        stated = any(stands(text, f.value, f.slack, cut=False) for f in right or sample)
+        if stated or any(stands(text, x) for x in told):
+            continue
         wrong = [f for f in population if stands(text, f.value, f.slack, cut=False)]
-        if wrong and not any(stands(text, f.value, f.slack) for f in sample):
-            right = next((f.value for f in sample if f.label == wrong[0].label), 0.0)
+        if wrong and not named:
+            value = next((f.value for f in sample if f.label == wrong[0].label), 0.0)
             findings.error(
-                f"README.md: std {text} and the seeds' sample deviation {right:.4g} (it is the population's)",
+                f"README.md: std {text} and the seeds' sample deviation {value:.4g} (it is the population's)",
                 cause="statistics",
             )
+        elif right and not wrong and not ABROAD.search(line.lstrip("#")[-60:]):
+            value = min((f.value for f in right), key=lambda x: abs(x - float(text)))
+            findings.error(f"README.md: std {text} and the seeds' sample deviation {value:.4g}", cause="statistics")
+
+
+def own_labels(line: str, over: list[Figure]) -> set[str]:
+    """The labels of the figures whose mean over seeds a line states."""
+    texts = [text for text in TOKEN.findall(line) if re.fullmatch(r"[0-9]\.[0-9]{3,10}", text)]
+    return {f.label for f in over if f.meaning.statistic == "mean" and any(stands(t, f.value, f.slack) for t in texts)}
 
 
 def check_seeds(folder: Folder, findings: Findings, rows: set[int]) -> None:

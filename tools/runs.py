@@ -227,8 +227,12 @@ MOST_STAGES = 40  # that are kept of one run
 FIGURE = r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|nan|inf)"
 PAIR = re.compile(rf"(?<![\w/])([A-Za-z_][\w/]*)[:=]\s*({FIGURE})(ms|s|m)?(?![\w.])")
 STEP = re.compile(
-    r"^(?:step[:=]?\s*([0-9]+)(?:/([0-9]+))?|([0-9]+)/([0-9]+)):?[\s|,]+(?=(?:train_loss|val_loss|val_bpb|loss)[:=])"
+    r"^(?:step[:=]?\s*([0-9]+)(?:/([0-9]+))?|([0-9]+)/([0-9]+)):?[\s|,]+"
+    r"(?=(?:train_loss|val_loss|val_bpb|loss)(?:[:=]|\s{1,9}[0-9]))"
 )
+# A column of `step 100/7000 | loss 5.1039 | 2.4 steps/s | 154s`, and its time at the end.
+COLUMN = re.compile(rf"\|\s*([A-Za-z_]\w*)\s+({FIGURE})\s*(?=\||$)")
+CLOCK = re.compile(rf"\|\s*({FIGURE})(ms|s|m)\s*$")
 NAME = re.compile(r"[\w +.()\[\]:=,|*#>&'~-]{0,160}")
 BPB = re.compile(rf"(?<![A-Za-z])val_bpb\s?[:=]\s*({FIGURE})(?![\w.%])(.*)$")
 LOSS = re.compile(rf"^(.*?)(?:(?<![A-Za-z])|(?<=_))val_loss\s?[:=]\s*({FIGURE})[\s,|]+(.*)$")
@@ -244,6 +248,9 @@ PREFIX = re.compile(
     re.IGNORECASE,
 )
 SIZE = re.compile(r"^(Total submission size|Code size|Serialized model)\b([^:]*):\s*([0-9,]+) bytes")
+ARTIFACT = re.compile(r"^\s*(?:total |final )?artifact(?: size)?:\s*([0-9][0-9,]*) bytes", re.IGNORECASE)
+# A score as `Quantized BPB (no XSA): 1.041537`, where it names a stage that is known.
+SPOKEN = re.compile(rf"^\s*([A-Za-z][A-Za-z +-]{{0,60}}?) (?:BPB|bpb)(?: ?\([^()]{{0,40}}\))?\s?[:=]\s*({FIGURE})\s*$")
 OURS = {
     "artifact": re.compile(r"^artifact +([0-9]+) bytes \(code ([0-9]+) \+ model ([0-9]+)\)"),
     "read back": re.compile(r"^val_bpb .*read back; ([0-9]+) targets, ([0-9]+) bytes"),
@@ -280,6 +287,16 @@ def whole(text: str) -> int:
     if value is None:
         raise Misread(text)
     return value
+
+
+def step_pairs(line: str) -> dict[str, tuple[str, str]]:
+    """The figures of a line of training, by name, each with its unit."""
+    pairs = {name: (value, unit) for name, value, unit in PAIR.findall(line)}
+    if "|" in line:
+        pairs |= {name: (value, "") for name, value in COLUMN.findall(line) if name not in pairs}
+        if "train_time" not in pairs and (clock := CLOCK.search(line)):
+            pairs["train_time"] = (clock[1], clock[2])
+    return pairs
 
 
 class Misread(Exception):
@@ -325,6 +342,8 @@ def stage_name(words: str) -> tuple[str, bool]:
     before, ttt = "prequant" in named, "ttt" in named
     without = BASELINE_WORDS & set(named) if ttt else set()
     rest = set(named) - PLAIN_WORDS - quantized - sliding - averages - without - {"prequant", "ttt"}
+    if "roundtrip" in quantized:
+        rest = {word for word in rest if not re.fullmatch(r"(?:[a-z]{1,3}[0-9]{1,2}){2,4}", word)}  # a format: w6e8
     own = own_name(words)
     if rest == {"hint"} and not ttt and not before:
         return "hint", True
@@ -354,6 +373,7 @@ class LogReader:
 
     def __init__(self, run: Run):
         self.run, self.exact = run, set()
+        self.mode: int | None = None  # the stride of sliding windows in which the last stage is scored
 
     def feed(self, line: str) -> None:
         """Reads one line, without its newline. A line with an impossible figure is a problem of the run."""
@@ -361,7 +381,7 @@ class LogReader:
         try:
             if match := STEP.match(line):
                 step = whole(match[1] or match[3])
-                self.step(step, {name: (value, unit) for name, value, unit in PAIR.findall(line)})
+                self.step(step, step_pairs(line))
             elif match := SIZE.match(line):
                 self.size(match[1], match[2], whole(match[3]))
             elif not self.stage(line):
@@ -402,6 +422,8 @@ class LogReader:
                 stage.seconds = amount(pairs[word][0]) * SECONDS[pairs[word][1]]
         stride = re.search(r"stride[:=]?\s?([0-9]{1,9})\b", line)
         stage.stride = whole(stride[1]) if stride else None
+        if name == "quantized" and self.mode:  # how a line before has said that it is scored
+            name, stage.stride = "sliding", self.mode
         self.keep(name, stage)
         return True
 
@@ -409,6 +431,9 @@ class LogReader:
         """Adds a stage, as the one that counts so far unless it is a score of before the quantization."""
         run = self.run
         before = run.stages.get(name)
+        if name == "quantized" and not before and "ttt" in run.stages and not same_score(run.stages["ttt"], stage):
+            first = run.stages.pop("ttt")  # training on the validation text before the quantization
+            run.stages[own_name(first.label)] = first
         if name == "quantized":
             # Scripts end with a line of the baseline's name that says the last stage's score once more.
             others = [other for other in run.stages if other not in ("quantized", "pre_quant", "ttt_baseline")]
@@ -429,8 +454,16 @@ class LogReader:
             run.stages.pop(next((other for other in run.stages if other not in KNOWN_STAGES), next(iter(run.stages))))
         run.stages[name] = stage
         early = name in ("pre_quant", "ttt_baseline") or bool(re.search(r"pre_?quant|pre_?export", name))
-        if not early and not (before and same_score(before, stage)):
+        if not early and not (before and same_score(before, stage)) and not (name == "sliding" and self.beyond(stage)):
             run.last_stage = name
+
+    def beyond(self, stage: Stage) -> bool:
+        """Whether the last stage is one that is not known, on top of sliding windows which are said after it."""
+        stages = list(self.run.stages)
+        last = self.run.last_stage
+        if last is None or last in KNOWN_STAGES or "quantized" not in stages:
+            return False
+        return stages.index("quantized") < stages.index(last) and self.run.stages[last].bpb < stage.bpb
 
     def size(self, what: str, form: str, count: int) -> None:
         """Keeps the last total, since records first print that of the unquantized model."""
@@ -485,11 +518,25 @@ class LogReader:
             if step and pairs.get("train_time", ("", ""))[1]:
                 seconds, unit = pairs["train_time"]
                 run.train_seconds, run.steps = amount(seconds) * SECONDS[unit], whole(step[1])
-        elif match := re.match(r"^val_loader:.*tokens:\s*([0-9]+)|^val_tokens:\s*([0-9]+)", line):
-            run.val_tokens = whole(match[1] or match[2])
+        elif match := re.match(r"^Stopping early at step ([0-9]+)\b", line, re.IGNORECASE):
+            run.steps = whole(match[1])
+        elif match := re.match(rf"^Training (?:complete|done|finished)(?: in|:) ({FIGURE}) ?(ms|s|m)\b", line, re.I):
+            run.train_seconds = amount(match[1]) * SECONDS[match[2]]
+        elif match := ARTIFACT.match(line):
+            run.artifact_bytes = run.artifact_bytes or whole(match[1])
+        elif match := SPOKEN.match(line):
+            name, known = stage_name(match[1])
+            if known and name not in run.stages:
+                self.keep(name, Stage(None, number(match[2]), label=match[1].strip()))
+        elif match := re.match(r"^final_eval_mode:\s*(\w+)(?:.*\bstride[:=]\s*([0-9]{1,9}))?", line):
+            self.mode = whole(match[2]) if "sliding" in match[1] and match[2] else None
+        elif match := re.match(
+            r"^val_loader:.*tokens:\s*([0-9]+)|^val_tokens:\s*([0-9]+)|^Validation tokens:\s*([0-9][0-9,]*)", line
+        ):
+            run.val_tokens = whole(match[1] or match[2] or match[3])
         elif match := re.match(rf"^total_eval_time:\s*({FIGURE})(ms|s)", line):
             run.eval_seconds = amount(match[1]) * SECONDS[match[2]]
-        elif match := re.match(r"^model_params:\s*([0-9]+)", line):
+        elif match := re.match(r"^(?:model_params|Total param(?:eter)?s):\s*([0-9][0-9,]*)", line):
             run.parameters = whole(match[1])
         elif len(run.settings) < SETTINGS and (match := re.match(r"^ {0,4}(\w+): ?([^\s:]\S*)$", line)):
             run.settings.setdefault(match[1].lower(), match[2])

@@ -50,7 +50,8 @@ class Evidence:
         self.cache: dict[tuple, list[float]] = {}
         self.stages: dict[tuple, set[str]] = {}
         self.seeds = claims.stated_seeds(folder.everything) or list(folder.seeds)
-        self.leaves = [as_score(leaf) for leaf in claims.leaves(folder.everything, self.seeds)]
+        scores = [f.value for f in self.figures if f.meaning.kind == "bpb"]
+        self.leaves = [as_score(leaf, scores) for leaf in claims.leaves(folder.everything, self.seeds)]
         sizes = [Figure(float(n), 0.0, Meaning("bytes", "code"), name) for name, n in folder.scripts.items()]
         self.files = sizes + [Figure(float(n), 0.0, Meaning("bytes", "model"), n_) for n_, n in folder.weights.items()]
         self.over = list(itertools.islice(self.statistics(), FIGURES))
@@ -107,10 +108,19 @@ def counts(run: Run | None, log: claims.LogFigures) -> bool:
     return run is not None and run.source.rpartition("/")[2] == log.name
 
 
-def as_score(leaf: Leaf) -> Leaf:
-    """A number without a kind that is somebody else's score, or a gain over it, as such: competition_sota."""
+# Names of what holds a figure for each seed, which do not say what it is.
+OF_SEEDS = claims.word_set("seed seeds per by result results score scores run runs individual all s")
+
+
+def as_score(leaf: Leaf, scores: list[float]) -> Leaf:
+    """A number without a kind that is a score, as such: a seed's, near to one of the logs, as in seeds: {"42": 1.08};
+    or somebody else's, or a gain over it, as in competition_sota."""
     m = leaf.meaning
     words = set(claims.words_of(leaf.path[-1]))
+    if not m.kind and m.seed is not None and isinstance(leaf.value, float) and 0 < leaf.value < 4:
+        around = {word for name in leaf.path for word in claims.words_of(name) if not word.isdigit()}
+        if around <= OF_SEEDS and any(abs(leaf.value - x) <= 0.02 * x for x in scores):
+            return Leaf(leaf.path, leaf.value, dataclasses.replace(m, kind="bpb"))
     if m.kind or not (m.foreign or m.difference) or not isinstance(leaf.value, float):
         return leaf
     if not 0 < abs(leaf.value) < 4 or {"pct", "percent", "lr", "rank", "decay", "ratio"} & words:
@@ -125,8 +135,10 @@ def with_code(files: list[Figure], evidence: Evidence, m: Meaning) -> list[Figur
     figures = evidence.by_seed.get(m.seed, []) if m.seed is not None else evidence.figures
     models = [f.value for f in figures if f.meaning.kind == "bytes" and f.meaning.part == "model"]
     models += [f.value for f in files if f.meaning.part == "model"]
-    scripts = [f.value for f in files if f.meaning.part == "code"]
-    sums = [Figure(a + b, 0.0, Meaning("bytes", "total"), "model and script") for a in models[:50] for b in scripts[:9]]
+    scripts = [f.value for f in files if f.meaning.part == "code"][:9]
+    logged = {f.value for f in evidence.figures if f.meaning.kind == "bytes" and f.meaning.part == "code"}
+    scripts += [sum(scripts), *sorted(logged)[:9]]  # runs may have counted a script in another form
+    sums = [Figure(a + b, 0.0, Meaning("bytes", "total"), "model and script") for a in models[:50] for b in scripts]
     return files + sums
 
 

@@ -209,6 +209,15 @@ def test_links_and_files_that_a_page_names_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_whole(page):
+    """A blank line ends a table: rows behind it are shown as text. So a table begins with its head and its rule."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
+    assert [table for table in tables if not re.match(r"\|.*\n\|[-:| ]+\|\n", table)] == []
+    assert not re.match(r"# .*\n\n\n", page.read_text())
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
     """Words in backticks are knobs, variables of torchrun and others that the script reads, or names in the sources."""

@@ -180,7 +180,9 @@ def test_bytes_that_are_no_character_yet_wait(folder, data):
     _, text = loaded(folder)
     ids = [text.model.PieceToId(f"<0x{byte:02X}>") for byte in "😀".encode()]
     assert list(text.stream(iter(ids))) == ["", "", "", "😀", ""]
-    assert "".join(text.stream(iter(ids[:2]))) == "\ufffd"
+    assert text.decode(ids[:2]) == "\ufffd"
+    assert "".join(text.stream(iter([*text.encode("the")[1:], *ids[:3]]))) == "the"  # half a character is no text yet
+    assert "".join(text.stream(iter([*ids[:2], *ids]))) == "\ufffd😀"
 
 
 def test_lines_ends_the_text_after_so_many_that_hold_something():

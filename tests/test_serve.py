@@ -131,6 +131,30 @@ def test_the_first_piece_comes_before_the_last_is_sampled(server, player, monkey
         assert b"\r\n4\r\nlast\r\n" in said
 
 
+def test_two_browsers_take_turns(server, player, monkeypatch):
+    """A second text is written, and another is scored, while the first one goes on."""
+    stream, go = player.model.stream, threading.Event()
+
+    def pieces(prompt, **options):
+        yield "first"
+        if prompt == "waits":
+            while not go.wait(0.01):  # each round is a token, between which others have their turn
+                yield "."
+        yield from stream(prompt, **options)
+
+    monkeypatch.setattr(player.model, "stream", pieces)
+    with socket.create_connection(server.server_address) as connection:
+        connection.sendall(post(server, b'{"text": "waits"}'))
+        said = b""
+        while b"first" not in said:
+            said += connection.recv(4096)
+        assert ask(server, "/generate", dict(text="the river", tokens=3))[2].startswith(b"firstthe river")
+        assert ask(server, "/score", dict(text="the river"))[0] == 200
+        go.set()
+        while not said.endswith(b"0\r\n\r\n"):
+            said += connection.recv(4096)
+
+
 def test_a_browser_that_leaves_frees_the_model(server, player):
     body = json.dumps(dict(text="the", tokens=2000, temperature=2, top_k=0)).encode()
     connection = socket.create_connection(server.server_address)

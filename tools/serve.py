@@ -74,7 +74,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 class Player:
-    """What the page asks of the model. One request computes at a time; others wait."""
+    """What the page asks of the model. One request computes at a time; texts that are written take turns by the token."""
 
     def __init__(self, model: Model, name: str):
         self.model, self.name = model, name
@@ -131,6 +131,11 @@ class Player:
             seed=field(request, "seed", int, 0, 2**53, 0),
         )
         return self.model.stream(text_of(request), **sampling)
+
+    def next_of(self, pieces: Iterator[str]) -> str | None:
+        """The next piece of a text, or None at its end. Between two pieces it is the turn of others."""
+        with self.turn:
+            return next(pieces, None)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -231,12 +236,9 @@ class Handler(BaseHTTPRequestHandler):
         player = self.server.player
         pieces = player.generate(self.read_request())
         self.send_head(200, "text/plain; charset=utf-8", **{"Transfer-Encoding": "chunked", "X-Accel-Buffering": "no"})
-        with player.turn:
-            for piece in filter(None, pieces):
-                content = piece.encode()
+        while (piece := player.next_of(pieces)) is not None and not self.server.ending.is_set():
+            if content := piece.encode():
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
-                if self.server.ending.is_set():
-                    break
         self.wfile.write(b"0\r\n\r\n")
 
 

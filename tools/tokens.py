@@ -54,10 +54,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a document's tokens; BOS in front may be there or not."""
         tokens = list(ids)
-        return "".join(self.stream(iter(tokens[1:] if tokens[:1] == [tg.BOS_ID] else tokens)))
+        return "".join(self.stream(iter(tokens[1:] if tokens[:1] == [tg.BOS_ID] else tokens), whole=True))
 
-    def stream(self, tokens: Iterator[int]) -> Iterator[str]:
-        """The text of a document's tokens after BOS, in pieces. Each piece is final when it is yielded."""
+    def stream(self, tokens: Iterator[int], whole: bool = False) -> Iterator[str]:
+        """The text of a document's tokens after BOS, in pieces. Each piece is final when it is yielded.
+
+        `whole`: no token is missing at the end. Otherwise a character whose last bytes are missing is left out.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         first, held = True, ""
         for token in tokens:
@@ -70,7 +73,8 @@ class Tokenizer:
             elif (match := LETTERS.search(held)) and (stop := match.start()):  # an operator acts on its whole word
                 yield original(held[:stop])
                 held = held[stop:]
-        held += decoder.decode(b"", True)
+        if whole:
+            held += decoder.decode(b"", True)
         yield original(held) if self.caseops else held
 
     def target_bytes(self, ids: np.ndarray) -> np.ndarray:

@@ -95,8 +95,8 @@ bench: venv
 	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
 	$(PY) bench/cpu_kernels.py
 	$(PY) bench/train.py
-	$(PY) bench/caseops.py
-	$(PY) bench/prepare.py
+	$(PY) bench/caseops_speed.py
+	$(PY) bench/prepare_speed.py
 	$(PY) bench/loader.py --data $(DATA)
 
 # Kills, signals, lost ranks, full disks, damage and hostile files, seeded (docs/robustness.md):

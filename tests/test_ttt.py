@@ -967,7 +967,7 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     torch._dynamo.reset()
     tokens = stream((30, 7, 90, 1, 12, 45, 8, 1, 24, 16, 1, 1, 1, 1, 1, 9, 17, 25, 2, 3, 33, 60))
     evaluator, model = prepared(
-        tmp_path, data, dict(TINY, NUM_LAYERS=2), tokens, **dict(PHASED, ATTENTION="sdpa", **knobs)
+        tmp_path, data, dict(TINY, NUM_LAYERS=1), tokens, **dict(PHASED, ATTENTION="sdpa", **knobs)
     )
     model.runtime = dataclasses.replace(model.runtime, compile=True)
     before = tg.graphs_compiled()

@@ -1103,11 +1103,11 @@ def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the real script
 
 
-def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatch, capfd):
+def test_the_script_reports_the_baseline_and_the_gain(brief, tmp_path, monkeypatch, capfd):
     """MODE=all and MODE=eval of its artifact give the same score; settings of test-time training travel in neither."""
     monkeypatch.chdir(tmp_path)
     values = dict(
-        TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=data, RUN_ID="run", ITERATIONS=3, COMPUTE_DTYPE="float32"
+        TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=brief, RUN_ID="run", ITERATIONS=3, COMPUTE_DTYPE="float32"
     )
     values.pop("QK_GAIN_INIT")
     with monkeypatch.context() as patch:
@@ -1131,7 +1131,7 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
         "--artifact",
         "logs/run/model.pgolf",
         "--data",
-        data,
+        brief,
         "--json",
         "bench.json",
         cwd=tmp_path,

@@ -578,6 +578,15 @@ def fork(script, values, *arguments, ranks=1, cwd=None):
     return fork_server().run(script, clean_environment(values), *arguments, ranks=ranks, cwd=cwd)
 
 
+def loaded_apart(content, folder):
+    """(MiB by which a process grows that loads an artifact of this content, its message)."""
+    (folder / "forged").write_bytes(content)
+    done = fork(ROOT / "tests" / "loaded_file.py", TINY, folder / "forged")
+    assert done.returncode == 0, done.stderr
+    grown, _, message = done.stdout.strip().partition(" ")
+    return float(grown), message
+
+
 class ForkedCommand:
     """Takes the place of a process of `processes.start`: a Python script that was forked and has ended."""
 

@@ -71,7 +71,7 @@ format: $(VENV)/check-tools
 	$(VENV)/bin/ruff format .
 
 test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 tests
+	$(PY) -m pytest -q -n 2 --dist worksteal tests
 
 # Damages files that strangers write, and reads them with every tool: make fuzz ARGS="--minutes 10"
 fuzz: $(VENV)/tools
@@ -79,7 +79,7 @@ fuzz: $(VENV)/tools
 
 # For the inner loop: without the tests that are marked slow.
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 -m "not slow" tests
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 # The same kernels and backends, for real, on a CUDA device; and training steps, Muon over NCCL, GPTQ and TTT at size.
 test-gpu: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
@@ -95,8 +95,8 @@ bench: venv
 	@$(PY) data/prepare.py builtin --out $(DATA) --vocab-size 4096
 	$(PY) bench/cpu_kernels.py
 	$(PY) bench/train.py
-	$(PY) bench/caseops.py
-	$(PY) bench/prepare.py
+	$(PY) bench/caseops_speed.py
+	$(PY) bench/prepare_speed.py
 	$(PY) bench/loader.py --data $(DATA)
 
 # Kills, signals, lost ranks, full disks, damage and hostile files, seeded (docs/robustness.md):

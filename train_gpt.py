@@ -1851,10 +1851,11 @@ class Command:
         self.remarks: list[str] = []
         rows = [row.split(" > ") for text in ALIASES.values() for row in text.strip().splitlines()]
         for names, meanings in sorted(rows, key=lambda row: ":" in row[1]):  # switches last: what is off is off
+            known, switches = names.split(), re.search(":|{0=|ttt_mode", meanings)
             for name, text in self.given.items():
                 own = name in self.fields
-                feature = switch_of(name)[0] if re.search(":|{0=|ttt_mode", meanings) and not own else name
-                applies = feature in names.split() and (not own or meanings[0] == "@" or is_off(text))
+                feature = switch_of(name)[0] if switches and not own else name
+                applies = feature in known and (not own or meanings[0] == "@" or is_off(text))
                 if applies and all([self.translate(name, meaning) for meaning in meanings.split()]):
                     self.understood.add(name)
 

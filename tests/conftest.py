@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reproduce
-from helpers import TINY, built_once, environment, forking, working_folder, write_data
+from helpers import TINY, built_once, environment, forking, working_folder, write_brief_data, write_data
 
 torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
 # A suite in the background, or under nohup, ignores these signals, and so would what it starts.
@@ -92,6 +92,12 @@ def scripts_are_packed_once(tmp_path_factory):
 def data(tmp_path_factory):
     """A folder with a tokenizer of 384 tokens, shards of some 60,000 tokens and a manifest. Not to be changed."""
     return built_once(tmp_path_factory, "data", write_data)
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory, data):
+    """Such a folder with some 1,000 tokens of validation text, for runs that are not about its size."""
+    return built_once(tmp_path_factory, "brief", lambda folder: write_brief_data(folder, data))
 
 
 @pytest.fixture(scope="session")

@@ -425,12 +425,24 @@ def full_manifest(folder, audited=False):
 
 def write_data(folder):
     """Tokenizer, three training shards, two validation shards and the manifest."""
-    training, validation = make_documents(1, 400), make_documents(2, 40)
+    training = make_documents(1, 400)
     (folder / "tokenizer.model").write_bytes(train_tokenizer(training))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    tokens = encode(processor, training)
-    for number, part in enumerate(np.array_split(tokens, 3)):
+    for number, part in enumerate(np.array_split(encode(processor, training), 3)):
         write_shard(folder / f"fineweb_train_{number:06d}.bin", part)
+    write_validation(folder, make_documents(2, 40))
+
+
+def write_brief_data(folder, data):
+    """The same tokenizer and training shards, and a sixth of the validation text: runs that are not about its size."""
+    for path in (data / "tokenizer.model", *shards_of(data, "train")):
+        (folder / path.name).symlink_to(path)
+    write_validation(folder, make_documents(3, 24, words=15))
+
+
+def write_validation(folder, validation):
+    """Two validation shards of these texts, the texts themselves and the manifest, beside the training shards."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokens = encode(processor, validation)
     for number, part in enumerate(np.array_split(tokens, 2)):
         write_shard(folder / f"fineweb_val_{number:06d}.bin", part)
@@ -519,12 +531,13 @@ def launch(script, values, *arguments, ranks=1, cwd=None):
 class ForkServer:
     """The process of tests/fork_server.py: it runs scripts that start at once, on any number of ranks."""
 
-    def __init__(self):
+    def __init__(self, *modules, **variables):
+        """modules: what it imports besides; variables: the environment in which it imports."""
         self.lock = threading.Lock()  # one job at a time, whatever thread asks for it
         unmarked = {name: value for name, value in clean_environment({}).items() if name != "MARK"}  # it is no leftover
         self.process = processes.start(
-            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
-            env=unmarked | dict(OMP_NUM_THREADS="1"),  # as torchrun sets it
+            [sys.executable, str(ROOT / "tests" / "fork_server.py"), *modules],
+            env=unmarked | dict(OMP_NUM_THREADS="1") | strings(variables),  # threads as torchrun sets them
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -563,6 +576,15 @@ def fork_server():
 def fork(script, values, *arguments, ranks=1, cwd=None):
     """What `launch` does, in seconds less: the script's processes are forked from one that has imported torch."""
     return fork_server().run(script, clean_environment(values), *arguments, ranks=ranks, cwd=cwd)
+
+
+def loaded_apart(content, folder):
+    """(MiB by which a process grows that loads an artifact of this content, its message)."""
+    (folder / "forged").write_bytes(content)
+    done = fork(ROOT / "tests" / "loaded_file.py", TINY, folder / "forged")
+    assert done.returncode == 0, done.stderr
+    grown, _, message = done.stdout.strip().partition(" ")
+    return float(grown), message
 
 
 class ForkedCommand:

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import ROOT, built_once, forking, knob_names, launch, strings, write_data
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import ablate  # noqa: E402
 
 

@@ -6,11 +6,9 @@ import math
 import resource
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from helpers import (
     examples,
     fork_script,
     full_manifest,
+    loaded_apart,
     shards_of,
     single_run,
     strings,
@@ -827,26 +826,6 @@ def test_cut_and_flipped_files_are_refused(codec):
     assert attack(files) == 0
 
 
-def peak_of(content, folder):
-    """(MiB by which a process grows that loads a file, its message)."""
-    (folder / "forged").write_bytes(content)
-    script = (
-        "import helpers, resource, sys, torch, train_gpt as tg\n"
-        "tg.parameter_count(helpers.config())\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try:\n"
-        "    tg.load_artifact(open(sys.argv[1], 'rb').read(), helpers.config(), set(), torch.device('cpu'))\n"
-        "    message = 'loaded'\n"
-        "except tg.ConfigError as error:\n"
-        "    message = str(error)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, message)\n"
-    )
-    command = [sys.executable, "-c", script, str(folder / "forged")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    grown, _, message = done.stdout.strip().partition(" ")
-    return float(grown), message
-
-
 def huge_model(codec, **knobs):
     """A small file whose header and sections agree on a large model of zeros, some tensors of which are not finite."""
     c = config({**TINY, "NUM_LAYERS": 1, "NUM_HEADS": 8, "NUM_KV_HEADS": 8, "COMPRESSOR": codec, **knobs})
@@ -867,7 +846,7 @@ SIZES = [(codec, width) for codec in ("zstd", "brotli", "lzma") for width in (10
 def test_a_small_file_that_claims_a_large_model_takes_little_memory(codec, width, tmp_path):
     content = huge_model(codec, MODEL_DIM=width, MLP_MULT=1)
     assert len(content) < 200_000
-    grown, message = peak_of(content, tmp_path)
+    grown, message = loaded_apart(content, tmp_path)
     assert grown < 512 and message.startswith("artifact: ")
     assert ("of content, which is more than" if width > 1024 else "are not all finite") in message
 
@@ -880,7 +859,7 @@ def test_tables_of_many_positions_are_refused(length, rope_dims, tmp_path):
     data = tg.pack(stored, c)
     header, offset = tg.read_header(data)
     content = forged(replaced(header.fields(), ("model", "train_seq_len"), length), data[offset:])
-    grown, message = peak_of(content, tmp_path)
+    grown, message = loaded_apart(content, tmp_path)
     assert grown < 64 and f"claims sequences of {length} tokens" in message
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import ROOT, fork
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import fp8  # noqa: E402
 
 TINY = ("MODEL_DIM=64", "VOCAB_SIZE=384", "TRAIN_SEQ_LEN=32", "TRAIN_BATCH_TOKENS=64", "EVAL_SEQ_LEN=32")

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import ROOT, TINY, fork, fork_script, tg
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import hint  # noqa: E402
 
 

@@ -10,7 +10,7 @@ import pytest
 import train_gpt as tg
 from helpers import ROOT
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import pack  # noqa: E402
 
 RNG = np.random.default_rng(0)

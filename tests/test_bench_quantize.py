@@ -12,7 +12,7 @@ import torch
 import train_gpt as tg
 from helpers import RECORD_LIKE, ROOT, TINY, build_model, config, strings
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import quantize as bench  # noqa: E402
 
 SMALL = dict(NUM_LAYERS=2, MODEL_DIM=16, NUM_KV_HEADS=2, ITERATIONS=3, TRAIN_BATCH_TOKENS=128, MICRO_BATCH_TOKENS=128)

@@ -26,7 +26,7 @@ from helpers import (
     tg,
 )
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import train as bench  # noqa: E402
 
 SCRIPT = ROOT / "bench" / "train.py"

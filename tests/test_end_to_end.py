@@ -298,11 +298,11 @@ def test_a_manifest_that_disagrees_stops_the_run_before_it_starts(data, tmp_path
     assert not (tmp_path / "logs").exists()
 
 
-def test_the_same_seed_gives_the_same_artifact_and_another_seed_another(data, tmp_path, capfd, monkeypatch):
+def test_the_same_seed_gives_the_same_artifact_and_another_seed_another(brief, tmp_path, capfd, monkeypatch):
     results = {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         values = dict(
-            RECORD_LIKE, ITERATIONS=4, DATA_PATH=data, RUN_ID=name, SEED=seed, COMPRESSOR="brotli", WARMUP_STEPS=1
+            RECORD_LIKE, ITERATIONS=4, DATA_PATH=brief, RUN_ID=name, SEED=seed, COMPRESSOR="brotli", WARMUP_STEPS=1
         )
         code, _, errors = call(values, tmp_path, capfd, monkeypatch)
         assert code == 0 and not errors
@@ -405,7 +405,7 @@ def test_two_ranks_refuse_with_one_line(data, tmp_path):
     assert "train_gpt.ConfigError" not in done.stderr and not (tmp_path / "logs").exists()
 
 
-def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeypatch):
+def test_every_compute_type_and_gate_runs_through(brief, tmp_path, capfd, monkeypatch):
     """All stages for the other switches; each gives a score of its own."""
     scores = set()
     variants = (
@@ -421,7 +421,7 @@ def test_every_compute_type_and_gate_runs_through(data, tmp_path, capfd, monkeyp
         dict(EMBED_BITS=2),
     )
     for number, knobs in enumerate(variants):
-        values = dict(RUN, ITERATIONS=3, VAL_LOSS_EVERY=0, DATA_PATH=data, RUN_ID=f"v{number}")
+        values = dict(RUN, ITERATIONS=3, VAL_LOSS_EVERY=0, DATA_PATH=brief, RUN_ID=f"v{number}")
         code, out, errors = call({**values, **knobs}, tmp_path, capfd, monkeypatch)
         assert code == 0 and not errors, (knobs, errors)
         scores.add(summary_of(tmp_path / "logs" / f"v{number}")["val_bpb"])

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import forecast  # noqa: E402
 import forecast_page  # noqa: E402
 import lab_ideas as ideas  # noqa: E402

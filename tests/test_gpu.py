@@ -15,7 +15,7 @@ import torch
 from helpers import NEEDS_CUDA, RECORD_LIKE, ROOT, build_model, fork, launch, strings, tg, write_split
 from rank_worker import run_jobs
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import quantize as quantize_bench  # noqa: E402
 
 needs_two = [

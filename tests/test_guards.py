@@ -121,10 +121,10 @@ def test_a_planted_violation_ends_the_evaluation_with_or_without_asserts(name, o
     assert kind == ("IllegalScore" if message else "none") and message in text
 
 
-def test_a_run_under_python_o_gives_the_same_artifact_and_scores(data, tmp_path):
+def test_a_run_under_python_o_gives_the_same_artifact_and_scores(brief, tmp_path):
     """The real script from shards to test-time training, with PYTHONOPTIMIZE=1 and without."""
-    values = dict(TINY, DATA_PATH=data, ITERATIONS=3, NUM_LAYERS=2, RUN_ID="run", **PHASED)
-    values |= dict(TTT_CHUNK_SIZE=32, TTT_EVAL_SEQ_LEN=32, TTT_BATCH_SIZE=8, GLOBAL_TTT_CHUNK_TOKENS=500)
+    values = dict(TINY, DATA_PATH=brief, ITERATIONS=3, NUM_LAYERS=2, RUN_ID="run", **PHASED)
+    values |= dict(TTT_CHUNK_SIZE=32, TTT_EVAL_SEQ_LEN=32, TTT_BATCH_SIZE=8, GLOBAL_TTT_CHUNK_TOKENS=100)
     ends = []
     for name, more in (("plain", {}), ("optimized", OPTIMIZED)):
         (tmp_path / name).mkdir()

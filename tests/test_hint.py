@@ -215,18 +215,24 @@ def test_other_stages_score_as_without_hints(name, data, tmp_path):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_stage_with_hints_is_the_reference_on_the_models_own_distributions(name, data, tmp_path, monkeypatch):
-    """The probabilities are collected where scores are entered, from a forward pass for each token as the target."""
-    stream = STREAM[: len(STREAM) // 3]  # a forward pass for each token of the vocabulary takes long
+    """The probabilities are collected where scores are entered: the loss of each token as the target, negated."""
+    stream = STREAM[: len(STREAM) // 3]  # the loss of each token of the vocabulary takes long
     distributions, enter = np.zeros((len(stream) - 1, 384)), tg.ScoreLedger.score
-    forward = tg.GPT.forward
+    forward, token_losses = tg.GPT.forward, tg.GPT.token_losses
 
-    def watched(model, ids, targets, documents, **more):
-        result = forward(model, ids, targets, documents, **more)
-        if more.pop("hints", None) is not None:
+    def watched(model, *batch, **more):
+        watched.losses = None
+        result = forward(model, *batch, **more)
+        if more.get("hints") is not None:  # targets meet the network at its logits, and nowhere before
+            logits, targets, *rest = watched.losses
             with torch.no_grad():
-                every = [forward(model, ids, torch.full_like(targets, t), documents, **more)[0] for t in range(384)]
+                every = [token_losses(model, logits, torch.full_like(targets, t), *rest)[0] for t in range(384)]
             watched.last = torch.exp(-torch.stack(every, -1)).numpy()
         return result
+
+    def kept(model, *arguments):
+        watched.losses = arguments
+        return token_losses(model, *arguments)
 
     def entered(ledger, positions, nll, log_q=None):
         if log_q is not None:
@@ -234,6 +240,7 @@ def test_a_stage_with_hints_is_the_reference_on_the_models_own_distributions(nam
         enter(ledger, positions, nll, log_q)
 
     monkeypatch.setattr(tg.GPT, "forward", watched)
+    monkeypatch.setattr(tg.GPT, "token_losses", kept)
     monkeypatch.setattr(tg.ScoreLedger, "score", entered)
     scores, _ = evaluation(stream, tmp_path, data, **EVALUATIONS[name], **HINTS)
     expected = reference.scores(stream, distributions, config(**HINTS))

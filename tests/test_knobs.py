@@ -45,10 +45,10 @@ PHASED = dict(
     TTT_LORA_LR=0.01,
     PHASED_TTT_PREFIX_DOCS=16,
     PHASED_TTT_NUM_PHASES=2,
-    GLOBAL_TTT_CHUNK_TOKENS=512,
+    GLOBAL_TTT_CHUNK_TOKENS=100,
     GLOBAL_TTT_LR=0.01,
 )
-CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=1024, TTT_EPOCHS=2)
+CHUNK = dict(TTT_MODE="chunk", TTT_CHUNK_TOKENS=200, TTT_EPOCHS=2)
 HINT = dict(HINT_ENABLED=1, HINT_MIN_MATCH=2, HINT_MAX_MATCH=4, HINT_CHUNK_TOKENS=128)
 # knob: (another value, settings under which it acts). What is not here is run with its value doubled.
 CHANGES = {
@@ -248,7 +248,7 @@ CHANGES = {
             ("PHASED_TTT_PREFIX_DOCS", 8),
             ("PHASED_TTT_PREFIX_TOKENS", 600),
             ("PHASED_TTT_NUM_PHASES", 1),
-            ("GLOBAL_TTT_CHUNK_TOKENS", 256),
+            ("GLOBAL_TTT_CHUNK_TOKENS", 50),
             ("GLOBAL_TTT_LR", 0.02),
             ("GLOBAL_TTT_MOMENTUM", 0.5),
             ("GLOBAL_TTT_EPOCHS", 2),
@@ -261,10 +261,10 @@ CHANGES = {
     **{
         name: (value, CHUNK)
         for name, value in (
-            ("TTT_CHUNK_TOKENS", 2048),
+            ("TTT_CHUNK_TOKENS", 400),
             ("TTT_EPOCHS", 1),
             ("TTT_LR", 0.01),
-            ("TTT_DECAY_TOKENS", 2048),
+            ("TTT_DECAY_TOKENS", 400),
             ("TTT_MOMENTUM", 0.5),
             ("TTT_OPTIMIZER", "adamw"),
             ("TTT_GRAD_CLIP", 0.01),
@@ -272,7 +272,7 @@ CHANGES = {
             ("TTT_FREEZE_BLOCKS", 1),
         )
     },
-    "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=512)),
+    "EVAL_BUDGET_SECONDS": (4, dict(VAL_BATCH_SIZE=64)),
     "TOKENIZER_SHA256": ("0" * 64, {}),
     "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
@@ -474,16 +474,16 @@ def test_the_list_names_existing_knobs():
 
 
 @pytest.mark.parametrize("name", knob_names())
-def test_a_change_of_every_knob_shows_first_where_it_is_declared(name, data, tmp_path, capfd):
+def test_a_change_of_every_knob_shows_first_where_it_is_declared(name, brief, tmp_path, capfd):
     """... and the same two runs contradict every other declaration."""
     field = next(f for f in dataclasses.fields(tg.Config) if f.name.upper() == name)
     value, settings = CHANGES.get(name, (None, {}))
-    before = base_outcome(settings, data, tmp_path, capfd)
+    before = base_outcome(settings, brief, tmp_path, capfd)
     if name == "DATA_PATH":
-        value = fewer_shards(data, tmp_path)
+        value = fewer_shards(brief, tmp_path)
     if value is None:
         value = type(field.default)(float({**QUICK, **settings}.get(name, field.default)) * 2)
-    after = outcome({**QUICK, **settings, "DATA_PATH": data, name: value}, tmp_path / "changed", capfd)
+    after = outcome({**QUICK, **settings, "DATA_PATH": brief, name: value}, tmp_path / "changed", capfd)
     declared = field.metadata["observed"]
     check_observed(declared, before, after)
     code, errors = ast.literal_eval(after[0][1])
@@ -495,10 +495,10 @@ def test_a_change_of_every_knob_shows_first_where_it_is_declared(name, data, tmp
             check_observed(other, before, after)
 
 
-def test_two_equal_runs_show_the_same(data, tmp_path, capfd):
+def test_two_equal_runs_show_the_same(brief, tmp_path, capfd):
     """The comparison above is not of noise; and it is of every place."""
-    before = base_outcome({}, data, tmp_path, capfd)
-    again = outcome(dict(QUICK, DATA_PATH=data), tmp_path / "again", capfd)
+    before = base_outcome({}, brief, tmp_path, capfd)
+    again = outcome(dict(QUICK, DATA_PATH=brief), tmp_path / "again", capfd)
     assert differences(before, again) == []
     with pytest.raises(AssertionError, match="changes nothing"):
         check_observed(Observed.LOG, before, again)

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import ROOT, built_once, forking, write_data
 
-sys.path.append(str(ROOT / "bench"))  # behind data/, which has a prepare.py too
+sys.path.append(str(ROOT / "bench"))
 import lab  # noqa: E402
 import lab_ideas as ideas  # noqa: E402
 import lab_report  # noqa: E402

@@ -1,6 +1,5 @@
 """tools/processes.py: what is started ends with the process that started it, however that one ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import processes
-from helpers import HANG_SECONDS, ROOT, TINY, clean_environment, run_command, running_with, wait_until
+from helpers import HANG_SECONDS, ROOT, clean_environment, run_command, running_with, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 # A child in a session of its own, as torchrun's ranks are, which ignores SIGTERM; the command itself waits for it.
@@ -21,10 +20,17 @@ child = "import time; print('ready', flush=True); time.sleep(1800)"
 subprocess.run([sys.executable, "-c", child], start_new_session=True)
 """
 LAUNCHER = """
-import json, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from helpers import run_script
-run_script(json.loads(sys.argv[2]), ranks=2, cwd=sys.argv[3])
+import sys
+sys.path.insert(0, sys.argv[1])
+import processes
+torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+processes.run([*torchrun, *sys.argv[2:]])
+"""
+# It notices nothing: what ends it is processes.py. How the real script's ranks end by themselves is test_ranks.py's.
+RANK = """
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[1], os.environ["RANK"]).touch()
+time.sleep(1800)
 """
 
 
@@ -46,14 +52,15 @@ def ranks_of(mark):
 
 
 @pytest.fixture
-def training(marked, data, tmp_path):
-    """A process that waits for a training on two ranks, in the middle of it; torchrun's process; the mark of all."""
+def launched(marked, tmp_path):
+    """A process that waits for two ranks of torchrun, which are there; torchrun's process; the mark of all."""
     environment, mark = marked
-    values = dict(TINY, DATA_PATH=str(data), ITERATIONS=10**6, TRAIN_LOG_EVERY=1, RUN_ID="run")
-    command = [sys.executable, "-c", LAUNCHER, str(ROOT), json.dumps(values), str(tmp_path)]
+    script, begun = tmp_path / "rank.py", tmp_path / "begun"
+    script.write_text(RANK)
+    begun.mkdir()
+    command = [sys.executable, "-c", LAUNCHER, str(ROOT / "tools"), str(script), str(begun)]
     launcher = started(command, environment, supervised=False)
-    log = tmp_path / "logs" / "run" / "log.txt"
-    wait_until(lambda: log.is_file() and "step:2/" in log.read_text(), launcher)
+    wait_until(lambda: len([*begun.iterdir()]) == 2, launcher)
     ranks = ranks_of(mark)
     assert len(ranks) == 2
     (torchrun,) = {int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]) for rank in ranks}
@@ -63,16 +70,16 @@ def training(marked, data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_rank_outlives_a_killed_test_process(training, number):
-    launcher, torchrun, mark = training
+def test_no_rank_outlives_a_killed_test_process(launched, number):
+    launcher, torchrun, mark = launched
     assert len(running_with(mark)) >= 4  # the launcher, torchrun and two ranks
     launcher.send_signal(number)
     assert launcher.wait(HANG_SECONDS) == -number
     wait_until(lambda: not running_with(mark))
 
 
-def test_no_rank_outlives_a_killed_torchrun(training):
-    launcher, torchrun, mark = training
+def test_no_rank_outlives_a_killed_torchrun(launched):
+    launcher, torchrun, mark = launched
     os.kill(torchrun, signal.SIGKILL)
     assert launcher.wait(HANG_SECONDS) == 0  # the launcher was told, and ended as it likes
     wait_until(lambda: not running_with(mark))

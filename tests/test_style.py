@@ -1,6 +1,7 @@
 """Rules of style that no linter checks, over everything but the tests."""
 
 import ast
+from collections import Counter
 
 import pytest
 
@@ -58,3 +59,9 @@ def test_a_rule_holds_everywhere(rule):
 )
 def test_a_rule_sees_what_it_forbids(rule, source):
     assert rule(ast.parse(source)) and not rule(ast.parse("a, b = 1, 2\nx = 1 if a else 2\ndef f(): return x"))
+
+
+def test_no_two_modules_have_one_name():
+    """Scripts put several folders on sys.path: of two modules with one name, a spawned process may find the other."""
+    names = Counter(path.stem for path in (*FILES, *(ROOT / "tests").glob("*.py")) if path.stem != "__init__")
+    assert [name for name, count in names.items() if count > 1] == []

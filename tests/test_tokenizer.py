@@ -199,7 +199,7 @@ LONG = {
 @pytest.mark.parametrize("name", ["ours", "caseops"])
 @pytest.mark.parametrize("kind", list(LONG))
 def test_long_lines_of_one_kind(codecs, name, kind):
-    """Several segments; bench/prepare.py takes 100 MB. Endless capitals, which CaseOps can't part, are dropped."""
+    """Several segments; bench/prepare_speed.py takes 100 MB. CaseOps can't part endless capitals: they are dropped."""
     text = LONG[kind](600_000)
     assert len(list(codecs(name).segments(text))) >= 2 or kind in ("mark", "operator", "emoji", "chinese")
     ids = check(codecs(name), text, naive=False)

@@ -967,7 +967,7 @@ def test_few_graphs_serve_every_shape(knobs, data, tmp_path, monkeypatch):
     torch._dynamo.reset()
     tokens = stream((30, 7, 90, 1, 12, 45, 8, 1, 24, 16, 1, 1, 1, 1, 1, 9, 17, 25, 2, 3, 33, 60))
     evaluator, model = prepared(
-        tmp_path, data, dict(TINY, NUM_LAYERS=2), tokens, **dict(PHASED, ATTENTION="sdpa", **knobs)
+        tmp_path, data, dict(TINY, NUM_LAYERS=1), tokens, **dict(PHASED, ATTENTION="sdpa", **knobs)
     )
     model.runtime = dataclasses.replace(model.runtime, compile=True)
     before = tg.graphs_compiled()
@@ -1103,11 +1103,11 @@ def test_another_tokenizer_is_refused_where_there_is_a_manifest(data, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the real script
 
 
-def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatch, capfd):
+def test_the_script_reports_the_baseline_and_the_gain(brief, tmp_path, monkeypatch, capfd):
     """MODE=all and MODE=eval of its artifact give the same score; settings of test-time training travel in neither."""
     monkeypatch.chdir(tmp_path)
     values = dict(
-        TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=data, RUN_ID="run", ITERATIONS=3, COMPUTE_DTYPE="float32"
+        TINY, **dict(PHASED, TTT_BASELINE=1), DATA_PATH=brief, RUN_ID="run", ITERATIONS=3, COMPUTE_DTYPE="float32"
     )
     values.pop("QK_GAIN_INIT")
     with monkeypatch.context() as patch:
@@ -1131,7 +1131,7 @@ def test_the_script_reports_the_baseline_and_the_gain(data, tmp_path, monkeypatc
         "--artifact",
         "logs/run/model.pgolf",
         "--data",
-        data,
+        brief,
         "--json",
         "bench.json",
         cwd=tmp_path,

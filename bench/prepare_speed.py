@@ -1,6 +1,6 @@
 """Speed and memory of data/prepare.py: MB/s of text per core against plain SentencePiece, with one and two workers.
 
-    python bench/prepare.py [--megabytes 96] [--large 1024] [--line 100] [--repeats 3]
+    python bench/prepare_speed.py [--megabytes 96] [--large 1024] [--line 100] [--repeats 3]
 
 The text is the built-in corpus, repeated. In each repetition one word in 50 has its letters shuffled, so that new words
 keep coming as in web text. It is read from a .jsonl.zst file, and the tokenizer is trained on it. Plain SentencePiece

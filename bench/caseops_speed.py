@@ -1,8 +1,8 @@
 """Speed of CaseOps compared with SentencePiece: MB/s of one core, in one process.
 
-    python bench/caseops.py [--package python] [--repeats 5]
+    python bench/caseops_speed.py [--package python] [--repeats 5]
 
-The text is the documentation in a package (data/corpus.py), as in prepare.py. Figures are medians.
+The text is the documentation in a package (data/corpus.py), as in prepare_speed.py. Figures are medians.
 """
 
 from __future__ import annotations

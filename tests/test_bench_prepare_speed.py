@@ -1,4 +1,4 @@
-"""bench/prepare.py: the command measures every mode and prints a ratio and a peak for each; its text is as it says."""
+"""bench/prepare_speed.py: it measures every mode and prints a ratio and a peak for each; its text is as it says."""
 
 import argparse
 import importlib.util
@@ -17,8 +17,8 @@ import zstandard
 import processes
 from helpers import run_command
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "prepare.py"
-SPEC = importlib.util.spec_from_file_location("bench_prepare", SCRIPT)
+SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "prepare_speed.py"
+SPEC = importlib.util.spec_from_file_location("prepare_speed", SCRIPT)
 bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
 

@@ -413,6 +413,11 @@ class Config(ModelConfig):
         "set of defaults: demo, baseline, record or poly5; empty: baseline where there is a CUDA device, else demo",
         Observed.PARAMETERS,
     )
+    preset_file: str = knob(
+        "",
+        "TOML file of knobs, such as matrix_lr = 0.028, and of a preset; what is set in the environment overrides it",
+        Observed.PARAMETERS,
+    )
     original: bool = knob(
         False,
         "train and evaluate as the public script behind the preset does, where this script differs; PRESET=record and "
@@ -2164,13 +2169,49 @@ VALUE_HINTS = {
 }
 
 
-def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
-    """Preset, then overrides, then checks. Returns the config, the knobs set explicitly, and remarks for the log.
+PRESET_FILE_LIMIT = 1 << 20  # bytes
 
+
+def read_preset_file(path: str) -> dict[str, str]:
+    """The knobs of a TOML file as environment variables. Errors: ConfigError that names PRESET_FILE."""
+    import tomllib  # few runs need it
+
+    try:
+        content = tomllib.loads(read_regular(Path(path), PRESET_FILE_LIMIT).decode())
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError("PRESET_FILE", path, f"cannot be read ({reason})") from None
+    except RecursionError:
+        raise ConfigError("PRESET_FILE", path, "is not TOML (too deep)") from None
+    except ValueError as error:  # also of a number with thousands of digits
+        raise ConfigError("PRESET_FILE", path, f"is not TOML ({error})") from None
+    values: dict[str, str] = {}
+    for key, value in content.items():
+        name = key.upper()
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) or name == "PRESET_FILE":
+            raise ConfigError("PRESET_FILE", path, f"{key}: must be the name of a knob")
+        if name in values:
+            raise ConfigError("PRESET_FILE", path, f"{key}: is given twice")
+        if not isinstance(value, (bool, int, float, str)):
+            raise ConfigError("PRESET_FILE", path, f"{key}: must be a number, a text, true or false")
+        values[name] = str(int(value) if isinstance(value, bool) else value)
+    return values
+
+
+def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, set[str], list[str]]:
+    """Preset, then overrides by PRESET_FILE and the environment, then checks.
+
+    Returns the config, the knobs set explicitly, and remarks for the log.
     Errors: ConfigError for a value that is not allowed, for what breaks the challenge's rules, and with STRICT for a
     variable that has no effect.
     """
     remarks = []
+    if file := environment.get("PRESET_FILE"):  # not kept: the run's config.json has what it sets
+        own = {name: text for name, text in environment.items() if text and name != "PRESET_FILE"}
+        read = read_preset_file(file)
+        environment = read | own
+        used = ", ".join(f"{name}={text}" for name, text in read.items() if name not in own)
+        remarks.append(f"PRESET_FILE={file} sets {used or 'nothing that the environment leaves'}")
     preset = environment.get("PRESET", "")
     if not preset:
         preset = "baseline" if cuda else "demo"

@@ -15,6 +15,7 @@ import pack_code  # noqa: E402
 import reproduce  # noqa: E402
 import runs  # noqa: E402
 import trackers  # noqa: E402
+import train_gpt as tg  # noqa: E402
 
 VALUES = {name: str(value) for name, value in TINY.items()}
 
@@ -86,12 +87,16 @@ def test_a_preset_in_a_file(tmp_path):
     merged = configuration.expanded(dict(PRESET_FILE=str(file), NUM_LAYERS="7", MATRIX_LR="", HOME="/h"))
     assert merged == values | dict(NUM_LAYERS="7", HOME="/h")  # what is set overrides the file; an empty value is none
     assert configuration.expanded(dict(A="1")) == dict(A="1")
+    ours, explicit, remarks = tg.config_from_env(dict(PRESET_FILE=str(file), NUM_LAYERS="7", MATRIX_LR=""), False)
+    same, _, _ = tg.config_from_env(dict(values, NUM_LAYERS="7"), False)
+    assert ours == same and ours.preset == "record" and "matrix_lr" in explicit
+    assert remarks[0] == f"PRESET_FILE={file} sets PRESET=record, MATRIX_LR=0.028, TTT_ENABLED=0, HINT_ENABLED=1"
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        (None, "there is no such file"),
+        (None, "cannot be read (No such file or directory)"),
         ("matrix_lr = ", "is not TOML"),
         ("matrix_lr = [1, 2]", "matrix_lr: must be a number, a text, true or false"),
         ("[record]\nmatrix_lr = 1", "record: must be a number"),

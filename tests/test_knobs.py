@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,7 @@ CHANGES = {
     "RESUME": ("missing", {}),
     "ARTIFACT_DIR": ("elsewhere", {}),
     "PRESET": ("poly5", dict(PRESET="record")),  # what no setting overrides can differ
+    "PRESET_FILE": (Path(__file__).parent / "preset.toml", {}),
     "ORIGINAL": (1, dict(PRESET="record")),
     "MODE": ("train", {}),
     "TOKENIZER_PATH": ("missing.model", {}),

@@ -20,7 +20,6 @@ import importlib.util
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -39,28 +38,12 @@ NO_EFFECT = re.compile(r"warning: (\w+)=.* has no effect")
 
 def read_preset_file(path: Path) -> dict[str, str]:
     """The knobs of a TOML file as environment variables. Errors: UserError, in one line that names the file."""
-    if not strangers.is_there(path):
-        raise UserError(f"{PRESET_FILE}={path}: there is no such file")
+    import train_gpt  # it takes seconds to load
+
     try:
-        content = tomllib.loads(strangers.read_bytes(path).decode("utf-8"))
-    except RecursionError:
-        raise UserError(f"{PRESET_FILE}={path}: is not TOML (too deep)") from None
-    except ValueError as error:  # also of a number with thousands of digits
-        raise UserError(f"{PRESET_FILE}={path}: is not TOML ({error})") from None
-    values: dict[str, str] = {}
-    for key, value in content.items():
-        name = key.upper()
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) or name == PRESET_FILE:
-            raise UserError(f"{PRESET_FILE}={path}: {key}: must be the name of a knob")
-        if name in values:
-            raise UserError(f"{PRESET_FILE}={path}: {key}: is given twice")
-        if isinstance(value, bool):
-            values[name] = str(int(value))
-        elif isinstance(value, (int, float, str)):
-            values[name] = str(value)
-        else:
-            raise UserError(f"{PRESET_FILE}={path}: {key}: must be a number, a text, true or false")
-    return values
+        return train_gpt.read_preset_file(str(path))
+    except train_gpt.ConfigError as error:
+        raise UserError(str(error)) from None
 
 
 def expanded(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1758,8 +1758,8 @@ FOREIGN = """
 !PPM @ PPM(_MIX|_NATIVE)?(_ENABLED|_ORDER)? > mixes by the target's own probability
 !NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? \
 > mixes in a cache whose probabilities do not sum to 1
-!.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in an expert that gives every token the \
-probability of the mean surprise, which does not sum to 1
+!.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in experts whose probabilities do not \
+sum to 1, such as exp(-entropy) for every token
 NGRAM|TOKEN_|CUBRIC > HINT_ENABLED
 VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
 LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE

@@ -701,13 +701,16 @@ class Config(ModelConfig):
     )
     muon_momentum_cycle: int = knob(
         0,
-        "training steps in which Muon's momentum falls from MUON_MOMENTUM to MUON_MOMENTUM_MIN and rises again, both "
-        "linearly, over and over, in place of its warmup; 0: it stays",
+        "steps of each linear rise and fall of Muon's momentum between MUON_MOMENTUM_MIN and MUON_MOMENTUM_MAX, "
+        "by turns, after its warmup; 0: it stays MUON_MOMENTUM",
         Observed.SCHEDULE,
         low=0,
     )
     muon_momentum_min: float = knob(
         0.85, "Muon's lowest momentum in a cycle (MUON_MOMENTUM_CYCLE)", Observed.SCHEDULE, low=0, high=0.9999
+    )
+    muon_momentum_max: float = knob(
+        0.95, "Muon's highest momentum in a cycle (MUON_MOMENTUM_CYCLE)", Observed.SCHEDULE, low=0, high=0.9999
     )
     muon_momentum_type: str = knob(
         "ema",
@@ -1622,7 +1625,10 @@ WARMDOWN_FRACTION > WARMDOWN_FRAC
 WARMDOWN_STEPS > WARMDOWN_ITERS
 COSINE_WARMDOWN LR_COSINE_WARMDOWN > WARMDOWN_SHAPE:linear:cosine
 LR_WARMUP_ITERS WARMUP_ITERS > LR_WARMUP_STEPS
-MOMENTUM_CYCLIC MOMENTUM_MIN MOMENTUM_MAX MOMENTUM_CYCLE_PERIOD > @momentum_cycle
+MOMENTUM_CYCLE_PERIOD > MUON_MOMENTUM_CYCLE
+MOMENTUM_MIN > MUON_MOMENTUM_MIN
+MOMENTUM_MAX > MUON_MOMENTUM_MAX
+MOMENTUM_CYCLIC > MUON_MOMENTUM_CYCLE:0:50
 MAX_STEPS > ITERATIONS
 MIN_LR_RATIO > MIN_LR
 SEQ_LEN > TRAIN_SEQ_LEN
@@ -1668,7 +1674,7 @@ GATED_ATTENTION GATED_ATTN > GATED_ATTN_ENABLED:0:1
 GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
 VRL VALUE_RESIDUAL > VALUE_RESIDUAL:0:1
 UNET_SKIPS SMEAR_GATE_BOS_FIX ORTHO_INIT USE_ORTHO_INIT ORTHOGONAL_INIT > =1
-UNIQUE_LAYERS > NUM_UNIQUE_LAYERS
+UNIQUE_LAYERS > @unique_layers
 CORE_START CORE_END NUM_PASSES NUM_REPEATS NUM_UNIQUE_BLOCKS > @passes
 NUM_UNIQUE_BLOCKS > =NUM_LAYERS
 NUM_BLOCKS > NUM_LAYERS
@@ -1757,8 +1763,8 @@ FOREIGN = """
 !PPM @ PPM(_MIX|_NATIVE)?(_ENABLED|_ORDER)? > mixes by the target's own probability
 !NGRAM_(?!TILT|HINT)|KNN|CTW|PHRASE @ (NGRAM|KNN|CTW)(_EVAL|_MIX|_CACHE|_TWO_PASS)?(_ENABLED|_ORDER|_LAMBDA|_WEIGHT)? \
 > mixes in a cache whose probabilities do not sum to 1
-!.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in an expert that gives every token the \
-probability of the mean surprise, which does not sum to 1
+!.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in experts whose probabilities do not \
+sum to 1, such as exp(-entropy) for every token
 NGRAM|TOKEN_|CUBRIC > HINT_ENABLED
 VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
 LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE
@@ -1971,18 +1977,18 @@ class Command:
         self.put("ROPE_DIMS", str(max(dims, 2)), name)
         return True
 
-    def momentum_cycle(self, name: str, text: str) -> bool:
-        """A cycle of Muon's momentum, between two values; its form in the public script is not known here."""
-        knobs = dict(MOMENTUM_MIN="MUON_MOMENTUM_MIN", MOMENTUM_MAX="MUON_MOMENTUM")
-        knob = knobs.get(name, "MUON_MOMENTUM_CYCLE")
-        if is_off(self.given.get("MOMENTUM_CYCLIC", "0")):
-            return True
-        if name == "MOMENTUM_CYCLIC":
-            self.put(knob, "50", name, yields=True)
-        else:
-            self.texts.pop(knob, None)
-            self.put(knob, text, name)
-        return True
+    def unique_layers(self, name: str, text: str) -> bool:
+        """UNIQUE_LAYERS in turn, or where they do not divide NUM_LAYERS, the last one for all that are missing."""
+        unique, depth = int(self.number(name)), self.value("num_layers")
+        if unique and depth % unique == 0:
+            self.put("NUM_UNIQUE_LAYERS", str(unique), name)
+        elif 0 < unique < depth:
+            last, loops = str(unique - 1), str(depth - unique)
+            self.texts.pop("NUM_LAYERS", None)
+            values = dict(NUM_LAYERS=text, NUM_LOOPS=loops, LOOP_START=last, LOOP_END=last, ENABLE_LOOPING_AT="0")
+            for knob, value in values.items():
+                self.put(knob, value, name)
+        return unique <= depth
 
     def lawa(self, name: str, text: str) -> bool:
         """LAWA with a decay is an EMA."""
@@ -2413,7 +2419,7 @@ gate_window < smear_gate_enabled sparse_attn_gate_enabled attn_out_gate_enabled
 tied_embed_lr tied_embed_init_std < tie_embeddings
 embed_lr head_lr < tie_embeddings=False
 muon_momentum_warmup_start < muon_momentum_warmup_steps
-muon_momentum_min < muon_momentum_cycle
+muon_momentum_min muon_momentum_max < muon_momentum_cycle
 ema_start < ema_decay
 virtual_depth < num_loops
 warmdown_iters < warmdown_frac=0.0
@@ -2732,8 +2738,8 @@ def check_batches(config: Config) -> None:
 def check_schedules(config: Config) -> None:
     """Multi-token prediction, progressive depth and context, weight averages and the time limit."""
     _ = config.context_schedule, config.query_gains  # they say themselves what is wrong
-    allowed = f"must be at most MUON_MOMENTUM={config.muon_momentum:g}"
-    fits = not config.muon_momentum_cycle or config.muon_momentum_min <= config.muon_momentum
+    allowed = f"must be at most MUON_MOMENTUM_MAX={config.muon_momentum_max:g}"
+    fits = not config.muon_momentum_cycle or config.muon_momentum_min <= config.muon_momentum_max
     require(fits, config, "muon_momentum_min", allowed)
     allowed = f"must be fewer numbers than TRAIN_SEQ_LEN={config.train_seq_len}"
     ahead = len(config.ahead_weights)
@@ -8773,11 +8779,11 @@ def prefix_weight(p: Progress, config: Config) -> float:
 
 
 def muon_beta(p: Progress, config: Config) -> float:
-    """Muon's momentum, linear over its warmup; with MUON_MOMENTUM_CYCLE a triangle wave from its top."""
-    if config.muon_momentum_cycle:
-        phase = p.step % config.muon_momentum_cycle / config.muon_momentum_cycle
-        return config.muon_momentum - 2 * min(phase, 1 - phase) * (config.muon_momentum - config.muon_momentum_min)
-    warmup = config.muon_momentum_warmup_steps
+    """Muon's momentum, linear over its warmup; then with MUON_MOMENTUM_CYCLE a triangle wave."""
+    warmup, cycle = config.muon_momentum_warmup_steps, config.muon_momentum_cycle
+    if cycle and p.step >= warmup:
+        place = p.step % (2 * cycle) / cycle
+        return config.muon_momentum_min + min(place, 2 - place) * (config.muon_momentum_max - config.muon_momentum_min)
     fraction = min(1.0, p.step / warmup) if warmup else 1.0
     start = min(config.muon_momentum_warmup_start, config.muon_momentum)
     return start + fraction * (config.muon_momentum - start)

@@ -616,3 +616,37 @@ def test_a_published_command_runs_with_small_sizes_added(caseops_data, tmp_path)
     manifest = json.loads((caseops_data / "manifest.json").read_text())
     assert scored.returncode == 0, scored.stderr
     assert summary["val_bytes"] == manifest["splits"]["val"]["bytes"] and 0 < summary["val_bpb"] < 10
+
+
+# The same authors' second command scores again what the first one left; neither names a run.
+AGAIN = """SEED=42 CASEOPS_ENABLED=1 VOCAB_SIZE=8192 TTT_EVAL_ONLY=1 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=3000
+PHASED_TTT_NUM_PHASES=4 TTT_LORA_RANK=128 TTT_CHUNK_SIZE=48"""
+
+
+def test_both_published_commands_run_with_small_sizes_on_a_root_of_data_sets(caseops_data, tmp_path):
+    """DATA_PATH and TOKENIZER_PATH are folders of several; the size and CASEOPS_ENABLED tell which are meant."""
+    marked = "sp384_lossless_caps_caseops_v1_reserved"
+    sets, tokenizers = tmp_path / "data" / "datasets", tmp_path / "data" / "tokenizers"
+    shutil.copytree(caseops_data, sets / f"fineweb10B_{marked}", ignore=shutil.ignore_patterns("tokenizer.model"))
+    (sets / "fineweb10B_sp384").mkdir()
+    (sets / "fineweb10B_sp384" / "fineweb_val_000000.bin").write_bytes(b"another one")
+    tokenizers.mkdir()
+    shutil.copy(caseops_data / "tokenizer.model", tokenizers / f"fineweb_{marked}_bpe.model")
+    (tokenizers / "fineweb_sp384_bpe.model").write_bytes(b"another one")
+    small = {name: value for name, value in SMALL_SIZES.items() if name != "RUN_ID"}
+    small |= dict(
+        NUM_LAYERS=4, TTT_LORA_RANK=4, TTT_CHUNK_SIZE=48, GLOBAL_TTT_CHUNK_TOKENS=2048, COMPUTE_DTYPE="float32"
+    )
+    small |= dict(DATA_PATH=tmp_path / "data", TOKENIZER_PATH=tokenizers)
+    first = fork_script({**dict(word.split("=") for word in PEERS.split()), **small}, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (folder,) = (tmp_path / "logs").iterdir()
+    trained = summary_of(folder)
+    second = fork_script({**dict(word.split("=") for word in AGAIN.split()), **small}, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    scored = summary_of(folder, "eval_summary.json")
+    assert list((tmp_path / "logs").iterdir()) == [folder]  # it opened no run of its own
+    assert scored["val_bpb_quantized"] == pytest.approx(trained["val_bpb_quantized"], rel=1e-6)
+    assert 0 < scored["val_bpb_ttt"] != scored["val_bpb_quantized"]
+    assert f"ARTIFACT_DIR=logs/{folder.name}" in second.stdout and "has no effect:" not in second.stdout
+    assert f"fineweb10B_{marked}" in first.stdout and "by the shards' sidecar" in first.stdout

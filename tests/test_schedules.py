@@ -114,8 +114,11 @@ def test_the_rate_warms_up_beside_its_multiplier():
 
 
 def test_momentum_cycles_between_its_bounds():
-    c = by_steps(MUON_MOMENTUM=0.95, MUON_MOMENTUM_MIN=0.85, MUON_MOMENTUM_CYCLE=50, MUON_MOMENTUM_WARMUP_STEPS=100)
-    for step, expected in ((0, 0.95), (10, 0.91), (25, 0.85), (40, 0.91), (50, 0.95), (75, 0.85)):
+    """After its warmup, which ends where it ends without a cycle."""
+    cycle = dict(MUON_MOMENTUM_MIN=0.85, MUON_MOMENTUM_MAX=0.95, MUON_MOMENTUM_CYCLE=50)
+    c = by_steps(MUON_MOMENTUM=0.99, MUON_MOMENTUM_WARMUP_START=0.92, MUON_MOMENTUM_WARMUP_STEPS=100, **cycle)
+    wave = (0, 0.92), (50, 0.955), (99, 0.9893), (100, 0.85), (110, 0.87), (150, 0.95), (175, 0.9), (200, 0.85)
+    for step, expected in wave:
         assert tg.muon_beta(at(step), c) == pytest.approx(expected)
 
 

@@ -221,15 +221,23 @@ def told(meaning: str) -> str:
     elif sign == "=":
         words = f"has no knob; holds here: {rest.replace('|', ', ')}" if rest != "*" else "changes no score"
     elif sign == ":":
-        off, on = rest.split("+")[0].split(":")
-        words = f"a switch of `{knob}`: {off} or {on}"
+        off, on = re.split("[+ ]", rest)[0].split(":")
+        words = f"a switch of `{knob}`: {off or 'empty'} or {on}"
     elif sign == "*":
         words = f"`{knob}`, times {rest}"
     elif sign == "+":
         words = ", ".join(f"`{name}`" for name in (knob, *rest.split("+")))
     else:
-        words = ", ".join(f"`{part}`" for part in meaning.split())
+        words = ", ".join(in_words(part) for part in meaning.split())
     return words
+
+
+def in_words(part: str) -> str:
+    """A knob of a row of train_gpt.ALIASES, with the values that are translated."""
+    knob, _, table = part.rstrip("}").partition("{")
+    pairs = [pair.split("=") for pair in table.split(",") if "=" in pair]
+    told = ", ".join(f"{value} for {text}" for text, value in pairs if value)
+    return f"`{knob}`" + (f" ({told})" if told else "")
 
 
 def variables_page(root: Path, text: str) -> str:

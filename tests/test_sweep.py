@@ -1,5 +1,6 @@
 """tools/sweep.py: real runs and a script that only pretends; killed, failing, hopeless and shared sweeps."""
 
+import contextlib
 import json
 import math
 import signal
@@ -445,3 +446,46 @@ def test_a_sweep_is_tracked(place, monkeypatch):
     content = run("LR=3", "--tracker", "trackio")
     assert rows[0] == dict(project=content["name"], name="trial-0000", config=dict(LR="3"))
     assert rows[1:] == [*((n, dict(train_loss=5.0 - n)) for n in range(1, 5)), (4, {"final/val_bpb": 0.0}), "end"]
+
+
+def kept_by_tensorboard(folder):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = reader.EventAccumulator(str(folder / "s" / "tensorboard" / "trial-0000"))
+    found.Reload()
+    (settings,) = found.Tensors("settings/text_summary")
+    scalars = {name: [(e.step, round(e.value, 6)) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    return b"| LR | 3 |" in settings.tensor_proto.string_val[0], scalars
+
+
+def kept_by_trackio(folder):
+    (path,) = (folder / "trackio").glob("*.db")
+    with contextlib.closing(sqlite3.connect(path)) as data:
+        rows = data.execute("select step, metrics from metrics order by id").fetchall()
+        ((config,),) = data.execute("select config from configs").fetchall()
+    scalars = {}
+    for step, text in rows:
+        for name, value in json.loads(text).items():
+            scalars.setdefault(name, []).append((step, value))
+    return json.loads(config)["LR"] == "3", scalars
+
+
+def kept_by_wandb(folder):
+    """What the file of an offline run holds; its records are bytes of no public form."""
+    (path,) = (folder / "s" / "wandb").glob("offline-run-*/*.wandb")
+    data = path.read_bytes()
+    scalars = {"train_loss": [(n, 5.0 - n) for n in range(1, 5)]} if data.count(b"train_loss") >= 4 else {}
+    return b"LR" in data, scalars | ({"final/val_bpb": [(4, 0.0)]} if b"final/val_bpb" in data else {})
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
+def test_the_trackers_own_packages_get_settings_curves_and_the_final_score(kind, place):
+    """Runs with each package that is installed, without a network."""
+    pytest.importorskip(kind)
+    offline = dict(WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
+    environment = clean_environment(dict(offline, TRACKIO_DIR=place / "trackio", HOME=place))
+    arguments = ["LR=3", "--tracker", kind, "--folder", "s", "--", sys.executable, "pretend.py"]
+    done = run_command([sys.executable, str(TOOL), *arguments], env=environment, cwd=place)
+    assert done.returncode == 0 and "goes on without it" not in done.stderr, done.stderr
+    settings, scalars = globals()[f"kept_by_{kind}"](place)
+    assert settings
+    assert scalars == {"train_loss": [(n, 5.0 - n) for n in range(1, 5)], "final/val_bpb": [(4, 0.0)]}

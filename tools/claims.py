@@ -217,7 +217,7 @@ def stands(text: str, value: float, slack: float = 0.0, unit: float = 1.0, cut: 
         return False
     digits = len(text.partition(".")[2])
     long = digits >= 2 or abs(number) >= 1e5  # a mean of bytes is cut off too
-    return long and off < 10.0**-digits * unit and abs(value) > abs(number)
+    return long and off < (1 - 1e-6) * 10.0**-digits * unit and abs(value) > abs(number)
 
 
 @dataclass(frozen=True)

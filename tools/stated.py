@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Parts of its value: a figure this near to a stated number is the one that it means.
 NEAR = dict(bpb=0.015, loss=0.015, seconds=0.05, steps=0.05, memory=0.05)
 FIGURES = 5000  # of all logs, and statistics of them, that are compared
+CLOSE = 0.001  # a figure this near is meant, whatever stage it is of
 UNSURE = 0.02  # for seconds that may be of anything
 CORE = ("val_bpb", "val_loss", "bytes_total", "artifact_bytes", "mean_val_bpb", "val_bpb_mean", "bpb")
 ASSIGNED = re.compile(r"(?<![\w$])([A-Z][A-Z0-9_]{2,60})=[\"']?([^\s\"'\\;`|,)]{1,60})")
@@ -69,11 +70,12 @@ class Evidence:
         rows: dict[tuple, dict[int, Figure]] = defaultdict(dict)
         for leaf in self.leaves:
             m = leaf.meaning
-            if m.seed is not None and m.kind and not m.statistic and not m.foreign:
-                key = tuple(name for name in leaf.path if claims.seed_of(name) is None)
+            place = m.seed if m.seed is not None else listed(leaf)
+            if place is not None and m.kind and not m.statistic and not m.foreign:
+                key = tuple(name for name in leaf.path if claims.seed_of(name) is None and name[0:1] != "#")
                 label = "/".join(key)
                 one = Figure(leaf.value * m.units[0], claims.slack_of(leaf.text) * m.units[0], m, label)
-                rows[key][m.seed] = one
+                rows[key][place] = one
         for found in rows.values():
             first = next(iter(found.values()))
             logged = all(self.by_seed.get(seed) for seed in found)  # which are more exact than what is stated
@@ -101,6 +103,13 @@ class Evidence:
             return [f for f in over if f.meaning.statistic == m.statistic]
         plain = self.by_kind.get(m.kind, [])
         return plain + [f for f in over if "std" not in f.meaning.statistic] + with_code(files, self, m)
+
+
+def listed(leaf: Leaf) -> int | None:
+    """The place of a number in a list of figures of seeds that are not named, such as val_bpb_seeds."""
+    place = next((name for name in leaf.path if name.startswith("#")), None)
+    words = {word for name in leaf.path for word in claims.words_of(name)}
+    return -int(place[1:]) if place and place[1:].isdigit() and {"seed", "seeds"} & words else None
 
 
 def counts(run: Run | None, log: claims.LogFigures) -> bool:
@@ -264,6 +273,8 @@ def check_figure(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | N
     own = [f for f in pool if f.meaning.part == m.part] if m.part else pool
     if not own:
         return None
+    if (place := listed(leaf)) is not None and -place > len([s for s in evidence.by_seed if evidence.by_seed[s]]):
+        return None  # of a seed without a log
     nearest = min(own, key=lambda f: distance(leaf, f))
     if nominal(leaf) and distance(leaf, nearest) < 0.1:
         return True
@@ -272,7 +283,7 @@ def check_figure(findings: Findings, evidence: Evidence, leaf: Leaf) -> bool | N
     if distance(leaf, nearest) > reach and not core:
         return None
     last = [f for f in own if m.kind == "bpb" and not f.meaning.statistic and f.meaning.part]
-    if last and not (m.part or m.statistic):
+    if last and not (m.part or m.statistic) and distance(leaf, nearest) > CLOSE:
         nearest = last[-1]  # the score that counts
     who = f"seed {m.seed}: " if m.seed is not None else ""
     what = f"{m.statistic or nearest.meaning.statistic} of the seeds'" if nearest.meaning.statistic else "its"
@@ -340,7 +351,8 @@ def check_deviation(folder: Folder, findings: Findings, evidence: Evidence, leaf
     """A deviation must be the sample's; the population's is named as such."""
     m = leaf.meaning
     pool = [f for f in evidence.over if f.meaning.kind == m.kind]
-    pool = of_same_stage(evidence, leaf, pool)
+    same = of_same_stage(evidence, leaf, pool)
+    pool = same if any(f.meaning.statistic == "std" for f in same) else pool
     sample = [f for f in pool if f.meaning.statistic == "std"]
     if not sample:
         return None

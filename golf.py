@@ -68,13 +68,14 @@ class Model:
 
     def tokens(self, ids: Sequence[int], most: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
         """Sampled tokens that follow these, up to the end of the document, `most` at most."""
-        written, generator = list(ids), torch.Generator().manual_seed(seed)
+        written, generator, held = list(ids), torch.Generator().manual_seed(seed), b""
         for _ in range(most):
             row = self.logits(written[-self.config.eval_context :], last=1)[0]
-            row[self.tokenizer.silent] = -torch.inf
+            row[self.tokenizer.unfit(held)] = -torch.inf
             written.append(sample(row, temperature, top_k, generator))
             if written[-1] == tg.BOS_ID:
                 return
+            held = self.tokenizer.unfinished(held, written[-1])
             yield written[-1]
 
     def stream(self, prompt="", *, tokens=100, temperature=0.8, top_k=40, seed=0) -> Iterator[str]:

@@ -123,6 +123,25 @@ def test_results_are_the_submissions_figures(root):
     assert docs.stale(root) == {}
 
 
+def test_readmes_picture_shows_the_runs_of_the_submission(root):
+    """A curve for each log, its mean score, and what a compressor needs for the same text."""
+    for name in ("submission.json", "logs"):
+        (shutil.copytree if name == "logs" else shutil.copy)(ROOT / name, root / name)
+    picture = docs.stale(root)["docs/demo.svg"]
+    assert picture == (ROOT / "docs" / "demo.svg").read_text()
+    drawing = ElementTree.fromstring(picture)
+    curves = [node for node in drawing.iter() if node.get("class") == "curve"]
+    places = [[tuple(map(float, place.split(","))) for place in curve.get("points").split()] for curve in curves]
+    assert len(curves) == 3 and all(len(curve) > 20 and curve == sorted(curve) for curve in places)
+    assert all(58 <= x <= 700 and 50 <= y <= 282 for curve in places for x, y in curve)
+    words = [node.text for node in drawing.iter() if node.tag.endswith("text")]
+    mean = json.loads((ROOT / "submission.json").read_text())["val_bpb"]
+    assert f"score: {mean:.3f}" in words and "xz -9: 1.873" in words and "prefers-color-scheme: dark" in picture
+    assert "(docs/demo.svg)" in (ROOT / "README.md").read_text()
+    shutil.rmtree(root / "logs")
+    assert "docs/demo.svg" not in docs.stale(root)
+
+
 def test_without_test_time_training_its_column_is_empty_and_one_seed_has_no_deviation():
     content = submission()
     content["seed_results"] = {"42": dict(content["seed_results"]["42"], val_bpb=1.61)}

@@ -185,6 +185,22 @@ def test_bytes_that_are_no_character_yet_wait(folder, data):
     assert "".join(text.stream(iter([*ids[:2], *ids]))) == "\ufffd😀"
 
 
+def test_a_sampled_text_has_no_broken_character(folder):
+    """A random model writes half of the bytes as tokens of their own. All that it writes is UTF-8."""
+    model, text = loaded(folder)
+    byte = {value: text.model.PieceToId(f"<0x{value:02X}>") for value in range(256)}
+    unfit = {held: {*text.unfit(held).tolist()} for held in (b"", "世".encode()[:1], "😀".encode()[:3])}
+    assert byte[0x80] in unfit[b""] and byte[0xFF] in unfit[b""] and byte[0xE4] not in unfit[b""]
+    assert tg.BOS_ID not in unfit[b""] and byte[ord("a")] not in unfit[b""]
+    for held in list(unfit)[1:]:
+        fit = {*range(len(text.pieces))} - unfit[held]
+        assert fit <= {byte[value] for value in range(0x80, 0xC0)} and len(fit) in (32, 64)
+    assert text.unfinished(b"\xe4\xb8", byte[0x96]) == b"" and text.unfinished(b"\xe4", byte[0xB8]) == b"\xe4\xb8"
+    written = [model.generate("世", tokens=60, temperature=5, top_k=0, seed=seed) for seed in range(4)]
+    assert all("\ufffd" not in sample for sample in written)
+    assert any(ord(character) > 255 for sample in written for character in sample[1:])
+
+
 def test_lines_ends_the_text_after_so_many_that_hold_something():
     assert "".join(generate.lines_of(iter(["\na", "b\n", "\n", "c\nd"]), 2)) == "\nab\n\nc"
     assert "".join(generate.lines_of(iter(["a\nb", "c"]), 0)) == "a\nbc"

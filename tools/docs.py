@@ -1,4 +1,4 @@
-"""Generates parts of the documentation: docs/knobs.md, docs/variables.md, and the results in README.md.
+"""Generates parts of the documentation: docs/knobs.md, docs/variables.md, README.md's results, and its picture.
 
     python tools/docs.py            updates stale files (make docs)
     python tools/docs.py --check    writes nothing; names stale files in one line and exits with 1
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from commands import variables_page  # noqa: E402
+from demo_picture import demo_page  # noqa: E402
 from runs import Parser, UserError, command_line, read_json, write_atomic  # noqa: E402
 from strangers import markdown  # noqa: E402
 
@@ -172,6 +173,7 @@ PARTS: dict[str, Callable[[Path, str], str]] = {
     "docs/knobs.md": knobs_page,
     "docs/variables.md": variables_page,
     "README.md": readme_page,
+    "docs/demo.svg": demo_page,
 }
 
 

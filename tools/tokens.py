@@ -38,6 +38,8 @@ class Tokenizer:
         self.caseops = m.unk_id() not in self.operators.values()
         silent = [i for i in ids if i != tg.BOS_ID and (m.IsControl(i) or m.IsUnknown(i) or m.IsUnused(i))]
         self.silent = torch.tensor(silent, dtype=torch.int64)  # never in training data, and not text
+        self.bytes = {i for i in ids if m.IsByte(i)}
+        self.unfit_after: dict[bytes, torch.Tensor] = {}
         self.pieces = [
             bytes([int(m.IdToPiece(i)[3:5], 16)]) if m.IsByte(i) else m.IdToPiece(i).replace("\u2581", " ").encode()
             for i in ids
@@ -77,10 +79,32 @@ class Tokenizer:
             held += decoder.decode(b"", True)
         yield original(held) if self.caseops else held
 
+    def unfinished(self, held: bytes, token: int) -> bytes:
+        """The bytes of a character that has more of them, after such bytes and a token."""
+        return begin_of_character(held + self.pieces[token]) or b"" if token in self.bytes else b""
+
+    def unfit(self, held: bytes) -> torch.Tensor:
+        """Tokens that no text has after these bytes of an unfinished character: others would break it."""
+        if held not in self.unfit_after:
+            ids = range(len(self.pieces)) if len(self.bytes) == 256 else ()
+            bad = [i for i in ids if (begin_of_character(held + self.pieces[i]) is None if i in self.bytes else held)]
+            self.unfit_after[held] = torch.tensor(sorted({*self.silent.tolist(), *bad}), dtype=torch.int64)
+        return self.unfit_after[held]
+
     def target_bytes(self, ids: np.ndarray) -> np.ndarray:
         """Bytes of text that each token after the first stands for: [n - 1], as a score counts them."""
         counts = self.vocabulary.target_bytes(ids[:-1], ids[1:])
         return caseops.original_bytes(ids[1:], counts, self.operators) if self.caseops else counts
+
+
+def begin_of_character(data: bytes) -> bytes | None:
+    """What is left of bytes of UTF-8 after whole characters: the beginning of one, or nothing. None: no text has them."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(data)
+    except UnicodeDecodeError:
+        return None
+    return decoder.getstate()[0]
 
 
 def original(text: str) -> str:

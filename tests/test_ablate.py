@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, built_once, forking, knob_names, launch, strings, write_data
+from helpers import ROOT, forking, knob_names, launch, strings
 
 sys.path.append(str(ROOT / "bench"))
 import ablate  # noqa: E402
@@ -24,8 +24,7 @@ def test_every_row_changes_the_configuration(preset):
         assert changed != whole, name
 
 
-def test_a_table_is_made_once(tmp_path_factory, tmp_path, monkeypatch, capsys):
-    data = built_once(tmp_path_factory, "data", write_data)
+def test_a_table_is_made_once(brief, tmp_path, monkeypatch, capsys):
     tiny = dict(
         VOCAB_SIZE=384,
         MODEL_DIM=32,
@@ -53,7 +52,7 @@ def test_a_table_is_made_once(tmp_path_factory, tmp_path, monkeypatch, capsys):
             "XSA off",
             "temperature 0.95",
             "--data",
-            str(data),
+            str(brief),
             "--folder",
             str(tmp_path / "runs"),
             "--out",

@@ -1,6 +1,7 @@
 """Rules of style that no linter checks, over everything but the tests."""
 
 import ast
+import functools
 from collections import Counter
 
 import pytest
@@ -13,6 +14,11 @@ FILES = [
     ROOT / "golf.py",
     *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")),
 ]
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
 
 
 def parallel_assignments(tree):
@@ -45,7 +51,7 @@ def long_functions(tree):
 
 @pytest.mark.parametrize("rule", [parallel_assignments, nested_conditionals, long_functions])
 def test_a_rule_holds_everywhere(rule):
-    broken = {path.name: rule(ast.parse(path.read_text())) for path in FILES}
+    broken = {path.name: rule(tree_of(path)) for path in FILES}
     assert {name: places for name, places in broken.items() if places} == {} and len(broken) > 20
 
 

@@ -127,6 +127,7 @@ def test_readmes_picture_shows_the_runs_of_the_submission(root):
     """A curve for each log, its mean score, and what a compressor needs for the same text."""
     for name in ("submission.json", "logs"):
         (shutil.copytree if name == "logs" else shutil.copy)(ROOT / name, root / name)
+    shutil.copy(root / "logs" / "train_seed0.log", root / "logs" / "mine.log")  # a run of the user's own
     picture = docs.stale(root)["docs/demo.svg"]
     assert picture == (ROOT / "docs" / "demo.svg").read_text()
     drawing = ElementTree.fromstring(picture)

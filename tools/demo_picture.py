@@ -83,7 +83,8 @@ def demo_svg(curves: Sequence[report.Curve], submission: dict[str, Any], packed:
     seconds = max(row["train_wallclock_ms"] for row in submission["seed_results"].values()) / 1000
     size = max(row["artifact_bytes"] for row in submission["seed_results"].values()) / 1e6
     y, end, score = axes.y(packed), RIGHT + 10, axes.y(mean)
-    title = f"Bits per byte while it trains, less is better: {seconds / 60:.0f} minutes on {submission['hardware']}, {len(curves)} seeds"
+    how = f"{seconds / 60:.0f} minutes on {submission['hardware']}, {len(curves)} seeds"
+    title = f"Bits per byte while it trains, less is better: {how}"
     parts = [text(LEFT - 40, 24, title.replace(", 1 rank", ""), "title"), *axes.grid()]
     parts += [text((LEFT + RIGHT) / 2, BOTTOM + 38, "tokens of the demo's corpus, trained on", "middle")]
     parts += [line(LEFT, y, RIGHT, y, "other"), text(end, y - 2, f"xz -9: {packed:.3f}", "packer")]
@@ -99,7 +100,8 @@ def demo_page(root: Path, old: str) -> str:
     """docs/demo.svg of the runs that submission.json reports; the old text where there are none. Errors: UserError."""
     if not (root / "submission.json").is_file() or not (root / "logs").is_dir():
         return old
-    found, _ = report.read([str(root / "logs")])
+    seeds = runs.read_json(root / "submission.json")["seed_results"]  # users have runs of their own in logs/, too
+    found, _ = report.read([str(root / "logs" / f"train_seed{seed}.log") for seed in seeds])
     curves = [curve for curve in map(report.curve_of, found) if curve and curve.training]
     if not curves:
         return old

@@ -415,7 +415,7 @@ class Config(ModelConfig):
     )
     preset_file: str = knob(
         "",
-        "TOML file of knobs, such as matrix_lr = 0.028, and of a preset; what is set in the environment overrides it",
+        "TOML file of knobs such as matrix_lr = 0.028, which the environment overrides; empty: none",
         Observed.PARAMETERS,
     )
     original: bool = knob(
@@ -2173,6 +2173,24 @@ VALUE_HINTS = {
     "MODE": "; in other scripts MODE chooses a recipe, which is PRESET here",
     "COMPUTE_DTYPE": "; bf16 is bfloat16 here, and float16 would overflow",
 }
+
+
+def open_regular(path: Path) -> int:
+    """The descriptor of a plain file, opened for reading. Errors: OSError; ValueError for anything else."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a FIFO would wait for its writer
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("it is not a plain file")
+    return handle
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a file that may be anything. Errors: OSError; ValueError for no plain file, or too many bytes."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"it has {size} bytes, and at most {limit} are read")
+        return file.read()
 
 
 PRESET_FILE_LIMIT = 1 << 20  # bytes
@@ -4303,15 +4321,6 @@ TENSOR_TYPES = {
 OPERATIONAL = ("run_id", "strict", "artifact_dir", "resume", "checkpoint_every_seconds", "cpu_threads", "read_ahead")
 
 
-def open_regular(path: Path) -> int:
-    """The descriptor of a plain file, opened for reading. Errors: OSError; ValueError for anything else."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a FIFO would wait for its writer
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ValueError("it is not a plain file")
-    return handle
-
-
 def host_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in host memory, not copied where it is contiguous."""
     if not tensor.numel():
@@ -4370,15 +4379,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json_object(json.loads(metadata["state"]), "its state")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"is no checkpoint, or a damaged one ({error})") from None
-
-
-def read_regular(path: Path, limit: int) -> bytes:
-    """The bytes of a file that may be anything. Errors: OSError; ValueError for no plain file, or too many bytes."""
-    with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"it has {size} bytes, and at most {limit} are read")
-        return file.read()
 
 
 def nonfinite(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -6,6 +6,7 @@ The picture is written as text, so that a browser shows its words sharply, and i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ def demo_page(root: Path, old: str) -> str:
     """docs/demo.svg of the runs that submission.json reports; the old text where there are none. Errors: UserError."""
     if not (root / "submission.json").is_file() or not (root / "logs").is_dir():
         return old
-    seeds = runs.read_json(root / "submission.json")["seed_results"]  # users have runs of their own in logs/, too
-    found, _ = report.read([str(root / "logs" / f"train_seed{seed}.log") for seed in seeds])
+    own = re.compile(r"train_seed\d+\.log")  # users have runs of their own in logs/, too
+    found, _ = report.read([str(path) for path in sorted((root / "logs").iterdir()) if own.fullmatch(path.name)])
     curves = [curve for curve in map(report.curve_of, found) if curve and curve.training]
     if not curves:
         return old

@@ -14013,6 +14013,8 @@ if __name__ == "__main__":
         if at_start == interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main(sys.argv[1:], dict(os.environ)))
+    except KeyboardInterrupt:  # another one, while the first one's line was written
+        sys.exit(130)
     finally:
         signal.signal(signal.SIGINT, at_start)  # the interpreter's last words about a Ctrl-C would be a traceback
         settle_output()

@@ -246,6 +246,22 @@ def test_an_input_that_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
         tg.is_input(tmp_path / "sidecar.bin")
 
 
+def test_a_second_interrupt_shows_no_traceback():
+    """It may come while main() deals with the first one: here, in the expression that calls main()."""
+    program = f"""
+import runpy, sys
+
+class Arguments(list):
+    def __getitem__(self, index):
+        raise KeyboardInterrupt
+
+sys.argv = Arguments(sys.argv)
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = run_command([sys.executable, "-c", program])
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_the_script_may_be_gone_when_the_model_is_packed(data, tmp_path):
     """As where another branch is checked out meanwhile. The bytes that count are those of what runs."""
     script = tmp_path / "train_gpt.py"

@@ -108,5 +108,7 @@ def run_script(copy: Path) -> int:
     t.__dict__["__file__"] = str(copy)
     try:
         return t.main([], dict(os.environ))
+    except KeyboardInterrupt:
+        return 130
     finally:
         t.settle_output()

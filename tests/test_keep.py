@@ -253,7 +253,9 @@ import runpy, sys
 
 class Arguments(list):
     def __getitem__(self, index):
-        raise KeyboardInterrupt
+        if isinstance(index, slice):
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
 
 sys.argv = Arguments(sys.argv)
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import collections
 import csv
+import functools
 import json
 import re
 import sys
@@ -240,13 +241,18 @@ def in_words(part: str) -> str:
     return f"`{knob}`" + (f" ({told})" if told else "")
 
 
+@functools.cache
+def public_figures() -> str:
+    """How many of tests/public_commands.json are whole and named, as docs/variables.md says it."""
+    verdicts = [judge(preset, given) for preset, given in read_commands(ROOT / "tests" / "public_commands.json")]
+    whole, named = sum(v.whole for v in verdicts), sum(v.named for v in verdicts)
+    return FIGURES.format(commands=len(verdicts), whole=whole, named=named, share=f"{whole / len(verdicts):.0%}")
+
+
 def variables_page(root: Path, text: str) -> str:
     """docs/variables.md: every variable that at least two public pull requests set, and what it is here."""
-    verdicts = [judge(preset, given) for preset, given in read_commands(root / "tests" / "public_commands.json")]
-    whole, named = sum(v.whole for v in verdicts), sum(v.named for v in verdicts)
-    figures = FIGURES.format(commands=len(verdicts), whole=whole, named=named, share=f"{whole / len(verdicts):.0%}")
     lines = [
-        VARIABLES_HEAD.format(figures=figures),
+        VARIABLES_HEAD.format(figures=public_figures()),
         "| Variable | Pull requests | What it is | Here |",
         "|---|---|---|---|",
     ]

@@ -30,7 +30,8 @@ HEADLINE = re.compile(
 TITLE = re.compile(r"^#{1,3} .{0,200}?\bval[_ ]?bpb\W{1,6}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
 # The same within a line, of a named run: the submitted artifact is seed 1337's, with `val_bpb = 1.08471849`.
 INLINE = re.compile(
-    r"^[^|\n]{0,200}?\b(?:seed|submitted|submission|final)\b[^|\n]{0,100}?\bval[_ ]?bpb`?\s?[:=]\s?[`*]{0,3}([0-9]\.[0-9]{4,10})(?![0-9])",
+    r"^[^|\n]{0,200}?\b(?:seed|submitted|submission|final)\b[^|\n]{0,100}?"
+    r"\bval[_ ]?bpb`?\s?[:=]\s?[`*]{0,3}([0-9]\.[0-9]{4,10})(?![0-9])",
     re.I | re.M,
 )
 DEVIATION = re.compile(r"(?:\bstd(?:ev)?|standard deviation|±|σ|\+/-)\W{0,8}(0\.0[0-9]{2,8})(?![0-9])", re.I)

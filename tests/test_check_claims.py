@@ -129,7 +129,37 @@ def cells_differ(folder):
     )
 
 
+def scores_in_a_list(s):
+    s["val_bpb_seeds"] = [s["val_bpb"], *(submissions.Decimal(f"{s['val_bpb'] + x:.8f}") for x in (0.0004, -0.0004))]
+
+
+def logged(folder, name, seed=42):
+    """A score of a seed's log."""
+    text = (folder / f"train_seed{seed}.log").read_text()
+    return float(re.search(rf"^{name} val_loss:\S+ val_bpb:(\S+)", text, re.M)[1])
+
+
+def table(title, *names, off=0.0, also=""):
+    """A change: a table on the page with a score of each seed's log, the first one with an error."""
+
+    def change(folder):
+        rows = [f"| {s} | {logged(folder, names[0], s) + (off if s == 42 else 0):.5f} |" for s in (42, 314, 1337)]
+        page("\n".join([f"\n\n| Seed | {title} |", "|--|--|", *rows, also.format(logged(folder, names[0])), ""]))(
+            folder
+        )
+
+    return change
+
+
 ALARMS = {
+    "a column without a kind": ("full", None, table("Mixer (order 5)", "quantized_ttt")),
+    "a table of metrics": (
+        "full",
+        None,
+        lambda f: page(
+            f"\n| Metric | Value |\n|--|--|\n| Sliding val_bpb | {logged(f, 'quantized_sliding_window'):.4f} |\n"
+        )(f),
+    ),
     "further logs of a seed": ("full", None, further_log),
     "the last step over 600 s": ("full", late, None),
     "lines of results": ("full", None, result_lines),
@@ -152,6 +182,14 @@ ALARMS = {
         None,
         in_json(compliance="all", baseline="PR #1019", significance="p < 0.01", technique_summary=["a", "b"]),
     ),
+    "a stop 0.2 s late": (
+        "full",
+        lambda ts: [setattr(t, "steps", 5000) or setattr(t, "step_ms", 120.04) for t in ts],
+        None,
+    ),
+    "about so many steps": ("full", None, page("\n| Seed | Steps | ms/step |\n|--|--|--|\n| 42 | ~5100 | ~99 |\n")),
+    "scores of seeds without logs in a list": ("flat", None, lambda f: rewrite(f, scores_in_a_list)),
+    "a title that names another": ("full", None, lambda f: edit(f / "README.md", r"^# .*", "# PR #1855 with a method")),
     "steps as text": ("full", None, in_json(steps_completed="4945/20000", github_id=None, hardware=dict(gpus=8))),
 }
 
@@ -288,6 +326,44 @@ PLANTS = {
         None,
         lambda f: edit(f / "README.md", r"^(\| 42 \| )(\d)", lambda m: m[1] + str((int(m[2]) + 1) % 10 or 9)),
         "README.md: seed 42, Steps",
+    ),
+    "a cell of a column without a kind": (
+        "full",
+        None,
+        table("Mixer (order 5)", "quantized_ttt", off=0.0108),
+        "README.md: seed 42, Mixer (order 5)",
+    ),
+    "a cell below a title that names another": (
+        "full",
+        None,
+        lambda f: (
+            edit(f / "README.md", r"^# .*", "# PR #1855 with a method"),
+            table("TTT BPB", "quantized_ttt", off=0.0108)(f),
+        ),
+        "README.md: seed 42, TTT BPB",
+    ),
+    "a deviation below a column": (
+        "full",
+        None,
+        table("TTT BPB", "quantized_ttt", also="| **Std** | 0.02500 |"),
+        "README.md: TTT BPB: std 0.02500 and the sample deviation of its rows",
+    ),
+    "a figure of a table of metrics": (
+        "full",
+        None,
+        lambda f: page(
+            f"\n| Metric | Value |\n|--|--|\n| Sliding val_bpb | {logged(f, 'quantized_sliding_window') * 1.01:.6f} |\n"
+        )(f),
+        "README.md: Sliding val_bpb: ",
+    ),
+    "a score as the value of its seed": (
+        "full",
+        None,
+        lambda f: rewrite(
+            f,
+            lambda s: s.update(seeds={n: r["val_bpb"] + (n == "314") / 100 for n, r in s.pop("seed_results").items()}),
+        ),
+        "seed 314: ",
     ),
     "the page's headline": (
         "full",

@@ -95,6 +95,50 @@ FORMS = {
         dict(quantized=1.13, ttt=1.1537),
         "ttt",
     ),
+    "a mixer on top of sliding windows, which are said after it": (
+        """quantized val_loss:2.88 val_bpb:1.1173
+        byte_mixer val_bpb:0.9428 eval_time:480934ms order=5
+        quantized_sliding_window val_loss:2.84 val_bpb:1.1004 eval_time:625887ms""",
+        dict(quantized=1.1173, byte_mixer=0.9428, sliding=1.1004),
+        "byte_mixer",
+    ),
+    "a better score of before the quantization is not the last one": (
+        """best_checkpoint val_loss:1.8 val_bpb:1.05
+        quantized val_loss:2.88 val_bpb:1.11
+        quantized_sliding_window val_loss:2.84 val_bpb:1.10""",
+        dict(best_checkpoint=1.05, quantized=1.11, sliding=1.10),
+        "sliding",
+    ),
+    "test-time training before the quantization, under no such name": (
+        """DIAGNOSTIC post_ttt val_loss:1.87 val_bpb:1.1081 eval_time:6056ms
+        final_int6_roundtrip_exact val_loss:1.878 val_bpb:1.1125
+        final_int6_sliding_window_exact val_loss:1.843 val_bpb:1.0917""",
+        dict(diagnostic_post_ttt=1.1081, quantized=1.1125, sliding=1.0917),
+        "sliding",
+    ),
+    "a roundtrip of a format of its own": (
+        "final_w6e8_zlib_roundtrip_exact val_loss:2.7143 val_bpb:1.1649",
+        dict(quantized=1.1649),
+        "quantized",
+    ),
+    "a roundtrip in sliding windows": (
+        """final_eval_mode:sliding_window stride:64 batch_seqs:16
+        final_int6_zstd_roundtrip_exact val_loss:1.9689 val_bpb:1.1661""",
+        dict(sliding=1.1661),
+        "sliding",
+    ),
+    "scores in words": (
+        """EMA BPB (no XSA): 1.022
+        Quantized BPB (no XSA): 1.0415
+        Baseline BPB: 1.2244""",
+        dict(pre_quant=1.022, quantized=1.0415),
+        "quantized",
+    ),
+    "the stage in brackets": (
+        "val_bpb (pre-quant): 1.50\nval_bpb (int4 roundtrip): 1.60",
+        dict(pre_quant=1.50, quantized=1.60),
+        "quantized",
+    ),
     "progress, differences and aims are no stages": (
         """DIAGNOSTIC post_average val_loss:1.9 val_bpb:1.14 eval_time:2000ms
         final_ternary_roundtrip_exact val_loss:2.0 val_bpb:1.13
@@ -119,6 +163,34 @@ def test_the_last_score_counts_under_its_own_name(form, stamp, tmp_path):
     assert run.final_stage == final and run.final.bpb == stages[final] and not run.problems
     cell = report.rows_of([run])[1][report.rows_of([run])[0].index("of stage")]
     assert cell == (final if final in report.STAGES else f"{final} (unknown stage)")
+
+
+def test_a_log_in_columns_and_words(tmp_path):
+    (run,) = read(
+        tmp_path,
+        """Seed: 42, Steps: 7000, Warmdown: 2100
+Validation tokens: 40,540,160
+Total params: 33,909,825
+step     1/7000 | loss 8.9998 | lr_mul 0.0500 | 0.01 steps/s | 125s
+step   100/7000 | loss 5.1039 | lr_mul 1.0000 | 0.65 steps/s | 154s
+Stopping early at step 1652 (wallclock limit)
+Training complete in 600s
+Artifact: 15,870,797 bytes (15.14 MB)
+final_int6_roundtrip_exact val_loss:3.16671180 val_bpb:1.04153708
+""",
+    )
+    assert run.losses == [(1, 8.9998, 125.0), (100, 5.1039, 154.0)]
+    assert (run.seed, run.steps, run.train_seconds, run.artifact_bytes) == (42, 1652, 600.0, 15870797)
+    assert (run.val_tokens, run.parameters, run.final.bpb) == (40540160, 33909825, 1.04153708)
+
+
+def test_sizes_of_other_machines_and_of_a_total(tmp_path):
+    (run,) = read(tmp_path, "step:3/3 val_loss:3.7 val_bpb:2.2\nserialized_model_int8_zlib:7990030 bytes (payload:1)\n")
+    assert run.model_bytes == 7990030
+    (run,) = read(
+        tmp_path, "Total submission size int6+zstd: 15000000 bytes\nstep:1/1 val_bpb:1.2\nArtifact: 7 bytes\n"
+    )
+    assert run.artifact_bytes == 15000000
 
 
 def test_facts_beside_a_score(tmp_path):

@@ -249,7 +249,7 @@ STAMP = re.compile(
     r"|^\[(?:rank ?)?[\w.-]{1,20}\]:?\s+"
 )
 PAIRS = re.compile(rf"(?<![\w/+.-])([A-Za-z_][\w/+-]*)[:=]\s?({runs.FIGURE})\s?(ms|s|m|MiB|MB|bytes|B)?(?![\w.])")
-SIZE = re.compile(r"^([A-Za-z][\w +()/.-]{0,80}?):? {1,4}([0-9][0-9,]*) bytes")
+SIZE = re.compile(r"^([A-Za-z][\w +()/.-]{0,80}?)(?:: {0,9}| {1,4})([0-9][0-9,]*) bytes")
 SETTING = re.compile(r"^\s{1,8}(\w+): ?(\S.*)$")
 ONE_LINE = re.compile(r"(?<![\w/+.-])([a-z_][a-z0-9_]*)[:=]([^\s:=]+)(?=\s|$)")
 WITH_UNIT = re.compile(r"[-+0-9.,]{1,20}(?:s|ms|m|us|GB|GiB|MB|MiB|%|C|W),?")
@@ -412,9 +412,9 @@ def leaves(content: Any, seeds: list[int]) -> Iterator[Leaf]:
             here = (*path, f"seed_{own}") if isinstance(own, int) and not isinstance(own, bool) else path
             left += [((*here, str(key)), inner) for key, inner in reversed(value.items())]
         elif isinstance(value, list):
-            named = (
-                [f"seed_{s}" for s in seeds] if len(value) == len(seeds) > 1 else [f"#{i + 1}" for i in range(len(value))]
-            )
+            named = [f"#{i + 1}" for i in range(len(value))]
+            if len(value) == len(seeds) > 1:
+                named = [f"seed_{s}" for s in seeds]
             named = named if path[-1:] != ("seeds",) else [""] * len(value)
             left += [((*path[:-1], n, *path[-1:]), v) for n, v in reversed(list(zip(named, value, strict=True))) if n]
         elif strangers.is_number(value) and path:

@@ -30,7 +30,8 @@ HEADLINE = re.compile(
 TITLE = re.compile(r"^#{1,3} .{0,200}?\bval[_ ]?bpb\W{1,6}([0-9]\.[0-9]{3,10})(?![0-9])", re.I | re.M)
 # The same within a line, of a named run: the submitted artifact is seed 1337's, with `val_bpb = 1.08471849`.
 INLINE = re.compile(
-    r"^[^|\n]{0,200}?\b(?:seed|submitted|submission|final)\b[^|\n]{0,100}?\bval[_ ]?bpb`?\s?[:=]\s?[`*]{0,3}([0-9]\.[0-9]{4,10})(?![0-9])",
+    r"^[^|\n]{0,200}?\b(?:seed|submitted|submission|final)\b[^|\n]{0,100}?"
+    r"\bval[_ ]?bpb`?\s?[:=]\s?[`*]{0,3}([0-9]\.[0-9]{4,10})(?![0-9])",
     re.I | re.M,
 )
 DEVIATION = re.compile(r"(?:\bstd(?:ev)?|standard deviation|±|σ|\+/-)\W{0,8}(0\.0[0-9]{2,8})(?![0-9])", re.I)
@@ -175,6 +176,8 @@ def check_row(
     own = [f for f in evidence.by_seed.get(seed, []) if f.meaning.kind] if seed is not None else evidence.over
     unknown = []
     above = above if above is not None else {}
+    if seed is None and re.match(r"^\W*(?:std|stdev|deviation)", cells[0], re.I):
+        check_deviation_row(folder, findings, header, cells, above)
     for title, cell in zip(header, cells, strict=False):
         if seed is not None and (number := re.match(r"^[*]*([0-9]\.[0-9]{2,10})(?![0-9])", cell)):
             above.setdefault(title, []).append(float(number[1]))
@@ -206,6 +209,27 @@ def check_row(
                 unknown.append(text)
     findings.compared += 1
     return unknown
+
+
+def check_deviation_row(
+    folder: Folder, findings: Findings, header: list[str], cells: list[str], above: dict[str, list[float]]
+) -> None:
+    """A deviation below a column of seeds must be the sample's of what the column says."""
+    for title, cell in zip(header, cells, strict=False):
+        match = re.match(r"^[*±]*(0\.0[0-9]{2,10})(?![0-9])", cell)
+        values = above.get(title, [])
+        if not match or len(values) < 3:
+            continue
+        slack = 0.75 * 10.0 ** -min(len(repr(x).partition(".")[2]) for x in values)
+        sample, population = statistics.stdev(values), statistics.pstdev(values)
+        named = "population" in folder.page.lower() or "ddof=0" in folder.page
+        if any(stands(match[1], x, slack, cut=False) for x in (sample, population if named else sample)):
+            continue
+        why = " (it is the population's)" if stands(match[1], population, slack, cut=False) else ""
+        findings.error(
+            f"README.md: {title}: std {match[1]} and the sample deviation of its rows {sample:.4g}{why}",
+            cause="statistics",
+        )
 
 
 def check_metric(findings: Findings, evidence: Evidence, known: Known, cells: list[str]) -> None:

@@ -247,10 +247,13 @@ PREFIX = re.compile(
     r"|\[?(?:INFO|DEBUG|WARNING|NOTICE)\]?(?::[\w.]{1,40})?(?=[\s|:-])|[0-9]{1,3}:(?=\s))(?:\s?[|:-])? ?",
     re.IGNORECASE,
 )
-SIZE = re.compile(r"^(Total submission size|Code size|Serialized model)\b([^:]*):\s*([0-9,]+) bytes")
+SIZE = re.compile(r"^(Total submission size|Code size|Serialized model|serialized_model)([^:]*):\s*([0-9,]+) bytes")
 ARTIFACT = re.compile(r"^\s*(?:total |final )?artifact(?: size)?:\s*([0-9][0-9,]*) bytes", re.IGNORECASE)
 # A score as `Quantized BPB (no XSA): 1.041537`, where it names a stage that is known.
-SPOKEN = re.compile(rf"^\s*([A-Za-z][A-Za-z +-]{{0,60}}?) (?:BPB|bpb)(?: ?\([^()]{{0,40}}\))?\s?[:=]\s*({FIGURE})\s*$")
+SPOKEN = re.compile(
+    rf"^\s*(?:([A-Za-z][A-Za-z +-]{{0,60}}?) (?:BPB|bpb)(?: ?\([^()]{{0,40}}\))?"
+    rf"|(?:val_)?(?:BPB|bpb) \(([A-Za-z][\w +-]{{0,60}})\))\s?[:=]\s*({FIGURE})\s*$"
+)
 OURS = {
     "artifact": re.compile(r"^artifact +([0-9]+) bytes \(code ([0-9]+) \+ model ([0-9]+)\)"),
     "read back": re.compile(r"^val_bpb .*read back; ([0-9]+) targets, ([0-9]+) bytes"),
@@ -373,6 +376,7 @@ class LogReader:
 
     def __init__(self, run: Run):
         self.run, self.exact = run, set()
+        self.total = False  # a line had the total size
         self.mode: int | None = None  # the stride of sliding windows in which the last stage is scored
 
     def feed(self, line: str) -> None:
@@ -471,7 +475,7 @@ class LogReader:
             if "uncompressed" not in form:
                 self.run.code_bytes = count
         elif what.startswith("Total"):
-            self.run.artifact_bytes = count
+            self.run.artifact_bytes, self.total = count, True
         else:
             self.run.model_bytes = count
 
@@ -523,11 +527,13 @@ class LogReader:
         elif match := re.match(rf"^Training (?:complete|done|finished)(?: in|:) ({FIGURE}) ?(ms|s|m)\b", line, re.I):
             run.train_seconds = amount(match[1]) * SECONDS[match[2]]
         elif match := ARTIFACT.match(line):
-            run.artifact_bytes = run.artifact_bytes or whole(match[1])
+            run.artifact_bytes = run.artifact_bytes if self.total else whole(match[1])
         elif match := SPOKEN.match(line):
-            name, known = stage_name(match[1])
-            if known and name not in run.stages:
-                self.keep(name, Stage(None, number(match[2]), label=match[1].strip()))
+            words = (match[1] or match[2]).strip()
+            name, known = stage_name(words)
+            said = run.stages.get(name)
+            if known and (said is None or said.label == words):
+                self.keep(name, Stage(None, number(match[3]), label=words))
         elif match := re.match(r"^final_eval_mode:\s*(\w+)(?:.*\bstride[:=]\s*([0-9]{1,9}))?", line):
             self.mode = whole(match[2]) if "sliding" in match[1] and match[2] else None
         elif match := re.match(

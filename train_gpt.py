@@ -2975,7 +2975,8 @@ class LiveLine:
         self.written = -math.inf
         self.bytes_per_token = 0.0  # of the validation text; 0: not known
         try:
-            self.terminal = stream is not None and stream.isatty()
+            # A dumb terminal, such as an editor's, shows the codes that move the cursor.
+            self.terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
         except ValueError:  # a stream that was closed
             self.terminal = False
 

@@ -95,14 +95,36 @@ def test_transformers_reads_and_writes_the_same_text(kind, plain, tmp_path):
         assert len(theirs) == 384
         theirs.save_pretrained(tmp_path / "again")
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    batch = theirs(["the river", "the river was quiet and the"], return_tensors="pt", padding=True, padding_side="left")
-    with torch.no_grad():
-        logits = network(**batch).logits
-    assert (logits[0, -1] - model.logits(ours.encode("the river"))[-1]).abs().max() < 1e-5
+    texts = ["the river", "the river was quiet and the"]
+    for side, last in (("left", -1), ("right", len(ours.encode(texts[0])) - 1)):
+        batch = theirs(texts, return_tensors="pt", padding=True, padding_side=side)
+        with torch.no_grad():
+            logits = network(**batch).logits
+        assert (logits[0, last] - model.logits(ours.encode(texts[0]))[-1]).abs().max() < 1e-5
     prompt = theirs("the river", return_tensors="pt")
-    written = network.generate(**prompt, max_new_tokens=40, do_sample=False, suppress_tokens=[0, 2, 3])[0]
+    silent = sorted({*ours.silent.tolist(), *ours.bytes})  # transformers does not know which bytes break a character
+    model.tokenizer.unfit_after[b""] = torch.tensor(silent)
+    written = network.generate(**prompt, max_new_tokens=40, do_sample=False, suppress_tokens=silent)[0]
     text = theirs.decode(written, skip_special_tokens=True)
     assert text == model.generate("the river", tokens=40, temperature=0)  # beyond the context of 32, too
+
+
+@NEEDS_TRANSFORMERS
+def test_transformers_generates_in_every_usual_way(plain, tmp_path):
+    """With and without a cache, which the model does not have; in batches, by beams, and in a pipeline."""
+    exported(write_run(tmp_path / "run", config(RECORD_LIKE), plain), "--to", "hf", "--out", str(tmp_path / "hf"))
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    texts, options = ["the river", "the river was quiet and the"], dict(max_new_tokens=6, do_sample=False)
+    alone = [network.generate(**tokenizer(t, return_tensors="pt"), **options)[0, -6:].tolist() for t in texts]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    for use_cache in (True, False):
+        assert network.generate(**batch, use_cache=use_cache, **options)[:, -6:].tolist() == alone
+    beams = network.generate(**batch, num_beams=2, num_return_sequences=2, **options)
+    assert beams.shape[0] == 4 and beams[:, : batch["input_ids"].shape[1]].tolist()[::2] == batch["input_ids"].tolist()
+    write = transformers.pipeline("text-generation", model=network, tokenizer=tokenizer)
+    (found,) = write("the river", **options)
+    assert found["generated_text"].startswith("the river")
 
 
 @NEEDS_TRANSFORMERS

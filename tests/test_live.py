@@ -37,7 +37,7 @@ def read_all(handle):
 
 
 def test_a_terminal_gets_a_live_line_and_files_get_plain_ones(data, tmp_path):
-    values = dict(TINY, DATA_PATH=data, RUN_ID="live")
+    values = dict(TINY, DATA_PATH=data, RUN_ID="live", TERM="xterm")
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT)], stdout=slave, stderr=slave, env=clean_environment(values), cwd=tmp_path
@@ -71,6 +71,7 @@ def test_without_a_terminal_nothing_is_added(data, tmp_path):
 
 
 def test_the_live_line_is_written_over_cut_and_removed(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(tg.shutil, "get_terminal_size", lambda *_, **_more: os.terminal_size((10, 24)))
     stream = Terminal()
     line = tg.LiveLine(stream)
@@ -86,19 +87,22 @@ def test_the_live_line_is_written_over_cut_and_removed(monkeypatch):
     assert stream.getvalue().endswith("\rb\x1b[K")
 
 
-@pytest.mark.parametrize("kind", ["file", "none", "closed", "broken"])
-def test_other_streams_get_no_live_line(kind):
+@pytest.mark.parametrize("kind", ["file", "none", "closed", "broken", "dumb"])
+def test_other_streams_get_no_live_line(kind, monkeypatch):
     class Broken(Terminal):
         def write(self, text):
             raise BrokenPipeError
 
-    stream = {"file": io.StringIO(), "none": None, "closed": Terminal(), "broken": Broken()}[kind]
+    dumb = Terminal()
+    stream = {"file": io.StringIO(), "none": None, "closed": Terminal(), "broken": Broken(), "dumb": dumb}[kind]
+    if kind == "dumb":
+        monkeypatch.setenv("TERM", "dumb")
     if kind == "closed":
         stream.close()
     line = tg.LiveLine(stream)
     line.show("text")
     line.clear()
-    assert not line.terminal and (kind != "file" or stream.getvalue() == "")
+    assert not line.terminal and (kind not in ("file", "dumb") or stream.getvalue() == "")
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,12 @@ def test_the_page_in_a_browser(width, dark, server, player):
         background = page.run("getComputedStyle(document.body).backgroundColor")
         assert (int(background.split("(")[1].split(",")[0]) < 80) == dark
         assert not page.problems and page.picture().startswith(b"\x89PNG")
+        tips = page.run("[...document.querySelectorAll('.token')].map(token => token.dataset.tip)")
+        assert sum(tip.startswith("part of a character  token ") for tip in tips) >= 3  # of the four bytes of 😀
+        page.run("document.getElementById('text').value = 'a'.repeat(20001)")
+        page.run("document.getElementById('score').click()")
+        page.wait("document.getElementById('read-error').textContent.startsWith('text: must be')")
+        assert page.run("document.getElementById('total').textContent") == ""  # not that of another text
         page.run("document.getElementById('tokens').value = '99999'")
         page.run("document.getElementById('go').click()")
         page.wait("document.getElementById('write-error').textContent.startsWith('tokens: must be')")

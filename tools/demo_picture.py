@@ -19,6 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 700, 50, 282  # of the axes
 HIGHEST = 3.5  # bits per byte at the top: the first steps lie above
 STYLE = """
   text { font: 13px Helvetica, Arial, "DejaVu Sans", sans-serif; fill: #3b434e; }
+  .back { fill: #ffffff; }
   .title { font-size: 15px; font-weight: bold; }
   .end { font-size: 14px; font-weight: bold; fill: #1a5fb4; }
   .grid { stroke: #8a93a0; stroke-opacity: .3; }
@@ -30,6 +31,7 @@ STYLE = """
   .middle { text-anchor: middle; }
   @media (prefers-color-scheme: dark) {
     text { fill: #c9d1d9; }
+    .back { fill: #1e2129; }
     .end, .score { fill: #79b8ff; }
     .curve { stroke: #79b8ff; }
     .other { stroke: #f0a050; }
@@ -86,7 +88,9 @@ def demo_svg(curves: Sequence[report.Curve], submission: dict[str, Any], packed:
     y, end, score = axes.y(packed), RIGHT + 10, axes.y(mean)
     how = f"{seconds / 60:.0f} minutes on {submission['hardware']}, {len(curves)} seeds"
     title = f"Bits per byte while it trains, less is better: {how}"
-    parts = [text(LEFT - 40, 24, title.replace(", 1 rank", ""), "title"), *axes.grid()]
+    # With a background of its own, it can be read where a page is dark and the browser is not.
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" class="back"/>']
+    parts += [text(LEFT - 40, 24, title.replace(", 1 rank", ""), "title"), *axes.grid()]
     parts += [text((LEFT + RIGHT) / 2, BOTTOM + 38, "tokens of the demo's corpus, trained on", "middle")]
     parts += [line(LEFT, y, RIGHT, y, "other"), text(end, y - 2, f"xz -9: {packed:.3f}", "packer")]
     parts += [text(end, y + 16, "on the same text")]

@@ -22,8 +22,9 @@ class GolfTokenizer(PreTrainedTokenizer):
         self.caseops = all(self.model.piece_to_id(symbol) != unknown for symbol in OPERATORS.values())
         names = dict(bos_token=self.model.id_to_piece(self.model.bos_id()), unk_token=self.model.id_to_piece(unknown))
         names |= dict(eos_token=names["bos_token"], pad_token=names["bos_token"])
-        # <s> in a text is text, as in training.
-        kwargs = dict(dict(names, split_special_tokens=True, clean_up_tokenization_spaces=False), **kwargs)
+        # <s> in a text is text, as in training. Padding stands in front, so that generate() goes on where a text ends.
+        names |= dict(padding_side="left", split_special_tokens=True, clean_up_tokenization_spaces=False)
+        kwargs = dict(names, **kwargs)
         super().__init__(**kwargs)
 
     @property

@@ -9305,16 +9305,19 @@ def log_context(run: Run, config: Config, p: Progress, context: int, mean: float
     run.metric(context_at=p.step, context=context, mean_context=mean)
 
 
-def diverged(config: Config, what: str, run: Run | None = None) -> ConfigError:
-    """The error of a training that has diverged. With `run`, it names the checkpoint to go on from."""
-    advice = f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
+def way_on(run: Run | None) -> str:
+    """What an error of a training says of its last checkpoint; empty where there is none."""
     good = []
     if run and run.checkpoints:
         run.checkpoints.flush()
         good = run.checkpoints.numbered()
-    if good:
-        advice += f"; RESUME={good[0]} and another RUN_ID go on from the last checkpoint"
-    return ConfigError("MATRIX_LR", config.matrix_lr, advice)
+    return f"; RESUME={good[0]} and another RUN_ID go on from the last checkpoint" if good else ""
+
+
+def diverged(config: Config, what: str, run: Run | None = None) -> ConfigError:
+    """The error of a training that has diverged. With `run`, it names the checkpoint to go on from."""
+    advice = f"{what}; lower this rate, SCALAR_LR={config.scalar_lr:g} or the embedding's"
+    return ConfigError("MATRIX_LR", config.matrix_lr, advice + way_on(run))
 
 
 class LossGuard:
@@ -13896,6 +13899,29 @@ def dry_run(config: Config, world: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+MEMORY_WORDS = re.compile(r"out of memory|allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED")
+# The knob that decides how much memory a stage takes, beside the model's sizes.
+MEMORY_KNOBS = dict.fromkeys(("warmup", "train", "calibrate", "tune"), "micro_batch_tokens")
+MEMORY_KNOBS |= dict(validate="val_batch_size", evaluate="val_batch_size", ttt="ttt_batch_size")
+
+
+@contextlib.contextmanager
+def naming_memory(config: Config, run: Run) -> Iterator[None]:
+    """A context whose errors of missing memory become a ConfigError that names the stage and what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError, too
+        if isinstance(error, RuntimeError) and not MEMORY_WORDS.search(str(error)):
+            raise
+        where = f"there was no more memory in stage {run.stage}" + (f" of rank {run.rank}" if run.world > 1 else "")
+        kept = f"; {CONTAINER_FILE} is kept, and MODE=eval scores it"
+        advice = kept if "artifact" in run.results else way_on(run)
+        name = MEMORY_KNOBS.get(run.stage)
+        if name is None:
+            raise ConfigError("memory", "", where + advice) from None
+        raise ConfigError(name.upper(), getattr(config, name), f"{where}; a lower value needs less{advice}") from None
+
+
 def execute(config: Config, explicit: set[str], notes: list[str], run: Run) -> int:
     """All stages of the mode. Returns the exit code: 1 for an artifact over its limit, or EXIT_ELSEWHERE."""
     loader = evaluator = None
@@ -13987,7 +14013,7 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
         refuse_silent_cpu(config, explicit, environment)
         run = start_run(config, environment)
         try:
-            with run.guard():
+            with run.guard(), naming_memory(config, run):
                 code = execute(config, explicit, notes, run)
                 run.leave()
             return code

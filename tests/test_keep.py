@@ -246,6 +246,51 @@ def test_an_input_that_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
         tg.is_input(tmp_path / "sidecar.bin")
 
 
+NO_MEMORY = [
+    (tg.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "train", "MICRO_BATCH_TOKENS=128"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "ttt", "TTT_BATCH_SIZE=4"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "evaluate", "VAL_BATCH_SIZE=256"),
+    (MemoryError(), "quantize", "memory"),
+]
+
+
+@pytest.mark.parametrize("error, stage, name", NO_MEMORY)
+def test_missing_memory_names_what_to_lower(error, stage, name):
+    run = single_run()
+    run.stage = stage
+    knobs = config(dict(RUN, MICRO_BATCH_TOKENS=128, TTT_BATCH_SIZE=4, VAL_BATCH_SIZE=256))
+    with pytest.raises(tg.ConfigError, match=f"^{name}: there was no more memory in stage {stage}"):
+        with tg.naming_memory(knobs, run):
+            raise error
+    with pytest.raises(RuntimeError, match="another"), tg.naming_memory(knobs, run):
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_what_was_made_before_the_memory_ran_out_is_named(run, folder, monkeypatch, stage):
+    owner, name, after = (tg.Trainer, "step", 2) if stage == "train" else (tg.Evaluator, "compute", 1)
+    real, calls = getattr(owner, name), []
+
+    def short(self, *arguments, **options):
+        calls.append(self.run.stage)
+        if calls.count(stage) > after:
+            raise tg.torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, short)
+    code, _, errors = run(ITERATIONS=4, CHECKPOINT_EVERY_SECONDS=1e-9, VAL_BATCH_SIZE=256, ARTIFACT_DIR="run")
+    (line,) = errors.splitlines()
+    assert code == 2 and f"in stage {stage}; a lower value needs less; " in line
+    if stage == "train":
+        assert line.startswith("error: MICRO_BATCH_TOKENS=")
+        assert "RESUME=run/checkpoint/step-000000002.safetensors and another RUN_ID go on from the last" in line
+    else:
+        assert line.startswith("error: VAL_BATCH_SIZE=256: ") and line.endswith(
+            "model.pgolf is kept, and MODE=eval scores it"
+        )
+        assert (folder / "run" / "model.pgolf").exists()
+
+
 def test_a_second_interrupt_shows_no_traceback():
     """It may come while main() deals with the first one: here, in the expression that calls main()."""
     program = f"""

@@ -259,9 +259,9 @@ def test_missing_memory_names_what_to_lower(error, stage, name):
     run = single_run()
     run.stage = stage
     knobs = config(dict(RUN, MICRO_BATCH_TOKENS=128, TTT_BATCH_SIZE=4, VAL_BATCH_SIZE=256))
-    with pytest.raises(tg.ConfigError, match=f"^{name}: there was no more memory in stage {stage}"):
-        with tg.naming_memory(knobs, run):
-            raise error
+    said = f"^{name}: there was no more memory in stage {stage}"
+    with pytest.raises(tg.ConfigError, match=said), tg.naming_memory(knobs, run):
+        raise error
     with pytest.raises(RuntimeError, match="another"), tg.naming_memory(knobs, run):
         raise RuntimeError("another")
 

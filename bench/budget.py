@@ -88,6 +88,7 @@ ASSUMED = {
     "column": Seconds(0.0003, 0.00045, 0.0006),  # some 55 launches for a column of the trellis
     "corrections": Seconds(3, 4.5, 6),  # LQER's decompositions, for each attempt
     "packed integer": Seconds(0.1e-6, 0.15e-6, 0.25e-6),  # bench/results/pack.txt: 0.48 s for 3.4 million
+    "hinted target": Seconds(0.1e-6, 0.25e-6, 0.5e-6),  # with two threads of an EPYC 0.25 to 0.46
     "unpacked integer": Seconds(0.08e-6, 0.12e-6, 0.25e-6),  # there 0.29 s; and the trellis's levels
 }
 
@@ -232,6 +233,14 @@ class Budget:
         rows = self.table.rows(use)
         return self.estimate(lambda factor, c: cost_model.step_seconds(rows, c, factor))
 
+    @property
+    def uses(self) -> tuple[str, str]:
+        """The training step before and after the loops begin. One that predicts ahead stands for those after MTP_END:
+        it takes the same products."""
+        if self.config.ahead_weights:
+            return "training (multi-token prediction)", "training (looped + multi-token prediction)"
+        return "training", "training (looped)"
+
     @functools.cached_property
     def windows(self) -> WindowCosts:
         """Costs of TTT's windows."""
@@ -255,7 +264,7 @@ class Budget:
     def training(self) -> tuple[list[Stage], list[int]]:
         """Stages up to the calibration, and the steps before and after the loops begin."""
         config = self.config
-        plain, looped = self.step("training"), self.step("training (looped)")
+        plain, looped = map(self.step, self.uses)
         calibrate = self.step("calibration") * config.gptq_calibration_batches
         steps, seconds = [], []
         for k in range(3):
@@ -266,7 +275,7 @@ class Budget:
             seconds.append((steps[k][0] * plain[k], steps[k][1] * looped[k]))
         before, after = (Seconds(*column) for column in zip(*seconds, strict=True))
         warm = (plain + looped) * config.warmup_steps
-        compiled = self.compiling(("training", "training (looped)", "evaluation"))
+        compiled = self.compiling((*self.uses, "evaluation"))
         batches = self.evaluation_batches
         counted = "table: {} steps of {:.1f} ms"
         validate = self.step("evaluation") * batches
@@ -309,6 +318,10 @@ class Budget:
         batches = self.evaluation_batches
         seconds = self.step("evaluation") * batches
         stages = [Stage("evaluate", seconds, "evaluation", f"table: {batches} batches of each rank")]
+        targets = int(document_lengths().sum())
+        if self.config.hint_enabled:
+            basis = f"assumed: {targets} targets, by threads of the host"
+            stages.append(Stage("hints", ASSUMED["hinted target"] * targets, "evaluation", basis))
         if not self.phases:
             return stages
         compiled = self.compiling(("TTT", "full-model SGD"))
@@ -320,7 +333,6 @@ class Budget:
         sgd = self.step("full-model SGD") * steps
         stages.append(Stage("ttt, full-model steps", sgd, "evaluation", f"table: {steps} steps"))
         shares = sum(phase.full_model_steps > 0 for phase in self.phases) + 1
-        targets = int(document_lengths().sum())
         share = 2 * targets * shares / self.ceilings.gloo
         basis = f"assumed: {shares} all-reduces of {targets} bytes between hosts' processes"
         stages.append(Stage("ttt, ledger", Seconds(0.5, 1, 3) * share, "evaluation", basis))
@@ -340,7 +352,7 @@ class Budget:
     def terms(self) -> dict[str, list[tuple[str, Seconds, str]]]:
         """Largest terms of each step, and of all windows of TTT: name, seconds, what bounds them."""
         found = {}
-        for use in ("training", "training (looped)", "evaluation", "full-model SGD"):
+        for use in (*self.uses, "evaluation", "full-model SGD"):
             found[use] = self.largest(
                 [(row, cost_model.row_seconds(row, self.ceilings)) for row in self.table.rows(use)]
             )
@@ -413,8 +425,8 @@ def report(budget: Budget, reference: Table) -> dict[str, Any]:
     compiled = next((s.seconds for s in stages if s.name == "ttt, compiling"), NOTHING)
     named = {s.name: s.seconds for s in stages}
     figures = {
-        "step before the loops": budget.step("training"),
-        "step after": budget.step("training (looped)"),
+        "step before the loops": budget.step(budget.uses[0]),
+        "step after": budget.step(budget.uses[1]),
         "training steps": Seconds(*map(float, steps)),
         "evaluation": sums["evaluation"],
         "ttt": ttt,
@@ -480,7 +492,8 @@ def spread(row: dict[str, Any], scale: float = 1.0) -> str:
 
 def text(found: dict[str, Any], settings: dict[str, str]) -> str:
     """The report in Markdown."""
-    lines = ["# Budget of a `record` run on 8 H100s, estimated", ""]
+    preset = settings.get("PRESET", "record")
+    lines = [f"# Budget of a `{preset}` run on 8 H100s, estimated", ""]
     knobs = " ".join(f"{name}={value}" for name, value in settings.items())
     lines += [f"{found['remark']} Middle of the estimate, and its range. {knobs}".strip(), ""]
     rows = [[s["stage"], spread(s), s["counts_to"] or "", s["basis"]] for s in found["stages"]]

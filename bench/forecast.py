@@ -272,13 +272,17 @@ class Scale(NamedTuple):
     full_compute: float
 
 
+# What a step of the preset that is forecast costs: its documents have more context than the rows of `record`.
+TABLE, BUDGET = "frontier/h100.json", "frontier/budget.json"
+
+
 def full_flops(folder: Path) -> float:
     """Training FLOPs of a run on 8 H100s: the table's steps times the budget's number of them."""
-    table, budget = read_json(folder / "h100.json"), read_json(folder / "budget.json")
+    table, budget = read_json(folder / TABLE), read_json(folder / BUDGET)
     total = 0.0
     for use, stage, step in (
-        ("training", "train, before the loops", "step before the loops"),
-        ("training (looped)", "train, after", "step after"),
+        ("training (multi-token prediction)", "train, before the loops", "step before the loops"),
+        ("training (looped + multi-token prediction)", "train, after", "step after"),
     ):
         flops = sum(r["matrix_flops"] + r["attention_flops"] for r in table["rows"] if r["use"] == use)
         seconds = next(s["estimated"]["mid"] for s in budget["stages"] if s["stage"] == stage)
@@ -503,7 +507,7 @@ def context_part() -> Part:
 
 def speed_part(folder: Path, slope: Draws) -> Part:
     """More steps in the same 600 s."""
-    found = read_json(folder / "budget.json")["peer"]
+    found = read_json(folder / BUDGET)["peer"]
     steps, peer = found["training steps"]["estimated"], found["training steps"]["peer_measured"]
     low, high = sorted((steps["low"], steps["high"]))
     number = triangular("steps", low, steps["mid"], high)
@@ -511,7 +515,7 @@ def speed_part(folder: Path, slope: Draws) -> Part:
     return Part(
         "speed",
         [
-            f"budget.json, steps in the time limit: {steps['mid']:.0f} ({low:.0f} to {high:.0f}), estimated; the "
+            f"{BUDGET}, steps in the time limit: {steps['mid']:.0f} ({low:.0f} to {high:.0f}), estimated; the "
             f"peer's {peer}"
         ],
         f"logarithm of the ratio of steps, times the slope of public runs of several lengths: "

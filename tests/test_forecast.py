@@ -62,16 +62,17 @@ def folder(tmp_path):
     steps = dict(estimated=dict(low=5000 * math.e, mid=5000 * math.e, high=5000 * math.e), peer_measured=5000)
     step = dict(estimated=dict(low=0.1, mid=0.1, high=0.1), peer_measured=0.14)
     names = ("train, before the loops", "train, after")
+    (tmp_path / "frontier").mkdir()
     write_json(
-        tmp_path / "budget.json",
+        tmp_path / forecast.BUDGET,
         {
             "peer": {"training steps": steps, "step before the loops": step, "step after": step},
             "stages": [dict(stage=name, estimated=dict(mid=0.1 * 32)) for name in names],  # 32 steps each
         },
     )
-    uses = ("training", "training (looped)")
+    uses = ("training (multi-token prediction)", "training (looped + multi-token prediction)")
     rows = [dict(use=use, matrix_flops=FULL / 1024, attention_flops=FULL / 1024) for use in uses]
-    write_json(tmp_path / "h100.json", dict(rows=rows))
+    write_json(tmp_path / forecast.TABLE, dict(rows=rows))
     scores = " | ".join(f"{3 - SMALL * e:.6f}" for e in range(3))
     steps = " | ".join(f"{10 * math.exp(e):.9f}" for e in range(3))
     (tmp_path / "hint.md").write_text(
@@ -264,7 +265,7 @@ def test_a_diverged_or_half_run_row_counts_0(folder, exact):
     [
         ("quantize.json", "quantization", lambda c: c["rows"][1].update(divergence=0.004)),
         ("strict.json", "test-time training", lambda c: c["rows"][0]["stream"].update(bpb=1.9)),
-        ("budget.json", "speed", lambda c: c["peer"]["training steps"]["estimated"].update(mid=5100)),
+        (forecast.BUDGET, "speed", lambda c: c["peer"]["training steps"]["estimated"].update(mid=5100)),
     ],
 )
 def test_a_changed_measurement_changes_its_part_alone(name, part, change, folder):

@@ -2849,6 +2849,8 @@ def help_text() -> str:
         "",
         "Every knob is an environment variable: its type and default, then each preset that differs.",
     ]
+    if not any(f.metadata["meaning"] for f in dataclasses.fields(Config)):  # tools/pack_code.py leaves them out
+        lines.append("docs/knobs.md says what each of them means, as does --help of the readable script.")
     for title, fields in knob_sections().items():
         lines += ["", f"== {title} =="]
         for f in fields:
@@ -2858,7 +2860,7 @@ def help_text() -> str:
             lines += [
                 "",
                 f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
-                f"    {allowed}{f.metadata['meaning']}",
+                f"    {allowed}{f.metadata['meaning']}".rstrip(),
                 f"    observed in: {f.metadata['observed']}",
             ]
     return "\n".join(lines)

@@ -345,7 +345,7 @@ class ModelConfig:
     loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
     virtual_depth: int = knob(
         0,
-        "layer calls of a forward pass with the recurrence on, at most: its last pass may be cut short; 0: all of them",
+        "most layer calls of a forward pass with depth recurrence, which may cut the last pass short; 0: no bound",
         Observed.LOSS,
         low=0,
         high=4096,
@@ -782,7 +782,7 @@ class Config(ModelConfig):
     )
     warmdown_shape: str = knob(
         "linear",
-        "how the learning rate falls in the warmdown; linear, or cosine: half a wave of it",
+        "shape of the warmdown; linear, or cosine: half a wave of a cosine",
         Observed.SCHEDULE,
         choices=("linear", "cosine"),
     )
@@ -1791,7 +1791,7 @@ TRAINING_WORDS = (
 )
 PLAIN_WORDS = (
     "ALLOW AHEAD BASE BYTES CACHE COMPILE CPU DATA DEVICE DIR FIRST ID LIMIT MODE PATH READ RUN SELECT "
-    "SHA256 SIZE THREADS TOKENIZER TYPE KEY"
+    "SHA256 SIZE THREADS TOKEN TOKENIZER TYPE KEY VIRTUAL"
 )
 ORDINARY = (
     r"_|RANK$|WORLD_SIZE$|"

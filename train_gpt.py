@@ -2379,6 +2379,7 @@ embed_lr head_lr < tie_embeddings=False
 muon_momentum_warmup_start < muon_momentum_warmup_steps
 muon_momentum_min muon_momentum_max < muon_momentum_cycle
 ema_start < ema_decay
+late_qat_threshold < qat_start=0.0
 virtual_depth < num_loops
 warmdown_iters < warmdown_frac=0.0
 focal_gamma < focal_enabled

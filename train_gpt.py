@@ -345,7 +345,7 @@ class ModelConfig:
     loop_end: int = knob(5, "last layer of the depth recurrence, counted from 0", Observed.LOSS, low=0)
     virtual_depth: int = knob(
         0,
-        "layer calls of a forward pass with the recurrence on, at most: its last pass may be cut short; 0: all of them",
+        "most layer calls of a forward pass with depth recurrence, which may cut the last pass short; 0: no bound",
         Observed.LOSS,
         low=0,
         high=4096,
@@ -787,7 +787,7 @@ class Config(ModelConfig):
     )
     warmdown_shape: str = knob(
         "linear",
-        "how the learning rate falls in the warmdown; linear, or cosine: half a wave of it",
+        "shape of the warmdown; linear, or cosine: half a wave of a cosine",
         Observed.SCHEDULE,
         choices=("linear", "cosine"),
     )
@@ -1796,7 +1796,7 @@ TRAINING_WORDS = (
 )
 PLAIN_WORDS = (
     "ALLOW AHEAD BASE BYTES CACHE COMPILE CPU DATA DEVICE DIR FIRST ID LIMIT MODE PATH READ RUN SELECT "
-    "SHA256 SIZE THREADS TOKENIZER TYPE KEY"
+    "SHA256 SIZE THREADS TOKEN TOKENIZER TYPE KEY VIRTUAL"
 )
 ORDINARY = (
     r"_|RANK$|WORLD_SIZE$|"
@@ -2439,6 +2439,7 @@ embed_lr head_lr < tie_embeddings=False
 muon_momentum_warmup_start < muon_momentum_warmup_steps
 muon_momentum_min muon_momentum_max < muon_momentum_cycle
 ema_start < ema_decay
+late_qat_threshold < qat_start=0.0
 virtual_depth < num_loops
 warmdown_iters < warmdown_frac=0.0
 focal_gamma < focal_enabled
@@ -2909,6 +2910,8 @@ def help_text() -> str:
         "",
         "Every knob is an environment variable: its type and default, then each preset that differs.",
     ]
+    if not any(f.metadata["meaning"] for f in dataclasses.fields(Config)):  # tools/pack_code.py leaves them out
+        lines.append("docs/knobs.md says what each of them means, as does --help of the readable script.")
     for title, fields in knob_sections().items():
         lines += ["", f"== {title} =="]
         for f in fields:
@@ -2918,7 +2921,7 @@ def help_text() -> str:
             lines += [
                 "",
                 f"{f.name.upper()}  ({f.type}, {default})" + (f"  {rows}" if rows else ""),
-                f"    {allowed}{f.metadata['meaning']}",
+                f"    {allowed}{f.metadata['meaning']}".rstrip(),
                 f"    observed in: {f.metadata['observed']}",
             ]
     return "\n".join(lines)

@@ -320,6 +320,12 @@ def test_a_knob_whose_feature_is_off_is_a_remark(setting):
     configured(STRICT=1, **{name: value})  # no error
 
 
+def test_a_knob_that_another_one_overrides_is_a_remark():
+    remarks = configured(QAT_START=0.5, LATE_QAT_THRESHOLD=0.1)[1]
+    assert "LATE_QAT_THRESHOLD=0.1 has no effect with QAT_START=0.5" in remarks
+    assert not configured("poly5", QAT_START=0.5)[1][1:]  # what the preset sets is none of the user's
+
+
 def test_idle_knobs_are_knobs():
     rows = [row.split(" < ") for row in tg.IDLE.strip().splitlines()]
     words = [word.split("=")[0] for names, needs in rows for word in (*names.split(), *needs.split())]

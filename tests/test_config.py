@@ -293,7 +293,7 @@ def test_a_wrong_mode_argument(arguments, tiny, tmp_path, capfd, monkeypatch):
 
 
 def test_a_second_rounding_and_a_byte_target_exclude_each_other():
-    with pytest.raises(tg.ConfigError, match="^RVQ_ENABLED=True: must be 0 with TARGET_BYTES"):
+    with pytest.raises(tg.ConfigError, match="^RVQ_ENABLED=1: must be 0 with TARGET_BYTES"):
         config(RVQ_ENABLED=1, TARGET_BYTES=10**6)
 
 

@@ -281,7 +281,7 @@ def test_a_long_stream_has_the_same_hints_at_its_start():
 
 
 def test_length_order_is_refused():
-    with pytest.raises(tg.ConfigError, match="^HINT_ENABLED=True: must be 0 with TTT_ORDER=length"):
+    with pytest.raises(tg.ConfigError, match="^HINT_ENABLED=1: must be 0 with TTT_ORDER=length"):
         config(HINT_ENABLED=1, TTT_MODE="phased", TTT_ORDER="length")
     with pytest.raises(tg.ConfigError, match="^HINT_MAX_MATCH=4: must be at least HINT_MIN_MATCH=8"):
         config(HINT_MIN_MATCH=8, HINT_MAX_MATCH=4)

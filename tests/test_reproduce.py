@@ -298,6 +298,7 @@ def test_the_record_track_is_for_the_challenges_hardware_time_and_text():
         (["--script", "words.txt"], "words.txt: is not a Python script"),
         (["--baseline", "words.txt"], "words.txt: must"),
         (["MATRIX_LR=big"], "MATRIX_LR=big: must be a finite number"),
+        (["VAL_TOKEN_LIMIT=9"], "VAL_TOKEN_LIMIT=9: a score of some targets"),
         (["--preset", "huge"], "PRESET=huge"),
         (["TRAIN_BATCH_TOKENS=96", "--nproc", "2"], "2 ranks do not divide"),
         (["--work", "full"], "full: is not empty"),

@@ -2,7 +2,8 @@
 
     python tools/pack_code.py [train_gpt.py] [--out packed/train_gpt.py]
 
-The packed script runs like the readable one, with python or torchrun. It unpacks with the standard library alone.
+The packed script runs like the readable one, with python or torchrun; only --help does not say what knobs mean, which
+docs/knobs.md does. It unpacks with the standard library alone.
 Functions keep their names, and the source of every line stays available, for tracebacks and for Triton, which compiles
 the source text of a kernel. The same script always gives the same bytes, which are kept in the user's cache folder. A
 packed script is returned unchanged. Pack with the oldest Python that must run it: newer versions write f-strings that
@@ -52,6 +53,16 @@ class Unannotated(ast.NodeTransformer):
         return node
 
 
+class Unexplained(ast.NodeTransformer):
+    """Removes what a knob means, the second argument of `knob`: like a docstring, it is for the readable script."""
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        if isinstance(node.func, ast.Name) and node.func.id == "knob" and len(node.args) > 1:
+            node.args[1] = ast.Constant("")
+        self.generic_visit(node)
+        return node
+
+
 def kept_names(tree: ast.AST) -> list[str]:
     """Local names that must not be shortened: functions and classes, for tracebacks, and all names in Triton kernels.
 
@@ -68,10 +79,13 @@ def kept_names(tree: ast.AST) -> list[str]:
 
 
 def minify(source: str) -> str:
-    """The program with short local names, without comments, docstrings and spaces. Errors: SyntaxError, ImportError."""
+    """The program with short local names, without comments, docstrings, meanings of knobs and spaces.
+
+    Errors: SyntaxError, ImportError.
+    """
     import python_minifier
 
-    tree = Unannotated().visit(ast.parse(source))
+    tree = Unexplained().visit(Unannotated().visit(ast.parse(source)))
     # Strings and arithmetic stay in place, because in a kernel they are constants. A dataclass needs its annotations.
     return python_minifier.minify(
         ast.unparse(tree),

@@ -158,6 +158,8 @@ def make_plan(options) -> tuple[dict[str, Any], bytes]:
         raise UserError(f"--script {options.script}: is not a Python script ({error})") from None
     check_settings(options)
     config = dry_run(options.script, environment(options, SEED=options.seeds[0], WORLD_SIZE=options.nproc))["config"]
+    if limit := config.get("val_token_limit"):
+        raise UserError(f"VAL_TOKEN_LIMIT={limit}: a score of some targets alone is none that can be submitted")
     packed = pack_code.pack(source)
     return dict(
         script_sha256=hashlib.sha256(packed).hexdigest(),

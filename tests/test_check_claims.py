@@ -139,6 +139,17 @@ def logged(folder, name, seed=42):
     return float(re.search(rf"^{name} val_loss:\S+ val_bpb:(\S+)", text, re.M)[1])
 
 
+def items(folder, off=0.0):
+    """A list of a run's figures, in pairs and after their names, with another run's that has no log."""
+    text = (folder / "train_seed42.log").read_text()
+    spent, steps = re.search(r"train_time: (\d+)ms step: (\d+)", text).groups()
+    score = logged(folder, "quantized_sliding_window") + off
+    return (
+        f"\n- Sliding eval: `val_bpb:{score:.8f}`\n- Train time: `{spent}ms` at `step:{steps}`\n"
+        "- `seed=99`: `val_bpb:1.07777777`, `step:4444`\n- PR #1019 has `val_bpb:1.1147`\n"
+    )
+
+
 def table(title, *names, off=0.0, also=""):
     """A change: a table on the page with a score of each seed's log, the first one with an error."""
 
@@ -152,6 +163,7 @@ def table(title, *names, off=0.0, also=""):
 
 
 ALARMS = {
+    "a list of figures": ("full", None, lambda f: page(items(f))(f)),
     "a column without a kind": ("full", None, table("Mixer (order 5)", "quantized_ttt")),
     "a table of metrics": (
         "full",
@@ -347,6 +359,12 @@ PLANTS = {
         None,
         table("TTT BPB", "quantized_ttt", also="| **Std** | 0.02500 |"),
         "README.md: TTT BPB: std 0.02500 and the sample deviation of its rows",
+    ),
+    "a figure of a list": (
+        "full",
+        None,
+        lambda f: page(items(f, 0.0108))(f),
+        "README.md: val_bpb 1.",
     ),
     "a figure of a table of metrics": (
         "full",

@@ -150,6 +150,12 @@ def items(folder, off=0.0):
     )
 
 
+def largest(folder):
+    """The bytes of the largest artifact."""
+    found = [re.search(r"^Total submission size .*: (\d+)", path.read_text(), re.M) for path in folder.glob("*.log")]
+    return max(int(match[1]) for match in found)
+
+
 def table(title, *names, off=0.0, also=""):
     """A change: a table on the page with a score of each seed's log, the first one with an error."""
 
@@ -163,6 +169,11 @@ def table(title, *names, off=0.0, also=""):
 
 
 ALARMS = {
+    "numbers of a text": (
+        "full",
+        None,
+        page("\nAbout 4,951 steps fit; round 5,100 steps. It has 15,912,345 parameters, PR #1394 15,987,537 bytes.\n"),
+    ),
     "a list of figures": ("full", None, lambda f: page(items(f))(f)),
     "a column without a kind": ("full", None, table("Mixer (order 5)", "quantized_ttt")),
     "a table of metrics": (
@@ -359,6 +370,12 @@ PLANTS = {
         None,
         table("TTT BPB", "quantized_ttt", also="| **Std** | 0.02500 |"),
         "README.md: TTT BPB: std 0.02500 and the sample deviation of its rows",
+    ),
+    "bytes of a text": (
+        "full",
+        None,
+        lambda f: page(f"\nThe largest artifact has {largest(f) + 1234:,} bytes.\n")(f),
+        "bytes are in no other file",
     ),
     "a figure of a list": (
         "full",

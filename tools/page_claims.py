@@ -48,6 +48,8 @@ NEAR = 0.03  # of its value, in prose
 STEP_TIME = 0.0015  # of a step's time: it depends on the step up to which it is taken
 GAP = 0.25  # the largest difference of two scores that a page states
 UNIT = re.compile(r"(?<=[0-9]) ?(?:ms|s|sec|seconds|min|MB|MiB|KB|kB|M|bytes)\b")
+EXACT_BYTES = re.compile(r"(?<![\w.,#/-])([0-9]{1,2},[0-9]{3},[0-9]{3})(?![\w,]|\.[0-9]| ?(?:param|token|weight))")
+EXACT_STEPS = re.compile(r"(?<![\w.,#/-])([0-9]{1,2},?[0-9]{3})(?:/[0-9]+`?)? steps\b")
 NAMED_SEED = re.compile(r"\bseed[=: ]{1,2}[`*]{0,3}([0-9]{1,10})\b", re.I)
 BULLET = re.compile(
     r"^\s{0,6}[-*+] +\**([A-Za-z][\w /()+-]{1,60}?)\**:\**\s*`?([0-9][0-9,.]*\s?(?:ms|s|bytes|MiB|MB)?)`?\b"
@@ -128,8 +130,10 @@ def check_page(folder: Folder, findings: Findings) -> None:
         if not cells:
             header = []
             unknown += check_line(findings, evidence, known, line)
-            if BULLET.match(line) and not ABROAD.search(line):
-                check_bullet(findings, evidence, known, line)
+            if not ABROAD.search(line):
+                check_prose(findings, evidence, known, line)
+                if BULLET.match(line):
+                    check_bullet(findings, evidence, known, line)
         elif re.fullmatch(r"[\s|:-]+", line):
             continue
         elif not header:
@@ -251,6 +255,20 @@ def check_metric(findings: Findings, evidence: Evidence, known: Known, cells: li
         if len(re.sub(r"\D", "", text)) >= 3 and near is not None and not known.has(text) and plain != "600":
             findings.error(f"README.md: {cells[0]}: {text} is in no other file, and the logs have {near:.9g}")
     findings.compared += 1
+
+
+def check_prose(findings: Findings, evidence: Evidence, known: Known, line: str) -> None:
+    """Checks the bytes and the steps that a line of prose states to the last digit; round numbers are aims."""
+    for pattern, kind in ((EXACT_BYTES, "bytes"), (EXACT_STEPS, "steps")):
+        for match in itertools.islice(pattern.finditer(line[:2000]), 20):
+            text = match[1]
+            if re.search(r"00$", text) or re.search(
+                r"(?:[~≈<>]|about|before|from|over|under) ?$", line[: match.start(1)]
+            ):
+                continue
+            near = nearest(text, evidence.figures, kind)
+            if near is not None and not known.has(text):
+                findings.error(f"README.md: {text} {kind} are in no other file, and the logs have {near:.9g}")
 
 
 def check_bullet(findings: Findings, evidence: Evidence, known: Known, line: str) -> None:

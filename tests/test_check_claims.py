@@ -139,6 +139,23 @@ def logged(folder, name, seed=42):
     return float(re.search(rf"^{name} val_loss:\S+ val_bpb:(\S+)", text, re.M)[1])
 
 
+def items(folder, off=0.0):
+    """A list of a run's figures, in pairs and after their names, with another run's that has no log."""
+    text = (folder / "train_seed42.log").read_text()
+    spent, steps = re.search(r"train_time: (\d+)ms step: (\d+)", text).groups()
+    score = logged(folder, "quantized_sliding_window") + off
+    return (
+        f"\n- Sliding eval: `val_bpb:{score:.8f}`\n- Train time: `{spent}ms` at `step:{steps}`\n"
+        "- `seed=99`: `val_bpb:1.07777777`, `step:4444`\n- PR #1019 has `val_bpb:1.1147`\n"
+    )
+
+
+def largest(folder):
+    """The bytes of the largest artifact."""
+    found = [re.search(r"^Total submission size .*: (\d+)", path.read_text(), re.M) for path in folder.glob("*.log")]
+    return max(int(match[1]) for match in found)
+
+
 def table(title, *names, off=0.0, also=""):
     """A change: a table on the page with a score of each seed's log, the first one with an error."""
 
@@ -152,6 +169,12 @@ def table(title, *names, off=0.0, also=""):
 
 
 ALARMS = {
+    "numbers of a text": (
+        "full",
+        None,
+        page("\nAbout 4,951 steps fit; round 5,100 steps. It has 15,912,345 parameters, PR #1394 15,987,537 bytes.\n"),
+    ),
+    "a list of figures": ("full", None, lambda f: page(items(f))(f)),
     "a column without a kind": ("full", None, table("Mixer (order 5)", "quantized_ttt")),
     "a table of metrics": (
         "full",
@@ -347,6 +370,18 @@ PLANTS = {
         None,
         table("TTT BPB", "quantized_ttt", also="| **Std** | 0.02500 |"),
         "README.md: TTT BPB: std 0.02500 and the sample deviation of its rows",
+    ),
+    "bytes of a text": (
+        "full",
+        None,
+        lambda f: page(f"\nThe largest artifact has {largest(f) + 1234:,} bytes.\n")(f),
+        "bytes are in no other file",
+    ),
+    "a figure of a list": (
+        "full",
+        None,
+        lambda f: page(items(f, 0.0108))(f),
+        "README.md: val_bpb 1.",
     ),
     "a figure of a table of metrics": (
         "full",

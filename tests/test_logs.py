@@ -144,6 +144,7 @@ FORMS = {
         final_ternary_roundtrip_exact val_loss:2.0 val_bpb:1.13
         ttt_chunk 5/90 val_loss:1.8 val_bpb:1.05
         quantization_gap val_bpb:0.0041
+        temp_search: temp=0.85 val_bpb=1.1300
         target val_bpb:1.05""",
         dict(pre_quant=1.14, quantized=1.13),
         "quantized",

@@ -48,6 +48,13 @@ NEAR = 0.03  # of its value, in prose
 STEP_TIME = 0.0015  # of a step's time: it depends on the step up to which it is taken
 GAP = 0.25  # the largest difference of two scores that a page states
 UNIT = re.compile(r"(?<=[0-9]) ?(?:ms|s|sec|seconds|min|MB|MiB|KB|kB|M|bytes)\b")
+EXACT_BYTES = re.compile(r"(?<![\w.,#/-])([0-9]{1,2},[0-9]{3},[0-9]{3})(?![\w,]|\.[0-9]| ?(?:param|token|weight))")
+EXACT_STEPS = re.compile(r"(?<![\w.,#/-])([0-9]{1,2},?[0-9]{3})(?:/[0-9]+`?)? steps\b")
+NAMED_SEED = re.compile(r"\bseed[=: ]{1,2}[`*]{0,3}([0-9]{1,10})\b", re.I)
+BULLET = re.compile(
+    r"^\s{0,6}[-*+] +\**([A-Za-z][\w /()+-]{1,60}?)\**:\**\s*`?([0-9][0-9,.]*\s?(?:ms|s|bytes|MiB|MB)?)`?\b"
+    r"|^\s{0,6}[-*+] +"
+)
 METRIC = re.compile(r"^(?:metric|measure|quantity|result|item|figure|property)s?$", re.I)
 TABLE = dict(bpb=0.015, loss=0.015)  # in a column whose title says its kind
 
@@ -123,6 +130,10 @@ def check_page(folder: Folder, findings: Findings) -> None:
         if not cells:
             header = []
             unknown += check_line(findings, evidence, known, line)
+            if not ABROAD.search(line):
+                check_prose(findings, evidence, known, line)
+                if BULLET.match(line):
+                    check_bullet(findings, evidence, known, line)
         elif re.fullmatch(r"[\s|:-]+", line):
             continue
         elif not header:
@@ -246,6 +257,42 @@ def check_metric(findings: Findings, evidence: Evidence, known: Known, cells: li
     findings.compared += 1
 
 
+def check_prose(findings: Findings, evidence: Evidence, known: Known, line: str) -> None:
+    """Checks the bytes and the steps that a line of prose states to the last digit; round numbers are aims."""
+    for pattern, kind in ((EXACT_BYTES, "bytes"), (EXACT_STEPS, "steps")):
+        for match in itertools.islice(pattern.finditer(line[:2000]), 20):
+            text = match[1]
+            if re.search(r"00$", text) or re.search(
+                r"(?:[~≈<>]|about|before|from|over|under) ?$", line[: match.start(1)]
+            ):
+                continue
+            near = nearest(text, evidence.figures, kind)
+            if near is not None and not known.has(text):
+                findings.error(f"README.md: {text} {kind} are in no other file, and the logs have {near:.9g}")
+
+
+def check_bullet(findings: Findings, evidence: Evidence, known: Known, line: str) -> None:
+    """Checks an item of a list: `Train time: 600047ms`, or pairs such as `val_bpb:1.1880`, of a seed that it names."""
+    seed = NAMED_SEED.search(line)
+    own = evidence.by_seed.get(int(seed[1]), []) if seed else evidence.figures
+    if seed and not own:
+        return  # of a run without a log
+    label = BULLET.match(line)
+    plain = line.replace("`", "").replace("*", "")
+    pairs = [(name, value, unit) for name, value, unit in claims.PAIRS.findall(plain[:1000])]
+    if not pairs and label and label[2]:
+        check_metric(findings, evidence, known, [label[1], label[2]])
+    for name, value, unit in pairs:
+        m = claims.meaning(((label and label[1]) or "", name + ("_" + unit.lower() if unit else "")))
+        step = name == "step"
+        kind = "steps" if step else m.kind
+        near = nearest(value, own, kind, TABLE.get(kind, 0.03))
+        exact = len(re.sub(r"\D", "", value)) >= 3
+        if kind and exact and not m.foreign and near is not None and not known.has(value):
+            findings.error(f"README.md: {name} {value} is in no other file, and the logs have {near:.9g}")
+    findings.compared += len(pairs)
+
+
 def column_kind(title: str, cell: str, own: list[Figure]) -> str:
     """The kind of a column whose title does not say it: sizes, the scores of stages, and what is near to a score."""
     if re.search(r"artifact|size", title, re.I):
@@ -301,6 +348,9 @@ def check_headline(folder: Folder, findings: Findings, evidence: Evidence) -> No
     scores = [f for f in (*evidence.figures, *evidence.over) if f.meaning.kind == "bpb"]
     told = [leaf.value for leaf in evidence.leaves if leaf.meaning.kind == "bpb"]
     for text, before in headlines(page):
+        seed = NAMED_SEED.search(before)
+        if seed and not evidence.by_seed.get(int(seed[1])):
+            continue  # of a run without a log
         if any(stands(text, x) or stands(claims.text_of(x), float(text)) for x in told):
             continue
         found = [f for f in scores if stands(text, f.value, f.slack)]

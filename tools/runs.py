@@ -633,7 +633,7 @@ def split_score(line: str) -> tuple[str, str | None, str, str] | None:
 # Lines that report progress, or what is no score of this run: a difference, an aim, another run's.
 NO_SCORE = re.compile(
     r"[0-9]/[0-9]|progress|running|partial|gap|delta|diff|gain|improv|penalt|target|threshold|reference|sota"
-    r"|leaderboard|expected|previous|goal|warmup",
+    r"|leaderboard|expected|previous|goal|warmup|search|refine|sweep|candidate",
     re.IGNORECASE,
 )
 

@@ -152,7 +152,7 @@ def test_a_printed_word_can_be_pasted_on_every_terminal(encoding, monkeypatch):
         shown.encode(encoding)
         done = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True)
         assert done.stdout == os.fsencode(word)
-    assert shell_quoted("中文") == ("中文" if encoding == "utf-8" else r"$'\xe4\xb8\xad\xe6\x96\x87'")
+    assert shell_quoted("中文") == ("'中文'" if encoding == "utf-8" else r"$'\xe4\xb8\xad\xe6\x96\x87'")
 
 
 def test_small_and_large_texts_get_fitting_options(tmp_path):

@@ -33,10 +33,19 @@ def printable(text: str) -> str:
 
 def shell_quoted(text: str) -> str:
     """A word of a command for the terminal, which a shell reads as `text` whatever it holds."""
-    if text.isprintable():
+    if all(map(_can_be_shown, text)):
         return shlex.quote(text)
-    escapes = "".join(c if c.isprintable() and c not in "\\'" else _escape(c) for c in text)
+    escapes = "".join(c if _can_be_shown(c) and c not in "\\'" else _escape(c) for c in text)
     return f"$'{escapes}'"
+
+
+def _can_be_shown(character: str) -> bool:
+    """Whether the terminal shows a character as itself."""
+    try:
+        character.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return character.isprintable()
 
 
 def python_command() -> str:

@@ -1,6 +1,7 @@
 """`make mine`: a folder of texts becomes data, a model and a sample, and what goes wrong is one line."""
 
 import gzip
+import io
 import json
 import os
 import random
@@ -14,7 +15,9 @@ from helpers import ROOT, TINY, clean_environment, launch, run_command
 
 sys.path.insert(0, str(ROOT / "tools"))
 import mine  # noqa: E402
+import train_gpt as tg  # noqa: E402
 from runs import UserError  # noqa: E402
+from text import shell_quoted  # noqa: E402
 
 TOOL = ROOT / "tools" / "mine.py"
 WORDS = ["der", "die", "das", "Haus", "Straße", "läuft", "über", "eine", "Brücke", "und", "你好", "世界", "def"]
@@ -120,6 +123,36 @@ def test_make_passes_names_with_blanks_and_asks_for_texts(tmp_path):
 def test_the_name_of_the_data_comes_from_the_texts(path, name):
     assert mine.name_of(path) == name
     assert mine.check_name(name) == name
+
+
+def test_texts_that_repeat_themselves_are_trained_on_with_a_warning(tmp_path):
+    """A licence above each file: its windows are in both splits, which a run refuses unless it is told."""
+    licence = " ".join(f"{word} {number}" for number in range(60) for word in WORDS[:3])
+    (tmp_path / "texts").mkdir()
+    for number in range(60):
+        own = " ".join(random.Random(number).choice(WORDS) for _ in range(90))
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"{licence}\n\n{own}")
+    out = tmp_path / "data"
+    arguments = [tmp_path / "texts", "--name", "same", "--out", out]
+    done = launch(TOOL, settings(tmp_path), *arguments)
+    assert done.returncode == 0, done.stderr
+    share = mine.shared_share(json.loads((out / "manifest.json").read_text()))
+    assert share > mine.SHARED_SHARE == tg.Config.allow_shared_windows
+    assert f"{share:.0%} of the validation text's passages are in the training text too" in done.stdout
+    assert " ALLOW_SHARED_WINDOWS=1 " in done.stdout
+    strict = launch(TOOL, settings(tmp_path, ARTIFACT_DIR=str(tmp_path / "b"), ALLOW_SHARED_WINDOWS="0.05"), *arguments)
+    assert strict.returncode == 2 and "error: ALLOW_SHARED_WINDOWS=0.05" in strict.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_printed_word_can_be_pasted_on_every_terminal(encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    for word in ("a/中文 'ü'\n", "Größe", "plain", "\udcff"):
+        shown = shell_quoted(word)
+        shown.encode(encoding)
+        done = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True)
+        assert done.stdout == os.fsencode(word)
+    assert shell_quoted("中文") == ("'中文'" if encoding == "utf-8" else r"$'\xe4\xb8\xad\xe6\x96\x87'")
 
 
 def test_small_and_large_texts_get_fitting_options(tmp_path):

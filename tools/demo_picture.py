@@ -86,11 +86,12 @@ def demo_svg(curves: Sequence[report.Curve], submission: dict[str, Any], packed:
     seconds = max(row["train_wallclock_ms"] for row in submission["seed_results"].values()) / 1000
     size = max(row["artifact_bytes"] for row in submission["seed_results"].values()) / 1e6
     y, end, score = axes.y(packed), RIGHT + 10, axes.y(mean)
-    how = f"{seconds / 60:.0f} minutes on {submission['hardware']}, {len(curves)} seeds"
+    where = submission["hardware"].replace(", 1 rank", "")
+    how = f"{seconds / 60:.0f} minutes on {where}, {len(curves)} seeds"
     title = f"Bits per byte while it trains, less is better: {how}"
     # With a background of its own, it can be read where a page is dark and the browser is not.
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" class="back"/>']
-    parts += [text(LEFT - 40, 24, title.replace(", 1 rank", ""), "title"), *axes.grid()]
+    parts += [text(LEFT - 40, 24, title, "title"), *axes.grid()]
     parts += [text((LEFT + RIGHT) / 2, BOTTOM + 38, "tokens of the demo's corpus, trained on", "middle")]
     parts += [line(LEFT, y, RIGHT, y, "other"), text(end, y - 2, f"xz -9: {packed:.3f}", "packer")]
     parts += [text(end, y + 16, "on the same text")]

@@ -41,6 +41,7 @@ LEAST_BYTES = 20_000  # of text: with less there is nothing to learn from, and h
 VALIDATION_BYTES = 400_000  # of text for validation, about: scoring it takes a minute on two cores
 DOCUMENTS = 200  # that a small text is cut into, at least, so that some of them validate
 SMALL_BYTES = 1_000_000  # less text than this gives a larger share of it to validation
+SHARED_SHARE = 0.05  # of validation's windows in training: the default of ALLOW_SHARED_WINDOWS
 PACKED = 3  # times its size that an archive of text unpacks to, about
 MINUTES = 5
 PROMPT_WORDS = 4
@@ -107,6 +108,12 @@ def first_words(data: Path, manifest: dict) -> str:
     return " ".join(words[:PROMPT_WORDS])[:60]
 
 
+def shared_share(manifest: dict) -> float:
+    """The share of validation's windows of tokens that training has too, as licences and headers of files do."""
+    windows = manifest["audit"]["windows"]
+    return windows["shared"] / max(1, windows["of"])
+
+
 def training_settings(options: argparse.Namespace, name: str, out: Path, manifest: dict) -> dict[str, str]:
     """The settings of the training run. Those of the environment stay, unless the command line says otherwise."""
     chosen = {
@@ -114,6 +121,8 @@ def training_settings(options: argparse.Namespace, name: str, out: Path, manifes
         "MAX_WALLCLOCK_SECONDS": f"{60 * (options.minutes or MINUTES):g}",
         "RUN_ID": f"{time.strftime('%Y%m%d-%H%M%S')}-{name}",
     }
+    if shared_share(manifest) > SHARED_SHARE:
+        chosen["ALLOW_SHARED_WINDOWS"] = "1"
     kept = {key: os.environ[key] for key in (*chosen, "ARTIFACT_DIR") if key in os.environ}
     if options.minutes:
         kept.pop("MAX_WALLCLOCK_SECONDS", None)
@@ -155,6 +164,9 @@ def main(arguments: list[str]) -> int:
     except PrepareError as error:
         raise UserError(str(error)) from None
     settings = training_settings(options, name, out, manifest)
+    if "ALLOW_SHARED_WINDOWS" in settings:
+        share = f"{shared_share(manifest):.0%} of the validation text's passages are in the training text too"
+        print(f"{share}: on new text, the model will score worse than its val_bpb", flush=True)
     run([sys.executable, "train_gpt.py"], settings)
     folder = settings.get("ARTIFACT_DIR") or f"logs/{settings['RUN_ID']}"
     prompt = options.prompt if options.prompt is not None else first_words(out, manifest)

@@ -74,7 +74,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 class Player:
-    """What the page asks of the model. One request computes at a time; texts that are written take turns by the token."""
+    """What the page asks of the model. One request computes at a time; written texts take turns by the token."""
 
     def __init__(self, model: Model, name: str):
         self.model, self.name = model, name

@@ -98,7 +98,7 @@ class Tokenizer:
 
 
 def begin_of_character(data: bytes) -> bytes | None:
-    """What is left of bytes of UTF-8 after whole characters: the beginning of one, or nothing. None: no text has them."""
+    """What bytes of UTF-8 hold after whole characters: the beginning of one, or nothing. None: no text has them."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         decoder.decode(data)

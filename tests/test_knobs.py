@@ -259,7 +259,7 @@ CHANGES = {
         )
     },
     "TTT_BATCH_SIZE": (4, dict(PHASED, TTT_ORDER="length")),  # in stream order it changes speed alone
-    "TTT_STREAMS": (2, dict(PHASED, TTT_ORDER="length")),
+    "TTT_STREAMS": (2, dict(PHASED, TTT_ORDER="length", TTT_BATCH_SIZE=4)),  # several batches of a phase
     "TTT_SHORT_DOC_CHUNKS": (1, dict(PHASED, TTT_EVAL_SEQ_LEN=32)),
     **{
         name: (value, CHUNK)

@@ -246,7 +246,9 @@ def check_deviation_row(
 def check_metric(findings: Findings, evidence: Evidence, known: Known, cells: list[str]) -> None:
     """Checks a row of a table of metrics: a name, and a figure that must be one of its kind."""
     m = claims.meaning((cells[0].replace("/", " per "),))
-    kind = m.kind or column_kind(*cells[:2], evidence.figures) if len(cells) > 1 else ""
+    if len(cells) < 2:
+        return
+    kind = m.kind or column_kind(cells[0], cells[1], evidence.figures)
     if not kind or m.difference or m.foreign or m.statistic == "std":
         return
     for text in known.tokens(UNIT.sub("", re.sub(r"[~≈] ?[0-9.,]+|[0-9.,]+ ?%", "", cells[1])))[:1]:

@@ -8840,7 +8840,8 @@ def predicts_ahead_at(p: Progress, config: Config) -> bool:
 
 def trainable_layers_at(p: Progress, config: Config) -> int:
     """Progressive depth (PR #1325): n fractions make n + 1 stages of equal depth increments."""
-    done = p.step / config.iterations if config.progressive_depth_by == "steps" else fraction_done(p, config)
+    by_steps = p.step / max(config.iterations, 1)
+    done = by_steps if config.progressive_depth_by == "steps" else fraction_done(p, config)
     stage = sum(done >= start for start in config.depth_cuts)
     return config.num_layers * (stage + 1) // (len(config.depth_cuts) + 1)
 
@@ -8872,21 +8873,21 @@ def all_step_variants(config: Config) -> list[StepVariant]:
     depth that PROGRESSIVE_DEPTH_BY=steps has reached: any up to that of the fraction. RECUR_START_STEP and a QAT_START
     in steps are alike.
     """
-    starts = {0.0, *config.depth_cuts}
+    starts, steps = {0.0, *config.depth_cuts}, max(config.iterations, 1)
     if config.loops:
-        counted = config.recur_start_step / config.iterations
+        counted = config.recur_start_step / steps
         starts.add(min(1.0, counted) if config.recur_start_step else config.enable_looping_at)
     if config.ahead_weights:
         starts.add(config.mtp_end)
     if config.qat_start:
-        starts.add(config.qat_start if config.qat_start < 1 else min(1.0, config.qat_start / config.iterations))
+        starts.add(config.qat_start if config.qat_start < 1 else min(1.0, config.qat_start / steps))
     starts = sorted(starts - {1.0})
     stages, timed = len(config.depth_cuts) + 1, config.max_wallclock_seconds > 0
     slower = [config.num_layers * (n + 1) // stages for n in range(stages)]
     slower = slower if timed and config.progressive_depth_by == "steps" else []
     variants = []
     for begin, end in itertools.pairwise((*starts, 1.0)):
-        between = (begin + end) / 2 * config.iterations
+        between = (begin + end) / 2 * steps
         middle = Progress(between, 0.0)  # pyright: ignore[reportArgumentType] # no whole step, which is right here
         for fake_quant in may_fake_quantize(middle, end, config):
             variant = step_variant_at(middle, config)._replace(fake_quant=fake_quant)

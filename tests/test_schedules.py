@@ -131,6 +131,14 @@ def test_fake_quantization_starts_at_a_share_or_a_step(start, steps):
     assert not tg.step_variant_at(at(999), by_steps(WARMDOWN_FRAC=1)).fake_quant
 
 
+@pytest.mark.parametrize("original", [0, 1])
+@pytest.mark.parametrize("preset", ["record", "poly5"])
+def test_no_steps_at_all_have_variants_too(preset, original):
+    """The warmup runs them: ITERATIONS=0 scores initial weights."""
+    c = config({"PRESET": preset}, ITERATIONS=0, QAT_START=300, RECUR_START_STEP=5, ORIGINAL=original)
+    assert tg.all_step_variants(c)
+
+
 def test_a_step_that_the_time_may_overtake_leaves_both_variants():
     c = config(ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=600, QAT_START=300, WARMDOWN_FRAC=1)
     assert [variant.fake_quant for variant in tg.all_step_variants(c)] == [False, True]

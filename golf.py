@@ -68,7 +68,8 @@ class Model:
 
     def tokens(self, ids: Sequence[int], most: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
         """Sampled tokens that follow these, up to the end of the document, `most` at most."""
-        written, generator, held = list(ids), torch.Generator().manual_seed(seed), b""
+        written, held = list(ids), b""
+        generator = torch.Generator().manual_seed(seed)
         for _ in range(most):
             row = self.logits(written[-self.config.eval_context :], last=1)[0]
             row[self.tokenizer.unfit(held)] = -torch.inf

@@ -15,7 +15,8 @@ import report
 import runs
 
 WIDTH, HEIGHT = 860, 330
-LEFT, RIGHT, TOP, BOTTOM = 58, 700, 50, 282  # of the axes
+LEFT, RIGHT = 58, 700  # of the axes
+TOP, BOTTOM = 50, 282
 HIGHEST = 3.5  # bits per byte at the top: the first steps lie above
 STYLE = """
   text { font: 13px Helvetica, Arial, "DejaVu Sans", sans-serif; fill: #3b434e; }
@@ -85,7 +86,8 @@ def demo_svg(curves: Sequence[report.Curve], submission: dict[str, Any], packed:
     mean, _ = runs.mean_and_deviation([row["val_bpb"] for row in submission["seed_results"].values()])
     seconds = max(row["train_wallclock_ms"] for row in submission["seed_results"].values()) / 1000
     size = max(row["artifact_bytes"] for row in submission["seed_results"].values()) / 1e6
-    y, end, score = axes.y(packed), RIGHT + 10, axes.y(mean)
+    y, score = axes.y(packed), axes.y(mean)
+    end = RIGHT + 10
     where = submission["hardware"].replace(", 1 rank", "")
     how = f"{seconds / 60:.0f} minutes on {where}, {len(curves)} seeds"
     title = f"Bits per byte while it trains, less is better: {how}"

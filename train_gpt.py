@@ -2972,14 +2972,14 @@ class LiveLine:
 
     SECONDS = 0.2  # between two writes
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: TextIO | None, dumb: bool = False):
+        """`dumb`: a terminal, such as an editor's, that shows the codes that move the cursor."""
         self.stream = stream
         self.shown = False
         self.written = -math.inf
         self.bytes_per_token = 0.0  # of the validation text; 0: not known
         try:
-            # A dumb terminal, such as an editor's, shows the codes that move the cursor.
-            self.terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+            self.terminal = stream is not None and stream.isatty() and not dumb
         except ValueError:  # a stream that was closed
             self.terminal = False
 
@@ -4279,6 +4279,7 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     else:
         torch.set_num_threads(config.cpu_threads or max(1, available_cores() // local_world))
     run = Run(rank, world, local_world, device)
+    run.live = LiveLine(sys.stdout, environment.get("TERM") == "dumb")
     if world > 1 and "MASTER_ADDR" not in environment:
         raise ConfigError("WORLD_SIZE", world, "MASTER_ADDR is not set; start several ranks with torchrun")
     if world > 1 or LAUNCHER_VARIABLE in environment:

@@ -69,6 +69,16 @@ class SlowList:
         SLOW_LIST.write_text("".join(f"{name}\n" for name in sorted(slow)))
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Tests begin with the process's own signal handlers: data/prepare.py, run in a test, leaves those of a command."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def float32_products_are_exact():
     """Products of float32 in float32: a run in this process lets GPUs round their operands to TF32, for good."""

@@ -929,7 +929,8 @@ def test_the_forward_of_the_model_exists_once():
 def test_the_environment_is_read_in_the_main_block_alone():
     main_blocks = [n for n in TREE.body if isinstance(n, ast.If) and "__main__" in ast.unparse(n.test)]
     inside = {id(n) for block in main_blocks for n in ast.walk(block)}
-    reads = [n for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv", "environb")]
+    names = ("environ", "getenv", "environb")
+    reads = [n for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr in names]
     assert reads and all(id(n) in inside for n in reads)
 
 

@@ -101,6 +101,18 @@ def test_the_command_streams_the_prompt_and_the_same_text_for_the_same_seed(fold
     assert first != run(capsys, folder, "the river", "--tokens", 30, "--seed", 6)
 
 
+def test_every_beginning_of_a_character_can_be_finished():
+    """Otherwise no token would be left to sample, as after the first two bytes of a surrogate."""
+    beginnings, whole = [b""], 0
+    while beginnings:
+        held = beginnings.pop()
+        after = [tokens.begin_of_character(held + bytes([byte])) for byte in range(256)]
+        assert any(found is not None for found in after), held
+        beginnings += [found for found in after if found]
+        whole += after.count(b"")
+    assert whole == sys.maxunicode + 1 - 2048  # every character, and no surrogate
+
+
 def test_temperature_and_top_k(folder, capsys):
     greedy = run(capsys, folder, "the", "--tokens", 20, "--temperature", 0)
     assert greedy == run(capsys, folder, "the", "--tokens", 20, "--top-k", 1, "--seed", 9)

@@ -36,8 +36,9 @@ def read_all(handle):
     return b"".join(parts).decode()
 
 
-def test_a_terminal_gets_a_live_line_and_files_get_plain_ones(data, tmp_path):
-    values = dict(TINY, DATA_PATH=data, RUN_ID="live", TERM="xterm")
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_a_terminal_gets_a_live_line_and_files_get_plain_ones(terminal, data, tmp_path):
+    values = dict(TINY, DATA_PATH=data, RUN_ID="live", TERM=terminal)
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT)], stdout=slave, stderr=slave, env=clean_environment(values), cwd=tmp_path
@@ -46,6 +47,9 @@ def test_a_terminal_gets_a_live_line_and_files_get_plain_ones(data, tmp_path):
     shown = read_all(master)
     os.close(master)
     assert process.wait() == 0, shown
+    if terminal == "dumb":
+        assert "step:1/" in shown and "\x1b" not in shown
+        return
     live = re.findall(r"\r(step \d+  loss [^\r\n]*)\x1b\[K", shown)
     assert re.fullmatch(
         r"step \d+  loss \d\.\d{4}  bpb ~\d\.\d{3}  [\d,]+ tokens/s  \d+%  ETA (\d+:)?\d+:\d\d", live[0]
@@ -71,7 +75,6 @@ def test_without_a_terminal_nothing_is_added(data, tmp_path):
 
 
 def test_the_live_line_is_written_over_cut_and_removed(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(tg.shutil, "get_terminal_size", lambda *_, **_more: os.terminal_size((10, 24)))
     stream = Terminal()
     line = tg.LiveLine(stream)
@@ -88,18 +91,16 @@ def test_the_live_line_is_written_over_cut_and_removed(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["file", "none", "closed", "broken", "dumb"])
-def test_other_streams_get_no_live_line(kind, monkeypatch):
+def test_other_streams_get_no_live_line(kind):
     class Broken(Terminal):
         def write(self, text):
             raise BrokenPipeError
 
     dumb = Terminal()
     stream = {"file": io.StringIO(), "none": None, "closed": Terminal(), "broken": Broken(), "dumb": dumb}[kind]
-    if kind == "dumb":
-        monkeypatch.setenv("TERM", "dumb")
     if kind == "closed":
         stream.close()
-    line = tg.LiveLine(stream)
+    line = tg.LiveLine(stream, kind == "dumb")
     line.show("text")
     line.clear()
     assert not line.terminal and (kind not in ("file", "dumb") or stream.getvalue() == "")

@@ -104,7 +104,9 @@ def begin_of_character(data: bytes) -> bytes | None:
         decoder.decode(data)
     except UnicodeDecodeError:
         return None
-    return decoder.getstate()[0]
+    held = decoder.getstate()[0]
+    # The first two bytes of a surrogate, which Python refuses with the third.
+    return None if held[:1] == b"\xed" and held[1:] >= b"\xa0" else held
 
 
 def original(text: str) -> str:

@@ -181,7 +181,8 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     rand, uniform = torch.rand, Tensor.uniform_
     stream = Tokens(script.BOS_ID)
     before = script.dist, script.TokenStream, script.Vocabulary
-    script.dist, script.TokenStream, script.Vocabulary = collectives, lambda *_: stream, Vocabulary
+    script.dist, script.Vocabulary = collectives, Vocabulary
+    script.TokenStream = lambda *_: stream
     generator = torch.Generator
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
     torch.rand = lambda *a, generator=None, **k: rand(*a, **k)

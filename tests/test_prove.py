@@ -82,9 +82,14 @@ HONEST = dict(
 # ------------------------------------------------------------------------------------------------------ what is proven
 
 
+# Of the pinned NumPy: another text gives another model, and whether a cheat shows depends on the model a little.
+CORPUS = ("_core/fromnumeric.py", "_core/numeric.py", "lib/_function_base_impl.py", "linalg/_linalg.py")
+
+
 def write_corpus(folder):
-    """A tokenizer of 1,024 pieces and shards: the script's own source, each part between blank lines a document."""
-    parts = [part for part in SCRIPT.read_text().split("\n\n\n") if part]
+    """A tokenizer of 1,024 pieces and shards: source of NumPy, each part between blank lines a document."""
+    texts = [(Path(np.__file__).parent / name).read_text() for name in CORPUS]
+    parts = [part for text in texts for part in text.split("\n\n\n") if part]
     (folder / "tokenizer.model").write_bytes(
         train_tokenizer([p for part in parts for p in part.split("\n")], VOCABULARY)
     )

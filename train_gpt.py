@@ -3115,6 +3115,9 @@ class LineFile:
         self.waiting = bytearray()
         self.dropped = 0  # lines that found no room
         self.fresh = True  # nothing was written yet
+        self.unsure: int | None = (
+            None  # the file's size before a write of all that waits, which closing did not confirm
+        )
         self.lock = threading.RLock()
 
     def add(self, line: str) -> None:
@@ -3133,9 +3136,13 @@ class LineFile:
         with self.lock:
             handle, written = os.open(self.path, flags, 0o644), 0
             try:
+                if self.unsure is not None:  # what did arrive must not be written twice
+                    del self.waiting[: max(0, os.fstat(handle).st_size - self.unsure)]
+                    self.unsure = None
                 if self.fresh and cut_line(self.path):
                     self.waiting[:0] = b"\n"
                 self.fresh = False
+                size = os.fstat(handle).st_size
                 while written < len(self.waiting):
                     written += os.write(handle, self.waiting[written:])
             except OSError:
@@ -3143,7 +3150,9 @@ class LineFile:
                 with contextlib.suppress(OSError):
                     os.close(handle)
                 raise
+            self.unsure = size
             os.close(handle)  # a network's file system may report only here that it is full
+            self.unsure = None
             self.waiting.clear()
 
 

@@ -196,6 +196,34 @@ def test_the_rest_of_a_line_follows_its_beginning(tmp_path):
     assert run.finish() and not run.lines["log.txt"].waiting
 
 
+@pytest.mark.parametrize("arrives", [0, 7, None])
+def test_lines_that_closing_does_not_confirm_are_written_once(tmp_path, monkeypatch, arrives):
+    """A disk may report only on closing that it is full; then all lines may be there, or some bytes, or none."""
+    real, on = os.close, [True]
+
+    def close(handle):
+        path = Path(os.path.realpath(f"/proc/self/fd/{handle}"))
+        real(handle)
+        if on[0] and path.name == "log.txt":
+            if arrives is not None:
+                os.truncate(path, before + arrives)
+            raise OSError(errno.EIO, "Input/output error")
+
+    file = tg.LineFile(tmp_path / "log.txt")
+    file.add("the first line")
+    file.flush()
+    before = (tmp_path / "log.txt").stat().st_size
+    monkeypatch.setattr(os, "close", close)
+    for number in range(3):
+        file.add(f"line {number}")
+        if number < 2:
+            with pytest.raises(OSError, match="Input/output"):
+                file.flush()
+        on[0] = number < 1
+    file.flush()
+    assert (tmp_path / "log.txt").read_text() == "the first line\nline 0\nline 1\nline 2\n"
+
+
 def test_lines_beyond_the_bound_are_counted(tmp_path, monkeypatch, capfd):
     faults = Faults(monkeypatch, errno.ENOSPC, "write", "log.txt", tmp_path)
     monkeypatch.setattr(tg, "LINES_LIMIT", 95)

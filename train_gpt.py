@@ -3115,9 +3115,7 @@ class LineFile:
         self.waiting = bytearray()
         self.dropped = 0  # lines that found no room
         self.fresh = True  # nothing was written yet
-        self.unsure: int | None = (
-            None  # the file's size before a write of all that waits, which closing did not confirm
-        )
+        self.unsure: int | None = None  # the file's size before a write that closing did not confirm
         self.lock = threading.RLock()
 
     def add(self, line: str) -> None:
@@ -4177,6 +4175,10 @@ class Watchdog:
         for rank in set(verdict.lost) - {self.run.rank}:
             if not self.peers[rank].done:  # one that said why it ends does so itself; one that is stopped cannot
                 self.peers[rank].kill()
+        if self.run.lock:
+            release = threading.Thread(target=self.run.lock.release, daemon=True)
+            release.start()
+            release.join(self.TERM)  # on a disk that does not answer the file stays, which holds nobody up
         os._exit(code)
 
     def speak(self, verdict: Verdict) -> None:

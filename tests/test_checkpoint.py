@@ -314,6 +314,13 @@ def test_without_checkpoints_a_signal_ends_a_training_as_ever(data, tmp_path):
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
+def test_a_refusal_of_several_ranks_leaves_no_lock(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert "already holds a run" in refused(go(data, tmp_path / "run", 2))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["summary.json"]
+
+
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     run = single_run()
     run.checkpoints = tg.Checkpoints(run, tmp_path, 1.0)

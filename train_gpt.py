@@ -13917,8 +13917,11 @@ def dry_run(config: Config, world: int) -> str:
 
 MEMORY_WORDS = re.compile(r"out of memory|allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED")
 # The knob that decides how much memory a stage takes, beside the model's sizes.
-MEMORY_KNOBS = dict.fromkeys(("warmup", "train", "calibrate", "tune"), "micro_batch_tokens")
-MEMORY_KNOBS |= dict(validate="val_batch_size", evaluate="val_batch_size", ttt="ttt_batch_size")
+MEMORY_KNOBS: dict[str, str] = {
+    **dict.fromkeys(("warmup", "train", "calibrate", "tune"), "micro_batch_tokens"),
+    **dict.fromkeys(("validate", "evaluate"), "val_batch_size"),
+    "ttt": "ttt_batch_size",
+}
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def test_a_stage_with_hints_is_the_reference_on_the_models_own_distributions(nam
         watched.losses = None
         result = forward(model, *batch, **more)
         if more.get("hints") is not None:  # targets meet the network at its logits, and nowhere before
-            logits, targets, *rest = watched.losses
+            logits, targets, *rest = watched.losses  # pyright: ignore[reportGeneralTypeIssues]
             with torch.no_grad():
                 every = [token_losses(model, logits, torch.full_like(targets, t), *rest)[0] for t in range(384)]
             watched.last = torch.exp(-torch.stack(every, -1)).numpy()

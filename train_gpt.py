@@ -124,6 +124,14 @@ class ConfigError(Exception):
         self.parts = name, value, allowed
 
 
+def listed_numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers; a single NaN, which no range allows, where they are not."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        return (math.nan,)
+
+
 class Observed(enum.StrEnum):
     """Where a change of a knob shows first, in the order of a run; tests/test_knobs.py holds every knob to it.
 
@@ -1288,10 +1296,7 @@ class Config(ModelConfig):
         """Initial gain of each layer's queries. Errors: ConfigError."""
         if not self.qk_gain_init_schedule:
             return (self.qk_gain_init,) * self.num_layers
-        try:
-            gains = tuple(map(float, self.qk_gain_init_schedule.split(",")))
-        except ValueError:
-            gains = ()
+        gains = listed_numbers(self.qk_gain_init_schedule)
         if len(gains) != self.num_layers or not all(0 <= gain < math.inf for gain in gains):
             allowed = f"must be a number of at least 0 for each of NUM_LAYERS={self.num_layers} layers, comma-separated"
             raise ConfigError("QK_GAIN_INIT_SCHEDULE", self.qk_gain_init_schedule, allowed)
@@ -1300,10 +1305,7 @@ class Config(ModelConfig):
     @property
     def ahead_weights(self) -> tuple[float, ...]:
         """Initial weights of the losses of the second token ahead, the third, ... Errors: ConfigError."""
-        try:
-            weights = tuple(map(float, self.mtp_weights.split(","))) if self.mtp_weights else ()
-        except ValueError:
-            weights = (math.nan,)
+        weights = listed_numbers(self.mtp_weights) if self.mtp_weights else ()
         if not all(0 < weight <= 100 for weight in weights):
             allowed = "must be comma-separated numbers above 0 and at most 100, such as 0.5,0.25"
             raise ConfigError("MTP_WEIGHTS", self.mtp_weights, allowed)
@@ -1314,10 +1316,7 @@ class Config(ModelConfig):
         """Fractions of training at which more layers start to train. Errors: ConfigError."""
         if self.progressive_depth_schedule in ("", "0"):
             return ()
-        try:
-            cuts = tuple(map(float, self.progressive_depth_schedule.split(",")))
-        except ValueError:
-            cuts = (math.nan,)
+        cuts = listed_numbers(self.progressive_depth_schedule)
         if not all(low < high for low, high in itertools.pairwise((0.0, *cuts, 1.0))):
             raise ConfigError(
                 "PROGRESSIVE_DEPTH_SCHEDULE",
@@ -3134,13 +3133,13 @@ class LineFile:
         with self.lock:
             handle, written = os.open(self.path, flags, 0o644), 0
             try:
+                size = os.fstat(handle).st_size
                 if self.unsure is not None:  # what did arrive must not be written twice
-                    del self.waiting[: max(0, os.fstat(handle).st_size - self.unsure)]
+                    del self.waiting[: max(0, size - self.unsure)]
                     self.unsure = None
                 if self.fresh and cut_line(self.path):
                     self.waiting[:0] = b"\n"
                 self.fresh = False
-                size = os.fstat(handle).st_size
                 while written < len(self.waiting):
                     written += os.write(handle, self.waiting[written:])
             except OSError:
@@ -4176,16 +4175,18 @@ class Watchdog:
             if not self.peers[rank].done:  # one that said why it ends does so itself; one that is stopped cannot
                 self.peers[rank].kill()
         if self.run.lock:
-            release = threading.Thread(target=self.run.lock.release, daemon=True)
-            release.start()
-            release.join(self.TERM)  # on a disk that does not answer the file stays, which holds nobody up
+            self.attempt(self.run.lock.release)
         os._exit(code)
+
+    def attempt(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Does something that may hang, as where a disk or a reader does not answer; it is not waited for long."""
+        thread = threading.Thread(target=action, args=arguments, daemon=True)
+        thread.start()
+        thread.join(self.TERM)
 
     def speak(self, verdict: Verdict) -> None:
         """Writes the line, and tells the others."""
-        writer = threading.Thread(target=self.write_line, args=(verdict,), daemon=True)
-        writer.start()
-        writer.join(self.TERM)  # the main thread may hang because nothing can be written
+        self.attempt(self.write_line, verdict)  # the main thread may hang because nothing can be written
         self.spoken = True
         self.send(kind="spoken")
 

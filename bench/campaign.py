@@ -17,7 +17,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -91,13 +90,6 @@ def work(pipe, inputs: Inputs, seed: int, chosen: dict[str, Kind], parent: int) 
         pipe.send(make(chosen[name], number, seed, inputs))
 
 
-def end_processes(pids: list[int]) -> None:
-    """Kills processes, of which some may have ended."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
 class Worker:
     """A worker process and the trial that it makes."""
 
@@ -134,7 +126,7 @@ class Worker:
     def end(self) -> None:
         """Ends it with all that it started."""
         if self.process.pid and self.process.is_alive():
-            end_processes([*processes.descendants(self.process.pid), self.process.pid])
+            processes.kill_all([*processes.descendants(self.process.pid), self.process.pid])
         self.process.join()
 
 
@@ -247,7 +239,7 @@ def main(arguments: list[str]) -> int:
         processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)  # it ends what a worker that died had started, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was tried so far counts
         rows = campaign(options, chosen, inputs, save)
-        end_processes(processes.descendants(os.getpid()))
+        processes.kill_all(processes.descendants(os.getpid()))
     finally:
         if not (options.work or options.only):
             shutil.rmtree(place, ignore_errors=True)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -113,6 +114,13 @@ def descendants(*roots: int) -> list[int]:
     return found[len(roots) :]
 
 
+def kill_all(pids: Iterable[int]) -> None:
+    """Kills processes, of which some may have ended."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def execute(command: list[str]) -> None:
     """This process becomes the command, with the signals that Python ignores set back to their defaults."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -153,9 +161,7 @@ class Supervisor:
 
     def kill(self, number: int, frame: FrameType | None) -> None:
         """Kills whatever descends from this process, again and again while it runs."""
-        for process in descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        kill_all(descendants(os.getpid()))
         if self.running:
             signal.alarm(1)
 

@@ -201,10 +201,7 @@ class Child:
 
     def kill_all(self) -> None:
         """Kills the run and all that it started."""
-        for pid in [*self.pids, *self.started()]:
-            if pid not in self.codes:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+        processes.kill_all(pid for pid in [*self.pids, *self.started()] if pid not in self.codes)
 
     def collect(self) -> list[str]:
         """Names and ends the processes that the run left; this process gets them as a subreaper."""

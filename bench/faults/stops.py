@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -157,9 +156,7 @@ def launcher(trial: Trial) -> None:
     left = [pid for pid in ranks if alive(pid) and b"train_gpt" in command_line(pid)]
     if process.poll() is None:
         left += [process.pid, *processes.descendants(process.pid)]
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    processes.kill_all(left)
     process.wait()
     trial.expect(not left, HUNG, f"{len(left)} processes did not end within {END_SECONDS:.0f} s after {way}")
     text = out.read_text(errors="replace")

@@ -8840,6 +8840,12 @@ class StepVariant(NamedTuple):
     fake_quant: bool  # late QAT
     predicts_ahead: bool = False  # multi-token prediction
 
+    def title(self, config: Config) -> str:
+        """Such as `looped, 4 layers`: plain or looped, and what differs from a step of all layers."""
+        parts = ["looped" if self.looped else "plain"]
+        parts += [f"{self.trainable_layers} layers"] * (self.trainable_layers < config.num_layers)
+        return ", ".join(parts + ["rounded"] * self.fake_quant + ["ahead"] * self.predicts_ahead)
+
 
 def ahead_factor(p: Progress, config: Config) -> float:
     """What MTP_WEIGHTS are multiplied by: from 1 linearly to 0 at MTP_END."""
@@ -9079,7 +9085,11 @@ class Trainer:
         initial = [p.clone() for p in self.parameters()]
         for step in range(self.config.warmup_steps):
             for variant in all_step_variants(self.config):
+                start = time.perf_counter()
                 self.step(Progress(step, 0.0), *variant)
+                self.run.synchronize()
+                if self.config.compile == "1" and not step:  # minutes at full size, which would be silent
+                    self.run.log(f"warmup: {variant.title(self.config)} compiled, {time.perf_counter() - start:.0f} s")
         if self.config.warmup_steps:
             evaluate_once(self.forward)
         for tensors in (self.parameters(), self.ema or []):

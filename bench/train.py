@@ -8,9 +8,9 @@ With CUDA the model is PRESET=record, and a step is one micro-batch on each rank
 architecture at a small shape. On several ranks a step takes as long as on the slowest of them. Knobs come from the
 environment, as for train_gpt.py. The data are random tokens, in documents as long as web pages, in a temporary folder.
 
-Two parts are measured, before and after depth recurrence starts. The whole `Trainer.step` is reading the batch,
-forward, backward, clipping, Muon, AdamW and EMA. The other part ends after the backward pass. Parts take turns, so that
-changes of the machine's speed affect all of them.
+Two parts are measured of each variant that a training runs: plain, looped (after depth recurrence starts), and what
+else the preset has. The whole `Trainer.step` is reading the batch, forward, backward, clipping, Muon, AdamW and EMA.
+The other part ends after the backward pass. Parts take turns, so that changes of the machine's speed affect all.
 
 For comparison, PR #2163's log has 1.03 million tokens/s for each H100 before recurrence starts (33% MFU), and 41.7 GB.
 """
@@ -105,8 +105,23 @@ def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
     return 12 * layers * c.num_heads * c.head_dim * context
 
 
-def flops_per_token(model: t.GPT, looped: bool, context: float) -> float:
-    return 6 * matmul_parameters(model, looped) + attention_flops(model.config, len(model.schedules[looped]), context)
+def flops_per_token(model: t.GPT, variant: t.StepVariant, context: float) -> float:
+    """Of a training step. Layers that do not train need no gradients of their weights."""
+    frozen = model.config.num_layers - variant.trainable_layers
+    saved = 2 * frozen * sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
+    layers = len(model.schedules[variant.looped])
+    return 6 * matmul_parameters(model, variant.looped) - saved + attention_flops(model.config, layers, context)
+
+
+class RandomPieces:
+    """Replaces Vocabulary for random tokens: half of them begin with another one."""
+
+    def __init__(self, c: t.Config):
+        self.size = c.vocab_size
+
+    def longest_prefixes(self) -> np.ndarray:
+        pieces = np.arange(self.size)
+        return np.where(pieces % 2, pieces // 2, -1)
 
 
 def mean_context(loader: t.TrainLoader, steps: range) -> float:
@@ -141,9 +156,9 @@ class Bench:
             "whole step": (self.trainer.optimizers, self.trainer.ema),
         }
         self.first_round_seconds = 0.0
-        self.variants = [(looped, part) for looped in ((False, True) if c.loops else (False,)) for part in self.parts]
+        self.variants = [(variant, part) for variant in t.all_step_variants(c) for part in self.parts]
 
-    def measure(self, step: int, looped: bool, part: str) -> tuple[float, int]:
+    def measure(self, step: int, variant: t.StepVariant, part: str) -> tuple[float, int]:
         """Seconds of one step and, on CUDA, its peak memory in bytes (otherwise 0: a process has only one peak)."""
         cuda = self.run.device.type == "cuda"
         self.trainer.optimizers, self.trainer.ema = self.parts[part]
@@ -152,11 +167,11 @@ class Bench:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        self.trainer.step(t.Progress(step, 0.0), looped)
+        self.trainer.step(t.Progress(step, 0.0), *variant)
         self.run.synchronize()
         return time.perf_counter() - start, self.run.peak_memory() if cuda else 0
 
-    def samples(self, warmup: int, repeats: int) -> dict[tuple[bool, str], list[tuple[float, int]]]:
+    def samples(self, warmup: int, repeats: int) -> dict[tuple[t.StepVariant, str], list[tuple[float, int]]]:
         """Results of `measure` for each variant, in turns, without the warmup steps: the largest of all ranks."""
         start, rounds = time.perf_counter(), []
         for step in range(warmup + repeats):
@@ -169,15 +184,17 @@ class Bench:
         return dict(zip(self.variants, largest, strict=True))
 
 
-def row(bench: Bench, variant: tuple[bool, str], samples: list[tuple[float, int]], context: float) -> dict[str, Any]:
+def row(
+    bench: Bench, measured: tuple[t.StepVariant, str], samples: list[tuple[float, int]], context: float
+) -> dict[str, Any]:
     """One row of the table, from the samples."""
-    c, (looped, part) = bench.trainer.config, variant
+    c, (variant, part) = bench.trainer.config, measured
     seconds, memory = zip(*samples, strict=True)
     rate = c.train_batch_tokens / statistics.median(seconds)
-    flops = flops_per_token(bench.trainer.model, looped, context)
+    flops = flops_per_token(bench.trainer.model, variant, context)
     peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None
     return dict(
-        order="looped" if looped else "plain",
+        order=variant.title(c),
         part=part,
         repeats=len(seconds),
         ms_per_step=1000 * statistics.median(seconds),
@@ -232,7 +249,7 @@ def table(r: dict[str, Any]) -> str:
         f"attention {backend['attention']}  compile {backend['compile']:d}  triton {backend['triton']:d}",
         f"{r['tokens_per_step']} tokens a step in {r['micro_steps']} x {r['micro_sequences']} sequences of "
         f"{r['shape']['train_seq_len']}; mean context {r['mean_context']:.1f}",
-        f"{'order':7s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
+        f"{'order':16s} {'part':17s} {'ms/step':>9s} {'lowest..highest':>18s} {'tokens/s':>10s} "
         f"{'MFLOPs/token':>13s} {'MFU':>6s} {'peak MiB':>9s}",
     ]
     for x in r["rows"]:
@@ -240,7 +257,7 @@ def table(r: dict[str, Any]) -> str:
         memory = "-" if x["peak_memory_bytes"] is None else f"{x['peak_memory_bytes'] / 2**20:.0f}"
         spread = f"{x['ms_lowest']:.1f}..{x['ms_highest']:.1f}"
         lines.append(
-            f"{x['order']:7s} {x['part']:17s} {x['ms_per_step']:9.1f} {spread:>18s} "
+            f"{x['order']:16s} {x['part']:17s} {x['ms_per_step']:9.1f} {spread:>18s} "
             f"{x['tokens_per_second']:10.0f} {x['flops_per_token'] / 1e6:13.2f} {mfu:>6s} {memory:>9s}"
         )
     lines.append(f"the first round, in which all is compiled, took {r['first_round_seconds']:.1f} s")
@@ -259,6 +276,7 @@ def measured(c: t.Config, run: t.Run, options: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), c, 16 * c.train_batch_tokens + 1, options.document_tokens)
         c = dataclasses.replace(c, data_path=folder)
+        t.Vocabulary = RandomPieces
         bench = Bench(c, run)
         samples = bench.samples(options.warmup, options.repeats)
         context = mean_context(bench.trainer.loader, range(options.warmup, options.warmup + options.repeats))

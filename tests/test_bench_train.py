@@ -97,7 +97,8 @@ def test_every_row_follows_from_its_times(finished):
         assert x["tokens_per_second"] == pytest.approx(512 / x["ms_per_step"] * 1000)
         assert x["mfu"] is None and x["peak_memory_bytes"] is None  # no chip whose peak is known; one process, one peak
         model = tg.new_model(config(SHAPE))
-        assert x["flops_per_token"] == bench.flops_per_token(model, x["order"] == "looped", r["mean_context"])
+        variant = next(v for v in tg.all_step_variants(config(SHAPE)) if v.title(config(SHAPE)) == x["order"])
+        assert x["flops_per_token"] == bench.flops_per_token(model, variant, r["mean_context"])
 
 
 def test_the_table_says_the_same(finished):
@@ -150,9 +151,9 @@ def test_frozen_layers_cost_no_gradient_of_their_weights(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         model(*batch, looped=False, trainable_layers=2)[0].sum().backward()
     counted = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
-    layer = sum(getattr(model, bank).numel() for bank in tg.BANKS) // 6
-    expected = (6 * bench.matmul_parameters(model, False) - 2 * 4 * layer) * batch.ids.numel()
-    assert counted["aten.mm"] == expected
+    without_attention = bench.flops_per_token(model, tg.StepVariant(False, 2, False), 0.0)
+    assert counted["aten.mm"] == without_attention * batch.ids.numel()
+    assert without_attention < bench.flops_per_token(model, tg.StepVariant(False, 6, False), 0.0)
 
 
 def test_the_context_is_what_attention_may_see(data):
@@ -177,7 +178,7 @@ def test_nothing_is_updated_where_only_the_passes_are_measured(data):
     measured = bench.Bench(config(SHAPE, DATA_PATH=data), single_run())
     states = [[p.clone() for p in measured.trainer.parameters()]]
     for part in ("forward+backward", "whole step"):
-        measured.measure(0, False, part)
+        measured.measure(0, tg.StepVariant(False, 6, False), part)
         states.append([p.clone() for p in measured.trainer.parameters()])
     same = [all(map(torch.equal, states[i], states[i + 1])) for i in (0, 1)]
     assert same == [True, False] and all(p.grad is None for p in measured.trainer.model.parameters())
@@ -205,10 +206,25 @@ def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     monkeypatch.setattr(bench, "chip", lambda run: name)
     c = config(TINY)
     fake = SimpleNamespace(run=single_run(), trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
-    row = bench.row(fake, (False, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
+    variant = tg.StepVariant(False, c.num_layers, False)
+    row = bench.row(fake, (variant, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768
     expected = None if peak is None else 2 * 768 * row["flops_per_token"] / peak
     assert row["mfu"] == (expected if expected is None else pytest.approx(expected))
+
+
+def test_every_variant_of_a_preset_is_measured(tmp_path):
+    """Multi-token and prefix prediction, which need a tokenizer in a training, and layers that begin to train late."""
+    extra = dict(
+        MTP_WEIGHTS="0.5", PREFIX_LOSS_WEIGHT=0.25, PROGRESSIVE_DEPTH_SCHEDULE="0.08,0.25", TRAIN_BATCH_TOKENS=256
+    )
+    options = ("--repeats", 1, "--warmup", 0, "--document-tokens", 12, "--json", tmp_path / "result.json")
+    done = fork(SCRIPT, {**SHAPE, **extra}, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    variants = tg.all_step_variants(config({**SHAPE, **extra}))
+    assert {x["order"] for x in rows} >= {"plain, 2 layers, ahead", "looped, ahead", "looped"}, rows
+    assert len({x["order"] for x in rows}) == len(variants) == len(rows) / 2
 
 
 def test_defaults():

@@ -1,5 +1,6 @@
 """One step and the loop: warmup leaves no trace, losses fall, averages, switches, logs."""
 
+import dataclasses
 import json
 import re
 
@@ -87,6 +88,16 @@ def test_warmup_runs_every_variant_that_the_training_will_need(base, variants, d
     assert set(seen) == {tg.StepVariant(*v) for v in variants} == set(tg.all_step_variants(trainer.config))
     assert evaluated == [watched]  # scores have a graph of their own
     assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_a_compiled_warmup_says_what_it_has_compiled(data, capsys):
+    """On GPUs it takes minutes, which would look like a run that hangs."""
+    trainer = make_trainer(POLY_LIKE, data, WARMUP_STEPS=2)
+    trainer.config = dataclasses.replace(trainer.config, compile="1")
+    trainer.warm_up()
+    titles = ["plain, 2 layers", "plain, 4 layers", "plain", "plain, rounded"]
+    found = re.findall("^warmup: (.*) compiled, [0-9]+ s$", capsys.readouterr().out, re.M)
+    assert found == titles
 
 
 @pytest.mark.parametrize("base", [TINY, RECORD_LIKE, POLY_LIKE], ids=["tiny", "record", "poly"])

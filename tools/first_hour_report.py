@@ -138,10 +138,10 @@ def step_lines(figures: dict[str, dict[str, Any]]) -> Iterator[Line]:
             if row["part"] == "whole step":
                 yield Line(
                     f"step/{backend}/{row['order']}",
-                    f"{titles[row['order']]}, {backend}",
+                    f"{titles.get(row['order'], 'a step, ' + row['order'])}, {backend}",
                     "ms",
                     row["ms_per_step"],
-                    RECORD_STEPS[row["order"]] if name == measured[0] else 0.0,
+                    RECORD_STEPS.get(row["order"], 0.0) if name == measured[0] else 0.0,
                     f"{found['tokens_per_step'] // ranks} tokens on each of {ranks} rank{'s' if ranks > 1 else ''}",
                 )
 

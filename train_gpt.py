@@ -12621,13 +12621,15 @@ class StageCheckpoints:
         """Writes what this rank has scored and has of its own and, on rank 0, the phase's weights if not yet done."""
         if self.files is None:
             return
-        self.saved, state = time.perf_counter(), self.state
+        self.saved = time.perf_counter()
         if shared and self.run.is_main and phase > self.shared_phase:
-            self.files.save(self.shared_path(phase).name, shared, state, lambda: ())
+            name = self.shared_path(phase).name
+            self.files.save(name, shared, dict(self.state, name=name), lambda: ())
             self.shared_phase = phase
         self.number += 1
-        name = StageFile(self.stage, self.run.attempts, phase, self.number, self.run.rank, self.run.world)
-        self.files.save(str(name), {**self.ledger.tensors(), **own}, state, functools.partial(self.stale, name))
+        newest = StageFile(self.stage, self.run.attempts, phase, self.number, self.run.rank, self.run.world)
+        tensors, state = {**self.ledger.tensors(), **own}, dict(self.state, name=str(newest))
+        self.files.save(str(newest), tensors, state, functools.partial(self.stale, newest))
 
     def begin_phase(self) -> None:
         """Ranks agree on which phases they need no more. All that any rank wrote is on the disk before."""
@@ -12651,12 +12653,12 @@ class StageCheckpoints:
         return [self.folder / str(name) for name in old] + weights
 
     def read(self, path: Path) -> dict[str, Tensor] | None:
-        """The tensors of a file, or None if it is missing, damaged or of another model or validation stream."""
+        """The tensors of a file, or None if it is missing, damaged, renamed, or of another model or stream."""
         try:
             tensors, state = read_tensors(path)
         except (OSError, ValueError):
             return None
-        return tensors if state == self.state else None
+        return tensors if state == dict(self.state, name=path.name) else None
 
     def newest(self, moving: bool) -> tuple[int, list[str]] | None:
         """The newest phase that can be gone on from, and the files of its ranks. `moving`: weights train."""

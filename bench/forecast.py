@@ -71,8 +71,8 @@ ASSUMED: dict[str, tuple[tuple[float, float, float], str]] = {
     "reproduction": (
         (-0.001, 0.0, 0.004),
         "bpb by which this script's own `record` differs from the peer's score. It was never trained on FineWeb, and a "
-        "new implementation loses more often than it gains. Others who ran a peer's unchanged script differed by 0.0003 "
-        "(PR #2117).",
+        "new implementation loses more often than it gains. Others who ran a peer's unchanged script differed by "
+        "0.0003 (PR #2117).",
     ),
     "after test-time training": (
         (0.7, 0.85, 1.0),

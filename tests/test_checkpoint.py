@@ -386,6 +386,20 @@ def test_another_number_of_ranks_goes_on(before, after, alone, data, tmp_path):
         assert ours["val_tokens"] == theirs["val_tokens"] and ours["ranks"] == after
 
 
+def test_files_of_a_stage_that_changed_places_are_passed_over(alone, data, tmp_path):
+    """Each is whole, its checksum right, and its model the run's own."""
+    knobs, folder = {**PHASED, "TTT_BASELINE": 0}, tmp_path / "run"
+    assert go(data, folder, KILL_STAGE="ttt", KILL_EVENT="run_batch", KILL_AT=6, **knobs).returncode == -9
+    weights = sorted((folder / "checkpoint").glob("ttt-weights-*"))[-1]
+    scores = sorted(p for p in (folder / "checkpoint").glob("ttt-*") if "weights" not in p.name)[-1]
+    contents = weights.read_bytes(), scores.read_bytes()
+    scores.write_bytes(contents[0])
+    weights.write_bytes(contents[1])
+    done = go(data, folder, **knobs)
+    assert done.returncode == 0, done.stderr
+    assert results(folder) == results(alone)
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 

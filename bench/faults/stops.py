@@ -51,6 +51,8 @@ def signals(trial: Trial) -> None:
     number = -int(ENDING[name])
     if trial.judge_end(ended, (0, number, 128 - number, 4), what=f"the run after {name}"):
         lines = [line for line in ended.err.splitlines() if line.strip() and not line.startswith("warning: ")]
+        if target == 0 and ranks == 2:  # the other one does not know it yet, and says in vain whom it waits for
+            lines = [line for line in lines if not line.startswith("error: rank 0 does not answer at")]
         trial.expect(len(set(lines)) <= 1, MISREPORTED, f"{name} makes {len(lines)} lines: {ended.err[:300]!r}")
     if ended.code:
         ended = trial.inputs.start(knobs, trial.folder / "second", ranks=ranks).wait(120)

@@ -70,9 +70,10 @@ class Size:
     prefix: int  # tokens of the prefix that the whole vocabulary continues
     training: bool  # whether it also trains
     claim: bool  # whether it also repeats the run's own score
+    hinted: tuple[float, ...] = (0.5, 2.0)  # nats of the tokens that hints name where the whole vocabulary is tried
 
 
-FULL = Size(80_000, 20_000, 6, 18, 64, True, True)
+FULL = Size(80_000, 20_000, 6, 18, 64, True, True, (0.5, 1.5, 4.0))
 SHORT = Size(10_000, 3_000, 3, 3, 4, False, False)
 PAIRS_SECONDS = 200  # of the ten minutes that a proof may take
 
@@ -563,7 +564,7 @@ class Proof:
             return Verdict("normalization", None, "documents of TTT_ORDER=length do not start from one state")
         tried, wrong = [], []
         prefixes = [(self.ending(length), None) for length in sorted({4, self.size.prefix})]
-        for prefix, likely in [*prefixes, *self.hinted_prefix()]:
+        for prefix, likely in [*prefixes, *self.hinted_prefixes()]:
             sums = self.sums(prefix, np.arange(vocabulary), likely=likely)
             tried.append(f"{vocabulary} documents of {len(prefix)} tokens and one more: sums {shown(sums)}")
             wrong += [
@@ -631,8 +632,11 @@ class Proof:
             self.prefix = np.resize(real[::-1], self.size.longest)[::-1]
         return np.concatenate(([BOS], self.prefix[len(self.prefix) - length :]))
 
-    def hinted_prefix(self) -> list[tuple[np.ndarray, int]]:
-        """With hints, the start of a document and a next token of a middling probability, which a hint moves much."""
+    def hinted_prefixes(self) -> list[tuple[np.ndarray, int]]:
+        """With hints, starts of documents, each with a next token that a hint moves much: of middling probabilities.
+
+        Several, because a cheat may act on few hints, and a model may learn to trust none of one kind.
+        """
         settings, borders = self.subject.settings, self.stream.borders
         if not settings.get("hint_enabled"):
             return []
@@ -640,8 +644,8 @@ class Proof:
         depths = places - borders[np.searchsorted(borders, places, side="right") - 1]
         able = (depths >= least) & (depths < least + 16) & (self.stream.tokens[1:] != BOS)
         scores = next(scores for stage, scores in reversed(self.base().scores.items()) if stage != "hint")
-        place = int(np.where(able, np.abs(scores - 0.5), np.inf).argmin())
-        return [(self.stream.tokens[place - depths[place] : place + 1], int(self.stream.tokens[place + 1]))]
+        found = {int(np.where(able, np.abs(scores - nats), np.inf).argmin()) for nats in self.size.hinted}
+        return [(self.stream.tokens[p - depths[p] : p + 1], int(self.stream.tokens[p + 1])) for p in sorted(found)]
 
     def sums(
         self, prefix: np.ndarray, last: np.ndarray, late: bool = True, likely: int | None = None

@@ -4272,6 +4272,12 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     world = rank_variable(environment, "WORLD_SIZE", 1)
     local = rank_variable(environment, "LOCAL_RANK", 0)
     local_world = rank_variable(environment, "LOCAL_WORLD_SIZE", 1)
+    counts = dict(RANK=(rank, "WORLD_SIZE", world))
+    if "LOCAL_WORLD_SIZE" in environment:  # torchrun's; other launchers do not set it
+        counts["LOCAL_RANK"] = (local, "LOCAL_WORLD_SIZE", local_world)
+    for name, (number, of, count) in counts.items():
+        if number >= count:
+            raise ConfigError(name, number, f"must be below {of}={count}, as torchrun sets it")
     cuda = config.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError(
@@ -14054,7 +14060,8 @@ def main(arguments: list[str], environment: dict[str, str]) -> int:
     except RankError:
         return RANK_LOST
     except ConfigError as error:
-        if environment.get("RANK", "0") in ("0", "") or not environment["RANK"].isdecimal():
+        of_ranks = error.parts[0] in ("RANK", "LOCAL_RANK")  # which only one of them may have
+        if of_ranks or environment.get("RANK", "0") in ("0", ""):
             complain(f"error: {error}")
         return 2
     except Interrupted as error:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from helpers import config, single_run, working_folder
+from helpers import TINY, config, single_run, strings, working_folder
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -99,9 +99,8 @@ def test_ranks_share_the_cores(monkeypatch):
     monkeypatch.setattr(tg, "available_cores", lambda: 8)
     monkeypatch.setattr(tg, "join_ranks", lambda *_: None)
     for ranks in (1, 2, 3, 12):
-        environment = dict(
-            RANK="1", WORLD_SIZE=str(ranks), LOCAL_RANK="1", LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1"
-        )
+        environment = dict.fromkeys(("RANK", "LOCAL_RANK"), str(ranks - 1))
+        environment |= dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
         tg.start_run(config(CPU_THREADS=0), environment)
     assert threads == [8, 4, 2, 1]
 
@@ -157,3 +156,21 @@ def test_arguments(arguments, options, mode):
     found, environment = tg.parse_arguments(arguments, given)
     assert found == options and environment.get("MODE") == mode
     assert given == ({"MODE": "other"} if mode else {})  # the caller's environment is not changed
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (dict(RANK="3", WORLD_SIZE="2"), "RANK=3: must be below WORLD_SIZE=2"),
+        (dict(RANK="0", WORLD_SIZE="0"), "RANK=0: must be below WORLD_SIZE=0"),
+        (dict(RANK="x", WORLD_SIZE="2"), "RANK=x: must be an integer"),
+        (dict(WORLD_SIZE="two"), "WORLD_SIZE=two: must be an integer"),
+        (dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"), "LOCAL_RANK=2: must be below"),
+    ],
+)
+def test_numbers_of_ranks_that_cannot_be_are_refused_in_one_line(variables, words, data, capfd):
+    """The rank whose number is wrong says so itself: there may be no rank 0 to do it."""
+    knobs = dict(TINY, DATA_PATH=data, MASTER_ADDR="127.0.0.1", MASTER_PORT=9)
+    assert tg.main([], {**strings(knobs), **variables}) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")

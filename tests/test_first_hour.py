@@ -186,7 +186,7 @@ def test_the_plan_on_gpus(gpus, given, bare, tmp_path, data, monkeypatch):
     expected = ["versions", "tests", *(f"step-{name}" for name in ("fa3", "fa2", "varlen", "sdpa"))]
     expected += ["step-ranks"] * (gpus > 1) + ["quantize", "pack", "ttt", "data", "record"]
     assert list(steps) == expected and sum(s.seconds for s in steps.values()) < 3.5 * 3600
-    assert steps["tests"].command[-3:] == ["-m", "gpu", "tests"]
+    assert steps["tests"].command[-3:] == ["-m", "gpu", "tests"] and "-n" in steps["tests"].command
     assert f"--nproc_per_node={gpus}" in steps["record"].command
     run = steps["record"].environment
     assert run["PRESET"] == "record" and run["DEVICE"] == "cuda" and run["MAX_WALLCLOCK_SECONDS"] == "180"
@@ -205,6 +205,19 @@ def test_steps_can_be_chosen_and_limited(bare, tmp_path):
     common = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "hour")]
     options = first_hour.parse([*common, "--only", "pack,ttt,data", "--skip", "data", "--limit", "ttt=7"])
     assert [(s.name, s.seconds) for s in first_hour.plan(options, 1)] == [("pack", 600), ("ttt", 7)]
+
+
+def test_a_rented_quarter_of_an_hour_ends_in_time(bare, tmp_path, monkeypatch, capsys):
+    """What runs at the end of --total is stopped, what comes after it is not begun, and --resume goes on with both."""
+    steps = [step("first", "print('one')"), step("second", STUBBORN), step("third", "print('three')")]
+    monkeypatch.setattr(first_hour, "plan", lambda *_: steps)
+    arguments = ["--device", "cpu", "--out", str(tmp_path / "hour")]
+    assert first_hour.main([*arguments, "--total", "0.1"]) == 1
+    assert statuses(tmp_path / "hour") == dict(first="passed", second="timed out", third="not run")
+    assert "third          not run: --total 0.1 minutes are over" in capsys.readouterr().out
+    steps[1] = step("second", "print('two')")
+    assert first_hour.main([*arguments, "--resume"]) == 0
+    assert set(statuses(tmp_path / "hour").values()) == {"passed"}
 
 
 # -------------------------------------------------------------------------------------------------------- the report

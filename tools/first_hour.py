@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -124,6 +125,7 @@ def parse(arguments: list[str]) -> Any:
     )
     add("--minutes", type=number_type(float, 0.01), default=3.0, metavar="M", help="of the run's training (default: 3)")
     add("--budget", type=Path, default=report.BUDGET, metavar="FILE", help="the estimates")
+    add("--total", type=number_type(float, 0.01), metavar="M", help="minutes in all; what then remains is not run")
     add("--only", default="", metavar="NAMES", help="steps to run, comma-separated")
     add("--skip", default="", metavar="NAMES", help="steps to leave out, comma-separated")
     add(
@@ -279,7 +281,8 @@ def plan(options: Any, ranks: int) -> list[Step]:
     out = options.out.resolve()
     settings = dict(DEVICE=options.device, **(TINY if options.tiny else {}))
     if options.device == "cuda":
-        tests = python("-m", "pytest", "-q", "-rs", "-m", "gpu", "tests")
+        workers = max(1, min(4, (os.cpu_count() or 1) // 4))  # most of the time is compiling, on the CPU
+        tests = python("-m", "pytest", "-q", "-rs", "-n", workers, "--dist", "worksteal", "-m", "gpu", "tests")
     else:
         tests = python("-m", "pytest", "-q", "-rs", "-m", "not gpu and not slow", "tests/test_gpu.py")
     data, folder = data_step(options, ranks)
@@ -355,8 +358,11 @@ def outcome(code: int, text: str) -> str:
     return "unavailable" if code == 2 and re.search(r"^error: ATTENTION=.* cannot run here", text, re.M) else "failed"
 
 
-def run_step(step: Step, folder: Path) -> dict[str, Any]:
-    """Runs a step to its end or its limit; nothing of it lives on. Returns its row of the report."""
+def run_step(step: Step, folder: Path, left: float = math.inf) -> dict[str, Any]:
+    """Runs a step to its end or its limit, at most for the seconds that are left; nothing of it lives on.
+
+    Returns its row of the report.
+    """
     log = folder / f"{step.name}.log"
     for path in (log, folder / f"{step.name}.json", *([Path(step.folder)] if step.folder else [])):
         keep_earlier(path)
@@ -369,7 +375,7 @@ def run_step(step: Step, folder: Path) -> dict[str, Any]:
         options: dict[str, Any] = dict(cwd=ROOT, env=step_environment(step), stdin=subprocess.DEVNULL)
         process = processes.start(step.command, stdout=out, stderr=subprocess.STDOUT, **options)
         try:
-            code = process.wait(step.seconds)
+            code = process.wait(min(step.seconds, left))
         except subprocess.TimeoutExpired:
             status = "timed out"
         finally:
@@ -410,15 +416,20 @@ def run_all(options: Any, steps: list[Step], about: dict[str, Any]) -> int:
         for step in steps
     ]
     report.write(options.out, about, rows, options.budget)
+    end = time.monotonic() + 60 * (options.total or math.inf)
     for step, row in zip(steps, rows, strict=True):
         if row["status"] in DONE:
             print(f"{step.name:14} {row['status']} before")
             continue
-        print(f"{step.name:14} {step.title}, at most {step.seconds:.0f} s", flush=True)
+        left = end - time.monotonic()
+        if left < 1:
+            print(f"{step.name:14} not run: --total {options.total:g} minutes are over")
+            continue
+        print(f"{step.name:14} {step.title}, at most {min(step.seconds, left):.0f} s", flush=True)
         row["status"] = "interrupted"
         report.write(options.out, about, rows, options.budget)  # in case the machine is lost
         try:
-            row |= run_step(step, options.out)
+            row |= run_step(step, options.out, left)
         finally:
             report.write(options.out, about, rows, options.budget)
         print(f"{'':14} {row['status']} after {row['seconds']:.0f} s: {row['detail']}", flush=True)

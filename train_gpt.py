@@ -4272,12 +4272,10 @@ def start_run(config: Config, environment: dict[str, str]) -> Run:
     world = rank_variable(environment, "WORLD_SIZE", 1)
     local = rank_variable(environment, "LOCAL_RANK", 0)
     local_world = rank_variable(environment, "LOCAL_WORLD_SIZE", 1)
-    counts = dict(RANK=(rank, "WORLD_SIZE", world))
-    if "LOCAL_WORLD_SIZE" in environment:  # torchrun's; other launchers do not set it
-        counts["LOCAL_RANK"] = (local, "LOCAL_WORLD_SIZE", local_world)
-    for name, (number, of, count) in counts.items():
-        if number >= count:
-            raise ConfigError(name, number, f"must be below {of}={count}, as torchrun sets it")
+    if rank >= world:
+        raise ConfigError("RANK", rank, f"must be below WORLD_SIZE={world}, as torchrun sets it")
+    if "LOCAL_WORLD_SIZE" in environment and local >= local_world:  # other launchers than torchrun do not set it
+        raise ConfigError("LOCAL_RANK", local, f"must be below LOCAL_WORLD_SIZE={local_world}, as torchrun sets it")
     cuda = config.device == "cuda"
     if cuda and torch.cuda.device_count() < local_world:
         raise ConfigError(

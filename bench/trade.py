@@ -64,7 +64,8 @@ def config_of(values: dict[str, Any]) -> t.Config:
 def training_flops(config: t.Config) -> float:
     """FLOPs of a token in training, the mean of steps before and after the loops begin."""
     model = t.meta_model(config)
-    plain, looped = (bench_train.flops_per_token(model, loops, config.train_seq_len / 2) for loops in (False, True))
+    variants = (t.StepVariant(loops, config.num_layers, False) for loops in (False, True))
+    plain, looped = (bench_train.flops_per_token(model, v, config.train_seq_len / 2) for v in variants)
     share = config.enable_looping_at if config.loops else 1.0
     return share * plain + (1 - share) * looped
 

@@ -207,14 +207,14 @@ class SmallSlope(NamedTuple):
     source: str
 
 
-def lab_slope(results: list[dict[str, Any]]) -> SmallSlope | None:
+def lab_slope(results: list[dict[str, Any]], sizes: Sequence[str] = ideas.USUAL) -> SmallSlope | None:
     """From runs of one row, size and seed that differ in their steps alone; None where that says too little.
 
     Least squares through the origin over pairs of runs. It counts if its standard error is below a quarter of it.
     """
     runs: dict[str, dict[int, float]] = {}
     for r in results:
-        if r["what"] == "run" and not lab_report.is_tuning(r) and r.get("bpb") is not None:
+        if r["what"] == "run" and r["size"] in sizes and not lab_report.is_tuning(r) and r.get("bpb") is not None:
             same = json.dumps([r["row"], r["size"], r["seed"], r["factor"], r["recipe"]], sort_keys=True)
             runs.setdefault(same, {})[r["steps"]] = r["bpb"]
     pairs = [
@@ -255,9 +255,9 @@ def small_slope(results: list[dict[str, Any]], folder: Path) -> SmallSlope:
     return found
 
 
-def small_slope_draws(slope: SmallSlope) -> Draws:
+def small_slope_draws(slope: SmallSlope, name: str = "slope in small") -> Draws:
     """Never below half of the mean: dividing by nearly 0 would make any gain large."""
-    return np.maximum(slope.mean + slope.error * generator("slope in small").standard_normal(DRAWS), slope.mean / 2)
+    return np.maximum(slope.mean + slope.error * generator(name).standard_normal(DRAWS), slope.mean / 2)
 
 
 # ---------------------------------------------------------------------------------------------- from small to full size
@@ -270,10 +270,24 @@ class Scale(NamedTuple):
     full: Draws  # and at full size
     compute: Mapping[str, float]  # training FLOPs of each of the laboratory's sizes
     full_compute: float
+    long: Draws  # bpb for each e-fold of steps after the laboratory's longest training
+    eightfolds: float  # from that training's tokens for each parameter to those at full size
 
 
 # What a step of the preset that is forecast costs: its documents have more context than the rows of `record`.
 TABLE, BUDGET = "frontier/h100.json", "frontier/budget.json"
+
+
+# One model of the laboratory, and the same model trained for eight times as long.
+SHORT, LONG = "0.7M", "0.7M x 8"
+
+
+def eightfolds_left(folder: Path) -> float:
+    """By how many factors of eight full size has more tokens for each parameter than the laboratory's LONG."""
+    size = next(size for size in ideas.SIZES if size.name == LONG)
+    small = size.steps * size.batch_tokens / 0.72e6
+    steps = read_json(folder / BUDGET)["peer"]["training steps"]["estimated"]["mid"]
+    return max(0.0, math.log(steps * PUBLISHED["tokens of a step"][0] / 36e6 / small, 8))
 
 
 def full_flops(folder: Path) -> float:
@@ -301,7 +315,7 @@ class Carried(NamedTuple):
 
 def carried(cells: Mapping[str, Mapping[int, float]], compute: Mapping[str, float]) -> Carried | None:
     """Of differences by size and seed. None without two seeds at a size, or if a training diverged."""
-    sizes = [s.name for s in ideas.SIZES if len(cells.get(s.name, {})) > 1]
+    sizes = [name for name in ideas.USUAL if len(cells.get(name, {})) > 1]
     if not sizes or not all(math.isfinite(x) for of_size in cells.values() for x in of_size.values()):
         return None
     known = [size for size in sizes if size in compute]
@@ -311,6 +325,23 @@ def carried(cells: Mapping[str, Mapping[int, float]], compute: Mapping[str, floa
     middle = statistics.mean(statistics.mean(cells[size].values()) for size in sizes)
     trend = sample(slopes) if len(slopes) > 1 else None
     return Carried(sizes[-1], sample(cells[sizes[-1]].values()), trend, middle)
+
+
+def lasting(name: str, cells: Mapping[str, Mapping[int, float]], scale: Scale) -> tuple[Draws, str]:
+    """The share of a gain, in steps, that is left at full size's length of training; and what measured it.
+
+    Where a model was trained for eight times as long, too, what that left of the gain is left again with each further
+    factor of eight in tokens for each parameter. All of it where that was not measured.
+    """
+    if any(len(cells.get(size, {})) < 2 for size in (SHORT, LONG)):
+        return np.ones(DRAWS), ""
+    short, long = (sample(cells[size].values()) for size in (SHORT, LONG))
+    steps = [
+        -student(f"{name} at {size}", of) / slope
+        for size, of, slope in ((SHORT, short, scale.small), (LONG, long, scale.long))
+    ]
+    kept = np.where(steps[0] > 0, np.clip(steps[1] / np.maximum(steps[0], 1e-9), 0, 1), 1)
+    return kept ** (1 + scale.eightfolds), f"{short} bpb at {SHORT}, {long} bpb at {LONG}"
 
 
 def worth(name: str, found: Carried, scale: Scale) -> Draws:
@@ -538,6 +569,7 @@ class Idea(NamedTuple):
     counted: str  # "gain", "width", or why it is not counted
     range: tuple[float, float, float]  # at full size, alone
     worth: Draws
+    lasting: str  # what measured the share that a longer training leaves
 
 
 def knobs_of(name: str) -> set[str]:
@@ -561,7 +593,7 @@ def idea(name: str, standing: lab_report.Standing, scale: Scale, share: Draws, t
     kind = max(there, key=lambda kind: there[kind].effect.mean, default="")
     found = there.get(kind)
     rival = next((other for other, knobs in taken.items() if knobs & knobs_of(name)), "")
-    counted, effect = "", np.zeros(DRAWS)
+    counted, effect, long = "", np.zeros(DRAWS), ""
     if knobs_of(name) <= CHOSEN_AT_FULL_SIZE:
         counted = "0: peers chose this value at full size"
     elif word == "does not":
@@ -575,7 +607,10 @@ def idea(name: str, standing: lab_report.Standing, scale: Scale, share: Draws, t
     else:
         spread = math.hypot(found.effect.mean, found.effect.error)
         counted, effect = "width", generator(f"width of {name}").standard_normal(DRAWS) * spread / scale.small
-    return Idea(name, word, found, kind, counted, percentiles(-effect * share * scale.full), effect)
+    if counted in ("gain", "width"):
+        share_left, long = lasting(name, {s: c.get(kind, {}) for s, c in standing.items()}, scale)
+        effect = effect * share_left
+    return Idea(name, word, found, kind, counted, percentiles(-effect * share * scale.full), effect, long)
 
 
 def ideas_of(results: list[dict[str, Any]], scale: Scale, share: Draws) -> list[Idea]:
@@ -659,6 +694,7 @@ def recipe_part(
         for one in found
         if one.counted == "gain" and one.found
     ]
+    measured += [f"lab.jsonl, {one.name}, by the length of the training: {one.lasting}" for one in found if one.lasting]
     counts = {word: sum(one.verdict == word for one in found) for word in ("pays", "unclear", "does not")}
     tally = ", ".join(f"{count} *{word}*" for word, count in counts.items())
     return Part(
@@ -701,7 +737,10 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
     """From the results of a folder. Errors: ForecastError."""
     results = lab_report.read_results(folder / "lab.jsonl")
     small, slope = small_slope(results, folder), full_slope()
-    scale = Scale(small_slope_draws(small), slope, lab_report.training_flops(results), full_flops(folder))
+    long = lab_slope(results, (LONG,)) or small
+    draws, long_draws = small_slope_draws(small), small_slope_draws(long, "slope after a long training")
+    compute = {size: flops for size, flops in lab_report.training_flops(results).items() if size != LONG}
+    scale = Scale(draws, slope, compute, full_flops(folder), long_draws, eightfolds_left(folder))
     weak, strong = PUBLISHED["gain of an n-gram mixture on a weak and on a strong model"][0]
     share = uniform("share of the recipe", strong / weak, 1)
     found, missing = ideas_of(results, scale, share), not_measured(results)

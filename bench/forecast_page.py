@@ -144,8 +144,9 @@ METHOD = """
   speed. The share of the recipe is one draw for all its rows: what would make one of them fail on another text, or in a
   model that is trained enough, would make others fail too.
 - A gain in small counts as the steps that would have gained the same in small. So it shrinks as steps lose their worth.
-  A gain that shrinks over the laboratory's sizes goes on shrinking as a power of compute, by the same share with each
-  doubling. None is taken to grow.
+  What a training of eight times the length left of a gain is left again with each further factor of eight in tokens
+  for each parameter. A gain that shrinks over the sizes goes on shrinking as a power of compute, by the same share with
+  each doubling. None is taken to grow.
 - Of equal FLOPs and equal seconds, that counts at which a row gains less at its largest size.
 - *Unclear* rows count 0 in the middle and widen the interval. Rows that are not measured count 0.
 - Rows that pay were chosen by the same figures, so these are a little too good. The share stands for that, too.

@@ -188,6 +188,10 @@ ROWS: dict[str, Row] = {
     "together": Row(TOGETHER, by_size=bigram),
     "together, SmearGate by channel": Row(dict(SMEAR_GATE_TYPE="channel", **TOGETHER), by_size=bigram),
     "together without bigrams": Row({name: value for name, value in TOGETHER.items() if name != "BIGRAM_SIGNS"}),
+    "together without more losses": Row(
+        {name: value for name, value in TOGETHER.items() if name not in ("MTP_WEIGHTS", "PREFIX_LOSS_WEIGHT")},
+        by_size=bigram,
+    ),
     # Residual stream and depth
     "dense skips": Row(dict(DENSE_SKIPS=2), source="MUDD, arXiv 2502.12170"),
     "backout": Row({}, by_size=middle, source=SPEEDRUN),

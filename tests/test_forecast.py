@@ -141,6 +141,27 @@ def test_a_gain_that_shrinks_goes_on_as_a_power_of_compute(folder, exact):
     assert middles(forecast.forecast(folder))["recipe"] == pytest.approx(-0.03 / SMALL * SLOPE, rel=1e-4)
 
 
+def test_what_a_longer_training_loses_of_a_gain_is_lost_again(folder, exact, monkeypatch):
+    """0.04 at the smallest size, a quarter of it after eight times the steps: a quarter again with each eightfold."""
+    monkeypatch.setattr(forecast, "eightfolds_left", lambda folder: 1.5)
+    lines = planted_lab({"dense skips": [-0.04] * 3})
+    longer = [
+        dict(line, size=forecast.LONG, key=f"{line['key']} longer", control=f"{line['control']} longer")
+        for line in lines
+        if line["what"] == "run" and line["size"] == forecast.SHORT
+    ]
+    for line in longer:
+        line["bpb"] = 1.5 - 0.01 * (line["row"] != "control")
+    write_lab(folder, *lines, *longer)
+    made = forecast.forecast(folder)
+    assert middles(made)["recipe"] == pytest.approx(-0.04 * 0.25**2.5 / SMALL * SLOPE, rel=1e-3)
+    assert "-0.0400 ± 0.0000 bpb at 0.7M, -0.0100 ± 0.0000 bpb at 0.7M x 8" in part_of(made, "recipe").measured[-2]
+    for line in longer:
+        line["bpb"] = 1.5 + 0.01 * (line["row"] != "control")  # it even costs
+    write_lab(folder, *lines, *longer)
+    assert abs(middles(forecast.forecast(folder))["recipe"]) < 1e-9
+
+
 def test_no_more_than_newer_ideas_saved_elsewhere(folder, exact):
     write_lab(folder, *planted_lab({"NorMuon": [-1.0] * 3}))
     assert middles(forecast.forecast(folder))["recipe"] == pytest.approx(math.log(0.8) * SLOPE)  # a fifth of the time

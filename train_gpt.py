@@ -1549,13 +1549,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         ttt_decay_tokens=62_000_000,  # about the challenge's validation set in this vocabulary: a constant, not a look
     ),
 }
-# `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It grows with the evidence.
+# `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It changes with the evidence.
 PRESETS["frontier"] = PRESETS["record"] | dict(
     data_order="documents",
     key_offset=True,
     normuon_beta2=0.95,
-    mtp_weights="0.5,0.25",
-    prefix_loss_weight=0.25,
     bigram_vocab_size=8192,
     bigram_dim=64,
     bigram_signs=True,

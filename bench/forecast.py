@@ -295,8 +295,8 @@ def full_flops(folder: Path) -> float:
     table, budget = read_json(folder / TABLE), read_json(folder / BUDGET)
     total = 0.0
     for use, stage, step in (
-        ("training (multi-token prediction)", "train, before the loops", "step before the loops"),
-        ("training (looped + multi-token prediction)", "train, after", "step after"),
+        ("training", "train, before the loops", "step before the loops"),
+        ("training (looped)", "train, after", "step after"),
     ):
         flops = sum(r["matrix_flops"] + r["attention_flops"] for r in table["rows"] if r["use"] == use)
         seconds = next(s["estimated"]["mid"] for s in budget["stages"] if s["stage"] == stage)

@@ -184,11 +184,11 @@ ROWS: dict[str, Row] = {
     "value embeddings gated": Row(dict(VE_GATE=1), by_size=last_two, source=SPEEDRUN),
     "bigram embedding": Row({}, by_size=bigram, source="PR #549"),
     "bigram embedding with signs": Row(dict(BIGRAM_SIGNS=1), by_size=bigram, source=SPEEDRUN),
-    # Several at once, as preset `frontier` has them: gains need not add up.
+    # Several at once: gains need not add up.
     "together": Row(TOGETHER, by_size=bigram),
     "together, SmearGate by channel": Row(dict(SMEAR_GATE_TYPE="channel", **TOGETHER), by_size=bigram),
     "together without bigrams": Row({name: value for name, value in TOGETHER.items() if name != "BIGRAM_SIGNS"}),
-    "together without more losses": Row(
+    "together without more losses": Row(  # as preset `frontier` has it
         {name: value for name, value in TOGETHER.items() if name not in ("MTP_WEIGHTS", "PREFIX_LOSS_WEIGHT")},
         by_size=bigram,
     ),

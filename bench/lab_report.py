@@ -362,7 +362,8 @@ def caveats(results: list[dict[str, Any]], about: str) -> list[str]:
         f"- The text is {about}, with a vocabulary of 1,024 pieces. Web text may rank the ideas otherwise.",
         "- The models have 0.7, 2 and 6 million parameters, and see less than one token for each of them. What helps a "
         "model that learns too little may not help one that has seen enough. So the trend matters, and an idea whose "
-        "trend is not resolved is not safe to carry to a large model.",
+        "trend is not resolved is not safe to carry to a large model. At `0.7M x 8` the smallest model sees eight "
+        "times as many; what gains at the other sizes alone may be no more than a faster start.",
         "- A cell is the mean difference to the control with the same seeds, and its 95% interval by Student's t. With "
         "3 seeds, t is 4.3: the half width is 2.5 standard deviations of a difference, and the deviation itself is "
         "known to a factor of 2 or so. An interval that reaches 0 does not say that an idea is without effect.",

@@ -70,7 +70,7 @@ def folder(tmp_path):
             "stages": [dict(stage=name, estimated=dict(mid=0.1 * 32)) for name in names],  # 32 steps each
         },
     )
-    uses = ("training (multi-token prediction)", "training (looped + multi-token prediction)")
+    uses = ("training", "training (looped)")
     rows = [dict(use=use, matrix_flops=FULL / 1024, attention_flops=FULL / 1024) for use in uses]
     write_json(tmp_path / forecast.TABLE, dict(rows=rows))
     scores = " | ".join(f"{3 - SMALL * e:.6f}" for e in range(3))

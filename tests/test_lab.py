@@ -126,7 +126,7 @@ def test_a_run_is_known_by_what_differs_from_the_defaults(results, monkeypatch):
     assert one.row_jobs(lab.CONTROL, size)[0].key != key
 
 
-def test_the_preset_frontier_is_the_row_of_ideas_together():
+def test_the_preset_frontier_is_a_row_of_the_laboratory():
     """But for the rate, which peers have tuned at full size."""
     presets = lab.t.PRESETS
     added = {
@@ -134,7 +134,7 @@ def test_the_preset_frontier_is_the_row_of_ideas_together():
         for name, value in presets["frontier"].items()
         if presets["record"].get(name) != value and name not in ("data_order", "hint_enabled")
     }
-    row = ideas.ROWS["together"]
+    row = ideas.ROWS["together without more losses"]
     expected = {**row.changes, **ideas.bigram(SIZES[-1])}
     assert row.by_size is ideas.bigram
     assert set(added) == set(expected) - {"MATRIX_LR"}

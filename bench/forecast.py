@@ -593,7 +593,8 @@ def idea(name: str, standing: lab_report.Standing, scale: Scale, share: Draws, t
     kind = max(there, key=lambda kind: there[kind].effect.mean, default="")
     found = there.get(kind)
     rival = next((other for other, knobs in taken.items() if knobs & knobs_of(name)), "")
-    counted, effect, long = "", np.zeros(DRAWS), ""
+    counted, long = "", ""
+    effect = np.zeros(DRAWS)
     if knobs_of(name) <= CHOSEN_AT_FULL_SIZE:
         counted = "0: peers chose this value at full size"
     elif word == "does not":

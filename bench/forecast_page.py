@@ -157,9 +157,9 @@ METHOD = """
 - Bytes are not in it: an idea with more parameters must pay for them out of what quantization saves.
 - Hints and progressive context count only if the preset takes them: `HINT_ENABLED`, `TRAIN_SEQ_SCHEDULE`.
   `make forecast ARGS="--without hints context"` shows the sum without them.
-- The laboratory has a built-in text, and models that see less than one token for each parameter, but for `0.7M x 8`,
-  which sees four. No interval covers what another kind of text may do. The share of the recipe, from nearly nothing to
-  all, stands for it.
+- The laboratory has a built-in text, and models that see less than one token for each parameter, but for the one that
+  trains for eight times as long, which sees four. No interval covers what another kind of text may do. The share of the
+  recipe, from nearly nothing to all, stands for it.
 """
 
 

@@ -3,7 +3,8 @@
 KILL_AT: the event, counted from 1. KILL_EVENT counts events of one name alone, KILL_STAGE those in one stage, which
 begins with such an event. KILL_SECONDS: the first such event after so many seconds of the stage. EVENTS_FILE: a file
 that gets a line for each event. On several ranks, KILL_RANK is killed, rank 0 by default. KILL_SIGNAL: a signal in the
-place of SIGKILL. KILL_AGAIN: seconds after which it comes again, while the process is busy.
+place of SIGKILL. KILL_AGAIN: seconds after which it comes again, while the process is busy. KILL_WRITTEN: the signal
+waits until a file of the stage is on the disk, which takes its time on a busy machine.
 """
 
 import functools
@@ -40,7 +41,9 @@ class Killer:
         self.stage, self.event = take("KILL_STAGE", ""), take("KILL_EVENT", "")
         self.file = take("EVENTS_FILE", "")
         self.signal, self.again = int(take("KILL_SIGNAL", signal.SIGKILL)), float(take("KILL_AGAIN", "0"))
+        self.wait = bool(take("KILL_WRITTEN", ""))
         self.count, self.begun, self.running = 0, 0.0, ""
+        self.written = ""  # the stage of the last file that has its name
         if (self.stage or self.after) and not self.at:
             self.at = 1
 
@@ -58,6 +61,9 @@ class Killer:
 
     def strike(self):
         """Sends the signal to this process, perhaps twice."""
+        end = time.monotonic() + 60
+        while self.wait and self.written != self.running and time.monotonic() < end:
+            time.sleep(0.01)
         os.kill(os.getpid(), self.signal)
         if self.again:
             time.sleep(self.again)
@@ -71,7 +77,10 @@ class Killer:
         def event(*arguments, **more):
             if name != "replace" or "run.json" not in str(arguments[0]):  # the journal's come by the clock
                 self.happens(name, arguments)
-            return real(*arguments, **more)
+            result = real(*arguments, **more)
+            if name == "replace" and str(arguments[1]).endswith(".safetensors"):
+                self.written = self.running
+            return result
 
         setattr(owner, name, event)
 

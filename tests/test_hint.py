@@ -335,7 +335,8 @@ def test_two_ranks_score_as_one(trained, data, tmp_path):
 def test_a_killed_evaluation_ends_as_an_undisturbed_one(mode, stage, event, at, trained, data, tmp_path):
     knobs = NO_BASELINE if mode == "phased" else {}
     folder = tmp_path / "run"
-    done = go(data, folder, KILL_STAGE=stage, KILL_EVENT=event, KILL_AT=at, **knobs, **WHOLE)
+    written = {} if event == "replace" else dict(KILL_WRITTEN=1)
+    done = go(data, folder, KILL_STAGE=stage, KILL_EVENT=event, KILL_AT=at, **written, **knobs, **WHOLE)
     assert done.returncode == -9, done.stderr
     done = go(data, folder, **knobs, **WHOLE)
     assert done.returncode == 0 and "resumed in phase" in done.stdout, done.stderr

@@ -9089,8 +9089,8 @@ class Trainer:
             for variant in all_step_variants(self.config):
                 start = time.perf_counter()
                 self.step(Progress(step, 0.0), *variant)
-                self.run.synchronize()
                 if self.config.compile == "1" and not step:  # minutes at full size, which would be silent
+                    self.run.synchronize()
                     self.run.log(f"warmup: {variant.title(self.config)} compiled, {time.perf_counter() - start:.0f} s")
         if self.config.warmup_steps:
             evaluate_once(self.forward)
@@ -12598,8 +12598,6 @@ class StageCheckpoints:
         self.run, self.stage = run, stage
         self.ledger = ledger
         self.files = run.checkpoints
-        # What a file of another model, or of another validation stream, has not.
-        self.state = dict(version=CHECKPOINT_VERSION, targets=len(ledger.nll), artifact=run.artifact_sha256)
         self.number, self.saved = 0, time.perf_counter()
         self.shared_phase = 0  # the last one whose weights rank 0 has written
         self.keep_from = 0  # phases before this one are not needed any more
@@ -12609,6 +12607,11 @@ class StageCheckpoints:
     def folder(self) -> Path:
         """Where the files are, of a run that has some."""
         return cast(Checkpoints, self.files).folder
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What a file has that is not of another name, another model or another validation stream."""
+        artifact = self.run.artifact_sha256
+        return dict(version=CHECKPOINT_VERSION, targets=len(self.ledger.nll), artifact=artifact, name=name)
 
     def shared_path(self, phase: int) -> Path:
         """The file of a phase's weights."""
@@ -12626,12 +12629,12 @@ class StageCheckpoints:
         self.saved = time.perf_counter()
         if shared and self.run.is_main and phase > self.shared_phase:
             name = self.shared_path(phase).name
-            self.files.save(name, shared, dict(self.state, name=name), lambda: ())
+            self.files.save(name, shared, self.state(name), lambda: ())
             self.shared_phase = phase
         self.number += 1
         newest = StageFile(self.stage, self.run.attempts, phase, self.number, self.run.rank, self.run.world)
-        tensors, state = {**self.ledger.tensors(), **own}, dict(self.state, name=str(newest))
-        self.files.save(str(newest), tensors, state, functools.partial(self.stale, newest))
+        tensors = {**self.ledger.tensors(), **own}
+        self.files.save(str(newest), tensors, self.state(str(newest)), functools.partial(self.stale, newest))
 
     def begin_phase(self) -> None:
         """Ranks agree on which phases they need no more. All that any rank wrote is on the disk before."""
@@ -12660,7 +12663,7 @@ class StageCheckpoints:
             tensors, state = read_tensors(path)
         except (OSError, ValueError):
             return None
-        return tensors if state == dict(self.state, name=path.name) else None
+        return tensors if state == self.state(path.name) else None
 
     def newest(self, moving: bool) -> tuple[int, list[str]] | None:
         """The newest phase that can be gone on from, and the files of its ranks. `moving`: weights train."""

@@ -276,18 +276,17 @@ class Scale(NamedTuple):
 
 # What a step of the preset that is forecast costs: its documents have more context than the rows of `record`.
 TABLE, BUDGET = "frontier/h100.json", "frontier/budget.json"
-
-
-# One model of the laboratory, and the same model trained for eight times as long.
+# One model of the laboratory, and the same model trained for eight times as long; parameters of it and of `frontier`.
 SHORT, LONG = "0.7M", "0.7M x 8"
+PARAMETERS, FULL_PARAMETERS = 0.72e6, 36e6
 
 
 def eightfolds_left(folder: Path) -> float:
     """By how many factors of eight full size has more tokens for each parameter than the laboratory's LONG."""
     size = next(size for size in ideas.SIZES if size.name == LONG)
-    small = size.steps * size.batch_tokens / 0.72e6
+    small = size.steps * size.batch_tokens / PARAMETERS
     steps = read_json(folder / BUDGET)["peer"]["training steps"]["estimated"]["mid"]
-    return max(0.0, math.log(steps * PUBLISHED["tokens of a step"][0] / 36e6 / small, 8))
+    return max(0.0, math.log(steps * PUBLISHED["tokens of a step"][0] / FULL_PARAMETERS / small, 8))
 
 
 def full_flops(folder: Path) -> float:
@@ -740,7 +739,7 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
     small, slope = small_slope(results, folder), full_slope()
     long = lab_slope(results, (LONG,)) or small
     draws, long_draws = small_slope_draws(small), small_slope_draws(long, "slope after a long training")
-    compute = {size: flops for size, flops in lab_report.training_flops(results).items() if size != LONG}
+    compute = lab_report.training_flops(results)
     scale = Scale(draws, slope, compute, full_flops(folder), long_draws, eightfolds_left(folder))
     weak, strong = PUBLISHED["gain of an n-gram mixture on a weak and on a strong model"][0]
     share = uniform("share of the recipe", strong / weak, 1)

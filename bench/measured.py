@@ -27,7 +27,6 @@ from cost_model import Ceilings, Table, TableError  # noqa: E402
 # Bytes/s of copies as measured on such machines; products of bf16 matrices were as fast on both (788 and 798 TFLOP/s).
 MEMORY = {"NVIDIA H100 80GB HBM3": 3.0e12, "NVIDIA H200": 4.3e12}
 USES = dict(plain="training", looped="training (looped)")
-SHAPE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim", "train_seq_len")
 COLUMNS = [
     "chip",
     "step",
@@ -46,7 +45,7 @@ def compared(found: dict[str, Any], table: Table, factor: float) -> list[dict[st
     if found["chip"] not in MEMORY:
         raise TableError(f"{found['chip']}: the memory's bytes/s are known of {', '.join(MEMORY)}")
     config = table.content.get("config", {})
-    other = [name for name in SHAPE if name in config and found["shape"][name] != config[name]]
+    other = [name for name, size in found["shape"].items() if config.get(name, size) != size]
     if other or found["tokens_per_step"] != 98_304 or found["ranks"] != 1:
         raise TableError(f"measured with other sizes than {table.name}: {', '.join(other) or 'tokens or ranks'}")
     limits = dataclasses.replace(Ceilings(), memory=MEMORY[found["chip"]])

@@ -90,9 +90,14 @@ def write_tokens(folder: Path, c: t.Config, count: int, document_tokens: float) 
     (folder / "fineweb_train_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
+def layer_parameters(model: t.GPT) -> int:
+    """Weights in the matrices of a layer."""
+    return sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
+
+
 def matmul_parameters(model: t.GPT, looped: bool) -> int:
     """Weights that multiply a token: those of a layer once per pass, those outside of layers once."""
-    layer = sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
+    layer = layer_parameters(model)
     gates = [sum(cast(t.Block, model.blocks[call.layer]).widths[3:]) for call in model.schedules[looped]]
     once = (model.embedding if model.head is None else model.head).numel()
     once += 0 if model.smear is None or model.smear.channel else model.smear.weight.numel()
@@ -108,7 +113,7 @@ def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
 def flops_per_token(model: t.GPT, variant: t.StepVariant, context: float) -> float:
     """Of a training step. Layers that do not train need no gradients of their weights."""
     frozen = model.config.num_layers - variant.trainable_layers
-    saved = 2 * frozen * sum(getattr(model, bank).numel() for bank in t.BANKS) // model.config.num_layers
+    saved = 2 * frozen * layer_parameters(model)
     layers = len(model.schedules[variant.looped])
     return 6 * matmul_parameters(model, variant.looped) - saved + attention_flops(model.config, layers, context)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -214,6 +215,8 @@ def test_a_rented_quarter_of_an_hour_ends_in_time(bare, tmp_path, monkeypatch, c
     arguments = ["--device", "cpu", "--out", str(tmp_path / "hour")]
     assert first_hour.main([*arguments, "--total", "0.1"]) == 1
     assert statuses(tmp_path / "hour") == dict(first="passed", second="timed out", third="not run")
+    (said,) = json.loads((tmp_path / "hour" / "report.json").read_text())["try_first"]
+    assert float(re.search(r"its limit of ([\d.]+) s", said)[1]) <= 6  # not the step's own, which was not reached
     assert "third          not run: --total 0.1 minutes are over" in capsys.readouterr().out
     steps[1] = step("second", "print('two')")
     assert first_hour.main([*arguments, "--resume"]) == 0

@@ -16,6 +16,7 @@ exceeded their limit or were interrupted, and keeps their earlier files under ot
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -35,7 +36,7 @@ from typing import Any
 
 import first_hour_report as report
 import processes
-from runs import ROOT, Parser, UserError, command_line, number_type, read_json, write_atomic
+from runs import ROOT, Parser, UserError, available_cores, command_line, number_type, read_json, write_atomic
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BACKENDS = ("fa3", "fa2", "varlen", "sdpa")  # as `ATTENTION=auto` tries them
@@ -181,7 +182,7 @@ def versions() -> dict[str, Any]:
         cuda=torch.version.cuda or "none",
         driver=driver[0] if driver else "none",
         gpus=[f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {gpu.major}.{gpu.minor}" for gpu in gpus],
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=available_cores(),
         system=platform.platform(),
         commit=output_of("git", "describe", "--always", "--dirty", "--abbrev=12") or "unknown",
     )
@@ -281,7 +282,7 @@ def plan(options: Any, ranks: int) -> list[Step]:
     out = options.out.resolve()
     settings = dict(DEVICE=options.device, **(TINY if options.tiny else {}))
     if options.device == "cuda":
-        workers = max(1, min(4, (os.cpu_count() or 1) // 4))  # most of the time is compiling, on the CPU
+        workers = max(1, min(4, available_cores() // 4))  # most of the time is compiling, on the CPU
         tests = python("-m", "pytest", "-q", "-rs", "-n", workers, "--dist", "worksteal", "-m", "gpu", "tests")
     else:
         tests = python("-m", "pytest", "-q", "-rs", "-m", "not gpu and not slow", "tests/test_gpu.py")
@@ -358,11 +359,8 @@ def outcome(code: int, text: str) -> str:
     return "unavailable" if code == 2 and re.search(r"^error: ATTENTION=.* cannot run here", text, re.M) else "failed"
 
 
-def run_step(step: Step, folder: Path, left: float = math.inf) -> dict[str, Any]:
-    """Runs a step to its end or its limit, at most for the seconds that are left; nothing of it lives on.
-
-    Returns its row of the report.
-    """
+def run_step(step: Step, folder: Path) -> dict[str, Any]:
+    """Runs a step to its end or its limit; nothing of it lives on. Returns its row of the report."""
     log = folder / f"{step.name}.log"
     for path in (log, folder / f"{step.name}.json", *([Path(step.folder)] if step.folder else [])):
         keep_earlier(path)
@@ -375,7 +373,7 @@ def run_step(step: Step, folder: Path, left: float = math.inf) -> dict[str, Any]
         options: dict[str, Any] = dict(cwd=ROOT, env=step_environment(step), stdin=subprocess.DEVNULL)
         process = processes.start(step.command, stdout=out, stderr=subprocess.STDOUT, **options)
         try:
-            code = process.wait(min(step.seconds, left))
+            code = process.wait(step.seconds)
         except subprocess.TimeoutExpired:
             status = "timed out"
         finally:
@@ -425,11 +423,12 @@ def run_all(options: Any, steps: list[Step], about: dict[str, Any]) -> int:
         if left < 1:
             print(f"{step.name:14} not run: --total {options.total:g} minutes are over")
             continue
-        print(f"{step.name:14} {step.title}, at most {min(step.seconds, left):.0f} s", flush=True)
-        row["status"] = "interrupted"
+        step = dataclasses.replace(step, seconds=min(step.seconds, left))
+        print(f"{step.name:14} {step.title}, at most {step.seconds:.0f} s", flush=True)
+        row |= dict(limit=step.seconds, status="interrupted")
         report.write(options.out, about, rows, options.budget)  # in case the machine is lost
         try:
-            row |= run_step(step, options.out, left)
+            row |= run_step(step, options.out)
         finally:
             report.write(options.out, about, rows, options.budget)
         print(f"{'':14} {row['status']} after {row['seconds']:.0f} s: {row['detail']}", flush=True)

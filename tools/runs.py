@@ -82,6 +82,11 @@ def number_type(kind: type, low: float, high: float = math.inf) -> Callable[[str
     return parse
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def command_line(main: Callable[[list[str]], int]) -> int:
     """Runs a tool's main. A user's error gives one line and exit code 2, an interrupt exit code 130."""
     for stream in (sys.stdout, sys.stderr):

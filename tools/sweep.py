@@ -56,7 +56,7 @@ import processes
 import runs
 import strangers
 import trackers
-from runs import Parser, UserError, command_line, number_type, write_atomic
+from runs import Parser, UserError, available_cores, command_line, number_type, write_atomic
 
 # Seconds that SQLite itself waits for a lock, those until the next try, and those between lines about it.
 LOCK_SECONDS = 5.0
@@ -455,7 +455,7 @@ def slots(options) -> list[dict[str, str]]:
     jobs = options.jobs or len(groups) or 1
     if groups:
         return [{"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} for i in range(jobs)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     share = {} if "CPU_THREADS" in os.environ or jobs == 1 else {"CPU_THREADS": str(max(1, cores // jobs))}
     return [share] * jobs
 

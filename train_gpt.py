@@ -1675,6 +1675,9 @@ UNIQUE_LAYERS > @unique_layers
 CORE_START CORE_END NUM_PASSES NUM_REPEATS NUM_UNIQUE_BLOCKS > @passes
 NUM_UNIQUE_BLOCKS > =NUM_LAYERS
 NUM_BLOCKS > NUM_LAYERS
+NUM_EXPERTS NUM_ITERS NUM_ITERATIONS EVAL_PASSES NUM_RECURRENCES > =1
+EMBED_DIM EMBEDDING_DIM > =MODEL_DIM
+MODEL_TYPE MODEL_FAMILY CANDIDATE_IMPL > =gpt|transformer|dense|autoregressive_gpt
 RECUR_ENABLED DEPTH_RECURRENCE DEPTH_RECUR_LAYERS RECURRENCE_LAYERS > @recurring
 ENABLE_LOOPING_AT_STEP > RECUR_START_STEP
 PROGRESSIVE_DEPTH > PROGRESSIVE_DEPTH_SCHEDULE::0.08,0.25
@@ -1752,6 +1755,8 @@ USE_FUSED_QKV FAST_COMPILE RECOMPILE_ON_LATE_QAT > =0|1
 }
 # What public scripts have and this one has not: patterns of their variables, and the knobs that come nearest. A row
 # that begins with `!` breaks a rule of the challenge: what matches all of its second pattern is refused where it is on.
+# One that begins with `~` asks for another model than a GPT of dense layers: refused too, as a warning among many lines
+# would cost its user a training of something else.
 FOREIGN = """
 !PRE_?QUANT_TTT|SDTTT @ .*TTT(_ENABLED|_EPOCHS|_LR)? > learns from validation text before it is scored
 !(DEEP_)?SLOT(_|$) @ .*SLOT(_ENABLED|_STEPS|_LR)? > trains vectors on the very targets that they score
@@ -1762,6 +1767,23 @@ FOREIGN = """
 > mixes in a cache whose probabilities do not sum to 1
 !.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in experts whose probabilities do not \
 sum to 1, such as exp(-entropy) for every token
+~(USE_|ENABLE_|NUM_|N_)?(MOE|EXPERTS)(_|$) > a mixture of experts
+~(USE_|ENABLE_|NUM_)?(SSM|S4|MAMBA2?|HYMBA|RWKV|GDN|DELTA_?NET|RETNET|HYENA|X?LSTM|GRU|(PARALLEL_)?TRN|.*RESONATOR)(_|$) \
+> recurrent or state-space layers
+~(USE_|ENABLE_|NUM_)?(CRAWLER|FLAT_LAYERS) > layers that crawl: shared ones beside others
+~(NUM_|N_)?(UNIQUE_BLOCKS|SHARED_(BLOCKS|LAYERS)|PASSES|ITER(ATION)?S|RECURRENCES|REPEATS|PRELUDE|CODA|PHYSICAL_LAYERS)$|\
+EVAL_PASSES$|K_ITERS$|RECURRENCE_STEPS$|LOOP_(CORE|REPEAT|INJECT)|USE_PASS_READOUT$ > one stack of layers repeated as a \
+whole; here NUM_LOOPS repeats LOOP_START to LOOP_END
+~(.*_)?JEPA(_|$) > a prediction of latents (JEPA)
+~DIFFUSION > text diffusion
+~(.*_)?H_?NET(_|$)|OUTER_LAYERS$|CHUNK_DIVISOR$ > learned chunks of bytes (H-Net)
+~(USE_|ENABLE_)?(BITNET|TERNARY|BINARY)_(?!.*(PATH|FILE)) > weights of two or three values from the first step
+~(USE_)?(RANDOM|LEARNED|ADALORA)_(LINEAR|ADAPTERS?|MLP|MAPS?|INIT_RANK|TARGET)|ADAPTER_RANK$|FROZEN_ > adapters on weights \
+that are not trained
+~(MLP|BTT|TT|MONARCH|EMBED|QKV?|OUT)_RANK$|MLP_GROUPS$ > matrices that are products of smaller ones
+~(USE_)?(PATTENTION|TVERSKY|KAN|WAVELET|RLMA|D?TPA|MLA|DIFF_ATTN|ATTN_RES)(_|$) > another kind of layer
+~EMBED(DING)?_DIM$ > an embedding of another width than the model's
+~(MODEL_(TYPE|FAMILY)|ARCH_MODE|ARCHITECTURE|CANDIDATE_IMPL)$ > another architecture
 NGRAM|TOKEN_|CUBRIC > HINT_ENABLED
 VE_|.*VALUE_EMB > VE_DIM VE_LAYERS
 LAWA|EMA|SWA|.*POLYAK > EMA_DECAY SWA_ENABLED WEIGHT_AVERAGE
@@ -2568,7 +2590,7 @@ def cpu_info(*fields: str) -> str:
 def foreign_variables(environment: Mapping[str, str], understood: Collection[str]) -> dict[str, str]:
     """Variables that look like settings of a training and have no effect here, each with what to set instead.
 
-    Errors: ConfigError for what breaks a rule of the challenge.
+    Errors: ConfigError for what breaks a rule of the challenge or asks for another model.
     """
     names = [f.name.upper() for f in dataclasses.fields(Config)]
     words = {word for name in (*names, TRAINING_WORDS.replace(" ", "_")) for word in name.split("_")}
@@ -2578,9 +2600,13 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
     for name in sorted(set(environment) - set(names) - set(understood)):
         upper, text = name.upper(), environment[name]
         near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
-        pattern, meant = next((row for row in rows if re.match(row[0].strip("!").split(" @ ")[0], upper)), ("", ""))
-        if pattern.startswith("!"):
-            on = not is_off(text) and not switched_off(upper, environment)
+        pattern, meant = next((row for row in rows if re.match(row[0].strip("!~").split(" @ ")[0], upper)), ("", ""))
+        on = not is_off(text) and not switched_off(upper, environment)
+        if pattern.startswith("~"):
+            if on and text:
+                raise ConfigError(name, text, f"must be left out: it asks for another model ({meant})")
+            meant = ""
+        elif pattern.startswith("!"):
             if on and re.fullmatch(pattern.split(" @ ")[1], upper):
                 raise ConfigError(name, text, f"breaks a rule of the challenge: it {meant}")
             meant = f"it belongs to what breaks a rule of the challenge, as it {meant}"

@@ -299,10 +299,33 @@ def test_what_breaks_a_rule_is_refused_by_name(setting):
         assert not [line for line in remarks if "warning" in line] and config.ttt_mode == "none"
 
 
+OTHER_MODELS = ["NUM_EXPERTS=4", "USE_MOE=1", "MAMBA_LAYERS=2", "DELTA_NET_HEADS=4", "USE_CRAWLER=1", "NUM_ITERS=6",
+                "EVAL_PASSES=4", "JEPA_LAMBDA=0.1", "DIFFUSION_ENABLED=1", "HNET_ENABLED=1", "BITNET_GROUP_SIZE=64",
+                "RANDOM_LINEAR=1", "MLP_RANK=160", "PATTENTION=1", "EMBED_DIM=48", "MODEL_TYPE=hybrid"]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", OTHER_MODELS)
+def test_what_asks_for_another_model_is_refused_by_name(setting):
+    name, value = setting.split("=")
+    assert refusal(**{name: value}).startswith(f"{setting}: must be left out: it asks for another model (")
+    if value.isdigit():
+        assert not [line for line in configured(**{name: 0})[1] if "warning" in line]
+        family = tg.switch_of(name)[0]
+        assert not [line for line in configured(**{f"{family}_ENABLED": 0, f"{family}_LR": 1})[1] if name in line]
+
+
+@pytest.mark.parametrize("setting", ["NUM_EXPERTS=1", "MODEL_TYPE=gpt", "EVAL_PASSES=1", "EMBED_DIM=128", "NUM_ITERS=1"])
+def test_what_asks_for_this_very_model_is_understood(setting):
+    name, value = setting.split("=")
+    command = tg.Command({name: value, "MODEL_DIM": "128"}, "demo")
+    assert name in command.understood
+    assert not [line for line in configured(**{name: value, "MODEL_DIM": 128})[1] if "warning" in line]
+
+
 @pytest.mark.parametrize(
     "setting, meant",
     [("VE_POSITIONS=2", "VE_DIM"), ("LAWA_ENABLED=1", "EMA_DECAY"), ("MTP_NUM_HEADS=2", "MTP_WEIGHTS"),
-     ("NUM_EXPERTS=4", "--help"), ("QAT_RAMP=0.8", "LATE_QAT_THRESHOLD"), ("WAVELET_ENABLED=1", "--help")],
+     ("LABEL_SMOOTHING=0.1", "--help"), ("QAT_RAMP=0.8", "LATE_QAT_THRESHOLD"), ("BACKOUT_ENABLED=1", "--help")],
 )  # fmt: skip
 def test_a_variable_without_effect_is_warned_about_by_meaning(setting, meant):
     name, value = setting.split("=")
@@ -373,10 +396,11 @@ def test_public_commands_are_understood_or_refused_by_name():
 
 def test_the_report_counts_whole_and_named_commands_apart(tmp_path):
     table = tmp_path / "commands.tsv"
-    rows = ["SEED=1 EMA_ENABLED=1", "SEED=2 NUM_EXPERTS=4", "SLOT_STEPS=8 NUM_EXPERTS=4", "ACN_OUTPUT=1 NUM_EXPERTS=4"]
+    idle = "LABEL_SMOOTHING=0.1"
+    rows = ["SEED=1 EMA_ENABLED=1", f"SEED=2 {idle}", f"SLOT_STEPS=8 {idle}", f"ACN_OUTPUT=1 {idle}"]
     table.write_text("preset\tassignments\n" + "".join(f"baseline\t{row}\n" for row in rows))
     lines = commands.report(table)
     assert any(line.startswith("whole: 2 of 4 commands (50%): ") for line in lines)
     assert any(line.startswith("named: 3 of 4 commands (75%): ") for line in lines)
     first = lines.index(next(line for line in lines if line.startswith("without effect")))
-    assert lines[first + 1].split() == ["2", "(1)", "NUM_EXPERTS"]
+    assert lines[first + 1].split() == ["2", "(1)", "LABEL_SMOOTHING"]

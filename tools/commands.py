@@ -205,8 +205,10 @@ def meaning_here(name: str, value: str) -> tuple[str, str]:
             if name in names.split() or switches:
                 return f"another name ({kind})", told(meaning)
     for row in tg.FOREIGN.strip().splitlines():
-        pattern, meant = row.strip("!").split(" > ")
+        pattern, meant = row.strip("!~").split(" > ")
         if re.match(pattern.split(" @ ")[0], name):
+            if row[0] == "~":
+                return about, f"refused where it is on: it asks for another model ({meant})"
             knobs = ", ".join(f"`{knob}`" for knob in meant.split())
             return about, f"refused where it is on: it {meant}" if row[0] == "!" else f"no; nearest: {knobs}"
     if re.match(f"{tg.ORDINARY}|NPROC|NUM_GPUS|CC$|CXX$|TMPDIR$", name):
@@ -246,7 +248,9 @@ def public_figures() -> str:
     """How many of tests/public_commands.json are whole and named, as docs/variables.md says it."""
     verdicts = [judge(preset, given) for preset, given in read_commands(ROOT / "tests" / "public_commands.json")]
     whole, named = sum(v.whole for v in verdicts), sum(v.named for v in verdicts)
-    return FIGURES.format(commands=len(verdicts), whole=whole, named=named, share=f"{whole / len(verdicts):.0%}")
+    others = sum(ANOTHER_MODEL in v.refusal for v in verdicts)
+    share = f"{whole / len(verdicts):.0%}"
+    return FIGURES.format(commands=len(verdicts), whole=whole, named=named, others=others, share=share)
 
 
 def variables_page(root: Path, text: str) -> str:
@@ -264,9 +268,11 @@ def variables_page(root: Path, text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+ANOTHER_MODEL = "asks for another model"  # of train_gpt's refusals
 FIGURES = """\
 Of the {commands} public commands in `tests/public_commands.json`, {whole} are whole ({share}) and {named} are named.
-What keeps others from being whole are techniques of one script or a few that this one lacks.\
+{others} ask for another model, such as a mixture of experts, and are refused by that name. What keeps others from being
+whole are techniques of one script or a few that this one lacks.\
 """
 VARIABLES_HEAD = """\
 <!-- Made by `make docs` from tools/variables.tsv and train_gpt.py. Do not edit: a change belongs there. -->

@@ -369,7 +369,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 0, 314])
     parser.add_argument("--only", nargs="+", help="rows to run, by their names in the table")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel runs")
+    parser.add_argument("--jobs", type=int, default=t.available_cores(), help="number of parallel runs")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_ablate")
     parser.add_argument("--folder", type=Path, default=ROOT / "logs" / "ablate")
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "ablate" / "ablation.md")

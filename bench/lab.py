@@ -498,7 +498,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, default=math.inf, help="no run starts later; 0: only the report")
     parser.add_argument("--dry", action="store_true", help="only say what would run")
     parser.add_argument("--bytes", action="store_true", help="quantize and pack the first seed's models, too")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, a thread each")
+    parser.add_argument("--jobs", type=int, default=t.available_cores(), help="runs at a time, a thread each")
     parser.add_argument("--points", type=int, default=STEPS_MEASURED, help="steps that are measured in a round")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of timing, control and idea in turns")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_lab", help="folder, without _VOCABULARY")

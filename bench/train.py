@@ -30,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -281,10 +282,10 @@ def measured(c: t.Config, run: t.Run, options: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), c, 16 * c.train_batch_tokens + 1, options.document_tokens)
         c = dataclasses.replace(c, data_path=folder)
-        t.Vocabulary = RandomPieces
-        bench = Bench(c, run)
-        samples = bench.samples(options.warmup, options.repeats)
-        context = mean_context(bench.trainer.loader, range(options.warmup, options.warmup + options.repeats))
+        with mock.patch.object(t, "Vocabulary", RandomPieces):
+            bench = Bench(c, run)
+            samples = bench.samples(options.warmup, options.repeats)
+            context = mean_context(bench.trainer.loader, range(options.warmup, options.warmup + options.repeats))
     return report(bench, [row(bench, v, samples[v], context) for v in bench.variants], context)
 
 

@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -172,6 +173,18 @@ def line(row: dict[str, Any], budget: float) -> str:
     return f"{text}   challenge on {CHALLENGE_DEVICES}: {row['challenge_seconds']:.0f} s{over}"
 
 
+def measured_rows(names: list[str], model: t.GPT, c: t.Config, run: t.Run) -> list[dict[str, Any]]:
+    """A row for each evaluation whose name has one of these parts, or for all of them; printed as they come."""
+    rows = []
+    for name, (settings, score) in evaluations(c).items():
+        if not names or any(part in name for part in names):
+            if c.compile == "1":
+                measure(name, settings, model, run, score)  # compiles
+            rows.append(measure(name, settings, model, run, score))
+            print(line(rows[-1], c.eval_budget_seconds), flush=True)
+    return rows
+
+
 def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
     """All rows, on a stream in the folder or on the given data."""
     cuda = torch.cuda.is_available()
@@ -186,19 +199,14 @@ def measure_all(options: argparse.Namespace, folder: Path, environment: dict[str
         write_stream(
             folder, c, options.documents or (512 if cuda else 48), options.mean_length or (1240 if cuda else 160)
         )
-        t.Vocabulary = NoText
-    names, rows = options.only.split(",") if options.only else [], []
+    names = options.only.split(",") if options.only else []
     print(
         f"{t.hardware(run)}, torch {torch.__version__}, {c.compute_dtype}, attention {t.choose_attention(c)[0]}, "
         f"compile {c.compile}, {t.parameter_count(c)} parameters\n{HEADING}",
         flush=True,
     )
-    for name, (settings, score) in evaluations(c).items():
-        if not names or any(part in name for part in names):
-            if c.compile == "1":
-                measure(name, settings, model, run, score)  # compiles
-            rows.append(measure(name, settings, model, run, score))
-            print(line(rows[-1], c.eval_budget_seconds), flush=True)
+    with contextlib.nullcontext() if options.data else mock.patch.object(t, "Vocabulary", NoText):
+        rows = measured_rows(names, model, c, run)
     return dict(
         rows=rows,
         hardware=t.hardware(run),

@@ -1768,18 +1768,18 @@ FOREIGN = """
 !.*(MIXER|HEDGE) @ (USE_)?(HEDGE_)?(MIXER|HEDGE)(_ENABLED|_ETA)? > mixes in experts whose probabilities do not \
 sum to 1, such as exp(-entropy) for every token
 ~(USE_|ENABLE_|NUM_|N_)?(MOE|EXPERTS)(_|$) > a mixture of experts
-~(USE_|ENABLE_|NUM_)?(SSM|S4|MAMBA2?|HYMBA|RWKV|GDN|DELTA_?NET|RETNET|HYENA|X?LSTM|GRU|(PARALLEL_)?TRN|.*RESONATOR)(_|$) \
-> recurrent or state-space layers
+~(USE_|ENABLE_|NUM_)?(SSM|S4|MAMBA2?|HYMBA|RWKV|GDN|DELTA_?NET|RETNET|HYENA|X?LSTM|GRU|(PARALLEL_)?TRN|.*RESONATOR)\
+(_|$) > recurrent or state-space layers
 ~(USE_|ENABLE_|NUM_)?(CRAWLER|FLAT_LAYERS) > layers that crawl: shared ones beside others
-~(NUM_|N_)?(UNIQUE_BLOCKS|SHARED_(BLOCKS|LAYERS)|PASSES|ITER(ATION)?S|RECURRENCES|REPEATS|PRELUDE|CODA|PHYSICAL_LAYERS)$|\
-EVAL_PASSES$|K_ITERS$|RECURRENCE_STEPS$|LOOP_(CORE|REPEAT|INJECT)|USE_PASS_READOUT$ > one stack of layers repeated as a \
-whole; here NUM_LOOPS repeats LOOP_START to LOOP_END
+~(NUM_|N_)?(UNIQUE_BLOCKS|SHARED_(BLOCKS|LAYERS)|PASSES|ITER(ATION)?S|RECURRENCES|REPEATS|PRELUDE|CODA|PHYSICAL_LAYERS\
+)$|EVAL_PASSES$|K_ITERS$|RECURRENCE_STEPS$|LOOP_(CORE|REPEAT|INJECT)|USE_PASS_READOUT$ > one stack of layers repeated as \
+a whole; here NUM_LOOPS repeats LOOP_START to LOOP_END
 ~(.*_)?JEPA(_|$) > a prediction of latents (JEPA)
 ~DIFFUSION > text diffusion
 ~(.*_)?H_?NET(_|$)|OUTER_LAYERS$|CHUNK_DIVISOR$ > learned chunks of bytes (H-Net)
 ~(USE_|ENABLE_)?(BITNET|TERNARY|BINARY)_(?!.*(PATH|FILE)) > weights of two or three values from the first step
-~(USE_)?(RANDOM|LEARNED|ADALORA)_(LINEAR|ADAPTERS?|MLP|MAPS?|INIT_RANK|TARGET)|ADAPTER_RANK$|FROZEN_ > adapters on weights \
-that are not trained
+~(USE_)?(RANDOM|LEARNED|ADALORA)_(LINEAR|ADAPTERS?|MLP|MAPS?|INIT_RANK|TARGET)|ADAPTER_RANK$|FROZEN_ > adapters on \
+weights that are not trained
 ~(MLP|BTT|TT|MONARCH|EMBED|QKV?|OUT)_RANK$|MLP_GROUPS$ > matrices that are products of smaller ones
 ~(USE_)?(PATTENTION|TVERSKY|KAN|WAVELET|RLMA|D?TPA|MLA|DIFF_ATTN|ATTN_RES)(_|$) > another kind of layer
 ~EMBED(DING)?_DIM$ > an embedding of another width than the model's

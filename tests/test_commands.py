@@ -314,7 +314,9 @@ def test_what_asks_for_another_model_is_refused_by_name(setting):
         assert not [line for line in configured(**{f"{family}_ENABLED": 0, f"{family}_LR": 1})[1] if name in line]
 
 
-@pytest.mark.parametrize("setting", ["NUM_EXPERTS=1", "MODEL_TYPE=gpt", "EVAL_PASSES=1", "EMBED_DIM=128", "NUM_ITERS=1"])
+@pytest.mark.parametrize(
+    "setting", ["NUM_EXPERTS=1", "MODEL_TYPE=gpt", "EVAL_PASSES=1", "EMBED_DIM=128", "NUM_ITERS=1"]
+)
 def test_what_asks_for_this_very_model_is_understood(setting):
     name, value = setting.split("=")
     command = tg.Command({name: value, "MODEL_DIM": "128"}, "demo")

@@ -1772,8 +1772,8 @@ sum to 1, such as exp(-entropy) for every token
 (_|$) > recurrent or state-space layers
 ~(USE_|ENABLE_|NUM_)?(CRAWLER|FLAT_LAYERS) > layers that crawl: shared ones beside others
 ~(NUM_|N_)?(UNIQUE_BLOCKS|SHARED_(BLOCKS|LAYERS)|PASSES|ITER(ATION)?S|RECURRENCES|REPEATS|PRELUDE|CODA|PHYSICAL_LAYERS\
-)$|EVAL_PASSES$|K_ITERS$|RECURRENCE_STEPS$|LOOP_(CORE|REPEAT|INJECT)|USE_PASS_READOUT$ > one stack of layers that is \
-repeated as a whole; here NUM_LOOPS repeats LOOP_START to LOOP_END
+)$|EVAL_PASSES$|K_ITERS$|RECURRENCE_STEPS$|LOOP_(CORE|REPEAT|INJECT)|USE_PASS_READOUT$ > one stack of layers repeated \
+as a whole; here NUM_LOOPS repeats LOOP_START to LOOP_END
 ~(.*_)?JEPA(_|$) > a prediction of latents (JEPA)
 ~DIFFUSION > text diffusion
 ~(.*_)?H_?NET(_|$)|OUTER_LAYERS$|CHUNK_DIVISOR$ > learned chunks of bytes (H-Net)

@@ -123,6 +123,18 @@ def test_results_are_the_submissions_figures(root):
     assert docs.stale(root) == {}
 
 
+@pytest.mark.parametrize("before", [1.55, None])
+def test_results_with_hints_have_a_column_for_them(root, before):
+    content = submission()
+    for row in content["seed_results"].values():
+        row["ttt_val_bpb"] = before
+    (root / "submission.json").write_text(json.dumps(content))
+    lines = [line for line in docs.stale(root)["README.md"].splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][2:-4] == ["quantized", *(["after TTT"] if before else []), "with hints"]
+    assert cells[2][2:-4] == ["1.6100", *(["1.5500"] if before else []), "1.5000"]
+
+
 def test_readmes_picture_shows_the_runs_of_the_submission(root):
     """A curve for each log, its mean score, and what a compressor needs for the same text."""
     for name in ("submission.json", "logs"):

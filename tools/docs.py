@@ -118,7 +118,8 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("val_bpb pre-quantization", "pre_quant_val_bpb", 1, ".4f"),
     Column("quantized", "quantized_val_bpb", 1, ".4f"),
-    Column("after TTT", "val_bpb", 1, ".4f"),
+    Column("after TTT", "ttt_val_bpb", 1, ".4f"),
+    Column("with hints", "val_bpb", 1, ".4f"),
     Column("artifact bytes", "artifact_bytes", 1, ".0f"),
     Column("steps", "steps", 1, ".0f"),
     Column("training s", "train_wallclock_ms", 1000, ".1f"),
@@ -129,14 +130,20 @@ COLUMNS = (
 def results(s: dict[str, Any]) -> str:
     """The table of a submission.json with mean and sample deviation, and a line with hardware, data and date.
 
-    Without test-time training the score is the quantized one, and the column of TTT stays empty.
+    Without test-time training the score is the quantized one, and the column of TTT stays empty. Where hints follow it,
+    they have a column.
     Errors: KeyError, TypeError, AttributeError or ValueError if something is missing or has the wrong type.
     """
     rows = s["seed_results"]
     adapted = any(row["val_bpb"] != row["quantized_val_bpb"] for row in rows.values())
-    columns = [(c, [row[c.key] / c.unit for row in rows.values()]) for c in COLUMNS]
+    hinted = all("ttt_val_bpb" in row for row in rows.values())
+    both = hinted and all(row["ttt_val_bpb"] is not None for row in rows.values())
+    left_out = set() if both else {"after TTT" if hinted else "with hints"}
+    chosen = [c._replace(key="val_bpb") if c.title == "after TTT" and not both else c for c in COLUMNS]
+    chosen = [c for c in chosen if c.title not in left_out]
+    columns = [(c, [row[c.key] / c.unit for row in rows.values()]) for c in chosen]
     shown = [(c, values if adapted or c.key != "val_bpb" else []) for c, values in columns]
-    table = [["Seed", *(c.title for c in COLUMNS)]]
+    table = [["Seed", *(c.title for c in chosen)]]
     for place, seed in enumerate(rows):
         table.append([markdown(seed), *(format(values[place], c.form) if values else "" for c, values in shown)])
     summary = [(c, runs.mean_and_deviation(values) if values else None) for c, values in shown]

@@ -940,6 +940,12 @@ def submission_runs(folder: Path, problems: list[str], room: Room) -> list[Run]:
     return found
 
 
+def before_hints(run: Run) -> dict[str, float | None]:
+    """Where hints end a run: bits per byte after test-time training as `ttt_val_bpb`, None where there was none."""
+    before = run.stages.get("ttt")
+    return dict(ttt_val_bpb=before.bpb if before else None) if "hint" in run.stages else {}
+
+
 def figures(run: Run) -> dict[str, Any]:
     """The figures of a source, by their names in submission.json."""
     final, stages = run.final, run.stages
@@ -948,6 +954,7 @@ def figures(run: Run) -> dict[str, Any]:
         val_bpb=final.bpb if final else None,
         pre_quant_val_bpb=stages["pre_quant"].bpb if "pre_quant" in stages else None,
         quantized_val_bpb=stages["quantized"].bpb if "quantized" in stages else None,
+        **before_hints(run),
         artifact_bytes=run.artifact_bytes,
         code_bytes=run.code_bytes,
         model_bytes=run.model_bytes,

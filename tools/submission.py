@@ -273,6 +273,7 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         val_bpb=stated(f, "final").bpb,
         pre_quant_val_bpb=run.stages["pre_quant"].bpb,
         quantized_val_bpb=run.stages["quantized"].bpb,
+        **runs.before_hints(run),
         artifact_bytes=run.artifact_bytes,
         steps=run.steps,
         step_avg_ms=round(stated(f, "step_avg_ms"), 3),
@@ -368,13 +369,15 @@ def submission(
 
 
 def seed_table(s: dict[str, Any]) -> str:
-    """The per-seed table with its mean and sample deviation."""
+    """The per-seed table with its mean and sample deviation; a column for TTT where hints follow it."""
+    hinted = all(row.get("ttt_val_bpb") is not None for row in s["seed_results"].values())
     head = [
         "Seed",
         "val_bpb",
         "val_loss",
         "pre-quant bpb",
         "quantized bpb",
+        *(["TTT bpb"] if hinted else []),
         "artifact bytes",
         "steps",
         "ms/step",
@@ -386,6 +389,7 @@ def seed_table(s: dict[str, Any]) -> str:
         val_loss=".6f",
         pre_quant_val_bpb=".6f",
         quantized_val_bpb=".6f",
+        **(dict(ttt_val_bpb=".6f") if hinted else {}),
         artifact_bytes="d",
         steps="d",
         step_avg_ms=".2f",
@@ -399,7 +403,7 @@ def seed_table(s: dict[str, Any]) -> str:
         ]
         for seed, r in s["seed_results"].items()
     ]
-    blank = [""] * 7
+    blank = [""] * (len(head) - 3)
     rows.append(["**mean**", f"{s['val_bpb']:.6f}", f"{s['val_loss']:.6f}", *blank])
     rows.append(["**std**", runs.shown(s["val_bpb_std"], ".6f"), runs.shown(s["val_loss_std"], ".6f"), *blank])
     resumed = {seed: row["resumed"] for seed, row in s["seed_results"].items() if row.get("resumed")}

@@ -197,6 +197,9 @@ def techniques(c: dict[str, Any]) -> str:
         "asym_logit_rescale": "two learned softcaps",
         "neftune_alpha": "NEFTune",
         "bigram_signs": "signed bigram embeddings",
+        "prefix_loss_weight": "prefix token loss",
+        "mtp_weights": "multi-token prediction",
+        "normuon_beta2": "NorMuon",
         "z_loss_weight": "z-loss",
         "ema_decay": f"EMA {c['ema_decay']:g}",
     }
@@ -211,6 +214,7 @@ def techniques(c: dict[str, Any]) -> str:
     ]
     words += [f"{c['compressor']} compression"]
     words += [f"{c['ttt_mode']} test-time training, score first"] if c["ttt_mode"] != "none" else []
+    words += ["hints from repetition, weighed by what was scored before"] if c.get("hint_enabled") else []
     return "; ".join(words) + "."
 
 

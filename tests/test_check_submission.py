@@ -178,6 +178,7 @@ PLANTS = {
     "steps in json": (row("steps", 9), "seed 0: steps in submission.json and log: 9 and 8"),
     "step time": (row("step_avg_ms", lambda x: x * 2), "steps x step_avg_ms and train_wallclock_ms"),
     "train time": (row("train_wallclock_ms", lambda x: x + 5), "train_wallclock_ms in submission.json and log"),
+    "calibration time": (row("calibration_time_s", lambda x: x + 2), "calibration_time_s"),
     "eval time": (row("eval_time_s", lambda x: x + 2), "eval_time_s"),
     "val bytes": (row("val_bytes", lambda x: x + 90), "val_bpb, and val_loss in bits per byte"),
     "a token dropped": (row("target_tokens", lambda x: x - 1), "is not one less than val_tokens"),

@@ -279,7 +279,7 @@ CHANGES = {
     "TOKENIZER_SHA256": ("0" * 64, {}),
     "VOCAB_SIZE": (385, {}),
     "DEVICE": ("cuda", {}),
-    "STRICT": (1, dict(NUM_EXPERTS=4)),  # a variable that has no effect
+    "STRICT": (1, dict(LABEL_SMOOTHING=0.1)),  # a variable that has no effect
     "ALLOW_SHARED_DOCUMENTS": (3, {}),
     "ALLOW_SHARED_WINDOWS": (0.5, {}),
 }

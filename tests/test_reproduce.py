@@ -390,6 +390,24 @@ def test_another_script_is_noticed(reproduced, tmp_path):
     assert done.returncode == 1 and "error: train_gpt.py: is not the script that ran" in done.stdout
 
 
+def over(seconds=600.0, calibrate=0.0, evaluation=600.0, size=16_000_000):
+    run = runs.Run("run", "log.txt", train_seconds=seconds, eval_seconds=evaluation, artifact_bytes=size, steps=1000)
+    run.seconds = {"train": seconds, "calibrate": calibrate}  # a step takes 0.6 s
+    return submission.over_limits(submission.Finished(0, ROOT, run, {}))
+
+
+def test_a_seed_over_a_limit_is_named_when_it_ends(reproduced):
+    assert over() == over(600.5) == over(597.0, 3.1) == []
+    assert over(597.2, 5.8) == ["603.0 s of training, calibration and tuning are over 600"]
+    assert over(evaluation=601.0) == ["601.0 s of evaluation are over 600"]
+    assert over(size=16_000_001) == ["the artifact of 16000001 bytes is over 16000000"]
+    row = content(reproduced)["seed_results"]["42"] | dict(train_wallclock_ms=597_200, step_avg_ms=260.0)
+    assert row["calibration_time_s"] == pytest.approx(summaries(reproduced)[42]["seconds"]["calibrate"], abs=1e-3)
+    for seconds, within in ((3.0, True), (5.8, False), (None, True)):
+        found = submission.compliance([row | dict(calibration_time_s=seconds)], None)
+        assert found["train_within_600s"] is within
+
+
 def test_the_score_after_ttt_is_kept_where_hints_follow():
     def stages(*names):
         return runs.Run(

@@ -138,9 +138,10 @@ def results(s: dict[str, Any]) -> str:
     adapted = any(row["val_bpb"] != row["quantized_val_bpb"] for row in rows.values())
     hinted = all("ttt_val_bpb" in row for row in rows.values())
     both = hinted and all(row["ttt_val_bpb"] is not None for row in rows.values())
-    left_out = set() if both else {"after TTT" if hinted else "with hints"}
-    chosen = [c._replace(key="val_bpb") if c.title == "after TTT" and not both else c for c in COLUMNS]
-    chosen = [c for c in chosen if c.title not in left_out]
+    chosen = list(COLUMNS)
+    if not both:  # one of the two is the score
+        left_out = "after TTT" if hinted else "with hints"
+        chosen = [c._replace(key="val_bpb") if c.title == "after TTT" else c for c in COLUMNS if c.title != left_out]
     columns = [(c, [row[c.key] / c.unit for row in rows.values()]) for c in chosen]
     shown = [(c, values if adapted or c.key != "val_bpb" else []) for c, values in columns]
     table = [["Seed", *(c.title for c in chosen)]]

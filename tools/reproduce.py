@@ -363,14 +363,16 @@ def main(arguments: list[str]) -> int:
     script = prepare_work(work, plan, packed)
     options.tracking = trackers.Tracker(options.tracker, out.name, work) if options.tracker else trackers.NO_TRACKER
     for seed in options.seeds:
-        if complete(work / f"seed{seed}", seed):
-            print(f"seed {seed}: done before, in {work / f'seed{seed}'}")
-            continue
-        how = ", goes on where it was stopped" if goes_on(work / f"seed{seed}") else ""
-        print(f"seed {seed}: {work / f'seed{seed}'}{how}", flush=True)
-        run_seed(script, options, seed, work / f"seed{seed}")
-        if not complete(work / f"seed{seed}", seed):
-            raise UserError(f"{work / f'seed{seed}'}: the run ended without a summary.json")
+        folder = work / f"seed{seed}"
+        if complete(folder, seed):
+            print(f"seed {seed}: done before, in {folder}")
+        else:
+            print(f"seed {seed}: {folder}{', goes on where it was stopped' if goes_on(folder) else ''}", flush=True)
+            run_seed(script, options, seed, folder)
+            if not complete(folder, seed):
+                raise UserError(f"{folder}: the run ended without a summary.json")
+        for problem in submission.over_limits(submission.finished(seed, folder)):
+            print(f"warning: seed {seed}: {problem}: no submission to the challenge", flush=True)
     write(options, script, work, out)
     return 0
 

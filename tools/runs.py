@@ -942,8 +942,15 @@ def submission_runs(folder: Path, problems: list[str], room: Room) -> list[Run]:
 
 def before_hints(run: Run) -> dict[str, float | None]:
     """Where hints end a run: bits per byte after test-time training as `ttt_val_bpb`, None where there was none."""
-    before = run.stages.get("ttt")
-    return dict(ttt_val_bpb=before.bpb if before else None) if "hint" in run.stages else {}
+    if "hint" not in run.stages:
+        return {}
+    return dict(ttt_val_bpb=run.stages["ttt"].bpb if "ttt" in run.stages else None)
+
+
+def calibration_seconds(run: Run) -> float | None:
+    """Seconds that read training text after the training: they count as training's. None where a source has none."""
+    known = [run.seconds[name] for name in ("calibrate", "tune") if name in run.seconds]
+    return sum(known) if known else None
 
 
 def figures(run: Run) -> dict[str, Any]:
@@ -954,13 +961,14 @@ def figures(run: Run) -> dict[str, Any]:
         val_bpb=final.bpb if final else None,
         pre_quant_val_bpb=stages["pre_quant"].bpb if "pre_quant" in stages else None,
         quantized_val_bpb=stages["quantized"].bpb if "quantized" in stages else None,
-        **before_hints(run),
+        ttt_val_bpb=before_hints(run).get("ttt_val_bpb"),
         artifact_bytes=run.artifact_bytes,
         code_bytes=run.code_bytes,
         model_bytes=run.model_bytes,
         steps=run.steps,
         train_wallclock_ms=1000 * run.train_seconds if run.train_seconds else None,
         step_avg_ms=run.step_avg_ms,
+        calibration_time_s=calibration_seconds(run),
         target_tokens=run.targets,
         val_tokens=run.val_tokens,
         val_bytes=run.val_bytes,

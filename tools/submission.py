@@ -282,6 +282,7 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         steps=run.steps,
         step_avg_ms=round(stated(f, "step_avg_ms"), 3),
         train_wallclock_ms=round(1000 * stated(f, "train_seconds")),
+        calibration_time_s=round(runs.calibration_seconds(run) or 0.0, 3),
         eval_time_s=round(stated(f, "eval_seconds"), 3),
         val_tokens=data["tokens"],
         target_tokens=run.targets,
@@ -292,6 +293,22 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
         strictly_causal=run.strictly_causal,
         **(dict(resumed=run.resumed) if run.resumed else {}),  # how often the run was cut off and went on
     )
+
+
+def over_limits(f: Finished) -> list[str]:
+    """What of a seed is over the challenge's limits, a sentence for each; tools/check_submission.py finds the same.
+
+    Calibration and tuning count as training. Its last step may end after the limit.
+    """
+    run, found = f.run, []
+    spent = stated(f, "train_seconds") + (runs.calibration_seconds(run) or 0.0)
+    if spent - stated(f, "step_avg_ms") / 1000 > BUDGET_SECONDS:
+        found.append(f"{spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}")
+    if stated(f, "eval_seconds") > BUDGET_SECONDS:
+        found.append(f"{stated(f, 'eval_seconds'):.1f} s of evaluation are over {BUDGET_SECONDS:.0f}")
+    if (run.artifact_bytes or 0) > CAP_BYTES:
+        found.append(f"the artifact of {run.artifact_bytes} bytes is over {CAP_BYTES}")
+    return found
 
 
 COMPLIANCE_NEEDS = (
@@ -305,13 +322,14 @@ COMPLIANCE_NEEDS = (
 
 
 def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[str, bool | None]:
-    """The rules that figures can verify. The last step of a training may end after the time limit.
+    """The rules that figures can verify. The last step of a training may end after the time limit, calibration may not.
 
     Older runs have no figure for shared documents, or do not say whether they are strictly causal.
     """
+    spent = [r["train_wallclock_ms"] + 1000 * (r.get("calibration_time_s") or 0.0) - r["step_avg_ms"] for r in rows]
     shared, causal = ([r.get(name) for r in rows] for name in ("shared_documents", "strictly_causal"))
     return dict(
-        train_within_600s=all(r["train_wallclock_ms"] - r["step_avg_ms"] <= 1000 * BUDGET_SECONDS for r in rows),
+        train_within_600s=max(spent, default=0) <= 1000 * BUDGET_SECONDS,
         eval_within_600s=all(r["eval_time_s"] <= BUDGET_SECONDS for r in rows),
         artifact_within_16000000_bytes=all(r["artifact_bytes"] <= CAP_BYTES for r in rows),
         every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),

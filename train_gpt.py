@@ -1821,7 +1821,8 @@ ORDINARY = (
     r"_|RANK$|WORLD_SIZE$|"
     r"(TORCH|PYTORCH|CUDA|CLOUD|NCCL|OMP|MKL|NUMEXPR|OPENBLAS|TRITON|NV|PYTHON|PYTEST|HF_|HUGGING|TRANSF|"
     r"TOKENIZERS|WANDB|AWS|AZURE|GOOGLE|GCP|GIT|CI_|SLURM|PMI|OMPI|KUBE|RUNPOD|VAST|MODAL|DOCKER|SSH|XDG|LC_|LD_|"
-    r"VSCODE|CONDA|JUPYTER|TF_|JAX|XLA|MASTER|LOCAL_|GROUP_|ROLE_|NODE_|OTEL|DD_|SAGEMAKER|UV_|PIP_|NPM_|GTK|QT_)|"
+    r"VSCODE|CONDA|MAMBA_(EXE|ROOT|NO)|JUPYTER|TF_|JAX|XLA|MASTER|LOCAL_|GROUP_|ROLE_|NODE_|OTEL|DD_|SAGEMAKER|UV_|"
+    r"PIP_|NPM_|GTK|QT_)|"
     r".*_(PATH|FILE|HOME|URL|HOST|PORT|KEY|CERTS?)$"
 )
 
@@ -2603,7 +2604,7 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
         pattern, meant = next((row for row in rows if re.match(row[0].strip("!~").split(" @ ")[0], upper)), ("", ""))
         on = not is_off(text) and not switched_off(upper, environment)
         if pattern.startswith("~"):
-            if on and text:
+            if on and text and "/" not in text and not re.match(ORDINARY, upper):
                 raise ConfigError(name, text, f"must be left out: it asks for another model ({meant})")
             meant = ""
         elif pattern.startswith("!"):

@@ -338,6 +338,16 @@ def test_a_variable_without_effect_is_warned_about_by_meaning(setting, meant):
         assert refusal(STRICT=1, **{name: value}).startswith(f"{setting}: has no effect")
 
 
+SHELLS = ["MAMBA_EXE=/opt/bin/micromamba", "MAMBA_ROOT_PREFIX=/opt", "MAMBA_NO_BANNER=1", "MODEL_TYPE_FILE=x",
+          "DIFFUSION_MODELS=/models", "GRU_HOME=x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SHELLS)
+def test_variables_of_shells_and_folders_ask_for_no_other_model(setting):
+    name, value = setting.split("=")
+    assert not [line for line in configured(**{name: value})[1] if name in line]
+
+
 @pytest.mark.parametrize("setting", ["LOOP_START=3", "VE_LAYERS=1,2", "HINT_LR=0.5", "TTT_LR=0.1", "HEAD_LR=0.1"])
 def test_a_knob_whose_feature_is_off_is_a_remark(setting):
     name, value = setting.split("=")

@@ -2600,25 +2600,24 @@ def foreign_variables(environment: Mapping[str, str], understood: Collection[str
     hints = {}
     for name in sorted(set(environment) - set(names) - set(understood)):
         upper, text = name.upper(), environment[name]
-        near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
         pattern, meant = next((row for row in rows if re.match(row[0].strip("!~").split(" @ ")[0], upper)), ("", ""))
-        on = not is_off(text) and not switched_off(upper, environment)
-        if pattern.startswith("~"):
-            if on and text and "/" not in text and not re.match(ORDINARY, upper):
-                raise ConfigError(name, text, f"must be left out: it asks for another model ({meant})")
-            meant = ""
-        elif pattern.startswith("!"):
-            if on and re.fullmatch(pattern.split(" @ ")[1], upper):
-                raise ConfigError(name, text, f"breaks a rule of the challenge: it {meant}")
+        kind, ordinary = pattern[:1], not text or re.match(ORDINARY, upper)
+        if ordinary and kind != "!" or is_off(text) or switched_off(upper, environment):
+            continue
+        if kind == "!" and re.fullmatch(pattern.split(" @ ")[1], upper):
+            raise ConfigError(name, text, f"breaks a rule of the challenge: it {meant}")
+        if kind == "~" and "/" not in text:
+            raise ConfigError(name, text, f"must be left out: it asks for another model ({meant})")
+        if kind == "~" or ordinary:
+            continue
+        near = difflib.get_close_matches(upper, names, n=1, cutoff=0.9) if len(name) > 3 else []
+        if kind == "!":
             meant = f"it belongs to what breaks a rule of the challenge, as it {meant}"
         elif near and near[0][:4] == upper[:4]:
             meant = f"did you mean {near[0]}?"
         elif meant:
             meant = "the nearest here is " + meant.replace(" ", ", ")
-        ordinary = not text or re.match(ORDINARY, upper) or is_off(text) or switched_off(upper, environment)
-        if not ordinary and (
-            meant or "/" not in text and (words & set(upper.split("_")) or switch_of(upper)[0] != upper)
-        ):
+        if meant or "/" not in text and (words & set(upper.split("_")) or switch_of(upper)[0] != upper):
             hints[name] = meant or "no knob of this script has that name; see --help"
     return hints
 

@@ -138,10 +138,9 @@ def results(s: dict[str, Any]) -> str:
     adapted = any(row["val_bpb"] != row["quantized_val_bpb"] for row in rows.values())
     hinted = all("ttt_val_bpb" in row for row in rows.values())
     both = hinted and all(row["ttt_val_bpb"] is not None for row in rows.values())
-    chosen = list(COLUMNS)
-    if not both:  # one of the two is the score
-        left_out = "after TTT" if hinted else "with hints"
-        chosen = [c._replace(key="val_bpb") if c.title == "after TTT" else c for c in COLUMNS if c.title != left_out]
+    chosen = [c for c in COLUMNS if both or c.key != "ttt_val_bpb"]
+    if not hinted:  # the score is the one after test-time training
+        chosen = [c._replace(title="after TTT") if c.key == "val_bpb" else c for c in chosen]
     columns = [(c, [row[c.key] / c.unit for row in rows.values()]) for c in chosen]
     shown = [(c, values if adapted or c.key != "val_bpb" else []) for c, values in columns]
     table = [["Seed", *(c.title for c in chosen)]]

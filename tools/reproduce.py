@@ -329,9 +329,8 @@ def defaults_of(script: Path) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(runpy.run_path(str(script), run_name="settings")["Config"])}
 
 
-def write(options, script: Path, work: Path, out: Path) -> dict[str, Any]:
-    """Collects the seeds' summaries and writes the submission's folder."""
-    results = [submission.finished(seed, work / f"seed{seed}") for seed in options.seeds]
+def write(options, script: Path, work: Path, out: Path, results: list[submission.Finished]) -> dict[str, Any]:
+    """Writes the submission's folder from the seeds' runs."""
     baseline = (str(options.baseline), submission.baseline_figures(options.baseline)) if options.baseline else None
     config = results[0].config
     data = submission.dataset(Path(config["data_path"]))
@@ -362,6 +361,7 @@ def main(arguments: list[str]) -> int:
     out = options.out or Path("submissions", f"{plan['config']['preset']}-{code}")
     script = prepare_work(work, plan, packed)
     options.tracking = trackers.Tracker(options.tracker, out.name, work) if options.tracker else trackers.NO_TRACKER
+    results = []
     for seed in options.seeds:
         folder = work / f"seed{seed}"
         if complete(folder, seed):
@@ -371,9 +371,10 @@ def main(arguments: list[str]) -> int:
             run_seed(script, options, seed, folder)
             if not complete(folder, seed):
                 raise UserError(f"{folder}: the run ended without a summary.json")
-        for problem in submission.over_limits(submission.finished(seed, folder)):
+        results.append(submission.finished(seed, folder))
+        for problem in submission.over_limits(results[-1]):
             print(f"warning: seed {seed}: {problem}: no submission to the challenge", flush=True)
-    write(options, script, work, out)
+    write(options, script, work, out, results)
     return 0
 
 

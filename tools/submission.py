@@ -295,15 +295,24 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def training_seconds(row: dict[str, Any]) -> float:
+    """Seconds of training and calibration that must be within the limit: its last step may end after it."""
+    return (row["train_wallclock_ms"] - row["step_avg_ms"]) / 1000 + (row.get("calibration_time_s") or 0.0)
+
+
 def over_limits(f: Finished) -> list[str]:
     """What of a seed is over the challenge's limits, a sentence for each; tools/check_submission.py finds the same.
 
     Calibration and tuning count as training. Its last step may end after the limit.
     """
     run, found = f.run, []
-    spent = stated(f, "train_seconds") + (runs.calibration_seconds(run) or 0.0)
-    if spent - stated(f, "step_avg_ms") / 1000 > BUDGET_SECONDS:
-        found.append(f"{spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}")
+    step, after = stated(f, "step_avg_ms"), runs.calibration_seconds(run) or 0.0
+    train = stated(f, "train_seconds")
+    if (
+        training_seconds(dict(train_wallclock_ms=1000 * train, step_avg_ms=step, calibration_time_s=after))
+        > BUDGET_SECONDS
+    ):
+        found.append(f"{train + after:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}")
     if stated(f, "eval_seconds") > BUDGET_SECONDS:
         found.append(f"{stated(f, 'eval_seconds'):.1f} s of evaluation are over {BUDGET_SECONDS:.0f}")
     if (run.artifact_bytes or 0) > CAP_BYTES:
@@ -326,10 +335,9 @@ def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[
 
     Older runs have no figure for shared documents, or do not say whether they are strictly causal.
     """
-    spent = [r["train_wallclock_ms"] + 1000 * (r.get("calibration_time_s") or 0.0) - r["step_avg_ms"] for r in rows]
     shared, causal = ([r.get(name) for r in rows] for name in ("shared_documents", "strictly_causal"))
     return dict(
-        train_within_600s=max(spent, default=0) <= 1000 * BUDGET_SECONDS,
+        train_within_600s=all(training_seconds(r) <= BUDGET_SECONDS for r in rows),
         eval_within_600s=all(r["eval_time_s"] <= BUDGET_SECONDS for r in rows),
         artifact_within_16000000_bytes=all(r["artifact_bytes"] <= CAP_BYTES for r in rows),
         every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),

@@ -511,6 +511,18 @@ def ttt_part(folder: Path) -> Part:
     )
 
 
+def preset_takes(folder: Path, knob: str) -> bool:
+    """Whether the preset that is forecast sets a knob, by the settings in its table of costs."""
+    return bool(read_json(folder / TABLE)["config"][knob.lower()])
+
+
+def if_taken(folder: Path, knob: str, part: Part) -> Part:
+    """The part, which counts 0 where the preset leaves its knob alone."""
+    if preset_takes(folder, knob):
+        return part
+    return part._replace(rule=f"counts as 0: the preset does not set `{knob}`", change=np.zeros(DRAWS))
+
+
 def hint_part() -> Part:
     """Others' gain: our own is on documentation, where far more is repeated."""
     low, high = PUBLISHED["gain of hints"][0]
@@ -751,8 +763,8 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
         recipe_part(results, found, missing, scale, share),
         quantization_part(folder),
         ttt_part(folder),
-        hint_part(),
-        context_part(),
+        if_taken(folder, "HINT_ENABLED", hint_part()),
+        if_taken(folder, "TRAIN_SEQ_SCHEDULE", context_part()),
         speed_part(folder, slope),
     ]
     unknown = sorted(set(without) - {part.name for part in parts})

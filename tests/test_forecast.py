@@ -72,7 +72,7 @@ def folder(tmp_path):
     )
     uses = ("training", "training (looped)")
     rows = [dict(use=use, matrix_flops=FULL / 1024, attention_flops=FULL / 1024) for use in uses]
-    write_json(tmp_path / forecast.TABLE, dict(rows=rows))
+    write_json(tmp_path / forecast.TABLE, dict(rows=rows, config=dict(hint_enabled=True, train_seq_schedule="1024@1")))
     scores = " | ".join(f"{3 - SMALL * e:.6f}" for e in range(3))
     steps = " | ".join(f"{10 * math.exp(e):.9f}" for e in range(3))
     (tmp_path / "hint.md").write_text(
@@ -130,6 +130,19 @@ def test_every_part_and_the_sum_by_hand(folder, exact):
     constant = 0.002 - 0.0015 - 0.006 - 0.001 - 0.02
     assert made.range == pytest.approx([1.06 + constant + x for x in (-0.00195, -0.001, -0.00005)], abs=2e-5)
     assert made.probability == 1 and made.doublings == pytest.approx(dict(zip(NAMES, (10, 8, 6), strict=True)))
+
+
+@pytest.mark.parametrize("knob, part", [("train_seq_schedule", "context"), ("hint_enabled", "hints")])
+def test_what_the_preset_does_not_set_counts_0(knob, part, folder):
+    write_lab(folder)
+    before = forecast.forecast(folder)
+    table = json.loads((folder / forecast.TABLE).read_text())
+    table["config"][knob] = type(table["config"][knob])()
+    write_json(folder / forecast.TABLE, table)
+    after = forecast.forecast(folder)
+    assert part_of(before, part).range[1] < -0.0001 and part_of(after, part).range == (0, 0, 0)
+    assert f"does not set `{knob.upper()}`" in part_of(after, part).rule
+    assert after.range[1] > before.range[1]
 
 
 def test_a_gain_that_shrinks_goes_on_as_a_power_of_compute(folder, exact):

@@ -132,6 +132,12 @@ def listed_numbers(text: str) -> tuple[float, ...]:
         return (math.nan,)
 
 
+def numbered_layers(text: str) -> tuple[int, ...]:
+    """The layers in a comma-separated list, without words that name none."""
+    words = [word.strip() for word in text.split(",")]
+    return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
+
+
 class Observed(enum.StrEnum):
     """Where a change of a knob shows first, in the order of a run; tests/test_knobs.py holds every knob to it.
 
@@ -280,6 +286,20 @@ class ModelConfig:
         "(partial key offset)",
         Observed.LOSS,
     )
+    window_attn_size: int = knob(
+        0,
+        "tokens before its own to which each token's attention is limited in the layers WINDOW_ATTN_LAYERS, where a "
+        "document is longer (sliding window attention); 0: no limit",
+        Observed.LOSS,
+        low=0,
+        high=1 << 16,
+    )
+    window_attn_layers: str = knob(
+        "",
+        "layers whose attention is limited to WINDOW_ATTN_SIZE, as comma-separated numbers from 0; empty: every second "
+        "layer, from 0",
+        Observed.LOSS,
+    )
     rope_type: str = knob(
         "rope",
         "rotary embedding; rope: wavelengths as ROPE_BASE gives them; yarn: long wavelengths are stretched where the "
@@ -407,8 +427,15 @@ class ModelConfig:
     @property
     def value_layers(self) -> tuple[int, ...]:
         """Layers with value embeddings: the numbers in VE_LAYERS."""
-        words = [word.strip() for word in self.ve_layers.split(",")] if self.ve_dim else []
-        return tuple(int(word) for word in words if word.isdecimal() and len(word) < 4)
+        return numbered_layers(self.ve_layers) if self.ve_dim else ()
+
+    @property
+    def window_layers(self) -> tuple[int, ...]:
+        """Layers whose attention has a window: the numbers in WINDOW_ATTN_LAYERS."""
+        if not self.window_attn_size:
+            return ()
+        every_second = tuple(range(0, self.num_layers, 2))
+        return numbered_layers(self.window_attn_layers) if self.window_attn_layers else every_second
 
 
 @dataclass(frozen=True)
@@ -1667,6 +1694,7 @@ PARTIAL_ROPE_DIMS > ROPE_DIMS
 ROPE_FRAC ROPE_FRACTION > @rope_share
 XSA > XSA_LAST_N:0:4
 XSA_LAYERS > @last_layers
+WINDOW_SIZE ATTN_WINDOW ATTN_WINDOW_SIZE WINDOW_ATTENTION_SIZE > WINDOW_ATTN_SIZE{-1=0,*=}
 GATED_ATTENTION GATED_ATTN > GATED_ATTN_ENABLED:0:1
 GATE_ATTN_OUT > ATTN_OUT_GATE_ENABLED:0:1
 VRL VALUE_RESIDUAL > VALUE_RESIDUAL:0:1
@@ -1796,6 +1824,7 @@ PRUNE|TARGET_ > TARGET_BYTES
 .*(QUANT|INT\\d|BITS|GPTQ|AWQ|TERNARY|BITNET|FP16|HESSIAN|OPTROT|HADAMARD) > QUANTIZER MATRIX_BITS
 (FINAL_)?(VAL_|EVAL|SLIDING|DOC_ISO|STRIDE) > EVAL_SEQ_LEN EVAL_STRIDE
 .*(TRIGRAM|BIGRAM|HASH) > BIGRAM_VOCAB_SIZE
+.*(WINDOW|LOCAL)_?ATT|.*ATTN?(ENTION)?_WINDOW > WINDOW_ATTN_SIZE WINDOW_ATTN_LAYERS
 .*(GATE|ATTN|XSA|WINDOW) > XSA_LAST_N SPARSE_ATTN_GATE_ENABLED
 .*(CHECKPOINT|SAVE) > CHECKPOINT_EVERY_SECONDS
 .*(CURRICULUM|SEQ_(LEN|SCHED)|BATCH_SCHED) > TRAIN_SEQ_SCHEDULE
@@ -2345,6 +2374,10 @@ def follow_width(v: dict[str, Any], follow: Follow) -> None:
     depth, layers = v["num_layers"], v["ve_layers"].split(",")
     if v["ve_dim"] and any(n.isdecimal() and int(n[:4]) >= depth for n in layers):
         follow("ve_layers", ",".join(str(n) for n in range(max(0, depth - len(layers)), depth)), "num_layers")
+    windows = [n.strip() for n in v["window_attn_layers"].split(",")]
+    if any(n.isdecimal() and int(n[:4]) >= depth for n in windows):
+        kept = ",".join(n for n in windows if not n.isdecimal() or int(n[:4]) < depth)
+        follow("window_attn_layers", kept, "num_layers")
     follow("xsa_last_n", min(v["xsa_last_n"], depth), "num_layers")
     cuts = v["progressive_depth_schedule"].split(",")
     follow("progressive_depth_schedule", ",".join(cuts[: max(0, depth - 1)]), "num_layers")
@@ -2450,6 +2483,7 @@ IDLE = """
 loop_start loop_end enable_looping_at < num_loops
 bigram_dim bigram_signs < bigram_vocab_size
 ve_layers < ve_dim
+window_attn_layers < window_attn_size
 smear_gate_type < smear_gate_enabled
 sparse_attn_gate_scale < sparse_attn_gate_enabled
 gated_attn_quant_gate gated_attn_init_std < sparse_attn_gate_enabled gated_attn_enabled attn_out_gate_enabled
@@ -2705,6 +2739,8 @@ def check_attention(config: ModelConfig) -> None:
     require(
         config.xsa_last_n <= config.num_layers, config, "xsa_last_n", f"must be at most NUM_LAYERS={config.num_layers}"
     )
+    if config.window_attn_size and config.window_attn_layers:
+        check_layers(config, "window_attn_layers", config.window_layers)
     require(tables_fit(config), config, "train_seq_len", TABLES_ALLOWED)
     enabled = [name for name in HEAD_GATES if getattr(config, name)]
     for name in enabled[1:]:
@@ -2732,9 +2768,14 @@ def check_embeddings(config: ModelConfig) -> None:
     allowed = "needs a bigram embedding, BIGRAM_VOCAB_SIZE above 0"
     require(config.bigram_vocab_size > 0 or not config.bigram_signs, config, "bigram_signs", allowed)
     if config.ve_dim:
-        found = {layer for layer in config.value_layers if layer < config.num_layers}
-        allowed = f"must be different layers below NUM_LAYERS={config.num_layers}, comma-separated, such as 0,1"
-        require(len(found) == config.ve_layers.count(",") + 1, config, "ve_layers", allowed)
+        check_layers(config, "ve_layers", config.value_layers)
+
+
+def check_layers(config: ModelConfig, name: str, layers: tuple[int, ...]) -> None:
+    """A knob that lists layers, each of them once."""
+    found = {layer for layer in layers if layer < config.num_layers}
+    allowed = f"must be different layers below NUM_LAYERS={config.num_layers}, comma-separated, such as 0,1"
+    require(len(found) == getattr(config, name).count(",") + 1, config, name, allowed)
 
 
 def check_recurrence(config: ModelConfig) -> None:
@@ -6420,10 +6461,14 @@ def continues_document(starts: Tensor) -> Tensor:
     return document_positions(starts) != 0
 
 
-def document_mask(starts: Tensor) -> Tensor:
-    """[B, T] document starts -> [B, T, T] bool: key j is at or before query i and in its document."""
+def document_mask(starts: Tensor, window: int = 0) -> Tensor:
+    """[B, T] document starts -> [B, T, T] bool: key j is at or before query i and in its document.
+
+    With a window, it is also at most so many places before.
+    """
     positions = torch.arange(starts.size(1), device=starts.device)
-    return (positions <= positions[:, None]) & (positions >= starts[:, :, None])
+    first = starts.maximum(positions - window) if window else starts
+    return (positions <= positions[:, None]) & (positions >= first[:, :, None])
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -6505,9 +6550,26 @@ def as_blocks(x: Tensor, shapes: list[tuple[int, int]], heads: int) -> list[Tens
     return [part.view(n * heads, -1, x.size(-1)) for part, (n, _) in zip(parts, shapes, strict=True)]
 
 
-def up_to(i: int, parts: list[Tensor]) -> Tensor:
-    """Keys or values [n*K, end, h] that block i attends to: its own and those before, of the documents it holds."""
-    return torch.cat([part[: len(parts[i])] for part in parts[: i + 1]], dim=1) if i else parts[0]
+def up_to(i: int, parts: list[Tensor], window: int) -> Tensor:
+    """Keys or values [n*K, seen, h] that block i attends to: its own and those before, of the documents it holds.
+
+    With a window, blocks that end before it are left out.
+    """
+    first, reach = i, window
+    while first and (reach > 0 or not window):  # the block before still has keys within reach of block i's first query
+        first -= 1
+        reach -= parts[first].size(1)
+    return torch.cat([part[: len(parts[i])] for part in parts[first : i + 1]], dim=1) if first < i else parts[i]
+
+
+def hide_keys(scores: Tensor, w: int, window: int) -> None:
+    """Sets the scores [n*K, G*w, seen] of keys that the last w places do not see to -inf: later ones, and too early."""
+    scores = scores.unflatten(1, (-1, w))
+    options: dict[str, Any] = dict(dtype=scores.dtype, device=scores.device)
+    scores[..., -w:].add_(torch.full((w, w), -torch.inf, **options).triu_(1))
+    early = scores.size(-1) - window - 1  # keys that the last place does not see
+    if window and early > 0:
+        scores[..., :early].add_(torch.full((w, early), -torch.inf, **options).tril_(early - w))
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -6518,24 +6580,24 @@ class BlockedAttention(torch.autograd.Function):
     0, and a place past the document's end holds its first token, so 0 * inf cannot carry anything back.
 
     q [B*T*H, h], k and v [B*T*K, h] -> [B*T*H, h]. Blocks of queries are [n*K, G*w, h], where G query heads share a
-    kv head. Their keys are those from the document's start to the block's end, [n*K, end, h].
+    kv head. Their keys are those from the document's start to the block's end, or those blocks of them that a window
+    reaches, [n*K, seen, h].
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks, kv_heads: int) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks, kv_heads: int, window: int) -> Tensor:
         packed = [q.index_select(0, blocks.queries.rows).mul_(q.size(-1) ** -0.5)]
         packed += [x.index_select(0, blocks.keys.rows) for x in (k, v)]
         queries, keys, values = (as_blocks(x, blocks.shapes, kv_heads) for x in packed)
         y, probabilities = torch.empty_like(packed[0]), []
         outputs = as_blocks(y, blocks.shapes, kv_heads)
         for i, (_, w) in enumerate(blocks.shapes):
-            scores = queries[i] @ up_to(i, keys).mT  # [n*K, G*w, end]
-            after = torch.full((w, w), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-            scores.unflatten(1, (-1, w))[..., -w:].add_(after)
+            scores = queries[i] @ up_to(i, keys, window).mT  # [n*K, G*w, seen]
+            hide_keys(scores, w, window)
             probabilities.append(torch.softmax(scores, dim=-1))
-            torch.bmm(probabilities[i], up_to(i, values), out=outputs[i])
+            torch.bmm(probabilities[i], up_to(i, values, window), out=outputs[i])
         ctx.save_for_backward(y, *packed, *probabilities)
-        ctx.blocks, ctx.kv_heads = blocks, kv_heads
+        ctx.blocks, ctx.kv_heads, ctx.window = blocks, kv_heads, window
         return y.index_select(0, blocks.queries.inverse)
 
     @staticmethod
@@ -6549,49 +6611,56 @@ class BlockedAttention(torch.autograd.Function):
         later: tuple[Tensor, Tensor] | None = None  # what later blocks add to the keys and values of this one
         for i in reversed(range(len(blocks.shapes))):
             p, (_, w) = saved[3 + i], blocks.shapes[i]
-            ds = (dys[i] @ up_to(i, values).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, end]
-            torch.bmm(ds, up_to(i, keys), out=dqs[i])
-            block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, end, h]
+            ds = (dys[i] @ up_to(i, values, ctx.window).mT).sub_(inners[i]).mul_(p)  # [n*K, G*w, seen]
+            torch.bmm(ds, up_to(i, keys, ctx.window), out=dqs[i])
+            block_dk, block_dv = ds.mT @ queries[i], p.mT @ dys[i]  # [n*K, seen, h]
             if later is not None:
-                block_dk[: len(later[0])] += later[0]
-                block_dv[: len(later[1])] += later[1]
+                at = block_dk.size(1) - later[0].size(1)  # later blocks see no key that is earlier than this one's
+                block_dk[: len(later[0]), at:] += later[0]
+                block_dv[: len(later[1]), at:] += later[1]
             dk.append(block_dk[:, -w:].flatten(0, 1))
             dv.append(block_dv[:, -w:].flatten(0, 1))
             later = block_dk[:, :-w], block_dv[:, :-w]
         dq = dq.mul_(dq.size(-1) ** -0.5).index_select(0, blocks.queries.inverse)
         dk, dv = (torch.cat(parts[::-1]).index_select(0, blocks.keys.inverse) for parts in (dk, dv))
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
-def attention_blocked(q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks) -> Tensor:
+def attention_blocked(q: Tensor, k: Tensor, v: Tensor, blocks: DocumentBlocks, window: int = 0) -> Tensor:
     """`attention_sdpa` through BlockedAttention, with `document_blocks` instead of a mask."""
     rows = (x.flatten(0, 2) for x in (q, k, v))
-    return BlockedAttention.apply(*rows, blocks, k.size(2)).view(q.shape)
+    return BlockedAttention.apply(*rows, blocks, k.size(2), window).view(q.shape)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable, context: int) -> Tensor:
-    """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents.
+def attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kernel: Callable, context: int, window: int = 0
+) -> Tensor:
+    """`attention_sdpa` through a variable-length kernel: no mask, and no work across documents or before the window.
 
     No document has more than `context` tokens: the kernels launch programs for as many of each.
     """
     longest = min(q.size(1), context)
-    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, longest).view(q.shape)
+    return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, longest, window).view(q.shape)
 
 
 def flash_attention(backend: str) -> Callable:
-    """(q [N, H, h], k and v [N, K, h], cu_seqlens, longest) -> [N, H, h], causal. Errors: ImportError."""
+    """(q [N, H, h], k and v [N, K, h], cu_seqlens, longest, window) -> [N, H, h], causal; window 0: none.
+
+    Errors: ImportError; TypeError at a call with a window, by a version that has none.
+    """
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 
         known = inspect.signature(
             varlen_attn
         ).parameters  # the arguments for causal and grouped attention differ between versions
-        causal = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
+        sliding = "window_size" in known
         # Versions without the argument take fewer heads of keys and values too: the kernel below knows grouped heads.
-        options: dict[str, Any] = {**causal, **(dict(enable_gqa=True) if "enable_gqa" in known else {})}
+        grouped: dict[str, Any] = dict(enable_gqa=True) if "enable_gqa" in known else {}
 
-        def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-            return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
+        def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int) -> Tensor:
+            causal: dict[str, Any] = dict(window_size=(window or -1, 0)) if sliding or window else dict(is_causal=True)
+            return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal, **grouped))
 
         return call
     if backend == "fa3":
@@ -6607,41 +6676,49 @@ def flash_attention(backend: str) -> Callable:
     else:
         import flash_attn as module  # pyright: ignore[reportMissingImports] # optional
 
-    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        y = module.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int) -> Tensor:
+        options: dict[str, Any] = dict(window_size=(window, 0)) if window else {}
+        y = module.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, **options)
         return y[0] if isinstance(y, tuple) else y  # early versions of fa3 return the log-sum-exp too
 
     return call
 
 
-def attention_backend(name: str, context: int) -> Callable[[Documents, int, int], Callable]:
-    """A function (documents, heads, kv heads) -> the attention (q, k, v) -> y of all layers for a batch.
+def attention_backend(name: str, context: int, window: int = 0) -> Callable[[Documents, int, int], Callable]:
+    """A function (documents, heads, kv heads) -> the attention (q, k, v, local) -> y of all layers for a batch.
 
-    `context`: tokens of the longest document. Errors: ImportError.
+    `context`: tokens of the longest document. local: attention is limited to the own token and `window` ones before it
+    (0: it is not). Errors: ImportError.
     """
+    window = window if window < context - 1 else 0  # all of a document is within reach
 
     def masked(documents: Documents, heads: int, kv_heads: int) -> Callable:
-        return functools.partial(attention_sdpa, mask=document_mask(documents.starts))
+        everything = document_mask(documents.starts)
+        nearby = document_mask(documents.starts, window) if window else everything
+        return lambda q, k, v, local=False: attention_sdpa(q, k, v, nearby if local else everything)
 
     def blocked(documents: Documents, heads: int, kv_heads: int) -> Callable:
         if torch.compiler.is_compiling():  # blocks of other shapes in each batch would be other graphs
             return masked(documents, heads, kv_heads)
-        return functools.partial(attention_blocked, blocks=document_blocks(documents.starts, heads, kv_heads))
+        blocks = document_blocks(documents.starts, heads, kv_heads)
+        return lambda q, k, v, local=False: attention_blocked(q, k, v, blocks, window if local else 0)
+
+    def packed(documents: Documents, heads: int, kv_heads: int) -> Callable:
+        bounds = documents.cu_seqlens
+        return lambda q, k, v, local=False: attention_packed(q, k, v, bounds, kernel, context, window if local else 0)
 
     if name in ("sdpa", "blocked"):
         return masked if name == "sdpa" else blocked
     kernel = flash_attention(name)
-    return lambda documents, *_: functools.partial(
-        attention_packed, cu_seqlens=documents.cu_seqlens, kernel=kernel, context=context
-    )
+    return packed
 
 
 @functools.cache
-def attention_fault(name: str) -> str:
+def attention_fault(name: str, window: bool = False) -> str:
     """Why a variable-length backend cannot be used on this GPU, in one line; empty where it can.
 
     A forward and a backward pass of two documents, grouped heads and all, are compared with `attention_sdpa`: a build
-    that imports may lack this GPU's kernels, this size of heads, or grouped heads.
+    that imports may lack this GPU's kernels, this size of heads, grouped heads, or a sliding window.
     """
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, dy = (
@@ -6653,7 +6730,7 @@ def attention_fault(name: str) -> str:
     results = []
     try:
         for backend in (name, "sdpa"):
-            y = attention_backend(backend, 256)(documents, 4, 2)(q, k, v)
+            y = attention_backend(backend, 256, 40 * window)(documents, 4, 2)(q, k, v, window)
             results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
         for found, expected in zip(*results, strict=True):
             error = (found.float() - expected.float()).abs().max().item()
@@ -6676,7 +6753,7 @@ def choose_attention(config: Config) -> tuple[str, str]:
         if config.device != "cuda" or config.compute_dtype != "bfloat16":
             reasons.append(f"{name}: takes bfloat16 on CUDA only")
             continue
-        fault = attention_fault(name)
+        fault = attention_fault(name) or (attention_fault(name, True) if config.window_layers else "")
         if not fault:
             return name, "; ".join((*reasons, f"{name}: works"))
         reasons.append(f"{name}: {fault}")
@@ -7794,7 +7871,7 @@ def adapters_of_calls(adapters: StackedAdapters, calls: int, dtype: torch.dtype)
 class AttentionContext(NamedTuple):
     """What the attention of every layer uses in one forward pass."""
 
-    attention: Callable  # (q [B, T, H, h], k, v [B, T, K, h]) -> y [B, T, H, h]
+    attention: Callable  # (q [B, T, H, h], k, v [B, T, K, h], local) -> y [B, T, H, h]
     cos: Tensor  # [B, T, 1, rotary/2], of the places in the documents
     sin: Tensor
     value_embeds: Tensor | None  # [B, T, K*h], before each layer's own scale
@@ -7837,6 +7914,7 @@ class Block(nn.Module):
         self.widths = [d, config.kv_dim, config.kv_dim, *([] if self.head_gate is None else [config.num_heads])]
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.subtract_own_value = layer >= config.num_layers - config.xsa_last_n
+        self.local = layer in config.window_layers  # attention has a window
         if config.value_residual and layer:
             self.value_gate = nn.Parameter(torch.zeros(1))
         if config.gated_xsa and self.subtract_own_value:
@@ -7873,7 +7951,7 @@ class Block(nn.Module):
             own_v, finish = v, head_output_plain
         if context.inside is not None:
             k = offset_keys(k, config.offset_dims, context.inside)
-        y = context.attention(q, k, v)
+        y = context.attention(q, k, v, self.local)
         own_v = own_v if own else None
         if w.xsa_gate is None:
             y = finish(y, own_v, gate, *self.gate_scales)
@@ -7995,7 +8073,7 @@ class GPT(nn.Module):
         if type(config) is not ModelConfig:  # a Config would let settings in that its artifact does not carry
             raise TypeError(f"a model takes a ModelConfig, not a {type(config).__name__}")
         self.config, self.runtime = config, runtime
-        self.attention = attention_backend(runtime.attention, runtime.context)
+        self.attention = attention_backend(runtime.attention, runtime.context, config.window_attn_size)
         self.schedules = {looped: layer_schedule(config, looped) for looped in (False, True)}
         layers, d = config.num_layers, config.model_dim
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))

@@ -60,7 +60,7 @@ PEAK_FLOPS = {
 }
 FORMULA = (
     "FLOPs/token = 6 * matmul parameters, times the number of passes, head and gates included, "
-    "+ 12 * layers run * heads * head width * mean context"
+    "+ 12 * layers run * heads * head width * mean context, within a layer's window"
 )
 NOT_COUNTED = "not counted: elementwise work, norms, softmax, recomputation in the backward pass, optimizers"
 
@@ -106,17 +106,21 @@ def matmul_parameters(model: t.GPT, looped: bool) -> int:
     return once + sum(layer + gate * model.config.model_dim for gate in gates)  # gates are as wide as what they gate
 
 
-def attention_flops(c: t.ModelConfig, layers: int, context: float) -> float:
+def attention_flops(c: t.ModelConfig, keys: float) -> float:
     """Of a token, forward and backward: scores and their product with the values, 2 FLOPs an element each, 3 times."""
-    return 12 * layers * c.num_heads * c.head_dim * context
+    return 12 * c.num_heads * c.head_dim * keys
 
 
-def flops_per_token(model: t.GPT, variant: t.StepVariant, context: float) -> float:
-    """Of a training step. Layers that do not train need no gradients of their weights."""
+def flops_per_token(model: t.GPT, variant: t.StepVariant, context: float, nearby: float | None = None) -> float:
+    """Of a training step. Layers that do not train need no gradients of their weights.
+
+    context: mean number of keys of a query; nearby: in layers with a window, None: as many.
+    """
     frozen = model.config.num_layers - variant.trainable_layers
     saved = 2 * frozen * layer_parameters(model)
-    layers = len(model.schedules[variant.looped])
-    return 6 * matmul_parameters(model, variant.looped) - saved + attention_flops(model.config, layers, context)
+    blocks = [cast(t.Block, model.blocks[call.layer]) for call in model.schedules[variant.looped]]
+    keys = sum(context if nearby is None or not block.local else nearby for block in blocks)
+    return 6 * matmul_parameters(model, variant.looped) - saved + attention_flops(model.config, keys)
 
 
 class RandomPieces:
@@ -130,14 +134,15 @@ class RandomPieces:
         return np.where(pieces % 2, pieces // 2, -1)
 
 
-def mean_context(loader: t.TrainLoader, steps: range) -> float:
-    """Mean number of keys of a query, itself included, in the batches of these steps."""
+def mean_context(loader: t.TrainLoader, steps: range, window: int = 0) -> float:
+    """Mean number of keys of a query, itself included, in the batches of these steps; with a window, of those in it."""
     total = count = 0
     for step in steps:
         for micro in range(loader.layout.micro_steps):
             starts = loader.batch(step, micro).documents.starts
-            positions = torch.arange(1, starts.size(1) + 1, device=starts.device)
-            total, count = total + (positions - starts).sum().item(), count + starts.numel()
+            keys = t.document_positions(starts) + 1
+            keys = keys.clamp(max=window + 1) if window else keys
+            total, count = total + keys.sum().item(), count + starts.numel()
     return total / count
 
 
@@ -191,13 +196,13 @@ class Bench:
 
 
 def row(
-    bench: Bench, measured: tuple[t.StepVariant, str], samples: list[tuple[float, int]], context: float
+    bench: Bench, measured: tuple[t.StepVariant, str], samples: list[tuple[float, int]], contexts: tuple[float, float]
 ) -> dict[str, Any]:
-    """One row of the table, from the samples."""
+    """One row of the table, from the samples. contexts: as `flops_per_token` takes them."""
     c, (variant, part) = bench.trainer.config, measured
     seconds, memory = zip(*samples, strict=True)
     rate = c.train_batch_tokens / statistics.median(seconds)
-    flops = flops_per_token(bench.trainer.model, variant, context)
+    flops = flops_per_token(bench.trainer.model, variant, *contexts)
     peak = PEAK_FLOPS.get(chip(bench.run)) if c.compute_dtype == "bfloat16" else None
     return dict(
         order=variant.title(c),
@@ -217,7 +222,7 @@ def chip(run: t.Run) -> str:
     return torch.cuda.get_device_name() if run.device.type == "cuda" else t.hardware(run)
 
 
-def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str, Any]:
+def report(bench: Bench, rows: list[dict[str, Any]], contexts: tuple[float, float]) -> dict[str, Any]:
     """The JSON object: results, hardware, settings, and how FLOPs are counted."""
     c, layout = bench.trainer.config, bench.trainer.layout
     shape = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "hidden_dim", "train_seq_len")
@@ -238,7 +243,8 @@ def report(bench: Bench, rows: list[dict[str, Any]], context: float) -> dict[str
         first_round_seconds=bench.first_round_seconds,  # with what is compiled
         micro_steps=layout.micro_steps,
         micro_sequences=layout.micro_sequences,
-        mean_context=context,
+        mean_context=contexts[0],
+        mean_context_in_windows=contexts[1],
         formula=FORMULA,
         not_counted=NOT_COUNTED,
         peak_flops=PEAK_FLOPS.get(chip(bench.run)),
@@ -285,8 +291,9 @@ def measured(c: t.Config, run: t.Run, options: argparse.Namespace) -> dict[str, 
         with mock.patch.object(t, "Vocabulary", RandomPieces):
             bench = Bench(c, run)
             samples = bench.samples(options.warmup, options.repeats)
-            context = mean_context(bench.trainer.loader, range(options.warmup, options.warmup + options.repeats))
-    return report(bench, [row(bench, v, samples[v], context) for v in bench.variants], context)
+            loader, steps = bench.trainer.loader, range(options.warmup, options.warmup + options.repeats)
+            contexts = (mean_context(loader, steps), mean_context(loader, steps, c.window_attn_size))
+    return report(bench, [row(bench, v, samples[v], contexts) for v in bench.variants], contexts)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

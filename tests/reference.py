@@ -122,6 +122,10 @@ class Reference:
                 [torch.cat((a[:kept], b[kept:])) for a, b in zip(k[t], k[max(t - 1, starts[t])], strict=True)]
                 for t in range(len(n))
             ]
+        if c.window_attn_size:
+            named = c.window_attn_layers.split(",") if c.window_attn_layers else map(str, range(0, depth, 2))
+            if str(layer) in named:
+                starts = [max(s, t - c.window_attn_size) for t, s in enumerate(starts)]
         outputs = []
         for t in range(len(n)):
             heads = []

@@ -139,7 +139,7 @@ def test_flops_are_those_that_torch_counts(knobs, looped, monkeypatch):
     layers = len(tg.execution_order(c, looped))
     assert counted == {
         "aten.mm": 6 * bench.matmul_parameters(model, looped) * tokens,
-        "aten.bmm": bench.attention_flops(c, layers, (16 + 32) / 2) * tokens,
+        "aten.bmm": bench.attention_flops(c, layers * (16 + 32) / 2) * tokens,
     }
 
 
@@ -156,12 +156,25 @@ def test_frozen_layers_cost_no_gradient_of_their_weights(monkeypatch):
     assert without_attention < bench.flops_per_token(model, tg.StepVariant(False, 6, False), 0.0)
 
 
+def test_layers_with_a_window_attend_to_fewer_keys():
+    """Of six layers every second has a window, and one of those is looped twice more."""
+    c = config(RECORD_LIKE, WINDOW_ATTN_SIZE=3)
+    model, variant = tg.new_model(c), tg.StepVariant(True, c.num_layers, False)
+    order = tg.execution_order(c, True)
+    nearby = sum(layer % 2 == 0 for layer in order)
+    saved = bench.flops_per_token(model, variant, 20.0) - bench.flops_per_token(model, variant, 20.0, 4.0)
+    assert 0 < nearby < len(order) and saved == pytest.approx(bench.attention_flops(c, 16 * nearby))
+
+
 def test_the_context_is_what_attention_may_see(data):
     c = config(SHAPE, DATA_PATH=data)
     loader = tg.TrainLoader(c, single_run())
     masks = [tg.document_mask(loader.batch(step, micro).documents.starts) for step in (2, 3) for micro in (0, 1)]
     expected = torch.stack(masks).sum(-1).double().mean().item()
     assert bench.mean_context(loader, range(2, 4)) == pytest.approx(expected, rel=1e-12)
+    masks = [tg.document_mask(loader.batch(step, micro).documents.starts, 3) for step in (2, 3) for micro in (0, 1)]
+    nearby = torch.stack(masks).sum(-1).double().mean().item()
+    assert bench.mean_context(loader, range(2, 4), 3) == pytest.approx(nearby, rel=1e-12) and nearby < expected
 
 
 def test_documents_are_as_long_as_asked(tmp_path):

@@ -169,6 +169,21 @@ def test_more_bytes_flops_or_launches_are_never_faster():
         assert cost_model.step_seconds(Table(changed).rows("training"), Ceilings()) > before
 
 
+def test_attention_with_wide_heads_takes_less_time_for_the_same_flops():
+    table = made_table()
+    heads = dict(table, config=dict(table.get("config", {}), model_dim=512, num_heads=8))
+    wide = dict(heads, config=dict(heads["config"], num_heads=4))
+
+    def flops(content, kind):
+        rows = Table(content).rows("training")
+        return {row.part: row.flops for row in rows if (row.kind == "attention") == (kind == "attention")}
+
+    assert flops(wide, "others") == flops(heads, "others")
+    expected = dict(forward=cost_model.WIDE_FORWARD, backward=cost_model.WIDE_BACKWARD)
+    before, after = (flops(content, "attention") for content in (heads, wide))
+    assert after == {part: pytest.approx(before[part] / expected[part]) for part in before} and len(before) == 2
+
+
 def test_windows_of_any_size_follow_from_those_of_the_table():
     costs = WindowCosts(Table(made_table()))
     assert costs.residual < 1e-6

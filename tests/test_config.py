@@ -85,6 +85,11 @@ WRONG = [
         ("VE_LAYERS", dict(VE_DIM="8", VE_LAYERS=value), "below NUM_LAYERS=6")
         for value in ("9,10", "1,1", "1;2", "a", "-1", "1,,2", "9" * 5000)
     ),
+    ("WINDOW_ATTN_SIZE", dict(WINDOW_ATTN_SIZE="-2"), "from 0 to 65536"),
+    *(
+        ("WINDOW_ATTN_LAYERS", dict(WINDOW_ATTN_SIZE="8", WINDOW_ATTN_LAYERS=value), "below NUM_LAYERS=6")
+        for value in ("6", "1,1", "1;2", "a", "1,,2")
+    ),
     *(
         ("PROGRESSIVE_DEPTH_SCHEDULE", dict(PROGRESSIVE_DEPTH_SCHEDULE=value), "rising order")
         for value in ("0.3,0.2", "0.2,0.2", "1", "0,0.5", "nan", "0.1;0.2", "0.1,,0.2")

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,12 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import check
 import cost_table
 import eager_costs
+import fake_flash_attention
 import fake_gpu
 import generated_code
 import inductor_backend
 import terms
 import uses
 import verdicts
+from contexts import EDGE_KEYS, Context
 from helpers import ROOT, SCRIPT, run_command, tg
 
 H100 = ROOT / "tools/h100"
@@ -334,6 +337,36 @@ def test_hand_written_kernels_that_run_eagerly_are_counted():
     assert p.eq(1).all()  # nothing ran
 
 
+def test_the_mean_of_keys_follows_from_documents_and_windows():
+    starts = np.array([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]])
+    context = Context.of_starts(starts)
+    assert sorted(context.lengths) == [1, 1, 2, 3, 5]
+    seen = np.arange(6) - starts + 1
+    assert context.keys() == context.keys(5) == pytest.approx(seen.mean())
+    edge = EDGE_KEYS * (seen > 3).sum() / seen.size  # of queries whose window begins inside their document
+    assert context.keys(2) == pytest.approx(np.minimum(seen, 3).mean() + edge)
+    assert Context(np.array([2048.0])).times(0.5).keys() == 1024.5 / 2 + 0.25
+
+
+def test_attention_is_counted_within_its_window():
+    """The stand-in for FlashAttention has the window as its last argument, forward and backward."""
+
+    def passes(q, k, v, bounds):
+        found = []
+        for window in (0, 100):
+            y, lse = fake_flash_attention.attention(q, k, v, bounds, 512, True, window)
+            found += fake_flash_attention.attention_backward(y, q, k, v, y, lse, bounds, 512, True, window)
+        return found
+
+    q = torch.empty(512, 8, 64, dtype=torch.bfloat16)
+    k, v = (torch.empty(512, 4, 64, dtype=torch.bfloat16) for _ in range(2))
+    traced = make_fx(passes, tracing_mode="fake")(q, k, v, torch.empty(2, dtype=torch.int32))
+    context = Context(np.array([512.0]))
+    counted = [count for _, kind, count in inductor_backend.flops_of_nodes(traced, context) if kind == "attention"]
+    queries = 512 * 8 * 64
+    assert counted == [int(f * queries * context.keys(w)) for w in (0, 100) for f in (4, 10)]
+
+
 def test_products_of_fp8_numbers_are_counted_apart():
     scaled = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
@@ -345,7 +378,9 @@ def test_products_of_fp8_numbers_are_counted_apart():
     x, w = torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
     traced = make_fx(products, tracing_mode="fake")(x, w)
     flops = 2 * 8 * 16 * 32
-    assert inductor_backend.count_flops(traced, 0.0) == Counter({"matrix products": 2 * flops, "float8": flops})
+    assert inductor_backend.count_flops(traced, Context(np.ones(1))) == Counter(
+        {"matrix products": 2 * flops, "float8": flops}
+    )
     row = cost_table.Row("training", "forward", 2, 2 * flops, 0, 0, 0, flops)
     assert row.milliseconds[0] == pytest.approx(1e3 * 1.5 * flops / cost_table.FLOPS_PER_SECOND)
 

@@ -199,12 +199,12 @@ def documents_of(starts, rows, length):
     return out
 
 
-def attention_naive(q, k, v, documents):
+def attention_naive(q, k, v, documents, window=None):
     """Position by position and head by head."""
     y = torch.empty_like(q)
     for r in range(q.size(0)):
         for t in range(q.size(1)):
-            first = int(documents[r, t])
+            first = max(int(documents[r, t]), t - (t if window is None else window))
             for head in range(q.size(2)):
                 g = head * k.size(2) // q.size(2)
                 scores = k[r, first : t + 1, g] @ q[r, t, head] / q.size(-1) ** 0.5
@@ -212,14 +212,14 @@ def attention_naive(q, k, v, documents):
     return y
 
 
-def of_backend(name, documents):
+def of_backend(name, documents, window=0):
     """A backend's attention for documents' starts, with the heads of its arguments."""
-    batch = documents_from(documents)
-    return lambda q, k, v: tg.attention_backend(name, documents.size(1))(batch, q.size(2), k.size(2))(q, k, v)
+    backend, batch = tg.attention_backend(name, documents.size(1), window), documents_from(documents)
+    return lambda q, k, v: backend(batch, q.size(2), k.size(2))(q, k, v, window > 0)
 
 
-def backends(documents):
-    return {name: of_backend(name, documents) for name in ("sdpa", "blocked")}
+def backends(documents, window=0):
+    return {name: of_backend(name, documents, window) for name in ("sdpa", "blocked")}
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
@@ -239,15 +239,52 @@ def test_every_backend_equals_the_definition():
         compare(function, lambda q, k, v: attention_naive(q, k, v, documents), [q, k, v])
 
 
-def test_blocked_attention_passes_gradcheck(monkeypatch):
+@pytest.mark.parametrize("window", [1, 2, 5, 18, 19, 20, 1000])
+def test_attention_with_a_window_equals_the_definition(window):
+    q, k, v = (normal(2, 20, n, 4, seed=i) for i, n in enumerate((4, 2, 2)))
+    documents = documents_of([[0, 5, 6, 13], [0, 19]], 2, 20)
+    for function in backends(documents, window).values():
+        compare(function, lambda q, k, v: attention_naive(q, k, v, documents, window), [q, k, v])
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 100, 127, 128, 129, 250, 298, 299])
+def test_blocked_attention_with_a_window_equals_torchs(window):
+    """Windows that end before, at and after the end of a block."""
+    q, k, v = (normal(2, 300, n, 8, seed=i) for i, n in enumerate((4, 2, 2)))
+    documents = documents_of([[0], [0, 3, 130]], 2, 300)
+    both = backends(documents, window)
+    compare(both["blocked"], both["sdpa"], [q, k, v])
+
+
+def test_layers_without_a_window_see_all_of_the_document():
+    q, k, v = (normal(1, 40, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
+    documents = documents_of([[0]], 1, 40)
+    for name in ("sdpa", "blocked"):
+        attention = tg.attention_backend(name, 40, 3)(documents_from(documents), 2, 1)
+        assert torch.allclose(attention(q, k, v, False), attention_naive(q, k, v, documents))
+        assert not torch.allclose(attention(q, k, v, True), attention(q, k, v, False))
+
+
+def test_blocks_before_a_window_are_not_computed(monkeypatch):
+    """A window of 100 tokens costs at most 128 earlier keys for each block of queries, not all of the document."""
+    seen = []
+    hide = tg.hide_keys
+    monkeypatch.setattr(tg, "hide_keys", lambda s, w, window: (seen.append(s.size(-1)), hide(s, w, window)))
+    q, k, v = (normal(1, 1024, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
+    of_backend("blocked", documents_of([[0]], 1, 1024), 100)(q, k, v)
+    assert seen == [16, 32, 64, 128, 240, 256, 256, 256, 256, 256, 256]
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_blocked_attention_passes_gradcheck(window, monkeypatch):
     monkeypatch.setattr(tg, "FIRST_BLOCK", 1)  # several blocks in few positions
     monkeypatch.setattr(tg, "QUERY_BLOCK", 2)
     q, k, v = (normal(1, 7, n, 2, seed=i).requires_grad_() for i, n in enumerate((2, 1, 1)))
-    documents = documents_of([[0, 4]], 1, 7)
-    function = backends(documents)["blocked"]
+    documents = documents_of([[0]] if window else [[0, 4]], 1, 7)
+    function = backends(documents, window)["blocked"]
     assert tg.block_widths(4) == [1, 1, 2] and tg.block_widths(5) == [1, 1, 2, 2]
     assert torch.autograd.gradcheck(function, (q, k, v))
-    compare(function, backends(documents)["sdpa"], [q, k, v])
+    compare(function, backends(documents, window)["sdpa"], [q, k, v])
 
 
 @examples(max_examples=40)
@@ -304,6 +341,8 @@ def test_who_sees_whom():
         [False, False, True, False],
         [False, False, True, True],
     ]
+    nearby = tg.document_mask(torch.tensor([[0, 0, 0, 0]]), 1)[0]
+    assert torch.equal(nearby, torch.ones(4, 4, dtype=torch.bool).tril().triu(-1))
 
 
 # -------------------------------------------------------------------------------------------------- rotary and low rank
@@ -359,7 +398,7 @@ def test_low_rank_maps_each_row_by_its_own_pair():
 # ------------------------------------------------------------------------------ attention that takes packed documents
 
 
-def document_by_document(q, k, v, cu_seqlens, longest):
+def document_by_document(q, k, v, cu_seqlens, longest, window):
     """What a kernel for sequences of many lengths computes, [N, H, h], one sequence after the other."""
     parts = []
     for begin, end in itertools.pairwise(cu_seqlens.tolist()):
@@ -367,17 +406,18 @@ def document_by_document(q, k, v, cu_seqlens, longest):
             assert end - begin <= longest
             one = torch.zeros(1, end - begin, dtype=torch.int32)
             q1, k1, v1 = (x[None, begin:end] for x in (q, k, v))
-            parts.append(tg.attention_sdpa(q1, k1, v1, tg.document_mask(one))[0])
+            parts.append(tg.attention_sdpa(q1, k1, v1, tg.document_mask(one, window))[0])
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("starts", [[[0], [0, 30]], [[0, 1, 2, 3], [0]], [[0, 49], [0, 25, 26]]])
-def test_packed_attention_equals_torchs(starts):
+def test_packed_attention_equals_torchs(starts, window):
     """cu_seqlens and the mask agree: padding, documents of one token, documents that a row cuts."""
     documents = documents_from(documents_of(starts, 3, 50))
-    mask = tg.document_mask(documents.starts)
+    mask = tg.document_mask(documents.starts, window)
     compare(
-        lambda q, k, v: tg.attention_packed(q, k, v, documents.cu_seqlens, document_by_document, 50),
+        lambda q, k, v: tg.attention_packed(q, k, v, documents.cu_seqlens, document_by_document, 50, window),
         lambda q, k, v: tg.attention_sdpa(q, k, v, mask),
         [normal(3, 50, 4, 8), normal(3, 50, 2, 8), normal(3, 50, 2, 8)],
     )
@@ -391,17 +431,18 @@ def test_bounds_list_each_document_once_and_nothing_else():
         assert found.tolist() == [row * 256 + start for row in range(8) for start in starts] + [2048]
 
 
+@pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize(
     "name, device",
     [("blocked", "cpu"), *(pytest.param(name, "cuda", marks=NEEDS_CUDA) for name in ("fa3", "fa2", "varlen"))],
 )
-def test_every_backend_of_the_machine_agrees_with_sdpa(name, device):
+def test_every_backend_of_the_machine_agrees_with_sdpa(name, device, window):
     """Values and gradients in bfloat16: as a whole no further from float64 than rounding takes SDPA itself, and a half.
 
     The largest of 800,000 errors would be another one in each kernel. A backend that cannot run here is passed over,
     as ATTENTION=auto does; one whose results are wrong is not.
     """
-    fault = tg.attention_fault(name) if device == "cuda" else ""
+    fault = tg.attention_fault(name, window > 0) if device == "cuda" else ""
     assert not fault.startswith("its results are wrong"), fault
     if fault:
         pytest.skip(f"{name} cannot run here: {fault}")
@@ -412,7 +453,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name, device):
 
     def results(backend, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y = tg.attention_backend(backend, 512)(documents, 8, 4)(*leaves)
+        y = tg.attention_backend(backend, 512, window)(documents, 8, 4)(*leaves, window > 0)
         return [y, *torch.autograd.grad(y, leaves, weights.to(dtype))]
 
     exact, plain = results("sdpa", torch.float64), results("sdpa", torch.bfloat16)

@@ -75,6 +75,8 @@ CHANGES = {
     "TIE_EMBEDDINGS": (0, {}),
     "ROPE_DIMS": (4, {}),
     "KEY_OFFSET": (1, dict(ROPE_DIMS=4)),
+    "WINDOW_ATTN_SIZE": (5, {}),
+    "WINDOW_ATTN_LAYERS": ("1", dict(WINDOW_ATTN_SIZE=5)),
     "ROPE_BASE": (100, {}),
     "ROPE_TYPE": ("yarn", dict(EVAL_SEQ_LEN=64)),
     "ROPE_YARN": (1, dict(EVAL_SEQ_LEN=64)),

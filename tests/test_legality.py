@@ -47,6 +47,8 @@ EVALUATIONS = {
     "sliding, tiny": (TINY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
     "sliding, one by one": (RECORD, dict(EVAL_SEQ_LEN=9, EVAL_STRIDE=1)),
     "sliding, key offset": (dict(RECORD, KEY_OFFSET=1), dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
+    "sliding, window": (dict(RECORD, WINDOW_ATTN_SIZE=4), dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5)),
+    "phased, window": (dict(RECORD, WINDOW_ATTN_SIZE=4), PHASED),
     "phased": (RECORD, PHASED),
     "phased, tiny": (TINY, PHASED),
     "phased, stream": (RECORD, dict(PHASED, TTT_ORDER="stream", TTT_STREAMS=3, TTT_BATCH_SIZE=2)),

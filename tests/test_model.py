@@ -39,6 +39,8 @@ CONFIGURATIONS = {
     "two softcaps": dict(ODD, ASYM_LOGIT_RESCALE=1),
     "two softcaps, poly": dict(POLY, ASYM_LOGIT_RESCALE=1, LOGIT_SOFTCAP=2.0),
     "key offset": dict(RECORD, KEY_OFFSET=1, ROPE_DIMS=2),
+    "window": dict(RECORD, WINDOW_ATTN_SIZE=3, WINDOW_ATTN_LAYERS="1,3,4"),
+    "window in every second layer": dict(ODD, WINDOW_ATTN_SIZE=5, KEY_OFFSET=1, ROPE_DIMS=4),
     "one layer": dict(BASELINE, NUM_LAYERS=1),
     "a turn cut short": dict(BASELINE, NUM_LAYERS=3, NUM_LOOPS=1, LOOP_START=0, LOOP_END=2, VIRTUAL_DEPTH=5),
     "signed pairs": dict(ODD, BIGRAM_VOCAB_SIZE=5, BIGRAM_DIM=9, BIGRAM_SIGNS=1),
@@ -657,6 +659,14 @@ def test_the_key_offset_is_an_option_like_any_other(counted):
     check_option(dict(KEY_OFFSET=1), counted)
     assert config(RECORD_LIKE, KEY_OFFSET=1).offset_dims == 2  # of 8, of which 4 have rotary embedding
     assert tg.parameter_count(config(RECORD_LIKE, KEY_OFFSET=1)) == tg.parameter_count(config(RECORD_LIKE))
+
+
+def test_a_window_is_an_option_like_any_other(counted):
+    """It adds no parameter, and changes nothing in documents that it holds."""
+    check_option(dict(WINDOW_ATTN_SIZE=3, WINDOW_ATTN_LAYERS="0,2"), counted)
+    assert tg.parameter_count(config(RECORD_LIKE, WINDOW_ATTN_SIZE=3)) == tg.parameter_count(config(RECORD_LIKE))
+    with_window, without = (features(RECORD_LIKE, "float32", WINDOW_ATTN_SIZE=size) for size in (3, 0))
+    assert with_window.window_layers == (0, 2, 4) and without.window_layers == ()
 
 
 def test_the_channel_smear_gate_does_nothing_where_a_document_begins():

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch._inductor.compile_fx as compile_fx
 from torch._guards import detect_fake_mode
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import flop_registry
 
 import terms
+from contexts import Context
 from eager_costs import EagerCosts
 from generated_code import Kernel, parse_module, signature_of
 
@@ -134,8 +136,8 @@ def hand_written_flops(node: torch.fx.Node, sizes: Sizes) -> int:
     return 0 if None in values else 2 * math.prod(number(value, sizes) for value in values)
 
 
-def flops_of_nodes(gm: Any, context: float, sizes: Sizes = None) -> Iterator[tuple[torch.fx.Node, str, int]]:
-    """Each node with FLOPs: of a matrix product, hand-written, or of attention with this mean number of keys."""
+def flops_of_nodes(gm: Any, context: Context, sizes: Sizes = None) -> Iterator[tuple[torch.fx.Node, str, int]]:
+    """Each node with FLOPs: of a matrix product, hand-written, or of attention in documents of these lengths."""
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
@@ -144,8 +146,9 @@ def flops_of_nodes(gm: Any, context: float, sizes: Sizes = None) -> Iterator[tup
         if ATTENTION.search(name):
             backward = "backward" in name
             query = args[1] if backward else args[0]
+            keys = context.keys(args[-1] if "fake_flash" in name else 0)  # its last argument is the window
             # Two products forward; backward those of dq, dk, dv and dP, and P again.
-            yield node, "attention", int((10 if backward else 4) * number(query.numel(), sizes) * context)
+            yield node, "attention", int((10 if backward else 4) * number(query.numel(), sizes) * keys)
         elif "triton_kernel_wrapper" in name:
             yield node, "hand-written", hand_written_flops(node, sizes)
         elif (packet := getattr(node.target, "overloadpacket", None)) in flop_registry:
@@ -160,8 +163,8 @@ def has_float8_inputs(node: torch.fx.Node) -> bool:
     return getattr(first, "dtype", None) == torch.float8_e4m3fn
 
 
-def count_flops(gm: torch.fx.GraphModule, context: float) -> collections.Counter[str]:
-    """FLOPs of matrix products, of hand-written kernels, and of attention with this mean number of keys a query.
+def count_flops(gm: torch.fx.GraphModule, context: Context) -> collections.Counter[str]:
+    """FLOPs of matrix products, of hand-written kernels, and of attention in documents of these lengths.
 
     "float8" counts those of FP8 numbers once more.
     """
@@ -220,7 +223,7 @@ class Recorder:
         self.current: Graph | None = None
         self.cubins: dict[str, Kernel] = {}
         self.use = ""
-        self.context = 0.0  # mean number of keys that a query attends to
+        self.context = Context(np.ones(1))  # the documents of a batch
         self.window: tuple[int, ...] = ()  # sizes of the first call, no two alike, that symbols may stand for
         self.other_windows: list[tuple[int, ...]] = []  # other values of these sizes to count costs at
         self.compile_fx_inner = compile_fx.compile_fx_inner
@@ -261,7 +264,7 @@ class Recorder:
             # One more than the first size: the bounds of so many documents.
             known = {self.window[0] + 1: window[0] + 1} | dict(zip(self.window, window, strict=True))
             sizes = {name: known.get(hint, hint) for name, hint in graph.symbols.items()}
-            context = self.context * window[1] / self.window[1]
+            context = self.context.times(window[1] / self.window[1])
             values = {n.name: n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"}
             inputs = {name: (nbytes(values[name], sizes), element) for name, (_, element) in inputs.items()}
         counted = list(flops_of_nodes(gm, context, sizes))

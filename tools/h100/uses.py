@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fake_gpu
+from contexts import Context
 from eager_costs import EagerCosts, hand_written_launches
 from inductor_backend import Recorder
 
@@ -140,11 +141,6 @@ class Vocabulary:
         return np.arange(-1, self.size - 1)
 
 
-def mean_context(starts: np.ndarray) -> float:
-    """Mean number of keys that a query attends to, from [B, T] starts of its document."""
-    return float((np.arange(starts.shape[1]) - starts + 1).mean())
-
-
 class Collectives:
     """Stands for torch.distributed: moves nothing, and counts calls and bytes."""
 
@@ -188,7 +184,7 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     torch.rand = lambda *a, generator=None, **k: rand(*a, **k)
     Tensor.uniform_ = lambda self, *a, generator=None, **k: uniform(self, *a, **k)
     construct, fault = script.GPT.__init__, getattr(script, "attention_fault", None)
-    script.attention_fault = lambda _: ""  # a script that tries a backend on the device would find it wanting
+    script.attention_fault = lambda *_: ""  # a script that tries a backend on the device would find it wanting
 
     def construct_outside(self: Any, *args: Any) -> None:
         with unset_fake_temporarily():  # a conversion of fake parameters is refused by torch
@@ -245,7 +241,7 @@ def training(session: Session, steps: int = 2) -> None:
                 watch_trainer(session, trainer, result)
                 in_part(session, trainer.optimizers.muon, "direction", "Muon's directions")
                 with session.costs.suspended(), unset_fake_temporarily():
-                    session.recorder.context = mean_context(loader.read((0, 0)).documents.starts.numpy())
+                    session.recorder.context = Context.of_starts(loader.read((0, 0)).documents.starts.numpy())
                 result.micro_steps = trainer.layout.micro_steps
                 result.tokens = trainer.layout[3] * config.train_seq_len
                 for step in range(steps):
@@ -300,8 +296,7 @@ def evaluation(session: Session) -> None:
         with session.costs.suspended():
             batch, _ = evaluator.batch(batches[0], evaluator.windows)
         result.tokens = batch.ids.numel()
-        sizes = evaluator.windows[np.concatenate(batches[0]), 1].astype(float)
-        session.recorder.context = (sizes**2).sum() / sizes.sum() / 2
+        session.recorder.context = Context(evaluator.windows[np.concatenate(batches[0]), 1].astype(float))
         for batch in (batches[0], batches[1], batches[-1]):
             session.forget_costs(result.use)
             with session.costs.suspended():
@@ -345,7 +340,7 @@ def test_time_training(session: Session, windows: int = 14) -> None:
                 ttt.start_batch(ttt.adapters, documents)
                 result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
             batch, scored = ttt.window(documents, chunk)
-            session.recorder.context = batch.ids.shape[1] / 2
+            session.recorder.context = Context(np.array([float(batch.ids.shape[1])]))
             adapting = int((counts[documents] > chunk + 1).sum())
             result.shapes.append((*batch.ids.shape, scored.shape[1], adapting))
             ttt.ledger.own_counts[scored[scored >= 0]] = 1
@@ -394,7 +389,7 @@ def full_model_steps(session: Session) -> None:
         sgd = script.FullModelSGD(evaluator, model, ledger, config.global_ttt_momentum)
         size, length = config.global_ttt_chunk_tokens, config.train_seq_len
         ids = evaluator.tokens[: -(-size // length) * length].reshape(-1, length)
-        session.recorder.context = mean_context(script.document_starts(ids.astype(np.int64)))
+        session.recorder.context = Context.of_starts(script.document_starts(ids.astype(np.int64)))
         for step in range(2):
             collectives.calls.clear()
             session.forget_costs(result.use)

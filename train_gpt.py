@@ -615,7 +615,8 @@ class Config(ModelConfig):
     max_wallclock_seconds: float = knob(600.0, "training time limit, in seconds; 0: no limit", Observed.SCHEDULE, low=0)
     gptq_reserve_seconds: float = knob(
         -1.0,
-        "seconds of the training time limit reserved for GPTQ's calibration; -1: measured in the warmup",
+        "seconds of the training time limit reserved for GPTQ's calibration; -1: 1.5 times those measured in the "
+        "warmup",
         Observed.SCHEDULE,
         low=-1,
     )
@@ -9763,6 +9764,11 @@ def move_to_cpu(trainer: Trainer) -> None:
         trainer.run.device = torch.device("cpu")
 
 
+# Ten minutes after the warmup a machine may be slower. Seconds in reserve cost a few steps; a run that is over its limit
+# counts for nothing.
+CALIBRATION_MARGIN = 1.5
+
+
 def reserve_calibration(trainer: Trainer) -> None:
     """Reserves the seconds that calibration and tuning will take, measured on the slowest rank, unless they are given.
 
@@ -9784,7 +9790,7 @@ def reserve_calibration(trainer: Trainer) -> None:
         seconds += config.tune_steps * run.time_second_call(lambda: tuning.step(batch))
     run.device = device
     trainer.model.to(device)
-    seconds = min(1.1 * max(run.gather(seconds)), 0.9 * config.max_wallclock_seconds)
+    seconds = min(CALIBRATION_MARGIN * max(run.gather(seconds)), 0.9 * config.max_wallclock_seconds)
     trainer.config = dataclasses.replace(config, gptq_reserve_seconds=seconds)
     tuned = f" and {config.tune_steps} steps of tuning" if config.tune_steps else ""
     run.log(f"calibration: {batches} batches{tuned}, {seconds:.2f} s of the time limit are reserved")

@@ -269,7 +269,9 @@ class Budget:
         steps, seconds = [], []
         for k in range(3):
             reserve = config.gptq_reserve_seconds
-            reserve = min(1.1 * calibrate[k], 0.9 * config.max_wallclock_seconds) if reserve < 0 else reserve
+            reserve = (
+                min(t.CALIBRATION_MARGIN * calibrate[k], 0.9 * config.max_wallclock_seconds) if reserve < 0 else reserve
+            )
             timed = dataclasses.replace(config, gptq_reserve_seconds=reserve)
             steps.append(training_steps(timed, plain[k], looped[k]))
             seconds.append((steps[k][0] * plain[k], steps[k][1] * looped[k]))

@@ -9764,8 +9764,8 @@ def move_to_cpu(trainer: Trainer) -> None:
         trainer.run.device = torch.device("cpu")
 
 
-# Ten minutes after the warmup a machine may be slower. Seconds in reserve cost a few steps; a run that is over its limit
-# counts for nothing.
+# Ten minutes after the warmup a machine may be slower. Seconds in reserve cost a few steps, and a run that is over its
+# limit counts for nothing.
 CALIBRATION_MARGIN = 1.5
 
 

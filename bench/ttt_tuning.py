@@ -1,0 +1,158 @@
+"""What each knob of strict test-time training is worth on trained artifacts: one knob at a time, at several sizes.
+
+    python bench/ttt_tuning.py RUN... [--data data/builtin_sp4096] [--documents N] [--only NAME ...] [--jobs N]
+                               [--results FILE.jsonl] [--report FILE.md]
+
+Each RUN is a folder with model.pgolf and config.json, as MODE=train leaves it. Every variant scores the same first
+documents of the validation set, in stream order, with its settings on top of BASE. A run that is in the results is not
+run again. The report has what each variant gains over BASE at each size: below 0 is better. Sizes that disagree say
+that the knob is not worth carrying to a larger model.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+import strict  # noqa: E402
+import train_gpt as t  # noqa: E402
+
+# Of the submission at the root of this repository: the presets' values are for 50,000 documents.
+BASE = strict.SMALL | dict(TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS="200")
+OFF = "without learning"
+VARIANTS: dict[str, dict[str, str]] = {
+    "rate of the adapters / 2": dict(TTT_LORA_LR="5e-4"),
+    "rate of the adapters x 2": dict(TTT_LORA_LR="2e-3"),
+    "beta2 0.9": dict(TTT_BETA2="0.9"),
+    "beta2 0.999": dict(TTT_BETA2="0.999"),
+    "rank / 2": dict(TTT_LORA_RANK="8", TTT_LORA_ALPHA="9"),
+    "rank x 2": dict(TTT_LORA_RANK="32", TTT_LORA_ALPHA="36"),
+    "chunk / 2": dict(TTT_CHUNK_SIZE="24"),
+    "chunk x 2": dict(TTT_CHUNK_SIZE="96"),
+    "no prefix": dict(PHASED_TTT_PREFIX_DOCS="0"),
+    "prefix / 2": dict(PHASED_TTT_PREFIX_DOCS="100"),
+    "rate of all weights / 2": dict(GLOBAL_TTT_LR="0.005"),
+    "rate of all weights x 2": dict(GLOBAL_TTT_LR="0.02"),
+    "steps of all weights / 2 as long": dict(GLOBAL_TTT_CHUNK_TOKENS="2048"),
+}
+Row = dict[str, Any]
+
+
+def key(row: Row) -> tuple[str, int, str, int]:
+    """What a result is of."""
+    return row["model"], row["seed"], row["variant"], row["documents"]
+
+
+def model_of(folder: Path) -> tuple[str, int]:
+    """A run's shape, as the report names it, and its seed."""
+    trained = json.loads((folder / "config.json").read_text())
+    return f"{trained['preset']}, {trained['num_layers']} layers of {trained['model_dim']}", trained["seed"]
+
+
+def score(folder: Path, part: str, data: Path, variant: str, documents: int) -> Row:
+    """The row of a run and a variant, on the documents in `part`. One thread."""
+    trained = json.loads((folder / "config.json").read_text())
+    environment = BASE | VARIANTS.get(variant, {})
+    environment |= dict(
+        PRESET=trained["preset"],
+        MODE="eval",
+        TTT_MODE="phased",
+        DEVICE="cpu",
+        CPU_THREADS="1",
+        DATA_PATH=part,
+        TOKENIZER_PATH=str(data / "tokenizer.model"),
+        EVAL_BUDGET_SECONDS="0",
+    )
+    found = strict.score(folder, environment, learn=variant != OFF)
+    model, seed = model_of(folder)
+    return dict(model=model, seed=seed, variant=variant, documents=documents, **found)
+
+
+def read_results(path: Path) -> list[Row]:
+    """Earlier results; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def report(rows: list[Row]) -> str:
+    """The rows as a page."""
+    by_key = {key(row)[:3]: row["bpb"] for row in rows}
+    models = list(dict.fromkeys((row["model"], row["seed"]) for row in rows))
+    lines = [
+        "# Knobs of strict test-time training, one at a time",
+        "",
+        f"Made by `bench/ttt_tuning.py` from {len(rows)} runs: the first {rows[0]['documents']} documents of the "
+        "built-in validation set, in stream order. Differences in bits per byte to the settings in the first row; "
+        f"below 0 is better. Made on {t.cpu_info('model name') or 'one CPU'}, torch {t.torch.__version__}, one thread "
+        "each.",
+        "",
+        "Base: " + ", ".join(f"`{name}={value}`" for name, value in BASE.items()) + ".",
+        "",
+        "| variant | settings | " + " | ".join(f"{model}, seed {seed}" for model, seed in models) + " |",
+        "|---|---|" + "---|" * len(models),
+    ]
+    bases = [by_key.get((*model, "base")) for model in models]
+    cells = " | ".join("" if bpb is None else f"{bpb:.4f} bpb" for bpb in bases)
+    lines.append(f"| base | | {cells} |")
+    for variant in (OFF, *VARIANTS):
+        found = [by_key.get((*model, variant)) for model in models]
+        if any(bpb is not None for bpb in found):
+            pairs = zip(found, bases, strict=True)
+            cells = " | ".join("" if bpb is None or base is None else f"{bpb - base:+.4f}" for bpb, base in pairs)
+            changes = ", ".join(f"`{name}={value}`" for name, value in VARIANTS.get(variant, {}).items())
+            lines.append(f"| {variant} | {changes} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with model.pgolf and config.json")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "builtin_sp4096", help="the validation set")
+    parser.add_argument("--documents", type=int, default=200, help="number of validation documents to score")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME", help="variants, beside the base")
+    parser.add_argument("--jobs", type=int, default=t.available_cores(), help="runs at a time, a thread each")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "ttt_tuning.jsonl")
+    parser.add_argument("--report", type=Path, default=ROOT / "bench" / "results" / "ttt_tuning.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what has no result yet, and writes the report. Returns the exit code."""
+    options = parse(arguments)
+    rows = read_results(options.results)
+    done = {key(row) for row in rows}
+    variants = ("base", OFF, *(options.only or VARIANTS))
+    with tempfile.TemporaryDirectory() as part:
+        lengths = strict.write_part(options.data, Path(part), 0, options.documents)
+        print(f"{len(lengths)} documents, {lengths.sum()} tokens", flush=True)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            jobs = [
+                pool.submit(score, folder, part, options.data, variant, options.documents)
+                for variant in variants
+                for folder in options.runs
+                if (*model_of(folder), variant, options.documents) not in done
+            ]
+            for job in concurrent.futures.as_completed(jobs):
+                rows.append(job.result())
+                print(f"{rows[-1]['model']}, {rows[-1]['variant']}: {rows[-1]['bpb']:.4f}", flush=True)
+                t.write_atomic(options.results, "".join(json.dumps(row) + "\n" for row in rows))
+    t.write_atomic(options.report, report(rows))
+    print(f"written: {options.report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""bench/ttt_tuning.py: its variants, what it runs once and not again, and its page."""
+
+import json
+import sys
+
+from helpers import ROOT, TINY, fork, fork_script, knob_names
+
+sys.path.append(str(ROOT / "bench"))
+import ttt_tuning  # noqa: E402
+
+
+def row(model, variant, bpb, seed=1):
+    return dict(model=model, seed=seed, variant=variant, documents=30, bpb=bpb)
+
+
+def test_variants_change_knobs_of_the_base():
+    assert set(ttt_tuning.BASE) <= set(knob_names())
+    for name, changes in ttt_tuning.VARIANTS.items():
+        assert changes and set(changes) <= set(knob_names()), name
+        assert not changes.items() <= ttt_tuning.BASE.items(), f"{name} is the base"
+
+
+def test_the_page_has_differences_to_the_base_at_each_size():
+    rows = [row("a", "base", 2.0), row("a", "beta2 0.9", 1.98), row("b", "base", 1.5), row("b", "beta2 0.9", 1.51)]
+    lines = ttt_tuning.report([*rows, row("a", ttt_tuning.OFF, 2.25)]).splitlines()
+    assert "| variant | settings | a, seed 1 | b, seed 1 |" in lines
+    assert "| base | | 2.0000 bpb | 1.5000 bpb |" in lines
+    assert "| beta2 0.9 | `TTT_BETA2=0.9` | -0.0200 | +0.0100 |" in lines
+    assert "| without learning |  | +0.2500 |  |" in lines
+    assert not any(line.startswith("| rank") for line in lines)  # which did not run
+
+
+def test_what_has_a_result_is_not_scored_again(data, tmp_path):
+    done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model, seed = ttt_tuning.model_of(tmp_path / "run")
+    known = [row(model, variant, 5.0, seed) for variant in ("base", ttt_tuning.OFF)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in known))
+    files = ("--results", tmp_path / "rows.jsonl", "--report", tmp_path / "page.md")
+    arguments = ("--data", data, "--documents", 30, "--jobs", 1, *files, "--only", "chunk / 2")
+    done = fork(ROOT / "bench" / "ttt_tuning.py", {}, tmp_path / "run", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows[:2] == known and [r["variant"] for r in rows[2:]] == ["chunk / 2"]
+    assert done.stdout.count(", chunk / 2: ") == 1 and ": 5.0" not in done.stdout
+    assert 0 < rows[2]["bpb"] < 12 and rows[2]["targets_per_second"] > 0
+    assert (tmp_path / "page.md").read_text() == ttt_tuning.report(rows)

@@ -101,6 +101,8 @@ CHOSEN_AT_FULL_SIZE = frozenset(
         "MLP_MULT",
     ]
 )
+# Knobs that a preset sets to be faster on a GPU, where the laboratory's CPUs are not. What they cost is its own part.
+SPEED_KNOBS = frozenset(["WINDOW_ATTN_SIZE", "WINDOW_ATTN_LAYERS", "NUM_HEADS", "NUM_KV_HEADS"])
 DATA_ROW = "data: "
 DEFAULT_ORDER = "rows"  # of train_gpt.py's DATA_ORDER
 
@@ -567,6 +569,40 @@ def speed_part(folder: Path, slope: Draws) -> Part:
     )
 
 
+def taken_for_speed(config: Mapping[str, Any]) -> list[str]:
+    """Rows of the laboratory that say what the preset's choices for speed cost, by the settings in its table.
+
+    A window counts as a share of the context. Errors: ForecastError where no row is of such a window or such heads.
+    """
+    width, window = config["model_dim"] // config["num_heads"], config.get("window_attn_size", 0)
+    windows = {(1 / 4, ""): "windows of 1/4", (1 / 8, ""): "windows of 1/8"}
+    most = ",".join(str(n) for n in range(config["num_layers"]) if n % 4 != 3)
+    windows[1 / 4, most] = "windows of 1/4 in most layers"
+    kind = (window / config["train_seq_len"], config.get("window_attn_layers", ""))
+    if width not in (64, 128) or (window and kind not in windows):
+        raise ForecastError(f"{TABLE}: no row of bench/lab_ideas.py has its heads of {width} or its window of {window}")
+    return ([windows[kind]] if window else []) + (["half the heads"] if width == 128 else [])
+
+
+def price_part(results: list[dict[str, Any]], scale: Scale, folder: Path) -> Part:
+    """What choices for speed cost after equal steps, in the laboratory's longest training. Gains count 0."""
+    standings, price, measured = lab_report.differences(results), np.zeros(DRAWS), []
+    for name in taken_for_speed(read_json(folder / TABLE)["config"]):
+        cells = standings.get(name, {}).get(LONG, {}).get("flops", {})
+        if len(cells) < 2:
+            raise ForecastError(f"{folder / 'lab.jsonl'}: {name!r} needs two seeds at {LONG}: the preset takes it")
+        found = sample(cells.values())
+        measured.append(f"lab.jsonl, {name}, {LONG}: {found} bpb")
+        price = price + np.maximum(student(f"price of {name}", found), 0) / scale.long * scale.full
+    return Part(
+        "price of speed",
+        measured or ["nothing: the preset changes nothing for the sake of speed"],
+        "as steps, each at full size what it is worth there; a change that seems to gain counts as 0",
+        price,
+        "two runs of equal steps, one with `WINDOW_ATTN_SIZE=0`: they differ by more than this interval",
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------- recipe
 
 
@@ -608,6 +644,8 @@ def idea(name: str, standing: lab_report.Standing, scale: Scale, share: Draws, t
     effect = np.zeros(DRAWS)
     if knobs_of(name) <= CHOSEN_AT_FULL_SIZE:
         counted = "0: peers chose this value at full size"
+    elif knobs_of(name) <= SPEED_KNOBS:
+        counted = "0: taken for speed alone, at a price"
     elif word == "does not":
         counted = "0"
     elif found is None:
@@ -766,6 +804,7 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
         if_taken(folder, "HINT_ENABLED", hint_part()),
         if_taken(folder, "TRAIN_SEQ_SCHEDULE", context_part()),
         speed_part(folder, slope),
+        price_part(results, scale, folder),
     ]
     unknown = sorted(set(without) - {part.name for part in parts})
     if unknown:

@@ -19,6 +19,9 @@ SEEDS = (42, 0, 314)
 NAMES = ideas.USUAL
 FLOPS = dict(zip(NAMES, (2.0**30, 2.0**32, 2.0**34), strict=True))
 FULL = 2.0**40  # 6 doublings above the largest size
+CONFIG = dict(
+    hint_enabled=True, train_seq_schedule="1024@1", model_dim=512, num_heads=8, num_layers=11, train_seq_len=2048
+)
 SLOPE, SMALL = 0.02, 0.4  # bpb for each e-fold of steps, at full size and in small
 
 
@@ -37,6 +40,15 @@ def planted_lab(effects, recipe=None, control=2.0):
             flops = FLOPS[size] / 256
             lines.append(dict(what="cost", row=row, size=size, control_steps=256, flops=[flops, flops], key=row + size))
     return lines
+
+
+def as_long(lines):
+    """The runs at the smallest size once more, at that of the longest training."""
+    return [
+        dict(line, size=forecast.LONG, key=f"{line['key']} longer", control=f"{line['control']} longer")
+        for line in lines
+        if line["what"] == "run" and line["size"] == forecast.SHORT
+    ]
 
 
 def write_lab(folder, *lines):
@@ -72,7 +84,7 @@ def folder(tmp_path):
     )
     uses = ("training", "training (looped)")
     rows = [dict(use=use, matrix_flops=FULL / 1024, attention_flops=FULL / 1024) for use in uses]
-    write_json(tmp_path / forecast.TABLE, dict(rows=rows, config=dict(hint_enabled=True, train_seq_schedule="1024@1")))
+    write_json(tmp_path / forecast.TABLE, dict(rows=rows, config=CONFIG))
     scores = " | ".join(f"{3 - SMALL * e:.6f}" for e in range(3))
     steps = " | ".join(f"{10 * math.exp(e):.9f}" for e in range(3))
     (tmp_path / "hint.md").write_text(
@@ -132,6 +144,25 @@ def test_every_part_and_the_sum_by_hand(folder, exact):
     assert made.probability == 1 and made.doublings == pytest.approx(dict(zip(NAMES, (10, 8, 6), strict=True)))
 
 
+def test_what_is_taken_for_speed_has_its_price(folder, exact):
+    """0.02 bpb more after equal steps, at 0.4 bpb for each e-fold, is worth 0.05 e-folds of 0.02 bpb at full size."""
+    table = json.loads((folder / forecast.TABLE).read_text())
+    table["config"].update(window_attn_size=512, num_heads=4)
+    write_json(folder / forecast.TABLE, table)
+    lines = planted_lab({"windows of 1/4": [0.02] * 3, "half the heads": [-0.01] * 3})
+    write_lab(folder, *lines, *as_long(lines))
+    made = forecast.forecast(folder)
+    assert middles(made)["price of speed"] == pytest.approx(0.001, abs=1e-7)
+    assert middles(made)["recipe"] == 0 and {one.counted[:15] for one in made.ideas} == {"0: taken for sp"}
+    write_lab(folder, *lines)
+    with pytest.raises(forecast.ForecastError, match="'windows of 1/4' needs two seeds at 0.7M x 8"):
+        forecast.forecast(folder)
+    table["config"].update(window_attn_size=100, num_heads=8)
+    write_json(folder / forecast.TABLE, table)
+    with pytest.raises(forecast.ForecastError, match="no row .* its window of 100"):
+        forecast.forecast(folder)
+
+
 @pytest.mark.parametrize("knob, part", [("train_seq_schedule", "context"), ("hint_enabled", "hints")])
 def test_what_the_preset_does_not_set_counts_0(knob, part, folder):
     write_lab(folder)
@@ -158,11 +189,7 @@ def test_what_a_longer_training_loses_of_a_gain_is_lost_again(folder, exact, mon
     """0.04 at the smallest size, a quarter of it after eight times the steps: a quarter again with each eightfold."""
     monkeypatch.setattr(forecast, "eightfolds_left", lambda folder: 1.5)
     lines = planted_lab({"dense skips": [-0.04] * 3})
-    longer = [
-        dict(line, size=forecast.LONG, key=f"{line['key']} longer", control=f"{line['control']} longer")
-        for line in lines
-        if line["what"] == "run" and line["size"] == forecast.SHORT
-    ]
+    longer = as_long(lines)
     for line in longer:
         line["bpb"] = 1.5 - 0.01 * (line["row"] != "control")
     write_lab(folder, *lines, *longer)
@@ -339,7 +366,7 @@ def test_the_page_labels_its_figures_and_types_none():
     text = (ROOT / "docs/forecast.md").read_text()
     content = json.loads((ROOT / "bench/results/forecast.json").read_text())
     parts = [part["part"] for part in content["parts"]]
-    assert len(parts) == 9 and content["probability_of_goal"]["estimated"] <= 1
+    assert len(parts) == 10 and content["probability_of_goal"]["estimated"] <= 1
     for part in content["parts"]:
         assert re.search(rf"^### {part['part'].capitalize()}: .*, estimated$", text, flags=re.M)
         assert f"Falsified by: {part['falsified_by']}." in text and part["measured"]

@@ -8,12 +8,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
-import reproduce
-from helpers import TINY, built_once, environment, forking, working_folder, write_brief_data, write_data
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see train_gpt.py
+import torch  # noqa: E402
 
-torch.set_num_threads(1)  # the tests run in parallel processes that share the cores
+import reproduce  # noqa: E402
+from helpers import (  # noqa: E402
+    TINY,
+    built_once,
+    environment,
+    forking,
+    working_folder,
+    write_brief_data,
+    write_data,
+)
+
 # A suite in the background, or under nohup, ignores these signals, and so would what it starts.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -77,6 +86,15 @@ def own_signals():
     """Tests begin with the process's own signal handlers: data/prepare.py, run in a test, leaves those of a command."""
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests run in parallel processes that share the cores. A run in this process takes all of them, for good.
+
+    With as many threads as cores in each process, small operations wait for each other ten times as long.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from helpers import ROOT
 sys.path.append(str(ROOT / "bench"))
 import budget as bench  # noqa: E402
 import cost_model  # noqa: E402
+import step_costs  # noqa: E402
 from cost_model import Ceilings, Table, TableError, WindowCosts  # noqa: E402
 
 WINDOWS = [(64, 2048, 48), (32, 2048, 48), (32, 1024, 48), (64, 512, 48), (64, 1024, 24), (16, 512, 48), (2, 1024, 48)]
@@ -182,6 +183,24 @@ def test_attention_with_wide_heads_takes_less_time_for_the_same_flops():
     expected = dict(forward=cost_model.WIDE_FORWARD, backward=cost_model.WIDE_BACKWARD)
     before, after = (flops(content, "attention") for content in (heads, wide))
     assert after == {part: pytest.approx(before[part] / expected[part]) for part in before} and len(before) == 2
+
+
+def test_steps_with_other_settings_stand_side_by_side(tmp_path, capsys):
+    config = dict(preset="frontier", model_dim=512, num_heads=8, key_offset=True)
+    base = made_table(config=config)
+    fewer = [dict(row, flops=row["flops"] // 2) if row["kind"] == "attention" else row for row in base["terms"]]
+    paths = [tmp_path / "base.json", tmp_path / "other.json", tmp_path / "page.md"]
+    paths[0].write_text(json.dumps(base))
+    paths[1].write_text(json.dumps(dict(base, terms=fewer, config=dict(config, window_attn_size=512))))
+    assert step_costs.main([str(paths[0]), str(paths[1]), "--reference", str(paths[0]), "--out", str(paths[2])]) == 0
+    page = paths[2].read_text()
+    assert page == capsys.readouterr().out and page.startswith("# A step of `frontier`")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["as it is", "`WINDOW_ATTN_SIZE=512`"]
+    (plain, attention), (shorter, half) = ([float(x) for x in row[1:3]] for row in rows)
+    assert half < attention and shorter - plain == pytest.approx(half - attention, abs=0.21)  # all else is the same
+    assert step_costs.main([str(tmp_path / "none.json")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.json'} is not a table")
 
 
 def test_windows_of_any_size_follow_from_those_of_the_table():

@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -566,7 +567,7 @@ def scaled(name: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def pairs(texts: list[str], what: str) -> dict[str, str]:
     """NAME=VALUE of the command line. Errors: BudgetError."""
-    parts = [part for text in texts for part in text.split(",") if part]
+    parts = [part for text in texts for part in re.split(r",(?=\w+=)", text) if part]  # values may have commas
     if any("=" not in part for part in parts):
         raise BudgetError(f"{what} {next(p for p in parts if '=' not in p)}: must be NAME=VALUE")
     return dict(part.split("=", 1) for part in parts)

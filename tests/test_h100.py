@@ -337,6 +337,11 @@ def test_hand_written_kernels_that_run_eagerly_are_counted():
     assert p.eq(1).all()  # nothing ran
 
 
+def test_values_of_settings_may_have_commas():
+    options = check.arguments(["--set", "PRESET=frontier,WINDOW_ATTN_LAYERS=0,1,2,NUM_HEADS=4"])
+    assert options.settings == ["PRESET=frontier", "WINDOW_ATTN_LAYERS=0,1,2", "NUM_HEADS=4"]
+
+
 def test_the_mean_of_keys_follows_from_documents_and_windows():
     starts = np.array([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]])
     context = Context.of_starts(starts)

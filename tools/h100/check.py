@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -43,7 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in options.only:
         if name not in USES:
             parser.error(f"--only {name}: allowed are {', '.join(USES)}")
-    options.settings = [pair for pair in options.settings.split(",") if pair]
+    options.settings = [pair for pair in re.split(r",(?=\w+=)", options.settings) if pair]  # values may have commas
     for pair in options.settings:
         if "=" not in pair:
             parser.error(f"--set {pair}: it is not KNOB=VALUE")

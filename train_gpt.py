@@ -2379,6 +2379,7 @@ def follow_width(v: dict[str, Any], follow: Follow) -> None:
     if any(n.isdecimal() and int(n[:4]) >= depth for n in windows):
         kept = ",".join(n for n in windows if not n.isdecimal() or int(n[:4]) < depth)
         follow("window_attn_layers", kept, "num_layers")
+        follow("window_attn_size", v["window_attn_size"] if kept else 0, "num_layers")  # empty: every second layer
     follow("xsa_last_n", min(v["xsa_last_n"], depth), "num_layers")
     cuts = v["progressive_depth_schedule"].split(",")
     follow("progressive_depth_schedule", ",".join(cuts[: max(0, depth - 1)]), "num_layers")
@@ -6715,15 +6716,15 @@ def attention_backend(name: str, context: int, window: int = 0) -> Callable[[Doc
 
 
 @functools.cache
-def attention_fault(name: str, window: bool = False) -> str:
+def attention_fault(name: str, width: int = 64, window: bool = False) -> str:
     """Why a variable-length backend cannot be used on this GPU, in one line; empty where it can.
 
-    A forward and a backward pass of two documents, grouped heads and all, are compared with `attention_sdpa`: a build
-    that imports may lack this GPU's kernels, this size of heads, grouped heads, or a sliding window.
+    A forward and a backward pass of two documents, with grouped heads of this width, are compared with
+    `attention_sdpa`: a build that imports may lack this GPU's kernels, this width, grouped heads, or a sliding window.
     """
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, dy = (
-        torch.randn(1, 256, heads, 64, generator=generator, device="cuda").bfloat16().requires_grad_()
+        torch.randn(1, 256, heads, width, generator=generator, device="cuda").bfloat16().requires_grad_()
         for heads in (4, 2, 2, 4)
     )
     starts = torch.tensor([0] * 100 + [100] * 156, dtype=torch.int32, device="cuda")[None]
@@ -6754,7 +6755,9 @@ def choose_attention(config: Config) -> tuple[str, str]:
         if config.device != "cuda" or config.compute_dtype != "bfloat16":
             reasons.append(f"{name}: takes bfloat16 on CUDA only")
             continue
-        fault = attention_fault(name) or (attention_fault(name, True) if config.window_layers else "")
+        fault = attention_fault(name, config.head_dim)
+        if not fault and config.window_layers:
+            fault = attention_fault(name, config.head_dim, window=True)
         if not fault:
             return name, "; ".join((*reasons, f"{name}: works"))
         reasons.append(f"{name}: {fault}")

@@ -1,5 +1,6 @@
 """Every hand-differentiated kernel against its plain version: values and gradients in float64, rounding in bfloat16."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from helpers import NEEDS_CUDA, documents_from, examples
+from helpers import NEEDS_CUDA, RECORD_LIKE, config, documents_from, examples
 
 
 def normal(*shape, seed=0, dtype=torch.float64, scale=1.0):
@@ -431,6 +432,24 @@ def test_bounds_list_each_document_once_and_nothing_else():
         assert found.tolist() == [row * 256 + start for row in range(8) for start in starts] + [2048]
 
 
+def test_a_backend_is_tried_with_the_models_own_heads_and_window(monkeypatch):
+    """A build may lack wide heads or windows. A backend that has no windows is passed over where the model has some."""
+    tried = []
+
+    def fault(name, width, window=False):
+        tried.append((name, width, window))
+        return "no windows" if window and name == "fa3" else ""
+
+    monkeypatch.setattr(tg, "attention_fault", fault)
+    on_gpu = dict(device="cuda", compute_dtype="bfloat16", attention="auto", num_heads=2)
+    plain = dataclasses.replace(config(RECORD_LIKE), **on_gpu)
+    assert tg.choose_attention(plain)[0] == "fa3" and tried == [("fa3", 16, False)]
+    tried.clear()
+    name, why = tg.choose_attention(dataclasses.replace(plain, window_attn_size=5))
+    assert name == "fa2" and "fa3: no windows" in why
+    assert tried == [(name, 16, window) for name in ("fa3", "fa2") for window in (False, True)]
+
+
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize(
     "name, device",
@@ -442,7 +461,7 @@ def test_every_backend_of_the_machine_agrees_with_sdpa(name, device, window):
     The largest of 800,000 errors would be another one in each kernel. A backend that cannot run here is passed over,
     as ATTENTION=auto does; one whose results are wrong is not.
     """
-    fault = tg.attention_fault(name, window > 0) if device == "cuda" else ""
+    fault = tg.attention_fault(name, window=window > 0) if device == "cuda" else ""
     assert not fault.startswith("its results are wrong"), fault
     if fault:
         pytest.skip(f"{name} cannot run here: {fault}")

@@ -9767,8 +9767,8 @@ def move_to_cpu(trainer: Trainer) -> None:
         trainer.run.device = torch.device("cpu")
 
 
-# Ten minutes after the warmup a machine may be slower. Seconds in reserve cost a few steps, and a run that is over its
-# limit counts for nothing.
+# Ten minutes after the warmup a shared machine may be slower: calibration took up to 1.5 times as long there. Seconds
+# in reserve cost a few steps, and a run that is over its limit counts for nothing.
 CALIBRATION_MARGIN = 1.5
 
 
@@ -9781,10 +9781,11 @@ def reserve_calibration(trainer: Trainer) -> None:
     if config.gptq_reserve_seconds >= 0 or not config.max_wallclock_seconds:
         return
     batches = config.gptq_calibration_batches
+    few = min(2, batches)
     device = run.device
     move_to_cpu(trainer)  # where calibration will run
-    one = run.time_second_call(lambda: calibration_sums(trainer, range(1)))
-    seconds = batches * one
+    trainer.config = dataclasses.replace(config, gptq_calibration_batches=few)
+    seconds = batches / few * run.time_second_call(lambda: calibrate(trainer, 0))
     if config.tune_steps:
         weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
         plain = dataclasses.replace(config, quantizer="uniform", lqer_enabled=False)

@@ -113,10 +113,12 @@ def test_a_run_with_warmup_ends_with_the_weights_of_one_without(base, data):
 
 def test_the_reserve_is_half_more_than_calibration_takes_in_the_warmup(data, monkeypatch):
     """A run that is over its limit counts for nothing, and ten minutes later a machine may be slower."""
-    monkeypatch.setattr(tg.Run, "time_second_call", lambda self, compute: 0.25)
+    timed = []
+    monkeypatch.setattr(tg.Run, "time_second_call", lambda self, compute: timed.append(compute()) or 0.25)
     trainer = make_trainer(TINY, data, GPTQ_RESERVE_SECONDS=-1, MAX_WALLCLOCK_SECONDS=50, GPTQ_CALIBRATION_BATCHES=8)
     tg.reserve_calibration(trainer)
-    assert trainer.config.gptq_reserve_seconds == 8 * 0.25 * 1.5
+    assert trainer.config.gptq_reserve_seconds == 4 * 0.25 * 1.5  # two batches of eight were measured, as a whole
+    assert trainer.config.gptq_calibration_batches == 8 and all(isinstance(x, tg.Calibration) for x in timed)
 
 
 def test_calibration_is_measured_in_the_warmup_and_its_seconds_reserved(data, capsys):

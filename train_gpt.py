@@ -6599,7 +6599,8 @@ class BlockedAttention(torch.autograd.Function):
             probabilities.append(torch.softmax(scores, dim=-1))
             torch.bmm(probabilities[i], up_to(i, values, window), out=outputs[i])
         ctx.save_for_backward(y, *packed, *probabilities)
-        ctx.blocks, ctx.kv_heads, ctx.window = blocks, kv_heads, window
+        ctx.blocks, ctx.kv_heads = blocks, kv_heads
+        ctx.window = window
         return y.index_select(0, blocks.queries.inverse)
 
     @staticmethod

@@ -586,7 +586,8 @@ def taken_for_speed(config: Mapping[str, Any]) -> list[str]:
 
 def price_part(results: list[dict[str, Any]], scale: Scale, folder: Path) -> Part:
     """What choices for speed cost after equal steps, in the laboratory's longest training. Gains count 0."""
-    standings, price, measured = lab_report.differences(results), np.zeros(DRAWS), []
+    standings, measured = lab_report.differences(results), []
+    price = np.zeros(DRAWS)
     for name in taken_for_speed(read_json(folder / TABLE)["config"]):
         cells = standings.get(name, {}).get(LONG, {}).get("flops", {})
         if len(cells) < 2:

@@ -46,6 +46,16 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate of all weights / 2": dict(GLOBAL_TTT_LR="0.005"),
     "rate of all weights x 2": dict(GLOBAL_TTT_LR="0.02"),
     "steps of all weights / 2 as long": dict(GLOBAL_TTT_CHUNK_TOKENS="2048"),
+    # What gained alone, further and together: smaller chunks, more steps, may be no more than a higher rate.
+    "rate of the adapters x 4": dict(TTT_LORA_LR="4e-3"),
+    "rate of the adapters x 8": dict(TTT_LORA_LR="8e-3"),
+    "rate x 4, chunk / 2": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="24"),
+    "rate x 4, chunk / 4": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="12"),
+    "rate x 2, chunk / 4": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="12"),
+    "rate x 4, rank x 2": dict(TTT_LORA_LR="4e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36"),
+    "rate x 2, rank x 2, chunk / 2": dict(
+        TTT_LORA_LR="2e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36", TTT_CHUNK_SIZE="24"
+    ),
 }
 Row = dict[str, Any]
 

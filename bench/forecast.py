@@ -646,7 +646,7 @@ def idea(name: str, standing: lab_report.Standing, scale: Scale, share: Draws, t
     if knobs_of(name) <= CHOSEN_AT_FULL_SIZE:
         counted = "0: peers chose this value at full size"
     elif knobs_of(name) <= SPEED_KNOBS:
-        counted = "0: taken for speed alone, at a price"
+        counted = "0: for speed alone, at a price"
     elif word == "does not":
         counted = "0"
     elif found is None:

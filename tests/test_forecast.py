@@ -153,7 +153,7 @@ def test_what_is_taken_for_speed_has_its_price(folder, exact):
     write_lab(folder, *lines, *as_long(lines))
     made = forecast.forecast(folder)
     assert middles(made)["price of speed"] == pytest.approx(0.001, abs=1e-7)
-    assert middles(made)["recipe"] == 0 and {one.counted[:15] for one in made.ideas} == {"0: taken for sp"}
+    assert middles(made)["recipe"] == 0 and {one.counted for one in made.ideas} == {"0: for speed alone, at a price"}
     write_lab(folder, *lines)
     with pytest.raises(forecast.ForecastError, match="'windows of 1/4' needs two seeds at 0.7M x 8"):
         forecast.forecast(folder)

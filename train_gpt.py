@@ -2375,11 +2375,6 @@ def follow_width(v: dict[str, Any], follow: Follow) -> None:
     depth, layers = v["num_layers"], v["ve_layers"].split(",")
     if v["ve_dim"] and any(n.isdecimal() and int(n[:4]) >= depth for n in layers):
         follow("ve_layers", ",".join(str(n) for n in range(max(0, depth - len(layers)), depth)), "num_layers")
-    windows = [n.strip() for n in v["window_attn_layers"].split(",")]
-    if any(n.isdecimal() and int(n[:4]) >= depth for n in windows):
-        kept = ",".join(n for n in windows if not n.isdecimal() or int(n[:4]) < depth)
-        follow("window_attn_layers", kept, "num_layers")
-        follow("window_attn_size", v["window_attn_size"] if kept else 0, "num_layers")  # empty: every second layer
     follow("xsa_last_n", min(v["xsa_last_n"], depth), "num_layers")
     cuts = v["progressive_depth_schedule"].split(",")
     follow("progressive_depth_schedule", ",".join(cuts[: max(0, depth - 1)]), "num_layers")

@@ -220,7 +220,7 @@ def test_utilization_is_given_for_known_chips_only(name, peak, monkeypatch):
     c = config(TINY)
     fake = SimpleNamespace(run=single_run(), trainer=SimpleNamespace(config=c, model=tg.new_model(c)))
     variant = tg.StepVariant(False, c.num_layers, False)
-    row = bench.row(fake, (variant, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], 10.0)
+    row = bench.row(fake, (variant, "whole step"), [(0.5, 7), (0.25, 9), (0.75, 8)], (10.0, 5.0))
     assert row["peak_memory_bytes"] == 9 and row["tokens_per_second"] == 2 * 768
     expected = None if peak is None else 2 * 768 * row["flops_per_token"] / peak
     assert row["mfu"] == (expected if expected is None else pytest.approx(expected))

@@ -120,11 +120,6 @@ TRANSLATED = [
         dict(WINDOW_SIZE=512, WINDOW_ATTN_LAYERS="2,4,6,8,10"),
         dict(window_attn_size=512, window_attn_layers="2,4,6,8,10"),
     ),
-    (
-        "record",
-        dict(WINDOW_ATTN_SIZE=512, WINDOW_ATTN_LAYERS="2,4,6,8,10", NUM_LAYERS=8),
-        dict(window_attn_layers="2,4,6"),
-    ),
     ("baseline", dict(VE_ENABLED=1, VE_LAST_N=2), dict(ve_layers="7,8", ve_dim=128)),
     ("poly5", dict(PROGRESSIVE_DEPTH=0), dict(progressive_depth_schedule="")),
     ("baseline", dict(DEPTH_RECURRENCE="4,5"), dict(num_loops=1, loop_start=4, loop_end=5)),

@@ -110,7 +110,9 @@ def test_flash_attention_3_is_found_under_both_of_its_names(name, tmp_path, monk
     for module in [name, *(["flash_attn_3"] if "." in name else [])]:
         monkeypatch.setitem(sys.modules, module, None)  # what the test imports is taken out again at its end
         monkeypatch.delitem(sys.modules, module)
-    assert tg.flash_attention("fa3")("q", "k", "v", "bounds", 9) == "q"
+    assert tg.flash_attention("fa3")("q", "k", "v", "bounds", 9, 0) == "q"
+    with pytest.raises(TypeError, match="window_size"):  # a build without windows, which attention_fault finds
+        tg.flash_attention("fa3")("q", "k", "v", "bounds", 9, 5)
 
 
 def test_a_broken_flash_attention_3_says_what_it_lacks(tmp_path, monkeypatch):

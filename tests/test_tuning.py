@@ -196,7 +196,8 @@ def test_a_tuning_step_is_reserved_too(data, capsys):
         tg.reserve_calibration(trainer)
         assert same(parameters(model), before) and all(p.grad is None for p in model.parameters())
         reserved[steps] = trainer.config.gptq_reserve_seconds
-    assert reserved[0] == pytest.approx(1.1 * 0.5) and reserved[2000] == pytest.approx(1.1 * (0.5 + 2000 * 0.5))
+    margin = tg.CALIBRATION_MARGIN
+    assert reserved[0] == pytest.approx(margin * 0.5) and reserved[2000] == pytest.approx(margin * (0.5 + 2000 * 0.5))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("calibration: 1 batches, ")
     assert lines[1].startswith("calibration: 1 batches and 2000 steps of tuning, ")

@@ -71,7 +71,7 @@ format: $(VENV)/check-tools
 	$(VENV)/bin/ruff format .
 
 test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 4 --dist worksteal tests
+	$(PY) -m pytest -q -n 2 --dist worksteal tests
 
 # Damages files that strangers write, and reads them with every tool: make fuzz ARGS="--minutes 10"
 fuzz: $(VENV)/tools
@@ -79,7 +79,7 @@ fuzz: $(VENV)/tools
 
 # For the inner loop: without the tests that are marked slow.
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 4 --dist worksteal -m "not slow" tests
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 # The same kernels and backends, for real, on a CUDA device; and training steps, Muon over NCCL, GPTQ and TTT at size.
 test-gpu: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools

@@ -513,14 +513,9 @@ def ttt_part(folder: Path) -> Part:
     )
 
 
-def preset_takes(folder: Path, knob: str) -> bool:
-    """Whether the preset that is forecast sets a knob, by the settings in its table of costs."""
-    return bool(read_json(folder / TABLE)["config"][knob.lower()])
-
-
-def if_taken(folder: Path, knob: str, part: Part) -> Part:
-    """The part, which counts 0 where the preset leaves its knob alone."""
-    if preset_takes(folder, knob):
+def if_taken(config: Mapping[str, Any], knob: str, part: Part) -> Part:
+    """The part, which counts 0 where the preset's settings leave its knob alone."""
+    if config[knob.lower()]:
         return part
     return part._replace(rule=f"counts as 0: the preset does not set `{knob}`", change=np.zeros(DRAWS))
 
@@ -584,14 +579,14 @@ def taken_for_speed(config: Mapping[str, Any]) -> list[str]:
     return ([windows[kind]] if window else []) + (["half the heads"] if width == 128 else [])
 
 
-def price_part(results: list[dict[str, Any]], scale: Scale, folder: Path) -> Part:
-    """What choices for speed cost after equal steps, in the laboratory's longest training. Gains count 0."""
+def price_part(results: list[dict[str, Any]], scale: Scale, config: Mapping[str, Any]) -> Part:
+    """What choices for speed cost at equal FLOPs, in the laboratory's longest training. Gains count 0."""
     standings, measured = lab_report.differences(results), []
     price = np.zeros(DRAWS)
-    for name in taken_for_speed(read_json(folder / TABLE)["config"]):
+    for name in taken_for_speed(config):
         cells = standings.get(name, {}).get(LONG, {}).get("flops", {})
         if len(cells) < 2:
-            raise ForecastError(f"{folder / 'lab.jsonl'}: {name!r} needs two seeds at {LONG}: the preset takes it")
+            raise ForecastError(f"lab.jsonl: {name!r} needs two seeds at {LONG}: the preset takes it")
         found = sample(cells.values())
         measured.append(f"lab.jsonl, {name}, {LONG}: {found} bpb")
         price = price + np.maximum(student(f"price of {name}", found), 0) / scale.long * scale.full
@@ -795,6 +790,7 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
     weak, strong = PUBLISHED["gain of an n-gram mixture on a weak and on a strong model"][0]
     share = uniform("share of the recipe", strong / weak, 1)
     found, missing = ideas_of(results, scale, share), not_measured(results)
+    config = read_json(folder / TABLE)["config"]  # of the preset that is forecast
     parts = [
         base_part(),
         reproduction_part(),
@@ -802,10 +798,10 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
         recipe_part(results, found, missing, scale, share),
         quantization_part(folder),
         ttt_part(folder),
-        if_taken(folder, "HINT_ENABLED", hint_part()),
-        if_taken(folder, "TRAIN_SEQ_SCHEDULE", context_part()),
+        if_taken(config, "HINT_ENABLED", hint_part()),
+        if_taken(config, "TRAIN_SEQ_SCHEDULE", context_part()),
         speed_part(folder, slope),
-        price_part(results, scale, folder),
+        price_part(results, scale, config),
     ]
     unknown = sorted(set(without) - {part.name for part in parts})
     if unknown:

@@ -155,8 +155,8 @@ METHOD = """
   learning rates (`MATRIX_LR`, `SCALAR_LR`, `TIED_EMBED_LR`), `QK_GAIN_INIT`, `EMA_DECAY`, `LN_SCALE`, `NUM_LOOPS`,
   `ENABLE_LOOPING_AT`, `Z_LOSS_WEIGHT`, `SMEAR_GATE_TYPE`, `VOCAB_SIZE`.
 - Windows of attention (`WINDOW_ATTN_SIZE`) and wider heads (`NUM_HEADS`) are there for a GPU's seconds. What they save
-  is in the speed, by the budget. What they cost after equal steps, in the laboratory's longest training, is the price
-  of speed; where they seem to gain there, they count 0.
+  is in the speed, by the budget. What they cost at equal FLOPs, in the laboratory's longest training, is the price of
+  speed; where they seem to gain there, they count 0.
 - Bytes are not in it: an idea with more parameters must pay for them out of what quantization saves.
 - Hints and progressive context count only if the preset takes them: `HINT_ENABLED`, `TRAIN_SEQ_SCHEDULE`.
   `make forecast ARGS="--without hints context"` shows the sum without them.

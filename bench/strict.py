@@ -82,12 +82,16 @@ def score(run_folder: Path, environment: dict[str, str], learn: bool = True) -> 
     return dict(bpb=result.bpb, targets_per_second=result.tokens / seconds, phase_ends=phased.phase_ends)
 
 
-def measure(folder: Path, part: Path, data: Path, settings: dict[str, str]) -> dict[str, Any]:
-    """The three rows of a run."""
+def model_of(folder: Path) -> tuple[str, int]:
+    """A run's preset and shape, as tables name them, and its seed."""
     trained = json.loads((folder / "config.json").read_text())
-    common = dict(
-        settings,
-        PRESET=trained["preset"],
+    return f"{trained['preset']}, {trained['num_layers']} layers of {trained['model_dim']}", trained["seed"]
+
+
+def environment_of(folder: Path, part: Path, data: Path) -> dict[str, str]:
+    """The settings with which a run's artifact scores the documents in `part` by test-time training."""
+    return dict(
+        PRESET=json.loads((folder / "config.json").read_text())["preset"],
         MODE="eval",
         TTT_MODE="phased",
         DEVICE="cpu",
@@ -95,12 +99,17 @@ def measure(folder: Path, part: Path, data: Path, settings: dict[str, str]) -> d
         TOKENIZER_PATH=str(data / "tokenizer.model"),
         EVAL_BUDGET_SECONDS="0",
     )
-    name = f"{trained['preset']}, {trained['num_layers']} layers of {trained['model_dim']}"
-    found: dict[str, Any] = dict(model=name, seed=trained["seed"])
+
+
+def measure(folder: Path, part: Path, data: Path, settings: dict[str, str]) -> dict[str, Any]:
+    """The three rows of a run."""
+    common = settings | environment_of(folder, part, data)
+    name, seed = model_of(folder)
+    found: dict[str, Any] = dict(model=name, seed=seed)
     found["off"] = score(folder, common | ORDERS["stream"], learn=False)
     for order, changes in ORDERS.items():
         found[order] = score(folder, common | changes)
-        print(f"{name}, seed {trained['seed']}: {order} {found['off']['bpb'] - found[order]['bpb']:.4f}", flush=True)
+        print(f"{name}, seed {seed}: {order} {found['off']['bpb'] - found[order]['bpb']:.4f}", flush=True)
     return found
 
 

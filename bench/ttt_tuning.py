@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+import lab_report  # noqa: E402
 import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
 
@@ -65,34 +66,12 @@ def key(row: Row) -> tuple[str, int, str, int]:
     return row["model"], row["seed"], row["variant"], row["documents"]
 
 
-def model_of(folder: Path) -> tuple[str, int]:
-    """A run's shape, as the report names it, and its seed."""
-    trained = json.loads((folder / "config.json").read_text())
-    return f"{trained['preset']}, {trained['num_layers']} layers of {trained['model_dim']}", trained["seed"]
-
-
-def score(folder: Path, part: str, data: Path, variant: str, documents: int) -> Row:
+def score(folder: Path, part: Path, data: Path, variant: str, documents: int) -> Row:
     """The row of a run and a variant, on the documents in `part`. One thread."""
-    trained = json.loads((folder / "config.json").read_text())
-    environment = BASE | VARIANTS.get(variant, {})
-    environment |= dict(
-        PRESET=trained["preset"],
-        MODE="eval",
-        TTT_MODE="phased",
-        DEVICE="cpu",
-        CPU_THREADS="1",
-        DATA_PATH=part,
-        TOKENIZER_PATH=str(data / "tokenizer.model"),
-        EVAL_BUDGET_SECONDS="0",
-    )
-    found = strict.score(folder, environment, learn=variant != OFF)
-    model, seed = model_of(folder)
+    environment = BASE | VARIANTS.get(variant, {}) | strict.environment_of(folder, part, data)
+    found = strict.score(folder, environment | dict(CPU_THREADS="1"), learn=variant != OFF)
+    model, seed = strict.model_of(folder)
     return dict(model=model, seed=seed, variant=variant, documents=documents, **found)
-
-
-def read_results(path: Path) -> list[Row]:
-    """Earlier results; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def report(rows: list[Row]) -> str:
@@ -141,11 +120,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Runs what has no result yet, and writes the report. Returns the exit code."""
     options = parse(arguments)
-    rows = read_results(options.results)
+    rows = lab_report.read_results(options.results)
     done = {key(row) for row in rows}
     variants = ("base", OFF, *(options.only or VARIANTS))
-    with tempfile.TemporaryDirectory() as part:
-        lengths = strict.write_part(options.data, Path(part), 0, options.documents)
+    models = {folder: strict.model_of(folder) for folder in options.runs}
+    with tempfile.TemporaryDirectory() as temporary:
+        part = Path(temporary)
+        lengths = strict.write_part(options.data, part, 0, options.documents)
         print(f"{len(lengths)} documents, {lengths.sum()} tokens", flush=True)
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
@@ -153,7 +134,7 @@ def main(arguments: list[str]) -> int:
                 pool.submit(score, folder, part, options.data, variant, options.documents)
                 for variant in variants
                 for folder in options.runs
-                if (*model_of(folder), variant, options.documents) not in done
+                if (*models[folder], variant, options.documents) not in done
             ]
             for job in concurrent.futures.as_completed(jobs):
                 rows.append(job.result())

@@ -33,7 +33,7 @@ def test_the_page_has_differences_to_the_base_at_each_size():
 def test_what_has_a_result_is_not_scored_again(data, tmp_path):
     done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    model, seed = ttt_tuning.model_of(tmp_path / "run")
+    model, seed = ttt_tuning.strict.model_of(tmp_path / "run")
     known = [row(model, variant, 5.0, seed) for variant in ("base", ttt_tuning.OFF)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in known))
     files = ("--results", tmp_path / "rows.jsonl", "--report", tmp_path / "page.md")

@@ -948,6 +948,12 @@ class Config(ModelConfig):
         Observed.BYTES,
         low=0.1,
     )
+    fp16_elements: int = knob(
+        65_536,
+        "elements up to which a table or a projection of bigram and value embeddings is stored in fp16",
+        Observed.BYTES,
+        low=0,
+    )
     prune_pct: float = knob(
         0.0,
         "fraction of each quantized matrix's weights, those of the smallest magnitude, set to 0 before quantization; "
@@ -1466,8 +1472,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         embed_wd=0.05,
         adam_wd=0.02,
         ema_decay=0.99,
-        gptq_calibration_batches=8,
+        gptq_calibration_batches=2,
+        fp16_elements=4096,
         quantizer="trellis",
+        scale_grid=4,
         column_steps=0.75,
         matrix_steps=0.85,
         row_steps=0.75,
@@ -1520,8 +1528,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         min_lr=0.1,
         ema_decay=0.9965,
         embed_bits=7,
+        gptq_calibration_batches=4,
+        fp16_elements=4096,
         compressor="pergroup",
         quantizer="trellis",
+        scale_grid=4,
         trellis_states=16,
         column_steps=0.75,
         matrix_steps=0.85,
@@ -1597,7 +1608,9 @@ ORIGINALS: dict[str, dict[str, Any]] = {
         muon_momentum_type="sgd",
         ema_ramp=False,
         gptq_reserve_seconds=0.5,
+        gptq_calibration_batches=16,
         quantizer="uniform",
+        fp16_elements=65_536,
         scale_grid=0,
         column_steps=0.0,
         matrix_steps=0.0,
@@ -5365,20 +5378,24 @@ class TrainLoader:
         starts = self.read_sequences(range(min(self.sequences, CONTEXT_SAMPLE)), context).documents.starts.numpy()
         return float(np.mean(np.arange(1, starts.shape[1] + 1) - starts))
 
-    def noise(self, step: int, micro: int) -> EmbeddingNoise | None:
-        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), or None if NEFTUNE_ALPHA=0.
+    def noise_keys(self, positions: range) -> Tensor:
+        """Keys [B, 2] int32 for the noise of sequences, by the seed and their positions alone.
 
-        A sequence's noise depends on the seed and its position alone, so it is the same on any number of ranks.
+        So noise is the same on any number of ranks.
         """
+        keys = [
+            np.random.SeedSequence([self.config.seed, position]).generate_state(2, np.uint32).view(np.int32)
+            for position in positions
+        ]
+        return send_array(np.stack(keys), self.run.device)
+
+    def noise(self, step: int, micro: int) -> EmbeddingNoise | None:
+        """NEFTune's noise for the inputs of a micro-step (arXiv 2310.05914), or None if NEFTUNE_ALPHA=0."""
         config = self.config
         if not config.neftune_alpha:
             return None
-        keys = [
-            np.random.SeedSequence([config.seed, place]).generate_state(2, np.uint32).view(np.int32)
-            for place in self.sequence_numbers(step, micro)
-        ]
         reach = config.neftune_alpha / math.sqrt(config.train_seq_len * config.model_dim)
-        return EmbeddingNoise(send_array(np.stack(keys), self.run.device), reach)
+        return EmbeddingNoise(self.noise_keys(self.sequence_numbers(step, micro)), reach)
 
 
 def as_padding(batch: Batch) -> Batch:
@@ -6418,14 +6435,18 @@ def mix_bits(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def uniform_noise(keys: Tensor, length: int, width: int) -> Tensor:
-    """Keys [B, 2] int32 -> [B, length, width] float32, uniform in [-1, 1): a hash of the place and a sequence's keys.
+def random_bits(keys: Tensor, length: int, width: int) -> Tensor:
+    """Keys [B, 2] int32 -> [B, length, width] int32: a hash of the place and a sequence's keys.
 
     The same bits on every device, compiled or not.
     """
     places = torch.arange(length * width, dtype=torch.int32, device=keys.device).view(length, width)
-    bits = mix_bits(mix_bits(places ^ keys[:, 0, None, None]) + keys[:, 1, None, None])
-    return (bits >> 8).float() * 2.0**-23
+    return mix_bits(mix_bits(places ^ keys[:, 0, None, None]) + keys[:, 1, None, None])
+
+
+def uniform_noise(keys: Tensor, length: int, width: int) -> Tensor:
+    """Keys [B, 2] int32 -> [B, length, width] float32, uniform in [-1, 1), by `random_bits`."""
+    return (random_bits(keys, length, width) >> 8).float() * 2.0**-23
 
 
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -8013,12 +8034,12 @@ class FactorizedEmbedding(nn.Module):
         self.table = nn.Parameter(torch.zeros(buckets, width))
         self.projection = nn.Parameter(torch.zeros(out, width))
         self.scale = nn.Parameter(torch.full((1,), scale))
-        self.lookup = Lookup()
+        self.lookup, self.project = Lookup(), Projection()
 
     def forward(self, indices: Tensor, dtype: torch.dtype, signs: Tensor | None = None) -> Tensor:
         rows = self.lookup(indices, self.table).to(dtype)
         rows = rows if signs is None else rows * signs
-        return self.scale.to(dtype) * linear(rows, self.projection.to(dtype))
+        return self.scale.to(dtype) * self.project(rows, self.projection.to(dtype))
 
 
 def bigram_buckets(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
@@ -9595,7 +9616,6 @@ EXTRAS = {
 }
 INT8_LIMIT = 127  # the largest magnitude of a code of up to 8 bits, so that codes are symmetric
 WIDE_LIMIT = 2047  # ... of one of 9 to 12 bits
-SMALL_TENSOR = 65_536  # elements up to which a table or a projection stays in fp16
 
 
 def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, float]:
@@ -9606,7 +9626,7 @@ def quantization_bits(name: str, elements: int, config: Config) -> tuple[int, fl
         return config.mlp_grid
     if name in ("embedding", "head"):
         return config.embed_bits, config.embed_clip_sigmas
-    if name.endswith((".table", ".projection")) and elements > SMALL_TENSOR:
+    if name.endswith((".table", ".projection")) and elements > config.fp16_elements:
         return config.matrix_bits, config.matrix_clip_sigmas
     return (8, 0.0) if name.endswith("head_gate") and config.gated_attn_quant_gate else (16, 0.0)
 
@@ -9649,8 +9669,8 @@ class CalibrationHooks:
     """Context manager that sums over tokens what calibration needs, in float64, while a model of constants runs.
 
     Sums of X^T X are by projection: "0.qkv", "0.out", ..., "logits". With gradients, `.rows` is added for the squared
-    gradients of a projection's outputs, and for lookups, by table, `.rows` and `.columns` for those of the vectors that
-    are looked up. With GUIDED_HESSIANS, each token's x x^T is weighted by the mean squared gradient of the outputs
+    gradients of a projection's outputs. For the gradients G of looked-up vectors, `.rows` has the squares by the
+    table's rows, and `.columns` G^T G. With GUIDED_HESSIANS, each token's x x^T is weighted by the mean squared gradient of the outputs
     (arXiv 2505.07004), apart for q, k and v.
     """
 
@@ -9667,8 +9687,9 @@ class CalibrationHooks:
         self.lookups = {"embedding": model.lookup}
         for name in ("bigram", "value_embeds"):
             table = getattr(model, name)
-            if table is not None:
+            if table is not None and config.takes_sensitivities:
                 self.lookups[f"{name}.table"] = table.lookup
+                self.projections[f"{name}.projection"] = table.project, {f"{name}.projection": -1}
 
     def __enter__(self) -> CalibrationHooks:
         self.handles = [
@@ -9718,10 +9739,11 @@ class CalibrationHooks:
         leaf = y.detach().requires_grad_()
 
         def on_gradient(gradient: Tensor) -> None:
-            square = gradient.flatten(0, -2).double().square()
-            rows = torch.zeros(len(table), dtype=torch.float64, device=square.device)
-            self.add(f"{name}.rows", rows.index_add_(0, indices.flatten().long(), square.sum(1)))
-            self.add(f"{name}.columns", square.sum(0))
+            gradient = gradient.flatten(0, -2).float()
+            rows = torch.zeros(len(table), dtype=torch.float64, device=gradient.device)
+            square = gradient.double().square().sum(1)
+            self.add(f"{name}.rows", rows.index_add_(0, indices.flatten().long(), square))
+            self.add(f"{name}.columns", gradient.mT @ gradient)
 
         leaf.register_hook(on_gradient)
         return leaf
@@ -9746,10 +9768,26 @@ def calibration_sums(trainer: Trainer, steps: range) -> dict[str, Tensor]:
                 places = loader.sequence_numbers(step, micro)
                 for first in range(places.start, places.stop, chunk):
                     batch = send(loader.read_sequences(range(first, first + chunk)), trainer.run.device)
-                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)
-                    if config.takes_sensitivities:
-                        nll.sum().backward()
+                    if not config.takes_sensitivities:
+                        model(*batch, looped=config.loops, fused_mlp=False)
+                        continue
+                    predicted = model.log_probabilities(batch.ids, batch.documents, looped=config.loops)
+                    fisher_backward(predicted, loader.noise_keys(range(first, first + len(predicted))))
     return hooks.sums
+
+
+def fisher_backward(log_probabilities: Tensor, keys: Tensor) -> None:
+    """Backward pass from log-probabilities [B, T, V] that gives gradients with the Fisher information as covariance.
+
+    The gradient at a token's logits is sqrt(p) z - p sum(sqrt(p) z), with random signs z by keys [B, 2]: its mean is 0,
+    and its covariance diag(p) - p p^T. So half the mean of (g . E x)^2 is what an error E adds to the divergence from
+    the float model, to second order. The loss's own gradient has that covariance too if the tokens are the model's,
+    but it meets a rare token rarely, where this one meets each at every place.
+    """
+    p = log_probabilities.detach().exp()
+    gradient = p.sqrt().copysign_(random_bits(keys, *p.shape[1:]))
+    gradient -= p * gradient.sum(-1, keepdim=True)
+    log_probabilities.backward(gradient)
 
 
 def move_to_cpu(trainer: Trainer) -> None:
@@ -9806,6 +9844,7 @@ def calibrate(trainer: Trainer, first_step: int) -> Calibration:
     head = "embedding" if trainer.model.head is None else "head"
     parts = {bank: [f"{i}.{p}" for p in ps for i in range(config.num_layers)] for bank, ps in BANK_PARTS.items()}
     parts[head] = ["logits"]
+    parts |= {name: [name] for name in mean if name.endswith(".projection")}
     hessians, rows = {}, {}
     for bank, names in parts.items():
         if config.takes_sensitivities:
@@ -9824,15 +9863,15 @@ def calibrate(trainer: Trainer, first_step: int) -> Calibration:
 
 
 def add_lookups(hessians: dict[str, Tensor], rows: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
-    """Adds what errors of looked-up rows cost: a diagonal Hessian, by each row's share. A tied embedding costs both.
+    """Adds what errors of looked-up rows cost: their gradients' covariance, by each row's share. A tied embedding costs
+    both.
 
-    `mean` holds the mean squared gradients by row [n] and by column [c] of each table, per token.
+    `mean` holds, per token, each table's squared gradients by row [n], and the covariance [c, c] of all.
     """
     tables = [name.removesuffix(".columns") for name in mean if name.endswith(".columns")]
     for name in tables:
-        by_row, diagonal = mean[f"{name}.rows"], mean[f"{name}.columns"] / len(mean[f"{name}.rows"])
+        by_row, hessian = mean[f"{name}.rows"], mean[f"{name}.columns"][None] / len(mean[f"{name}.rows"])
         total = by_row
-        hessian = torch.diag(diagonal + 1e-3 * diagonal.mean())[None]
         if name in hessians:
             total = total + rows[name][0] * hessians[name].diagonal(dim1=-2, dim2=-1).sum()
             hessian = hessian + hessians[name]

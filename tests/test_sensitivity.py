@@ -1,5 +1,7 @@
 """Sensitivities against autograd, what they predict of the loss, and the steps that follow from them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,22 +41,27 @@ def watched(monkeypatch, model):
 
 
 def brute_force(trainer, first_step, monkeypatch):
-    """Sums by projection and part of g^2 [r], and of x x^T mean(g^2) and x x^T [c, c]; by table, of g^2 [n] and [c]."""
+    """Sums by projection and part of g^2 [r], and of x x^T mean(g^2) and x x^T [c, c]; by table, of g^2 [n] and g g^T."""
     model, c = trainer.model, trainer.config
     squares, guided, plain, lookups = {}, {}, {}, {}
     calls = watched(monkeypatch, model)
     for step in range(first_step, first_step + c.gptq_calibration_batches):
         for micro in range(trainer.layout.micro_steps):
             calls.clear()
-            nll, _ = model(*trainer.loader.read((step, micro)), looped=c.loops)
-            gradients = torch.autograd.grad(nll.sum(), [zero for _, _, zero in calls])
+            batch = trainer.loader.read((step, micro))
+            predicted = model.log_probabilities(batch.ids, batch.documents, looped=c.loops)
+            p = predicted.detach().exp()
+            keys = trainer.loader.noise_keys(trainer.loader.sequence_numbers(step, micro)[: len(p)])
+            z = torch.where(tg.random_bits(keys, *p.shape[1:]) < 0, -1.0, 1.0)
+            at_logits = p.sqrt() * z - p * (p.sqrt() * z).sum(-1, keepdim=True)
+            gradients = torch.autograd.grad((predicted * at_logits).sum(), [zero for _, _, zero in calls])
             for (name, (x, *_), zero), g in zip(calls, gradients, strict=True):
                 assert g.shape == zero.shape
                 if name.endswith("lookup"):
-                    rows, columns = lookups.setdefault(name, [{}, torch.zeros(g.size(-1), dtype=g.dtype)])
+                    rows, columns = lookups.setdefault(name, [{}, torch.zeros(g.size(-1), g.size(-1), dtype=g.dtype)])
                     for index, vector in zip(x.flatten().tolist(), g.flatten(0, -2), strict=True):
                         rows[index] = rows.get(index, 0.0) + vector.square().sum().item()
-                        columns += vector.square()
+                        columns += torch.outer(vector, vector)
                     continue
                 widths = [g.size(-1)]
                 place = name.removeprefix("blocks.")
@@ -85,8 +92,10 @@ def test_sensitivities_are_the_squared_gradients_token_by_token(base, guided, da
     tokens = c.gptq_calibration_batches * c.train_batch_tokens
     head = "embedding" if model.head is None else "head"
     expected_hessians, expected_rows = {}, {}
-    for bank, parts in {**PARTS, head: ("logits",)}.items():
-        keys = ["logits"] if bank == head else [f"{i}.{part}" for part in parts for i in range(c.num_layers)]
+    projections = {f"{name}.projection": f"{name}.project" for name in ("bigram", "value_embeds")}
+    single = {head: "logits"} | (projections if base is TABLES else {})
+    for bank in (*PARTS, *single):
+        keys = [f"{i}.{part}" for part in PARTS.get(bank, ()) for i in range(c.num_layers)] or [single[bank]]
         rows = torch.stack([squares[key] for key in keys]) / tokens
         if guided:
             hessian = torch.stack([weighted[key] for key in keys]) / tokens
@@ -99,19 +108,44 @@ def test_sensitivities_are_the_squared_gradients_token_by_token(base, guided, da
         total = torch.zeros(n, dtype=torch.float64)
         for index, value in by_row.items():
             total[index] = value / tokens
-        diagonal = by_column / tokens / n
-        own = torch.diag(diagonal + 1e-3 * diagonal.mean())[None]
+        own = by_column[None] / tokens / n
         if table in expected_hessians:  # tied: its errors also reach the logits
             total = total + expected_rows[table][0] * expected_hessians[table][0].trace()
             own = own + expected_hessians[table]
         expected_hessians[table], expected_rows[table] = own, (total / total.mean())[None]
     assert set(found.hessians) == set(found.rows) == set(expected_hessians)
-    tables = {"bigram.table", "value_embeds.table"} if base is TABLES else set()
+    tables = {"bigram.table", "value_embeds.table", *projections} if base is TABLES else set()
     assert set(found.hessians) == {*tg.BANKS, "embedding", head, *tables}
     for name, hessian in expected_hessians.items():
         assert close(found.hessians[name], hessian), name
         assert close(found.rows[name], expected_rows[name]), name
         assert torch.allclose(found.rows[name].mean(1), torch.ones(len(hessian)), atol=1e-4)
+
+
+def test_the_gradients_at_the_logits_have_the_fisher_information_as_covariance(monkeypatch):
+    """Over all patterns of signs at once the mean is exact: 0 and diag(p) - p p^T."""
+    width = 6
+    signs = torch.tensor(list(itertools.product((5, -7), repeat=width)), dtype=torch.int32)
+    monkeypatch.setattr(tg, "random_bits", lambda keys, length, w: signs[None])
+    logits = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    leaf = logits.expand(1, len(signs), width).clone().requires_grad_()
+    tg.fisher_backward(leaf.log_softmax(-1), torch.zeros(1, 2, dtype=torch.int32))
+    p, g = logits.softmax(0), leaf.grad[0]
+    assert torch.allclose(g.mean(0), torch.zeros(width, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(g.mT @ g / len(g), torch.diag(p) - torch.outer(p, p), atol=1e-12)
+
+
+def test_calibration_reads_the_text_but_not_what_follows(data, monkeypatch):
+    """It is about the model's own predictions, so the targets do not matter; with another seed, the signs differ."""
+    trainer = make_trainer(UNTIED, data)
+    found = tg.calibrate(trainer, 3)
+    read = trainer.loader.read_sequences
+    monkeypatch.setattr(trainer.loader, "read_sequences", lambda p: (b := read(p))._replace(targets=0 * b.targets))
+    other = tg.calibrate(trainer, 3)
+    assert all(torch.equal(h, other.hessians[name]) for name, h in found.hessians.items())
+    reseeded = make_trainer(UNTIED, data, SEED=8)
+    reseeded.model.load_state_dict(trainer.model.state_dict())
+    assert not torch.equal(found.rows["head"], tg.calibrate(reseeded, 3).rows["head"])
 
 
 def test_rows_never_seen_have_no_sensitivity_as_input(data):
@@ -129,8 +163,8 @@ def test_rows_never_seen_have_no_sensitivity_as_input(data):
 
 
 @pytest.mark.parametrize("name, matrix, tolerance", [("head", 0, 0.1), ("down_bank", -1, 0.15), ("kv_bank", 0, 0.6)])
-def test_the_loss_is_predicted(name, matrix, tolerance, data, monkeypatch):
-    """Targets are sampled from the model, so that squared gradients are the curvature of the divergence.
+def test_the_loss_is_predicted(name, matrix, tolerance, data):
+    """Squared gradients are the curvature of the divergence.
 
     In the head and in the last MLP, a token's outputs move its own prediction alone, and independent errors leave
     nothing but sampling between both sides. Elsewhere what an error does to several tokens adds up or cancels.
@@ -138,14 +172,6 @@ def test_the_loss_is_predicted(name, matrix, tolerance, data, monkeypatch):
     trainer = make_trainer(UNTIED, data, GPTQ_CALIBRATION_BATCHES=6, TRAIN_BATCH_TOKENS=768)
     model, read = trainer.model, trainer.loader.read_sequences
     generator = torch.Generator().manual_seed(0)
-
-    def sampled(positions):
-        batch = read(positions)
-        with torch.no_grad():
-            p = model.log_probabilities(batch.ids, batch.documents, looped=False).exp()
-        return batch._replace(targets=torch.multinomial(p.flatten(0, 1), 1, generator=generator).view_as(batch.ids))
-
-    monkeypatch.setattr(trainer.loader, "read_sequences", sampled)
     calibration = tg.calibrate(trainer, 0)
     hessian, rows = calibration.hessians[name][matrix].double(), calibration.rows[name][matrix].double()
     batches = [read(range(24 * step, 24 * step + 24)) for step in range(2)]

@@ -9670,8 +9670,8 @@ class CalibrationHooks:
 
     Sums of X^T X are by projection: "0.qkv", "0.out", ..., "logits". With gradients, `.rows` is added for the squared
     gradients of a projection's outputs. For the gradients G of looked-up vectors, `.rows` has the squares by the
-    table's rows, and `.columns` G^T G. With GUIDED_HESSIANS, each token's x x^T is weighted by the mean squared gradient of the outputs
-    (arXiv 2505.07004), apart for q, k and v.
+    table's rows, and `.columns` G^T G. With GUIDED_HESSIANS, each token's x x^T is weighted by the mean squared
+    gradient of the outputs (arXiv 2505.07004), apart for q, k and v.
     """
 
     def __init__(self, model: GPT, config: Config):

@@ -41,7 +41,7 @@ def watched(monkeypatch, model):
 
 
 def brute_force(trainer, first_step, monkeypatch):
-    """Sums by projection and part of g^2 [r], and of x x^T mean(g^2) and x x^T [c, c]; by table, of g^2 [n] and g g^T."""
+    """Sums by projection and part of g^2 [r], of x x^T mean(g^2) and x x^T [c, c]; by table, of g^2 [n] and g g^T."""
     model, c = trainer.model, trainer.config
     squares, guided, plain, lookups = {}, {}, {}, {}
     calls = watched(monkeypatch, model)

@@ -950,7 +950,8 @@ class Config(ModelConfig):
     )
     fp16_elements: int = knob(
         65_536,
-        "elements up to which a table or a projection of bigram and value embeddings is stored in fp16",
+        "elements up to which a table or a projection of bigram and value embeddings is stored in fp16; 0: all are "
+        "quantized",
         Observed.BYTES,
         low=0,
     )

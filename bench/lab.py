@@ -59,7 +59,11 @@ STEPS_MEASURED, ROUNDS = 20, 3
 NEAR = 0.01  # numbers of steps this close to the control's are taken for the same
 UNRESOLVED = 0.03  # times this close are taken for the same if some rounds say faster and some slower
 # Settings that change where a run computes, or what happens after its score: not what was trained.
-OUTSIDE = (*t.OPERATIONAL, "preset", "data_path", "mode", "gptq_calibration_batches")
+OUTSIDE = (
+    *t.OPERATIONAL,
+    *("preset", "data_path", "mode"),
+    *("gptq_calibration_batches", "fp16_elements", "scale_grid"),
+)
 
 # ----------------------------------------------------------------------------------------------- in a worker process
 

@@ -103,7 +103,7 @@ ENTER = "        ledger.score(scored, nll, log_q)\n"
 SUM = "        nats = torch.tensor(self.nll.sum(dtype=np.float64))\n"
 VALIDATE = "            log_validation(run, config, progress, validate())\n"
 READ = "        starts = within_context(document_starts(ids, cuts), context)\n"
-CALIBRATE = "                    nll, _ = model(*batch, looped=config.loops, fused_mlp=False)\n"
+CALIBRATE = "                    batch = send(loader.read_sequences(range(first, first + chunk)), trainer.run.device)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
 CHUNK_SCORE = "            self.ledger.score(scored, nll, log_q)\n            for step in range("
 COUNTED = "        self.ledger.train_on(scored[counted])\n"

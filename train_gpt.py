@@ -9871,8 +9871,8 @@ def add_lookups(hessians: dict[str, Tensor], rows: dict[str, Tensor], mean: dict
     """
     tables = [name.removesuffix(".columns") for name in mean if name.endswith(".columns")]
     for name in tables:
-        by_row, hessian = mean[f"{name}.rows"], mean[f"{name}.columns"][None] / len(mean[f"{name}.rows"])
-        total = by_row
+        total = mean[f"{name}.rows"]
+        hessian = mean[f"{name}.columns"][None] / len(total)
         if name in hessians:
             total = total + rows[name][0] * hessians[name].diagonal(dim1=-2, dim2=-1).sum()
             hessian = hessian + hessians[name]

@@ -19,7 +19,7 @@ FLASH_ATTENTION ?= https://download.pytorch.org/whl/cu130/flash_attn_3-3.0.0-cp3
 CUDA_TORCH := import torch, pathlib; v = torch.__version__.split('.'); \
     assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 9); print(pathlib.Path(torch.__file__).parent.parent)
 
-.PHONY: demo data check check-h100 format test test-fast test-gpu bench ablate lab forecast campaign mine audit-data pack reproduce prove publish sweep report watch docs venv venv-gpu clean first-hour fuzz site
+.PHONY: demo data check check-h100 format test test-fast test-thorough test-gpu bench ablate lab forecast campaign mine audit-data pack reproduce prove publish sweep report watch docs venv venv-gpu clean first-hour fuzz site
 
 # The whole pipeline in minutes on two cores: built-in text, training, quantization, artifact, score, two lines of it.
 demo: venv
@@ -71,7 +71,11 @@ format: $(VENV)/check-tools
 	$(VENV)/bin/ruff format .
 
 test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 --dist worksteal tests
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not thorough" tests
+
+# The rest: further values, kills and mutations, and long ways, for before a release and in CI (tests/thorough.txt).
+test-thorough: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
+	$(PY) -m pytest -q -n 2 --dist worksteal -m thorough tests
 
 # Damages files that strangers write, and reads them with every tool: make fuzz ARGS="--minutes 10"
 fuzz: $(VENV)/tools
@@ -79,7 +83,7 @@ fuzz: $(VENV)/tools
 
 # For the inner loop: without the tests that are marked slow.
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not thorough" tests
 
 # The same kernels and backends, for real, on a CUDA device; and training steps, Muon over NCCL, GPTQ and TTT at size.
 test-gpu: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools

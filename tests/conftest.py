@@ -32,6 +32,8 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 SLOW_FIXTURES = {"reproduced", "whole_run", "followed"}
 SLOW_LIST = Path(__file__).with_name("slow.txt")
 FAST_SECONDS = 120  # of one idle core, for all the others together
+# `make test` leaves out what this file lists, which `make test-thorough` runs.
+THOROUGH_LIST = Path(__file__).with_name("thorough.txt")
 
 
 def pytest_addoption(parser):
@@ -41,11 +43,29 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks slow tests: of the file only where it is not just being measured which ones they are."""
+    """Marks thorough tests, and slow ones: of the file only where it is not just being measured which these are."""
+    left_out = thorough_tests(items, THOROUGH_LIST.read_text())
+    for item in items:
+        if item.nodeid in left_out:
+            item.add_marker(pytest.mark.thorough)
     listed = set() if config.option.write_slow else set(SLOW_LIST.read_text().splitlines())
     for item in items:
         if function_of(item.nodeid) in listed or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+def thorough_tests(items, listed):
+    """The node ids of the tests that a list names: all values of a function, or all but every so many-th."""
+    rules = [line.split() for line in listed.splitlines() if line and not line.startswith("#")]
+    every = {name: int(number[0]) if number else 0 for name, *number in rules}
+    seen, found = Counter(), set()
+    for item in items:
+        name = function_of(item.nodeid)
+        if name in every:
+            if not every[name] or seen[name] % every[name]:
+                found.add(item.nodeid)
+            seen[name] += 1
+    return found
 
 
 def function_of(nodeid):

@@ -286,6 +286,7 @@ OUTSIDE = [
             ),
         ),
         mode="chunk",
+        settings=dict(TTT_BASELINE=1),
     ),
     Cheat(
         "test-time training twice, the second pass scored",
@@ -305,7 +306,7 @@ OUTSIDE = [
         COUNTS,
         ((SUMMARY_SCORE, SUMMARY_SCORE.replace("=score.bpb", "=min(score.bpb, rows['val_bpb_ttt_baseline'])")),),
         mode="chunk",
-        settings=dict(TTT_LR=2.0),
+        settings=dict(TTT_LR=2.0, TTT_BASELINE=1),
         active=False,
     ),
     Cheat("bytes counted too high", COUNTS, ((BYTES, BYTES.replace("64))", "64) * 1.02)")),)),

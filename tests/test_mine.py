@@ -74,6 +74,12 @@ def test_a_folder_of_texts_becomes_a_model_and_a_sample(tmp_path):
     )
     assert pasted.returncode == 0 and prompt.split()[0] in pasted.stdout
 
+
+def test_changed_texts_are_prepared_again(tmp_path):
+    texts = write_texts(tmp_path / "meine Texte")
+    arguments = [texts, "--out", tmp_path / "the data", "--suffix", "py"]
+    first = launch(TOOL, settings(tmp_path), *arguments)
+    assert first.returncode == 0, first.stderr
     (texts / "vier.txt").write_text("ein neuer Text\n\n" * 500)
     again = launch(TOOL, settings(tmp_path, ARTIFACT_DIR=str(tmp_path / "b")), *arguments, "--prompt", "das Haus")
     assert again.returncode == 0, again.stderr

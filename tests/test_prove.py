@@ -57,7 +57,7 @@ SETTINGS = dict(
     VAL_BATCH_SIZE=2048,
     COMPUTE_DTYPE="float32",
     EVAL_STRIDE=32,
-    TTT_BASELINE=1,
+    TTT_BASELINE=0,
     TTT_BATCH_SIZE=64,
     TTT_CHUNK_SIZE=48,
     TTT_LORA_RANK=4,
@@ -184,7 +184,7 @@ def honest_base(server, run, mode, ranks=1, **settings):
 
 @pytest.mark.parametrize("mode", ["none", "phased", "chunk"])
 def test_the_honest_script_passes_every_rule(server, run, tmp_path, mode):
-    subject = subject_of(server, run, tmp_path / "work", mode)
+    subject = subject_of(server, run, tmp_path / "work", mode, TTT_BASELINE=1)
     if mode == "none":
         subject.summary = json.loads((run / "run" / "summary.json").read_text())
     proof = proof_of(subject, run, HONEST[mode])

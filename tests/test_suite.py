@@ -1,4 +1,4 @@
-"""What `make test` leaves to `make test-thorough`: a list that names tests which exist, and keeps some of their values."""
+"""What `make test` leaves to `make test-thorough`: the list names tests that exist, and keeps some of their values."""
 
 import re
 from types import SimpleNamespace

@@ -799,7 +799,7 @@ def check_one_graph_of_attention():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["cubins", "one_graph", "one_graph_described", "one_graph_of_attention", "mlp_launch"])
+@pytest.mark.parametrize("name", ["one_graph", "cubins", "one_graph_described", "mlp_launch", "one_graph_of_attention"])
 def test_compiled(name, tmp_path):
     run_check(name, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
 

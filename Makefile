@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data/builtin_sp4096
 PY := $(VENV)/bin/python
+SUITE := $(PY) -m pytest -q -n 2 --dist worksteal
 VENV_H100 ?= .venv-h100
 VENV_SITE ?= .venv-site
 # make venv TORCH=cpu: torch without CUDA, 200 MB in place of 4.8 GB, from PyTorch's own index. Other systems than Linux
@@ -71,11 +72,11 @@ format: $(VENV)/check-tools
 	$(VENV)/bin/ruff format .
 
 test: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not thorough" tests
+	$(SUITE) -m "not thorough" tests
 
 # The rest: further values, kills and mutations, and long ways, for before a release and in CI (tests/thorough.txt).
 test-thorough: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 --dist worksteal -m thorough tests
+	$(SUITE) -m thorough tests
 
 # Damages files that strangers write, and reads them with every tool: make fuzz ARGS="--minutes 10"
 fuzz: $(VENV)/tools
@@ -83,7 +84,7 @@ fuzz: $(VENV)/tools
 
 # For the inner loop: without the tests that are marked slow.
 test-fast: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not thorough" tests
+	$(SUITE) -m "not slow and not thorough" tests
 
 # The same kernels and backends, for real, on a CUDA device; and training steps, Muon over NCCL, GPTQ and TTT at size.
 test-gpu: $(VENV)/test-tools $(VENV)/tools $(VENV)/data-tools

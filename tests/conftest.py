@@ -56,8 +56,7 @@ def pytest_collection_modifyitems(config, items):
 
 def thorough_tests(items, listed):
     """The node ids of the tests that a list names: all values of a function, or all but every so many-th."""
-    rules = [line.split() for line in listed.splitlines() if line and not line.startswith("#")]
-    every = {name: int(number[0]) if number else 0 for name, *number in rules}
+    every = {name: int(number[0]) if number else 0 for name, *number in thorough_rules(listed)}
     seen, found = Counter(), set()
     for item in items:
         name = function_of(item.nodeid)
@@ -66,6 +65,11 @@ def thorough_tests(items, listed):
                 found.add(item.nodeid)
             seen[name] += 1
     return found
+
+
+def thorough_rules(listed):
+    """The lines of a list, each as its words: a test function and perhaps a number."""
+    return [line.split() for line in listed.splitlines() if line and not line.startswith("#")]
 
 
 def function_of(nodeid):
@@ -85,7 +89,7 @@ class SlowList:
         self.seconds = Counter()
 
     def pytest_runtest_logreport(self, report):
-        if "slow" not in report.keywords:
+        if not {"slow", "thorough"} & set(report.keywords):  # what `make test-fast` leaves out anyway
             self.seconds[function_of(report.nodeid)] += report.duration
 
     def pytest_sessionfinish(self):

@@ -24,9 +24,12 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Waiting OpenMP threads must sleep, and OpenMP reads this once, when torch is loaded: spinning ones slow a run
-    # down tenfold beside another busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Waiting OpenMP threads must sleep soon: spinning ones slow a run down tenfold beside another busy process. Threads
+    # that sleep at once cost a third of the speed where there is none. GNU's OpenMP takes a number of spins, here some
+    # 10 microseconds' worth. Both are read once, when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # On GPUs test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The next file that is opened would get the number of a closed standard stream, and the messages with it.
@@ -6357,46 +6360,73 @@ def softcapped_cross_entropy_plain(
     return lse - z.gather(-1, targets.unsqueeze(-1)).squeeze(-1), lse
 
 
-class SoftcappedCrossEntropyCPU(torch.autograd.Function):
-    """`softcapped_cross_entropy_plain` in blocks of rows that fit in a core's cache. It saves only the logits.
+def whole_vectors(count: int) -> int:
+    """At least `count`: a length at which torch gives each thread whole vectors of a one-dimensional tensor.
 
-    Nothing as wide as the vocabulary is stored in float32. The gradient is recomputed from the logits, which costs
-    less than the memory traffic that it saves.
+    Some functions of torch, `exp2` among them, round otherwise for what is left over at a thread's end. torch divides
+    among all threads from GRAIN numbers for each of them on; up to GRAIN in all, one thread takes everything.
+    """
+    vectors, grain, threads = 64, 1 << 15, torch.get_num_threads()
+    if count <= grain:
+        return -(-count // vectors) * vectors
+    return -(-max(count, grain * threads) // (vectors * threads)) * vectors * threads
+
+
+class SoftcappedCrossEntropyCPU(torch.autograd.Function):
+    """`softcapped_cross_entropy_plain` in blocks of rows that fit in the caches.
+
+    With r = 1 / (1 + exp(2 x / cap)), z = cap*tanh(x / cap) is cap - 2 cap r, and its derivative is 4 r (1 - r): two
+    exponentials do. It saves each probability times r (1 - r), in the type of the logits, and the backward pass only
+    scales that.
     """
 
+    BLOCK = 1 << 20  # numbers in a block; smaller ones: threads wait more for each other
+
     @staticmethod
-    def blocks(logits: Tensor, cap: float) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of the rows of logits [N, V], and tanh(logits/cap) of each in one buffer that is reused."""
-        rows = max(1, (1 << 20) // logits.size(1))  # larger blocks: threads wait less for each other
-        buffer = torch.empty(rows, logits.size(1), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for start in range(0, logits.size(0), rows):
-            block = slice(start, min(start + rows, logits.size(0)))
-            yield block, buffer[: block.stop - start].copy_(logits[block]).div_(cap).tanh_()
+    def blocks(count: int, width: int, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of rows, and a buffer [block, width] of each as rows and as whole vectors. Buffers are reused."""
+        rows = min(count, max(1, SoftcappedCrossEntropyCPU.BLOCK // width))
+        whole = torch.zeros(whole_vectors(rows * width), dtype=wide)
+        for start in range(0, count, rows):
+            block = slice(start, min(start + rows, count))
+            yield block, whole[: (block.stop - start) * width].view(-1, width), whole
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
         flat, wanted = logits.flatten(0, -2), targets.flatten()
-        lse = torch.empty(wanted.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-        nll = torch.empty_like(lse)
-        for block, t in SoftcappedCrossEntropyCPU.blocks(flat, cap):
-            z = t.mul_(cap)
-            at_target = z.gather(1, wanted[block, None])[:, 0]
-            # |z| <= cap, so exp needs no shift by the maximum where V*exp(cap) is far from overflowing.
-            lse[block] = z.exp_().sum(1).log_() if cap <= 60 else torch.logsumexp(z, dim=1)
-            nll[block] = lse[block] - at_target
-        ctx.save_for_backward(flat, wanted, lse)
-        ctx.cap, ctx.shape = cap, logits.shape
+        wide, width, scale = torch.promote_types(logits.dtype, torch.float32), logits.size(-1), 2 * math.log2(math.e)
+        nll, lse, at_target = torch.empty(3, len(wanted), dtype=wide)
+        saved = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        exponents = torch.empty(0, dtype=wide)
+        for block, r, whole in SoftcappedCrossEntropyCPU.blocks(len(wanted), width, wide):
+            r.copy_(flat[block]).mul_(scale / cap)
+            whole.exp2_().add_(1).reciprocal_()
+            exponents = torch.mul(whole, -scale * cap, out=exponents)
+            of_block = exponents[: r.numel()].view_as(r)  # z - cap, to base 2
+            # At least -2 cap: where that is far from underflow, no shift by the maximum is needed.
+            highest = of_block.amax(1, keepdim=True) if cap > 40 else torch.zeros(1, 1, dtype=wide)
+            if cap > 40:
+                of_block.sub_(highest)
+            exponents.exp2_()
+            total = of_block.sum(1, keepdim=True)
+            at_target[block] = r.gather(1, wanted[block, None])[:, 0]
+            lse[block] = (total.log() + highest * math.log(2))[:, 0] + cap
+            nll[block] = lse[block] - cap + 2 * cap * at_target[block]
+            if saved is not None:
+                saved[block] = r.addcmul_(r, r, value=-1).mul_(of_block).div_(total)
+        ctx.save_for_backward(saved, at_target, wanted)
+        ctx.shape = logits.shape
         return nll.view(targets.shape), lse.view(targets.shape)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:
-        flat, wanted, lse = ctx.saved_tensors
-        to_nll, grad = grad_nll.flatten()[:, None], torch.empty_like(flat)
-        to_both = to_nll + grad_lse.flatten()[:, None]
-        for block, t in SoftcappedCrossEntropyCPU.blocks(flat, ctx.cap):
-            to_z = torch.mul(t, ctx.cap).sub_(lse[block, None]).exp_().mul_(to_both[block])
-            to_z.scatter_add_(1, wanted[block, None], -to_nll[block])
-            grad[block] = to_z.addcmul_(to_z * t, t, value=-1)
+        saved, r, wanted = ctx.saved_tensors
+        grad, to_nll = torch.empty_like(saved), grad_nll.flatten()
+        to_all, to_target = 4 * (to_nll + grad_lse.flatten()), -4 * to_nll * r * (1 - r)
+        for block, to_logits, _ in SoftcappedCrossEntropyCPU.blocks(*saved.shape, r.dtype):
+            to_logits.copy_(saved[block]).mul_(to_all[block, None])
+            grad[block] = to_logits.scatter_add_(1, wanted[block, None], to_target[block, None])
         return grad.view(ctx.shape), None, None
 
 

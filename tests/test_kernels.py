@@ -180,6 +180,36 @@ def test_cross_entropy_rounds_no_worse_than_the_plain_one():
     )
 
 
+@pytest.fixture
+def set_threads():
+    """Sets torch's number of threads, and puts the former one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_cross_entropy_of_a_row_does_not_depend_on_its_place():
+    """Bit for bit, in batches of any length."""
+    logits = normal(12000, 3, dtype=torch.float32, scale=3)
+    targets = torch.arange(len(logits)) % 3
+    together = tg.SoftcappedCrossEntropyCPU.apply(logits, targets, 30.0)
+    for first, end in ((0, 10923), (1, 12000), *((n, n + 1 + n % 7) for n in range(60))):
+        part = tg.SoftcappedCrossEntropyCPU.apply(logits[first:end], targets[first:end], 30.0)
+        assert all(torch.equal(x, y[first:end]) for x, y in zip(part, together, strict=True)), (first, end)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5, 7])
+def test_whole_vectors_do_not_depend_on_the_threads(threads, set_threads):
+    """torch's exp2 rounds otherwise where a thread's part ends within a vector; so does it at the end of a tensor."""
+    for count in (5, 100, 32769, 65600, 70208, 70224, 100003, 150001, 200003, 300000, 400009, 500003):
+        set_threads(threads)
+        x = normal(tg.whole_vectors(count), dtype=torch.float32, scale=3)
+        assert len(x) >= count
+        shared = torch.exp2(x)
+        set_threads(1)
+        assert torch.equal(shared, torch.exp2(x)), count
+
+
 def test_cross_entropy_leaves_its_input_alone():
     x = normal(3, 8, dtype=torch.float32)
     before = x.clone()

@@ -6203,7 +6203,7 @@ def query_key_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor
     return rotate(rms_norm(q), cos, sin) * gain.to(q.dtype)[:, None], rotate(rms_norm(k), cos, sin)
 
 
-def subtract_own_value(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
+def subtract_own_value_plain(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
     """XSA: subtracts from y [B, T, H, h] its component along the value of its own position, v [B, T, K, h].
 
     strength [H]: factors of what is subtracted from each head (GATED_XSA); None: 1.
@@ -6214,6 +6214,41 @@ def subtract_own_value(y: Tensor, v: Tensor, strength: Tensor | None = None) -> 
     along = (grouped * direction).sum(-1, keepdim=True)
     along = along if strength is None else along * strength.view(v.size(2), -1, 1)
     return (grouped - along * direction).view(y.shape)
+
+
+class SubtractOwnValueCPU(torch.autograd.Function):
+    """`subtract_own_value_plain` of strength 1: y - c v with c = (y v) / |v|^2, for each head.
+
+    A gradient g becomes dy = g - b v with b = (g v) / |v|^2, and -(c dy + b (y - c v)) for v, summed over the heads
+    that share it.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, v: Tensor) -> Tensor:
+        grouped, v = y.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)  # [B, T, K, H/K, h] and [B, T, K, 1, h]
+        wide = torch.promote_types(y.dtype, torch.float32)
+        square = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide).square_().clamp_min_(1e-24)
+        over_square = v * square.reciprocal_().to(y.dtype)
+        c = torch.linalg.vecdot(grouped, over_square).unsqueeze(-1)
+        rest = torch.addcmul(grouped, c, v, value=-1)
+        ctx.save_for_backward(v, over_square, c, rest)
+        return rest.view(y.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        v, over_square, c, rest = ctx.saved_tensors
+        grouped = grad.view(rest.shape)
+        b = torch.linalg.vecdot(grouped, over_square).unsqueeze(-1)
+        to_y = torch.addcmul(grouped, b, v, value=-1)
+        of_heads = (c * to_y).addcmul_(b, rest).unbind(3)  # their sum over a middle dimension would be slower
+        return to_y.view(grad.shape), functools.reduce(torch.add, of_heads).neg()
+
+
+def subtract_own_value(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:
+    if strength is None and eager_on_cpu(y):
+        return SubtractOwnValueCPU.apply(y, v)
+    return subtract_own_value_plain(y, v, strength)
 
 
 def head_output_plain(

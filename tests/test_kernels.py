@@ -88,6 +88,36 @@ def test_rms_norm_of_the_dispatcher_is_the_plain_one():
     assert torch.allclose(tg.rms_norm(x).square().mean(-1), torch.ones(4, dtype=torch.float64))
 
 
+# ----------------------------------------------------------------------------------------------------------- own value
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6])
+def test_subtract_own_value(heads):
+    """Against the plain one, by finite differences, and in the dispatcher; two heads of values."""
+    y, v = normal(2, 3, heads, 8), normal(2, 3, 2, 8, seed=1)
+    compare(tg.SubtractOwnValueCPU.apply, tg.subtract_own_value_plain, [y, v])
+    assert torch.autograd.gradcheck(tg.SubtractOwnValueCPU.apply, (y.requires_grad_(), v.requires_grad_()))
+    assert torch.allclose(tg.subtract_own_value(y, v), tg.subtract_own_value_plain(y, v), rtol=1e-12)
+    strength = torch.full((heads,), 0.5, dtype=torch.float64)
+    assert torch.equal(tg.subtract_own_value(y, v, strength), tg.subtract_own_value_plain(y, v, strength))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_subtract_own_value_of_zero(dtype):
+    """A value of zero has no direction: nothing is subtracted, and the gradients stay finite."""
+    y, v = normal(1, 3, 4, 8, dtype=dtype).requires_grad_(), normal(1, 3, 2, 8, dtype=dtype, seed=1)
+    v[0, 1] = 0
+    out = tg.SubtractOwnValueCPU.apply(y, v.requires_grad_())
+    out.square().sum().backward()
+    assert torch.equal(out[0, 1], y[0, 1]) and not torch.equal(out[0, 0], y[0, 0])
+    assert torch.isfinite(y.grad).all() and torch.isfinite(v.grad).all()
+
+
+def test_subtract_own_value_rounds_no_worse_than_the_plain_one():
+    tensors = [normal(2, 16, 4, 32), normal(2, 16, 2, 32, seed=1)]
+    rounding_is_no_worse(tg.SubtractOwnValueCPU.apply, tg.subtract_own_value_plain, tensors, slack=3)
+
+
 # ---------------------------------------------------------------------------------------------------------- activation
 
 

@@ -28,6 +28,7 @@ TERMS = {
     "attention_packed": "attention",
     "attention_sdpa": "attention",
     "subtract_own_value": "own value and gates",
+    "subtract_own_value_plain": "own value and gates",
     "Block.gate": "own value and gates",
     "Block.attend": "attention's projections",
     "Block.mlp": "MLP",

@@ -6434,10 +6434,11 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
     BLOCK = 1 << 20  # numbers in a block; smaller ones: threads wait more for each other
 
     @staticmethod
-    def blocks(count: int, width: int, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Blocks of rows, and a buffer [block, width] of each as rows and as whole vectors. Buffers are reused."""
+    def blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of rows, and for each a buffer [block, V] in float32 at least, which is reused: as rows, and whole."""
+        count, width = logits.shape
         rows = max(1, min(count, SoftcappedCrossEntropyCPU.BLOCK // width))
-        whole = torch.zeros(whole_vectors(rows * width), dtype=wide)
+        whole = torch.zeros(whole_vectors(rows * width), dtype=torch.promote_types(logits.dtype, torch.float32))
         for start in range(0, count, rows):
             block = slice(start, min(start + rows, count))
             yield block, whole[: (block.stop - start) * width].view(-1, width), whole
@@ -6449,7 +6450,7 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
         nll, lse, at_target = torch.empty(3, len(wanted), dtype=wide)
         saved = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         exponents = torch.empty(0, dtype=wide)  # the first block gives it its size
-        for block, r, whole in SoftcappedCrossEntropyCPU.blocks(*flat.shape, wide):
+        for block, r, whole in SoftcappedCrossEntropyCPU.blocks(flat):
             r.copy_(flat[block]).mul_(scale / cap)
             whole.exp2_().add_(1).reciprocal_()
             torch.mul(whole, -scale * cap, out=exponents)
@@ -6475,7 +6476,7 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
         saved, r, wanted = ctx.saved_tensors
         grad, to_nll = torch.empty_like(saved), grad_nll.flatten()
         to_all, to_target = 4 * (to_nll + grad_lse.flatten()), -4 * to_nll * r * (1 - r)
-        for block, to_logits, _ in SoftcappedCrossEntropyCPU.blocks(*saved.shape, r.dtype):
+        for block, to_logits, _ in SoftcappedCrossEntropyCPU.blocks(saved):
             to_logits.copy_(saved[block]).mul_(to_all[block, None])
             grad[block] = to_logits.scatter_add_(1, wanted[block, None], to_target[block, None])
         return grad.view(ctx.shape), None, None

@@ -72,6 +72,10 @@ def kernels(rows: int, length: int, dtype: torch.dtype) -> dict[str, tuple[Calla
     return {
         "attention": (attention["sdpa"], attention["blocked"]),
         "rms_norm": (both_ways(t.rms_norm_plain, x), both_ways(t.RMSNormCPU.apply, x)),
+        "subtract_own_value": (
+            both_ways(t.subtract_own_value_plain, qkv[0], qkv[2]),
+            both_ways(t.SubtractOwnValueCPU.apply, qkv[0], qkv[2]),
+        ),
         "leaky_relu_squared": (
             both_ways(lambda h: t.leaky_relu_squared_plain(h, 0.5), hidden),
             both_ways(lambda h: t.LeakyReLUSquaredCPU.apply(h, 0.5), hidden),
@@ -104,6 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(t.available_cores())
+    t.keep_freed_memory(os.environ)
     print(f"torch {torch.__version__}, {t.available_cores()} cores, {options.rows} rows of {options.length}, bfloat16")
     pairs = kernels(options.rows, options.length, torch.bfloat16)
     pairs["training step"] = training_step("sdpa"), training_step("blocked")

@@ -31,6 +31,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "prefix loss": dict(PREFIX_LOSS_WEIGHT=0),
     "signs of bigrams": dict(BIGRAM_SIGNS=0),
     "hints": dict(HINT_ENABLED=0),
+    "no EMA": dict(EMA_DECAY=0.99),
     "short calibration": dict(GPTQ_CALIBRATION_BATCHES=8),
 }
 ROWS: dict[str, dict[str, Any]] = {

@@ -2,12 +2,15 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import train_gpt as tg
-from helpers import TINY, config, single_run, strings, working_folder
+from helpers import SCRIPT, TINY, config, single_run, strings, working_folder
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -103,6 +106,44 @@ def test_ranks_share_the_cores(monkeypatch):
         environment |= dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
         tg.start_run(config(CPU_THREADS=0), environment)
     assert threads == [8, 4, 2, 1]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own, with the script's folder on its path, and with these variables alone."""
+    variables = dict(PATH=os.environ["PATH"], PYTHONPATH=str(SCRIPT.parent), **environment)
+    return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs GNU's C library")
+@pytest.mark.parametrize("variable, kept", [("X", True), ("MALLOC_ARENA_MAX", False)])
+def test_freed_memory_is_kept(variable, kept):
+    """Tensors of 48 MiB, 12,288 pages each, are made again and again, until the heap has settled.
+
+    Without the call, all pages are new each time.
+    """
+    made = python(
+        "-c",
+        "import os, resource, torch, train_gpt as t\n"
+        "t.start_run(t.Config(), dict(os.environ))\n"
+        "for _ in range(30):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(12 << 20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)",
+        **{variable: "1"},
+    )
+    assert (int(made.stdout) < 100) == kept, made.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's OpenMP")
+@pytest.mark.parametrize(
+    "given, spins", [({}, "1000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_waiting_threads_soon_sleep(given, spins):
+    """As OpenMP itself prints it when torch is loaded; what the user sets counts."""
+    shown = python(str(SCRIPT), "--help", OMP_DISPLAY_ENV="verbose", **given).stderr
+    if "GOMP_SPINCOUNT" not in shown:
+        pytest.skip("torch has another OpenMP")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown and f"GOMP_SPINCOUNT = '{spins}'" in shown, shown
 
 
 def test_cuda_is_refused_where_there_is_none():

@@ -32,6 +32,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "signs of bigrams": dict(BIGRAM_SIGNS=0),
     "hints": dict(HINT_ENABLED=0),
     "no EMA": dict(EMA_DECAY=0.99),
+    "larger batch": dict(TRAIN_BATCH_TOKENS=2048),
+    "less momentum": dict(MUON_MOMENTUM=0.95),
     "short calibration": dict(GPTQ_CALIBRATION_BATCHES=8),
 }
 ROWS: dict[str, dict[str, Any]] = {

@@ -4354,11 +4354,11 @@ def keep_freed_memory(environment: Mapping[str, str]) -> None:
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in environment):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # other C libraries have none
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 1 << 30)
+        library.mallopt(trim_threshold, 1 << 30)
+        library.mallopt(mmap_threshold, 1 << 30)
 
 
 def start_run(config: Config, environment: dict[str, str]) -> Run:
@@ -6462,7 +6462,7 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
             exponents.exp2_()
             total = of_block.sum(1, keepdim=True)
             at_target[block] = r.gather(1, wanted[block, None])[:, 0]
-            lse[block] = (total.log() + highest * math.log(2))[:, 0] + cap
+            lse[block] = (total.log() + 2 * highest / scale)[:, 0] + cap
             nll[block] = lse[block] - cap + 2 * cap * at_target[block]
             if saved is not None:
                 saved[block] = r.addcmul_(r, r, value=-1).mul_(of_block).div_(total)

@@ -26,9 +26,10 @@ import sys
 if __name__ == "__main__":
     # Waiting OpenMP threads must sleep soon: spinning ones slow a run down tenfold beside another busy process. Threads
     # that sleep at once cost a third of the speed where there is none. GNU's OpenMP takes a number of spins, here some
-    # 10 microseconds' worth. Both are read once, when torch is loaded.
+    # 10 microseconds' worth; with PASSIVE it would not spin once there are other threads than torch's, as after the
+    # first checkpoint. Both variables are read once, when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["OMP_WAIT_POLICY"] = "ACTIVE" if sys.platform == "linux" else "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # On GPUs test-time training changes its shapes all the time: blocks of fixed sizes would rarely fit.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

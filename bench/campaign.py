@@ -13,9 +13,10 @@ something did not, 2 for a user's error.
 from __future__ import annotations
 
 import os
+import sys
 
 if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
+    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 
 import argparse
 import functools
@@ -25,7 +26,6 @@ import random
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback

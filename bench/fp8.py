@@ -13,14 +13,14 @@ bench/results/fp8.md is of --data data/builtin_sp1024, the built-in text with a 
 from __future__ import annotations
 
 import os
+import sys
 
 if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
+    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 
 import argparse
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any

@@ -17,14 +17,14 @@ hold 10 billion tokens: seconds until its first sequence and until one of anothe
 from __future__ import annotations
 
 import os
+import sys
 
 if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
+    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 import threading
 import time

@@ -18,15 +18,15 @@ For comparison, PR #2163's log has 1.03 million tokens/s for each H100 before re
 from __future__ import annotations
 
 import os
+import sys
 
 if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
+    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 
 import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path

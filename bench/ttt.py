@@ -22,15 +22,15 @@ CPUs that of the process so far.
 from __future__ import annotations
 
 import os
+import sys
 
 if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
+    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 
 import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator

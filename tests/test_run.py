@@ -136,14 +136,19 @@ def test_freed_memory_is_kept(variable, kept):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's OpenMP")
 @pytest.mark.parametrize(
-    "given, spins", [({}, "1000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+    "given, policy, spins",
+    [
+        ({}, "ACTIVE", "1000"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE", "0"),
+        ({"GOMP_SPINCOUNT": "7"}, "ACTIVE", "7"),
+    ],
 )
-def test_waiting_threads_soon_sleep(given, spins):
+def test_waiting_threads_soon_sleep(given, policy, spins):
     """As OpenMP itself prints it when torch is loaded; what the user sets counts."""
     shown = python(str(SCRIPT), "--help", OMP_DISPLAY_ENV="verbose", **given).stderr
     if "GOMP_SPINCOUNT" not in shown:
         pytest.skip("torch has another OpenMP")
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown and f"GOMP_SPINCOUNT = '{spins}'" in shown, shown
+    assert f"OMP_WAIT_POLICY = '{policy}'" in shown and f"GOMP_SPINCOUNT = '{spins}'" in shown, shown
 
 
 def test_cuda_is_refused_where_there_is_none():

@@ -6218,32 +6218,39 @@ def subtract_own_value_plain(y: Tensor, v: Tensor, strength: Tensor | None = Non
 
 
 class SubtractOwnValueCPU(torch.autograd.Function):
-    """`subtract_own_value_plain` of strength 1: y - c v with c = (y v) / |v|^2, for each head.
+    """`subtract_own_value_plain` of strength 1: y - c u with u = v / |v| and c = y u, for each head.
 
-    A gradient g becomes dy = g - b v with b = (g v) / |v|^2, and -(c dy + b (y - c v)) for v, summed over the heads
-    that share it.
+    A gradient g becomes dy = g - b u with b = g u, and -(c dy + b (y - c u)) / |v| for v, summed over the heads that
+    share it. As in `F.normalize`, |v| is at least 1e-12.
     """
+
+    LEAST = 1e-12
 
     @staticmethod
     def forward(ctx, y: Tensor, v: Tensor) -> Tensor:
         grouped, v = y.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)  # [B, T, K, H/K, h] and [B, T, K, 1, h]
         wide = torch.promote_types(y.dtype, torch.float32)
-        square = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide).square_().clamp_min_(1e-24)
-        over_square = v * square.reciprocal_().to(y.dtype)
-        c = torch.linalg.vecdot(grouped, over_square).unsqueeze(-1)
-        rest = torch.addcmul(grouped, c, v, value=-1)
-        ctx.save_for_backward(v, over_square, c, rest)
+        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide)
+        short = norm < SubtractOwnValueCPU.LEAST
+        norm = norm.clamp_min_(SubtractOwnValueCPU.LEAST).to(y.dtype)
+        u = v / norm
+        c = torch.linalg.vecdot(grouped, u).unsqueeze(-1)
+        rest = torch.addcmul(grouped, c, u, value=-1)
+        ctx.save_for_backward(u, norm, short, c, rest)
         return rest.view(y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        v, over_square, c, rest = ctx.saved_tensors
+        u, norm, short, c, rest = ctx.saved_tensors
         grouped = grad.view(rest.shape)
-        b = torch.linalg.vecdot(grouped, over_square).unsqueeze(-1)
-        to_y = torch.addcmul(grouped, b, v, value=-1)
+        b = torch.linalg.vecdot(grouped, u).unsqueeze(-1)
+        to_y = torch.addcmul(grouped, b, u, value=-1)
         of_heads = (c * to_y).addcmul_(b, rest).unbind(3)  # their sum over a middle dimension would be slower
-        return to_y.view(grad.shape), functools.reduce(torch.add, of_heads).neg()
+        to_u = functools.reduce(torch.add, of_heads)
+        if short.any():  # where u is no unit vector, its derivative leaves the part along v alone
+            to_u = to_u + 2 * short.squeeze(3) * (b * c).sum(3) * u.squeeze(3)
+        return to_y.view(grad.shape), to_u / -norm.squeeze(3)
 
 
 def subtract_own_value(y: Tensor, v: Tensor, strength: Tensor | None = None) -> Tensor:

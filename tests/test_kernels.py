@@ -96,6 +96,8 @@ def test_subtract_own_value(heads):
     """Against the plain one, by finite differences, and in the dispatcher; two heads of values."""
     y, v = normal(2, 3, heads, 8), normal(2, 3, 2, 8, seed=1)
     compare(tg.SubtractOwnValueCPU.apply, tg.subtract_own_value_plain, [y, v])
+    short = v * 1e-13  # below the least norm
+    compare(tg.SubtractOwnValueCPU.apply, tg.subtract_own_value_plain, [y, short])
     assert torch.autograd.gradcheck(tg.SubtractOwnValueCPU.apply, (y.requires_grad_(), v.requires_grad_()))
     assert torch.allclose(tg.subtract_own_value(y, v), tg.subtract_own_value_plain(y, v), rtol=1e-12)
     strength = torch.full((heads,), 0.5, dtype=torch.float64)

@@ -6463,9 +6463,9 @@ class SoftcappedCrossEntropyCPU(torch.autograd.Function):
             whole.exp2_().add_(1).reciprocal_()
             torch.mul(whole, -scale * cap, out=exponents)
             of_block = exponents[: r.numel()].view_as(r)  # z - cap, to base 2
-            # At least -2 cap: where that is far from underflow, no shift by the maximum is needed.
-            highest = of_block.amax(1, keepdim=True) if cap > 40 else torch.zeros(1, 1, dtype=wide)
-            if cap > 40:
+            highest = torch.zeros(1, 1, dtype=wide)
+            if cap > 40:  # z - cap is at least -2 cap: where that is far from underflow, no shift is needed
+                highest = of_block.amax(1, keepdim=True)
                 of_block.sub_(highest)
             exponents.exp2_()
             total = of_block.sum(1, keepdim=True)

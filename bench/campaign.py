@@ -12,20 +12,16 @@ something did not, 2 for a user's error.
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import functools
 import json
 import multiprocessing
+import os
 import random
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -35,6 +31,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools"), str(ROOT / "bench")]
+from openmp import wait_briefly  # noqa: E402
+
+wait_briefly()
 import torch._dynamo  # noqa: E402, F401  # what runs import late is imported once, here
 import torch.distributed  # noqa: E402, F401
 import torch.optim.adamw  # noqa: E402, F401

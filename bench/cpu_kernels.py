@@ -8,22 +8,22 @@ version is faster. The last line compares a whole training step of the demo pres
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import dataclasses
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from openmp import wait_briefly  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+wait_briefly()
+import torch  # noqa: E402
+
 import train_gpt as t  # noqa: E402
 
 

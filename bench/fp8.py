@@ -12,23 +12,21 @@ bench/results/fp8.md is of --data data/builtin_sp1024, the built-in text with a 
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+from openmp import wait_briefly  # noqa: E402
+
+wait_briefly()
+import torch  # noqa: E402
+
 import intervals  # noqa: E402
 import train_gpt as t  # noqa: E402
 

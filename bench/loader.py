@@ -16,15 +16,10 @@ hold 10 billion tokens: seconds until its first sequence and until one of anothe
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import dataclasses
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -32,11 +27,14 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
+from openmp import wait_briefly  # noqa: E402
+
+wait_briefly()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import audit as leaks  # noqa: E402
 import train_gpt as t  # noqa: E402
 from bench.train import write_tokens  # noqa: E402

@@ -17,24 +17,22 @@ gain over no learning, and targets/s. A mean has its 95% confidence interval by 
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+from openmp import wait_briefly  # noqa: E402
+
+wait_briefly()
+import numpy as np  # noqa: E402
+
 import intervals  # noqa: E402
 import train_gpt as t  # noqa: E402
 from streams import write_shard  # noqa: E402

@@ -13,21 +13,21 @@ over widths says something about a large one.
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import json
 import math
+import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+from openmp import wait_briefly  # noqa: E402
+
+wait_briefly()
+
 import ablate  # noqa: E402
 import processes  # noqa: E402
 import train as bench_train  # noqa: E402

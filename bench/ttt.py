@@ -21,16 +21,12 @@ CPUs that of the process so far.
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
-
 import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,10 +34,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from openmp import wait_briefly  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+wait_briefly()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import train_gpt as t  # noqa: E402
 
 # For CPUs, where `record` would be too slow: its whole architecture, but narrow.

@@ -5,28 +5,29 @@
 
 Each RUN is a folder with model.pgolf and config.json, as MODE=train leaves it. Every variant scores the same first
 documents of the validation set, in stream order, with its settings on top of BASE. A run that is in the results is not
-run again. The report has what each variant gains over BASE at each size: below 0 is better. Sizes that disagree say
-that the knob is not worth carrying to a larger model.
+run again. The report has what each variant gains over BASE for each model: below 0 is better. Several seeds of a model
+give a 95% interval. Models that disagree say that the knob is not worth carrying to a larger one.
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 
 import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+from openmp import wait_briefly  # noqa: E402
+
+wait_briefly()
+
+import intervals  # noqa: E402
 import lab_report  # noqa: E402
 import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
@@ -58,6 +59,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 2, rank x 2, chunk / 2": dict(
         TTT_LORA_LR="2e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36", TTT_CHUNK_SIZE="24"
     ),
+    # What the budget of a GPU's evaluation could pay for, each at the rates that were good for longer chunks.
+    "chunk x 2/3": dict(TTT_CHUNK_SIZE="32"),
+    "rate x 2, chunk x 2/3": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32"),
+    "rate x 4, chunk x 2/3": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="32"),
+    "rate x 2, chunk / 2": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24"),
 }
 Row = dict[str, Any]
 
@@ -71,37 +77,60 @@ def score(folder: Path, part: Path, data: Path, variant: str, documents: int) ->
     """The row of a run and a variant, on the documents in `part`. One thread."""
     environment = BASE | VARIANTS.get(variant, {}) | strict.environment_of(folder, part, data)
     found = strict.score(folder, environment | dict(CPU_THREADS="1"), learn=variant != OFF)
-    model, seed = strict.model_of(folder)
+    model, seed = model_of(folder)
     return dict(model=model, seed=seed, variant=variant, documents=documents, **found)
+
+
+def model_of(folder: Path) -> tuple[str, int]:
+    """A run's preset, shape and seconds of training, and its seed."""
+    shape, seed = strict.model_of(folder)
+    return f"{shape}, {json.loads((folder / 'config.json').read_text())['max_wallclock_seconds']:.0f} s", seed
+
+
+def seeds_mean(values: list[float], pattern: str) -> str:
+    """The mean of a cell's seeds, and its interval if there are several; empty without any."""
+    if not values:
+        return ""
+    interval = f" ± {intervals.half_width(values):.4f}" if len(values) > 1 else ""
+    return format(statistics.mean(values), pattern) + interval
 
 
 def report(rows: list[Row]) -> str:
     """The rows as a page."""
-    by_key = {key(row)[:3]: row["bpb"] for row in rows}
-    models = list(dict.fromkeys((row["model"], row["seed"]) for row in rows))
+    found = {(row["model"], row["variant"], row["seed"]): row["bpb"] for row in rows}
+    models: dict[str, list[int]] = {}
+    for model, seed in dict.fromkeys((row["model"], row["seed"]) for row in rows):
+        models.setdefault(model, []).append(seed)
+
+    def scores(model: str, variant: str, over: str = "") -> list[float]:
+        """Of the seeds that have the variant; its difference to another one, if given."""
+        seeds = [
+            seed for seed in models[model] if {(model, name, seed) for name in (variant, over or variant)} <= set(found)
+        ]
+        return [found[model, variant, seed] - (found[model, over, seed] if over else 0) for seed in seeds]
+
     lines = [
         "# Knobs of strict test-time training, one at a time",
         "",
         f"Made by `bench/ttt_tuning.py` from {len(rows)} runs: the first {rows[0]['documents']} documents of the "
-        "built-in validation set, in stream order. Differences in bits per byte to the settings in the first row; "
-        f"below 0 is better. Made on {t.cpu_info('model name') or 'one CPU'}, torch {t.torch.__version__}, one thread "
-        "each.",
+        "built-in validation set, in stream order. Differences in bits per byte to the settings in the first row, with "
+        f"95% intervals over seeds; below 0 is better. Made on {t.cpu_info('model name') or 'one CPU'}, "
+        f"torch {t.torch.__version__}, one thread each.",
         "",
         "Base: " + ", ".join(f"`{name}={value}`" for name, value in BASE.items()) + ".",
         "",
-        "| variant | settings | " + " | ".join(f"{model}, seed {seed}" for model, seed in models) + " |",
+        "| variant | settings | "
+        + " | ".join(f"{model}, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}" for model, own in models.items())
+        + " |",
         "|---|---|" + "---|" * len(models),
     ]
-    bases = [by_key.get((*model, "base")) for model in models]
-    cells = " | ".join("" if bpb is None else f"{bpb:.4f} bpb" for bpb in bases)
-    lines.append(f"| base | | {cells} |")
+    bases = [scores(model, "base") for model in models]
+    lines.append(f"| base | | {' | '.join(seeds_mean(own, '.4f') + ' bpb' * bool(own) for own in bases)} |")
     for variant in (OFF, *VARIANTS):
-        found = [by_key.get((*model, variant)) for model in models]
-        if any(bpb is not None for bpb in found):
-            pairs = zip(found, bases, strict=True)
-            cells = " | ".join("" if bpb is None or base is None else f"{bpb - base:+.4f}" for bpb, base in pairs)
+        cells = [seeds_mean(scores(model, variant, over="base"), "+.4f") for model in models]
+        if any(cells):
             changes = ", ".join(f"`{name}={value}`" for name, value in VARIANTS.get(variant, {}).items())
-            lines.append(f"| {variant} | {changes} | {cells} |")
+            lines.append(f"| {variant} | {changes} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -124,7 +153,7 @@ def main(arguments: list[str]) -> int:
     rows = lab_report.read_results(options.results)
     done = {key(row) for row in rows}
     variants = ("base", OFF, *(options.only or VARIANTS))
-    models = {folder: strict.model_of(folder) for folder in options.runs}
+    models = {folder: model_of(folder) for folder in options.runs}
     with tempfile.TemporaryDirectory() as temporary:
         part = Path(temporary)
         lengths = strict.write_part(options.data, part, 0, options.documents)

@@ -30,10 +30,19 @@ def test_the_page_has_differences_to_the_base_at_each_size():
     assert not any(line.startswith("| rank") for line in lines)  # which did not run
 
 
+def test_seeds_of_a_model_share_a_column():
+    rows = [row("a", "base", 2.0 + seed / 10, seed) for seed in (1, 2, 3)]
+    rows += [row("a", "chunk / 2", 2.0 + seed / 10 + change, seed) for seed, change in ((1, -0.01), (2, -0.03))]
+    lines = ttt_tuning.report(rows).splitlines()
+    assert "| variant | settings | a, seeds 1, 2, 3 |" in lines
+    assert "| base | | 2.2000 ± 0.2484 bpb |" in lines  # 4.303 * 0.1 / sqrt(3)
+    assert "| chunk / 2 | `TTT_CHUNK_SIZE=24` | -0.0200 ± 0.1271 |" in lines  # of the two seeds that have it
+
+
 def test_what_has_a_result_is_not_scored_again(data, tmp_path):
     done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    model, seed = ttt_tuning.strict.model_of(tmp_path / "run")
+    model, seed = ttt_tuning.model_of(tmp_path / "run")
     known = [row(model, variant, 5.0, seed) for variant in ("base", ttt_tuning.OFF)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in known))
     files = ("--results", tmp_path / "rows.jsonl", "--report", tmp_path / "page.md")

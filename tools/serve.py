@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import json
 import math
-import os
 import secrets
 import sys
 import threading
@@ -24,11 +23,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-if "OMP_WAIT_POLICY" not in os.environ:  # as in train_gpt.py, before torch is loaded
-    os.environ.update(OMP_WAIT_POLICY="ACTIVE" if sys.platform == "linux" else "PASSIVE", GOMP_SPINCOUNT="1000")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from openmp import wait_briefly  # noqa: E402
 
+wait_briefly()
 import numpy as np  # noqa: E402
 
 import caseops  # noqa: E402

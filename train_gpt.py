@@ -1597,12 +1597,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It changes with the evidence.
 PRESETS["frontier"] = PRESETS["record"] | dict(
     data_order="documents",
-    key_offset=True,
     normuon_beta2=0.95,
-    bigram_vocab_size=8192,
-    bigram_dim=64,
-    bigram_signs=True,
     hint_enabled=True,
+    ttt_chunk_size=32,
 )
 # ORIGINAL=1 lays these over a preset: where the public script differs, and why ours does (docs/presets.md).
 ORIGINALS: dict[str, dict[str, Any]] = {

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import forecast_page  # noqa: E402
 import lab_ideas as ideas  # noqa: E402
 import lab_report  # noqa: E402
+import ttt_tuning  # noqa: E402
 from intervals import STUDENT  # noqa: E402
 
 GOAL = 1.045
@@ -49,6 +50,7 @@ PUBLISHED: dict[str, tuple[Any, str]] = {
         (0.0128, 0.0061),
         "one measured case: windows that cross documents against windows that do not",
     ),
+    "chunk of test-time training": (48, "PR #2163"),
     "gain of hints": ((0.0005, 0.0015), "a public fixed form: matches of 15, weight 2.625"),
     "gain of progressive context": (0.0017, "PR #2014"),
     "gain of an n-gram mixture on a weak and on a strong model": ((0.0515, 0.0002), "two public measurements"),
@@ -492,25 +494,74 @@ def ttt_part(folder: Path) -> Part:
     for r in rows:
         off = r["off"]["bpb"]
         ratios.setdefault(r["model"], []).append((off - r["stream"]["bpb"]) / (off - r["length"]["bpb"]))
-    of = sample(x for of_model in ratios.values() for x in of_model)
-    one_more = Sample(of.mean - 1, of.error * math.sqrt(1 + of.freedom + 1), of.freedom)
+    lines = [
+        f"strict.json, gain in stream order over that in length order: {model} {one.mean:.3f} ± {one.half:.3f}"
+        for model, one in ((model, sample(values)) for model, values in ratios.items())
+    ]
+    least, _ = ttt_gains()
+    falsified = f"`val_bpb_quantized` minus `val_bpb` of a whole run without hints below {least:.4f}, "
+    return part_of_ttt("test-time training", lines, ratios, falsified + "`strictly_causal` true")
+
+
+def ttt_gains() -> tuple[float, float]:
+    """The peer's gain, without what windows alone may have brought and with it."""
     before, after = PUBLISHED["before and after test-time training"][0]
     whole, windows = PUBLISHED["a gain of test-time training, and what windows alone gain"][0]
-    most = before - after
-    least = most * (1 - windows / whole)
-    gain = uniform("gain of test-time training", least, most)
+    return (before - after) * (1 - windows / whole), before - after
+
+
+def part_of_ttt(name: str, measured: list[str], ratios: Mapping[str, list[float]], falsified: str) -> Part:
+    """A part that multiplies the peer's gain by a ratio, which was measured by model."""
+    of = sample(x for of_model in ratios.values() for x in of_model)
+    one_more = Sample(of.mean - 1, of.error * math.sqrt(1 + of.freedom + 1), of.freedom)
+    least, most = ttt_gains()
     return Part(
-        "test-time training",
-        [
-            f"strict.json, gain in stream order over that in length order: {model} {one.mean:.3f} ± {one.half:.3f}"
-            for model, one in ((model, sample(values)) for model, values in ratios.items())
-        ],
+        name,
+        measured,
         f"the ratio minus 1, times the peer's gain of {least:.4f} to {most:.4f}, the smaller without what windows "
         "alone may have brought; times a share from 0 to 1, since these are few documents of another text, and models "
         "far from trained",
-        -student("ratio of test-time training", one_more) * gain * uniform("share of test-time training", 0, 1),
-        f"`val_bpb_quantized` minus `val_bpb` of a whole run without hints below {least:.4f}, `strictly_causal` true",
+        -student(f"ratio of {name}", one_more)
+        * uniform("gain of test-time training", least, most)
+        * uniform(f"share of {name}", 0, 1),
+        falsified,
     )
+
+
+def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
+    """Other chunks of test-time training than the peer's, each at the rate of the adapters that is best for it."""
+    name, own = "chunks of test-time training", config["ttt_chunk_size"]
+    peers = PUBLISHED["chunk of test-time training"][0]
+    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={peers}`: no worse"
+    if own == peers:
+        return Part(
+            name,
+            ["nothing: not asked"],
+            f"counts as 0: the preset takes the peer's {peers}",
+            np.zeros(DRAWS),
+            falsified,
+        )
+    rows = lab_report.read_results(folder / "ttt_tuning.jsonl")
+    unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_tuning.OFF}
+    best: dict[tuple[str, int], dict[int, float]] = {model: {} for model in unlearned}
+    for r in rows:
+        changes, model = ttt_tuning.VARIANTS.get(r["variant"], {}), (r["model"], r["seed"])
+        if model not in best or r["variant"] == ttt_tuning.OFF or set(changes) - {"TTT_LORA_LR", "TTT_CHUNK_SIZE"}:
+            continue
+        chunk = int(changes.get("TTT_CHUNK_SIZE", peers))
+        best[model][chunk] = max(best[model].get(chunk, -math.inf), unlearned[model] - r["bpb"])
+    ratios: dict[str, list[float]] = {}
+    for (model, _), gains in best.items():
+        if own in gains and peers in gains:
+            ratios.setdefault(model, []).append(gains[own] / gains[peers])
+    if sum(map(len, ratios.values())) < 2:
+        raise ForecastError(f"ttt_tuning.jsonl: needs two runs with TTT_CHUNK_SIZE={own} and {peers}")
+    lines = [
+        f"ttt_tuning.jsonl, gain with chunks of {own} over that with chunks of {peers}, each at its best rate of those "
+        f"that were tried: {model}, seeds: {', '.join(f'{ratio:.3f}' for ratio in values)}"
+        for model, values in ratios.items()
+    ]
+    return part_of_ttt(name, lines, ratios, falsified)
 
 
 def if_taken(config: Mapping[str, Any], knob: str, part: Part) -> Part:
@@ -798,6 +849,7 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
         recipe_part(results, found, missing, scale, share),
         quantization_part(folder),
         ttt_part(folder),
+        chunk_part(folder, config),
         if_taken(config, "HINT_ENABLED", hint_part()),
         if_taken(config, "TRAIN_SEQ_SCHEDULE", context_part()),
         speed_part(folder, slope),

@@ -203,7 +203,7 @@ ROWS: dict[str, Row] = {
     "together": Row(TOGETHER, by_size=bigram),
     "together, SmearGate by channel": Row(dict(SMEAR_GATE_TYPE="channel", **TOGETHER), by_size=bigram),
     "together without bigrams": Row({name: value for name, value in TOGETHER.items() if name != "BIGRAM_SIGNS"}),
-    "together without more losses": Row(  # as preset `frontier` has it
+    "together without more losses": Row(
         {name: value for name, value in TOGETHER.items() if name not in ("MTP_WEIGHTS", "PREFIX_LOSS_WEIGHT")},
         by_size=bigram,
     ),

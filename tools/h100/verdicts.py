@@ -10,7 +10,7 @@ from typing import Any
 # Kernels that may spill: a pattern of their names, the most bytes a thread, and why. Local memory is cached, so some
 # bytes cost little; hundreds in a kernel that runs in every layer do not.
 KNOWN_SPILLS: list[tuple[str, int, str]] = [
-    # 720 bytes in `record`, 776 in `frontier`, whose embedding has signed bigrams.
+    # 720 bytes in `record`, 776 with signed bigrams.
     ("_fused_rms_norm_backward_", 776, "Inductor fuses the backward of norm, skip blend and residual mix, with sums"),
 ]
 RESERVED = 8  # bytes of a thread's local memory that ptxas takes at times where nothing spills

@@ -901,7 +901,7 @@ def check_limits(folder: Folder, findings: Findings, cap: int) -> None:
             spent = train / 1000 + after
             last = (step or 0.0) if folder.exact else max(3 * (step or 0.0), STOPPING_MS)  # ranks agree on the stop
             findings.require(
-                spent - last / 1000 <= BUDGET_SECONDS,
+                submission.within_limit(spent, last),
                 f"seed {number}: {spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}",
             )
         findings.require(

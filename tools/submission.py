@@ -295,9 +295,9 @@ def seed_row(f: Finished, data: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def training_seconds(row: dict[str, Any]) -> float:
-    """Seconds of training and calibration that must be within the limit: its last step may end after it."""
-    return (row["train_wallclock_ms"] - row["step_avg_ms"]) / 1000 + (row.get("calibration_time_s") or 0.0)
+def within_limit(spent: float, last_step_ms: float) -> bool:
+    """Whether seconds of training, calibration and tuning are within the limit. The last step may end after it."""
+    return spent - last_step_ms / 1000 <= BUDGET_SECONDS
 
 
 def over_limits(f: Finished) -> list[str]:
@@ -306,13 +306,9 @@ def over_limits(f: Finished) -> list[str]:
     Calibration and tuning count as training. Its last step may end after the limit.
     """
     run, found = f.run, []
-    step, after = stated(f, "step_avg_ms"), runs.calibration_seconds(run) or 0.0
-    train = stated(f, "train_seconds")
-    if (
-        training_seconds(dict(train_wallclock_ms=1000 * train, step_avg_ms=step, calibration_time_s=after))
-        > BUDGET_SECONDS
-    ):
-        found.append(f"{train + after:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}")
+    spent = stated(f, "train_seconds") + (runs.calibration_seconds(run) or 0.0)
+    if not within_limit(spent, stated(f, "step_avg_ms")):
+        found.append(f"{spent:.1f} s of training, calibration and tuning are over {BUDGET_SECONDS:.0f}")
     if stated(f, "eval_seconds") > BUDGET_SECONDS:
         found.append(f"{stated(f, 'eval_seconds'):.1f} s of evaluation are over {BUDGET_SECONDS:.0f}")
     if (run.artifact_bytes or 0) > CAP_BYTES:
@@ -337,7 +333,10 @@ def compliance(rows: list[dict[str, Any]], test: dict[str, Any] | None) -> dict[
     """
     shared, causal = ([r.get(name) for r in rows] for name in ("shared_documents", "strictly_causal"))
     return dict(
-        train_within_600s=all(training_seconds(r) <= BUDGET_SECONDS for r in rows),
+        train_within_600s=all(
+            within_limit(r["train_wallclock_ms"] / 1000 + (r.get("calibration_time_s") or 0.0), r["step_avg_ms"])
+            for r in rows
+        ),
         eval_within_600s=all(r["eval_time_s"] <= BUDGET_SECONDS for r in rows),
         artifact_within_16000000_bytes=all(r["artifact_bytes"] <= CAP_BYTES for r in rows),
         every_target_scored_once=all(r["target_tokens"] == r["val_tokens"] - 1 for r in rows),

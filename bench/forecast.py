@@ -548,7 +548,7 @@ def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
         changes, model = ttt_tuning.VARIANTS.get(r["variant"], {}), (r["model"], r["seed"])
         if model not in best or r["variant"] == ttt_tuning.OFF or set(changes) - {"TTT_LORA_LR", "TTT_CHUNK_SIZE"}:
             continue
-        chunk = int(changes.get("TTT_CHUNK_SIZE", peers))
+        chunk = int(changes["TTT_CHUNK_SIZE"]) if "TTT_CHUNK_SIZE" in changes else peers
         best[model][chunk] = max(best[model].get(chunk, -math.inf), unlearned[model] - r["bpb"])
     ratios: dict[str, list[float]] = {}
     for (model, _), gains in best.items():

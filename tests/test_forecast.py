@@ -394,7 +394,7 @@ def test_the_page_labels_its_figures_and_types_none():
     text = (ROOT / "docs/forecast.md").read_text()
     content = json.loads((ROOT / "bench/results/forecast.json").read_text())
     parts = [part["part"] for part in content["parts"]]
-    assert len(parts) == 10 and content["probability_of_goal"]["estimated"] <= 1
+    assert len(parts) == 11 and content["probability_of_goal"]["estimated"] <= 1
     for part in content["parts"]:
         assert re.search(rf"^### {part['part'].capitalize()}: .*, estimated$", text, flags=re.M)
         assert f"Falsified by: {part['falsified_by']}." in text and part["measured"]

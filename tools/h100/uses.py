@@ -184,7 +184,7 @@ def stand_ins(script: Any) -> Iterator[Collectives]:
     torch.rand = lambda *a, generator=None, **k: rand(*a, **k)
     Tensor.uniform_ = lambda self, *a, generator=None, **k: uniform(self, *a, **k)
     construct, fault = script.GPT.__init__, getattr(script, "attention_fault", None)
-    script.attention_fault = lambda *_: ""  # a script that tries a backend on the device would find it wanting
+    script.attention_fault = lambda *_, **__: ""  # a script that tries a backend on the device would find it wanting
 
     def construct_outside(self: Any, *args: Any) -> None:
         with unset_fake_temporarily():  # a conversion of fake parameters is refused by torch

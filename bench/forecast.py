@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import forecast_page  # noqa: E402
 import lab_ideas as ideas  # noqa: E402
 import lab_report  # noqa: E402
-import ttt_tuning  # noqa: E402
+import ttt_variants  # noqa: E402
 from intervals import STUDENT  # noqa: E402
 
 GOAL = 1.045
@@ -542,11 +542,11 @@ def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
             falsified,
         )
     rows = lab_report.read_results(folder / "ttt_tuning.jsonl")
-    unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_tuning.OFF}
+    unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_variants.OFF}
     best: dict[tuple[str, int], dict[int, float]] = {model: {} for model in unlearned}
     for r in rows:
-        changes, model = ttt_tuning.VARIANTS.get(r["variant"], {}), (r["model"], r["seed"])
-        if model not in best or r["variant"] == ttt_tuning.OFF or set(changes) - {"TTT_LORA_LR", "TTT_CHUNK_SIZE"}:
+        changes, model = ttt_variants.VARIANTS.get(r["variant"], {}), (r["model"], r["seed"])
+        if model not in best or r["variant"] == ttt_variants.OFF or set(changes) - {"TTT_LORA_LR", "TTT_CHUNK_SIZE"}:
             continue
         chunk = int(changes["TTT_CHUNK_SIZE"]) if "TTT_CHUNK_SIZE" in changes else peers
         best[model][chunk] = max(best[model].get(chunk, -math.inf), unlearned[model] - r["bpb"])

@@ -158,9 +158,9 @@ METHOD = """
   is in the speed, by the budget. What they cost at equal FLOPs, in the laboratory's longest training, is the price of
   speed; where they seem to gain there, they count 0.
 - Bytes are not in it: an idea with more parameters must pay for them out of what quantization saves.
-- Hints and progressive context count only if the preset takes them: `HINT_ENABLED`, `TRAIN_SEQ_SCHEDULE`. Chunks of
-  test-time training count if they are not the peer's: `TTT_CHUNK_SIZE`.
+- Hints and progressive context count only if the preset takes them: `HINT_ENABLED`, `TRAIN_SEQ_SCHEDULE`.
   `make forecast ARGS="--without hints context"` shows the sum without them.
+- Chunks of test-time training count if the preset's are not the peer's: `TTT_CHUNK_SIZE`.
 - The laboratory has a built-in text, and models that see less than one token for each parameter, but for the one that
   trains for eight times as long, which sees four. No interval covers what another kind of text may do. The share of the
   recipe, from nearly nothing to all, stands for it.

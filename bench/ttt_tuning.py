@@ -31,40 +31,10 @@ import intervals  # noqa: E402
 import lab_report  # noqa: E402
 import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
+from ttt_variants import OFF, VARIANTS  # noqa: E402
 
-# Of the submission at the root of this repository: the presets' values are for 50,000 documents.
+# Of a submission of November 2026: the presets' values are for 50,000 documents.
 BASE = strict.SMALL | dict(TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS="200")
-OFF = "without learning"
-VARIANTS: dict[str, dict[str, str]] = {
-    "rate of the adapters / 2": dict(TTT_LORA_LR="5e-4"),
-    "rate of the adapters x 2": dict(TTT_LORA_LR="2e-3"),
-    "beta2 0.9": dict(TTT_BETA2="0.9"),
-    "beta2 0.999": dict(TTT_BETA2="0.999"),
-    "rank / 2": dict(TTT_LORA_RANK="8", TTT_LORA_ALPHA="9"),
-    "rank x 2": dict(TTT_LORA_RANK="32", TTT_LORA_ALPHA="36"),
-    "chunk / 2": dict(TTT_CHUNK_SIZE="24"),
-    "chunk x 2": dict(TTT_CHUNK_SIZE="96"),
-    "no prefix": dict(PHASED_TTT_PREFIX_DOCS="0"),
-    "prefix / 2": dict(PHASED_TTT_PREFIX_DOCS="100"),
-    "rate of all weights / 2": dict(GLOBAL_TTT_LR="0.005"),
-    "rate of all weights x 2": dict(GLOBAL_TTT_LR="0.02"),
-    "steps of all weights / 2 as long": dict(GLOBAL_TTT_CHUNK_TOKENS="2048"),
-    # What gained alone, further and together: smaller chunks, more steps, may be no more than a higher rate.
-    "rate of the adapters x 4": dict(TTT_LORA_LR="4e-3"),
-    "rate of the adapters x 8": dict(TTT_LORA_LR="8e-3"),
-    "rate x 4, chunk / 2": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="24"),
-    "rate x 4, chunk / 4": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="12"),
-    "rate x 2, chunk / 4": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="12"),
-    "rate x 4, rank x 2": dict(TTT_LORA_LR="4e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36"),
-    "rate x 2, rank x 2, chunk / 2": dict(
-        TTT_LORA_LR="2e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36", TTT_CHUNK_SIZE="24"
-    ),
-    # What the budget of a GPU's evaluation could pay for, each at the rates that were good for longer chunks.
-    "chunk x 2/3": dict(TTT_CHUNK_SIZE="32"),
-    "rate x 2, chunk x 2/3": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32"),
-    "rate x 4, chunk x 2/3": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="32"),
-    "rate x 2, chunk / 2": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24"),
-}
 Row = dict[str, Any]
 
 
@@ -104,9 +74,8 @@ def report(rows: list[Row]) -> str:
 
     def scores(model: str, variant: str, over: str = "") -> list[float]:
         """Of the seeds that have the variant; its difference to another one, if given."""
-        seeds = [
-            seed for seed in models[model] if {(model, name, seed) for name in (variant, over or variant)} <= set(found)
-        ]
+        needed = (variant, over or variant)
+        seeds = [seed for seed in models[model] if all((model, name, seed) in found for name in needed)]
         return [found[model, variant, seed] - (found[model, over, seed] if over else 0) for seed in seeds]
 
     lines = [

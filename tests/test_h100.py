@@ -3,7 +3,6 @@
 Most of it runs with any torch. What compiles for the device needs the environment of `make check-h100`.
 """
 
-import dataclasses
 import json
 import os
 from collections import Counter
@@ -100,9 +99,9 @@ def test_the_stand_ins_have_what_a_training_needs(preset):
 
 
 def test_the_stand_ins_let_a_backend_be_chosen_with_windows():
-    knobs = dict(device="cuda", compute_dtype="bfloat16", attention="auto", window_attn_size=16)
+    config = tg.Config(device="cuda", compute_dtype="bfloat16", attention="auto", window_attn_size=16)
     with uses.stand_ins(tg):
-        assert tg.choose_attention(dataclasses.replace(tg.Config(), **knobs)) == ("fa3", "fa3: works")
+        assert tg.choose_attention(config) == ("fa3", "fa3: works")
 
 
 def test_launches_and_bytes_are_read_from_generated_code():

@@ -1,0 +1,35 @@
+"""What bench/ttt_tuning.py tries: settings by the names of its rows. Plain data, which bench/forecast.py reads, too."""
+
+from __future__ import annotations
+
+OFF = "without learning"
+VARIANTS: dict[str, dict[str, str]] = {
+    "rate of the adapters / 2": dict(TTT_LORA_LR="5e-4"),
+    "rate of the adapters x 2": dict(TTT_LORA_LR="2e-3"),
+    "beta2 0.9": dict(TTT_BETA2="0.9"),
+    "beta2 0.999": dict(TTT_BETA2="0.999"),
+    "rank / 2": dict(TTT_LORA_RANK="8", TTT_LORA_ALPHA="9"),
+    "rank x 2": dict(TTT_LORA_RANK="32", TTT_LORA_ALPHA="36"),
+    "chunk / 2": dict(TTT_CHUNK_SIZE="24"),
+    "chunk x 2": dict(TTT_CHUNK_SIZE="96"),
+    "no prefix": dict(PHASED_TTT_PREFIX_DOCS="0"),
+    "prefix / 2": dict(PHASED_TTT_PREFIX_DOCS="100"),
+    "rate of all weights / 2": dict(GLOBAL_TTT_LR="0.005"),
+    "rate of all weights x 2": dict(GLOBAL_TTT_LR="0.02"),
+    "steps of all weights / 2 as long": dict(GLOBAL_TTT_CHUNK_TOKENS="2048"),
+    # What gained alone, further and together: smaller chunks, more steps, may be no more than a higher rate.
+    "rate of the adapters x 4": dict(TTT_LORA_LR="4e-3"),
+    "rate of the adapters x 8": dict(TTT_LORA_LR="8e-3"),
+    "rate x 4, chunk / 2": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="24"),
+    "rate x 4, chunk / 4": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="12"),
+    "rate x 2, chunk / 4": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="12"),
+    "rate x 4, rank x 2": dict(TTT_LORA_LR="4e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36"),
+    "rate x 2, rank x 2, chunk / 2": dict(
+        TTT_LORA_LR="2e-3", TTT_LORA_RANK="32", TTT_LORA_ALPHA="36", TTT_CHUNK_SIZE="24"
+    ),
+    # What the budget of a GPU's evaluation could pay for, each at the rates that were good for longer chunks.
+    "chunk x 2/3": dict(TTT_CHUNK_SIZE="32"),
+    "rate x 2, chunk x 2/3": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32"),
+    "rate x 4, chunk x 2/3": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="32"),
+    "rate x 2, chunk / 2": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24"),
+}

@@ -1005,6 +1005,13 @@ class Config(ModelConfig):
         "weigh each token of GPTQ's Hessians by the squared gradient at the matrix's outputs (GuidedQuant)",
         Observed.BYTES,
     )
+    gptq_row_groups: int = knob(
+        0,
+        "groups of output rows: GPTQ compensates the errors of one in those after it (YAQA); 0: rows are independent",
+        Observed.BYTES,
+        low=0,
+        high=8192,
+    )
     trellis_states: int = knob(8, "states of the quantizer's trellis: 4, 8, 16 or 32", Observed.BYTES, low=4, high=32)
     trellis_rate: float = knob(
         0.5, "weight of the code's bits against the error in the trellis search", Observed.BYTES, low=0, high=10
@@ -1324,7 +1331,7 @@ class Config(ModelConfig):
     @property
     def takes_sensitivities(self) -> bool:
         """Calibration takes gradients."""
-        return bool(self.matrix_steps or self.row_steps or self.guided_hessians)
+        return bool(self.matrix_steps or self.row_steps or self.guided_hessians or self.gptq_row_groups)
 
     @property
     def averages(self) -> tuple[bool, bool]:
@@ -1487,6 +1494,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         row_steps=0.75,
         std_steps=0.5,
         guided_hessians=True,
+        gptq_row_groups=16,
         compressor="pergroup",
         target_bytes=2_000_000,
         eval_stride=128,
@@ -1545,6 +1553,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         row_steps=0.75,
         std_steps=0.5,
         guided_hessians=True,
+        gptq_row_groups=16,
         target_bytes=16_000_000,
         gated_attn_quant_gate=True,
         lqer_enabled=True,
@@ -1620,6 +1629,7 @@ ORIGINALS: dict[str, dict[str, Any]] = {
         row_steps=0.0,
         std_steps=1.0,
         guided_hessians=False,
+        gptq_row_groups=0,
         target_bytes=0,
         lqer_select="norm",
         lqer_asym_enabled="1",
@@ -2441,7 +2451,7 @@ def follow_quantizer(v: dict[str, Any], follow: Follow) -> None:
     traits = QUANTIZER_TRAITS[v["quantizer"]]
     off = {} if traits.column_scales else dict(column_steps=0.0, awq_groups=0, target_bytes=0)
     if not traits.uses_hessians:
-        off |= dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
+        off |= dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False, gptq_row_groups=0)
     for name, value in off.items():
         follow(name, value, "quantizer")
     follow("rvq_enabled", v["rvq_enabled"] and not v["target_bytes"], "target_bytes")
@@ -2878,7 +2888,8 @@ def check_quantization(config: Config) -> None:
             allowed = f"must be 0 with QUANTIZER={config.quantizer}, which has one scale per row"
             require(not getattr(config, name), config, name, allowed)
     if not QUANTIZER_TRAITS[config.quantizer].uses_hessians:
-        for name, off in (("matrix_steps", 0), ("row_steps", 0), ("std_steps", 1), ("guided_hessians", False)):
+        unused = dict(matrix_steps=0, row_steps=0, std_steps=1, guided_hessians=False, gptq_row_groups=0)
+        for name, off in unused.items():
             allowed = f"must be {off:d} with QUANTIZER={config.quantizer}, which chooses scales by itself"
             require(getattr(config, name) == off, config, name, allowed)
 
@@ -9742,11 +9753,13 @@ class Calibration(NamedTuple):
     """What training batches say of the tensors to quantize.
 
     With gradients, an error E of a matrix adds about half the sum over rows r of rows[r] E_r H E_r^T to a token's loss,
-    in nats. Without, H is the mean X^T X of its inputs, and E adds tr(E H E^T) to the squared error of its outputs.
+    in nats, if the errors of its rows are independent. Else it is tr(G E H E^T) / 2, where G is the covariance of the
+    outputs' gradients, whose diagonal is about rows[r]. Without gradients, H is the mean X^T X of its inputs, and E adds tr(E H E^T) to the squared error of its outputs.
     """
 
     hessians: dict[str, Tensor]  # [B, c, c] of each bank
     rows: dict[str, Tensor] = {}  # [B, r] sensitivity of each output row over its matrix's mean; none without gradients
+    outputs: dict[str, Tensor] = {}  # [B, r, r] G of each bank over its mean diagonal; none without GPTQ_ROW_GROUPS
 
 
 BANK_PARTS = {"qo_bank": ("q", "out"), "kv_bank": ("k", "v"), "up_bank": ("up",), "down_bank": ("down",)}
@@ -9759,7 +9772,9 @@ class CalibrationHooks:
     Sums of X^T X are by projection: "0.qkv", "0.out", ..., "logits". With gradients, `.rows` is added for the squared
     gradients of a projection's outputs. For the gradients G of looked-up vectors, `.rows` has the squares by the
     table's rows, and `.columns` G^T G. With GUIDED_HESSIANS, each token's x x^T is weighted by the mean squared
-    gradient of the outputs (arXiv 2505.07004), apart for q, k and v.
+    gradient of the outputs (arXiv 2505.07004), apart for q, k and v. With GPTQ_ROW_GROUPS, `.outputs` has G^T G of a
+    projection's outputs, each token weighted by the mean square of x: together they are a first step towards the
+    nearest Kronecker product (YAQA, arXiv 2505.22988).
     """
 
     def __init__(self, model: GPT, config: Config):
@@ -9812,13 +9827,17 @@ class CalibrationHooks:
     def on_gradient(self, parts: dict[str, int], x: Tensor, gradient: Tensor) -> None:
         """Gradient hook of a projection's outputs."""
         x = x.flatten(0, -2).float()
-        square = gradient.flatten(0, -2).float().square()
+        outputs = gradient.flatten(0, -2).float()
+        square, power = outputs.square(), x.square().mean(1, keepdim=True)
         start = 0
         for part, width in parts.items():
             own = square if width < 0 else square[:, start : start + width]
             self.add(f"{part}.rows", own.sum(0))
             if self.config.guided_hessians:
                 self.add(part, (x * own.mean(1, keepdim=True)).mT @ x)
+            if self.config.gptq_row_groups and part != "logits":  # of a vocabulary's size it would be too large
+                g = outputs[:, start : start + own.size(1)]
+                self.add(f"{part}.outputs", (g * power).mT @ g)
             start += width
 
     def on_lookup(self, name: str, _module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
@@ -9933,8 +9952,11 @@ def calibrate(trainer: Trainer, first_step: int) -> Calibration:
     parts = {bank: [f"{i}.{p}" for p in ps for i in range(config.num_layers)] for bank, ps in BANK_PARTS.items()}
     parts[head] = ["logits"]
     parts |= {name: [name] for name in mean if name.endswith(".projection")}
-    hessians, rows = {}, {}
+    hessians, rows, outputs = {}, {}, {}
     for bank, names in parts.items():
+        if f"{names[0]}.outputs" in mean:
+            g = torch.stack([mean[f"{name}.outputs"] for name in names])
+            outputs[bank] = (g / g.diagonal(dim1=-2, dim2=-1).mean(1)[:, None, None].clamp_min(1e-30)).float()
         if config.takes_sensitivities:
             rows[bank] = torch.stack([mean[f"{name}.rows"] for name in names])
         if config.guided_hessians:
@@ -9947,7 +9969,7 @@ def calibrate(trainer: Trainer, first_step: int) -> Calibration:
     rows = {bank: r / r.mean(1, keepdim=True).clamp_min(1e-30) for bank, r in rows.items()}
     if config.takes_sensitivities:
         add_lookups(hessians, rows, mean)
-    return Calibration({n: h.float() for n, h in hessians.items()}, {n: r.float() for n, r in rows.items()})
+    return Calibration({n: h.float() for n, h in hessians.items()}, {n: r.float() for n, r in rows.items()}, outputs)
 
 
 def add_lookups(hessians: dict[str, Tensor], rows: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
@@ -9995,6 +10017,7 @@ class HessianFactor(NamedTuple):
     order: Tensor  # [B, c] the order in which columns are quantized
     inverse_cholesky: Tensor  # [B, c, c] the inverse Hessian's upper Cholesky factor U, columns in that order
     log2_steps: Tensor | None = None  # [B, r] what is added to log2 of each row's scale
+    row_cholesky: Tensor | None = None  # [B, r, r] the inverse Cholesky factor of G; None: rows are independent
 
 
 def factor_hessian(hessian: Tensor, damp: float, natural_order: bool = False) -> HessianFactor:
@@ -10146,6 +10169,46 @@ def check_codes(q: Quantized) -> None:
         raise ValueError(f"its codes are not within -{limit}..{limit}")
 
 
+# --- Compensation between rows ---
+
+
+def row_groups(rows: int, groups: int, device: torch.device) -> list[Tensor]:
+    """The rows of each group, every groups-th one: neighbours, of one head, are the most correlated, and a group's rows
+    do not compensate each other.
+    """
+    return [torch.arange(first, rows, groups, device=device) for first in range(min(groups, rows))]
+
+
+def encode_by_row_groups(
+    weights: Tensor,
+    u: Tensor | None,
+    groups: int,
+    encode_rows: Callable[[Tensor, Tensor], Quantized],
+    decode: Callable[[Quantized], Tensor],
+) -> Tensor:
+    """Codes of a bank [B, r, c], one group of rows after the other, each with the errors before it compensated.
+
+    Of the cost tr(G E H E^T), the errors E_1 of some rows leave least if the other rows are off by -G_22^-1 G_21 E_1:
+    H plays no part (YAQA, arXiv 2505.22988, which goes row by row). Groups come close to that, and their rows are
+    searched at once. u [B, r, r] is the Cholesky factor of G^-1, rows in the order of `row_groups`; None: rows are
+    independent. `encode_rows` quantizes the rows of some indices.
+    """
+    indices = row_groups(weights.size(1), groups if u is not None else 1, weights.device)
+    if u is None:
+        return encode_rows(weights, indices[0]).codes
+    target = weights.float()[:, torch.cat(indices)]
+    codes = torch.empty(weights.shape, dtype=torch.int16, device=weights.device)
+    start = 0
+    for index in indices:
+        here, after = slice(start, start + len(index)), slice(start + len(index), None)
+        q = encode_rows(target[:, here], index)
+        codes[:, index] = q.codes.short()
+        error = torch.linalg.solve_triangular(u[:, here, here].mT, target[:, here] - decode(q), upper=False)
+        target[:, after] -= u[:, here, after].mT @ error
+        start += len(index)
+    return codes
+
+
 # --- Uniform: rounding to nearest, or GPTQ where there is a Hessian ---
 
 
@@ -10211,8 +10274,14 @@ def encode_uniform(
     limits = torch.full(exponents.shape, max_level or 2 ** (bits - 1) - 1, device=weights.device)
     if salient is not None:
         limits = torch.where(salient, limits.clamp(min=INT8_LIMIT), limits)
-    codes = gptq(weights, factor, scales, limits, torch.exp2(exponents / 2))
-    return quantized_integers(codes, scales, bits, column_extras(exponents))
+    extras = column_extras(exponents)
+
+    def encode_rows(part: Tensor, rows: Tensor) -> Quantized:
+        codes = gptq(part, factor, scales[:, rows], limits, torch.exp2(exponents / 2))
+        return Quantized(codes, scales[:, rows], bits, extras)
+
+    codes = encode_by_row_groups(weights, factor.row_cholesky, config.gptq_row_groups, encode_rows, decode_uniform)
+    return quantized_integers(codes, scales, bits, extras)
 
 
 def decode_uniform(q: Quantized) -> Tensor:
@@ -10424,18 +10493,37 @@ def viterbi_search(
     return codes
 
 
-def trellis_gptq(weights: Tensor, u: Tensor, scales: Tensor, column_scales: Tensor, config: Config) -> Tensor:
+def level_costs(weights: Tensor, scales: Tensor, column_scales: Tensor, config: Config) -> Tensor:
+    """What the bits of a level l cost over l^2, in squared scales, [B, c, 1, r]: its code is Gaussian, and its variance
+    that of its row times that of its column.
+    """
+    square = (weights.float() / (scales.float()[..., None] * column_scales[:, None])).square()
+    row, column = (square.mean(d, keepdim=True) for d in (2, 1))
+    product = row * column / square.mean((1, 2), keepdim=True).clamp_min(1e-30)
+    return (config.trellis_rate * TRELLIS_DISTORTION / (product + 1)).mT[:, :, None]
+
+
+def trellis_gptq(
+    weights: Tensor,
+    u: Tensor,
+    scales: Tensor,
+    column_scales: Tensor,
+    config: Config,
+    level_cost: Tensor | None = None,
+) -> Tensor:
     """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) instead of rounding, columns in natural order.
 
     weights [B, r, c], U [B, c, c], scales [B, r] and column scales [B, c]: a weight is a level times both scales.
-    Returns codes k, int16 [B, r, c]; `trellis_levels` turns them into levels. TRELLIS_RATE weighs the bits: 1 is the
+    Returns codes k, int16 [B, r, c]; `trellis_levels` turns them into levels. Of some of a bank's rows, `level_cost` is
+    that of `level_costs` by all of them. TRELLIS_RATE weighs the bits: 1 is the
     slope of the rate-distortion function, 0 ignores them. Natural order takes no bytes, and did better than a falling
     diagonal: the search uses columns that matter little to correct those that matter much.
     """
     trellis = make_trellis(config.trellis_states, weights.device)
-    rate = config.trellis_rate
+    if level_cost is None:
+        level_cost = level_costs(weights, scales, column_scales, config)
     codes = torch.empty(weights.shape, dtype=torch.int16, device=weights.device)
-    bit_cost = math.log(4) * rate * TRELLIS_DISTORTION  # -dD/dR, 6.02 dB per bit
+    bit_cost = math.log(4) * config.trellis_rate * TRELLIS_DISTORTION  # -dD/dR, 6.02 dB per bit
     rows = weights.size(1)
     chunk = TRELLIS_ROWS[weights.device.type]
     matrices_per_chunk = max(1, chunk // rows)
@@ -10443,14 +10531,10 @@ def trellis_gptq(weights: Tensor, u: Tensor, scales: Tensor, column_scales: Tens
         matrices = slice(b, b + matrices_per_chunk)
         scaled = u[matrices] / column_scales[matrices, None]
         w = weights[matrices].float() / (scales[matrices].float()[..., None] * column_scales[matrices, None])
-        variance = w.square()
-        row, column = (variance.mean(d, keepdim=True) for d in (2, 1))
-        product = row * column / variance.mean((1, 2), keepdim=True).clamp_min(1e-30)
-        level_cost = (rate * TRELLIS_DISTORTION / (product + 1)).mT[:, :, None]  # [B, c, 1, r]
         for r in range(0, rows, chunk):
             part = slice(r, r + chunk)
             codes[matrices, part] = viterbi_search(
-                w[:, part], scaled, level_cost[..., part].contiguous(), bit_cost, trellis
+                w[:, part], scaled, level_cost[matrices, ..., part].contiguous(), bit_cost, trellis
             )
     return codes
 
@@ -10470,8 +10554,16 @@ def encode_trellis(
     multiplier = 2.0**log2_scale_offset * TRELLIS_SCALE
     max_level = 2 * TRELLIS_LIMIT - 2
     scales, exponents = fit_scales(weights, factor, bits, sigmas, config, multiplier, max_level, salient)
-    codes = trellis_gptq(weights, factor.inverse_cholesky, scales, torch.exp2(exponents / 2), config)
-    return quantized_integers(codes, scales, bits, column_extras(exponents), config.trellis_states)
+    columns, extras = torch.exp2(exponents / 2), column_extras(exponents)
+    level_cost = level_costs(weights, scales, columns, config)
+
+    def encode_rows(part: Tensor, rows: Tensor) -> Quantized:
+        u = factor.inverse_cholesky
+        codes = trellis_gptq(part, u, scales[:, rows], columns, config, level_cost[..., rows])
+        return Quantized(codes, scales[:, rows], bits, extras, config.trellis_states)
+
+    codes = encode_by_row_groups(weights, factor.row_cholesky, config.gptq_row_groups, encode_rows, decode_trellis)
+    return quantized_integers(codes, scales, bits, extras, config.trellis_states)
 
 
 def decode_trellis(q: Quantized) -> Tensor:
@@ -10573,6 +10665,11 @@ def plan_quantization(weights: dict[str, Tensor], calibration: Calibration, conf
         for name, hessian in calibration.hessians.items()
         if quantization_bits(name, weights[name].numel(), config)[0] < 16
     }
+    for name in factors.keys() & calibration.outputs.keys() if config.gptq_row_groups else ():
+        g = calibration.outputs[name]
+        order = torch.cat(row_groups(g.size(1), config.gptq_row_groups, g.device))
+        row_cholesky = inverse_cholesky(g[:, order][:, :, order], config.gptq_damp)
+        factors[name] = factors[name]._replace(row_cholesky=row_cholesky)
     return with_row_steps(weights, calibration, factors, config)
 
 
@@ -12084,7 +12181,8 @@ class ByteSearch:
         if every > 1:
             value = as_batch(value)[:, ::every]
             steps = factor.log2_steps
-            factor = factor._replace(log2_steps=None if steps is None else steps[:, ::every])
+            steps = None if steps is None else steps[:, ::every]
+            factor = factor._replace(log2_steps=steps, row_cholesky=None)  # compensation hardly changes the bits
         self.passes += value.numel() / self.total
         elements = self.counts[name]
         return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name), elements)

@@ -85,7 +85,7 @@ ASSUMED = {
     "node": Seconds(0.005, 0.0065, 0.010),
     "symbolic node": Seconds(0.008, 0.010, 0.015),  # of a graph for any size: PR #2163 takes 97 to 118 s for its own
     "kernel": Seconds(0.1, 0.2, 0.4),  # Triton's compilation and autotuning
-    "attempts": Seconds(3, 4, 5),  # quantizations until the artifact fits its limit
+    "attempts": Seconds(1.1, 1.25, 1.5),  # quantizations until the artifact fits its limit (docs/quantization.md)
     "column": Seconds(0.0003, 0.00045, 0.0006),  # some 55 launches for a column of the trellis
     "corrections": Seconds(3, 4.5, 6),  # LQER's decompositions, for each attempt
     "packed integer": Seconds(0.1e-6, 0.15e-6, 0.25e-6),  # bench/results/pack.txt: 0.48 s for 3.4 million
@@ -305,13 +305,15 @@ class Budget:
         """Stages of the artifact, on rank 0: outside of both limits but for reading it."""
         model = t.meta_model(dataclasses.replace(self.config, device="cpu", attention="sdpa"))
         banks = [p for p in model.parameters() if p.dim() > 1 and p.numel() > 65536]
-        integers, columns = sum(p.numel() for p in banks), sum(p.size(-1) for p in banks)
+        integers = sum(p.numel() for p in banks)
+        groups = self.config.gptq_row_groups or 1  # one after the other, of all but tables
+        columns = sum(p.size(-1) * (groups if p.dim() == 3 else 1) for p in banks)
         attempt = ASSUMED["column"] * columns + ASSUMED["corrections"] + ASSUMED["packed integer"] * integers
         attempts = ASSUMED["attempts"]
         quantize = Seconds(*(a * b for a, b in zip(attempt, attempts, strict=True)))
         unpack = ASSUMED["unpacked integer"] * integers
         return [
-            Stage("quantize", quantize, "", f"assumed: {attempts.mid:g} attempts, {columns} columns"),
+            Stage("quantize", quantize, "", f"assumed: {attempts.mid:g} attempts of {columns} columns"),
             Stage("pack", unpack + Seconds(1, 2, 4), "", "assumed: read once for the table of sizes"),
             Stage("unpack", unpack, "evaluation", f"assumed: {integers} integers"),
         ]

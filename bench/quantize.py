@@ -103,13 +103,14 @@ PEER = dict(
     LQER_ASYM_ENABLED="1",
 )
 BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, TARGET_BYTES=1, TUNE_STEPS=0)
-BLIND |= dict(SCALE_GRID=16, FP16_ELEMENTS=65_536)
+BLIND |= dict(SCALE_GRID=16, FP16_ELEMENTS=65_536, GPTQ_ROW_GROUPS=0)
 BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
 SENSITIVE = dict(BEFORE, MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, LQER_ENABLED=0)
-SENSITIVE |= dict(SCALE_GRID=4, FP16_ELEMENTS=4096)
+SENSITIVE |= dict(SCALE_GRID=4, FP16_ELEMENTS=4096, GPTQ_ROW_GROUPS=16)
 METHODS: dict[str, dict[str, Any]] = {
     "before": BEFORE,  # steps by the weights' spread alone
     "uniform": dict(SENSITIVE, QUANTIZER="uniform"),
+    "rows": dict(SENSITIVE, GPTQ_ROW_GROUPS=0),  # errors of rows are independent
     "trellis8": dict(SENSITIVE, TRELLIS_STATES=8),
     "trellis16": SENSITIVE,
     "tuned": dict(SENSITIVE, TUNE_STEPS=60),
@@ -204,12 +205,15 @@ def load(model: t.GPT, weights: dict[str, Tensor]) -> None:
 
 
 def predicted(stored: dict[str, t.Quantized], bench: Bench, calibration: t.Calibration) -> float:
-    """Half the sum of rows[r] E_r H E_r^T over all matrices with a Hessian, in nats per token."""
+    """Half of tr(G E H E^T) over all matrices with a Hessian, or of the sum of rows[r] E_r H E_r^T where there is no G,
+    in nats per token.
+    """
     total = 0.0
     for name, hessian in calibration.hessians.items():
         error = t.as_batch(bench.weights[name] - t.restore(stored[name]).to(hessian.device))
-        error = error * calibration.rows[name].sqrt()[..., None]
-        total += t.weighted_error(error, hessian).sum().item()
+        outputs = calibration.outputs.get(name)
+        seen = error * calibration.rows[name][..., None] if outputs is None else outputs @ error
+        total += ((error @ hessian) * seen).sum(dtype=torch.float64).item()
     return total / 2
 
 
@@ -245,7 +249,8 @@ def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) 
     config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 32})
     calibrations = {}
     for guided in (False, True):
-        changes = {} if guided else dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False)
+        off = dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False, gptq_row_groups=0)
+        changes = {} if guided else off
         trainer.config = dataclasses.replace(config, **changes)
         calibrations[guided] = t.calibrate(trainer, first)
     rows = []
@@ -309,8 +314,10 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -> t.Calibration:
-    """Hessians of correlated random inputs for each bank, and log-normal sensitivities of their rows."""
-    hessians, sensitivities = {}, {}
+    """Hessians of correlated random inputs for each bank, log-normal sensitivities of their rows, and correlated
+    gradients of the outputs.
+    """
+    hessians, sensitivities, outputs = {}, {}, {}
     for name in (*t.BANKS, "head" if "head" in weights else "embedding"):
         w = t.as_batch(weights[name])
         inputs = torch.randn(2 * w.size(-1), w.size(-1), generator=generator)
@@ -322,7 +329,12 @@ def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -
         )
         rows = torch.exp(torch.randn(w.shape[:2], generator=generator)).to(w.device)
         sensitivities[name] = rows / rows.mean(1, keepdim=True)
-    return t.Calibration(hessians, sensitivities)
+        if name in t.BANKS:
+            g = torch.randn(2 * w.size(1), w.size(1), generator=generator)
+            g = (g + 0.5 * g.roll(1, 1)).to(w.device)
+            g = g * sensitivities[name].sqrt()[:, None]
+            outputs[name] = g.mT @ g / g.square().sum((1, 2), keepdim=True) * w.size(1)
+    return t.Calibration(hessians, sensitivities, outputs)
 
 
 class OperationCount(TorchDispatchMode):
@@ -356,9 +368,12 @@ def trellis_operations(c: t.Config) -> int:
             w = t.as_batch(weights[name])
             matrices, rows, columns = w.shape
             u = torch.empty(matrices, columns, columns, device="meta")
-            with OperationCount() as counted:
-                t.trellis_gptq(w, u, torch.empty(matrices, rows, device="meta"), u[0].new_empty(matrices, columns), c)
-            total += counted.count
+            groups = c.gptq_row_groups if name in t.BANKS else 0
+            for index in t.row_groups(rows, groups or 1, torch.device("meta")):
+                part, scales = w[:, : len(index)], torch.empty(matrices, len(index), device="meta")
+                with OperationCount() as counted:
+                    t.trellis_gptq(part, u, scales, u[0].new_empty(matrices, columns), c)
+                total += counted.count
     return total
 
 

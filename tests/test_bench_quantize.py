@@ -59,12 +59,21 @@ def test_random_calibration_is_of_every_bank():
         assert (calibration.rows[name] > 0).all() and calibration.rows[name].shape == w.shape[:2]
 
 
-def test_the_prediction_is_half_the_weighted_sum():
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_prediction_is_half_the_weighted_sum(correlated):
     c, weights, calibration = calibrated()
+    outputs = calibration.outputs
+    assert set(outputs) == set(tg.BANKS) < set(calibration.hessians)
+    if not correlated:
+        calibration = calibration._replace(outputs={})
     stored = tg.quantize(weights, calibration, c)
     total = 0.0
     for name, hessians in calibration.hessians.items():
         errors = tg.as_batch(weights[name] - tg.restore(stored[name])).double()
+        if correlated and name in outputs:
+            for e, h, g in zip(errors, hessians.double(), outputs[name].double(), strict=True):
+                total += 0.5 * torch.einsum("rs,sc,cd,rd->", g, e, h, e).item()
+            continue
         for error, hessian, rows in zip(errors, hessians.double(), calibration.rows[name].double(), strict=True):
             for e, sensitivity in zip(error, rows, strict=True):
                 total += 0.5 * sensitivity.item() * (e @ hessian @ e).item()

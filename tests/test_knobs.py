@@ -191,6 +191,7 @@ CHANGES = {
     "ROW_STEPS": (0.75, {}),
     "STD_STEPS": (0.5, {}),
     "GUIDED_HESSIANS": (1, {}),
+    "GPTQ_ROW_GROUPS": (4, {}),
     "TUNE_STEPS": (4, dict(TUNED, TUNE_STEPS=0)),
     "TUNE_SCALE_LR": (0.01, TUNED),
     "TUNE_VECTOR_LR": (0.005, TUNED),

@@ -41,9 +41,11 @@ def watched(monkeypatch, model):
 
 
 def brute_force(trainer, first_step, monkeypatch):
-    """Sums by projection and part of g^2 [r], of x x^T mean(g^2) and x x^T [c, c]; by table, of g^2 [n] and g g^T."""
+    """Sums by projection and part of g^2 [r], of x x^T mean(g^2) and x x^T [c, c], and of g g^T mean(x^2) [r, r]; by
+    table, of g^2 [n] and g g^T.
+    """
     model, c = trainer.model, trainer.config
-    squares, guided, plain, lookups = {}, {}, {}, {}
+    squares, guided, plain, outputs, lookups = {}, {}, {}, {}, {}
     calls = watched(monkeypatch, model)
     for step in range(first_step, first_step + c.gptq_calibration_batches):
         for micro in range(trainer.layout.micro_steps):
@@ -75,7 +77,9 @@ def brute_force(trainer, first_step, monkeypatch):
                         squares[key] = squares.get(key, 0) + gradient.square()
                         guided[key] = guided.get(key, 0) + gradient.square().mean() * product
                         plain[key] = plain.get(key, 0) + product
-    return squares, guided, plain, lookups
+                        power = token.square().mean()
+                        outputs[key] = outputs.get(key, 0) + power * torch.outer(gradient, gradient)
+    return squares, guided, plain, outputs, lookups
 
 
 def close(found, expected):
@@ -85,10 +89,11 @@ def close(found, expected):
 @pytest.mark.parametrize("guided", [0, 1])
 @pytest.mark.parametrize("base", [RECORD_LIKE, UNTIED, TABLES], ids=["looped", "untied", "tables"])
 def test_sensitivities_are_the_squared_gradients_token_by_token(base, guided, data, monkeypatch):
-    trainer = make_trainer(base, data, GUIDED_HESSIANS=guided, GPTQ_CALIBRATION_BATCHES=1, TRAIN_BATCH_TOKENS=128)
+    knobs = dict(GPTQ_ROW_GROUPS=2, GPTQ_CALIBRATION_BATCHES=1, TRAIN_BATCH_TOKENS=128)
+    trainer = make_trainer(base, data, GUIDED_HESSIANS=guided, **knobs)
     c, model = trainer.config, trainer.model
     found = tg.calibrate(trainer, 3)
-    squares, weighted, plain, lookups = brute_force(trainer, 3, monkeypatch)
+    squares, weighted, plain, outputs, lookups = brute_force(trainer, 3, monkeypatch)
     tokens = c.gptq_calibration_batches * c.train_batch_tokens
     head = "embedding" if model.head is None else "head"
     expected_hessians, expected_rows = {}, {}
@@ -102,6 +107,10 @@ def test_sensitivities_are_the_squared_gradients_token_by_token(base, guided, da
         else:
             hessian = torch.stack([plain[key] for key in keys]) / tokens * rows.mean(1)[:, None, None]
         expected_hessians[bank], expected_rows[bank] = hessian, rows / rows.mean(1, keepdim=True)
+        assert (bank in found.outputs) == (bank != head)
+        if bank != head:
+            g = torch.stack([outputs[key] for key in keys])
+            assert close(found.outputs[bank], g / g.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]), bank
     for name, (by_row, by_column) in lookups.items():
         table = "embedding" if name == "lookup" else name.replace(".lookup", ".table")
         n = len(dict(model.named_parameters())[table])
@@ -343,7 +352,13 @@ def test_small_tables_have_hessians_but_no_corrections(data):
 
 @pytest.mark.parametrize(
     "knob, value, allowed",
-    [("MATRIX_STEPS", 0.5, 0), ("ROW_STEPS", 0.5, 0), ("STD_STEPS", 0.5, 1), ("GUIDED_HESSIANS", 1, 0)],
+    [
+        ("MATRIX_STEPS", 0.5, 0),
+        ("ROW_STEPS", 0.5, 0),
+        ("STD_STEPS", 0.5, 1),
+        ("GUIDED_HESSIANS", 1, 0),
+        ("GPTQ_ROW_GROUPS", 2, 0),
+    ],
 )
 def test_a_quantizer_that_chooses_its_own_scales_refuses_steps(knob, value, allowed):
     with pytest.raises(tg.ConfigError, match=f"^{knob}=.*must be {allowed} with QUANTIZER=gptq_lite") as error:

@@ -8291,7 +8291,8 @@ class GPT(nn.Module):
             signs = pair_signs(ids, starts, config.bigram_dim, x.dtype) if config.bigram_signs else None
             x = x + self.bigram(bigram_buckets(ids, starts, config.bigram_vocab_size), x.dtype, signs)
         if noise is not None:
-            x = x + (noise.reach * uniform_noise(noise.keys, *x.shape[1:])).to(x.dtype)
+            length = ids.numel() // len(noise.keys)  # of a sequence: a stream's batch is one row of them
+            x = x + (noise.reach * uniform_noise(noise.keys, length, x.size(-1))).to(x.dtype).view(x.shape)
         if self.smear is None:
             return rms_norm(x)
         return self.smear(rms_norm(x), documents) if self.smear.channel else rms_norm(self.smear(x, documents))
@@ -9266,8 +9267,7 @@ class Trainer:
             extra = self.extra_targets(p, batch, predicts_ahead)
             more = rounding if extra is None else dict(rounding, extra_targets=extra.tokens)
             nll, lse, *others = self.forward(*batch, looped=looped, noise=noise, trainable_layers=layers, **more)
-            weighted = nll * focal_weights(nll, config.focal_gamma, config.focal_norm) if config.focal_enabled else nll
-            loss = weighted.sum()
+            loss = self.focal_loss(nll).sum() if config.focal_enabled else nll.sum()
             if config.z_loss_weight:
                 loss = loss + config.z_loss_weight * lse.square().sum()
             if extra is not None:
@@ -9278,6 +9278,12 @@ class Trainer:
         self.optimizers.step(muon_beta(p, config), multiplier, layers)
         self.update_averages(p)
         return nats
+
+    def focal_loss(self, nll: Tensor) -> Tensor:
+        """The tokens' losses, weighted. A stream's batch is one row, in which each sequence still counts by itself."""
+        config = self.config
+        rows = nll.view(-1, config.train_seq_len)
+        return rows * focal_weights(rows, config.focal_gamma, config.focal_norm)
 
     def extra_targets(self, p: Progress, batch: Batch, predicts_ahead: bool) -> ExtraTargets | None:
         """What a step predicts beside the targets of a micro-batch, or None."""
@@ -9754,7 +9760,8 @@ class Calibration(NamedTuple):
 
     With gradients, an error E of a matrix adds about half the sum over rows r of rows[r] E_r H E_r^T to a token's loss,
     in nats, if the errors of its rows are independent. Else it is tr(G E H E^T) / 2, where G is the covariance of the
-    outputs' gradients, whose diagonal is about rows[r]. Without gradients, H is the mean X^T X of its inputs, and E adds tr(E H E^T) to the squared error of its outputs.
+    outputs' gradients, about rows[r] on its diagonal. Without gradients, H is the mean X^T X of its inputs, and E adds
+    tr(E H E^T) to the squared error of its outputs.
     """
 
     hessians: dict[str, Tensor]  # [B, c, c] of each bank
@@ -9952,7 +9959,8 @@ def calibrate(trainer: Trainer, first_step: int) -> Calibration:
     parts = {bank: [f"{i}.{p}" for p in ps for i in range(config.num_layers)] for bank, ps in BANK_PARTS.items()}
     parts[head] = ["logits"]
     parts |= {name: [name] for name in mean if name.endswith(".projection")}
-    hessians, rows, outputs = {}, {}, {}
+    hessians, rows = {}, {}
+    outputs: dict[str, Tensor] = {}
     for bank, names in parts.items():
         if f"{names[0]}.outputs" in mean:
             g = torch.stack([mean[f"{name}.outputs"] for name in names])

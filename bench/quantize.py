@@ -317,7 +317,8 @@ def random_calibration(weights: dict[str, Tensor], generator: torch.Generator) -
     """Hessians of correlated random inputs for each bank, log-normal sensitivities of their rows, and correlated
     gradients of the outputs.
     """
-    hessians, sensitivities, outputs = {}, {}, {}
+    hessians, sensitivities = {}, {}
+    outputs: dict[str, Tensor] = {}
     for name in (*t.BANKS, "head" if "head" in weights else "embedding"):
         w = t.as_batch(weights[name])
         inputs = torch.randn(2 * w.size(-1), w.size(-1), generator=generator)

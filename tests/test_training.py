@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -236,6 +237,35 @@ def test_focal_weights_of_a_batch_average_1_over_all_of_it():
     hard = (1 - torch.exp(-nll)) ** 1.5
     assert torch.allclose(found, hard / (hard.sum() / 6)) and found.mean().item() == pytest.approx(1)
     assert found[0].mean() < 1 < found[1].mean() and not torch.allclose(found, own)
+
+
+@pytest.mark.parametrize("order", ["rows", "documents", "stream"])
+def test_noise_and_focal_weights_are_each_sequences_own(order, data):
+    """In a stream, whose batch is one row of all its sequences, too."""
+    knobs = dict(COMPUTE_DTYPE="float64", DATA_ORDER=order, NEFTUNE_ALPHA=5, FOCAL_ENABLED=1, MICRO_BATCH_TOKENS=768)
+    trainer = make_trainer(TINY, data, random_weights=True, **knobs)
+    c, layout = trainer.config, trainer.layout
+    assert layout.micro_steps == 1 and layout.sequences > 1
+    found = gradients_of_a_step(trainer)
+    batch, noise = trainer.loader.batch(0, 0), trainer.loader.noise(0, 0)
+    assert len(batch.ids) == (1 if order == "stream" else layout.sequences) and len(noise.keys) == layout.sequences
+    whole = make_trainer(TINY, data, random_weights=True, **knobs)
+    added = torch.cat([tg.uniform_noise(key[None], c.train_seq_len, c.model_dim)[0] for key in noise.keys])
+    forward = whole.model.embed
+
+    def embed(ids, documents, _noise):
+        with mock.patch.object(tg, "uniform_noise", lambda *_: added):
+            return forward(ids, documents, tg.EmbeddingNoise(noise.keys, noise.reach))
+
+    with mock.patch.object(whole.model, "embed", embed):
+        nll, lse = whole.model(*batch, looped=False)
+    sequences = nll.view(layout.sequences, -1)
+    hard = (1 - torch.exp(-sequences.detach())) ** c.focal_gamma
+    weights = torch.stack([row / row.mean() for row in hard])
+    ((sequences * weights).mean() + c.z_loss_weight * (lse**2).mean()).backward()
+    for name, p in whole.model.named_parameters():
+        if name in found:
+            assert torch.allclose(found[name], p.grad, rtol=1e-8, atol=1e-14), name
 
 
 def test_matrices_of_layers_that_wait_shrink_where_the_knob_says_so(data):

@@ -670,3 +670,19 @@ def test_both_kinds_of_further_tokens_add_up(data):
         if both is not None:
             expected = parts[1][name] + parts[2][name] - parts[0][name]
             assert torch.allclose(both, expected, rtol=1e-9, atol=1e-12) and not torch.equal(both, parts[0][name]), name
+
+
+@pytest.mark.parametrize("preset, base", [("record", RECORD_LIKE), ("poly5", POLY_LIKE)])
+def test_the_originals_train_calibrate_and_pack(preset, base, data):
+    """What ORIGINAL=1 sets, in a tiny model: a part of it, or two together, may go untested elsewhere."""
+    numbers = {bool: int}
+    original = {n.upper(): numbers.get(type(v), type(v))(v) for n, v in tg.ORIGINALS[preset].items()}
+    trainer = make_trainer(base, data, **dict(original, GPTQ_CALIBRATION_BATCHES=1, NEFTUNE_ALPHA=5))
+    assert trainer.config.data_order == "stream"
+    before = trainer.model.embedding.detach().clone()
+    for step in range(2):
+        assert trainer.step(tg.Progress(step, 0.0), trainer.config.loops).isfinite()
+    assert not torch.equal(before, trainer.model.embedding)
+    weights = {name: p.detach().float() for name, p in trainer.model.named_parameters()}
+    artifact = tg.make_artifact(weights, tg.calibrate(trainer, 2), 10**7, trainer.config, lambda line: None)
+    assert set(tg.unpack(artifact)[1]) == set(weights)

@@ -1605,7 +1605,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # `record`, and what the laboratory and others found beyond it (docs/lab-notes.md). It changes with the evidence.
 PRESETS["frontier"] = PRESETS["record"] | dict(
-    data_order="documents",
     normuon_beta2=0.95,
     hint_enabled=True,
     ttt_chunk_size=32,

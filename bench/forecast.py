@@ -278,7 +278,7 @@ class Scale(NamedTuple):
     eightfolds: float  # from that training's tokens for each parameter to those at full size
 
 
-# What a step of the preset that is forecast costs: its documents have more context than the rows of `record`.
+# What a step of the preset that is forecast costs.
 TABLE, BUDGET = "frontier/h100.json", "frontier/budget.json"
 # One model of the laboratory, and the same model trained for eight times as long; parameters of it and of `frontier`.
 SHORT, LONG = "0.7M", "0.7M x 8"
@@ -406,35 +406,35 @@ def order_scores(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, str
     return scores
 
 
-def documents_minus(other: str, results: list[dict[str, Any]]) -> tuple[dict[str, dict[int, float]], str]:
+def order_minus(order: str, other: str, results: list[dict[str, Any]]) -> tuple[dict[str, dict[int, float]], str]:
     """Differences by size and seed, with the newest recipe that was tried with both orders; and that recipe."""
     for recipe, scores in reversed(order_scores(results).items()):
         cells: dict[str, dict[int, float]] = {}
-        for order, size, seed in scores:
-            if order == "documents" and (other, size, seed) in scores:
+        for found, size, seed in scores:
+            if found == order and (other, size, seed) in scores:
                 cells.setdefault(size, {})[seed] = scores[order, size, seed] - scores[other, size, seed]
         if any(len(of_size) > 1 for of_size in cells.values()):
             return cells, recipe
     return {}, "{}"
 
 
-def order_lines(other: str, results: list[dict[str, Any]], remark: str) -> list[str]:
-    cells, recipe = documents_minus(other, results)
+def order_lines(order: str, other: str, results: list[dict[str, Any]], remark: str = "") -> list[str]:
+    cells, recipe = order_minus(order, other, results)
     added = f", recipe {recipe}" if recipe != "{}" else ""
     return [
-        f"lab.jsonl, documents minus {other}, {size}{added}: {sample(of_size.values())} bpb{remark}"
+        f"lab.jsonl, {order} minus {other}, {size}{added}: {sample(of_size.values())} bpb{remark}"
         for size, of_size in cells.items()
         if len(of_size) > 1
     ]
 
 
-def data_part(results: list[dict[str, Any]], scale: Scale) -> Part:
-    """Whole documents in random order against the stream, which peers read."""
-    found = carried(documents_minus("stream", results)[0], scale.compute)
-    base = order_lines("rows", results, " (of our own base; peers do not read rows, so it does not count)")
+def data_part(results: list[dict[str, Any]], scale: Scale, order: str) -> Part:
+    """The preset's order of the data, rows or whole documents, against the stream, which peers read."""
+    found = carried(order_minus(order, "stream", results)[0], scale.compute)
+    base = order_lines("documents", "rows", results, " (both are our own, so it does not count)")
     falsified = (
-        "two runs on the GPU that differ in `DATA_ORDER` alone: documents are worse than stream, or better by more "
-        "than this interval"
+        f"two runs on the GPU that differ in `DATA_ORDER` alone: {order} are worse than stream, or better by more than "
+        "this interval"
     )
     if found is None:
         return Part(
@@ -446,7 +446,7 @@ def data_part(results: list[dict[str, Any]], scale: Scale) -> Part:
     share = np.exp(uniform("share of the data order", math.log(ratio), math.log(ratio) / 2))
     return Part(
         "data order",
-        [*order_lines("stream", results, ""), *base],
+        [*order_lines(order, "stream", results), *base],
         "as steps, times a share. In small, the stream loses since a batch of it holds few documents. That loss falls "
         f"as 1/batch, or as 1 over its root. From {batch:,} to {tokens:,} tokens a share of {ratio:.4f} to "
         f"{math.sqrt(ratio):.4f} is left",
@@ -845,7 +845,7 @@ def forecast(folder: Path, without: Sequence[str] = ()) -> Forecast:
     parts = [
         base_part(),
         reproduction_part(),
-        data_part(results, scale),
+        data_part(results, scale, config.get("data_order", DEFAULT_ORDER)),
         recipe_part(results, found, missing, scale, share),
         quantization_part(folder),
         ttt_part(folder),

@@ -238,10 +238,18 @@ def test_no_more_than_newer_ideas_saved_elsewhere(folder, exact):
 def test_data_order_by_hand(folder, exact):
     lines = planted_lab({"data: documents": [-0.01] * 3, "data: stream": [0.07] * 3})
     write_lab(folder, *lines)
+    table = folder / "frontier" / "h100.json"
+    content = json.loads(table.read_text())
+    assert "data_order" not in content["config"]  # so it is rows
+    rows = part_of(forecast.forecast(folder), "data order")
+    assert "rows minus stream, 6M: -0.0700 ± 0.0000 bpb" in "\n".join(rows.measured)
+    content["config"]["data_order"] = "documents"
+    write_json(table, content)
     part = part_of(forecast.forecast(folder), "data order")
     whole, ratio = 0.08 / SMALL * SLOPE, ideas.SIZES[-1].batch_tokens / 786_432
     middle = ratio**0.75  # halfway, in logarithms, between the ratio and its root
     assert part.range[1] == pytest.approx(-whole * middle, rel=0.05)
+    assert rows.range[1] == pytest.approx(part.range[1] * 7 / 8, rel=0.05)
     assert -whole * ratio**0.5 <= part.range[0] and part.range[2] <= -whole * ratio
     assert "documents minus stream, 6M: -0.0800 ± 0.0000 bpb" in "\n".join(part.measured)
     assert "documents minus rows, 6M: -0.0100 ± 0.0000 bpb" in "\n".join(part.measured)

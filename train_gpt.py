@@ -10521,10 +10521,10 @@ def trellis_gptq(
     """GPTQ with dependent quantization (VVC; ISO/IEC 15938-17) instead of rounding, columns in natural order.
 
     weights [B, r, c], U [B, c, c], scales [B, r] and column scales [B, c]: a weight is a level times both scales.
-    Returns codes k, int16 [B, r, c]; `trellis_levels` turns them into levels. Of some of a bank's rows, `level_cost` is
-    that of `level_costs` by all of them. TRELLIS_RATE weighs the bits: 1 is the
-    slope of the rate-distortion function, 0 ignores them. Natural order takes no bytes, and did better than a falling
-    diagonal: the search uses columns that matter little to correct those that matter much.
+    Returns codes k, int16 [B, r, c]; `trellis_levels` turns them into levels. `level_cost` is that of `level_costs`, by
+    all rows of a bank where these are some. TRELLIS_RATE weighs the bits: 1 is the slope of the rate-distortion
+    function, 0 ignores them. Natural order takes no bytes, and did better than a falling diagonal: the search uses
+    columns that matter little to correct those that matter much.
     """
     trellis = make_trellis(config.trellis_states, weights.device)
     if level_cost is None:

@@ -1556,7 +1556,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         gptq_row_groups=16,
         target_bytes=16_000_000,
         gated_attn_quant_gate=True,
-        lqer_enabled=True,
         ttt_mode="phased",
     ),
     # PR #1325 on the stack of PR #549.
@@ -1630,6 +1629,7 @@ ORIGINALS: dict[str, dict[str, Any]] = {
         guided_hessians=False,
         gptq_row_groups=0,
         target_bytes=0,
+        lqer_enabled=True,
         lqer_select="norm",
         lqer_asym_enabled="1",
         lqer_fit="svd",
@@ -9740,9 +9740,12 @@ def as_batch(weights: Tensor) -> Tensor:
     return weights if weights.dim() == 3 else weights[None]
 
 
-def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """tr(E H E^T) of each matrix's error [B, r, c]: the squared error of the layer's outputs, [B] float64."""
-    return ((error @ hessian) * error).sum(dim=(-1, -2), dtype=torch.float64)
+def weighted_error(error: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> Tensor:
+    """tr(G E H E^T) of each matrix's error [B, r, c], [B] float64. Without G [B, r, r] it is the squared error of the
+    layer's outputs.
+    """
+    seen = error if outputs is None else outputs @ error
+    return ((error @ hessian) * seen).sum(dim=(-1, -2), dtype=torch.float64)
 
 
 def entropy(codes: Tensor) -> float:
@@ -10780,24 +10783,31 @@ def round_right(right: Tensor, asymmetric: bool, config: Config) -> tuple[Tensor
     return codes.flatten(1)[:, : right.size(1)], scales
 
 
-def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Config) -> Correction:
-    """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr((E - LR) H (E - LR)^T), not to its norm.
+def fit_correction(
+    error: Tensor, hessian: Tensor, asymmetric: bool, config: Config, outputs: Tensor | None = None
+) -> Correction:
+    """LQER (arXiv 2402.02446) of one matrix's error E [r, c], fitted to tr(G (E - LR) H (E - LR)^T), not to its norm.
 
     Starts from the best factors of that rank. Then it alternates: round one factor, solve the other for it. The best
-    of these pairs is returned. With LQER_FIT=svd, it is the rounded SVD of the error, as in PR #1797.
+    of these pairs is returned. With LQER_FIT=svd, it is the rounded SVD of the error, as in PR #1797. `outputs` is
+    G [r, r], None the identity. The best left factor for a right one does not depend on it.
     """
     e = error.double()
-    h = hessian.double()
-    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (1e-6 * h.diagonal().mean() + 1e-30)
+    h, g = (None if x is None else regular(x.double()) for x in (hessian, outputs))
     lower = torch.linalg.cholesky(h)
-    whitened = e @ lower
+    upper = None if g is None else torch.linalg.cholesky(g).mT
+
+    def felt(x: Tensor) -> Tensor:
+        return x if upper is None else upper @ x
+
+    whitened = felt(e) @ lower
     rank = min(config.lqer_rank, *e.shape)
     if config.lqer_fit == "svd":
         u, s, v = torch.linalg.svd(e, full_matrices=False)
         rounded_left = round_left(u[:, :rank] * s[:rank], asymmetric, config)
         rounded_right = round_right(v[:rank], asymmetric, config)
         product = factor_values(*rounded_left).double() @ factor_values(*rounded_right).double()
-        remaining = weighted_error((e - product)[None], h[None]).item()
+        remaining = weighted_error(e - product, h, g).item()
         return sized(Correction(*rounded_left, *rounded_right, remaining, 0.0), asymmetric, config)
     basis = torch.linalg.eigh(whitened.mT @ whitened)[1][:, -rank:]
     left = whitened @ basis
@@ -10810,13 +10820,19 @@ def fit_correction(error: Tensor, hessian: Tensor, asymmetric: bool, config: Con
         left = weighted @ r.mT @ torch.linalg.pinv(r @ h @ r.mT, hermitian=True)
         rounded_left = round_left(left, asymmetric, config)
         left_values = factor_values(*rounded_left).double()
-        remaining = weighted_error((e - left_values @ r)[None], h[None]).item()
+        remaining = weighted_error(e - left_values @ r, h, g).item()
         if best is None or remaining < best.error:
             best = Correction(*rounded_left, *rounded_right, remaining, 0.0)
-        right = torch.linalg.pinv(left_values) @ e
+        right = torch.linalg.pinv(felt(left_values)) @ felt(e)
     if best is None:
         raise FloatingPointError("a correction's error is not finite")
     return sized(best, asymmetric, config)
+
+
+def regular(matrix: Tensor) -> Tensor:
+    """A covariance that has a Cholesky factor."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + eye * (1e-6 * matrix.diagonal().mean() + 1e-30)
 
 
 def sized(correction: Correction, asymmetric: bool, config: Config) -> Correction:
@@ -10828,7 +10844,12 @@ def sized(correction: Correction, asymmetric: bool, config: Config) -> Correctio
 
 
 def fit_corrections(
-    errors: dict[str, Tensor], hessians: dict[str, Tensor], error_per_byte: float, asymmetric: bool, config: Config
+    errors: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    error_per_byte: float,
+    asymmetric: bool,
+    config: Config,
 ) -> list[PlacedCorrection]:
     """The corrections to store, best first.
 
@@ -10838,13 +10859,14 @@ def fit_corrections(
     by_norm = config.lqer_select == "norm"
     ranked = []
     for name, e in errors.items():
-        size = e.square().sum((-1, -2)) if by_norm else weighted_error(e, hessians[name])
+        size = e.square().sum((-1, -2)) if by_norm else weighted_error(e, hessians[name], outputs.get(name))
         ranked += [(value, name, i) for i, value in enumerate(size.tolist())]
     ranked.sort(reverse=True)
     placed = []
     for _, name, i in ranked[: config.lqer_top_k * (1 if by_norm else 4)]:
-        correction = fit_correction(errors[name][i], hessians[name][i], asymmetric, config)
-        before = weighted_error(errors[name][i], hessians[name][i]).item()
+        e, h, g = errors[name][i], hessians[name][i], outputs[name][i] if name in outputs else None
+        correction = fit_correction(e, h, asymmetric, config, g)
+        before = weighted_error(e, h, g).item()
         gain = before - correction.error - error_per_byte * correction.bytes
         placed.append(PlacedCorrection(gain, name, i, correction))
     placed.sort(key=lambda p: -p.gain)
@@ -10857,17 +10879,19 @@ def correct_errors(
     hessians: dict[str, Tensor],
     config: Config,
     log: Callable[[str], None],
+    outputs: dict[str, Tensor] | None = None,
 ) -> None:
-    """LQER: adds low-rank corrections to LQER_TOP_K stored matrices.
+    """LQER: adds low-rank corrections to LQER_TOP_K stored matrices. `outputs` of a calibration, with row groups.
 
     The bytes of a correction could buy smaller scales instead. At high rates the error of N weights falls as
     2^(-2 bits/N), so a byte spent on smaller scales everywhere saves 8 ln 4 / N of the weighted error.
     """
     errors = {name: as_batch(weights[name]).float() - as_batch(restore(stored[name])) for name in hessians}
-    total = sum(weighted_error(e, hessians[name]).sum().item() for name, e in errors.items())
+    outputs = (outputs or {}) if config.gptq_row_groups else {}
+    total = sum(weighted_error(e, hessians[name], outputs.get(name)).sum().item() for name, e in errors.items())
     error_per_byte = 8 * math.log(4) * total / sum(e.numel() for e in errors.values())
     forms = {"auto": (True, False), "1": (True,), "0": (False,)}[config.lqer_asym_enabled]
-    candidates = [fit_corrections(errors, hessians, error_per_byte, form, config) for form in forms]
+    candidates = [fit_corrections(errors, hessians, outputs, error_per_byte, form, config) for form in forms]
     placed = max(candidates, key=lambda corrections: sum(p.gain for p in corrections))
     for gain, name, i, correction in placed:
         elsewhere = error_per_byte * correction.bytes
@@ -10978,7 +11002,7 @@ def quantize(
         for name, value in weights.items()
     }
     if config.lqer_enabled and factors:
-        correct_errors(stored, weights, hessians, config, log)
+        correct_errors(stored, weights, hessians, config, log, calibration.outputs)
     return stored
 
 
@@ -12162,6 +12186,7 @@ class ByteSearch:
         self.limit = limit
         self.factors = plan_quantization(weights, calibration, config)
         self.hessians = {name: calibration.hessians[name] for name in self.factors}  # not those of what stays fp16
+        self.outputs = calibration.outputs
         self.salient = salient_columns(weights, self.hessians, config) if config.awq_groups else {}
         self.counts = {name: weights[name].numel() for name in self.factors}
         self.total = sum(self.counts.values())
@@ -12222,7 +12247,7 @@ class ByteSearch:
         lines: list[str] = []
         stored = {name: self.stored[name]._replace(extras=dict(self.stored[name].extras)) for name in self.weights}
         if self.config.lqer_enabled:
-            correct_errors(stored, self.weights, self.hessians, self.config, lines.append)
+            correct_errors(stored, self.weights, self.hessians, self.config, lines.append, self.outputs)
         data = pack(stored, self.config, self.packed)
         attempt = Attempt(data, len(data) - self.limit, self.offset, lines)
         if self.best is None or attempt.rank > self.best.rank:

@@ -308,7 +308,9 @@ class Budget:
         integers = sum(p.numel() for p in banks)
         groups = self.config.gptq_row_groups or 1  # one after the other, of all but tables
         columns = sum(p.size(-1) * (groups if p.dim() == 3 else 1) for p in banks)
-        attempt = ASSUMED["column"] * columns + ASSUMED["corrections"] + ASSUMED["packed integer"] * integers
+        attempt = ASSUMED["column"] * columns + ASSUMED["packed integer"] * integers
+        if self.config.lqer_enabled:
+            attempt += ASSUMED["corrections"]
         attempts = ASSUMED["attempts"]
         quantize = Seconds(*(a * b for a, b in zip(attempt, attempts, strict=True)))
         unpack = ASSUMED["unpacked integer"] * integers

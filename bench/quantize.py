@@ -19,6 +19,7 @@ knobs in the environment say, take the way of a run from weights to an artifact 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -370,11 +371,12 @@ def trellis_operations(c: t.Config) -> int:
             matrices, rows, columns = w.shape
             u = torch.empty(matrices, columns, columns, device="meta")
             groups = c.gptq_row_groups if name in t.BANKS else 0
-            for index in t.row_groups(rows, groups or 1, torch.device("meta")):
-                part, scales = w[:, : len(index)], torch.empty(matrices, len(index), device="meta")
+            sizes = collections.Counter(len(index) for index in t.row_groups(rows, groups or 1, torch.device("cpu")))
+            for size, times in sizes.items():
+                scales = torch.empty(matrices, size, device="meta")
                 with OperationCount() as counted:
-                    t.trellis_gptq(part, u, scales, u[0].new_empty(matrices, columns), c)
-                total += counted.count
+                    t.trellis_gptq(w[:, :size], u, scales, u[0].new_empty(matrices, columns), c)
+                total += times * counted.count
     return total
 
 

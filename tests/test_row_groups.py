@@ -127,3 +127,43 @@ def test_the_bytes_are_met_with_compensation():
     independent = tg.quantize_within(weights, calibration._replace(outputs={}), limit, c, lines.append)
     costs = [cost(weights, tg.unpack(x)[1], calibration) for x in (data, independent)]
     assert costs[0] < 0.8 * costs[1]
+
+
+# -------------------------------------------------------------------------------------------- corrections on top (LQER)
+
+
+def test_the_weighted_error_is_the_trace_with_both_covariances():
+    _, weights, calibration = case()
+    e, h, g = weights["up_bank"], calibration.hessians["up_bank"], calibration.outputs["up_bank"]
+    found = tg.weighted_error(e, h, g)
+    for i in range(len(e)):
+        expected = torch.trace(g[i].double() @ e[i].double() @ h[i].double() @ e[i].double().T)
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_correction_is_fitted_to_what_the_outputs_feel():
+    """Against one that is fitted without the outputs' covariance, in the error that counts."""
+    c, weights, calibration = case(LQER_RANK=3, LQER_FACTOR_BITS=8)
+    e, h, g = (x[0].double() for x in (weights["up_bank"], *(calibration[k]["up_bank"] for k in (0, 2))))
+    aware, blind = (tg.fit_correction(e.float(), h.float(), False, c, x) for x in (g.float(), None))
+
+    def left(correction):
+        factors = (correction.left, correction.left_scales), (correction.right, correction.right_scales)
+        first, second = (tg.factor_values(*factor).double() for factor in factors)
+        return tg.weighted_error(e - first @ second, h, g).item()
+
+    assert aware.error == pytest.approx(left(aware), rel=1e-3)
+    assert left(aware) < 0.9 * left(blind) < tg.weighted_error(e, h, g).item()
+
+
+@pytest.mark.parametrize("limit", [0, 2600])
+def test_corrections_on_top_lower_the_cost(limit):
+    knobs = dict(QUANTIZER="trellis", MLP_BITS=2, LQER_ENABLED=1, LQER_SELECT="norm", LQER_RANK=8)
+    c, weights, calibration = case(**knobs, TARGET_BYTES=int(limit > 0))
+    plain = tg.quantize(weights, calibration, config(dict(FREE, GPTQ_ROW_GROUPS=GROUPS), **dict(knobs, LQER_ENABLED=0)))
+    if limit:
+        corrected = tg.unpack(tg.quantize_within(weights, calibration, limit, c, lambda line: None))[1]
+    else:
+        corrected = tg.quantize(weights, calibration, c)
+    assert corrected["up_bank"].extras["corrected"].tolist() == [0, 1]
+    assert cost(weights, corrected, calibration) < cost(weights, plain, calibration)

@@ -10793,8 +10793,9 @@ def fit_correction(
     G [r, r], None the identity. The best left factor for a right one does not depend on it.
     """
     e = error.double()
-    h, g = (None if x is None else regular(x.double()) for x in (hessian, outputs))
+    h = regular(hessian)
     lower = torch.linalg.cholesky(h)
+    g = None if outputs is None else regular(outputs)
     upper = None if g is None else torch.linalg.cholesky(g).mT
 
     def felt(x: Tensor) -> Tensor:
@@ -10830,7 +10831,8 @@ def fit_correction(
 
 
 def regular(matrix: Tensor) -> Tensor:
-    """A covariance that has a Cholesky factor."""
+    """A covariance in float64, with what it needs on its diagonal to have a Cholesky factor."""
+    matrix = matrix.double()
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     return matrix + eye * (1e-6 * matrix.diagonal().mean() + 1e-30)
 

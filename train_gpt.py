@@ -10866,7 +10866,8 @@ def fit_corrections(
     ranked.sort(reverse=True)
     placed = []
     for _, name, i in ranked[: config.lqer_top_k * (1 if by_norm else 4)]:
-        e, h, g = errors[name][i], hessians[name][i], outputs[name][i] if name in outputs else None
+        e, h = errors[name][i], hessians[name][i]
+        g = outputs[name][i] if name in outputs else None
         correction = fit_correction(e, h, asymmetric, config, g)
         before = weighted_error(e, h, g).item()
         gain = before - correction.error - error_per_byte * correction.bytes

@@ -68,7 +68,7 @@ PRESETS = {
     "poly5": dict(XSA_LAST_N=2, VE_LAYERS="2,3"),
 }
 NO_DECAY = dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0)
-BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0)  # scales without sensitivities
+BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, GPTQ_ROW_GROUPS=0)  # without gradients
 ROWS = {
     "record": {
         "XSA off": dict(XSA_LAST_N=0),
@@ -93,7 +93,8 @@ ROWS = {
         "clipping off": dict(GRAD_CLIP_NORM=0),
         "EMA off": dict(EMA_DECAY=0),
         "untied head": dict(TIE_EMBEDDINGS=0),
-        "LQER off": dict(LQER_ENABLED=0),
+        "LQER on": dict(LQER_ENABLED=1),
+        "row groups off": dict(GPTQ_ROW_GROUPS=0),
         "uniform quantizer": dict(QUANTIZER="uniform"),
         "GPTQ-lite": dict(QUANTIZER="gptq_lite", COLUMN_STEPS=0, LQER_ENABLED=0, **BLIND),
         "column scales off": dict(COLUMN_STEPS=0),

@@ -184,6 +184,10 @@ QUANTIZER_TRAITS = {
     "trellis": QuantizerTraits(uses_hessians=True, clips_by_sigmas=True, column_scales=True),
     "gptq_lite": QuantizerTraits(uses_hessians=False, clips_by_sigmas=False, column_scales=False),
 }
+# Settings with which calibration takes no gradients, and scales follow the weights' spread alone.
+WITHOUT_GRADIENTS: dict[str, Any] = dict(
+    matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False, gptq_row_groups=0
+)
 
 
 @dataclass(frozen=True)
@@ -2450,7 +2454,7 @@ def follow_quantizer(v: dict[str, Any], follow: Follow) -> None:
     traits = QUANTIZER_TRAITS[v["quantizer"]]
     off = {} if traits.column_scales else dict(column_steps=0.0, awq_groups=0, target_bytes=0)
     if not traits.uses_hessians:
-        off |= dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False, gptq_row_groups=0)
+        off |= WITHOUT_GRADIENTS
     for name, value in off.items():
         follow(name, value, "quantizer")
     follow("rvq_enabled", v["rvq_enabled"] and not v["target_bytes"], "target_bytes")
@@ -2887,9 +2891,8 @@ def check_quantization(config: Config) -> None:
             allowed = f"must be 0 with QUANTIZER={config.quantizer}, which has one scale per row"
             require(not getattr(config, name), config, name, allowed)
     if not QUANTIZER_TRAITS[config.quantizer].uses_hessians:
-        unused = dict(matrix_steps=0, row_steps=0, std_steps=1, guided_hessians=False, gptq_row_groups=0)
-        for name, off in unused.items():
-            allowed = f"must be {off:d} with QUANTIZER={config.quantizer}, which chooses scales by itself"
+        for name, off in WITHOUT_GRADIENTS.items():
+            allowed = f"must be {off:g} with QUANTIZER={config.quantizer}, which chooses scales by itself"
             require(getattr(config, name) == off, config, name, allowed)
 
 
@@ -10203,9 +10206,10 @@ def encode_by_row_groups(
     searched at once. u [B, r, r] is the Cholesky factor of G^-1, rows in the order of `row_groups`; None: rows are
     independent. `encode_rows` quantizes the rows of some indices.
     """
-    indices = row_groups(weights.size(1), groups if u is not None else 1, weights.device)
+    rows = weights.size(1)
     if u is None:
-        return encode_rows(weights, indices[0]).codes
+        return encode_rows(weights, torch.arange(rows, device=weights.device)).codes
+    indices = row_groups(rows, groups, weights.device)
     target = weights.float()[:, torch.cat(indices)]
     codes = torch.empty(weights.shape, dtype=torch.int16, device=weights.device)
     start = 0

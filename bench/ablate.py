@@ -68,7 +68,7 @@ PRESETS = {
     "poly5": dict(XSA_LAST_N=2, VE_LAYERS="2,3"),
 }
 NO_DECAY = dict(MUON_WD=0, EMBED_WD=0, ADAM_WD=0)
-BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, GPTQ_ROW_GROUPS=0)  # without gradients
+BLIND = {name.upper(): int(value) for name, value in t.WITHOUT_GRADIENTS.items()}
 ROWS = {
     "record": {
         "XSA off": dict(XSA_LAST_N=0),

@@ -103,8 +103,8 @@ PEER = dict(
     LQER_SELECT="norm",
     LQER_ASYM_ENABLED="1",
 )
-BLIND = dict(MATRIX_STEPS=0, ROW_STEPS=0, STD_STEPS=1, GUIDED_HESSIANS=0, TARGET_BYTES=1, TUNE_STEPS=0)
-BLIND |= dict(SCALE_GRID=16, FP16_ELEMENTS=65_536, GPTQ_ROW_GROUPS=0)
+BLIND = {name.upper(): int(value) for name, value in t.WITHOUT_GRADIENTS.items()}
+BLIND |= dict(TARGET_BYTES=1, TUNE_STEPS=0, SCALE_GRID=16, FP16_ELEMENTS=65_536)
 BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
 SENSITIVE = dict(BEFORE, MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, LQER_ENABLED=0)
 SENSITIVE |= dict(SCALE_GRID=4, FP16_ELEMENTS=4096, GPTQ_ROW_GROUPS=16)
@@ -213,8 +213,9 @@ def predicted(stored: dict[str, t.Quantized], bench: Bench, calibration: t.Calib
     for name, hessian in calibration.hessians.items():
         error = t.as_batch(bench.weights[name] - t.restore(stored[name]).to(hessian.device))
         outputs = calibration.outputs.get(name)
-        seen = error * calibration.rows[name][..., None] if outputs is None else outputs @ error
-        total += ((error @ hessian) * seen).sum(dtype=torch.float64).item()
+        if outputs is None:
+            error = error * calibration.rows[name].sqrt()[..., None]
+        total += t.weighted_error(error, hessian, outputs).sum().item()
     return total / 2
 
 
@@ -250,9 +251,7 @@ def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) 
     config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 32})
     calibrations = {}
     for guided in (False, True):
-        off = dict(matrix_steps=0.0, row_steps=0.0, std_steps=1.0, guided_hessians=False, gptq_row_groups=0)
-        changes = {} if guided else off
-        trainer.config = dataclasses.replace(config, **changes)
+        trainer.config = config if guided else dataclasses.replace(config, **t.WITHOUT_GRADIENTS)
         calibrations[guided] = t.calibrate(trainer, first)
     rows = []
 

@@ -1493,12 +1493,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         fp16_elements=4096,
         quantizer="trellis",
         scale_grid=4,
-        column_steps=0.75,
-        matrix_steps=0.85,
-        row_steps=0.75,
-        std_steps=0.5,
+        column_steps=1.0,
+        matrix_steps=1.0,
+        row_steps=0.8,
+        std_steps=0.2,
         guided_hessians=True,
         gptq_row_groups=4,
+        gptq_damp=0.003,
         compressor="pergroup",
         target_bytes=2_000_000,
         eval_stride=128,
@@ -1552,12 +1553,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         quantizer="trellis",
         scale_grid=4,
         trellis_states=16,
-        column_steps=0.75,
-        matrix_steps=0.85,
-        row_steps=0.75,
-        std_steps=0.5,
+        column_steps=1.0,
+        matrix_steps=1.0,
+        row_steps=0.9,
+        std_steps=0.1,
         guided_hessians=True,
         gptq_row_groups=16,
+        gptq_damp=0.003,
         target_bytes=16_000_000,
         gated_attn_quant_gate=True,
         ttt_mode="phased",
@@ -1632,6 +1634,7 @@ ORIGINALS: dict[str, dict[str, Any]] = {
         std_steps=1.0,
         guided_hessians=False,
         gptq_row_groups=0,
+        gptq_damp=0.01,
         target_bytes=0,
         lqer_enabled=True,
         lqer_select="norm",
@@ -9981,19 +9984,26 @@ def calibrate(trainer: Trainer, first_step: int) -> Calibration:
             hessians[bank] *= rows[bank].mean(1)[:, None, None]
     rows = {bank: r / r.mean(1, keepdim=True).clamp_min(1e-30) for bank, r in rows.items()}
     if config.takes_sensitivities:
-        add_lookups(hessians, rows, mean)
+        add_lookups(hessians, rows, mean, tokens)
     return Calibration({n: h.float() for n, h in hessians.items()}, {n: r.float() for n, r in rows.items()}, outputs)
 
 
-def add_lookups(hessians: dict[str, Tensor], rows: dict[str, Tensor], mean: dict[str, Tensor]) -> None:
+UNSEEN_LOOKUPS = 1.0  # that each row of a table is credited with, beyond those of the calibration's tokens
+
+
+def add_lookups(hessians: dict[str, Tensor], rows: dict[str, Tensor], mean: dict[str, Tensor], tokens: int) -> None:
     """Adds what errors of looked-up rows cost: their gradients' covariance, by each row's share. A tied embedding costs
     both.
 
-    `mean` holds, per token, each table's squared gradients by row [n], and the covariance [c, c] of all.
+    `mean` holds, per token, each table's squared gradients by row [n], and the covariance [c, c] of all. A row that
+    occurs in none of few tokens will in others: each is credited with UNSEEN_LOOKUPS of the usual gradient (Laplace's
+    rule of succession).
     """
     tables = [name.removesuffix(".columns") for name in mean if name.endswith(".columns")]
     for name in tables:
         total = mean[f"{name}.rows"]
+        credited = total * tokens + UNSEEN_LOOKUPS * total.sum()
+        total = credited / (tokens + UNSEEN_LOOKUPS * len(total))
         hessian = mean[f"{name}.columns"][None] / len(total)
         if name in hessians:
             total = total + rows[name][0] * hessians[name].diagonal(dim1=-2, dim2=-1).sum()
@@ -10669,20 +10679,34 @@ def quantizer_of(q: Quantized) -> Quantizer:
     return QUANTIZERS["trellis" if q.states else "uniform"]
 
 
+# Ridge of H and of G, in mean diagonals, for each width / tokens: of few tokens, small eigenvalues are estimated too
+# small, and errors would be moved there. Gradients have heavy tails, so G takes more. (Shrinkage: Ledoit, Wolf 2004.)
+INPUT_RIDGE, OUTPUT_RIDGE = 1.0, 4.0
+
+
+def sampling_ridge(covariance: Tensor, strength: float, config: Config) -> float:
+    """The share of its mean diagonal that a covariance [..., c, c] of calibration tokens gets; 0 without gradients."""
+    tokens = config.gptq_calibration_batches * config.train_batch_tokens
+    return strength * covariance.size(-1) / tokens if config.takes_sensitivities else 0.0
+
+
 def plan_quantization(weights: dict[str, Tensor], calibration: Calibration, config: Config) -> dict[str, HessianFactor]:
     """Every bank's factor, in the quantizer's column order, with its row steps; none where no Hessians are used."""
     quantizer = QUANTIZERS[config.quantizer]
     if not quantizer.traits.uses_hessians:
         return {}
     factors = {
-        name: factor_hessian(hessian, config.gptq_damp, quantizer.natural_order)
+        name: factor_hessian(
+            hessian, config.gptq_damp + sampling_ridge(hessian, INPUT_RIDGE, config), quantizer.natural_order
+        )
         for name, hessian in calibration.hessians.items()
         if quantization_bits(name, weights[name].numel(), config)[0] < 16
     }
     for name in factors.keys() & calibration.outputs.keys() if config.gptq_row_groups else ():
         g = calibration.outputs[name]
         order = torch.cat(row_groups(g.size(1), config.gptq_row_groups, g.device))
-        row_cholesky = inverse_cholesky(g[:, order][:, :, order], config.gptq_damp)
+        damp = config.gptq_damp + sampling_ridge(g, OUTPUT_RIDGE, config)
+        row_cholesky = inverse_cholesky(g[:, order][:, :, order], damp)
         factors[name] = factors[name]._replace(row_cholesky=row_cholesky)
     return with_row_steps(weights, calibration, factors, config)
 

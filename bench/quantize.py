@@ -82,6 +82,7 @@ MODELS = {
     "large": dict(
         SMALL_RECORD,
         VOCAB_SIZE=4096,
+        ITERATIONS=1280,
         NUM_LAYERS=8,
         MODEL_DIM=256,
         NUM_HEADS=4,
@@ -93,6 +94,7 @@ MODELS = {
         XSA_LAST_N=8,
     ),
 }
+CALIBRATION_SHARE = 4 * 786_432 / 35_900_000  # tokens of calibration for each weight
 PEER = dict(
     QUANTIZER="uniform",
     EMBED_BITS=7,
@@ -106,8 +108,10 @@ PEER = dict(
 BLIND = {name.upper(): int(value) for name, value in t.WITHOUT_GRADIENTS.items()}
 BLIND |= dict(TARGET_BYTES=1, TUNE_STEPS=0, SCALE_GRID=16, FP16_ELEMENTS=65_536)
 BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
-SENSITIVE = dict(BEFORE, MATRIX_STEPS=0.85, ROW_STEPS=0.75, STD_STEPS=0.5, GUIDED_HESSIANS=1, LQER_ENABLED=0)
-SENSITIVE |= dict(SCALE_GRID=4, FP16_ELEMENTS=4096, GPTQ_ROW_GROUPS=16)
+SENSITIVE = dict(
+    BEFORE, MATRIX_STEPS=1, ROW_STEPS=0.9, STD_STEPS=0.1, COLUMN_STEPS=1, GUIDED_HESSIANS=1, LQER_ENABLED=0
+)
+SENSITIVE |= dict(GPTQ_DAMP=0.003, SCALE_GRID=4, FP16_ELEMENTS=4096, GPTQ_ROW_GROUPS=16)
 METHODS: dict[str, dict[str, Any]] = {
     "before": BEFORE,  # steps by the weights' spread alone
     "uniform": dict(SENSITIVE, QUANTIZER="uniform"),
@@ -244,11 +248,18 @@ def tune(data: bytes, bench: Bench, config: t.Config, limit: int) -> bytes:
     return t.tune_artifact(data, trained, limit, config, bench.trainer.run)
 
 
+def calibration_batches(bench: Bench) -> int:
+    """Batches that have as many tokens for each weight as the calibration of `record` at full size."""
+    weights = sum(w.numel() for w in bench.weights.values())
+    return max(1, round(CALIBRATION_SHARE * weights / bench.trainer.config.train_batch_tokens))
+
+
 def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of the peer's pipeline and of some methods, calibrated on the batches of a seed."""
     trainer = bench.trainer
     first = bench.step + 1000 * seed
-    config = knobs_of({**bench.environment, **SENSITIVE, "GPTQ_CALIBRATION_BATCHES": 32})
+    environment = {**bench.environment, "GPTQ_CALIBRATION_BATCHES": calibration_batches(bench)}
+    config = knobs_of({**environment, **SENSITIVE})
     calibrations = {}
     for guided in (False, True):
         trainer.config = config if guided else dataclasses.replace(config, **t.WITHOUT_GRADIENTS)
@@ -266,14 +277,14 @@ def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) 
             flush=True,
         )
 
-    c = knobs_of({**bench.environment, **BLIND, **PEER})
+    c = knobs_of({**environment, **BLIND, **PEER})
     start = time.perf_counter()
     stored = t.quantize(bench.weights, calibrations[False], c)
     limit, packer = peer_bytes(stored, c)
     add("peer", stored, limit, time.perf_counter() - start, packer)
     lines: list[str] = []
     for method in methods:
-        c = knobs_of({**bench.environment, **METHODS[method]})
+        c = knobs_of({**environment, **METHODS[method]})
         start = time.perf_counter()
         lines.clear()
         data = t.quantize_within(bench.weights, calibrations[c.takes_sensitivities], limit, c, lines.append)

@@ -612,7 +612,6 @@ RECIPES = {
         train_batch_tokens=786432,
         ema_decay=0.9965,
         gptq_calibration_batches=4,  # PR #2163 has 16, as ORIGINAL=1 has
-        gptq_damp=0.01,
         attn_clip_sigmas=13,
         mlp_clip_sigmas=11.5,
         embed_clip_sigmas=14,

@@ -117,6 +117,8 @@ def test_sensitivities_are_the_squared_gradients_token_by_token(base, guided, da
         total = torch.zeros(n, dtype=torch.float64)
         for index, value in by_row.items():
             total[index] = value / tokens
+        credit = tg.UNSEEN_LOOKUPS * total.sum() / tokens  # that of one lookup, for each row
+        total = (total + credit) * tokens / (tokens + tg.UNSEEN_LOOKUPS * n)
         own = by_column[None] / tokens / n
         if table in expected_hessians:  # tied: its errors also reach the logits
             total = total + expected_rows[table][0] * expected_hessians[table][0].trace()
@@ -157,15 +159,20 @@ def test_calibration_reads_the_text_but_not_what_follows(data, monkeypatch):
     assert not torch.equal(found.rows["head"], tg.calibrate(reseeded, 3).rows["head"])
 
 
-def test_rows_never_seen_have_no_sensitivity_as_input(data):
-    """An untied embedding's rows of tokens that do not occur."""
+def test_rows_never_seen_are_credited_with_a_lookup(data):
+    """An untied embedding's rows of tokens that do not occur in calibration: others will meet them."""
     trainer = make_trainer(UNTIED, data)
     seen = torch.zeros(trainer.config.vocab_size, dtype=torch.bool)
     for step in range(5, 5 + trainer.config.gptq_calibration_batches):
         for micro in range(trainer.layout.micro_steps):
             seen[trainer.loader.read((step, micro)).ids] = True
     rows = tg.calibrate(trainer, 5).rows["embedding"][0]
-    assert not seen.all() and torch.equal(rows > 0, seen)
+    unseen = rows[~seen]
+    assert len(unseen) and unseen.min() > 0 and torch.equal(unseen, unseen[:1].expand_as(unseen))
+    assert (rows[seen] > unseen[0]).all()
+    tokens = trainer.config.gptq_calibration_batches * trainer.config.train_batch_tokens
+    of_one_lookup = (rows - unseen[0]).sum() / tokens
+    assert torch.allclose(unseen[0], tg.UNSEEN_LOOKUPS * of_one_lookup, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------- what they predict
@@ -221,6 +228,27 @@ def random_case(**knobs):
     return c, weights, tg.Calibration(hessians, rows)
 
 
+def ridge(c, covariance, strength):
+    return strength * covariance.size(-1) / (c.gptq_calibration_batches * c.train_batch_tokens)
+
+
+@pytest.mark.parametrize("batches", [1, 64])
+def test_covariances_of_few_tokens_are_shrunk(batches):
+    """H and G, by their width over the number of tokens; without gradients GPTQ is damped as ever."""
+    c, weights, calibration = random_case(GPTQ_CALIBRATION_BATCHES=batches)
+    outputs = {"up_bank": torch.eye(64).expand(3, 64, 64) + 0.9}
+    sensitive = random_case(GPTQ_CALIBRATION_BATCHES=batches, GPTQ_ROW_GROUPS=1)[0]
+    plain = tg.plan_quantization(weights, calibration, c)
+    shrunk = tg.plan_quantization(weights, calibration._replace(outputs=outputs), sensitive)
+    for name, h in calibration.hessians.items():
+        for factors, added in ((plain, 0.0), (shrunk, ridge(c, h, tg.INPUT_RIDGE))):
+            expected = tg.factor_hessian(h, c.gptq_damp + added)
+            assert torch.equal(factors[name].inverse_cholesky, expected.inverse_cholesky)
+    g = outputs["up_bank"]
+    expected = tg.inverse_cholesky(g, c.gptq_damp + ridge(c, g, tg.OUTPUT_RIDGE))
+    assert torch.equal(shrunk["up_bank"].row_cholesky, expected)
+
+
 def log2_scales(c, weights, calibration):
     return {name: q.scales.double().log2() for name, q in tg.quantize(weights, calibration, c).items()}
 
@@ -230,8 +258,9 @@ def test_without_exponents_nothing_changes(quantizer):
     plain, weights, calibration = random_case(QUANTIZER=quantizer)
     c = config(FREE, QUANTIZER=quantizer, GUIDED_HESSIANS=1)
     assert c.takes_sensitivities and not plain.takes_sensitivities
-    before = tg.quantize(weights, tg.Calibration(calibration.hessians), plain)
-    for after in (tg.quantize(weights, calibration, plain), tg.quantize(weights, calibration, c)):
+    for knobs in (plain, c):
+        before = tg.quantize(weights, tg.Calibration(calibration.hessians), knobs)
+        after = tg.quantize(weights, calibration, knobs)
         assert all(
             torch.equal(after[n].codes, q.codes) and torch.equal(after[n].scales, q.scales) for n, q in before.items()
         )
@@ -268,7 +297,7 @@ def test_matrix_steps_are_a_power_of_the_hessians_determinant(power):
     levels = []
     for name, scales in log2_scales(c, weights, calibration).items():
         h = calibration.hessians[name].double()
-        damping = c.gptq_damp * h.diagonal(dim1=-2, dim2=-1).mean(-1)
+        damping = (c.gptq_damp + ridge(c, h, tg.INPUT_RIDGE)) * h.diagonal(dim1=-2, dim2=-1).mean(-1)
         log_det = torch.linalg.slogdet(h + damping[:, None, None] * torch.eye(h.size(-1))).logabsdet / h.size(-1)
         levels.append(scales.mean(1) - power * -0.5 * log_det * tg.LOG2_E - (1 - power) * plain[name].mean(1))
     levels = torch.cat(levels)

@@ -10123,8 +10123,9 @@ def with_row_steps(
     """The factors with each row's log2 step, by MATRIX_STEPS, ROW_STEPS and STD_STEPS.
 
     At high rates the loss is least for given bytes where rows[r] * det(H)^(1/c) * scale^2 is the same everywhere.
-    Smaller exponents do better: sensitivities are estimates, and insensitive rows would get less than a bit. All steps
-    together keep their geometric mean over the weights. Rows and matrices of zeros take no bits, and no part in means.
+    Smaller exponents do better: sensitivities are estimates, and insensitive rows would get less than a bit. Between
+    matrices, rows[r] is what is left of it once errors are compensated. All steps together keep their geometric mean
+    over the weights. Rows and matrices of zeros take no bits, and no part in means.
     """
     if not (config.matrix_steps or config.row_steps or config.std_steps != 1):
         return factors
@@ -10142,8 +10143,9 @@ def with_row_steps(
         if calibration.rows:
             sensitivity = (calibration.rows[name] + SENSITIVITY_FLOOR).log2()
             step -= config.row_steps / 2 * (sensitivity - (share * sensitivity).sum(1, keepdim=True))
-            log_det = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2().mean(1)
-            step += config.matrix_steps * (log_det[:, None] - center)
+            log_det = factor.inverse_cholesky.diagonal(dim1=-2, dim2=-1).log2().mean(1, keepdim=True)
+            left = sensitivity if factor.row_cholesky is None else left_of_rows(factor.row_cholesky, config).log2()
+            step += config.matrix_steps * (log_det - (share * left).sum(1, keepdim=True) / 2 - center)
         steps[name] = step
         counts[name] = live * batch.size(-1)
     every, weight = (torch.cat([x.flatten() for x in parts.values()]) for parts in (steps, counts))
@@ -10231,6 +10233,20 @@ def encode_by_row_groups(
         target[:, after] -= u[:, here, after].mT @ error
         start += len(index)
     return codes
+
+
+def left_of_rows(u: Tensor, config: Config) -> Tensor:
+    """What is left of each row's sensitivity [B, r] once the groups after it compensate its error: the diagonal of the
+    Schur complement (U_gg^T U_gg)^-1 of its group g. u [B, r, r] is as in `encode_by_row_groups`.
+    """
+    left = torch.empty(u.shape[:2], device=u.device)
+    start = 0
+    for index in row_groups(u.size(1), config.gptq_row_groups, u.device):
+        here = slice(start, start + len(index))
+        eye = torch.eye(len(index), device=u.device)
+        left[:, index] = torch.linalg.solve_triangular(u[:, here, here], eye, upper=True).square().sum(-1)
+        start += len(index)
+    return left
 
 
 # --- Uniform: rounding to nearest, or GPTQ where there is a Hessian ---

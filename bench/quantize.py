@@ -94,7 +94,7 @@ MODELS = {
         XSA_LAST_N=8,
     ),
 }
-CALIBRATION_SHARE = 4 * 786_432 / 35_900_000  # tokens of calibration for each weight
+CALIBRATION_TOKENS = 1 << 17  # for each weight, a fifth to a half of what `record` reads at full size
 PEER = dict(
     QUANTIZER="uniform",
     EMBED_BITS=7,
@@ -248,17 +248,12 @@ def tune(data: bytes, bench: Bench, config: t.Config, limit: int) -> bytes:
     return t.tune_artifact(data, trained, limit, config, bench.trainer.run)
 
 
-def calibration_batches(bench: Bench) -> int:
-    """Batches that have as many tokens for each weight as the calibration of `record` at full size."""
-    weights = sum(w.numel() for w in bench.weights.values())
-    return max(1, round(CALIBRATION_SHARE * weights / bench.trainer.config.train_batch_tokens))
-
-
 def measure(name: str, bench: Bench, text: Text, seed: int, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of the peer's pipeline and of some methods, calibrated on the batches of a seed."""
     trainer = bench.trainer
     first = bench.step + 1000 * seed
-    environment = {**bench.environment, "GPTQ_CALIBRATION_BATCHES": calibration_batches(bench)}
+    batches = round(CALIBRATION_TOKENS / trainer.config.train_batch_tokens)
+    environment = {**bench.environment, "GPTQ_CALIBRATION_BATCHES": batches}
     config = knobs_of({**environment, **SENSITIVE})
     calibrations = {}
     for guided in (False, True):

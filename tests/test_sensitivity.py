@@ -225,7 +225,7 @@ def random_case(**knobs):
         hessians[name] = x.mT @ x / 200
         sensitivity = torch.exp(torch.randn(shape[:2], generator=generator))
         rows[name] = sensitivity / sensitivity.mean(1, keepdim=True)
-    return c, weights, tg.Calibration(hessians, rows)
+    return c, weights, tg.Calibration(hessians, rows, {})
 
 
 def ridge(c, covariance, strength):
@@ -290,16 +290,42 @@ def test_row_steps_are_a_power_of_the_rows_sensitivity(power):
         assert torch.allclose(moved.mean(1), moved.mean().expand(3), atol=3e-3)  # between matrices nothing changes
 
 
+def brute_force_left(g, groups, damp):
+    """What is left of the diagonal of G [r, r]: of each row, the Schur complement without the rows of later groups."""
+    g = g.double() + damp * g.diagonal().mean() * torch.eye(len(g))
+    left = torch.empty(len(g), dtype=torch.float64)
+    for row in range(len(g)):
+        group = row % groups
+        later = [n for n in range(len(g)) if n % groups > group]
+        explained = g[row, later] @ torch.linalg.solve(g[later][:, later], g[later, row]) if later else 0.0
+        left[row] = g[row, row] - explained
+    return left
+
+
+@pytest.mark.parametrize("groups", [0, 1, 4, 64])
 @pytest.mark.parametrize("power", [0.85, 1.0])
-def test_matrix_steps_are_a_power_of_the_hessians_determinant(power):
-    c, weights, calibration = random_case(MATRIX_STEPS=power, MLP_BITS=5)
+def test_matrix_steps_are_a_power_of_the_determinants(power, groups):
+    """H's, and the geometric mean of what compensation leaves of the rows' sensitivities."""
+    c, weights, calibration = random_case(MATRIX_STEPS=power, MLP_BITS=5, GPTQ_ROW_GROUPS=groups)
+    generator = torch.Generator().manual_seed(2)
+    for name in BANK if groups else ():
+        mixed = torch.randn(3, 400, weights[name].size(1), generator=generator)
+        mixed = mixed * calibration.rows[name].sqrt()[:, None] + 0.7 * mixed[..., :1]
+        g = mixed.mT @ mixed
+        calibration.outputs[name] = g / g.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     plain = log2_scales(config(FREE, MLP_BITS=5), weights, calibration)
     levels = []
     for name, scales in log2_scales(c, weights, calibration).items():
         h = calibration.hessians[name].double()
         damping = (c.gptq_damp + ridge(c, h, tg.INPUT_RIDGE)) * h.diagonal(dim1=-2, dim2=-1).mean(-1)
         log_det = torch.linalg.slogdet(h + damping[:, None, None] * torch.eye(h.size(-1))).logabsdet / h.size(-1)
-        levels.append(scales.mean(1) - power * -0.5 * log_det * tg.LOG2_E - (1 - power) * plain[name].mean(1))
+        left = calibration.rows[name].double() + tg.SENSITIVITY_FLOOR
+        if groups:
+            outputs = calibration.outputs[name]
+            damp = c.gptq_damp + ridge(c, outputs, tg.OUTPUT_RIDGE)
+            left = torch.stack([brute_force_left(g, groups, damp) for g in outputs])
+        expected = -0.5 * (log_det * tg.LOG2_E + left.log2().mean(1))
+        levels.append(scales.mean(1) - power * expected - (1 - power) * plain[name].mean(1))
     levels = torch.cat(levels)
     assert torch.allclose(levels, levels.mean().expand_as(levels), atol=5e-3)
 

@@ -138,15 +138,35 @@ class Bench(NamedTuple):
     environment: dict[str, Any]
 
 
+def training_settings(config: t.Config) -> dict[str, Any]:
+    """What decides the trained weights, but for the place of the data: of JSON's types."""
+    stages = list(t.Observed)
+    training = stages[stages.index(t.Observed.PARAMETERS) : stages.index(t.Observed.BYTES)]
+    fields = [f for f in dataclasses.fields(config) if f.metadata["observed"] in training and f.name != "data_path"]
+    return json.loads(json.dumps({f.name.upper(): getattr(config, f.name) for f in fields}))
+
+
+def check_kept(done: Path, config: t.Config) -> None:
+    """Ends the program where a kept model was trained with other settings: a preset may have changed since."""
+    kept = json.loads(done.read_text()).get("settings", {})
+    for name, value in training_settings(config).items():
+        if name not in kept or kept[name] != value:
+            was = f"with {name}={kept[name]}" if name in kept else f"without {name} being noted"
+            print(f"error: {done}: trained {was}, not {value}: remove it, or give another --folder", file=sys.stderr)
+            sys.exit(2)
+
+
 def open_model(name: str, folder: Path, artifacts: str) -> Bench:
     """A model from the folder, or trained and saved there. It computes in float32."""
     environment = dict(MODELS[name], COMPUTE_DTYPE="float32")
     file, done = folder / f"{name}.npz", folder / f"{name}.json"
     config = knobs_of(environment)
+    fast = knobs_of(MODELS[name])
+    if done.is_file():
+        check_kept(done, fast)
     run = t.start_run(config, dict(ARTIFACT_DIR=artifacts))
     if not done.is_file():
         print(f"training {name}: {config.iterations} steps", flush=True)
-        fast = knobs_of(MODELS[name])
         trainer = t.Trainer(t.new_model(fast).to(run.device), t.TrainLoader(fast, run), fast, run)
         end = t.train(trainer, lambda: None)  # pyright: ignore[reportArgumentType] # never validates
         trainer.use_average()
@@ -154,7 +174,7 @@ def open_model(name: str, folder: Path, artifacts: str) -> Bench:
         folder.mkdir(parents=True, exist_ok=True)
         arrays: Any = {n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()}
         np.savez(file, **arrays)
-        t.write_atomic(done, json.dumps(dict(step=end.step)))
+        t.write_atomic(done, json.dumps(dict(step=end.step, settings=training_settings(fast))))
     model = t.new_model(config).to(run.device)
     saved = np.load(file)
     with torch.no_grad():

@@ -10700,10 +10700,12 @@ def quantizer_of(q: Quantized) -> Quantizer:
 INPUT_RIDGE, OUTPUT_RIDGE = 1.0, 4.0
 
 
-def sampling_ridge(covariance: Tensor, strength: float, config: Config) -> float:
-    """The share of its mean diagonal that a covariance [..., c, c] of calibration tokens gets; 0 without gradients."""
+def damping(covariance: Tensor, ridge: float, config: Config) -> float:
+    """The share of its mean diagonal that is added to a covariance [..., c, c] of calibration tokens."""
+    if not config.takes_sensitivities:
+        return config.gptq_damp
     tokens = config.gptq_calibration_batches * config.train_batch_tokens
-    return strength * covariance.size(-1) / tokens if config.takes_sensitivities else 0.0
+    return config.gptq_damp + ridge * covariance.size(-1) / tokens
 
 
 def plan_quantization(weights: dict[str, Tensor], calibration: Calibration, config: Config) -> dict[str, HessianFactor]:
@@ -10712,17 +10714,14 @@ def plan_quantization(weights: dict[str, Tensor], calibration: Calibration, conf
     if not quantizer.traits.uses_hessians:
         return {}
     factors = {
-        name: factor_hessian(
-            hessian, config.gptq_damp + sampling_ridge(hessian, INPUT_RIDGE, config), quantizer.natural_order
-        )
+        name: factor_hessian(hessian, damping(hessian, INPUT_RIDGE, config), quantizer.natural_order)
         for name, hessian in calibration.hessians.items()
         if quantization_bits(name, weights[name].numel(), config)[0] < 16
     }
     for name in factors.keys() & calibration.outputs.keys() if config.gptq_row_groups else ():
         g = calibration.outputs[name]
         order = torch.cat(row_groups(g.size(1), config.gptq_row_groups, g.device))
-        damp = config.gptq_damp + sampling_ridge(g, OUTPUT_RIDGE, config)
-        row_cholesky = inverse_cholesky(g[:, order][:, :, order], damp)
+        row_cholesky = inverse_cholesky(g[:, order][:, :, order], damping(g, OUTPUT_RIDGE, config))
         factors[name] = factors[name]._replace(row_cholesky=row_cholesky)
     return with_row_steps(weights, calibration, factors, config)
 

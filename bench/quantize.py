@@ -108,10 +108,8 @@ PEER = dict(
 BLIND = {name.upper(): int(value) for name, value in t.WITHOUT_GRADIENTS.items()}
 BLIND |= dict(TARGET_BYTES=1, TUNE_STEPS=0, SCALE_GRID=16, FP16_ELEMENTS=65_536)
 BEFORE = dict(BLIND, QUANTIZER="trellis", TRELLIS_STATES=16, COLUMN_STEPS=0.75, LQER_ENABLED=1)
-SENSITIVE = dict(
-    BEFORE, MATRIX_STEPS=1, ROW_STEPS=0.9, STD_STEPS=0.1, COLUMN_STEPS=1, GUIDED_HESSIANS=1, LQER_ENABLED=0
-)
-SENSITIVE |= dict(GPTQ_DAMP=0.003, SCALE_GRID=4, FP16_ELEMENTS=4096, GPTQ_ROW_GROUPS=16)
+OF_RECORD = (*t.WITHOUT_GRADIENTS, "column_steps", "gptq_damp", "scale_grid", "fp16_elements")
+SENSITIVE = dict(BEFORE, LQER_ENABLED=0) | {name.upper(): t.PRESETS["record"][name] for name in OF_RECORD}
 METHODS: dict[str, dict[str, Any]] = {
     "before": BEFORE,  # steps by the weights' spread alone
     "uniform": dict(SENSITIVE, QUANTIZER="uniform"),
@@ -146,13 +144,15 @@ def training_settings(config: t.Config) -> dict[str, Any]:
     return json.loads(json.dumps({f.name.upper(): getattr(config, f.name) for f in fields}))
 
 
-def check_kept(done: Path, config: t.Config) -> None:
+def check_kept(done: Path, kept: dict[str, Any], config: t.Config) -> None:
     """Ends the program where a kept model was trained with other settings: a preset may have changed since."""
-    kept = json.loads(done.read_text()).get("settings", {})
     for name, value in training_settings(config).items():
-        if name not in kept or kept[name] != value:
-            was = f"with {name}={kept[name]}" if name in kept else f"without {name} being noted"
-            print(f"error: {done}: trained {was}, not {value}: remove it, or give another --folder", file=sys.stderr)
+        was = kept.get("settings", {}).get(name, "unknown")
+        if was != value:
+            print(
+                f"error: {done}: trained with {name}={was}, not {value}: remove it, or give another --folder",
+                file=sys.stderr,
+            )
             sys.exit(2)
 
 
@@ -162,8 +162,6 @@ def open_model(name: str, folder: Path, artifacts: str) -> Bench:
     file, done = folder / f"{name}.npz", folder / f"{name}.json"
     config = knobs_of(environment)
     fast = knobs_of(MODELS[name])
-    if done.is_file():
-        check_kept(done, fast)
     run = t.start_run(config, dict(ARTIFACT_DIR=artifacts))
     if not done.is_file():
         print(f"training {name}: {config.iterations} steps", flush=True)
@@ -175,6 +173,8 @@ def open_model(name: str, folder: Path, artifacts: str) -> Bench:
         arrays: Any = {n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()}
         np.savez(file, **arrays)
         t.write_atomic(done, json.dumps(dict(step=end.step, settings=training_settings(fast))))
+    kept = json.loads(done.read_text())
+    check_kept(done, kept, fast)
     model = t.new_model(config).to(run.device)
     saved = np.load(file)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def open_model(name: str, folder: Path, artifacts: str) -> Bench:
             p.copy_(torch.from_numpy(saved[n]))
     trainer = t.Trainer(model, t.TrainLoader(config, run), config, run)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    return Bench(trainer, json.loads(done.read_text())["step"], weights, environment)
+    return Bench(trainer, kept["step"], weights, environment)
 
 
 class Text:

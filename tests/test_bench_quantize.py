@@ -122,8 +122,11 @@ def test_the_whole_of_it_on_one_tiny_model(data, tmp_path, monkeypatch, capsys):
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
         assert f"| tiny | {row['method']} |" in printed
     assert (tmp_path / "models" / "tiny.npz").is_file() and first["tokens"] == 512
-    monkeypatch.setitem(bench.MODELS, "tiny", dict(bench.MODELS["tiny"], MATRIX_LR=0.5, GPTQ_DAMP=0.5))
-    with pytest.raises(SystemExit) as refused:  # GPTQ_DAMP is not a setting of the training
+    done = tmp_path / "models" / "tiny.json"
+    quantized = bench.knobs_of(dict(bench.MODELS["tiny"], GPTQ_DAMP=0.5))  # not a setting of the training
+    bench.check_kept(done, json.loads(done.read_text()), quantized)
+    monkeypatch.setitem(bench.MODELS, "tiny", dict(bench.MODELS["tiny"], MATRIX_LR=0.5))
+    with pytest.raises(SystemExit) as refused:
         bench.main()
     found = capsys.readouterr().err
     assert refused.value.code == 2 and found.count("\n") == 1

@@ -12223,35 +12223,37 @@ class Attempt(NamedTuple):
 class ByteSearch:
     """Quantizes a model to fill a number of bytes to a thousandth, mostly in 1.2 quantizations of all weights.
 
-    A model of the bits says where to begin, and a sample of rows, quantized and packed, corrects it. Then all weights
-    are quantized. What is still missing or too much is met by the scales of some banks, where a small shift is enough.
+    A model of the bits says where to begin, and a sample of rows, quantized and packed, corrects it. Then one bank
+    after the other is quantized, and what each one really takes corrects the scales of those that follow. What is still
+    missing or too much is met by the scales of some banks, where a small shift is enough.
     """
 
     def __init__(self, weights: dict[str, Tensor], calibration: Calibration, limit: int, config: Config):
         self.weights, self.config = weights, config
-        self.limit = limit
+        self.limit, self.goal = limit, limit * (1 - 1 / 4000)
         self.factors = plan_quantization(weights, calibration, config)
         self.hessians = {name: calibration.hessians[name] for name in self.factors}  # not those of what stays fp16
         self.outputs = calibration.outputs
         self.salient = salient_columns(weights, self.hessians, config) if config.awq_groups else {}
         self.counts = {name: weights[name].numel() for name in self.factors}
-        self.total = sum(self.counts.values())
         self.passes = 0.0  # quantizations of all weights; samples and single banks count in proportion
         self.every = {name: min(SAMPLED, max(1, n // (2 * OWN_SECTION))) for name, n in self.counts.items()}
         self.variances: dict[str, tuple[Tensor, Tensor]] = {}  # of the sampled rows
-        self.shares: dict[str, float] = {}  # bits of all rows over those of the sampled ones
+        self.shares: dict[str, float] = {}  # bits of all rows over what the model of the bits says of the sampled ones
         for name, every in self.every.items():
             row, column = code_variances(weights[name], name, self.factors[name], config)
             self.variances[name] = row[:, ::every], column
             self.shares[name] = gaussian_bits(row, column, 0.0) / max(gaussian_bits(row[:, ::every], column, 0.0), 1.0)
         self.stored = {n: encode_tensor(n, w, None, config) for n, w in weights.items() if n not in self.factors}
+        self.other = 0.0  # bytes of all but the codes
         self.offset = 0.0  # log2 of what all scales are multiplied with
+        self.offsets: dict[str, float] = {}  # of each bank, not far from that
         self.best: Attempt | None = None
         self.packed: dict[tuple[str, bytes], bytes] = {}
 
-    def bits_at(self, offset: float) -> float:
-        """An estimate of all codes' bits, which falls with the scales' log2 offset."""
-        return sum(share * gaussian_bits(*self.variances[name], offset) for name, share in self.shares.items())
+    def bits_of(self, name: str, offset: float) -> float:
+        """An estimate of a bank's bits, which falls with the log2 offset of its scales."""
+        return self.shares[name] * gaussian_bits(*self.variances[name], offset)
 
     def encode(self, name: str, offset: float, every: int = 1) -> Quantized:
         """One tensor, or some of its rows, with scales moved by `offset` octaves."""
@@ -12260,33 +12262,70 @@ class ByteSearch:
             value = as_batch(value)[:, ::every]
             steps = factor.log2_steps
             steps = None if steps is None else steps[:, ::every]
-            factor = factor._replace(log2_steps=steps, row_cholesky=None)  # compensation hardly changes the bits
-        self.passes += value.numel() / self.total
+            factor = factor._replace(log2_steps=steps, row_cholesky=None)  # which is that of all rows
+        self.passes += value.numel() / sum(self.counts.values())
         elements = self.counts[name]
         return encode_tensor(name, value, factor, self.config, offset, self.salient.get(name), elements)
 
-    def sampled_bytes(self, offset: float) -> tuple[float, float]:
-        """Bytes of the integers and of all else, from those of a sample of rows.
+    def sizes(self, stored: dict[str, Quantized]) -> dict[str, int]:
+        """Packed bytes of each section."""
+        return {s.name: s.packed_size for s in read_header(pack(stored, self.config, self.packed))[0].sections}
 
-        What a bank takes however many rows it has, such as its columns' classes, is what two halves of the sample take
-        beyond the whole of it. It is not multiplied.
+    def code_bytes(self, name: str, q: Quantized) -> int:
+        """Bytes of a bank's codes, packed."""
+        return self.sizes({name: q})[section_of(name, "codes", part_dtype("codes", q.bits), q.codes.numel())]
+
+    def sample(self) -> None:
+        """Corrects the model of the bits by a sample of rows at the scales that it gives.
+
+        What a section takes however many rows it has, such as its columns' classes, is what two halves of the sample
+        take beyond the whole of it. It is not multiplied.
         """
-        sample = {name: self.encode(name, offset, every) for name, every in self.every.items()}
-        whole = read_header(pack({**self.stored, **sample}, self.config))[0].sections
-        halves: dict[str, int] = {}
-        for first in (0, 1):
-            half = {name: rows_of(q, slice(first, None, 2)) for name, q in sample.items()}
-            for section in read_header(pack(half, self.config))[0].sections:
-                halves[section.name] = halves.get(section.name, 0) + section.packed_size
-        codes = other = 0.0
-        for section in whole:
-            name, size = section.name.removesuffix(".codes"), section.packed_size
-            once = min(max(halves.get(section.name, size) - size, 0), size)
-            if name in sample:
-                codes += self.shares[name] * (size - once) + once
-            else:
-                other += (SAMPLED if name == "scales" else 1) * (size - once) + once
-        return codes, other
+        begin = self.solve(list(self.counts), 8 * self.limit)
+        sample = {name: self.encode(name, begin, every) for name, every in self.every.items()}
+        halves = [{name: rows_of(q, slice(first, None, 2)) for name, q in sample.items()} for first in (0, 1)]
+
+        def by_rows(whole: int, parts: list[int]) -> int:
+            return min(max(2 * whole - sum(parts), 0), whole)
+
+        self.other = len(pack({**self.stored, **sample}, self.config, self.packed))
+        scales, *parts = (self.sizes(some).get("scales", 0) for some in (sample, *halves))
+        times = sum(self.counts.values()) / sum(q.codes.numel() for q in sample.values())
+        self.other += (times - 1) * by_rows(scales, parts)
+        for name, q in sample.items():
+            size = self.code_bytes(name, q)
+            self.other -= size
+            more = (self.shares[name] - 1) * by_rows(size, [self.code_bytes(name, half[name]) for half in halves])
+            self.shares[name] *= 8 * max(size + more, 1) / max(self.bits_of(name, begin), 1.0)
+
+    def encode_all(self) -> None:
+        """Quantizes all banks, each with the scales by which it and those after it are expected to fill the bytes.
+
+        The sample knows nothing of compensation between rows, which takes bits. So the banks that have it come first,
+        and what it took in some of them is expected of the others. Larger banks are last, as they make up for more.
+        """
+        linked = {name for name in self.counts if self.factors[name].row_cholesky is not None}
+        order = sorted(self.counts, key=lambda name: (name not in linked, self.counts[name]))
+        room = 8 * (self.goal - self.other)
+        self.offset = self.solve(order, room)
+        while order:
+            offset = self.solve(order, room)
+            offset = min(max(offset, self.offset - LARGEST_SHIFT), self.offset + LARGEST_SHIFT)
+            name = order.pop(0)
+            room -= self.encode_bank(name, offset, linked.intersection(order) if name in linked else set())
+
+    def solve(self, names: list[str], bits: float) -> float:
+        """The offset at which some banks are expected to take so many bits."""
+        return solve_offset(lambda offset: sum(self.bits_of(name, offset) for name in names), bits)
+
+    def encode_bank(self, name: str, offset: float, alike: Iterable[str] = ()) -> float:
+        """Quantizes a bank, and returns its bits. They correct what is expected of it, and of others that are alike."""
+        self.stored[name], self.offsets[name] = self.encode(name, offset), offset
+        bits = 8.0 * self.code_bytes(name, self.stored[name])
+        ratio = max(bits, 1.0) / max(self.bits_of(name, offset), 1.0)
+        for each in (name, *alike):
+            self.shares[each] *= ratio
+        return bits
 
     def attempt(self) -> int:
         """Packs what is stored, and returns its bytes beyond the limit."""
@@ -12300,51 +12339,39 @@ class ByteSearch:
             self.best = attempt
         return attempt.excess
 
-    def first_offset(self) -> float:
-        """Where the model of the bits, corrected by a sample, meets the bytes."""
-        begin = solve_offset(self.bits_at, 8 * self.limit)
-        codes, other = self.sampled_bytes(begin)
-        if not codes:
-            return begin
-        return solve_offset(self.bits_at, 8 * (self.limit * (1 - 1 / 4000) - other) * self.bits_at(begin) / (8 * codes))
-
-    def shift_some(self, octaves_of_all: float, offsets: dict[str, float]) -> bool:
-        """Moves the scales of as few weights as LARGEST_SHIFT allows, if not of all."""
+    def shift_some(self, excess: float) -> bool:
+        """Moves the scales of as few weights as LARGEST_SHIFT allows, if not of all, to save so many bytes."""
+        bits = {name: self.bits_of(name, offset) for name, offset in self.offsets.items()}
         groups = []
-        for size in range(1, len(self.counts)):
-            for group in itertools.combinations(self.counts, size):
-                count = sum(self.counts[name] for name in group)
-                shift = octaves_of_all * self.total / count
-                if all(abs(shift + offsets[name] - self.offset) <= LARGEST_SHIFT for name in group):
-                    groups.append((count, group))
+        for size in range(1, len(bits)):
+            for group in itertools.combinations(bits, size):
+                steeper = sum(self.bits_of(name, self.offsets[name] + 0.125) for name in group)
+                here = sum(bits[name] for name in group)
+                shift = 0.125 * 8 * excess / max(here - steeper, 1.0)
+                if all(abs(self.offsets[name] + shift - self.offset) <= LARGEST_SHIFT for name in group):
+                    groups.append((sum(self.counts[name] for name in group), shift, group))
         if not groups:
             return False
-        count, group = min(groups)
+        _, shift, group = min(groups)
         for name in group:
-            offsets[name] += octaves_of_all * self.total / count
-            self.stored[name] = self.encode(name, offsets[name])
+            self.encode_bank(name, self.offsets[name] + shift)
         return True
 
     def run(self, log: Callable[[str], None]) -> bytes:
         """The artifact. Where no scales meet the limit, it is larger, or smaller by more than a thousandth."""
-        low, high = LOG2_SCALE_RANGE
-        self.offset, tries = self.first_offset(), 0
-        offsets: dict[str, float] = {}  # of each bank; none: all are quantized anew
+        self.sample()
+        moved, tries = False, 0
         while tries < 12:
-            if not offsets:
-                offsets = dict.fromkeys(self.counts, self.offset)
-                self.stored |= {name: self.encode(name, self.offset) for name in self.counts}
+            if not moved:
+                before = dict(self.offsets)
+                self.encode_all()
             excess = self.attempt()
             tries += 1
-            if -self.limit / 1000 <= excess <= 0 or high - low < 1e-3:
+            codes = sum(self.bits_of(name, offset) for name, offset in self.offsets.items()) / 8
+            self.other = excess + self.limit - codes
+            if -self.limit / 1000 <= excess <= 0 or (not moved and self.offsets == before):
                 break
-            slope = (self.bits_at(self.offset) - self.bits_at(self.offset + 0.125)) / 0.125
-            octaves = 8 * (excess + self.limit / 4000) / max(slope, 1.0)
-            if self.shift_some(octaves, offsets):
-                continue
-            low, high = (self.offset, high) if excess > 0 else (low, self.offset)
-            guess = min(max(self.offset + octaves, low), high)
-            self.offset, offsets = guess if low < guess < high else (low + high) / 2, {}
+            moved = self.shift_some(excess + self.limit - self.goal)
         if self.best is None:
             raise RuntimeError("no attempt was made")
         for line in self.best.lines:

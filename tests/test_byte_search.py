@@ -75,12 +75,26 @@ def test_the_artifact_fills_the_bytes_to_a_thousandth(quantizer, name):
         assert stored["bigram.table"].scales is not None
 
 
+def with_outputs(weights, calibration):
+    """The calibration with gradients at the banks' outputs so much alike that compensation takes bits."""
+    generator = torch.Generator().manual_seed(1)
+    outputs: dict[str, torch.Tensor] = {}
+    for name in calibration.hessians.keys() & set(tg.BANKS):
+        batch = tg.as_batch(weights[name])
+        g = torch.randn(len(batch), 4 * batch.size(1), batch.size(1), generator=generator)
+        g += 3 * torch.randn(len(batch), 4 * batch.size(1), 1, generator=generator)
+        outputs[name] = g.mT @ g
+    return calibration._replace(outputs=outputs)
+
+
+@pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("quantizer", ["uniform", "trellis"])
-def test_a_larger_model_takes_less_than_two_passes(quantizer):
+def test_a_larger_model_takes_less_than_one_and_a_half_passes(quantizer, groups):
     """Samples and banks that are moved alone count in proportion. At 36 million weights a sample errs less."""
-    c, weights, calibration = random_model(**LARGER, QUANTIZER=quantizer)
+    c, weights, calibration = random_model(**LARGER, QUANTIZER=quantizer, GPTQ_ROW_GROUPS=groups)
+    calibration = with_outputs(weights, calibration)
     encoded = []
-    limit = 165_000
+    limit = 120_000
     with pytest.MonkeyPatch.context() as patch:
         encode = tg.encode_tensor
 
@@ -93,7 +107,7 @@ def test_a_larger_model_takes_less_than_two_passes(quantizer):
     assert 0.999 * limit <= len(data) <= limit
     total = sum(weights[name].numel() for name in calibration.hessians)
     assert found.passes == pytest.approx(sum(encoded) / total)
-    assert found.passes <= 1.75
+    assert found.passes <= 1.5
 
 
 def test_the_best_artifact_is_kept_with_its_lines(monkeypatch):

@@ -140,8 +140,9 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         "Made by `bench/peer.py`, whose first lines say what is compared. "
         f"Seeds {', '.join(map(str, options.seeds))}; "
-        "± is the 95% interval over them, by Student's t. *Before* is before quantization, *quantized* is read back from "
-        "the artifact, *learned* is after test-time training, and val_bpb after hints, which the peer does not have. "
+        "± is the 95% interval over them, by Student's t. *Before* is before quantization, *quantized* is read back "
+        "from the artifact, *learned* is after test-time training, and val_bpb after hints, which the peer does not "
+        "have. "
         f"{machine}, torch {torch.__version__}.",
         "",
         "The text is the built-in corpus, which repeats itself far more than web text: hints gain from that.",

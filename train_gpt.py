@@ -12341,13 +12341,13 @@ class ByteSearch:
 
     def shift_some(self, excess: float) -> bool:
         """Moves the scales of as few weights as LARGEST_SHIFT allows, if not of all, to save so many bytes."""
-        bits = {name: self.bits_of(name, offset) for name, offset in self.offsets.items()}
+        octave = {
+            n: 8 * (self.bits_of(n, offset) - self.bits_of(n, offset + 1 / 8)) for n, offset in self.offsets.items()
+        }
         groups = []
-        for size in range(1, len(bits)):
-            for group in itertools.combinations(bits, size):
-                steeper = sum(self.bits_of(name, self.offsets[name] + 0.125) for name in group)
-                here = sum(bits[name] for name in group)
-                shift = 0.125 * 8 * excess / max(here - steeper, 1.0)
+        for size in range(1, len(octave)):
+            for group in itertools.combinations(octave, size):
+                shift = 8 * excess / max(sum(octave[name] for name in group), 1.0)
                 if all(abs(self.offsets[name] + shift - self.offset) <= LARGEST_SHIFT for name in group):
                     groups.append((sum(self.counts[name] for name in group), shift, group))
         if not groups:

@@ -1193,6 +1193,14 @@ class Config(ModelConfig):
     ttt_eval_seq_len: int = knob(
         0, "context length in phased TTT, in tokens; 0: EVAL_SEQ_LEN", Observed.TTT, low=0, high=1 << 20
     )
+    ttt_recompute_tokens: int = knob(
+        0,
+        "with TTT_ORDER=stream, tokens before a LoRA chunk that are computed anew with it; the keys and values of all "
+        "others are those of the pass that scored them; 0: all tokens of the context are computed anew",
+        Observed.TTT,
+        low=0,
+        high=1 << 20,
+    )
     ttt_lora_rank: int = knob(128, "LoRA rank", Observed.TTT, low=1, high=4096)
     ttt_lora_alpha: float = knob(
         144.0, "LoRA alpha: the low-rank output is scaled by alpha/rank", Observed.TTT, low=1e-3
@@ -1299,6 +1307,11 @@ class Config(ModelConfig):
     def ttt_context(self) -> int:
         """Context length of phased test-time training, in tokens."""
         return self.ttt_eval_seq_len or self.eval_context
+
+    @property
+    def lead_tokens(self) -> int:
+        """First tokens of a cached window whose keys lack the tokens before it: by the SmearGate, the key offset."""
+        return 2 if self.key_offset else 1
 
     @property
     def ttt_phases(self) -> int:
@@ -2536,8 +2549,9 @@ rvq_bits < rvq_enabled
 tune_scale_lr tune_vector_lr < tune_steps
 hint_min_match hint_max_match hint_chunk_tokens hint_lr < hint_enabled
 ttt_chunk_tokens ttt_epochs ttt_lr ttt_decay_tokens ttt_momentum ttt_freeze_blocks < ttt_mode=chunk
-ttt_order ttt_chunk_size ttt_eval_seq_len ttt_beta2 ttt_weight_decay ttt_grad_steps ttt_warm_start_a \
-ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora ttt_o_lora ttt_mlp_lora \
+ttt_order ttt_chunk_size ttt_eval_seq_len ttt_recompute_tokens ttt_beta2 ttt_weight_decay ttt_grad_steps \
+ttt_warm_start_a ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora \
+ttt_o_lora ttt_mlp_lora \
 phased_ttt_prefix_docs phased_ttt_prefix_tokens phased_ttt_num_phases global_ttt_chunk_tokens global_ttt_lr \
 global_ttt_momentum global_ttt_epochs < ttt_mode=phased
 ttt_batch_size ttt_streams < ttt_order=length
@@ -2908,6 +2922,12 @@ def check_evaluation(config: Config) -> None:
     by_length = config.ttt_mode == "phased" and config.ttt_order == "length"
     allowed = "must be 0 with TTT_ORDER=length: hints learn in the order of the stream"
     require(not (config.hint_enabled and by_length), config, "hint_enabled", allowed)
+    allowed = "must be 0 with TTT_ORDER=length: documents of a batch have chunks at different places"
+    require(not (config.ttt_recompute_tokens and by_length), config, "ttt_recompute_tokens", allowed)
+    room = config.ttt_context - config.ttt_chunk_size
+    allowed = f"must be 0, or at least {config.lead_tokens} and at most TTT_EVAL_SEQ_LEN less TTT_CHUNK_SIZE, {room}"
+    inside = config.lead_tokens <= config.ttt_recompute_tokens <= room
+    require(not config.ttt_recompute_tokens or inside, config, "ttt_recompute_tokens", allowed)
 
 
 def execution_order(config: ModelConfig, looped: bool) -> list[int]:
@@ -8005,6 +8025,24 @@ class AttentionContext(NamedTuple):
     triton: bool  # Triton kernels around attention, where they support the tensors
 
 
+class Past(NamedTuple):
+    """What a pass of T tokens finds of C earlier ones. The last of them may be the first of the pass."""
+
+    keys: Tensor  # [B, calls, C, K, h], as each layer call had them
+    values: Tensor
+    mask: Tensor  # [T, C + T] bool: a token sees a key, of the C earlier tokens and then of its own pass
+    near: Tensor  # [T, C + T] bool: ... in layers whose attention has a window
+
+    def attention(
+        self, call: int, seen: list[tuple[Tensor, Tensor]] | None, q: Tensor, k: Tensor, v: Tensor, local: bool = False
+    ) -> Tensor:
+        """The attention of a layer call, as in AttentionContext. It adds the pass's keys and values to `seen`."""
+        if seen is not None:
+            seen.append((k.detach(), v.detach()))
+        k, v = torch.cat((self.keys[:, call], k), dim=1), torch.cat((self.values[:, call], v), dim=1)
+        return attention_sdpa(q, k, v, (self.near if local else self.mask)[None])
+
+
 class MLPKernels(NamedTuple):
     """How one forward pass computes its MLPs."""
 
@@ -8353,18 +8391,23 @@ class GPT(nn.Module):
         fake_quant: Grids = None,
         fused_mlp: bool = True,
         fp8_mlp: bool = False,
+        past: Past | None = None,
+        seen: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`."""
-        calls = self.schedules[looped]
+        """Tokens [B, T] -> normed hidden states [B, T, d], or [B, last_tokens, d] of the last ones. See `forward`.
+
+        With a past, each layer call's keys and values are added to `seen`, if there is one.
+        """
+        config, calls = self.config, self.schedules[looped]
         x = x0 = x_mlp = self.embed(ids, documents, noise)
         weights = self.layer_weights(x.dtype, trainable_layers, fake_quant)
         own_adapters = adapters_of_calls(adapters or {}, len(calls), x.dtype)
         context = AttentionContext(
-            self.attention(documents, self.config.num_heads, self.config.num_kv_heads),
+            self.attention(documents, config.num_heads, config.num_kv_heads) if past is None else past.attention,
             *self.rotary(documents.starts, x.dtype),
             None if self.value_embeds is None else self.value_embeds(ids, x.dtype),
             None,
-            continues_document(documents.starts) if self.config.key_offset else None,
+            continues_document(documents.starts) if config.key_offset else None,
             self.runtime.triton,
         )
         mlp_kernels = MLPKernels(fused_mlp and self.runtime.triton, fp8_mlp, self.runtime.float8)
@@ -8373,8 +8416,11 @@ class GPT(nn.Module):
             if call.skip is not None:
                 x = self.blend_skip(x, saved.pop(), call.skip)
             own, w = own_adapters[place], weights[call.layer]
+            if past is not None:
+                attention = functools.partial(past.attention, place, seen)
+                context = context._replace(attention=attention)
             x, x_mlp, values = self.run_layer(call, x, x_mlp, x0, w, context, own, mlp_kernels)
-            if self.config.value_residual and not place:
+            if config.value_residual and not place:
                 context = context._replace(first_values=values)
             if call.save:
                 saved.append(x)
@@ -8446,6 +8492,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         hints: Tensor | None = None,
         extra_targets: Tensor | None = None,
+        past: Past | None = None,
     ) -> tuple[Tensor, ...]:
         """Negative log-likelihood and log-sum-exp of targets [B, L], [B, L] each, in nats. Callers reduce.
 
@@ -8459,8 +8506,11 @@ class GPT(nn.Module):
         training alone; hooks do not see them either. temperature: divides the softcapped logits. hints: tokens [B, L],
         whose log-probabilities [B, L] are a third result, without a gradient. extra_targets: K further tokens
         [B, L, K] to predict from each place, for training alone, without hints, at temperature 1; their negative
-        log-likelihood [B, L, K] is a third result.
+        log-likelihood [B, L, K] is a third result. past: what attention finds of tokens before these, in place of
+        what `documents` say; the pass's own keys and values [B, calls, T, K, h] are two more results, the last ones,
+        without a gradient.
         """
+        seen: list[tuple[Tensor, Tensor]] = []
         hidden = self.trunk(
             ids,
             documents,
@@ -8472,17 +8522,20 @@ class GPT(nn.Module):
             fake_quant=fake_quant,
             fused_mlp=fused_mlp,
             fp8_mlp=fp8_mlp,
+            past=past,
+            seen=seen,
         )
+        own = tuple(torch.stack(column, dim=1) for column in zip(*seen, strict=True))
         pair = adapters.get("head") if adapters else None
         logits = self.head_logits(hidden, None if pair is None else (pair[0][:, 0], pair[1][:, 0]), fp8_head)
         losses = self.token_losses(logits, targets, temperature)
         if extra_targets is not None:
             return *losses, self.extra_losses(hidden, losses[1], extra_targets)
         if hints is None:
-            return losses
+            return *losses, *own
         at_hint = logits.detach().gather(-1, hints.unsqueeze(-1)).squeeze(-1)
         at_hint = softcap_plain(at_hint, self.cap_of(at_hint), self.config.softcap_type) / temperature
-        return *losses, at_hint - losses[1].detach()
+        return *losses, at_hint - losses[1].detach(), *own
 
 
 def new_model(config: Config) -> GPT:
@@ -8504,12 +8557,17 @@ def meta_model(config: Config) -> GPT:
         return GPT(config.model, runtime_of(config))
 
 
-def constant_view(model: GPT) -> GPT:
-    """The same weights as constants: gradients reach adapters alone. It shares the memory, so updates show in it."""
+def constant_view(model: GPT, places: int = 0) -> GPT:
+    """The same weights as constants: gradients reach adapters alone. It shares the memory, so updates show in it.
+
+    Its rotary tables have at least so many places.
+    """
     with torch.device("meta"):
         view = GPT(model.config, model.runtime)
     view.load_state_dict(model.state_dict(), assign=True)
     view.cos, view.sin = model.cos, model.sin
+    if places > len(model.cos):
+        view.cos, view.sin = (table.to(model.cos) for table in rotary_tables(model.config, places))
     return view.requires_grad_(False)
 
 
@@ -13467,7 +13525,7 @@ class PhasedTTT:
         self.lengths = np.diff(self.offsets)
         self.plan()
         self.ledger = ScoreLedger(evaluator, hinted=adapt and config.hint_enabled)
-        self.forward = compiled_forward(constant_view(model))
+        self.forward = compiled_forward(self.view_of(model))
         calls = len(model.schedules[config.loops])
         self.adapters = Adapters(config, calls, self.run.device) if adapt else None
         if self.adapters:
@@ -13476,6 +13534,10 @@ class PhasedTTT:
         work = sum(self.cost(batch).sum() for begin, end in self.phases() for batch in self.batches(begin, end))
         self.meter = ProgressMeter(self.run, config, "ttt" if adapt else "ttt_baseline", float(work))
         self.kept = StageCheckpoints(self.run, self.meter.stage, self.ledger)
+
+    def view_of(self, model: GPT) -> GPT:
+        """The model whose forward pass gives scores, its weights as constants."""
+        return constant_view(model)
 
     def plan(self) -> None:
         """Order of the documents, ends of the phases, ends of the chunks."""
@@ -13656,6 +13718,10 @@ class PhasedTTT:
                 if step:
                     nll, leaves, _ = self.score(batch, scored)
                 self.adapt(nll, leaves, scored[:adapting])
+            self.finish_chunk(chunk)
+
+    def finish_chunk(self, chunk: int) -> None:
+        """Nothing: the next chunk's context is computed anew."""
 
     def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
         """One adapter step of the first documents on their chunk's mean loss."""
@@ -13683,14 +13749,24 @@ class PhasedTTT:
         hints = self.ledger.hints_at(scored)
         if hints is not None and self.model.runtime.compile:
             mark_sizes(2, hints)
-        nll, _, *log_q = self.forward(
+        nll, _, *more = self.forward(
             *batch,
             looped=self.config.loops,
             adapters=adapters.pairs(leaves) if adapters else None,
             temperature=self.config.temperature,  # adapters train on what counts
             **({} if hints is None else dict(hints=hints)),
+            **self.context_of(batch),
         )
-        return nll, leaves, log_q[0] if log_q else None
+        log_q = None if hints is None else more.pop(0)
+        self.keep(*more)
+        return nll, leaves, log_q
+
+    def context_of(self, batch: Batch) -> dict[str, Past]:
+        """Arguments of the forward pass for context that the window does not hold."""
+        return {}
+
+    def keep(self, *seen: Tensor) -> None:
+        """Takes the keys and values of a window's pass, where it has a past."""
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document with its context, right-aligned where the chunk would end; the rest is padding.
@@ -13729,6 +13805,101 @@ class PhasedTTT:
         for step in range(total):
             sgd.step(chunks[step % len(chunks)], config.global_ttt_lr * cosine(step, total))
         self.run.log(f"ttt: {total} full-model SGD steps on {len(documents)} scored documents, {len(stream)} tokens")
+
+
+class CachedTTT(PhasedTTT):
+    """TTT_RECOMPUTE_TOKENS: a window holds a chunk and some tokens before it, and attention finds the rest in a cache.
+
+    What the cache has of a token was computed when it was scored or last recomputed, with the adapters of that time.
+    Gradients reach back as far as the window. So a chunk costs as much as its window, however long the context is.
+    """
+
+    def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
+        super().__init__(evaluator, model, adapt)
+        self.lead = self.config.lead_tokens
+        self.base = 0  # the window's first place
+        self.cache: tuple[Tensor, ...] = ()  # keys and values [B, calls, C, K, h] of the places up to base + lead - 1
+        self.seen: tuple[Tensor, ...] = ()  # those of the window's pass
+
+    def view_of(self, model: GPT) -> GPT:
+        """A window's places count from the document's begin, however far that is behind."""
+        return constant_view(model, int(self.chunk_edges[-1]))
+
+    def window_tokens(self, chunk: int) -> int:
+        """Tokens of a chunk's window."""
+        first, end = self.chunk_edges[chunk : chunk + 2]
+        return self.config.ttt_recompute_tokens + max(2, int(end - first))
+
+    def cost(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens that pass through the model for each document: its chunks' windows."""
+        widths = [self.window_tokens(chunk) for chunk in range(len(self.chunk_edges) - 1)]
+        return np.concatenate(([0], np.cumsum(widths)))[self.chunk_counts[documents]]
+
+    def score_and_adapt(self, documents: np.ndarray) -> None:
+        """As without a cache, which is empty where a document begins."""
+        self.cache = ()
+        super().score_and_adapt(documents)
+        self.cache = ()
+
+    def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
+        """One chunk of each document and the tokens before it, all at the same places; places before 0 are padding."""
+        first, end = (int(edge) for edge in self.chunk_edges[chunk : chunk + 2])
+        if len(documents) == 1 < self.config.ttt_batch_size:  # a size of 1 would be another graph
+            documents = np.repeat(documents, 2)
+        length = self.window_tokens(chunk)
+        last, lengths = length - self.config.ttt_recompute_tokens, self.lengths[documents][:, None]
+        places = np.arange(end - length, end)
+        positions = self.offsets[documents][:, None] + np.clip(places, 0, lengths - 1)
+        ids = self.tokens[positions].astype(np.int64)
+        targets = self.tokens[positions[:, length - last :] + 1].astype(np.int64)
+        starts = np.broadcast_to(np.where(places < 0, 0, length - end), ids.shape).astype(np.int32)
+        counts = (places >= first) & (places < lengths)
+        if len(counts) > 1 and documents[0] == documents[1]:
+            counts[1] = False
+        scored = np.where(counts, positions, -1)[:, length - last :]
+        self.base = end - length
+        return to_device(ids, targets, starts, self.run.device), scored
+
+    def context_of(self, batch: Batch) -> dict[str, Past]:
+        """The cache, and which of its keys each token sees.
+
+        A window's first tokens lack what the SmearGate and the key offset take from the one before. They are there for
+        those after them, and their own keys come from the cache, unless the window begins with the document. Padding
+        sees itself, since a softmax over nothing is not a number.
+        """
+        config, (rows, length) = self.config, batch.ids.shape
+        context, end = config.ttt_context, self.base + self.lead
+        if not self.cache:
+            calls = len(self.model.schedules[config.loops])
+            shape = (rows, calls, context, config.num_kv_heads, config.model.head_dim)
+            self.cache = tuple(torch.zeros(shape, dtype=config.dtype, device=self.run.device) for _ in range(2))
+        places = np.arange(self.base, self.base + length)[:, None]
+        keys = np.append(np.arange(end - context, end), places)
+        sees = (keys <= places) & (keys > places - context) & (keys >= 0)
+        sees[:, slice(context, context + self.lead) if self.base >= 0 else slice(context)] = False
+        sees |= (places < 0) & (keys == places) & (np.arange(len(keys)) >= context)
+        near = sees & (keys >= places - (config.window_attn_size or context))
+        keys_and_values = [x[:rows] for x in self.cache]
+        masks = [send_array(mask, self.run.device) for mask in (sees, near)]
+        if self.model.runtime.compile:
+            mark_sizes(1, *keys_and_values)
+            mark_sizes(2, *masks)
+        return dict(past=Past(*keys_and_values, *masks))
+
+    def keep(self, *seen: Tensor) -> None:
+        """Takes the keys and values of a window's pass."""
+        self.seen = seen
+
+    def finish_chunk(self, chunk: int) -> None:
+        """Moves the cache on, to the first place of the next window."""
+        if chunk + 2 >= len(self.chunk_edges):
+            return
+        moved = int(self.chunk_edges[chunk + 2]) - self.window_tokens(chunk + 1) - self.base
+        rows, context = len(self.seen[0]), self.config.ttt_context
+        old, own = (context, self.lead) if self.base >= 0 else (context - self.lead, 0)
+        pairs = zip(self.cache, self.seen, strict=True)
+        joined = (torch.cat((x[:rows, :, :old], new[:, :, own:]), dim=2) for x, new in pairs)
+        self.cache = tuple(x[:, :, moved : moved + context] for x in joined)
 
 
 class LengthOrderTTT(PhasedTTT):
@@ -13917,6 +14088,8 @@ def ttt_method(config: Config) -> type[PhasedTTT] | type[ChunkTTT]:
     """The class that TTT_MODE and TTT_ORDER name."""
     if config.ttt_mode == "chunk":
         return ChunkTTT
+    if config.ttt_recompute_tokens:
+        return CachedTTT
     return PhasedTTT if config.ttt_order == "stream" else LengthOrderTTT
 
 

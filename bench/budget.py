@@ -142,6 +142,8 @@ def configuration(settings: dict[str, str], table: Table) -> t.Config:
             )
     if config.ttt_mode == "chunk":
         raise BudgetError("TTT_MODE=chunk: only phased test-time training has a budget")
+    if config.ttt_recompute_tokens:
+        raise BudgetError(f"TTT_RECOMPUTE_TOKENS={config.ttt_recompute_tokens}: cached windows have no budget yet")
     return config
 
 

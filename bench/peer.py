@@ -38,8 +38,8 @@ import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
 from intervals import half_width  # noqa: E402
 
-PEER, IN_ROWS, OURS, IN_TIME = "peer", "peer, rows", "frontier", "frontier, equal seconds"
-PEERS = (PEER, IN_ROWS)
+PEERS = PEER, IN_ROWS = "peer", "peer, rows"
+OURS, IN_TIME = "frontier", "frontier, equal seconds"
 ORIGINAL = dict(PRESET="record", ORIGINAL=1, **strict.ORDERS["length"])
 SYSTEMS: dict[str, dict[str, Any]] = {
     PEER: ORIGINAL,

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
@@ -73,7 +73,7 @@ def score(run_folder: Path, environment: dict[str, str], learn: bool = True) -> 
     run = t.start_run(c, {})
     model, c = t.load_artifact((run_folder / "model.pgolf").read_bytes(), c, explicit, run.device)
     evaluator = t.Evaluator(c, run)
-    method = t.PhasedTTT if c.ttt_order == "stream" else t.LengthOrderTTT
+    method = cast(type[t.PhasedTTT], t.ttt_method(c))
     begin = time.perf_counter()
     phased = method(evaluator, model, adapt=learn)
     result = phased()

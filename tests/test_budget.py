@@ -397,6 +397,7 @@ def test_targets_are_judged(made, capsys):
         (["--set", "TTT_ORDER=sideways"], "error: TTT_ORDER"),
         (["--set", "NUM_LAYERS=12"], "error: NUM_LAYERS=12: "),
         (["--set", "TTT_MODE=chunk"], "error: TTT_MODE=chunk: "),
+        (["--set", "TTT_RECOMPUTE_TOKENS=48"], "error: TTT_RECOMPUTE_TOKENS=48: "),
         (["--ceilings", "speed=1"], "error: --ceilings speed: must be one of matmul, memory"),
         (["--ceilings", "memory=0"], "error: --ceilings memory=0: must be a number above 0"),
         (["--ceilings", "memory=fast"], "error: --ceilings memory=fast: must be a number above 0"),

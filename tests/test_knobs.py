@@ -239,6 +239,7 @@ CHANGES = {
     "HINT_LR": (0.5, HINT),
     "TTT_MODE": ("phased", dict(PHASED, TTT_MODE="none")),
     "TTT_BASELINE": (1, PHASED),
+    "TTT_RECOMPUTE_TOKENS": (2, dict(PHASED, TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=8)),
     **{
         name: (value, PHASED)
         for name, value in (

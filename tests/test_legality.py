@@ -60,6 +60,14 @@ EVALUATIONS = {
         TINY,
         dict(PHASED, TTT_ORDER="stream", TTT_BATCH_SIZE=1, TTT_STREAMS=1, PHASED_TTT_NUM_PHASES=3),
     ),
+    "phased, cache": (
+        RECORD,
+        dict(PHASED, TTT_ORDER="stream", TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=8, TTT_RECOMPUTE_TOKENS=3),
+    ),
+    "phased, cache and window": (
+        dict(RECORD, WINDOW_ATTN_SIZE=4, KEY_OFFSET=1),
+        dict(PHASED, TTT_ORDER="stream", TTT_EVAL_SEQ_LEN=16, TTT_CHUNK_SIZE=4, TTT_RECOMPUTE_TOKENS=6),
+    ),
     "chunk": (RECORD, CHUNK),
     "chunk, tiny": (TINY, dict(CHUNK, EVAL_STRIDE=0, TTT_CHUNK_TOKENS=30, TTT_FREEZE_BLOCKS=1)),
     "sliding, poly5": (POLY, dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=3)),

@@ -34,6 +34,8 @@ EVALUATIONS = {
     "phased, short chunks": dict(PHASED, TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=32, TTT_BATCH_SIZE=2),
     "phased, short chunks, batches of 4": dict(PHASED, TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=32),
     "phased by tokens": dict(PHASED, PHASED_TTT_PREFIX_TOKENS=400),
+    "phased, cache": dict(PHASED, TTT_RECOMPUTE_TOKENS=5),
+    "phased, cache, short chunks": dict(PHASED, TTT_RECOMPUTE_TOKENS=9, TTT_SHORT_DOC_CHUNKS=1, TTT_BATCH_SIZE=2),
     "chunk": CHUNK,
     "chunk, decay": dict(CHUNK, TTT_DECAY_TOKENS=250),
 }

@@ -81,6 +81,7 @@ def prepared(folder, data, base, tokens=None, **knobs):
 def method_of(c):
     """The class that does what the settings ask for."""
     phased = tg.PhasedTTT if c.ttt_order == "stream" else tg.LengthOrderTTT
+    phased = tg.CachedTTT if c.ttt_recompute_tokens else phased
     return dict(phased=phased, chunk=tg.ChunkTTT)[c.ttt_mode]
 
 

@@ -325,7 +325,7 @@ def test_time_training(session: Session, windows: int = 14) -> None:
     with stand_ins(script), session.use("TTT") as result:
         evaluator = new_evaluator(session)
         model = session.model()
-        ttt = script.PhasedTTT(evaluator, model)
+        ttt = script.ttt_method(config)(evaluator, model)
         counts, batch_size = ttt.chunk_counts, config.ttt_batch_size
         in_part(session, ttt, "adapt", "adapting")
         in_part(session, ttt, "start_batch", "a batch's start and end")

@@ -12,9 +12,9 @@ better. "All sizes together" means the differences of all seeds at all sizes, ta
   seconds while all sizes together show no gain at equal FLOPs either; or the gain vanishes.
 - unclear: anything else. More seeds or sizes may settle it.
 
-A gain vanishes if its trend shrinks and the interval at the largest size reaches 0. A trend is the slope of the
-difference per doubling of the training's FLOPs, by least squares for each seed. It shrinks, or grows, if the slope's
-interval excludes 0.
+A trend is the slope of the difference per doubling of the training's FLOPs, by least squares for each seed. If its
+interval excludes 0, an effect grows where it is larger at the largest size than at the smallest, and shrinks otherwise.
+A gain vanishes if such a slope is above 0 and the interval at the largest size reaches 0.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def trend(standing: Standing, kind: str, sizes: list[str], compute: Mapping[str,
     if slope.low <= 0 <= slope.high:
         return Trend(slope, "not resolved", False)
     first, last = (interval(found[size].values()) for size in (list(found)[0], list(found)[-1]))
-    word = "grows" if slope.mean * first.mean > 0 else "shrinks"
-    return Trend(slope, word, word == "shrinks" and first.mean < 0 and last.high >= 0)
+    word = "grows" if abs(last.mean) > abs(first.mean) else "shrinks"  # an effect near 0 at first has no direction yet
+    return Trend(slope, word, slope.low > 0 > first.mean and last.high >= 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts

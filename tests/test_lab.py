@@ -288,6 +288,9 @@ def test_a_trend_is_a_slope_per_doubling_with_its_interval():
     assert found.word == "shrinks" and found.vanishes  # the interval at the largest size is ±0.025
     grows = standing(BETTER, tuple(2 * x for x in BETTER))
     assert lab_report.trend(grows, "flops", NAMES, COMPUTE).word == "grows"
+    from_nothing = standing((0.001, 0.0, 0.002), (-0.009, -0.01, -0.008), (-0.019, -0.02, -0.018))
+    found = lab_report.trend(from_nothing, "flops", NAMES, COMPUTE)
+    assert found.word == "grows" and found.slope.mean < 0 and not found.vanishes
     assert lab_report.trend(standing(NOISE, NOISE[::-1]), "flops", NAMES, COMPUTE).word == "not resolved"
     assert lab_report.trend(standing(BETTER), "flops", NAMES, COMPUTE) is None
 

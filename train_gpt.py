@@ -2927,7 +2927,8 @@ def check_evaluation(config: Config) -> None:
     room = config.ttt_context - config.ttt_chunk_size
     allowed = f"must be 0, or at least {config.lead_tokens} and at most TTT_EVAL_SEQ_LEN less TTT_CHUNK_SIZE, {room}"
     inside = config.lead_tokens <= config.ttt_recompute_tokens <= room
-    require(not config.ttt_recompute_tokens or inside, config, "ttt_recompute_tokens", allowed)
+    asked = config.ttt_mode == "phased" and config.ttt_recompute_tokens
+    require(not asked or inside, config, "ttt_recompute_tokens", allowed)
 
 
 def execution_order(config: ModelConfig, looped: bool) -> list[int]:
@@ -13839,6 +13840,12 @@ class CachedTTT(PhasedTTT):
         """As without a cache, which is empty where a document begins."""
         self.cache = ()
         super().score_and_adapt(documents)
+        self.cache = ()
+
+    def drop_step(self, batch: Batch, scored: np.ndarray) -> None:
+        """As without a cache: here it is empty, for as many documents as the window has."""
+        self.cache = ()
+        super().drop_step(batch, scored)
         self.cache = ()
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:

@@ -88,6 +88,20 @@ def test_scores_are_those_of_a_plain_loop_over_whole_documents(tmp_path, data, n
     assert np.abs(found - everything).max() > 1e-4  # the cache's keys are older
 
 
+def test_windows_that_are_dropped_leave_nothing_behind(tmp_path, data):
+    """Those of a warmup and a projection, which have other numbers of documents."""
+    knobs = dict(RECORD, **STREAM, TTT_RECOMPUTE_TOKENS=3)
+    expected = scores(*prepared(tmp_path, data, knobs))
+    ttt = tg.CachedTTT(*prepared(tmp_path / "warm", data, knobs))
+    ttt.warm_up()
+    for count in (2, 4):
+        documents = np.arange(count)
+        ttt.start_batch(ttt.adapters, documents)
+        ttt.drop_step(*ttt.window(documents, 0))
+    ttt()
+    assert ttt.ledger.nll.copy() == pytest.approx(expected, abs=1e-12)
+
+
 def test_without_learning_too(tmp_path, data):
     knobs = dict(RECORD, **ONE_PHASE, TTT_RECOMPUTE_TOKENS=3)
     found = scores(*prepared(tmp_path, data, knobs), adapt=False)

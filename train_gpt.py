@@ -1195,8 +1195,8 @@ class Config(ModelConfig):
     )
     ttt_recompute_tokens: int = knob(
         0,
-        "with TTT_ORDER=stream, tokens before a LoRA chunk that are computed anew with it; the keys and values of all "
-        "others are those of the pass that scored them; 0: all tokens of the context are computed anew",
+        "with TTT_ORDER=stream, context tokens that are computed again for each LoRA chunk; older ones have keys and "
+        "values in a cache; 0: the whole context is computed again",
         Observed.TTT,
         low=0,
         high=1 << 20,

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 2, chunk / 2": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24"),
     # With a cache of keys and values, a chunk costs as much as its window, and not as its context.
     "rate x 2, chunk / 3": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16"),
-    "rate x 2, chunk x 2/3, cache": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32", TTT_RECOMPUTE_TOKENS="1"),
+    "rate x 2, chunk x 2/3, cache": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32", TTT_RECOMPUTE_TOKENS="2"),
     "rate x 2, chunk x 2/3, 32 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32", TTT_RECOMPUTE_TOKENS="32"),
     "rate x 2, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
 }

@@ -128,6 +128,10 @@ class ConfigError(Exception):
         super().__init__(f"{name}={value}: {allowed}" if value != "" else f"{name}: {allowed}")
         self.parts = name, value, allowed
 
+    def __reduce__(self) -> tuple:
+        """Pickled as it is: its message is not what `__init__` takes."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
 
 def listed_numbers(text: str) -> tuple[float, ...]:
     """Comma-separated numbers; a single NaN, which no range allows, where they are not."""

@@ -118,7 +118,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Runs what has no result yet, and writes the report. Returns the exit code."""
-    options = parse(arguments)
+    try:
+        return tune(parse(arguments))
+    except (t.ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def tune(options: argparse.Namespace) -> int:
+    """What `main` does. Errors: ConfigError, ValueError for settings or documents that there are not."""
     rows = lab_report.read_results(options.results)
     done = {key(row) for row in rows}
     variants = ("base", OFF, *(options.only or VARIANTS))

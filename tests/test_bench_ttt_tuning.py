@@ -1,9 +1,12 @@
 """bench/ttt_tuning.py: its variants, what it runs once and not again, and its page."""
 
 import json
+import pickle
 import sys
 
-from helpers import ROOT, TINY, fork, fork_script, knob_names
+import pytest
+
+from helpers import ROOT, TINY, fork, fork_script, knob_names, tg
 
 sys.path.append(str(ROOT / "bench"))
 import ttt_tuning  # noqa: E402
@@ -37,6 +40,23 @@ def test_seeds_of_a_model_share_a_column():
     assert "| variant | settings | a, seeds 1, 2, 3 |" in lines
     assert "| base | | 2.2000 ± 0.2484 bpb |" in lines  # 4.303 * 0.1 / sqrt(3)
     assert "| chunk / 2 | `TTT_CHUNK_SIZE=24` | -0.0200 ± 0.1271 |" in lines  # of the two seeds that have it
+
+
+def test_a_setting_that_is_refused_ends_it_with_one_line(data, tmp_path):
+    done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = ("--results", tmp_path / "rows.jsonl", "--report", tmp_path / "page.md")
+    name = "rate x 2, chunk / 3, 48 recomputed"  # the context is 32 tokens
+    arguments = ("--data", data, "--documents", 5, "--jobs", 1, *files, "--only", name)
+    done = fork(ROOT / "bench" / "ttt_tuning.py", {}, tmp_path / "run", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: TTT_RECOMPUTE_TOKENS=48: must be 0, or at least 1")
+
+
+@pytest.mark.parametrize("error", [tg.ConfigError("SEED", -1, "must be at least 0"), tg.ArtifactError("it is empty")])
+def test_errors_of_users_pass_from_one_process_to_another(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error) and copy.parts == error.parts
 
 
 def test_what_has_a_result_is_not_scored_again(data, tmp_path):

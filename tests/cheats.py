@@ -31,7 +31,7 @@ LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
 SLIDING = "        nll, log_q = self.compute(forward, batch, ledger.hints_at(scored))\n"
 PHASED = (
-    "        nll, _, *log_q = self.forward(\n"
+    "        nll, _, *more = self.forward(\n"
     "            *batch,\n            looped=self.config.loops,\n            adapters="
 )
 LEDGER = "            self.nll[positions] = nll.cpu().numpy()[places]\n"

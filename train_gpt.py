@@ -13575,9 +13575,12 @@ class PhasedTTT:
         return np.full(len(documents), first), np.full(len(documents), end)
 
     def cost(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens that pass through the model for each document: its chunks, each with its context."""
-        widths = np.minimum(self.chunk_edges[1:], self.config.ttt_context)
-        return np.concatenate(([0], np.cumsum(widths)))[self.chunk_counts[documents]]
+        """Tokens that pass through the model for each document: its chunks' windows."""
+        return np.concatenate(([0], np.cumsum(self.window_sizes())))[self.chunk_counts[documents]]
+
+    def window_sizes(self) -> np.ndarray:
+        """Tokens of each chunk's window: the chunk with its context."""
+        return np.minimum(self.chunk_edges[1:], self.config.ttt_context)
 
     def __call__(self) -> Score:
         """Scores every document's targets, each before anything trains on it."""
@@ -13830,15 +13833,9 @@ class CachedTTT(PhasedTTT):
         """A window's places count from the document's begin, however far that is behind."""
         return constant_view(model, int(self.chunk_edges[-1]))
 
-    def window_tokens(self, chunk: int) -> int:
-        """Tokens of a chunk's window."""
-        first, end = self.chunk_edges[chunk : chunk + 2]
-        return self.config.ttt_recompute_tokens + max(2, int(end - first))
-
-    def cost(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens that pass through the model for each document: its chunks' windows."""
-        widths = [self.window_tokens(chunk) for chunk in range(len(self.chunk_edges) - 1)]
-        return np.concatenate(([0], np.cumsum(widths)))[self.chunk_counts[documents]]
+    def window_sizes(self) -> np.ndarray:
+        """Tokens of each chunk's window: the chunk and the tokens before it that are computed again."""
+        return self.config.ttt_recompute_tokens + np.maximum(2, np.diff(self.chunk_edges))
 
     def score_and_adapt(self, documents: np.ndarray) -> None:
         """As without a cache, which is empty where a document begins."""
@@ -13857,7 +13854,7 @@ class CachedTTT(PhasedTTT):
         first, end = (int(edge) for edge in self.chunk_edges[chunk : chunk + 2])
         if len(documents) == 1 < self.config.ttt_batch_size:  # a size of 1 would be another graph
             documents = np.repeat(documents, 2)
-        length = self.window_tokens(chunk)
+        length = int(self.window_sizes()[chunk])
         last, lengths = length - self.config.ttt_recompute_tokens, self.lengths[documents][:, None]
         places = np.arange(end - length, end)
         positions = self.offsets[documents][:, None] + np.clip(places, 0, lengths - 1)
@@ -13905,7 +13902,7 @@ class CachedTTT(PhasedTTT):
         """Moves the cache on, to the first place of the next window."""
         if chunk + 2 >= len(self.chunk_edges):
             return
-        moved = int(self.chunk_edges[chunk + 2]) - self.window_tokens(chunk + 1) - self.base
+        moved = int(self.chunk_edges[chunk + 2] - self.window_sizes()[chunk + 1]) - self.base
         rows, context = len(self.seen[0]), self.config.ttt_context
         old, own = (context, self.lead) if self.base >= 0 else (context - self.lead, 0)
         pairs = zip(self.cache, self.seen, strict=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tools")]
+import processes  # noqa: E402
 import train_gpt as t  # noqa: E402
 from intervals import half_width  # noqa: E402
 
@@ -43,19 +43,21 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_of(row: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The summary of one run, after running it if need be. Errors: RuntimeError with the script's last lines."""
-    folder = options.folder / f"{row.replace(' ', '-')}-{seed}-{options.seconds:g}"
-    knobs = dict(
-        PRESET="demo", DATA_PATH=options.data, ARTIFACT_DIR=folder, SEED=seed, MAX_WALLCLOCK_SECONDS=options.seconds
-    )
-    environment = {**os.environ, **{name: str(value) for name, value in (knobs | ROWS[row]).items()}}
+def summary_of(label: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    """The summary in a run's folder, after running it if need be. Errors: RuntimeError with the script's last lines."""
     if not (folder / t.SUMMARY_FILE).is_file():
-        command = [sys.executable, str(ROOT / "train_gpt.py")]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        variables = {**os.environ, **environment, "ARTIFACT_DIR": str(folder)}
+        done = processes.run([sys.executable, str(ROOT / "train_gpt.py")], cwd=ROOT, env=variables)
         if done.returncode:
-            raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-500:]}")
+            raise RuntimeError(f"{label}: {done.stderr[-500:]}")
     return json.loads((folder / t.SUMMARY_FILE).read_text())
+
+
+def run_of(row: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The summary of one run, after running it if need be. Errors: RuntimeError."""
+    folder = options.folder / f"{row.replace(' ', '-')}-{seed}-{options.seconds:g}"
+    knobs = dict(PRESET="demo", DATA_PATH=options.data, SEED=seed, MAX_WALLCLOCK_SECONDS=options.seconds) | ROWS[row]
+    return summary_of(f"{row}, seed {seed}", {name: str(value) for name, value in knobs.items()}, folder)
 
 
 def figures(summary: dict[str, Any]) -> dict[str, float]:
@@ -64,10 +66,10 @@ def figures(summary: dict[str, Any]) -> dict[str, float]:
     return dict(bpb=summary["val_bpb"], plain=plain, steps=summary["steps"], bytes=summary["artifact_bytes"])
 
 
-def cell(values: list[float], digits: int = 4) -> str:
+def cell(values: list[float], digits: int = 4, sign: str = "") -> str:
     """A mean, with the half width of its 95% interval where there are several values."""
     mean = sum(values) / len(values)
-    return f"{mean:.{digits}f}" + (f" ± {half_width(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half_width(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def report(found: dict[str, dict[int, dict[str, float]]], options: argparse.Namespace) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -31,12 +30,12 @@ from openmp import wait_briefly  # noqa: E402
 wait_briefly()
 import torch  # noqa: E402
 
+import demo  # noqa: E402
 import lab  # noqa: E402
 import lab_ideas as ideas  # noqa: E402
-import processes  # noqa: E402
 import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
-from intervals import half_width  # noqa: E402
+from demo import cell  # noqa: E402
 
 PEERS = PEER, IN_ROWS = "peer", "peer, rows"
 OURS, IN_TIME = "frontier", "frontier, equal seconds"
@@ -68,17 +67,13 @@ def environment(system: str, size: ideas.Size, seed: int, options: argparse.Name
 
 
 def run_of(system: str, size: ideas.Size, seed: int, options: argparse.Namespace, **more: int) -> dict[str, float]:
-    """The figures of one run, after running it if need be. Errors: RuntimeError with the script's last lines."""
+    """The figures of one run, after running it if need be. Errors: RuntimeError."""
     folder = options.folder / f"{system}-{size.name}-{seed}".replace(" ", "-").replace(",", "")
     variables = environment(system, size, seed, options) | {name: str(value) for name, value in more.items()}
-    if not (folder / t.SUMMARY_FILE).is_file():
-        variables = {**os.environ, **variables, "ARTIFACT_DIR": str(folder)}
-        done = processes.run([sys.executable, str(ROOT / "train_gpt.py")], cwd=ROOT, env=variables)
-        if done.returncode:
-            raise RuntimeError(f"{system}, {size.name}, seed {seed}: {done.stderr[-500:]}")
-    summary = json.loads((folder / t.SUMMARY_FILE).read_text())
+    label = f"{system}, {size.name}, seed {seed}"
+    summary = demo.summary_of(label, variables, folder)
     found = {name: summary[key] for name, key in FIGURES.items()}
-    print(f"{system}, {size.name}, seed {seed}: {found}", flush=True)
+    print(f"{label}: {found}", flush=True)
     return found
 
 
@@ -107,12 +102,6 @@ def measure(size: ideas.Size, options: argparse.Namespace) -> dict[str, Any]:
             found[OURS][-1] if same else run_of(IN_TIME, size, seed, options, TARGET_BYTES=limit, ITERATIONS=steps)
         )
     return dict(size=size.name, ratios=ratios, runs=found)
-
-
-def cell(values: list[float], digits: int, sign: str = "") -> str:
-    """A mean with the half width of its 95% interval."""
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    return f"{mean} ± {half_width(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def size_lines(found: dict[str, Any]) -> list[str]:

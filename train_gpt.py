@@ -99,6 +99,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.adamw import adamw
 
 if TYPE_CHECKING:
@@ -5466,9 +5467,10 @@ def as_padding(batch: Batch) -> Batch:
 def cu_seqlens_of(starts: np.ndarray) -> np.ndarray:
     """[B, T] starts -> [n + 1] int32 cumulative sequence lengths of the n documents in the flattened batch.
 
-    No padding: FlashAttention launches programs for each sequence that is listed, empty or not.
+    No padding: FlashAttention launches programs for each sequence that is listed, empty or not. Of a document that
+    begins before its row, which starts below 0, the row holds a part.
     """
-    flat = np.flatnonzero(starts == np.arange(starts.shape[1]))
+    flat = np.flatnonzero(np.maximum(starts, 0) == np.arange(starts.shape[1]))
     return np.append(flat, starts.size).astype(np.int32)
 
 
@@ -8030,6 +8032,10 @@ class AttentionContext(NamedTuple):
     triton: bool  # Triton kernels around attention, where they support the tensors
 
 
+# Not cuDNN, which PyTorch prefers on an H100: it makes a plan for each shape that it meets.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class Past(NamedTuple):
     """What a pass of T tokens finds of C earlier ones. The last of them may be the first of the pass."""
 
@@ -8041,11 +8047,21 @@ class Past(NamedTuple):
     def attention(
         self, call: int, seen: list[tuple[Tensor, Tensor]] | None, q: Tensor, k: Tensor, v: Tensor, local: bool = False
     ) -> Tensor:
-        """The attention of a layer call, as in AttentionContext. It adds the pass's keys and values to `seen`."""
+        """The attention of a layer call, as in AttentionContext. It adds the pass's keys and values to `seen`.
+
+        Queries of a key's heads stand one after the other, as if they were more tokens: there are fewer queries than
+        keys, which would have to be repeated.
+        """
         if seen is not None:
             seen.append((k.detach(), v.detach()))
+        (rows, length, heads, width), kv_heads = q.shape, k.size(2)
         k, v = torch.cat((self.keys[:, call], k), dim=1), torch.cat((self.values[:, call], v), dim=1)
-        return attention_sdpa(q, k, v, (self.near if local else self.mask)[None])
+        groups = heads // kv_heads
+        q = q.view(rows, length, kv_heads, groups, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask = (self.near if local else self.mask).repeat(groups, 1)
+        with sdpa_kernel(WITHOUT_PLANS):
+            y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return y.view(rows, kv_heads, groups, length, width).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class MLPKernels(NamedTuple):
@@ -9243,10 +9259,10 @@ def compiled_forward(model: GPT) -> Callable:
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 
-def mark_sizes(count: int, *tensors: Tensor) -> None:
-    """Marks the first sizes of tensors as dynamic, but sizes of 1: torch.compile makes them constants."""
+def mark_sizes(dims: tuple[int, ...], *tensors: Tensor) -> None:
+    """Marks dimensions of tensors as dynamic, but those of size 1: torch.compile makes them constants."""
     for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, [d for d in range(count) if tensor.size(d) > 1])
+        torch._dynamo.mark_dynamic(tensor, [d for d in dims if tensor.size(d) > 1])
 
 
 def graphs_compiled() -> int:
@@ -13522,6 +13538,8 @@ class PhasedTTT:
     dealt over the ranks and dropped as they end.
     """
 
+    varying: tuple[int, ...] = (0, 1)  # dimensions of a window [B, T] that differ between calls
+
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         config = self.config = evaluator.config
         self.run, self.evaluator = evaluator.run, evaluator
@@ -13752,11 +13770,11 @@ class PhasedTTT:
         if adapters:
             leaves = adapters.leaves(len(scored))
         if self.model.runtime.compile:  # one graph for any number of documents, places and scored places
-            mark_sizes(1, *leaves)
-            mark_sizes(2, batch.ids, batch.targets, batch.documents.starts)
+            mark_sizes((0,), *leaves)
+            mark_sizes(self.varying, batch.ids, batch.targets, batch.documents.starts)
         hints = self.ledger.hints_at(scored)
         if hints is not None and self.model.runtime.compile:
-            mark_sizes(2, hints)
+            mark_sizes(self.varying, hints)
         nll, _, *more = self.forward(
             *batch,
             looped=self.config.loops,
@@ -13815,83 +13833,99 @@ class PhasedTTT:
         self.run.log(f"ttt: {total} full-model SGD steps on {len(documents)} scored documents, {len(stream)} tokens")
 
 
+NO_PLACE = np.iinfo(np.int64).min  # of an empty slot
+SLOTS_BLOCK = 64  # attention reads as many of these as hold keys; CUDA's kernels want masks whose rows are aligned
+
+
 class CachedTTT(PhasedTTT):
     """TTT_RECOMPUTE_TOKENS: a window holds a chunk and some tokens before it, and attention finds the rest in a cache.
 
     What the cache has of a token was computed when it was scored or last recomputed, with the adapters of that time.
     Gradients reach back as far as the window. So a chunk costs as much as its window, however long the context is.
+    Windows are of one size, that of the largest chunk. Calls differ in the number of documents and of keys.
     """
+
+    varying = (0,)
 
     def __init__(self, evaluator: Evaluator, model: GPT, adapt: bool = True):
         super().__init__(evaluator, model, adapt)
-        self.lead = self.config.lead_tokens
+        config, calls = self.config, len(model.schedules[self.config.loops])
         self.base = 0  # the window's first place
-        self.cache: tuple[Tensor, ...] = ()  # keys and values [B, calls, C, K, h] of the places up to base + lead - 1
-        self.seen: tuple[Tensor, ...] = ()  # those of the window's pass
+        # A ring: what it has of a place lies at that place modulo its slots.
+        shape = (max(2, config.ttt_batch_size), calls, self.slots, config.num_kv_heads, config.model.head_dim)
+        self.cache = tuple(torch.zeros(shape, dtype=config.dtype, device=self.run.device) for _ in range(2))
+        self.held = np.full(self.slots, NO_PLACE)  # the place of each slot's key
+        self.seen: tuple[Tensor, ...] = ()  # keys and values of the window's pass, [B, calls, T, K, h]
 
     def view_of(self, model: GPT) -> GPT:
         """A window's places count from the document's begin, however far that is behind."""
         return constant_view(model, int(self.chunk_edges[-1]))
 
+    def plan(self) -> None:
+        """Sizes of the windows and of the cache, too, which outlasts the context by a window."""
+        super().plan()
+        self.last = max(2, int(np.diff(self.chunk_edges).max()))  # places that may be scored
+        self.length = self.config.ttt_recompute_tokens + self.last
+        # A window's first tokens lack what the SmearGate and the key offset take from the token before.
+        self.lead = self.config.lead_tokens
+        self.slots = SLOTS_BLOCK * -(-(self.config.ttt_context + self.length) // SLOTS_BLOCK)
+
     def window_sizes(self) -> np.ndarray:
         """Tokens of each chunk's window: the chunk and the tokens before it that are computed again."""
-        return self.config.ttt_recompute_tokens + np.maximum(2, np.diff(self.chunk_edges))
+        return np.full(len(self.chunk_edges) - 1, self.length)
 
     def score_and_adapt(self, documents: np.ndarray) -> None:
         """As without a cache, which is empty where a document begins."""
-        self.cache = ()
+        self.held[:] = NO_PLACE
         super().score_and_adapt(documents)
-        self.cache = ()
-
-    def drop_step(self, batch: Batch, scored: np.ndarray) -> None:
-        """As without a cache: here it is empty, for as many documents as the window has."""
-        self.cache = ()
-        super().drop_step(batch, scored)
-        self.cache = ()
 
     def window(self, documents: np.ndarray, chunk: int) -> tuple[Batch, np.ndarray]:
         """One chunk of each document and the tokens before it, all at the same places; places before 0 are padding."""
         first, end = (int(edge) for edge in self.chunk_edges[chunk : chunk + 2])
         if len(documents) == 1 < self.config.ttt_batch_size:  # a size of 1 would be another graph
             documents = np.repeat(documents, 2)
-        length = int(self.window_sizes()[chunk])
-        last, lengths = length - self.config.ttt_recompute_tokens, self.lengths[documents][:, None]
-        places = np.arange(end - length, end)
+        self.base, lengths = end - self.length, self.lengths[documents][:, None]
+        places = np.arange(self.base, end)
         positions = self.offsets[documents][:, None] + np.clip(places, 0, lengths - 1)
         ids = self.tokens[positions].astype(np.int64)
-        targets = self.tokens[positions[:, length - last :] + 1].astype(np.int64)
-        starts = np.broadcast_to(np.where(places < 0, 0, length - end), ids.shape).astype(np.int32)
+        targets = self.tokens[positions[:, -self.last :] + 1].astype(np.int64)
+        starts = np.broadcast_to(np.where(places < 0, 0, -self.base), ids.shape).astype(np.int32)
         counts = (places >= first) & (places < lengths)
         if len(counts) > 1 and documents[0] == documents[1]:
             counts[1] = False
-        scored = np.where(counts, positions, -1)[:, length - last :]
-        self.base = end - length
+        scored = np.where(counts, positions, -1)[:, -self.last :]
         return to_device(ids, targets, starts, self.run.device), scored
 
-    def context_of(self, batch: Batch) -> dict[str, Past]:
-        """The cache, and which of its keys each token sees.
+    def first_own_key(self, base: int) -> int:
+        """The first place whose key comes from the pass of a window from `base` on.
 
-        A window's first tokens lack what the SmearGate and the key offset take from the one before. They are there for
-        those after them, and their own keys come from the cache, unless the window begins with the document. Padding
-        sees itself, since a softmax over nothing is not a number.
+        All do, if the window begins with the document.
         """
-        config, (rows, length) = self.config, batch.ids.shape
-        context, end = config.ttt_context, self.base + self.lead
-        if not self.cache:
-            calls = len(self.model.schedules[config.loops])
-            shape = (rows, calls, context, config.num_kv_heads, config.model.head_dim)
-            self.cache = tuple(torch.zeros(shape, dtype=config.dtype, device=self.run.device) for _ in range(2))
-        places = np.arange(self.base, self.base + length)[:, None]
-        keys = np.append(np.arange(end - context, end), places)
-        sees = (keys <= places) & (keys > places - context) & (keys >= 0)
-        sees[:, slice(context, context + self.lead) if self.base >= 0 else slice(context)] = False
-        sees |= (places < 0) & (keys == places) & (np.arange(len(keys)) >= context)
-        near = sees & (keys >= places - (config.window_attn_size or context))
-        keys_and_values = [x[:rows] for x in self.cache]
+        return base + self.lead if base >= 0 else 0
+
+    def slots_in_use(self, base: int) -> int:
+        """Slots of the cache that may hold keys when a window from this place on is computed, in whole blocks."""
+        blocks = -(-max(1, self.first_own_key(base)) // SLOTS_BLOCK)
+        return min(self.slots, SLOTS_BLOCK * blocks)
+
+    def context_of(self, batch: Batch) -> dict[str, Past]:
+        """The cache, and which of its keys and of the window's own each token sees.
+
+        Padding sees itself, since a softmax over nothing is not a number.
+        """
+        config, first = self.config, self.first_own_key(self.base)
+        slots = self.slots_in_use(self.base)
+        held, places = self.held[:slots], np.arange(self.base, self.base + self.length)
+        keys, in_use = np.append(held, places), np.append(held < first, places >= first)
+        places = places[:, None]
+        sees = in_use & (keys >= 0) & (keys <= places) & (keys > places - config.ttt_context)
+        sees |= (places < 0) & (keys == places)
+        near = sees & (keys >= places - (config.window_attn_size or config.ttt_context))
+        keys_and_values = [x[: len(batch.ids), :, :slots] for x in self.cache]
         masks = [send_array(mask, self.run.device) for mask in (sees, near)]
         if self.model.runtime.compile:
-            mark_sizes(1, *keys_and_values)
-            mark_sizes(2, *masks)
+            mark_sizes((0, 2), *keys_and_values)
+            mark_sizes((1,), *masks)
         return dict(past=Past(*keys_and_values, *masks))
 
     def keep(self, *seen: Tensor) -> None:
@@ -13899,15 +13933,13 @@ class CachedTTT(PhasedTTT):
         self.seen = seen
 
     def finish_chunk(self, chunk: int) -> None:
-        """Moves the cache on, to the first place of the next window."""
-        if chunk + 2 >= len(self.chunk_edges):
-            return
-        moved = int(self.chunk_edges[chunk + 2] - self.window_sizes()[chunk + 1]) - self.base
-        rows, context = len(self.seen[0]), self.config.ttt_context
-        old, own = (context, self.lead) if self.base >= 0 else (context - self.lead, 0)
-        pairs = zip(self.cache, self.seen, strict=True)
-        joined = (torch.cat((x[:rows, :, :old], new[:, :, own:]), dim=2) for x, new in pairs)
-        self.cache = tuple(x[:, :, moved : moved + context] for x in joined)
+        """The cache takes the window's own keys and values."""
+        places = np.arange(self.first_own_key(self.base), self.base + self.length)
+        slots = places % self.slots
+        self.held[slots] = places
+        index = send_array(slots, self.run.device)
+        for cache, own in zip(self.cache, self.seen, strict=True):
+            cache[: len(own)].index_copy_(2, index, own[:, :, -len(places) :])
 
 
 class LengthOrderTTT(PhasedTTT):

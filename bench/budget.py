@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -133,7 +133,8 @@ def configuration(settings: dict[str, str], table: Table) -> t.Config:
     given = dict(PRESET="record", DEVICE="cuda", ATTENTION=table.content.get("attention", "fa3"))
     before, config = (t.config_from_env({**given, **s}, True)[0] for s in ({}, settings))
     made_for = table.content.get("config", dataclasses.asdict(before))
-    for name in table_knobs():
+    cached = ["ttt_chunk_size", "ttt_short_doc_chunks"] if config.ttt_recompute_tokens else []  # a window's size
+    for name in table_knobs() + cached:
         if name in made_for and getattr(config, name) != made_for[name]:
             command = f'make check-h100 ARGS="--full --set {name.upper()}={getattr(config, name)} --out FOLDER"'
             raise BudgetError(
@@ -142,8 +143,6 @@ def configuration(settings: dict[str, str], table: Table) -> t.Config:
             )
     if config.ttt_mode == "chunk":
         raise BudgetError("TTT_MODE=chunk: only phased test-time training has a budget")
-    if config.ttt_recompute_tokens:
-        raise BudgetError(f"TTT_RECOMPUTE_TOKENS={config.ttt_recompute_tokens}: cached windows have no budget yet")
     return config
 
 
@@ -152,7 +151,8 @@ def table_knobs() -> list[str]:
     model = [f.name for f in dataclasses.fields(t.ModelConfig)]
     batches = ["train_batch_tokens", "micro_batch_tokens", "global_ttt_chunk_tokens", "val_batch_size", "ttt_lora_rank"]
     adapters = [f"ttt_{key}_lora" for key in ("q", "k", "v", "o", "mlp")]
-    return [*model, *batches, *adapters, "neftune_alpha", "compute_dtype", "ttt_eval_seq_len", "eval_seq_len"]
+    others = ["neftune_alpha", "compute_dtype", "ttt_eval_seq_len", "eval_seq_len", "ttt_recompute_tokens"]
+    return [*model, *batches, *adapters, *others]
 
 
 def training_steps(config: t.Config, plain: float, looped: float) -> tuple[int, int]:
@@ -167,7 +167,7 @@ def training_steps(config: t.Config, plain: float, looped: float) -> tuple[int, 
 
 def schedule(config: t.Config, offsets: np.ndarray, rank: int) -> t.PhasedTTT:
     """The script's own schedule of test-time training on a rank, without a model."""
-    kind = t.PhasedTTT if config.ttt_order == "stream" else t.LengthOrderTTT
+    kind = cast(type[t.PhasedTTT], t.ttt_method(config))  # `configuration` refuses TTT_MODE=chunk
     ttt = kind.__new__(kind)
     ttt.config, ttt.run = config, t.Run(rank, RANKS, RANKS, torch.device("cpu"))
     ttt.offsets, ttt.lengths = offsets, np.diff(offsets)
@@ -176,8 +176,13 @@ def schedule(config: t.Config, offsets: np.ndarray, rank: int) -> t.PhasedTTT:
 
 
 def windows_of(ttt: t.PhasedTTT, documents: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """R, T, scored and adapting of each window of a batch, as PhasedTTT.window makes them."""
+    """R, T, scored and adapting of each window of a batch, as PhasedTTT.window makes them. With a cache, T is keys."""
     counts, context = ttt.chunk_counts[documents], ttt.config.ttt_context
+    if isinstance(ttt, t.CachedTTT):
+        for chunk, end in enumerate(ttt.chunk_edges[1 : int(counts[0]) + 1].tolist()):
+            keys = ttt.slots_in_use(end - ttt.length) + ttt.length
+            yield max(2, int((counts > chunk).sum())), keys, ttt.last, int((counts > chunk + 1).sum())
+        return
     for chunk in range(int(counts[0])):
         remaining = documents[counts > chunk]
         first, end = ttt.chunk_bounds(remaining, chunk)
@@ -389,7 +394,13 @@ class Budget:
         return [*cut, ("the rest", factors * sum(sums[name] for name in ordered[most:]), "")]
 
 
-KINDS = {"matrix product": "products", "hand-written": "own kernels", "fused": "fused kernels", "attention": "kernel"}
+KINDS = {
+    "matrix product": "products",
+    "hand-written": "own kernels",
+    "fused": "fused kernels",
+    "attention": "kernel",
+    "masked attention": "kernel",
+}
 
 
 def peer_check(budget: Budget, reference: Table) -> Seconds:

@@ -28,6 +28,8 @@ class Ceilings:
     memory: float = 3.0e12  # measured on H100s: copies
     attention_forward: float = 280e12  # assumed: FlashAttention 3, heads of 64, documents shorter than the context
     attention_backward: float = 220e12  # assumed likewise
+    masked_forward: float = 100e12  # assumed: PyTorch's memory-efficient attention, with a mask
+    masked_backward: float = 60e12  # assumed likewise
     launch: float = 2e-6  # assumed: a kernel's start and end on the device, where others cannot hide them
     host: float = 8e-6  # assumed: the host's time for each launch, from Python
     host_token: float = 12e-9  # the host's time for each token of a window of TTT; on one slow core NumPy took 11 ns
@@ -129,6 +131,8 @@ def rate(row: Row, c: Ceilings) -> float:
     """FLOP/s of a row's kernels at best."""
     if row.kind == "attention":
         return c.attention_backward if row.part == "backward" else c.attention_forward
+    if row.kind == "masked attention":
+        return c.masked_backward if row.part == "backward" else c.masked_forward
     return c.matmul
 
 
@@ -149,13 +153,17 @@ class WindowCosts:
     """Costs of TTT's windows of any size, from those that the table has.
 
     Launches do not depend on the size. FLOPs and bytes of R documents, T tokens each with s of them scored, are sums
-    of multiples of 1, R, R*T, R*T^2 and R*s: the multiples are fitted by least squares.
+    of multiples of 1, R, R*T, R*T^2 and R*s: the multiples are fitted by least squares. With a cache, T stands for the
+    keys that a document's tokens attend to, of which there are as many in each window.
     """
 
     def __init__(self, table: Table, use: str = "TTT"):
         base, windows = own_window(table.use(use)), table.windows(use)
         if len(windows) < 6:
             raise TableError(f"{table.name} has {len(windows)} windows of {use}, and a budget needs at least 6")
+        config = table.content.get("config", {})
+        recomputed = config.get("ttt_recompute_tokens", 0)
+        self.tokens = recomputed and recomputed + base[2]  # of each document in a window; 0: T
         self.full_batch, self.base = base[0], base
         self.rows = [row for row in table.rows(use) if row.kind != "collective"]
         self.graph = [row for row in self.rows if row.part in GRAPH_PARTS]
@@ -200,7 +208,7 @@ class WindowCosts:
         """Time [n] of windows [n, 4], on the device or on the host."""
         rows, device = self.table_of(windows, c)
         launches = sum(row.launches for row in rows if row.part != "inference")
-        host = launches * c.host + windows[:, 0] * windows[:, 1] * c.host_token
+        host = launches * c.host + windows[:, 0] * (self.tokens or windows[:, 1]) * c.host_token
         return np.maximum(factor * device.sum(1), host)
 
     def batch_seconds(self, c: Ceilings, factor: float = 1.0) -> float:

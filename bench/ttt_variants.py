@@ -36,5 +36,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 2, chunk / 3": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16"),
     "rate x 2, chunk x 2/3, cache": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32", TTT_RECOMPUTE_TOKENS="2"),
     "rate x 2, chunk x 2/3, 32 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="32", TTT_RECOMPUTE_TOKENS="32"),
+    "rate x 2, chunk / 2, 40 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24", TTT_RECOMPUTE_TOKENS="40"),
+    "rate x 2, chunk / 3, 16 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="16"),
     "rate x 2, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
 }

@@ -955,6 +955,8 @@ def test_any_number_of_ranks_gives_the_same_score(ranks, one_rank, tmp_path):
         dict(TTT_ORDER="stream", TTT_CHUNK_SIZE=2, TTT_BATCH_SIZE=5, PHASED_TTT_PREFIX_DOCS=10),
         dict(TTT_ORDER="stream", TTT_BATCH_SIZE=1),
         dict(TTT_ORDER="stream", TTT_BATCH_SIZE=9, PHASED_TTT_PREFIX_DOCS=18),  # as many rows as columns
+        dict(TTT_ORDER="stream", TTT_CHUNK_SIZE=2, TTT_RECOMPUTE_TOKENS=4),
+        dict(TTT_ORDER="stream", TTT_SHORT_DOC_CHUNKS=1, TTT_CHUNK_SIZE=16, TTT_RECOMPUTE_TOKENS=4, HINT_ENABLED=1),
     ],
     ids=str,
 )

@@ -36,6 +36,7 @@ WAITING = {
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "_unsafe_view", "lift_fresh", "detach_", "set_")
 NOT_READ = ("copy_", "fill_", "zero_", "uniform_", "normal_", "random_")  # their first argument is only written
+PARTS = ("index_copy_",)  # their last argument is read, and written to a part of the first
 
 
 @dataclasses.dataclass
@@ -164,6 +165,9 @@ class EagerCosts(TorchDispatchMode):
         cost = self.costs.setdefault(self.part, Cost())
         cost.launches += 1
         cost.operators[name] += 1
+        if name in PARTS:
+            cost.bytes_read, cost.bytes_written = (x + size(inputs[-1]) for x in (cost.bytes_read, cost.bytes_written))
+            return
         cost.bytes_read += sum(map(size, inputs[1:] if name in NOT_READ else inputs))
         changed = []
         for argument, value in zip(func._schema.arguments, args, strict=False):

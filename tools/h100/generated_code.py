@@ -144,10 +144,17 @@ def permanent(name: str) -> bool:
     return re.match(r"(primals|arg\d+)_\d+|arg\d+", name) is not None
 
 
+def kind_of_attention(name: str) -> str:
+    """Whether an operator is attention inside of documents, or attention of all keys under a mask; "" for others."""
+    if re.search(r"(efficient|cudnn)_attention", name):
+        return "masked attention"
+    return "attention" if "flash" in name or "attention" in name else ""
+
+
 def kind_of(name: str) -> str:
     """What launches: one of Inductor's fused kernels, a hand-written one, a matrix product, attention, or other."""
-    if "flash" in name or "attention" in name:
-        return "attention"
+    if kind := kind_of_attention(name):
+        return kind
     if name.startswith(("extern_kernels.", "aten.mm", "aten.bmm")):
         return "matrix product"
     if name.startswith("triton_"):

@@ -30,9 +30,7 @@ from torch.utils.flop_counter import flop_registry
 import terms
 from contexts import Context
 from eager_costs import EagerCosts
-from generated_code import Kernel, parse_module, signature_of
-
-ATTENTION = re.compile(r"flash_attn|flash_attention|efficient_attention")
+from generated_code import Kernel, kind_of_attention, parse_module, signature_of
 
 
 Sizes = Mapping[str, int] | None  # values of symbols; None: their hints
@@ -143,12 +141,14 @@ def flops_of_nodes(gm: Any, context: Context, sizes: Sizes = None) -> Iterator[t
             continue
         args: list[Any] = [a.meta.get("val") if isinstance(a, torch.fx.Node) else a for a in node.args]
         name = str(node.target)
-        if ATTENTION.search(name):
+        if kind := kind_of_attention(name):
             backward = "backward" in name
-            query = args[1] if backward else args[0]
+            query, key = args[1:3] if backward else args[:2]
             keys = context.keys(args[-1] if "fake_flash" in name else 0)  # its last argument is the window
+            if kind == "masked attention":  # it computes all keys
+                keys = number(key.size(2), sizes)
             # Two products forward; backward those of dq, dk, dv and dP, and P again.
-            yield node, "attention", int((10 if backward else 4) * number(query.numel(), sizes) * keys)
+            yield node, kind, int((10 if backward else 4) * number(query.numel(), sizes) * keys)
         elif "triton_kernel_wrapper" in name:
             yield node, "hand-written", hand_written_flops(node, sizes)
         elif (packet := getattr(node.target, "overloadpacket", None)) in flop_registry:
@@ -170,7 +170,7 @@ def count_flops(gm: torch.fx.GraphModule, context: Context) -> collections.Count
     """
     flops: collections.Counter[str] = collections.Counter()
     for node, kind, count in flops_of_nodes(gm, context):
-        flops["matrix products" if kind == "matrix product" else kind] += count
+        flops[{"matrix product": "matrix products", "masked attention": "attention"}.get(kind, kind)] += count
         flops["float8"] += count * has_float8_inputs(node)
     return flops
 
@@ -226,6 +226,7 @@ class Recorder:
         self.context = Context(np.ones(1))  # the documents of a batch
         self.window: tuple[int, ...] = ()  # sizes of the first call, no two alike, that symbols may stand for
         self.other_windows: list[tuple[int, ...]] = []  # other values of these sizes to count costs at
+        self.window_tokens = 0  # with a cache: the second size counts keys, so many of them the window's own
         self.compile_fx_inner = compile_fx.compile_fx_inner
 
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Any:
@@ -262,7 +263,10 @@ class Recorder:
         inputs = graph.inputs
         if window:
             # One more than the first size: the bounds of so many documents.
-            known = {self.window[0] + 1: window[0] + 1} | dict(zip(self.window, window, strict=True))
+            pairs = list(zip(self.window, window, strict=True))
+            known = {self.window[0] + 1: window[0] + 1} | dict(reversed(pairs))  # of two alike, the first counts
+            if self.window_tokens:
+                known[self.window[1] - self.window_tokens] = window[1] - self.window_tokens
             sizes = {name: known.get(hint, hint) for name, hint in graph.symbols.items()}
             context = self.context.times(window[1] / self.window[1])
             values = {n.name: n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"}

@@ -27,6 +27,7 @@ TERMS = {
     "flash_attention": "attention",
     "attention_packed": "attention",
     "attention_sdpa": "attention",
+    "Past.attention": "attention",
     "subtract_own_value": "own value and gates",
     "subtract_own_value_plain": "own value and gates",
     "Block.gate": "own value and gates",

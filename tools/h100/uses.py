@@ -325,28 +325,36 @@ def test_time_training(session: Session, windows: int = 14) -> None:
     with stand_ins(script), session.use("TTT") as result:
         evaluator = new_evaluator(session)
         model = session.model()
-        ttt = script.ttt_method(config)(evaluator, model)
+        with session.costs.suspended():  # what is set up once may wait
+            ttt = script.ttt_method(config)(evaluator, model)
         counts, batch_size = ttt.chunk_counts, config.ttt_batch_size
         in_part(session, ttt, "adapt", "adapting")
         in_part(session, ttt, "start_batch", "a batch's start and end")
         in_part(session, ttt, "finish_batch", "a batch's start and end")
+        in_part(session, ttt, "finish_chunk", "cache")
         costs: dict[str, Any] = {}
         full = config.ttt_context // config.ttt_chunk_size
-        session.recorder.window = (batch_size, config.ttt_context, config.ttt_chunk_size)
-        session.recorder.other_windows = other_windows(*session.recorder.window)
+        cached = config.ttt_recompute_tokens > 0
         for documents, chunk in ttt_windows(counts, batch_size, full, windows):
             session.forget_costs(result.use)
             if not result.shapes:
                 ttt.start_batch(ttt.adapters, documents)
-                result.standing_bytes = standing_bytes(session, [model, ttt.adapters])
+                result.standing_bytes = standing_bytes(session, [model, ttt.adapters, ttt.cache if cached else ()])
             batch, scored = ttt.window(documents, chunk)
             session.recorder.context = Context(np.array([float(batch.ids.shape[1])]))
             adapting = int((counts[documents] > chunk + 1).sum())
-            result.shapes.append((*batch.ids.shape, scored.shape[1], adapting))
+            length = ttt.slots_in_use(ttt.base) + ttt.length if cached else batch.ids.shape[1]
+            if not result.shapes:
+                session.recorder.window = (len(batch.ids), length, scored.shape[1])
+                session.recorder.window_tokens = ttt.length if cached else 0
+                fitted = cached_windows if cached else other_windows
+                session.recorder.other_windows = fitted(*session.recorder.window)
+            result.shapes.append((len(batch.ids), length, scored.shape[1], adapting))
             ttt.ledger.own_counts[scored[scored >= 0]] = 1
             nll, leaves, _ = ttt.score(batch, scored)
             if adapting:
                 ttt.adapt(nll, leaves, scored[:adapting])
+            ttt.finish_chunk(chunk)
             if not costs:
                 ttt.finish_batch(ttt.adapters, documents)
             result.tokens = result.tokens or batch.ids.numel()
@@ -366,6 +374,13 @@ def other_windows(documents: int, context: int, scored: int) -> list[tuple[int, 
         (quarter, context // 4, scored),
         (2, context // 2, scored),
     ]
+
+
+def cached_windows(documents: int, keys: int, scored: int) -> list[tuple[int, ...]]:
+    """As `other_windows` with a cache: numbers of documents and of keys vary."""
+    half, quarter = documents // 2, max(2, documents // 4)
+    sizes = [(half, keys), (half, keys // 2), (documents, keys // 4), (documents, keys // 2), (quarter, keys // 4)]
+    return [(*size, scored) for size in [*sizes, (2, keys // 2)]]
 
 
 def calibration(session: Session) -> None:

@@ -24,6 +24,18 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
   return 0;
 }
 
+/* Of cudaDeviceProp, 1,032 bytes in CUDA 12 and 13, what torch asks when it chooses a kernel of attention. The offsets
+   are those of CUDA's driver_types.h. */
+enum { WARP_SIZE_AT = 308, MAJOR_AT = 360, MINOR_AT = 364, MULTIPROCESSORS_AT = 388 };
+
+int cudaGetDeviceProperties(char *properties, int device) {
+  *(int *)(properties + WARP_SIZE_AT) = 32;
+  *(int *)(properties + MAJOR_AT) = 9;
+  *(int *)(properties + MINOR_AT) = 0;
+  *(int *)(properties + MULTIPROCESSORS_AT) = 132;
+  return 0;
+}
+
 /* Handles only have to differ from NULL. */
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return 0; }
 int cudaStreamCreateWithPriority(void **stream, unsigned flags, int priority) { *stream = (void *)1; return 0; }

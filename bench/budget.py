@@ -132,10 +132,10 @@ def configuration(settings: dict[str, str], table: Table) -> t.Config:
         raise BudgetError(f"--set {sorted(unknown)[0]}: train_gpt.py has no such knob")
     given = dict(PRESET="record", DEVICE="cuda", ATTENTION=table.content.get("attention", "fa3"))
     before, config = (t.config_from_env({**given, **s}, True)[0] for s in ({}, settings))
-    made_for = table.content.get("config", dataclasses.asdict(before))
+    made_for = dataclasses.asdict(before) | table.content.get("config", {})  # older tables lack newer knobs
     cached = ["ttt_chunk_size", "ttt_short_doc_chunks"] if config.ttt_recompute_tokens else []  # a window's size
     for name in table_knobs() + cached:
-        if name in made_for and getattr(config, name) != made_for[name]:
+        if getattr(config, name) != made_for[name]:
             command = f'make check-h100 ARGS="--full --set {name.upper()}={getattr(config, name)} --out FOLDER"'
             raise BudgetError(
                 f"{name.upper()}={getattr(config, name)}: {table.name} was made with {made_for[name]}; {command} makes "

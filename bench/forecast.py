@@ -530,38 +530,49 @@ def part_of_ttt(name: str, measured: list[str], ratios: Mapping[str, list[float]
 
 def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
     """Other chunks of test-time training than the peer's, each at the rate of the adapters that is best for it."""
-    name, own = "chunks of test-time training", config["ttt_chunk_size"]
-    peers = PUBLISHED["chunk of test-time training"][0]
-    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={peers}`: no worse"
+    name, own = "chunks of test-time training", (config["ttt_chunk_size"], config.get("ttt_recompute_tokens", 0))
+    peers = (PUBLISHED["chunk of test-time training"][0], 0)
+    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={peers[0]} TTT_RECOMPUTE_TOKENS=0`: no worse"
     if own == peers:
         return Part(
             name,
             ["nothing: not asked"],
-            f"counts as 0: the preset takes the peer's {peers}",
+            f"counts as 0: the preset takes the peer's {peers[0]}",
             np.zeros(DRAWS),
             falsified,
         )
-    rows = lab_report.read_results(folder / "ttt_tuning.jsonl")
-    unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_variants.OFF}
-    best: dict[tuple[str, int], dict[int, float]] = {model: {} for model in unlearned}
-    for r in rows:
-        changes, model = ttt_variants.VARIANTS.get(r["variant"], {}), (r["model"], r["seed"])
-        if model not in best or r["variant"] == ttt_variants.OFF or set(changes) - {"TTT_LORA_LR", "TTT_CHUNK_SIZE"}:
-            continue
-        chunk = int(changes["TTT_CHUNK_SIZE"]) if "TTT_CHUNK_SIZE" in changes else peers
-        best[model][chunk] = max(best[model].get(chunk, -math.inf), unlearned[model] - r["bpb"])
+    file = "ttt_cache.jsonl" if own[1] else "ttt_tuning.jsonl"
     ratios: dict[str, list[float]] = {}
-    for (model, _), gains in best.items():
+    for (model, _), gains in gains_by_chunk(folder / file, peers[0]).items():
         if own in gains and peers in gains:
             ratios.setdefault(model, []).append(gains[own] / gains[peers])
     if sum(map(len, ratios.values())) < 2:
-        raise ForecastError(f"ttt_tuning.jsonl: needs two runs with TTT_CHUNK_SIZE={own} and {peers}")
+        raise ForecastError(f"{file}: needs two runs with {chunks_text(own)} and {chunks_text(peers)}")
     lines = [
-        f"ttt_tuning.jsonl, gain with chunks of {own} over that with chunks of {peers}, each at its best rate of those "
+        f"{file}, gain with {chunks_text(own)} over that with {chunks_text(peers)}, each at its best rate of those "
         f"that were tried: {model}, seeds: {', '.join(f'{ratio:.3f}' for ratio in values)}"
         for model, values in ratios.items()
     ]
     return part_of_ttt(name, lines, ratios, falsified)
+
+
+def chunks_text(chunk: tuple[int, int]) -> str:
+    """Targets of a chunk, and the tokens before it that are computed again with a cache."""
+    return f"chunks of {chunk[0]}" + (f" and {chunk[1]} recomputed tokens" if chunk[1] else "")
+
+
+def gains_by_chunk(path: Path, usual: int) -> dict[tuple[str, int], dict[tuple[int, int], float]]:
+    """What learning gains by model and seed, then by chunk and recomputed tokens, at the best rate of the adapters."""
+    rows = lab_report.read_results(path)
+    unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_variants.OFF}
+    best: dict[tuple[str, int], dict[tuple[int, int], float]] = {model: {} for model in unlearned}
+    for r in rows:
+        changes, model = dict(ttt_variants.VARIANTS.get(r["variant"], {})), (r["model"], r["seed"])
+        chunk = int(changes.pop("TTT_CHUNK_SIZE", usual)), int(changes.pop("TTT_RECOMPUTE_TOKENS", 0))
+        changes.pop("TTT_LORA_LR", None)
+        if model in best and r["variant"] != ttt_variants.OFF and not changes:
+            best[model][chunk] = max(best[model].get(chunk, -math.inf), unlearned[model] - r["bpb"])
+    return best
 
 
 def if_taken(config: Mapping[str, Any], knob: str, part: Part) -> Part:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import multiprocessing
 import statistics
@@ -33,8 +34,10 @@ import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
 from ttt_variants import OFF, VARIANTS  # noqa: E402
 
-# Of a submission of November 2026: the presets' values are for 50,000 documents.
-BASE = strict.SMALL | dict(TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS="200")
+# Of a submission of November 2026: the presets' values are for 50,000 documents. Chunks do not follow the preset.
+BASE = strict.SMALL | dict(
+    TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS="200", TTT_CHUNK_SIZE="48", TTT_RECOMPUTE_TOKENS="0"
+)
 Row = dict[str, Any]
 
 
@@ -48,7 +51,24 @@ def score(folder: Path, part: Path, data: Path, variant: str, documents: int) ->
     environment = BASE | VARIANTS.get(variant, {}) | strict.environment_of(folder, part, data)
     found = strict.score(folder, environment | dict(CPU_THREADS="1"), learn=variant != OFF)
     model, seed = model_of(folder)
-    return dict(model=model, seed=seed, variant=variant, documents=documents, **found)
+    return dict(model=model, seed=seed, artifact=digest(folder), variant=variant, documents=documents, **found)
+
+
+def digest(folder: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a run's artifact."""
+    return hashlib.sha256((folder / "model.pgolf").read_bytes()).hexdigest()[:16]
+
+
+def check_artifacts(folders: list[Path], rows: list[Row], results: Path) -> None:
+    """Refuses results of another artifact: one trained by the clock is never the same twice. Errors: ValueError."""
+    known = {(row["model"], row["seed"]): row.get("artifact") for row in rows}
+    for folder in folders:
+        model, seed = model_of(folder)
+        if known.setdefault((model, seed), digest(folder)) != digest(folder):
+            raise ValueError(
+                f"{folder}: {results} has results of another artifact of {model}, seed {seed}; --results must be "
+                "another file"
+            )
 
 
 def model_of(folder: Path) -> tuple[str, int]:
@@ -130,6 +150,7 @@ def tune(options: argparse.Namespace) -> int:
     rows = lab_report.read_results(options.results)
     done = {key(row) for row in rows}
     variants = ("base", OFF, *(options.only or VARIANTS))
+    check_artifacts(options.runs, rows, options.results)
     models = {folder: model_of(folder) for folder in options.runs}
     with tempfile.TemporaryDirectory() as temporary:
         part = Path(temporary)

@@ -39,4 +39,5 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 2, chunk / 2, 40 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24", TTT_RECOMPUTE_TOKENS="40"),
     "rate x 2, chunk / 3, 16 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="16"),
     "rate x 2, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
+    "rate x 4, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
 }

@@ -23,6 +23,11 @@ def test_variants_change_knobs_of_the_base():
         assert not changes.items() <= ttt_tuning.BASE.items(), f"{name} is the base"
 
 
+def test_the_base_leaves_no_setting_of_a_variant_to_the_preset():
+    changed = set().union(*ttt_tuning.VARIANTS.values())
+    assert changed - set(ttt_tuning.BASE) <= {"TTT_BETA2"}  # which all presets have alike
+
+
 def test_the_page_has_differences_to_the_base_at_each_size():
     rows = [row("a", "base", 2.0), row("a", "beta2 0.9", 1.98), row("b", "base", 1.5), row("b", "beta2 0.9", 1.51)]
     lines = ttt_tuning.report([*rows, row("a", ttt_tuning.OFF, 2.25)]).splitlines()
@@ -63,7 +68,8 @@ def test_what_has_a_result_is_not_scored_again(data, tmp_path):
     done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     model, seed = ttt_tuning.model_of(tmp_path / "run")
-    known = [row(model, variant, 5.0, seed) for variant in ("base", ttt_tuning.OFF)]
+    own = dict(artifact=ttt_tuning.digest(tmp_path / "run"))
+    known = [row(model, variant, 5.0, seed) | own for variant in ("base", ttt_tuning.OFF)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in known))
     files = ("--results", tmp_path / "rows.jsonl", "--report", tmp_path / "page.md")
     arguments = ("--data", data, "--documents", 30, "--jobs", 1, *files, "--only", "chunk / 2")
@@ -74,3 +80,18 @@ def test_what_has_a_result_is_not_scored_again(data, tmp_path):
     assert done.stdout.count(", chunk / 2: ") == 1 and ": 5.0" not in done.stdout
     assert 0 < rows[2]["bpb"] < 12 and rows[2]["targets_per_second"] > 0
     assert (tmp_path / "page.md").read_text() == ttt_tuning.report(rows)
+
+
+def test_results_of_another_artifact_are_refused(tmp_path):
+    """Also of the same folder, in which another run has been since, and of results that name none."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(preset="demo", num_layers=4, model_dim=64, seed=1, max_wallclock_seconds=9))
+    )
+    (tmp_path / "model.pgolf").write_bytes(b"one")
+    model, seed = ttt_tuning.model_of(tmp_path)
+    scored = row(model, "base", 5.0, seed)
+    ttt_tuning.check_artifacts([tmp_path], [scored | dict(artifact=ttt_tuning.digest(tmp_path))], tmp_path / "rows")
+    ttt_tuning.check_artifacts([tmp_path], [dict(scored, seed=2)], tmp_path / "rows")
+    for other in (scored, scored | dict(artifact="0" * 16)):
+        with pytest.raises(ValueError, match="rows has results of another artifact of demo, 4 layers of 64, 9 s, seed"):
+            ttt_tuning.check_artifacts([tmp_path], [other], tmp_path / "rows")

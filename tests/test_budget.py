@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import ROOT
 
@@ -308,6 +310,39 @@ def test_windows_have_the_shapes_that_the_script_makes(order):
         rows, length, targets, _ = windows[chunk]
         assert (rows, length) == (max(2, batch.ids.shape[0]), batch.ids.shape[1])
         assert targets == scored.shape[1]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_windows_with_a_cache_have_the_keys_that_the_script_makes(short):
+    knobs = dict(TTT_RECOMPUTE_TOKENS="40", TTT_SHORT_DOC_CHUNKS=str(int(short)))
+    table = Table(made_table(config=dict(ttt_recompute_tokens=40, ttt_short_doc_chunks=short)))
+    config = bench.configuration(knobs, table)
+    lengths = np.array([3000, 2100, 700, 90, 30, 5])
+    ttt = bench.schedule(config, np.append(0, np.cumsum(lengths)), 0)
+    ttt.tokens = np.zeros(lengths.sum() + 1, np.uint16)
+    ttt.model = types.SimpleNamespace(runtime=types.SimpleNamespace(compile=False))
+    shape = (len(lengths), 1, ttt.slots, 1, 1)
+    ttt.cache, ttt.held = (torch.zeros(shape), torch.zeros(shape)), np.zeros(ttt.slots, np.int64)
+    documents = np.argsort(-lengths)
+    windows = list(bench.windows_of(ttt, documents))
+    assert len(windows) == ttt.chunk_counts.max()
+    for chunk in range(0, len(windows), 7):
+        batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
+        past = ttt.context_of(batch)["past"]
+        rows, keys, targets, _ = windows[chunk]
+        assert rows == max(2, batch.ids.shape[0]) and batch.ids.shape[1] == ttt.length
+        assert past.mask.shape == (ttt.length, keys) and past.keys.shape[2] + ttt.length == keys
+        assert targets == scored.shape[1]
+
+
+def test_a_cache_needs_a_table_of_its_windows():
+    made = Table(made_table(config=dict(ttt_recompute_tokens=48, ttt_chunk_size=16)))
+    for knobs, text in (
+        (dict(TTT_RECOMPUTE_TOKENS="0"), "TTT_RECOMPUTE_TOKENS=0: .* was made with 48"),
+        (dict(TTT_RECOMPUTE_TOKENS="48", TTT_CHUNK_SIZE="32"), "TTT_CHUNK_SIZE=32: .* was made with 16"),
+    ):
+        with pytest.raises(bench.BudgetError, match=text):
+            bench.configuration(knobs, made)
 
 
 def test_steps_are_those_of_the_scripts_schedule():

@@ -319,10 +319,10 @@ def ttt_windows(counts: np.ndarray, batch: int, full: int, most: int) -> Iterato
         yield documents[counts[documents] > chunk], chunk
 
 
-def test_time_training(session: Session, windows: int = 14) -> None:
+def test_time_training(session: Session, name: str = "TTT", windows: int = 14) -> None:
     """Windows of phased TTT as documents come to their ends: scored, and adapted to where a document goes on."""
     script, config = session.script, session.config
-    with stand_ins(script), session.use("TTT") as result:
+    with stand_ins(script), session.use(name) as result:
         evaluator = new_evaluator(session)
         model = session.model()
         with session.costs.suspended():  # what is set up once may wait
@@ -361,6 +361,18 @@ def test_time_training(session: Session, windows: int = 14) -> None:
             costs = costs or dict(session.costs.costs)
         session.costs.costs = costs
         session.recorder.other_windows = []
+
+
+def cached_test_time_training(session: Session) -> None:
+    """The same with a cache of keys and values, where the settings have none."""
+    config = session.config
+    if config.ttt_recompute_tokens or config.ttt_order == "length":
+        return
+    session.config = dataclasses.replace(config, ttt_recompute_tokens=config.ttt_chunk_size)
+    try:
+        test_time_training(session, "TTT with a cache")
+    finally:
+        session.config = config
 
 
 def other_windows(documents: int, context: int, scored: int) -> list[tuple[int, ...]]:
@@ -420,6 +432,7 @@ USES = {
     "calibration": calibration,
     "evaluation": evaluation,
     "ttt": test_time_training,
+    "cached_ttt": cached_test_time_training,
     "sgd": full_model_steps,
 }
 

@@ -1630,7 +1630,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["frontier"] = PRESETS["record"] | dict(
     normuon_beta2=0.95,
     hint_enabled=True,
-    ttt_chunk_size=32,
+    ttt_chunk_size=16,
+    ttt_recompute_tokens=48,
 )
 # ORIGINAL=1 lays these over a preset: where the public script differs, and why ours does (docs/presets.md).
 ORIGINALS: dict[str, dict[str, Any]] = {
@@ -13862,9 +13863,12 @@ class CachedTTT(PhasedTTT):
         return constant_view(model, int(self.chunk_edges[-1]))
 
     def plan(self) -> None:
-        """Sizes of the windows and of the cache, too, which outlasts the context by a window."""
+        """Sizes of the windows and of the cache, too, which outlasts the context by a window.
+
+        They are those for documents of any length: rounding depends on shapes, and must not tell where one ends.
+        """
         super().plan()
-        self.last = max(2, int(np.diff(self.chunk_edges).max()))  # places that may be scored
+        self.last = max(2, *map(self.chunk_size_at, (0, 256, 2000)))  # places that may be scored
         self.length = self.config.ttt_recompute_tokens + self.last
         # A window's first tokens lack what the SmearGate and the key offset take from the token before.
         self.lead = self.config.lead_tokens

@@ -36,7 +36,11 @@ from ttt_variants import OFF, VARIANTS  # noqa: E402
 
 # Of a submission of November 2026: the presets' values are for 50,000 documents. Chunks do not follow the preset.
 BASE = strict.SMALL | dict(
-    TTT_ORDER="stream", PHASED_TTT_PREFIX_DOCS="200", TTT_CHUNK_SIZE="48", TTT_RECOMPUTE_TOKENS="0"
+    TTT_ORDER="stream",
+    PHASED_TTT_PREFIX_DOCS="200",
+    TTT_CHUNK_SIZE="48",
+    TTT_SHORT_DOC_CHUNKS="0",
+    TTT_RECOMPUTE_TOKENS="0",
 )
 Row = dict[str, Any]
 

@@ -39,5 +39,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 2, chunk / 2, 40 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="24", TTT_RECOMPUTE_TOKENS="40"),
     "rate x 2, chunk / 3, 16 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="16"),
     "rate x 2, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
+    # Small chunks early in a document, long ones late: 8, 24 and 48 targets.
+    "rate x 2, growing chunks, 16 recomputed": dict(
+        TTT_LORA_LR="2e-3", TTT_SHORT_DOC_CHUNKS="1", TTT_RECOMPUTE_TOKENS="16"
+    ),
+    "rate x 2, growing chunks": dict(TTT_LORA_LR="2e-3", TTT_SHORT_DOC_CHUNKS="1"),
     "rate x 4, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
 }

@@ -152,3 +152,14 @@ def test_a_batch_costs_its_windows_and_not_its_context(tmp_path, data):
 def test_settings_that_make_no_window_are_refused(knobs, message):
     with pytest.raises(tg.ConfigError, match=message):
         config(RECORD, **(STREAM | knobs))
+
+
+def test_sizes_of_windows_do_not_tell_how_long_documents_are(tmp_path, data):
+    knobs = dict(RECORD, **STREAM) | dict(TTT_SHORT_DOC_CHUNKS=1, TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=48)
+    shapes = []
+    for longest in (20, 300):
+        streamed = prepared(tmp_path / str(longest), data, knobs, stream((longest, 9)), TTT_RECOMPUTE_TOKENS=3)
+        ttt = tg.CachedTTT(*streamed)
+        batch, scored = ttt.window(np.array([0]), 0)
+        shapes.append((batch.ids.shape, scored.shape, ttt.context_of(batch)["past"].mask.shape))
+    assert shapes[0] == shapes[1] == ((2, 51), (2, 48), (51, 64 + 51))

@@ -44,5 +44,6 @@ VARIANTS: dict[str, dict[str, str]] = {
         TTT_LORA_LR="2e-3", TTT_SHORT_DOC_CHUNKS="1", TTT_RECOMPUTE_TOKENS="16"
     ),
     "rate x 2, growing chunks": dict(TTT_LORA_LR="2e-3", TTT_SHORT_DOC_CHUNKS="1"),
+    "chunk / 3, 48 recomputed": dict(TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
     "rate x 4, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
 }

@@ -16,6 +16,8 @@ import concurrent.futures
 import hashlib
 import json
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -30,6 +32,7 @@ wait_briefly()
 
 import intervals  # noqa: E402
 import lab_report  # noqa: E402
+import processes  # noqa: E402
 import strict  # noqa: E402
 import train_gpt as t  # noqa: E402
 from ttt_variants import OFF, VARIANTS  # noqa: E402
@@ -161,7 +164,8 @@ def tune(options: argparse.Namespace) -> int:
         lengths = strict.write_part(options.data, part, 0, options.documents)
         print(f"{len(lengths)} documents, {lengths.sum()} tokens", flush=True)
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        ending = dict(initializer=processes.follow_parent, initargs=(os.getpid(), signal.SIGKILL))
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context, **ending) as pool:
             jobs = [
                 pool.submit(score, folder, part, options.data, variant, options.documents)
                 for variant in variants

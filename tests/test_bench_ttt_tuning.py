@@ -2,11 +2,14 @@
 
 import json
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, TINY, fork, fork_script, knob_names, tg
+import processes
+from helpers import ROOT, TINY, fork, fork_script, knob_names, tg, wait_until
 
 sys.path.append(str(ROOT / "bench"))
 import ttt_tuning  # noqa: E402
@@ -80,6 +83,28 @@ def test_what_has_a_result_is_not_scored_again(data, tmp_path):
     assert done.stdout.count(", chunk / 2: ") == 1 and ": 5.0" not in done.stdout
     assert 0 < rows[2]["bpb"] < 12 and rows[2]["targets_per_second"] > 0
     assert (tmp_path / "page.md").read_text() == ttt_tuning.report(rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+def test_its_processes_end_with_it(data, tmp_path):
+    done = fork_script(dict(TINY, DATA_PATH=data, MODE="train", ARTIFACT_DIR=tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = ("--results", tmp_path / "rows.jsonl", "--report", tmp_path / "page.md")
+    arguments = [tmp_path / "run", "--data", data, "--documents", 30, "--jobs", 1, *files]
+    tuning = subprocess.Popen([sys.executable, ROOT / "bench" / "ttt_tuning.py", *map(str, arguments)], cwd=tmp_path)
+
+    started: set[int] = set()
+
+    def has_started():
+        started.update(processes.family().get(tuning.pid, []))
+        return len(started) >= 2  # one that scores, and multiprocessing's own
+
+    try:
+        wait_until(has_started, tuning)
+    finally:
+        tuning.kill()
+        tuning.wait()
+    wait_until(lambda: not any(Path(f"/proc/{process}").exists() for process in started))
 
 
 def test_results_of_another_artifact_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -164,8 +165,8 @@ def tune(options: argparse.Namespace) -> int:
         lengths = strict.write_part(options.data, part, 0, options.documents)
         print(f"{len(lengths)} documents, {lengths.sum()} tokens", flush=True)
         context = multiprocessing.get_context("spawn")
-        ending = dict(initializer=processes.follow_parent, initargs=(os.getpid(), signal.SIGKILL))
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context, **ending) as pool:
+        end_with_this = functools.partial(processes.follow_parent, os.getpid(), signal.SIGKILL)
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, context, end_with_this) as pool:
             jobs = [
                 pool.submit(score, folder, part, options.data, variant, options.documents)
                 for variant in variants

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fake_gpu  # noqa: E402
 
-USES = ("training", "calibration", "evaluation", "ttt", "cached_ttt", "sgd")  # of uses.py, which needs the fake libraries
+# Of uses.py, which needs the fake libraries.
+USES = ("training", "calibration", "evaluation", "ttt", "cached_ttt", "sgd")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -32,7 +32,6 @@ from contexts import Context
 from eager_costs import EagerCosts
 from generated_code import Kernel, kind_of_attention, parse_module, signature_of
 
-
 Sizes = Mapping[str, int] | None  # values of symbols; None: their hints
 
 

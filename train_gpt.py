@@ -2492,6 +2492,13 @@ def follow_evaluation(v: dict[str, Any], follow: Follow) -> None:
     follow("hint_min_match", min(v["hint_max_match"], v["hint_min_match"]), "hint_max_match")
     by_length = v["ttt_mode"] == "phased" and v["ttt_order"] == "length"
     follow("hint_enabled", v["hint_enabled"] and not by_length, "ttt_order")
+    if by_length:
+        follow("ttt_recompute_tokens", 0, "ttt_order")
+    leader = next((name for name in ("ttt_eval_seq_len", "eval_seq_len") if v[name]), "train_seq_len")
+    if leader != "train_seq_len" or v["mode"] != "eval":
+        room = v[leader] - v["ttt_chunk_size"]  # of a window, for tokens before a chunk
+        fits = min(v["ttt_recompute_tokens"], room)
+        follow("ttt_recompute_tokens", fits if fits > 1 else 0, leader)
 
 
 def check_command(command: Command, given: Mapping[str, Any], config: Config, cuda: bool) -> None:

@@ -246,8 +246,9 @@ def test_no_refusal_names_what_a_command_does_not_set_or_shows_an_empty_range():
     ["NUM_LAYERS=6", "NUM_LAYERS=2", "NUM_LAYERS=1", "NUM_LAYERS=20", "MODEL_DIM=384", "MODEL_DIM=96", "NUM_HEADS=2",
      "ITERATIONS=50", "TRAIN_SEQ_LEN=96", "TRAIN_SEQ_LEN=3000", "VOCAB_SIZE=1024", "LOOP_END=2", "NUM_LOOPS=4",
      "LOOP_START=6", "XSA_LAST_N=1", "ROPE_DIMS=0", "QUANTIZER=gptq_lite", "BIGRAM_VOCAB_SIZE=0", "EVAL_SEQ_LEN=64",
-     "HINT_MIN_MATCH=40", "TTT_ORDER=length", "GATED_ATTN_ENABLED=1", "RVQ_ENABLED=1", "MLP_MULT=2",
-     "MUON_MOMENTUM=0.5"],
+     "HINT_MIN_MATCH=40", "TTT_ORDER=length",
+     "TTT_EVAL_SEQ_LEN=32", "TTT_EVAL_SEQ_LEN=16", "TTT_CHUNK_SIZE=2020", "GATED_ATTN_ENABLED=1", "RVQ_ENABLED=1",
+     "MLP_MULT=2", "MUON_MOMENTUM=0.5"],
 )  # fmt: skip
 def test_a_preset_follows_one_changed_variable(preset, change):
     name, value = change.split("=")

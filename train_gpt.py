@@ -99,7 +99,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel as sdpa_backends
 from torch.optim.adamw import adamw
 
 if TYPE_CHECKING:
@@ -8067,7 +8068,7 @@ class Past(NamedTuple):
         groups = heads // kv_heads
         q = q.view(rows, length, kv_heads, groups, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = (self.near if local else self.mask).repeat(groups, 1)
-        with sdpa_kernel(WITHOUT_PLANS):
+        with sdpa_backends(WITHOUT_PLANS):
             y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return y.view(rows, kv_heads, groups, length, width).permute(0, 3, 1, 2, 4).flatten(2, 3)
 

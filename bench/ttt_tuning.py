@@ -71,8 +71,8 @@ def check_artifacts(folders: list[Path], rows: list[Row], results: Path) -> None
     """Refuses results of another artifact: one trained by the clock is never the same twice. Errors: ValueError."""
     known = {(row["model"], row["seed"]): row.get("artifact") for row in rows}
     for folder in folders:
-        model, seed = model_of(folder)
-        if known.setdefault((model, seed), digest(folder)) != digest(folder):
+        (model, seed), own = model_of(folder), digest(folder)
+        if known.setdefault((model, seed), own) != own:
             raise ValueError(
                 f"{folder}: {results} has results of another artifact of {model}, seed {seed}; --results must be "
                 "another file"

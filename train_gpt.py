@@ -1207,6 +1207,13 @@ class Config(ModelConfig):
         low=0,
         high=1 << 20,
     )
+    ttt_cuda_graphs: str = knob(
+        "auto",
+        "replay LoRA windows of few documents as CUDA graphs, which takes less time than launching their kernels; "
+        "auto: 1 on CUDA",
+        Observed.REFUSAL,
+        choices=("auto", "0", "1"),
+    )
     ttt_lora_rank: int = knob(128, "LoRA rank", Observed.TTT, low=1, high=4096)
     ttt_lora_alpha: float = knob(
         144.0, "LoRA alpha: the low-rank output is scaled by alpha/rank", Observed.TTT, low=1e-3
@@ -2634,11 +2641,14 @@ def resolved(config: Config, cuda: bool) -> Config:
         "compute_dtype": "bfloat16" if native else "float32",
         "compile": "01"[device == "cuda"],
         "triton_kernels": "01"[device == "cuda" and triton is not None],
+        "ttt_cuda_graphs": "01"[device == "cuda"],
     }
     if config.compile == "1" and device == "cpu" and not cpu_compiler():
         raise ConfigError("COMPILE", 1, "needs a C++ compiler and Python's headers on CPUs, and they are not installed")
     if config.triton_kernels == "1" and (device != "cuda" or triton is None):
         raise ConfigError("TRITON_KERNELS", 1, "needs a CUDA device and Triton; use auto or 0")
+    if config.ttt_cuda_graphs == "1" and device != "cuda":
+        raise ConfigError("TTT_CUDA_GRAPHS", 1, "needs a CUDA device; use auto or 0")
     values = {name: value for name, value in automatic.items() if getattr(config, name) == "auto"}
     if config.yarn:  # a model keeps the wavelengths that it was trained with: they travel in its artifact
         values["yarn_max_len"] = max(config.yarn_max_len, config.longest_context)
@@ -7453,9 +7463,10 @@ def mlp_float8_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tens
 def adapter_step_kernel(
     p, square, grad, low, row_step, lr, decay, beta2, root, eps, ROW: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """AdamW with a first beta of 0, of a row of ROW elements. `root`: of the bias correction; `low`: p's copy, or None.
+    """AdamW with a first beta of 0, of a row of ROW elements. `low`: p's copy, or None.
 
-    Without a first moment 20 bytes an element are moved instead of 40, casts in the model included.
+    `root` points to the root of the bias correction: a CUDA graph would repeat a number. Without a first moment 20
+    bytes an element are moved instead of 40, casts in the model included.
     """
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask, row = columns < ROW, tl.program_id(0).to(tl.int64)
@@ -7465,7 +7476,7 @@ def adapter_step_kernel(
     v = beta2 * v + (1.0 - beta2) * g * g
     tl.store(square + places, v, mask=mask)
     x = tl.load(p + places, mask=mask) * (1.0 - lr * decay)
-    x -= lr * g / (tl.sqrt(v) / root + eps)
+    x -= lr * g / (tl.sqrt(v) / tl.load(root) + eps)
     tl.store(p + places, x, mask=mask)
     if low is not None:
         tl.store(low + places, x.to(low.dtype.element_ty), mask=mask)
@@ -7479,10 +7490,13 @@ def adapter_step_triton(
     lr: float,
     decay: float,
     beta2: float,
-    root: float,
+    root: Tensor,
     eps: float,
 ) -> None:
-    """One step of adapters p [B, calls, m, n] float32 in place; grad may be a part of a larger tensor's rows."""
+    """One step of adapters p [B, calls, m, n] float32 in place; grad may be a part of a larger tensor's rows.
+
+    root [1] float32: the root of the bias correction.
+    """
     rows, row = p.shape[0] * p.shape[1], p.shape[2] * p.shape[3]
     if grad.stride(0) != grad.size(1) * grad.stride(1) or not grad[0, 0].is_contiguous():
         grad = grad.contiguous()
@@ -8634,7 +8648,8 @@ class Adapters:
     A [B, calls, r, in] starts uniform within 1/sqrt(in), B [B, calls, out, r] at zero. Both are plain tensors; the
     optimizer is AdamW with a first beta of 0. B is stored multiplied by the LoRA scale s = TTT_LORA_ALPHA / rank. An
     AdamW step does not depend on the size of the gradients, so a learning rate times s and an epsilon over s give the
-    same product. Where the model computes in 16 bits, it takes copies in that type, which a step writes too.
+    same product. Where the model computes in 16 bits, it takes copies in that type, which a step writes too. All of
+    it stays where it is from batch to batch, so that a CUDA graph finds it.
     """
 
     def __init__(self, config: Config, calls: int, device: torch.device):
@@ -8653,7 +8668,14 @@ class Adapters:
         self.fused = config.triton_kernels == "1"
         self.calls, self.scale = calls, config.ttt_lora_alpha / rank
         self.shapes = {key: (n, rank, d) for key, (n, _) in widths.items()}  # of one document's A
-        self.b = {key: torch.empty(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
+        self.a = {key: torch.zeros(documents, *shape, device=device) for key, shape in self.shapes.items()}
+        self.b = {key: torch.zeros(documents, n, width, rank, device=device) for key, (n, width) in widths.items()}
+        parameters = self.parameters()
+        self.squares = [torch.zeros_like(p) for p in parameters]
+        self.steps = torch.zeros(1, device=device)
+        self.means = [] if self.fused else [torch.zeros_like(p) for p in parameters]
+        self.state_steps = [] if self.fused else [torch.zeros((), device=device) for _ in parameters]
+        self.copies = [p.bfloat16() for p in parameters] if config.dtype == torch.bfloat16 else parameters
 
     def draw(self, documents: int, seed: int) -> dict[str, Tensor]:
         """A new A of so many documents."""
@@ -8665,22 +8687,17 @@ class Adapters:
 
     def start(self, a: dict[str, Tensor]) -> None:
         """Prepares for the next batch: B is zero and A as given, of one document for all or of each."""
-        documents = self.config.ttt_batch_size
-        self.a = {key: value.expand(documents, *value.shape[1:]).clone() for key, value in a.items()}
-        for b in self.b.values():
-            b.zero_()
-        parameters = self.parameters()
-        self.squares = [torch.zeros_like(p) for p in parameters]
-        self.steps = 0
-        if not self.fused:
-            self.means = [torch.zeros_like(p) for p in parameters]
-            self.state_steps = [torch.zeros((), device=self.device) for _ in parameters]
-        self.copies = [p.bfloat16() for p in parameters] if self.config.dtype == torch.bfloat16 else parameters
+        for key, value in a.items():
+            self.a[key].copy_(value.expand_as(self.a[key]))
+        for x in (*self.b.values(), *self.squares, self.steps, *self.means, *self.state_steps):
+            x.zero_()
+        if self.copies[0].dtype == torch.bfloat16:
+            copy_all(self.copies, self.parameters())
 
     def arrange(self, order: np.ndarray) -> None:
         """Puts the first documents' A in this order: which A a document gets must not depend on other lengths."""
         if (order != np.arange(len(order))).any():
-            copies = self.copies[::2] if self.copies[0].dtype != torch.float32 else []
+            copies = self.copies[::2] if self.copies[0].dtype == torch.bfloat16 else []
             for a in (*self.a.values(), *copies):
                 a[: len(order)] = a[torch.from_numpy(order).to(a.device)]
 
@@ -8696,17 +8713,28 @@ class Adapters:
         """The `adapters` argument of the model's forward, from (leaf) tensors in the order of `parameters`."""
         return dict(zip(self.a, zip(parameters[::2], parameters[1::2], strict=True), strict=True))
 
+    def correction_root(self) -> Tensor:
+        """The root of AdamW's bias correction in the next step, sqrt(1 - TTT_BETA2^steps) [1]."""
+        beta2 = self.config.ttt_beta2
+        self.steps += 1
+        return torch.expm1(self.steps * (math.log(beta2) if beta2 else -math.inf)).neg().sqrt()
+
+    def state(self, documents: int) -> list[Tensor]:
+        """All that a step of the first documents changes, in place."""
+        copies = self.copies if self.copies[0].dtype == torch.bfloat16 else []
+        parts = [x[:documents] for x in (*self.parameters(), *self.squares, *self.means, *copies)]
+        return [*parts, *self.state_steps, self.steps]
+
     @torch.no_grad()
     def step(self, documents: int, gradients: list[Tensor]) -> None:
         """AdamW of the first documents' adapters: betas (0, TTT_BETA2), eps 1e-10, decoupled weight decay."""
         config, parameters = self.config, self.parameters(documents)
         squares, copies = ([x[:documents] for x in tensors] for tensors in (self.squares, self.copies))
-        self.steps += 1
+        root = self.correction_root() if self.fused else None
         for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
             lr, decay = config.ttt_lora_lr * scale, config.ttt_weight_decay / scale
             eps = 1e-10 / scale
-            if self.fused:
-                root = math.sqrt(1 - config.ttt_beta2**self.steps)
+            if root is not None:
                 for p, square, g, low in zip(*(t[side] for t in (parameters, squares, gradients, copies)), strict=True):
                     low = None if low.dtype == p.dtype else low
                     adapter_step_triton(p, square, g, low, lr, decay, config.ttt_beta2, root, eps)
@@ -13538,6 +13566,157 @@ def deal(costs: np.ndarray, ranks: int) -> np.ndarray:
     return np.array(owners, np.int64)
 
 
+EnterScores = Callable[..., None]  # takes a window's NLL [B, last], and the hints' log-probabilities or None
+
+
+class TTTWindow(NamedTuple):
+    """A chunk of some documents with its context: all tensors that differ between windows of the same shapes."""
+
+    batch: Batch  # ids [B, T], targets [B, last]
+    counted: Tensor  # [n, last] bool: places from which the adapters of the first n documents learn
+    hints: Tensor | None  # [B, last]
+    past: Past | None  # context from a cache
+    slots: Tensor | None  # of the cache, that take the window's own keys and values
+
+
+def tensors_in(window: TTTWindow) -> list[Tensor]:
+    """The tensors of a window that it does not share with others: all but the cache's."""
+    batch, counted, hints, past, slots = window
+    masks = () if past is None else (past.mask, past.near)
+    tensors = (batch.ids, batch.targets, *batch.documents, counted, hints, *masks, slots)
+    return [x for x in tensors if x is not None]
+
+
+def copy_of_window(window: TTTWindow) -> TTTWindow:
+    """The same window in memory of its own, but for the cache."""
+    batch, counted, hints, past, slots = window
+    batch = Batch(batch.ids.clone(), batch.targets.clone(), Documents(*(x.clone() for x in batch.documents)))
+    if past is not None:
+        past = past._replace(mask=past.mask.clone(), near=past.near.clone())
+    hints, slots = (None if x is None else x.clone() for x in (hints, slots))
+    return TTTWindow(batch, counted.clone(), hints, past, slots)
+
+
+class CUDAGraphRecorder:
+    """Records what a computation launches on a GPU. Its graphs share their memory, as they never run at once."""
+
+    def __init__(self):
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """What launches it again, with the same addresses and numbers. It is not computed yet.
+
+        Nothing that it makes may be in use when another graph runs. Errors: RuntimeError, from CUDA too.
+        """
+        torch.cuda.synchronize()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads pin memory
+            try:
+                compute()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says only that the recording has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(self.stream)
+        return graph.replay
+
+
+GRAPH_DOCUMENTS = 32  # a window of more takes longer than its launches
+GRAPH_AFTER = 8  # windows of the same shapes in a row; fewer follow one another while a document's context grows
+
+
+class WindowGraph(NamedTuple):
+    """The pass of windows of the same shapes as a CUDA graph."""
+
+    inputs: list[Tensor]  # where it reads what differs between windows
+    scores: list[Tensor]  # where it leaves NLL, and hints' log-probabilities if there are any
+    replay: Callable[[], None]
+
+
+class WindowGraphs:
+    """TTT_CUDA_GRAPHS: replays windows of few documents, whose shapes come again and again, as CUDA graphs.
+
+    Such a window is a thousand kernels that take less time than their launches, and the chunks of a long document
+    can only follow one another. A graph launches all of its kernels at once. They are the same kernels on the same
+    shapes, so scores do not depend on whether a window is replayed; the first graph is checked for it.
+    """
+
+    def __init__(self, ttt: PhasedTTT, enabled: bool):
+        self.ttt, self.enabled = ttt, enabled
+        self.graphs: dict[tuple, WindowGraph] = {}
+        self.last_shapes, self.in_a_row = (), 0
+        self.recorder: CUDAGraphRecorder | None = None
+        self.replayed = 0  # windows
+
+    def compute(self, window: TTTWindow, enter: EnterScores) -> None:
+        """`PhasedTTT.compute`, or its replay."""
+        graph = self.graph_of(window) if self.enabled and len(window.batch.ids) <= GRAPH_DOCUMENTS else None
+        if graph is None:
+            self.ttt.compute(window, enter)
+        else:
+            enter(*self.replay(graph, window))
+
+    def replay(self, graph: WindowGraph, window: TTTWindow) -> list[Tensor | None]:
+        """NLL and hints' log-probabilities of a window. The adapters have learned from it."""
+        copy_all(graph.inputs, tensors_in(window))
+        graph.replay()
+        self.replayed += 1
+        nll, *log_q = (x.clone() for x in graph.scores)  # the next replay overwrites them
+        return [nll, *(log_q or [None])]
+
+    def graph_of(self, window: TTTWindow) -> WindowGraph | None:
+        """The graph for a window's shapes; None where there is none yet."""
+        shapes = tuple(tuple(x.shape) for x in tensors_in(window))
+        self.in_a_row = self.in_a_row + 1 if shapes == self.last_shapes else 1
+        self.last_shapes = shapes
+        if shapes not in self.graphs and self.in_a_row > GRAPH_AFTER:
+            try:
+                graph = self.record(window)
+                if not self.graphs:
+                    self.check(graph, window)
+                self.graphs[shapes] = graph
+            except RuntimeError as error:  # of CUDA, or of what cannot be recorded
+                self.enabled = False
+                self.graphs.clear()
+                self.ttt.run.log(f"ttt: no CUDA graphs from here on: {error}".partition("\n")[0])
+        return self.graphs.get(shapes)
+
+    def record(self, window: TTTWindow) -> WindowGraph:
+        """A graph for a window's shapes. The window is not computed yet."""
+        self.recorder = self.recorder or CUDAGraphRecorder()
+        kept, runtime = copy_of_window(window), self.ttt.model.runtime
+        places = [x for x in (window.batch.targets, window.hints) if x is not None]
+        scores = [torch.empty(x.shape, dtype=runtime.master_dtype, device=x.device) for x in places]
+
+        def enter(*entered: Tensor | None) -> None:
+            copy_all(scores, [x.detach() for x in entered if x is not None])
+
+        return WindowGraph(tensors_in(kept), scores, self.recorder.record(lambda: self.ttt.compute(kept, enter)))
+
+    @torch.no_grad()
+    def check(self, graph: WindowGraph, window: TTTWindow) -> None:
+        """Errors: RuntimeError if a replay does not do what the plain pass does. Then nothing is computed yet."""
+        state = self.ttt.adapters.state(len(window.counted)) if self.ttt.adapters else []
+        before, results = [x.clone() for x in state], []
+        for replays in (False, True):
+            entered: list[Tensor] = []
+            if replays:
+                entered += [x for x in self.replay(graph, window) if x is not None]
+            else:
+                with torch.enable_grad():
+                    self.ttt.compute(window, lambda *scores, to=entered: to.extend(x for x in scores if x is not None))
+            results.append([x.detach().clone() for x in (*entered, *state)])
+            copy_all(state, before)
+        self.replayed -= 1
+        zeros = [torch.zeros_like(x) for x in entered]
+        for plain, replayed, begin in zip(*results, [*zeros, *before], strict=True):
+            if not (replayed - plain).norm() <= 0.01 * (plain - begin).norm():
+                raise RuntimeError("a replay does not give what the plain pass does")
+
+
 class PhasedTTT:
     """Documents in batches, each document with its own LoRA; all weights train between phases.
 
@@ -13558,6 +13737,7 @@ class PhasedTTT:
         self.plan()
         self.ledger = ScoreLedger(evaluator, hinted=adapt and config.hint_enabled)
         self.forward = compiled_forward(self.view_of(model))
+        self.graphs = WindowGraphs(self, config.ttt_cuda_graphs == "1")
         calls = len(model.schedules[config.loops])
         self.adapters = Adapters(config, calls, self.run.device) if adapt else None
         if self.adapters:
@@ -13622,6 +13802,8 @@ class PhasedTTT:
                 self.finish_phase(begin, end)
                 self.kept.begin_phase()
                 self.kept.save(phase + 1, self.own_state())
+        if self.graphs.replayed:
+            self.run.log(f"ttt: {len(self.graphs.graphs)} CUDA graphs replayed {self.graphs.replayed} windows")
         return Score(self.ledger.close(self.meter.stage), len(self.tokens) - 1, self.evaluator.bytes)
 
     def run_batch(self, documents: np.ndarray) -> None:
@@ -13738,7 +13920,7 @@ class PhasedTTT:
 
     def drop_step(self, batch: Batch, scored: np.ndarray) -> None:
         """Computes a window and its adapters' gradients, and drops them."""
-        nll, leaves, _ = self.score(batch, scored)
+        nll, leaves, _ = self.score(self.sent(batch, scored))
         if leaves:
             torch.autograd.grad(nll.sum(), leaves)
 
@@ -13747,58 +13929,78 @@ class PhasedTTT:
         for chunk in range(int(self.chunk_counts[documents[0]])):
             batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
             adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
-            nll, leaves, log_q = self.score(batch, scored)
-            self.ledger.score(scored, nll, log_q)
-            for step in range(self.config.ttt_grad_steps if adapting else 0):
-                if step:
-                    nll, leaves, _ = self.score(batch, scored)
-                self.adapt(nll, leaves, scored[:adapting])
-            self.finish_chunk(chunk)
+            self.graphs.compute(self.sent(batch, scored, adapting), functools.partial(self.enter, scored, adapting))
+            self.finish_chunk()
 
-    def finish_chunk(self, chunk: int) -> None:
+    def compute(self, window: TTTWindow, enter: EnterScores) -> None:
+        """Scores a window, enters NLL and hints' log-probabilities, then lets the adapters learn. A GPU never waits.
+
+        It may be repeated as a CUDA graph: all that differs between windows of the same shapes must be in `window`.
+        """
+        nll, leaves, log_q = self.score(window)
+        enter(nll, log_q)
+        for step in range(self.config.ttt_grad_steps if len(window.counted) else 0):
+            if step:
+                nll, leaves, _ = self.score(window)
+            self.adapt(nll, leaves, window.counted)
+        self.store(window)
+
+    def enter(self, scored: np.ndarray, adapting: int, nll: Tensor, log_q: Tensor | None) -> None:
+        """Enters a window's scores. The adapters of its first documents are about to learn from them."""
+        self.ledger.score(scored, nll, log_q)
+        self.ledger.train_on(scored[:adapting][scored[:adapting] >= 0])
+
+    def store(self, window: TTTWindow) -> None:
         """Nothing: the next chunk's context is computed anew."""
 
-    def adapt(self, nll: Tensor, leaves: list[Tensor], scored: np.ndarray) -> None:
-        """One adapter step of the first documents on their chunk's mean loss."""
-        adapters, adapting = self.adapters, len(scored)
+    def finish_chunk(self) -> None:
+        """Nothing, as `store`."""
+
+    def adapt(self, nll: Tensor, leaves: list[Tensor], counted: Tensor) -> None:
+        """One adapter step of the first documents on their chunk's mean loss, that of the counted places."""
+        adapters, adapting = self.adapters, len(counted)
         if adapters is None:
             raise RuntimeError("there are no adapters to train")
-        counted = scored >= 0
-        self.ledger.train_on(scored[counted])
-        mask = send_array(counted, nll.device)
-        loss = ((nll[:adapting] * mask).sum(1) / mask.sum(1)).sum()
+        loss = ((nll[:adapting] * counted).sum(1) / counted.sum(1)).sum()
         adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
-    def score(self, batch: Batch, scored: np.ndarray) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    def sent(self, batch: Batch, scored: np.ndarray, adapting: int = 0) -> TTTWindow:
+        """A window with all that its pass needs on the device."""
+        counted = send_array(scored[:adapting] >= 0, self.run.device)
+        return TTTWindow(batch, counted, self.ledger.hints_at(scored), *self.context_of(batch))
+
+    def score(self, window: TTTWindow) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """NLL [B, last] of a window's last places, the adapters' tensors that it depends on, hints' log-probabilities.
 
         It can always be differentiated: a score must not depend on whether another document goes on, and a graph
         without gradients would be one more to compile.
         """
         adapters, leaves = self.adapters, []
+        batch, hints, past = window.batch, window.hints, window.past
         if adapters:
-            leaves = adapters.leaves(len(scored))
+            leaves = adapters.leaves(len(batch.ids))
         if self.model.runtime.compile:  # one graph for any number of documents, places and scored places
             mark_sizes((0,), *leaves)
             mark_sizes(self.varying, batch.ids, batch.targets, batch.documents.starts)
-        hints = self.ledger.hints_at(scored)
-        if hints is not None and self.model.runtime.compile:
-            mark_sizes(self.varying, hints)
+            mark_sizes(self.varying, *([] if hints is None else [hints]))
+            if past is not None:
+                mark_sizes((0, 2), past.keys, past.values)
+                mark_sizes((1,), past.mask, past.near)
         nll, _, *more = self.forward(
             *batch,
             looped=self.config.loops,
             adapters=adapters.pairs(leaves) if adapters else None,
             temperature=self.config.temperature,  # adapters train on what counts
             **({} if hints is None else dict(hints=hints)),
-            **self.context_of(batch),
+            **({} if past is None else dict(past=past)),
         )
         log_q = None if hints is None else more.pop(0)
         self.keep(*more)
         return nll, leaves, log_q
 
-    def context_of(self, batch: Batch) -> dict[str, Past]:
-        """Arguments of the forward pass for context that the window does not hold."""
-        return {}
+    def context_of(self, batch: Batch) -> tuple[Past | None, Tensor | None]:
+        """The context that a window does not hold, and the slots of the cache that take what it computes."""
+        return None, None
 
     def keep(self, *seen: Tensor) -> None:
         """Takes the keys and values of a window's pass, where it has a past."""
@@ -13920,8 +14122,8 @@ class CachedTTT(PhasedTTT):
         blocks = -(-max(1, self.first_own_key(base)) // SLOTS_BLOCK)
         return min(self.slots, SLOTS_BLOCK * blocks)
 
-    def context_of(self, batch: Batch) -> dict[str, Past]:
-        """The cache, and which of its keys and of the window's own each token sees.
+    def context_of(self, batch: Batch) -> tuple[Past | None, Tensor | None]:
+        """The cache, with which of its keys and of the window's own each token sees; the slots of the latter.
 
         Padding sees itself, since a softmax over nothing is not a number.
         """
@@ -13935,23 +14137,28 @@ class CachedTTT(PhasedTTT):
         near = sees & (keys >= places - (config.window_attn_size or config.ttt_context))
         keys_and_values = [x[: len(batch.ids), :, :slots] for x in self.cache]
         masks = [send_array(mask, self.run.device) for mask in (sees, near)]
-        if self.model.runtime.compile:
-            mark_sizes((0, 2), *keys_and_values)
-            mark_sizes((1,), *masks)
-        return dict(past=Past(*keys_and_values, *masks))
+        return Past(*keys_and_values, *masks), send_array(self.own_places() % self.slots, self.run.device)
+
+    def own_places(self) -> np.ndarray:
+        """The places whose keys come from the window's pass."""
+        return np.arange(self.first_own_key(self.base), self.base + self.length)
 
     def keep(self, *seen: Tensor) -> None:
         """Takes the keys and values of a window's pass."""
         self.seen = seen
 
-    def finish_chunk(self, chunk: int) -> None:
+    def store(self, window: TTTWindow) -> None:
         """The cache takes the window's own keys and values."""
-        places = np.arange(self.first_own_key(self.base), self.base + self.length)
-        slots = places % self.slots
-        self.held[slots] = places
-        index = send_array(slots, self.run.device)
+        if window.slots is None:
+            raise RuntimeError("there are no slots for a window's keys")
         for cache, own in zip(self.cache, self.seen, strict=True):
-            cache[: len(own)].index_copy_(2, index, own[:, :, -len(places) :])
+            cache[: len(own)].index_copy_(2, window.slots, own[:, :, -len(window.slots) :])
+        self.seen = ()
+
+    def finish_chunk(self) -> None:
+        """What the cache holds from now on."""
+        places = self.own_places()
+        self.held[places % self.slots] = places
 
 
 class LengthOrderTTT(PhasedTTT):
@@ -14013,7 +14220,7 @@ class LengthOrderTTT(PhasedTTT):
         """Hands A on, in the order of the documents."""
         first, stream = self.first_and_stream(documents)
         adapters.arrange(np.argsort(self.place[documents] - first))
-        self.stream_a[stream] = adapters.a
+        self.stream_a[stream] = {key: a.clone() for key, a in adapters.a.items()}
 
     def own_state(self) -> dict[str, Tensor]:
         """A of this rank's streams."""

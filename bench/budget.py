@@ -87,6 +87,8 @@ ASSUMED = {
     "kernel": Seconds(0.1, 0.2, 0.4),  # Triton's compilation and autotuning
     "attempts": Seconds(1.1, 1.25, 1.5),  # quantizations until the artifact fits its limit (docs/quantization.md)
     "column": Seconds(0.0003, 0.00045, 0.0006),  # some 55 launches for a column of the trellis
+    # Of a window's graph: its launches once more, on the host's clock, and CUDA's work on a thousand nodes.
+    "graph": Seconds(0.02, 0.04, 0.1),
     "corrections": Seconds(3, 4.5, 6),  # LQER's decompositions, for each attempt
     "packed integer": Seconds(0.1e-6, 0.15e-6, 0.25e-6),  # bench/results/pack.txt: 0.48 s for 3.4 million
     "hinted target": Seconds(0.1e-6, 0.25e-6, 0.5e-6),  # with two threads of an EPYC 0.25 to 0.46
@@ -191,30 +193,51 @@ def windows_of(ttt: t.PhasedTTT, documents: np.ndarray) -> Iterator[tuple[int, i
         yield max(2, len(remaining)), length, scored, int((counts > chunk + 1).sum())
 
 
+class Replays:
+    """Which windows of a rank are replayed as CUDA graphs, by the rule of the script's WindowGraphs."""
+
+    def __init__(self, enabled: bool):
+        self.enabled, self.recorded = enabled, set()
+        self.last, self.in_a_row = (), 0
+
+    def __call__(self, window: tuple[int, ...]) -> bool:
+        """Whether the next window is, by its sizes."""
+        if not self.enabled or window[0] > t.GRAPH_DOCUMENTS:
+            return False
+        self.in_a_row = self.in_a_row + 1 if window == self.last else 1
+        self.last = window
+        if self.in_a_row > t.GRAPH_AFTER:
+            self.recorded.add(window)
+        return window in self.recorded
+
+
 class Phase(NamedTuple):
     """What one phase of test-time training runs."""
 
-    windows: list[np.ndarray]  # of each rank, [n, 4]
+    windows: list[np.ndarray]  # of each rank, [n, 5]: R, T, scored, adapting, whether it is replayed as a CUDA graph
     batches: list[int]  # of each rank
+    graphs: list[int]  # that each rank records in it
     full_model_steps: int  # after it
 
 
 def phases(config: t.Config, offsets: np.ndarray) -> list[Phase]:
     """All phases, by the script's schedule on 8 ranks."""
     schedules = [schedule(config, offsets, rank) for rank in range(RANKS)]
+    replays = [Replays(config.ttt_cuda_graphs == "1") for _ in range(RANKS)]
     found = []
     for begin, end in schedules[0].phases():
-        windows, batches = [], []
-        for ttt in schedules:
-            own = list(ttt.batches(begin, end))
-            rows = [window for documents in own for window in windows_of(ttt, documents)]
-            windows.append(np.array(rows, np.int64).reshape(-1, 4))
+        windows, batches, graphs = [], [], []
+        for ttt, replayed in zip(schedules, replays, strict=True):
+            own, before = list(ttt.batches(begin, end)), len(replayed.recorded)
+            rows = [(*w, replayed(w)) for documents in own for w in windows_of(ttt, documents)]
+            windows.append(np.array(rows, np.int64).reshape(-1, 5))
             batches.append(len(own))
+            graphs.append(len(replayed.recorded) - before)
         ttt, steps = schedules[0], 0
         if end in ttt.phase_ends:
             tokens = int(ttt.lengths[ttt.order[:end]].sum())
             steps = config.global_ttt_epochs * (-(-tokens // config.global_ttt_chunk_tokens) - 1)
-        found.append(Phase(windows, batches, steps))
+        found.append(Phase(windows, batches, graphs, steps))
     return found
 
 
@@ -341,7 +364,12 @@ class Budget:
         compiled = self.compiling(("TTT", "full-model SGD"))
         stages.append(Stage("ttt, compiling", compiled, "", "assumed; before the clock, or else it counts"))
         windows = sum(len(w) for phase in self.phases for w in phase.windows)
-        basis = f"table: {len(self.phases)} phases, {windows} windows on all ranks; the slowest rank of each phase"
+        replayed = sum(int(w[:, 4].sum()) for phase in self.phases for w in phase.windows)
+        basis = (
+            f"table: {len(self.phases)} phases, {windows} windows on all ranks, of which {replayed} are replayed as "
+        )
+        most = max(map(sum, zip(*(phase.graphs for phase in self.phases), strict=True)))
+        basis += f"CUDA graphs, at most {most} on a rank; the slowest rank of each phase"
         stages.append(Stage("ttt, score and adapt", total(map(self.phase_seconds, self.phases)), "evaluation", basis))
         steps = sum(phase.full_model_steps for phase in self.phases)
         sgd = self.step("full-model SGD") * steps
@@ -355,13 +383,14 @@ class Budget:
     def phase_seconds(self, phase: Phase) -> Seconds:
         """Time of the slowest rank."""
 
-        def slowest(factor: float, c: Ceilings) -> float:
+        def of_ranks(factor: float, c: Ceilings) -> np.ndarray:
             each = [self.windows.seconds(windows, c, factor).sum() for windows in phase.windows]
-            ends = self.windows.batch_seconds(c, factor)
-            steps = self.config.ttt_grad_steps
-            return max(steps * a + ends * b for a, b in zip(each, phase.batches, strict=True))
+            return self.config.ttt_grad_steps * np.array(each) + self.windows.batch_seconds(c, factor) * batches
 
-        return self.estimate(slowest, ttt=True)
+        batches, graphs = np.array(phase.batches), np.array(phase.graphs)
+        seconds = [self.estimate(lambda f, c, n=rank: of_ranks(f, c)[n], ttt=True) for rank in range(RANKS)]
+        recorded = [seconds[rank] + ASSUMED["graph"] * graphs[rank] for rank in range(RANKS)]
+        return Seconds(*(max(column) for column in zip(*recorded, strict=True)))
 
     def terms(self) -> dict[str, list[tuple[str, Seconds, str]]]:
         """Largest terms of each step, and of all windows of TTT: name, seconds, what bounds them."""

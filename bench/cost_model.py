@@ -149,6 +149,11 @@ def step_seconds(rows: Iterable[Row], c: Ceilings, factor: float = 1.0) -> float
     return max(factor * sum(row_seconds(r, c) for r in rows), sum(r.launches for r in rows) * c.host)
 
 
+# Assumed: launches of a replayed window, which are its inputs on their way to the device and to the graph, the graph,
+# and the scores on their way back. Kernels in a graph are taken to begin and end as they do elsewhere.
+REPLAY_LAUNCHES = 64
+
+
 class WindowCosts:
     """Costs of TTT's windows of any size, from those that the table has.
 
@@ -205,9 +210,11 @@ class WindowCosts:
         return rows, np.stack(columns, 1)
 
     def seconds(self, windows: np.ndarray, c: Ceilings, factor: float = 1.0) -> np.ndarray:
-        """Time [n] of windows [n, 4], on the device or on the host."""
+        """Time [n] of windows [n, 4 or 5], on the device or on the host. A fifth column tells which are CUDA graphs."""
         rows, device = self.table_of(windows, c)
         launches = sum(row.launches for row in rows if row.part != "inference")
+        if windows.shape[1] > 4:
+            launches = np.where(windows[:, 4], REPLAY_LAUNCHES, launches)
         host = launches * c.host + windows[:, 0] * (self.tokens or windows[:, 1]) * c.host_token
         return np.maximum(factor * device.sum(1), host)
 

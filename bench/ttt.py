@@ -6,7 +6,8 @@
 Each row is a whole evaluation of the same validation stream, by the code that scores a run:
 
 - sliding windows without overlap, and with a stride of 64 targets
-- phased test-time training: without training, strictly causal, and in length order
+- phased test-time training: without training, strictly causal, with a cache of keys and values, on CUDA also without
+  CUDA graphs, and in length order
 - chunk test-time training
 
 Without an artifact the weights are initial ones, and the stream is random tokens in documents as long as web pages.
@@ -124,11 +125,16 @@ def evaluations(c: t.Config) -> dict[str, tuple[t.Config, Callable[[t.Evaluator,
     change = dataclasses.replace
     phased, chunk = change(c, ttt_mode="phased", ttt_order="stream"), change(c, ttt_mode="chunk", eval_stride=0)
     by_length = change(phased, ttt_order="length")
+    cached = change(phased, ttt_chunk_size=16, ttt_recompute_tokens=min(48, c.ttt_context - 16))
+    with_cache = {"phased, cache": cached}
+    if c.device == "cuda":
+        with_cache["phased, no graphs"] = change(cached, ttt_cuda_graphs="0")
     return {
         "sliding, no overlap": (change(c, eval_stride=0), sliding),
         f"sliding, stride {stride}": (change(c, eval_stride=stride), sliding),
         "phased, learning off": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model, adapt=False)()),
         "phased": (phased, lambda evaluator, model: t.PhasedTTT(evaluator, model)()),
+        **{name: (k, lambda evaluator, model: t.CachedTTT(evaluator, model)()) for name, k in with_cache.items()},
         "phased, length order": (by_length, lambda evaluator, model: t.LengthOrderTTT(evaluator, model)()),
         "chunk": (chunk, lambda evaluator, model: t.ChunkTTT(evaluator, model)()),
     }

@@ -105,8 +105,8 @@ VALIDATE = "            log_validation(run, config, progress, validate())\n"
 READ = "        starts = within_context(document_starts(ids, cuts), context)\n"
 CALIBRATE = "                    batch = send(loader.read_sequences(range(first, first + chunk)), trainer.run.device)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
-CHUNK_SCORE = "            self.ledger.score(scored, nll, log_q)\n            for step in range("
-COUNTED = "        self.ledger.train_on(scored[counted])\n"
+CHUNK_SCORE = "        enter(nll, log_q)\n        for step in range("
+COUNTED = "        self.ledger.train_on(scored[:adapting][scored[:adapting] >= 0])\n"
 
 
 def by_grid(*temperatures):
@@ -521,9 +521,9 @@ BORDERS = [
             before(
                 CHUNK_SCORE,
                 *(
-                    "if adapting:",
-                    "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves, log_q = self.score(batch, scored)",
+                    "if len(window.counted):",
+                    "    self.adapt(nll, leaves, window.counted)",
+                    "    nll, leaves, log_q = self.score(window)",
                 ),
             ),
         ),
@@ -536,9 +536,9 @@ BORDERS = [
             before(
                 CHUNK_SCORE,
                 *(
-                    "if adapting:",
-                    "    self.adapt(nll, leaves, scored[:adapting])",
-                    "    nll, leaves, log_q = self.score(batch, scored)",
+                    "if len(window.counted):",
+                    "    self.adapt(nll, leaves, window.counted)",
+                    "    nll, leaves, log_q = self.score(window)",
                 ),
             ),
             (COUNTED, ""),

@@ -328,11 +328,41 @@ def test_windows_with_a_cache_have_the_keys_that_the_script_makes(short):
     assert len(windows) == ttt.chunk_counts.max()
     for chunk in range(0, len(windows), 7):
         batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
-        past = ttt.context_of(batch)["past"]
+        past = ttt.context_of(batch)[0]
         rows, keys, targets, _ = windows[chunk]
         assert rows == max(2, batch.ids.shape[0]) and batch.ids.shape[1] == ttt.length
         assert past.mask.shape == (ttt.length, keys) and past.keys.shape[2] + ttt.length == keys
         assert targets == scored.shape[1]
+
+
+def test_replayed_windows_are_those_that_the_script_replays(monkeypatch):
+    """By its own WindowGraphs, whose graphs here do nothing, over the same windows."""
+    table = Table(made_table(config=dict(ttt_recompute_tokens=48, ttt_chunk_size=16)))
+    config = bench.configuration(dict(TTT_RECOMPUTE_TOKENS="48", TTT_CHUNK_SIZE="16"), table)
+    lengths = np.array([6000, 4000, 3900, 2500, 90, *[3000] * 40])
+    ttt = bench.schedule(config, np.append(0, np.cumsum(lengths)), 0)
+    batches = [np.array([0, 4]), np.array([1, 2, 3]), np.arange(5, 45)]
+    replays, found = bench.Replays(True), []
+    graphs = bench.t.WindowGraphs(ttt, True)
+    monkeypatch.setattr(graphs, "record", lambda window: window)
+    monkeypatch.setattr(graphs, "check", lambda graph, window: None)
+    for rows, keys, scored, adapting in (w for batch in batches for w in bench.windows_of(ttt, batch)):
+        ids, targets, counted = (torch.empty(n, m) for n, m in ((rows, ttt.length), (rows, scored), (adapting, scored)))
+        documents = bench.t.Documents(ids, torch.empty(2))
+        past = bench.t.Past(ids, ids, torch.empty(ttt.length, keys), torch.empty(ttt.length, keys))
+        window = bench.t.TTTWindow(bench.t.Batch(ids, targets, documents), counted, None, past, torch.empty(9))
+        graph = graphs.graph_of(window) if rows <= bench.t.GRAPH_DOCUMENTS else None
+        found.append((replays((rows, keys, scored, adapting)), graph is not None))
+    assert all(a == b for a, b in found) and 300 < sum(a for a, _ in found) < len(found) - 300
+    assert len(replays.recorded) == len(graphs.graphs) == 3
+    assert not any(map(bench.Replays(False), [(2, 64, 16, 2)] * 20))
+
+
+def test_replayed_windows_cost_few_launches():
+    costs, windows = WindowCosts(Table(made_table())), np.array([[2, 2048, 48, 2, 0], [2, 2048, 48, 2, 1]])
+    slow = dataclasses.replace(Ceilings(), host=1e-3)
+    launched, replayed = costs.seconds(windows, slow)
+    assert replayed < launched and costs.seconds(windows[:, :4], slow)[1] == launched
 
 
 def test_a_cache_needs_a_table_of_its_windows():

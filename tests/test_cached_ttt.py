@@ -161,5 +161,5 @@ def test_sizes_of_windows_do_not_tell_how_long_documents_are(tmp_path, data):
         streamed = prepared(tmp_path / str(longest), data, knobs, stream((longest, 9)), TTT_RECOMPUTE_TOKENS=3)
         ttt = tg.CachedTTT(*streamed)
         batch, scored = ttt.window(np.array([0]), 0)
-        shapes.append((batch.ids.shape, scored.shape, ttt.context_of(batch)["past"].mask.shape))
+        shapes.append((batch.ids.shape, scored.shape, ttt.context_of(batch)[0].mask.shape))
     assert shapes[0] == shapes[1] == ((2, 51), (2, 48), (51, 64 + 51))

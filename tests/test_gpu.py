@@ -192,3 +192,24 @@ def test_compiled_test_time_training_scores_as_eager(device, few_documents):
     compiled = ttt_scores(c, device, True, True)
     assert abs(compiled - eager) <= 1e-4 * eager
     assert abs(eager - fixed) > 20 * abs(compiled - eager)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [0, 8])
+def test_windows_that_are_replayed_as_cuda_graphs_score_as_others(device, compiled, recompute, few_documents, capsys):
+    """tests/test_ttt_graphs.py does it without a GPU, on an emulation."""
+    knobs = dict(COMPUTE_DTYPE="float32", ATTENTION="sdpa", DATA_PATH=few_documents, TTT_MODE="phased")
+    knobs |= dict(TTT_BATCH_SIZE=5, TTT_CHUNK_SIZE=2, TTT_EVAL_SEQ_LEN=16, TTT_RECOMPUTE_TOKENS=recompute)
+    knobs |= dict(PHASED_TTT_PREFIX_DOCS=8, PHASED_TTT_NUM_PHASES=1, GLOBAL_TTT_CHUNK_TOKENS=64)
+    knobs |= dict(TTT_LORA_LR=1e-3, TTT_LORA_RANK=4)
+    found = {}
+    for graphs in (0, 1):
+        c = config_on(device, **knobs, TTT_CUDA_GRAPHS=graphs)
+        evaluator = tg.Evaluator(c, run_on(device))
+        ttt = tg.ttt_method(c)(evaluator, model_on(c, device, compiled, seed=1, spread=0.2))
+        ttt()
+        found[graphs] = ttt.ledger.nll.copy()
+        assert (ttt.graphs.replayed > 20) is bool(graphs)
+    assert "no CUDA graphs" not in capsys.readouterr().out
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)

@@ -337,9 +337,9 @@ def test_hand_written_kernels_that_run_eagerly_are_counted():
     costs.part = "adapting"
     p, grad = torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4, 8, dtype=torch.bfloat16)
     with eager_costs.hand_written_launches(costs):
-        tg.adapter_step_triton(p, p.clone(), grad, grad.clone(), 0.1, 0.0, 0.9, 1.0, 1e-10)
+        tg.adapter_step_triton(p, p.clone(), grad, grad.clone(), 0.1, 0.0, 0.9, p.new_ones(1), 1e-10)
     cost, n = costs.costs["adapting"], p.numel()
-    assert (cost.launches, cost.bytes_read, cost.bytes_written) == (1, (4 + 4 + 2) * n, (4 + 4 + 2) * n)
+    assert (cost.launches, cost.bytes_read, cost.bytes_written) == (1, (4 + 4 + 2) * n + 4, (4 + 4 + 2) * n)
     assert p.eq(1).all()  # nothing ran
 
 

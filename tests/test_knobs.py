@@ -158,6 +158,7 @@ CHANGES = {
     "MODE": ("train", {}),
     "TOKENIZER_PATH": ("missing.model", {}),
     "TRITON_KERNELS": (1, {}),
+    "TTT_CUDA_GRAPHS": (1, {}),
     "WARMUP_STEPS": (1, {}),
     "COMPILE": (1, {}),
     "COMPILE_CACHE": (1, {}),

@@ -107,6 +107,7 @@ def test_settings_on_an_apple_gpu_are_those_of_plain_torch(apple):
         (dict(COMPILE=1), "COMPILE=1: is for CUDA and CPUs"),
         (dict(COMPUTE_DTYPE="float64"), "COMPUTE_DTYPE=float64: Apple's GPUs have no float64"),
         (dict(TRITON_KERNELS=1), "TRITON_KERNELS=1: needs a CUDA device"),
+        (dict(TTT_CUDA_GRAPHS=1), "TTT_CUDA_GRAPHS=1: needs a CUDA device"),
         (dict(ATTENTION="fa3"), "ATTENTION=fa3: cannot run here"),
     ],
 )

@@ -598,12 +598,12 @@ def adapt_by(patch, order):
 
             def score(chunk=chunk):
                 batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
-                ttt.ledger.score(scored, ttt.score(batch, scored)[0])
+                ttt.ledger.score(scored, ttt.score(ttt.sent(batch, scored))[0])
 
             def learn(chunk=chunk):
                 some = documents[ttt.chunk_counts[documents] > chunk]
                 batch, scored = ttt.window(some, chunk)
-                nll, leaves, _ = ttt.score(batch, scored)
+                nll, leaves, _ = ttt.score(ttt.sent(batch, scored))
                 loss = (nll * torch.from_numpy(scored >= 0)).sum(1).sum()
                 ttt.adapters.step(len(some), [g[: len(some)] for g in torch.autograd.grad(loss, leaves)])
 
@@ -632,7 +632,7 @@ def scores_again_after_learning(patch):
         score()
         learn()
         batch, scored = ttt.window(documents[ttt.chunk_counts[documents] > chunk], chunk)
-        again = ttt.score(batch, scored)[0].detach()
+        again = ttt.score(ttt.sent(batch, scored))[0].detach()
         ttt.ledger.nll[scored[scored >= 0]] = again[torch.from_numpy(scored >= 0)]
 
     adapt_by(patch, order)

@@ -387,10 +387,11 @@ def check_adapter_step():
         low = p.to(dtype) if dtype == torch.bfloat16 else None
         exact, variance = p.double(), square.double()
         for step in range(1, 4):
-            grad, root = normal(2, 3, m + 2, n, seed=step, dtype=dtype)[:, :, 1 : m + 1], (1 - beta2**step) ** 0.5
+            grad = normal(2, 3, m + 2, n, seed=step, dtype=dtype)[:, :, 1 : m + 1]
+            root = torch.tensor([(1 - beta2**step) ** 0.5])
             k.adapter_step_triton(p, square, grad, low, lr, decay, beta2, root, eps)
             variance = beta2 * variance + (1 - beta2) * grad.double() ** 2
-            exact = exact * (1 - lr * decay) - lr * grad.double() / (variance.sqrt() / root + eps)
+            exact = exact * (1 - lr * decay) - lr * grad.double() / (variance.sqrt() / root.double() + eps)
         torch.testing.assert_close(p.double(), exact, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(square.double(), variance, rtol=1e-5, atol=1e-9)
         assert low is None or torch.equal(low, p.to(dtype))
@@ -620,7 +621,7 @@ def kernels_to_compile():
     for grad, low in (("bf16", "bf16"), ("fp32", None)):
         types = dict(p="*fp32", square="*fp32", grad=f"*{grad}", row_step="i64")
         types |= {} if low is None else dict(low=f"*{low}")
-        types |= dict.fromkeys(("lr", "decay", "beta2", "root", "eps"), "fp32")
+        types |= dict.fromkeys(("lr", "decay", "beta2", "eps"), "fp32") | dict(root="*fp32")
         constants = dict(ROW=512 * 96, BLOCK=2048) | (dict(low=None) if low is None else {})
         yield 90, k.adapter_step_kernel, types, constants, dict(num_warps=8)
     yield from mlp_kernels_to_compile()

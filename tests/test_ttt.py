@@ -308,15 +308,15 @@ def test_a_batch_is_its_documents_alone(order, data, tmp_path, monkeypatch):
     evaluator, model = prepared(
         tmp_path, data, RECORD, **dict(PHASED, TTT_WARM_START_A=0, PHASED_TTT_PREFIX_DOCS=0, TTT_ORDER=order)
     )
-    score, begun, offsets = tg.PhasedTTT.score, {}, evaluator.documents
+    sent, begun, offsets = tg.PhasedTTT.sent, {}, evaluator.documents
 
-    def watched(ttt, batch, scored):
+    def watched(ttt, batch, scored, *adapting):
         for b, position in enumerate(scored[scored.max(1) >= 0].max(1)):
             document = int(np.searchsorted(offsets, position, side="right")) - 1
             begun.setdefault(document, {key: a[b].clone() for key, a in ttt.adapters.a.items()})
-        return score(ttt, batch, scored)
+        return sent(ttt, batch, scored, *adapting)
 
-    monkeypatch.setattr(tg.PhasedTTT, "score", watched)
+    monkeypatch.setattr(tg.PhasedTTT, "sent", watched)
     found, tokens = scores(evaluator, model), evaluator.tokens.tolist()
     assert len(begun) == len(LENGTHS)
     for document, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):

@@ -331,7 +331,7 @@ def test_time_training(session: Session, name: str = "TTT", windows: int = 14) -
         in_part(session, ttt, "adapt", "adapting")
         in_part(session, ttt, "start_batch", "a batch's start and end")
         in_part(session, ttt, "finish_batch", "a batch's start and end")
-        in_part(session, ttt, "finish_chunk", "cache")
+        in_part(session, ttt, "store", "cache")
         costs: dict[str, Any] = {}
         full = config.ttt_context // config.ttt_chunk_size
         cached = config.ttt_recompute_tokens > 0
@@ -350,11 +350,8 @@ def test_time_training(session: Session, name: str = "TTT", windows: int = 14) -
                 fitted = cached_windows if cached else other_windows
                 session.recorder.other_windows = fitted(*session.recorder.window)
             result.shapes.append((len(batch.ids), length, scored.shape[1], adapting))
-            ttt.ledger.own_counts[scored[scored >= 0]] = 1
-            nll, leaves, _ = ttt.score(batch, scored)
-            if adapting:
-                ttt.adapt(nll, leaves, scored[:adapting])
-            ttt.finish_chunk(chunk)
+            ttt.compute(ttt.sent(batch, scored, adapting), lambda *scores: None)
+            ttt.finish_chunk()
             if not costs:
                 ttt.finish_batch(ttt.adapters, documents)
             result.tokens = result.tokens or batch.ids.numel()

@@ -1151,7 +1151,8 @@ class Config(ModelConfig):
     )
     hint_chunk_tokens: int = knob(
         8192,
-        "targets after which weights of hints learn, and runs of other documents become known",
+        "targets after which weights of hints learn, and shares of TTT_PLAIN_WEIGHT's mixture, and runs of other "
+        "documents become known",
         Observed.SCORE,
         low=1,
     )
@@ -1227,6 +1228,14 @@ class Config(ModelConfig):
         "start LoRA's A in each phase from the mean of those that the previous phase left, instead of at random; B "
         "always starts at 0; with TTT_ORDER=length, from the previous batch's",
         Observed.TTT,
+    )
+    ttt_plain_weight: float = knob(
+        0.0,
+        "share of the model without test-time training in what is scored after it, at first: a mixture of both "
+        "distributions, whose shares learn from scored targets; 0: none",
+        Observed.TTT,
+        low=0,
+        high=0.99,
     )
     ttt_q_lora: bool = knob(True, "LoRA on the query projections", Observed.TTT)
     ttt_k_lora: bool = knob(True, "LoRA on the key projections", Observed.TTT)
@@ -1640,6 +1649,7 @@ PRESETS["frontier"] = PRESETS["record"] | dict(
     hint_enabled=True,
     ttt_chunk_size=16,
     ttt_recompute_tokens=48,
+    ttt_plain_weight=0.25,
 )
 # ORIGINAL=1 lays these over a preset: where the public script differs, and why ours does (docs/presets.md).
 ORIGINALS: dict[str, dict[str, Any]] = {
@@ -2568,7 +2578,8 @@ trellis_states trellis_rate < quantizer=trellis
 lqer_rank lqer_top_k lqer_select lqer_asym_enabled lqer_asym_group lqer_factor_bits < lqer_enabled
 rvq_bits < rvq_enabled
 tune_scale_lr tune_vector_lr < tune_steps
-hint_min_match hint_max_match hint_chunk_tokens hint_lr < hint_enabled
+hint_min_match hint_max_match hint_lr < hint_enabled
+hint_chunk_tokens < hint_enabled ttt_plain_weight
 ttt_chunk_tokens ttt_epochs ttt_lr ttt_decay_tokens ttt_momentum ttt_freeze_blocks < ttt_mode=chunk
 ttt_order ttt_chunk_size ttt_eval_seq_len ttt_recompute_tokens ttt_beta2 ttt_weight_decay ttt_grad_steps \
 ttt_warm_start_a ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora \
@@ -2576,6 +2587,7 @@ ttt_o_lora ttt_mlp_lora \
 phased_ttt_prefix_docs phased_ttt_prefix_tokens phased_ttt_num_phases global_ttt_chunk_tokens global_ttt_lr \
 global_ttt_momentum global_ttt_epochs < ttt_mode=phased
 ttt_batch_size ttt_streams < ttt_order=length
+ttt_plain_weight < ttt_mode=chunk ttt_mode=phased
 """
 
 
@@ -13099,6 +13111,13 @@ class ScoreLedger:
             self.write(stage, self.of_all_ranks(self.nll))
         return nats.item()
 
+    def replace(self, nll: np.ndarray, log_q: np.ndarray | None = None) -> None:
+        """Takes other scores [targets] of all ranks in place of those that were entered."""
+        own = self.own_counts > 0
+        self.nll[own] = nll[own]
+        if log_q is not None:
+            self.log_q[own] = log_q[own]
+
     def of_all_ranks(self, scores: np.ndarray) -> np.ndarray:
         """Figures [targets] of all ranks, from those of this rank, which are 0 for what others scored."""
         merged = torch.from_numpy(scores.copy())
@@ -13400,8 +13419,8 @@ class Evaluator:
         """Computes one batch of padding and drops it, so that what an evaluation needs is compiled."""
         batch = as_padding(self.batch(self.sequences[: self.batch_size], self.windows)[0])
         self.compute(forward, batch)
-        if self.config.hint_enabled and self.config.ttt_mode != "phased":  # which has windows of its own
-            self.compute(forward, batch, batch.targets)
+        if self.config.hint_enabled and (self.config.ttt_mode != "phased" or self.config.ttt_plain_weight):
+            self.compute(forward, batch, batch.targets)  # phased TTT has windows of its own
 
     @torch.no_grad()
     def compute(self, forward: Callable, batch: Batch, hints: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -13574,6 +13593,7 @@ class TTTWindow(NamedTuple):
 
     batch: Batch  # ids [B, T], targets [B, last]
     counted: Tensor  # [n, last] bool: places from which the adapters of the first n documents learn
+    learned: np.ndarray  # positions of the inputs of these places, for the ledger
     hints: Tensor | None  # [B, last]
     past: Past | None  # context from a cache
     slots: Tensor | None  # of the cache, that take the window's own keys and values
@@ -13581,20 +13601,21 @@ class TTTWindow(NamedTuple):
 
 def tensors_in(window: TTTWindow) -> list[Tensor]:
     """The tensors of a window that it does not share with others: all but the cache's."""
-    batch, counted, hints, past, slots = window
+    batch, past = window.batch, window.past
     masks = () if past is None else (past.mask, past.near)
-    tensors = (batch.ids, batch.targets, *batch.documents, counted, hints, *masks, slots)
+    tensors = (batch.ids, batch.targets, *batch.documents, window.counted, window.hints, *masks, window.slots)
     return [x for x in tensors if x is not None]
 
 
 def copy_of_window(window: TTTWindow) -> TTTWindow:
-    """The same window in memory of its own, but for the cache."""
-    batch, counted, hints, past, slots = window
-    batch = Batch(batch.ids.clone(), batch.targets.clone(), Documents(*(x.clone() for x in batch.documents)))
+    """The same window in memory of its own, but for the cache, and without a ledger."""
+    batch, past = window.batch, window.past
+    documents = Documents(*(x.clone() for x in batch.documents))
     if past is not None:
         past = past._replace(mask=past.mask.clone(), near=past.near.clone())
-    hints, slots = (None if x is None else x.clone() for x in (hints, slots))
-    return TTTWindow(batch, counted.clone(), hints, past, slots)
+    hints, slots = (None if x is None else x.clone() for x in (window.hints, window.slots))
+    batch = Batch(batch.ids.clone(), batch.targets.clone(), documents)
+    return TTTWindow(batch, window.counted.clone(), np.empty(0, np.int64), hints, past, slots)
 
 
 class CUDAGraphRecorder:
@@ -13658,6 +13679,7 @@ class WindowGraphs:
             self.ttt.compute(window, enter)
         else:
             enter(*self.replay(graph, window))
+            self.ttt.ledger.train_on(window.learned)
 
     def replay(self, graph: WindowGraph, window: TTTWindow) -> list[Tensor | None]:
         """NLL and hints' log-probabilities of a window. The adapters have learned from it."""
@@ -13701,6 +13723,7 @@ class WindowGraphs:
         """Errors: RuntimeError if a replay does not do what the plain pass does. Then nothing is computed yet."""
         state = self.ttt.adapters.state(len(window.counted)) if self.ttt.adapters else []
         before, results = [x.clone() for x in state], []
+        window = window._replace(learned=np.empty(0, np.int64))  # no score is entered here
         for replays in (False, True):
             entered: list[Tensor] = []
             if replays:
@@ -13929,7 +13952,7 @@ class PhasedTTT:
         for chunk in range(int(self.chunk_counts[documents[0]])):
             batch, scored = self.window(documents[self.chunk_counts[documents] > chunk], chunk)
             adapting = int((self.chunk_counts[documents] > chunk + 1).sum()) if self.adapters else 0
-            self.graphs.compute(self.sent(batch, scored, adapting), functools.partial(self.enter, scored, adapting))
+            self.graphs.compute(self.sent(batch, scored, adapting), functools.partial(self.ledger.score, scored))
             self.finish_chunk()
 
     def compute(self, window: TTTWindow, enter: EnterScores) -> None:
@@ -13942,13 +13965,8 @@ class PhasedTTT:
         for step in range(self.config.ttt_grad_steps if len(window.counted) else 0):
             if step:
                 nll, leaves, _ = self.score(window)
-            self.adapt(nll, leaves, window.counted)
+            self.adapt(nll, leaves, window)
         self.store(window)
-
-    def enter(self, scored: np.ndarray, adapting: int, nll: Tensor, log_q: Tensor | None) -> None:
-        """Enters a window's scores. The adapters of its first documents are about to learn from them."""
-        self.ledger.score(scored, nll, log_q)
-        self.ledger.train_on(scored[:adapting][scored[:adapting] >= 0])
 
     def store(self, window: TTTWindow) -> None:
         """Nothing: the next chunk's context is computed anew."""
@@ -13956,18 +13974,21 @@ class PhasedTTT:
     def finish_chunk(self) -> None:
         """Nothing, as `store`."""
 
-    def adapt(self, nll: Tensor, leaves: list[Tensor], counted: Tensor) -> None:
+    def adapt(self, nll: Tensor, leaves: list[Tensor], window: TTTWindow) -> None:
         """One adapter step of the first documents on their chunk's mean loss, that of the counted places."""
-        adapters, adapting = self.adapters, len(counted)
+        adapters, counted = self.adapters, window.counted
+        adapting = len(counted)
         if adapters is None:
             raise RuntimeError("there are no adapters to train")
+        self.ledger.train_on(window.learned)
         loss = ((nll[:adapting] * counted).sum(1) / counted.sum(1)).sum()
         adapters.step(adapting, [g[:adapting] for g in torch.autograd.grad(loss, leaves)])
 
     def sent(self, batch: Batch, scored: np.ndarray, adapting: int = 0) -> TTTWindow:
         """A window with all that its pass needs on the device."""
-        counted = send_array(scored[:adapting] >= 0, self.run.device)
-        return TTTWindow(batch, counted, self.ledger.hints_at(scored), *self.context_of(batch))
+        counted = scored[:adapting] >= 0
+        hints, learned = self.ledger.hints_at(scored), scored[:adapting][counted]
+        return TTTWindow(batch, send_array(counted, self.run.device), learned, hints, *self.context_of(batch))
 
     def score(self, window: TTTWindow) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """NLL [B, last] of a window's last places, the adapters' tensors that it depends on, hints' log-probabilities.
@@ -13976,7 +13997,8 @@ class PhasedTTT:
         without gradients would be one more to compile.
         """
         adapters, leaves = self.adapters, []
-        batch, hints, past = window.batch, window.hints, window.past
+        batch, past = window.batch, window.past
+        hints = window.hints
         if adapters:
             leaves = adapters.leaves(len(batch.ids))
         if self.model.runtime.compile:  # one graph for any number of documents, places and scored places
@@ -14371,6 +14393,50 @@ def score_without_training(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, 
     return dict(val_bpb_ttt_baseline=score.bpb)
 
 
+MIX_PRIOR = 20.0  # curvature that the logit of a share begins with
+
+
+def log_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """log(e^a + e^b), faster than np.logaddexp."""
+    return np.maximum(a, b) + np.log1p(np.exp(-np.abs(a - b)))
+
+
+def mix(
+    adapted: tuple[np.ndarray, ...], plain: tuple[np.ndarray, ...], plain_weight: float, chunk: int
+) -> tuple[list[np.ndarray], float]:
+    """Log-probabilities [targets] under w * adapted + (1 - w) * plain, in stream order, and the last w.
+
+    The first log-probabilities of each tuple are those of the targets, by which w learns: a chunk of targets is scored,
+    then the logit of w takes a Newton step of at most 1 on them. All of these have the same w, so it is a distribution.
+    """
+    mixed = [np.empty_like(x) for x in adapted]
+    logit, curvature = math.log(1 / plain_weight - 1), MIX_PRIOR
+    for begin in range(0, len(adapted[0]), chunk):
+        part = slice(begin, begin + chunk)
+        log_w, log_rest = -math.log1p(math.exp(-logit)), -math.log1p(math.exp(logit))
+        of_adapted, of_plain = ([x[part].astype(np.float64) for x in both] for both in (adapted, plain))
+        scores = [log_sum(log_w + a, log_rest + b) for a, b in zip(of_adapted, of_plain, strict=True)]
+        for out, own in zip(mixed, scores, strict=True):
+            out[part] = own
+        surplus = np.exp(log_w + of_adapted[0] - scores[0]) - math.exp(log_w)  # the gradient in the logit
+        curvature += float(np.square(surplus).sum())
+        logit += min(max(float(surplus.sum()) / curvature, -1.0), 1.0)
+    return mixed, 1 / (1 + math.exp(-logit))
+
+
+def mix_with_plain(evaluator: Evaluator, ledger: ScoreLedger, plain: ScoreLedger, score: Score) -> dict[str, Any]:
+    """Mixes the scores of test-time training, in their closed ledger, with those without. The summary's rows."""
+    config, run = evaluator.config, evaluator.run
+    adapted, other = (
+        [-each.of_all_ranks(each.nll)] + [each.of_all_ranks(each.log_q)] * config.hint_enabled
+        for each in (ledger, plain)
+    )
+    (log_p, *log_q), weight = mix(tuple(adapted), tuple(other), config.ttt_plain_weight, config.hint_chunk_tokens)
+    run.log(f"ttt: val_bpb {score.bpb:.4f} alone; mixed with the model before it, whose share ends as {1 - weight:.2f}")
+    ledger.replace(-log_p, *log_q)
+    return dict(val_bpb_adapted=score.bpb, ttt_plain_weight_learned=1 - weight)
+
+
 def score_hints(evaluator: Evaluator, ledger: ScoreLedger) -> dict[str, Any]:
     """The scores of a closed ledger with hints, the same on every rank. The summary's rows."""
     config, run = evaluator.config, evaluator.run
@@ -14387,8 +14453,11 @@ def score_hints(evaluator: Evaluator, ledger: ScoreLedger) -> dict[str, Any]:
     return dict(val_bpb_hint=score.bpb, val_loss_hint=score.loss, hint_share=share, hint_seconds=seconds)
 
 
-def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
-    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows."""
+def test_time_training(evaluator: Evaluator, model: GPT, plain: ScoreLedger | None = None) -> dict[str, Any]:
+    """Scores by TTT_MODE; with TTT_BASELINE, first the same windows without any training. The summary's rows.
+
+    plain: the scores without it; None or empty, as where an earlier attempt of this run had them: not at hand.
+    """
     config, run = evaluator.config, evaluator.run
     method = ttt_method(config)
     rows: dict[str, Any] = {}
@@ -14396,9 +14465,15 @@ def test_time_training(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
         rows |= run.once(
             run.scored("ttt_baseline"), lambda: score_without_training(method(evaluator, model, adapt=False), run)
         )
+    if config.ttt_plain_weight and (plain is None or not plain.all_counts.any()):
+        plain = plain_ledger(evaluator)
+        evaluator(compiled_forward(model), ledger=plain)
     begin, training = time.perf_counter(), method(evaluator, model)
     score = training()
     require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
+    if config.ttt_plain_weight and plain is not None:
+        rows |= mix_with_plain(evaluator, training.ledger, plain, score)
+        score = dataclasses.replace(score, nats=training.ledger.close("ttt"))
     log_score(run, "ttt", score)
     if config.hint_enabled:
         rows |= run.once(run.scored("hint"), lambda: score_hints(evaluator, training.ledger))
@@ -14622,7 +14697,8 @@ def evaluate_artifact(
             evaluator.project(compiled_forward(model))
     warm = graphs_compiled()
     with Stage(run, "evaluate"):
-        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model)))
+        plain = plain_ledger(evaluator)
+        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model, plain)))
     rows = dict(
         **sizes(len(data), config, run),
         val_bpb_quantized=score.bpb,
@@ -14639,7 +14715,7 @@ def evaluate_artifact(
     )
     if config.ttt_mode != "none":
         with Stage(run, "ttt"):
-            rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model))
+            rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model, plain))
     if config.hint_enabled:  # on top of the last stage, which kept this result
         hints = run.results[run.scored("hint")]
         rows |= hints | dict(val_bpb=hints["val_bpb_hint"], val_loss=hints["val_loss_hint"])
@@ -14648,14 +14724,19 @@ def evaluate_artifact(
     return rows
 
 
-def score_artifact(evaluator: Evaluator, model: GPT) -> dict[str, Any]:
-    """The fields of an artifact's score before test-time training."""
-    run, hinted = evaluator.run, evaluator.config.hint_enabled and evaluator.config.ttt_mode == "none"
-    ledger = ScoreLedger(evaluator, hinted)
+def plain_ledger(evaluator: Evaluator) -> ScoreLedger:
+    """A ledger for the scores before test-time training, with hints where these come on top of it, or of a mixture."""
+    config = evaluator.config
+    return ScoreLedger(evaluator, config.hint_enabled and (config.ttt_mode == "none" or config.ttt_plain_weight > 0))
+
+
+def score_artifact(evaluator: Evaluator, model: GPT, ledger: ScoreLedger | None = None) -> dict[str, Any]:
+    """The fields of an artifact's score before test-time training. Its targets' scores go into the ledger, if given."""
+    run, ledger = evaluator.run, ledger or plain_ledger(evaluator)
     score = evaluator(compiled_forward(model), "quantized", resumable=True, ledger=ledger)
     require_finite(score, ArtifactError, "the validation loss of its model")
     log_score(run, "quantized", score)
-    if hinted:
+    if evaluator.config.hint_enabled and evaluator.config.ttt_mode == "none":
         run.once(run.scored("hint"), lambda: score_hints(evaluator, ledger))
     return dataclasses.asdict(score)
 

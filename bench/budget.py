@@ -92,6 +92,7 @@ ASSUMED = {
     "corrections": Seconds(3, 4.5, 6),  # LQER's decompositions, for each attempt
     "packed integer": Seconds(0.1e-6, 0.15e-6, 0.25e-6),  # bench/results/pack.txt: 0.48 s for 3.4 million
     "hinted target": Seconds(0.1e-6, 0.25e-6, 0.5e-6),  # with two threads of an EPYC 0.25 to 0.46
+    "mixed target": Seconds(0.01e-6, 0.02e-6, 0.05e-6),  # with one thread of an EPYC 0.01, and hints
     "unpacked integer": Seconds(0.08e-6, 0.12e-6, 0.25e-6),  # there 0.29 s; and the trellis's levels
 }
 
@@ -226,7 +227,8 @@ def phases(config: t.Config, offsets: np.ndarray) -> list[Phase]:
     replays = [Replays(config.ttt_cuda_graphs == "1") for _ in range(RANKS)]
     found = []
     for begin, end in schedules[0].phases():
-        windows, batches, graphs = [], [], []
+        windows, batches = [], []
+        graphs = []
         for ttt, replayed in zip(schedules, replays, strict=True):
             own, before = list(ttt.batches(begin, end)), len(replayed.recorded)
             rows = [(*w, replayed(w)) for documents in own for w in windows_of(ttt, documents)]
@@ -378,6 +380,12 @@ class Budget:
         share = 2 * targets * shares / self.ceilings.gloo
         basis = f"assumed: {shares} all-reduces of {targets} bytes between hosts' processes"
         stages.append(Stage("ttt, ledger", Seconds(0.5, 1, 3) * share, "evaluation", basis))
+        if self.config.ttt_plain_weight:
+            arrays = 4 if self.config.hint_enabled else 2  # of adapted and plain scores, and of their hints
+            share = 2 * 4 * targets * arrays / self.ceilings.gloo
+            seconds = ASSUMED["mixed target"] * targets + Seconds(0.5, 1, 3) * share
+            basis = f"assumed: {arrays} all-reduces of {targets} float32, and {targets} targets on the host"
+            stages.append(Stage("ttt, mixing", seconds, "evaluation", basis))
         return stages
 
     def phase_seconds(self, phase: Phase) -> Seconds:

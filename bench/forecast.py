@@ -528,32 +528,53 @@ def part_of_ttt(name: str, measured: list[str], ratios: Mapping[str, list[float]
     )
 
 
+class Chunks(NamedTuple):
+    """How test-time training takes a document, and whether its scores are mixed with those without it."""
+
+    targets: int
+    recomputed: int  # tokens before them, with a cache
+    mixed: bool
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], usual: int) -> Chunks:
+        """Those of knobs in lower case."""
+        plain_weight = float(settings.get("ttt_plain_weight", 0))
+        recomputed = int(settings.get("ttt_recompute_tokens", 0))
+        return cls(int(settings.get("ttt_chunk_size", usual)), recomputed, plain_weight > 0)
+
+    def __str__(self) -> str:
+        recomputed = f" and {self.recomputed} recomputed tokens" if self.recomputed else ""
+        return f"chunks of {self.targets}{recomputed}{', mixed' if self.mixed else ''}"
+
+
 def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
-    """Other chunks of test-time training than the peer's, each at the rate of the adapters that is best for it."""
-    name, own = "chunks of test-time training", (config["ttt_chunk_size"], config.get("ttt_recompute_tokens", 0))
-    peers = (PUBLISHED["chunk of test-time training"][0], 0)
-    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={peers[0]} TTT_RECOMPUTE_TOKENS=0`: no worse"
+    """Other chunks of test-time training than the peer's, each at its best rate of the adapters, and the mixture."""
+    usual = PUBLISHED["chunk of test-time training"][0]
+    name = "chunks of test-time training"
+    own, peers = Chunks.of(config, usual), Chunks(usual, 0, False)
+    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={usual} TTT_RECOMPUTE_TOKENS=0 TTT_PLAIN_WEIGHT=0`: "
+    falsified += "no worse"
     if own == peers:
         return Part(
             name,
             ["nothing: not asked"],
-            f"counts as 0: the preset takes the peer's {peers[0]}",
+            f"counts as 0: the preset takes the peer's {usual}",
             np.zeros(DRAWS),
             falsified,
         )
-    file = "ttt_cache.jsonl" if own[1] else "ttt_tuning.jsonl"
+    file = "ttt_cache.jsonl" if own.recomputed else "ttt_tuning.jsonl"
     rows = lab_report.read_results(folder / file)
     ratios: dict[str, list[float]] = {}
-    for (model, _), gains in gains_by_chunk(rows, peers[0]).items():
+    for (model, _), gains in gains_by_chunk(rows, usual).items():
         if own in gains and peers in gains:
             ratios.setdefault(model, []).append(gains[own] / gains[peers])
     several = [model for model, values in ratios.items() if len(values) > 1]
     if not several:
-        raise ForecastError(f"{file}: needs two seeds with {chunks_text(own)} and {chunks_text(peers)}")
+        raise ForecastError(f"{file}: needs two seeds with {own} and {peers}")
     unlearned = {r["model"]: r["bpb"] for r in rows if r["variant"] == ttt_variants.OFF}  # seeds differ by less
     best = min(several, key=unlearned.__getitem__)
     lines = [
-        f"{file}, gain with {chunks_text(own)} over that with {chunks_text(peers)}, each at its best rate of those "
+        f"{file}, gain with {own} over that with {peers}, each at its best rate of those "
         f"that were tried: {model}, seeds: {', '.join(f'{ratio:.3f}' for ratio in values)}"
         for model, values in ratios.items()
     ]
@@ -561,19 +582,15 @@ def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
     return part._replace(rule=f"{part.rule}; only {best}, the best of these models without learning, counts")
 
 
-def chunks_text(chunk: tuple[int, int]) -> str:
-    """Targets of a chunk, and the tokens before it that are computed again with a cache."""
-    return f"chunks of {chunk[0]}" + (f" and {chunk[1]} recomputed tokens" if chunk[1] else "")
-
-
-def gains_by_chunk(rows: list[dict[str, Any]], usual: int) -> dict[tuple[str, int], dict[tuple[int, int], float]]:
-    """What learning gains by model and seed, then by chunk and recomputed tokens, at the best rate of the adapters."""
+def gains_by_chunk(rows: list[dict[str, Any]], usual: int) -> dict[tuple[str, int], dict[Chunks, float]]:
+    """What learning gains by model and seed, then by chunks, at the best rate of the adapters."""
     unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_variants.OFF}
-    best: dict[tuple[str, int], dict[tuple[int, int], float]] = {model: {} for model in unlearned}
+    best: dict[tuple[str, int], dict[Chunks, float]] = {model: {} for model in unlearned}
+    counted = {"ttt_chunk_size", "ttt_recompute_tokens", "ttt_plain_weight", "ttt_lora_lr"}
     for r in rows:
-        changes, model = dict(ttt_variants.VARIANTS.get(r["variant"], {})), (r["model"], r["seed"])
-        chunk = int(changes.pop("TTT_CHUNK_SIZE", usual)), int(changes.pop("TTT_RECOMPUTE_TOKENS", 0))
-        changes.pop("TTT_LORA_LR", None)
+        model = (r["model"], r["seed"])
+        settings = {knob.lower(): value for knob, value in ttt_variants.VARIANTS.get(r["variant"], {}).items()}
+        changes, chunk = set(settings) - counted, Chunks.of(settings, usual)
         if model in best and r["variant"] != ttt_variants.OFF and not changes:
             best[model][chunk] = max(best[model].get(chunk, -math.inf), unlearned[model] - r["bpb"])
     return best

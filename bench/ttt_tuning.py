@@ -45,6 +45,7 @@ BASE = strict.SMALL | dict(
     TTT_CHUNK_SIZE="48",
     TTT_SHORT_DOC_CHUNKS="0",
     TTT_RECOMPUTE_TOKENS="0",
+    TTT_PLAIN_WEIGHT="0",
 )
 Row = dict[str, Any]
 

@@ -46,4 +46,12 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 2, growing chunks": dict(TTT_LORA_LR="2e-3", TTT_SHORT_DOC_CHUNKS="1"),
     "chunk / 3, 48 recomputed": dict(TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
     "rate x 4, chunk / 3, 48 recomputed": dict(TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"),
+    # What is scored is a mixture with the model before test-time training.
+    "mixed": dict(TTT_PLAIN_WEIGHT="0.25"),
+    "rate x 2, chunk / 3, 48 recomputed, mixed": dict(
+        TTT_LORA_LR="2e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48", TTT_PLAIN_WEIGHT="0.25"
+    ),
+    "rate x 4, chunk / 3, 48 recomputed, mixed": dict(
+        TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48", TTT_PLAIN_WEIGHT="0.25"
+    ),
 }

@@ -26,14 +26,13 @@ class Cheat:
 
 # ------------------------------------------------------------------------------------------------------ ways to cheat
 
-QUANTIZED = '        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model)))\n'
+QUANTIZED = (
+    '        score = Score(**run.once(run.scored("quantized"), lambda: score_artifact(evaluator, model, plain)))\n'
+)
 LOGITS = "            logits = self.logits(hidden, head)\n"
 WHOLE = "BOS_ID = 1  # every document starts with it\n"
 SLIDING = "        nll, log_q = self.compute(forward, batch, ledger.hints_at(scored))\n"
-PHASED = (
-    "        nll, _, *more = self.forward(\n"
-    "            *batch,\n            looped=self.config.loops,\n            adapters="
-)
+PHASED = "        counted = scored[:adapting] >= 0\n"
 LEDGER = "            self.nll[positions] = nll.cpu().numpy()[places]\n"
 CLOSE = "        return nats.item()\n"
 
@@ -95,7 +94,7 @@ def look_ahead(condition="True", phased=False, by=1.0):
 # ------------------------------------------------------------------------------------------------ outside the evaluator
 
 UNPACKED = "        model, config = load_artifact(data, config, explicit, run.device)\n"
-TTT_ROWS = '            rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model))\n'
+TTT_ROWS = '            rows |= run.once(run.scored("ttt"), lambda: test_time_training(evaluator, model, plain))\n'
 REAL_PASS = "    begin, training = time.perf_counter(), method(evaluator, model)\n"
 SUMMARY_SCORE = "        val_bpb=score.bpb,\n        val_loss=score.loss,\n        ttt_targets_per_second"
 BYTES = "    return int(counts.sum(dtype=np.int64))\n"
@@ -106,7 +105,7 @@ READ = "        starts = within_context(document_starts(ids, cuts), context)\n"
 CALIBRATE = "                    batch = send(loader.read_sequences(range(first, first + chunk)), trainer.run.device)\n"
 PRE_QUANT = '        score = evaluator(trainer.forward, "pre_quant")\n'
 CHUNK_SCORE = "        enter(nll, log_q)\n        for step in range("
-COUNTED = "        self.ledger.train_on(scored[:adapting][scored[:adapting] >= 0])\n"
+COUNTED = "        self.ledger.train_on(window.learned)\n"
 
 
 def by_grid(*temperatures):
@@ -522,7 +521,7 @@ BORDERS = [
                 CHUNK_SCORE,
                 *(
                     "if len(window.counted):",
-                    "    self.adapt(nll, leaves, window.counted)",
+                    "    self.adapt(nll, leaves, window)",
                     "    nll, leaves, log_q = self.score(window)",
                 ),
             ),
@@ -537,7 +536,7 @@ BORDERS = [
                 CHUNK_SCORE,
                 *(
                     "if len(window.counted):",
-                    "    self.adapt(nll, leaves, window.counted)",
+                    "    self.adapt(nll, leaves, window)",
                     "    nll, leaves, log_q = self.score(window)",
                 ),
             ),
@@ -555,6 +554,12 @@ LEARN = "        weights.learn(buckets[chunk], q[chunk], right[chunk])\n"
 CHUNKS = "    chunks = np.flatnonzero(np.diff(found // config.hint_chunk_tokens)) + 1\n"
 LOOK_UP = "        found.tokens[matched[same]], found.kinds[matched[same]] = tokens[source[same] + 1], kind\n"
 OTHERS = "        others = nll + np.log1p(q * np.expm1(w))\n"
+MIXED = dict(TTT_PLAIN_WEIGHT=0.4, HINT_CHUNK_TOKENS=64)
+MIX = "        scores = [log_sum(log_w + a, log_rest + b) for a, b in zip(of_adapted, of_plain, strict=True)]\n"
+MIX_LEARN = (
+    "logit += 0.02 * float((of_adapted[0] - of_plain[0]).sum())",
+    "log_w, log_rest = -math.log1p(math.exp(-logit)), -math.log1p(math.exp(logit))",
+)
 HINTS = [
     Cheat(
         "weights of hints that learn from a chunk before it is scored",
@@ -574,6 +579,20 @@ HINTS = [
         (before(WEIGH, LEARN.strip()),),
         mode="phased",
         settings=HINTED,
+    ),
+    Cheat(
+        "the shares of a mixture learned from targets before they are scored",
+        CAUSALITY,
+        (before(MIX, *MIX_LEARN),),
+        mode="phased",
+        settings=MIXED,
+    ),
+    Cheat(
+        "the better of both models for each target",
+        NORMALIZATION,
+        (after(MIX, "scores = [np.maximum(a, b) for a, b in zip(of_adapted, of_plain, strict=True)]"),),
+        mode="phased",
+        settings=MIXED,
     ),
     Cheat(
         "a hint that is the target itself",

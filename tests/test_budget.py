@@ -350,7 +350,9 @@ def test_replayed_windows_are_those_that_the_script_replays(monkeypatch):
         ids, targets, counted = (torch.empty(n, m) for n, m in ((rows, ttt.length), (rows, scored), (adapting, scored)))
         documents = bench.t.Documents(ids, torch.empty(2))
         past = bench.t.Past(ids, ids, torch.empty(ttt.length, keys), torch.empty(ttt.length, keys))
-        window = bench.t.TTTWindow(bench.t.Batch(ids, targets, documents), counted, None, past, torch.empty(9))
+        window = bench.t.TTTWindow(
+            bench.t.Batch(ids, targets, documents), counted, np.empty(0), None, past, torch.empty(9)
+        )
         graph = graphs.graph_of(window) if rows <= bench.t.GRAPH_DOCUMENTS else None
         found.append((replays((rows, keys, scored, adapting)), graph is not None))
     assert all(a == b for a, b in found) and 300 < sum(a for a, _ in found) < len(found) - 300

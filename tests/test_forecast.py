@@ -212,6 +212,21 @@ def test_chunks_with_a_cache_have_measurements_of_their_own(folder, exact):
     assert part.range == pytest.approx((-0.00195, -0.001, -0.00005), abs=2e-5)  # 0.12 over 0.1: as above
 
 
+def test_a_mixture_counts_where_the_preset_takes_it(folder, exact):
+    write_lab(folder)
+    table = json.loads((folder / forecast.TABLE).read_text())
+    table["config"].update(ttt_chunk_size=16, ttt_recompute_tokens=48, ttt_plain_weight=0.25)
+    write_json(folder / forecast.TABLE, table)
+    name = "rate x 2, chunk / 3, 48 recomputed"
+    scores = {"without learning": 2.0, "base": 1.9, name: 1.88}
+    write_tuning(folder, scores, "ttt_cache.jsonl")
+    with pytest.raises(forecast.ForecastError, match="needs two seeds with chunks of 16 and 48 .*, mixed and chunks"):
+        forecast.forecast(folder)
+    write_tuning(folder, scores | {f"{name}, mixed": 1.87, "mixed": 1.0}, "ttt_cache.jsonl")
+    part = part_of(forecast.forecast(folder), "chunks of test-time training")
+    assert part.range == pytest.approx((-0.0029, -0.0015, -0.00008), abs=5e-5)  # 0.13 over 0.1
+
+
 @pytest.mark.parametrize("knob, part", [("train_seq_schedule", "context"), ("hint_enabled", "hints")])
 def test_what_the_preset_does_not_set_counts_0(knob, part, folder):
     write_lab(folder)

@@ -253,6 +253,7 @@ CHANGES = {
             ("TTT_BETA2", 0.5),
             ("TTT_WEIGHT_DECAY", 5),
             ("TTT_GRAD_STEPS", 2),
+            ("TTT_PLAIN_WEIGHT", 0.4),
             ("TTT_WARM_START_A", 0),
             ("PHASED_TTT_PREFIX_DOCS", 8),
             ("PHASED_TTT_PREFIX_TOKENS", 600),

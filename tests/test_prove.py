@@ -23,6 +23,7 @@ from cheats import (
     COUNTS,
     HINTED,
     MEMORY,
+    MIXED,
     NORMALIZATION,
     OFFICIAL,
     RUN,
@@ -217,6 +218,15 @@ def test_hints_pass_every_rule(server, run, tmp_path, mode, monkeypatch):
         assert verdict.rule != NORMALIZATION or "hint 1.0000" in verdict.tried
     assert max(np.concatenate(moved)) > 0.1 and sums
     assert (proof.base().scores["hint"] != proof.base().scores["quantized"]).mean() > 0.1
+
+
+@pytest.mark.parametrize("settings", [MIXED, {**MIXED, **HINTED}], ids=["alone", "with hints"])
+def test_a_mixture_passes_every_rule(server, run, tmp_path, settings):
+    proof = proof_of(subject_of(server, run, tmp_path / "work", "phased", **settings), run)
+    for verdict in (proof.causality(), proof.normalization(), proof.memory(), proof.once_each()):
+        assert verdict.holds, verdict
+    base = proof.base().scores
+    assert (base["ttt"] != honest_base(server, run, "phased").scores["ttt"]).mean() > 0.5
 
 
 def test_the_honest_script_on_two_ranks_scores_as_on_one(server, run, tmp_path):

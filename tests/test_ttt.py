@@ -1141,7 +1141,7 @@ def test_the_script_reports_the_baseline_and_the_gain(brief, tmp_path, monkeypat
     )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
-    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 6
+    assert rows["sliding, no overlap"]["bpb"] == both["val_bpb_quantized"] and len(rows) == 7
     assert rows["phased, length order"]["bpb"] == both["val_bpb_ttt"] != rows["phased"]["bpb"]
     assert rows["phased"]["targets_per_second"] > 0
     assert rows["phased, learning off"]["bpb"] == both["val_bpb_ttt_baseline"]

@@ -369,12 +369,18 @@ def settle(subject: Subject, options) -> None:
         if phases or (isinstance(settings.get(name), int) and settings[name] > most):
             subject.remarks.append(f"{name.upper()} is {most} in place of {settings[name]}, so that it takes effect")
             settings[name] = most
-    if settings.get("hint_enabled"):
+    if learns_between_chunks(settings):
         settings["hint_chunk_tokens"] = min(int(settings["hint_chunk_tokens"]), max(64, size.targets // 40))
         subject.remarks.append(
-            f"HINT_CHUNK_TOKENS is {settings['hint_chunk_tokens']}, so that hints learn; where documents begin alike "
-            "it is so large that all of them have the same weights"
+            f"HINT_CHUNK_TOKENS is {settings['hint_chunk_tokens']}, so that what is weighed by earlier scores learns; "
+            "where documents begin alike it is so large that all of them have the same weights"
         )
+
+
+def learns_between_chunks(settings: dict[str, Any]) -> bool:
+    """Whether hints or a mixture are weighed by the scores of earlier chunks of HINT_CHUNK_TOKENS."""
+    mixes = settings.get("ttt_plain_weight") and settings.get("ttt_mode") in ("phased", "chunk")
+    return bool(settings.get("hint_enabled") or mixes)
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules
@@ -685,7 +691,7 @@ class Proof:
         elif settings.get("ttt_mode") == "phased" and late:
             lead = self.maker.documents(self.maker.lengths(self.size.targets // 2, self.lead_documents, 500))
         values: dict[str, Any] = {}
-        if settings.get("hint_enabled"):
+        if learns_between_chunks(settings):
             lead, chunk = self.hinted_lead(lead, documents, late, copy)
             room, values = min(room, chunk), dict(HINT_CHUNK_TOKENS=chunk)
         while documents:

@@ -63,6 +63,7 @@ OUTSIDE = (
     *t.OPERATIONAL,
     *("preset", "data_path", "mode"),
     *("gptq_calibration_batches", "fp16_elements", "scale_grid"),
+    "ttt_cuda_graphs",
 )
 
 # ----------------------------------------------------------------------------------------------- in a worker process

@@ -126,6 +126,16 @@ def test_a_run_is_known_by_what_differs_from_the_defaults(results, monkeypatch):
     assert one.row_jobs(lab.CONTROL, size)[0].key != key
 
 
+def test_the_control_is_that_of_the_committed_results(results):
+    """Else all of them would be run again, as for a knob whose `auto` is resolved and which is not in OUTSIDE."""
+    one = laboratory(results)
+    kept = [json.loads(line) for line in (ROOT / "bench/results/lab.jsonl").read_text().splitlines()]
+    for size in ideas.SIZES:
+        environment = one.environment(lab.CONTROL, size, 42, size.steps)
+        settings = json.loads(json.dumps(lab.trained_settings(lab.configured(environment))))
+        assert any(r["row"] == lab.CONTROL and r.get("settings") == settings for r in kept), size.name
+
+
 def test_what_the_preset_frontier_adds_is_a_row_of_the_laboratory():
     """But for what only an evaluation sees. The rates are those that peers have tuned at full size."""
     presets = lab.t.PRESETS

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -364,3 +365,14 @@ def test_a_folder_that_holds_no_run_is_one_line(run, tmp_path, break_it, words):
     done = prove_command(folder, "--short")
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def test_a_run_on_gpus_is_proved_on_a_cpu(monkeypatch):
+    """Its settings of a GPU become `auto`; a script that lacks one of them is not given it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings = dict(device="cuda", compile="1", triton_kernels="1", ttt_cuda_graphs="1", compute_dtype="bfloat16")
+    subject = SimpleNamespace(settings=settings, summary={}, ranks=prove.claimed_ranks({}), remarks=[])
+    prove.settle(subject, SimpleNamespace(size=prove.FULL))
+    assert settings.pop("device") == "cpu" and set(settings.values()) == {"auto"}
+    assert set(settings) == {"compile", "triton_kernels", "ttt_cuda_graphs", "compute_dtype"}
+    assert subject.remarks == ["the run was on GPUs, the proof is on a CPU"]

@@ -349,7 +349,8 @@ def settle(subject: Subject, options) -> None:
 
     settings, size = subject.settings, options.size
     if settings.get("device") == "cuda" and not torch.cuda.is_available():
-        settings.update(device="cpu", compile="auto", triton_kernels="auto", attention="auto", compute_dtype="auto")
+        automatic = ("compile", "triton_kernels", "ttt_cuda_graphs", "attention", "compute_dtype")
+        settings.update({name: "auto" for name in automatic if name in settings}, device="cpu")
         subject.remarks.append("the run was on GPUs, the proof is on a CPU")
     if subject.ranks != claimed_ranks(subject.summary):
         subject.remarks.append(f"the run had {claimed_ranks(subject.summary)} ranks, the proof has {subject.ranks}")

@@ -172,6 +172,6 @@ def settings_of(artifact: Path, tokenizer: Path, knobs: Mapping[str, object]) ->
     found: dict[str, object] = {n: v for n, v in recorded(artifact.parent).items() if not n.endswith("_path")}
     found |= dict(preset="baseline", mode="eval", tokenizer_path=tokenizer)
     # float32 by torch's own kernels: nearly the same numbers on every machine.
-    found |= dict(compute_dtype="float32", compile="0", triton_kernels="0", attention="sdpa")
+    found |= dict(compute_dtype="float32", compile="0", triton_kernels="0", ttt_cuda_graphs="0", attention="sdpa")
     found |= {name.lower(): value for name, value in knobs.items()}
     return {name.upper(): str(value) for name, value in found.items()}

@@ -36,6 +36,7 @@ EVALUATIONS = {
     "phased by tokens": dict(PHASED, PHASED_TTT_PREFIX_TOKENS=400),
     "phased, cache": dict(PHASED, TTT_RECOMPUTE_TOKENS=5),
     "phased, cache, short chunks": dict(PHASED, TTT_RECOMPUTE_TOKENS=9, TTT_SHORT_DOC_CHUNKS=1, TTT_BATCH_SIZE=2),
+    "phased, mixed": dict(PHASED, TTT_PLAIN_WEIGHT=0.4, HINT_CHUNK_TOKENS=16),
     "chunk": CHUNK,
     "chunk, decay": dict(CHUNK, TTT_DECAY_TOKENS=250),
 }

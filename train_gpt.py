@@ -14393,6 +14393,12 @@ def score_without_training(method: PhasedTTT | ChunkTTT, run: Run) -> dict[str, 
     return dict(val_bpb_ttt_baseline=score.bpb)
 
 
+def plain_ledger(evaluator: Evaluator) -> ScoreLedger:
+    """A ledger for the scores before test-time training, with hints where these come on top of it, or of a mixture."""
+    config = evaluator.config
+    return ScoreLedger(evaluator, config.hint_enabled and (config.ttt_mode == "none" or config.ttt_plain_weight > 0))
+
+
 MIX_PRIOR = 20.0  # curvature that the logit of a share begins with
 
 
@@ -14722,12 +14728,6 @@ def evaluate_artifact(
     if config.compile == "1":
         run.log(f"recompiled: {graphs_compiled() - warm} graphs in the evaluation")
     return rows
-
-
-def plain_ledger(evaluator: Evaluator) -> ScoreLedger:
-    """A ledger for the scores before test-time training, with hints where these come on top of it, or of a mixture."""
-    config = evaluator.config
-    return ScoreLedger(evaluator, config.hint_enabled and (config.ttt_mode == "none" or config.ttt_plain_weight > 0))
 
 
 def score_artifact(evaluator: Evaluator, model: GPT, ledger: ScoreLedger | None = None) -> dict[str, Any]:

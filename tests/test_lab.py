@@ -140,8 +140,8 @@ def test_what_the_preset_frontier_adds_is_a_row_of_the_laboratory():
     """But for what only an evaluation sees. The rates are those that peers have tuned at full size."""
     presets = lab.t.PRESETS
     added = {name.upper(): value for name, value in presets["frontier"].items() if presets["record"].get(name) != value}
-    evaluation = [added.pop(name) for name in ("HINT_ENABLED", "TTT_CHUNK_SIZE", "TTT_RECOMPUTE_TOKENS")]
-    assert evaluation == [True, 16, 48]
+    evaluation = ("HINT_ENABLED", "TTT_CHUNK_SIZE", "TTT_RECOMPUTE_TOKENS", "TTT_PLAIN_WEIGHT")
+    assert [added.pop(name) for name in evaluation] == [True, 16, 48, 0.25]
     assert added == ideas.ROWS["NorMuon"].changes
 
 

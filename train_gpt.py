@@ -13649,6 +13649,24 @@ GRAPH_DOCUMENTS = 32  # a window of more takes longer than its launches
 GRAPH_AFTER = 8  # windows of the same shapes in a row; fewer follow one another while a document's context grows
 
 
+class Replays:
+    """Which windows are worth a graph, by their sizes: those that once came more than GRAPH_AFTER times in a row."""
+
+    def __init__(self):
+        self.recorded: set[tuple] = set()
+        self.last, self.in_a_row = (), 0
+
+    def __call__(self, documents: int, sizes: tuple) -> bool:
+        """Whether the next window, of so many documents, is."""
+        if documents > GRAPH_DOCUMENTS:
+            return False
+        self.in_a_row = self.in_a_row + 1 if sizes == self.last else 1
+        self.last = sizes
+        if self.in_a_row > GRAPH_AFTER:
+            self.recorded.add(sizes)
+        return sizes in self.recorded
+
+
 class WindowGraph(NamedTuple):
     """The pass of windows of the same shapes as a CUDA graph."""
 
@@ -13668,13 +13686,13 @@ class WindowGraphs:
     def __init__(self, ttt: PhasedTTT, enabled: bool):
         self.ttt, self.enabled = ttt, enabled
         self.graphs: dict[tuple, WindowGraph] = {}
-        self.last_shapes, self.in_a_row = (), 0
+        self.replays = Replays()
         self.recorder: CUDAGraphRecorder | None = None
         self.replayed = 0  # windows
 
     def compute(self, window: TTTWindow, enter: EnterScores) -> None:
         """`PhasedTTT.compute`, or its replay."""
-        graph = self.graph_of(window) if self.enabled and len(window.batch.ids) <= GRAPH_DOCUMENTS else None
+        graph = self.graph_of(window) if self.enabled else None
         if graph is None:
             self.ttt.compute(window, enter)
         else:
@@ -13692,9 +13710,7 @@ class WindowGraphs:
     def graph_of(self, window: TTTWindow) -> WindowGraph | None:
         """The graph for a window's shapes; None where there is none yet."""
         shapes = tuple(tuple(x.shape) for x in tensors_in(window))
-        self.in_a_row = self.in_a_row + 1 if shapes == self.last_shapes else 1
-        self.last_shapes = shapes
-        if shapes not in self.graphs and self.in_a_row > GRAPH_AFTER:
+        if self.replays(len(window.batch.ids), shapes) and shapes not in self.graphs:
             try:
                 graph = self.record(window)
                 if not self.graphs:
@@ -14430,8 +14446,17 @@ def mix(
     return mixed, 1 / (1 + math.exp(-logit))
 
 
-def mix_with_plain(evaluator: Evaluator, ledger: ScoreLedger, plain: ScoreLedger, score: Score) -> dict[str, Any]:
-    """Mixes the scores of test-time training, in their closed ledger, with those without. The summary's rows."""
+def score_plain(evaluator: Evaluator, model: GPT) -> ScoreLedger:
+    """The scores before test-time training, where no stage has kept them."""
+    ledger = plain_ledger(evaluator)
+    evaluator(compiled_forward(model), ledger=ledger)
+    return ledger
+
+
+def mix_with_plain(
+    evaluator: Evaluator, ledger: ScoreLedger, plain: ScoreLedger, score: Score
+) -> tuple[Score, dict[str, Any]]:
+    """Mixes the scores of test-time training, in their closed ledger, with those without: score, the summary's rows."""
     config, run = evaluator.config, evaluator.run
     adapted, other = (
         [-each.of_all_ranks(each.nll)] + [each.of_all_ranks(each.log_q)] * config.hint_enabled
@@ -14440,7 +14465,8 @@ def mix_with_plain(evaluator: Evaluator, ledger: ScoreLedger, plain: ScoreLedger
     (log_p, *log_q), weight = mix(tuple(adapted), tuple(other), config.ttt_plain_weight, config.hint_chunk_tokens)
     run.log(f"ttt: val_bpb {score.bpb:.4f} alone; mixed with the model before it, whose share ends as {1 - weight:.2f}")
     ledger.replace(-log_p, *log_q)
-    return dict(val_bpb_adapted=score.bpb, ttt_plain_weight_learned=1 - weight)
+    mixed = dataclasses.replace(score, nats=ledger.close("ttt"))
+    return mixed, dict(val_bpb_adapted=score.bpb, ttt_plain_weight_learned=1 - weight)
 
 
 def score_hints(evaluator: Evaluator, ledger: ScoreLedger) -> dict[str, Any]:
@@ -14472,14 +14498,13 @@ def test_time_training(evaluator: Evaluator, model: GPT, plain: ScoreLedger | No
             run.scored("ttt_baseline"), lambda: score_without_training(method(evaluator, model, adapt=False), run)
         )
     if config.ttt_plain_weight and (plain is None or not plain.all_counts.any()):
-        plain = plain_ledger(evaluator)
-        evaluator(compiled_forward(model), ledger=plain)
+        plain = score_plain(evaluator, model)
     begin, training = time.perf_counter(), method(evaluator, model)
     score = training()
     require_finite(score, functools.partial(ttt_diverged, config), "the loss of test-time training")
     if config.ttt_plain_weight and plain is not None:
-        rows |= mix_with_plain(evaluator, training.ledger, plain, score)
-        score = dataclasses.replace(score, nats=training.ledger.close("ttt"))
+        score, shares = mix_with_plain(evaluator, training.ledger, plain, score)
+        rows |= shares
     log_score(run, "ttt", score)
     if config.hint_enabled:
         rows |= run.once(run.scored("hint"), lambda: score_hints(evaluator, training.ledger))

@@ -194,24 +194,6 @@ def windows_of(ttt: t.PhasedTTT, documents: np.ndarray) -> Iterator[tuple[int, i
         yield max(2, len(remaining)), length, scored, int((counts > chunk + 1).sum())
 
 
-class Replays:
-    """Which windows of a rank are replayed as CUDA graphs, by the rule of the script's WindowGraphs."""
-
-    def __init__(self, enabled: bool):
-        self.enabled, self.recorded = enabled, set()
-        self.last, self.in_a_row = (), 0
-
-    def __call__(self, window: tuple[int, ...]) -> bool:
-        """Whether the next window is, by its sizes."""
-        if not self.enabled or window[0] > t.GRAPH_DOCUMENTS:
-            return False
-        self.in_a_row = self.in_a_row + 1 if window == self.last else 1
-        self.last = window
-        if self.in_a_row > t.GRAPH_AFTER:
-            self.recorded.add(window)
-        return window in self.recorded
-
-
 class Phase(NamedTuple):
     """What one phase of test-time training runs."""
 
@@ -224,14 +206,14 @@ class Phase(NamedTuple):
 def phases(config: t.Config, offsets: np.ndarray) -> list[Phase]:
     """All phases, by the script's schedule on 8 ranks."""
     schedules = [schedule(config, offsets, rank) for rank in range(RANKS)]
-    replays = [Replays(config.ttt_cuda_graphs == "1") for _ in range(RANKS)]
+    enabled, replays = config.ttt_cuda_graphs == "1", [t.Replays() for _ in range(RANKS)]
     found = []
     for begin, end in schedules[0].phases():
         windows, batches = [], []
         graphs = []
         for ttt, replayed in zip(schedules, replays, strict=True):
             own, before = list(ttt.batches(begin, end)), len(replayed.recorded)
-            rows = [(*w, replayed(w)) for documents in own for w in windows_of(ttt, documents)]
+            rows = [(*w, enabled and replayed(w[0], w)) for documents in own for w in windows_of(ttt, documents)]
             windows.append(np.array(rows, np.int64).reshape(-1, 5))
             batches.append(len(own))
             graphs.append(len(replayed.recorded) - before)
@@ -367,11 +349,11 @@ class Budget:
         stages.append(Stage("ttt, compiling", compiled, "", "assumed; before the clock, or else it counts"))
         windows = sum(len(w) for phase in self.phases for w in phase.windows)
         replayed = sum(int(w[:, 4].sum()) for phase in self.phases for w in phase.windows)
+        most = max(map(sum, zip(*(phase.graphs for phase in self.phases), strict=True)))
         basis = (
             f"table: {len(self.phases)} phases, {windows} windows on all ranks, of which {replayed} are replayed as "
+            f"CUDA graphs, at most {most} on a rank; the slowest rank of each phase"
         )
-        most = max(map(sum, zip(*(phase.graphs for phase in self.phases), strict=True)))
-        basis += f"CUDA graphs, at most {most} on a rank; the slowest rank of each phase"
         stages.append(Stage("ttt, score and adapt", total(map(self.phase_seconds, self.phases)), "evaluation", basis))
         steps = sum(phase.full_model_steps for phase in self.phases)
         sgd = self.step("full-model SGD") * steps
@@ -391,14 +373,15 @@ class Budget:
     def phase_seconds(self, phase: Phase) -> Seconds:
         """Time of the slowest rank."""
 
-        def of_ranks(factor: float, c: Ceilings) -> np.ndarray:
-            each = [self.windows.seconds(windows, c, factor).sum() for windows in phase.windows]
-            return self.config.ttt_grad_steps * np.array(each) + self.windows.batch_seconds(c, factor) * batches
+        def of_rank(rank: int, factor: float, c: Ceilings) -> float:
+            windows = self.windows.seconds(phase.windows[rank], c, factor).sum()
+            return self.config.ttt_grad_steps * windows + self.windows.batch_seconds(c, factor) * phase.batches[rank]
 
-        batches, graphs = np.array(phase.batches), np.array(phase.graphs)
-        seconds = [self.estimate(lambda f, c, n=rank: of_ranks(f, c)[n], ttt=True) for rank in range(RANKS)]
-        recorded = [seconds[rank] + ASSUMED["graph"] * graphs[rank] for rank in range(RANKS)]
-        return Seconds(*(max(column) for column in zip(*recorded, strict=True)))
+        seconds = [
+            self.estimate(functools.partial(of_rank, rank), ttt=True) + ASSUMED["graph"] * phase.graphs[rank]
+            for rank in range(RANKS)
+        ]
+        return Seconds(*(max(column) for column in zip(*seconds, strict=True)))
 
     def terms(self) -> dict[str, list[tuple[str, Seconds, str]]]:
         """Largest terms of each step, and of all windows of TTT: name, seconds, what bounds them."""

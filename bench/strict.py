@@ -18,7 +18,6 @@ gain over no learning, and targets/s. A mean has its 95% confidence interval by 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -75,15 +74,12 @@ def score(run_folder: Path, environment: dict[str, str], learn: bool = True) -> 
     model, c = t.load_artifact((run_folder / "model.pgolf").read_bytes(), c, explicit, run.device)
     evaluator = t.Evaluator(c, run)
     method = cast(type[t.PhasedTTT], t.ttt_method(c))
-    plain = t.plain_ledger(evaluator)
-    if learn and c.ttt_plain_weight:
-        evaluator(t.compiled_forward(model), ledger=plain)
+    plain = t.score_plain(evaluator, model) if learn and c.ttt_plain_weight else None
     begin = time.perf_counter()
     phased = method(evaluator, model, adapt=learn)
     result = phased()
-    if learn and c.ttt_plain_weight:
-        t.mix_with_plain(evaluator, phased.ledger, plain, result)
-        result = dataclasses.replace(result, nats=phased.ledger.close())
+    if plain is not None:
+        result, _ = t.mix_with_plain(evaluator, phased.ledger, plain, result)
     seconds = time.perf_counter() - begin
     return dict(bpb=result.bpb, targets_per_second=result.tokens / seconds, phase_ends=phased.phase_ends)
 

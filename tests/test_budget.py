@@ -342,7 +342,7 @@ def test_replayed_windows_are_those_that_the_script_replays(monkeypatch):
     lengths = np.array([6000, 4000, 3900, 2500, 90, *[3000] * 40])
     ttt = bench.schedule(config, np.append(0, np.cumsum(lengths)), 0)
     batches = [np.array([0, 4]), np.array([1, 2, 3]), np.arange(5, 45)]
-    replays, found = bench.Replays(True), []
+    replays, found = bench.t.Replays(), []
     graphs = bench.t.WindowGraphs(ttt, True)
     monkeypatch.setattr(graphs, "record", lambda window: window)
     monkeypatch.setattr(graphs, "check", lambda graph, window: None)
@@ -353,11 +353,12 @@ def test_replayed_windows_are_those_that_the_script_replays(monkeypatch):
         window = bench.t.TTTWindow(
             bench.t.Batch(ids, targets, documents), counted, np.empty(0), None, past, torch.empty(9)
         )
-        graph = graphs.graph_of(window) if rows <= bench.t.GRAPH_DOCUMENTS else None
-        found.append((replays((rows, keys, scored, adapting)), graph is not None))
+        found.append((replays(rows, (rows, keys, scored, adapting)), graphs.graph_of(window) is not None))
     assert all(a == b for a, b in found) and 300 < sum(a for a, _ in found) < len(found) - 300
     assert len(replays.recorded) == len(graphs.graphs) == 3
-    assert not any(map(bench.Replays(False), [(2, 64, 16, 2)] * 20))
+    off = dataclasses.replace(config, ttt_cuda_graphs="0")
+    assert not any(w[:, 4].any() for phase in bench.phases(off, ttt.offsets) for w in phase.windows)
+    assert any(w[:, 4].any() for phase in bench.phases(config, ttt.offsets) for w in phase.windows)
 
 
 def test_replayed_windows_cost_few_launches():

@@ -653,10 +653,16 @@ def taken_for_speed(config: Mapping[str, Any]) -> list[str]:
     A window counts as a share of the context. Errors: ForecastError where no row is of such a window or such heads.
     """
     width, window = config["model_dim"] // config["num_heads"], config.get("window_attn_size", 0)
-    windows = {(1 / 4, ""): "windows of 1/4", (1 / 8, ""): "windows of 1/8"}
     most = ",".join(str(n) for n in range(config["num_layers"]) if n % 4 != 3)
-    windows[1 / 4, most] = "windows of 1/4 in most layers"
+    windows = {
+        (1 / 4, ""): "windows of 1/4",
+        (1 / 8, ""): "windows of 1/8",
+        (1 / 4, most): "windows of 1/4 in most layers",
+    }
+    both = {(1 / 4, most): "half the heads, windows of 1/4", (1 / 8, most): "half the heads, windows of 1/8"}
     kind = (window / config["train_seq_len"], config.get("window_attn_layers", ""))
+    if width == 128 and kind in both:
+        return [both[kind]]
     if width not in (64, 128) or (window and kind not in windows):
         raise ForecastError(f"{TABLE}: no row of bench/lab_ideas.py has its heads of {width} or its window of {window}")
     return ([windows[kind]] if window else []) + (["half the heads"] if width == 128 else [])

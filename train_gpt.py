@@ -1220,6 +1220,9 @@ class Config(ModelConfig):
         144.0, "LoRA alpha: the low-rank output is scaled by alpha/rank", Observed.TTT, low=1e-3
     )
     ttt_lora_lr: float = knob(1e-4, "AdamW's learning rate for LoRA", Observed.TTT, low=0)
+    ttt_loraplus_lr_ratio: float = knob(
+        1.0, "learning rate of LoRA's B as a multiple of A's, which is TTT_LORA_LR (LoRA+)", Observed.TTT, low=0
+    )
     ttt_beta2: float = knob(0.99, "AdamW's beta2 for LoRA; beta1 is 0", Observed.TTT, low=0, high=0.99999)
     ttt_weight_decay: float = knob(0.5, "AdamW's decoupled weight decay for LoRA", Observed.TTT, low=0)
     ttt_grad_steps: int = knob(1, "LoRA updates on each chunk of a document", Observed.TTT, low=1, high=100)
@@ -1491,8 +1494,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         seed=42,
         num_layers=4,
         model_dim=256,
-        num_heads=4,
-        num_kv_heads=2,
+        num_heads=2,
+        num_kv_heads=1,
         mlp_mult=3.0,
         train_seq_len=256,
         train_batch_tokens=3072,
@@ -1650,6 +1653,8 @@ PRESETS["frontier"] = PRESETS["record"] | dict(
     ttt_chunk_size=16,
     ttt_recompute_tokens=48,
     ttt_plain_weight=0.25,
+    ttt_lora_lr=2.5e-5,  # of A: a quarter of the peer's for both; B's is 2.5 times the peer's
+    ttt_loraplus_lr_ratio=10.0,
 )
 # ORIGINAL=1 lays these over a preset: where the public script differs, and why ours does (docs/presets.md).
 ORIGINALS: dict[str, dict[str, Any]] = {
@@ -2393,6 +2398,8 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
         values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
     if "phased_ttt_prefix_docs" in given and "phased_ttt_prefix_tokens" not in given:
         values["phased_ttt_prefix_tokens"] = 0  # a command that counts documents overrides the default's tokens
+    if "ttt_lora_lr" in given and "ttt_loraplus_lr_ratio" not in given:
+        values["ttt_loraplus_lr_ratio"] = 1.0  # a command that sets one rate means it for A and B
     remarks = []
 
     def follow(name: str, value: Any, leader: str) -> None:
@@ -2582,8 +2589,8 @@ hint_min_match hint_max_match hint_lr < hint_enabled
 hint_chunk_tokens < hint_enabled ttt_plain_weight
 ttt_chunk_tokens ttt_epochs ttt_lr ttt_decay_tokens ttt_momentum ttt_freeze_blocks < ttt_mode=chunk
 ttt_order ttt_chunk_size ttt_eval_seq_len ttt_recompute_tokens ttt_beta2 ttt_weight_decay ttt_grad_steps \
-ttt_warm_start_a ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_q_lora ttt_k_lora ttt_v_lora \
-ttt_o_lora ttt_mlp_lora \
+ttt_warm_start_a ttt_short_doc_chunks ttt_lora_rank ttt_lora_alpha ttt_lora_lr ttt_loraplus_lr_ratio ttt_q_lora \
+ttt_k_lora ttt_v_lora ttt_o_lora ttt_mlp_lora \
 phased_ttt_prefix_docs phased_ttt_prefix_tokens phased_ttt_num_phases global_ttt_chunk_tokens global_ttt_lr \
 global_ttt_momentum global_ttt_epochs < ttt_mode=phased
 ttt_batch_size ttt_streams < ttt_order=length
@@ -8743,8 +8750,9 @@ class Adapters:
         config, parameters = self.config, self.parameters(documents)
         squares, copies = ([x[:documents] for x in tensors] for tensors in (self.squares, self.copies))
         root = self.correction_root() if self.fused else None
-        for side, scale in ((slice(0, None, 2), 1.0), (slice(1, None, 2), self.scale)):
-            lr, decay = config.ttt_lora_lr * scale, config.ttt_weight_decay / scale
+        ratio = config.ttt_loraplus_lr_ratio  # LoRA+, arXiv 2402.12354
+        for side, scale, times in ((slice(0, None, 2), 1.0, 1.0), (slice(1, None, 2), self.scale, ratio)):
+            lr, decay = config.ttt_lora_lr * scale * times, config.ttt_weight_decay / scale
             eps = 1e-10 / scale
             if root is not None:
                 for p, square, g, low in zip(*(t[side] for t in (parameters, squares, gradients, copies)), strict=True):

@@ -35,6 +35,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "larger batch": dict(TRAIN_BATCH_TOKENS=2048),
     "less momentum": dict(MUON_MOMENTUM=0.95),
     "short calibration": dict(GPTQ_CALIBRATION_BATCHES=8),
+    "wide heads": dict(NUM_HEADS=4, NUM_KV_HEADS=2),
 }
 ROWS: dict[str, dict[str, Any]] = {
     "preset": {},

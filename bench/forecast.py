@@ -529,31 +529,33 @@ def part_of_ttt(name: str, measured: list[str], ratios: Mapping[str, list[float]
 
 
 class Chunks(NamedTuple):
-    """How test-time training takes a document, and whether its scores are mixed with those without it."""
+    """How test-time training takes a document, whether scores are mixed with those without it, and LoRA+."""
 
     targets: int
     recomputed: int  # tokens before them, with a cache
     mixed: bool
+    plus: bool  # A and B have rates of their own
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], usual: int) -> Chunks:
         """Those of knobs in lower case."""
         plain_weight = float(settings.get("ttt_plain_weight", 0))
         recomputed = int(settings.get("ttt_recompute_tokens", 0))
-        return cls(int(settings.get("ttt_chunk_size", usual)), recomputed, plain_weight > 0)
+        plus = float(settings.get("ttt_loraplus_lr_ratio", 1)) != 1
+        return cls(int(settings.get("ttt_chunk_size", usual)), recomputed, plain_weight > 0, plus)
 
     def __str__(self) -> str:
         recomputed = f" and {self.recomputed} recomputed tokens" if self.recomputed else ""
-        return f"chunks of {self.targets}{recomputed}{', mixed' if self.mixed else ''}"
+        return f"chunks of {self.targets}{recomputed}{', mixed' * self.mixed}{', LoRA+' * self.plus}"
 
 
 def chunk_part(folder: Path, config: Mapping[str, Any]) -> Part:
     """Other chunks of test-time training than the peer's, each at its best rate of the adapters, and the mixture."""
     usual = PUBLISHED["chunk of test-time training"][0]
     name = "chunks of test-time training"
-    own, peers = Chunks.of(config, usual), Chunks(usual, 0, False)
-    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={usual} TTT_RECOMPUTE_TOKENS=0 TTT_PLAIN_WEIGHT=0`: "
-    falsified += "no worse"
+    own, peers = Chunks.of(config, usual), Chunks(usual, 0, False, False)
+    falsified = f"the same artifact scored with `TTT_CHUNK_SIZE={usual} TTT_RECOMPUTE_TOKENS=0 TTT_PLAIN_WEIGHT=0 "
+    falsified += "TTT_LORA_LR=1e-4 TTT_LORAPLUS_LR_RATIO=1`: no worse"
     if own == peers:
         return Part(
             name,
@@ -586,7 +588,7 @@ def gains_by_chunk(rows: list[dict[str, Any]], usual: int) -> dict[tuple[str, in
     """What learning gains by model and seed, then by chunks, at the best rate of the adapters."""
     unlearned = {(r["model"], r["seed"]): r["bpb"] for r in rows if r["variant"] == ttt_variants.OFF}
     best: dict[tuple[str, int], dict[Chunks, float]] = {model: {} for model in unlearned}
-    counted = {"ttt_chunk_size", "ttt_recompute_tokens", "ttt_plain_weight", "ttt_lora_lr"}
+    counted = {"ttt_chunk_size", "ttt_recompute_tokens", "ttt_plain_weight", "ttt_loraplus_lr_ratio", "ttt_lora_lr"}
     for r in rows:
         model = (r["model"], r["seed"])
         settings = {knob.lower(): value for knob, value in ttt_variants.VARIANTS.get(r["variant"], {}).items()}

@@ -40,11 +40,18 @@ from demo import cell  # noqa: E402
 PEERS = PEER, IN_ROWS = "peer", "peer, rows"
 OURS, IN_TIME = "frontier", "frontier, equal seconds"
 ORIGINAL = dict(PRESET="record", ORIGINAL=1, **strict.ORDERS["length"])
+# Of the rate that all others get for a short text, `frontier` takes the same share as of the peer's at full size.
+RATES = t.PRESETS["frontier"]["ttt_lora_lr"] / t.Config.ttt_lora_lr, t.PRESETS["frontier"]["ttt_loraplus_lr_ratio"]
+FRONTIER = dict(
+    PRESET="frontier",
+    TTT_LORA_LR=float(strict.SMALL["TTT_LORA_LR"]) * RATES[0],
+    TTT_LORAPLUS_LR_RATIO=RATES[1],
+)
 SYSTEMS: dict[str, dict[str, Any]] = {
     PEER: ORIGINAL,
     IN_ROWS: dict(ORIGINAL, DATA_ORDER="rows"),
-    OURS: dict(PRESET="frontier"),
-    IN_TIME: dict(PRESET="frontier"),
+    OURS: FRONTIER,
+    IN_TIME: FRONTIER,
 }
 OF_THE_PRESETS = ("PRESET", "TARGET_BYTES", "TTT_MODE")  # what BASE switches off for the laboratory
 COMMON = {name: value for name, value in ideas.BASE.items() if name not in OF_THE_PRESETS}

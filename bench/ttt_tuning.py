@@ -46,6 +46,7 @@ BASE = strict.SMALL | dict(
     TTT_SHORT_DOC_CHUNKS="0",
     TTT_RECOMPUTE_TOKENS="0",
     TTT_PLAIN_WEIGHT="0",
+    TTT_LORAPLUS_LR_RATIO="1",
 )
 Row = dict[str, Any]
 

@@ -54,4 +54,15 @@ VARIANTS: dict[str, dict[str, str]] = {
     "rate x 4, chunk / 3, 48 recomputed, mixed": dict(
         TTT_LORA_LR="4e-3", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48", TTT_PLAIN_WEIGHT="0.25"
     ),
+    # LoRA+: a lower rate for A, and a higher one for B.
+    "rate / 2, B's x 10, chunk / 3, 48 recomputed": dict(
+        TTT_LORA_LR="5e-4", TTT_LORAPLUS_LR_RATIO="10", TTT_CHUNK_SIZE="16", TTT_RECOMPUTE_TOKENS="48"
+    ),
+    "rate / 2, B's x 10, chunk / 3, 48 recomputed, mixed": dict(
+        TTT_LORA_LR="5e-4",
+        TTT_LORAPLUS_LR_RATIO="10",
+        TTT_CHUNK_SIZE="16",
+        TTT_RECOMPUTE_TOKENS="48",
+        TTT_PLAIN_WEIGHT="0.25",
+    ),
 }

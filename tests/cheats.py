@@ -456,8 +456,8 @@ BORDERS = [
         CAUSALITY,
         (
             (
-                "            lr, decay = config.ttt_lora_lr * scale,",
-                "            lr, decay = config.ttt_lora_lr * scale * self.boost,",
+                "            lr, decay = config.ttt_lora_lr * scale * times,",
+                "            lr, decay = config.ttt_lora_lr * scale * times * self.boost,",
             ),
             before(
                 "        adapters.start(self.phase_a)\n",

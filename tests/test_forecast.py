@@ -175,6 +175,13 @@ def test_what_is_taken_for_speed_has_its_price(folder, exact):
     write_lab(folder, *lines)
     with pytest.raises(forecast.ForecastError, match="'windows of 1/4' needs two seeds at 0.7M x 8"):
         forecast.forecast(folder)
+    # Both at once, with windows in most layers, have a row of their own: one price, not a sum.
+    layers = (str(n) for n in range(table["config"]["num_layers"]) if n % 4 != 3)
+    table["config"].update(window_attn_layers=",".join(layers))
+    write_json(folder / forecast.TABLE, table)
+    lines = planted_lab({"half the heads, windows of 1/4": [0.04] * 3, "half the heads": [0.02] * 3})
+    write_lab(folder, *lines, *as_long(lines))
+    assert middles(forecast.forecast(folder))["price of speed"] == pytest.approx(0.002, abs=1e-7)
     table["config"].update(window_attn_size=100, num_heads=8)
     write_json(folder / forecast.TABLE, table)
     with pytest.raises(forecast.ForecastError, match="no row .* its window of 100"):

@@ -250,6 +250,7 @@ CHANGES = {
             ("TTT_LORA_RANK", 2),
             ("TTT_LORA_ALPHA", 9),
             ("TTT_LORA_LR", 0.02),
+            ("TTT_LORAPLUS_LR_RATIO", 4),
             ("TTT_BETA2", 0.5),
             ("TTT_WEIGHT_DECAY", 5),
             ("TTT_GRAD_STEPS", 2),

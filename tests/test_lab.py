@@ -142,6 +142,7 @@ def test_what_the_preset_frontier_adds_is_a_row_of_the_laboratory():
     added = {name.upper(): value for name, value in presets["frontier"].items() if presets["record"].get(name) != value}
     evaluation = ("HINT_ENABLED", "TTT_CHUNK_SIZE", "TTT_RECOMPUTE_TOKENS", "TTT_PLAIN_WEIGHT")
     assert [added.pop(name) for name in evaluation] == [True, 16, 48, 0.25]
+    assert [added.pop(name) for name in ("TTT_LORA_LR", "TTT_LORAPLUS_LR_RATIO")] == [2.5e-5, 10]
     assert added == ideas.ROWS["NorMuon"].changes
 
 

@@ -400,7 +400,8 @@ def check_adapter_step():
 def check_adapters():
     """The kernel's steps are those of torch's AdamW, whatever the number of documents."""
     mend_bfloat16()
-    c = config(TTT_MODE="phased", TTT_BATCH_SIZE=4, TTT_LORA_RANK=3, TTT_WEIGHT_DECAY=0.4, COMPUTE_DTYPE="bfloat16")
+    knobs = dict(TTT_BATCH_SIZE=4, TTT_LORA_RANK=3, TTT_WEIGHT_DECAY=0.4, TTT_LORAPLUS_LR_RATIO=3)
+    c = config(TTT_MODE="phased", COMPUTE_DTYPE="bfloat16", **knobs)
     both = [k.Adapters(c, 2, torch.device("cpu")) for _ in range(2)]
     both[1].fused = True
     for adapters in both:

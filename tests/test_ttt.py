@@ -147,10 +147,11 @@ class PlainAdapters:
         """AdamW as the specification has it."""
         gradients = torch.autograd.grad(loss, self.parameters(), allow_unused=True, materialize_grads=True)
         self.steps += 1
-        for p, g, s in zip(self.parameters(), gradients, self.squares, strict=True):
+        rates = [c.ttt_lora_lr] * len(self.a) + [c.ttt_lora_lr * c.ttt_loraplus_lr_ratio] * len(self.b)
+        for p, g, s, lr in zip(self.parameters(), gradients, self.squares, rates, strict=True):
             s.copy_(c.ttt_beta2 * s + (1 - c.ttt_beta2) * g**2)
-            p *= 1 - c.ttt_lora_lr * c.ttt_weight_decay
-            p -= c.ttt_lora_lr * g / ((s / (1 - c.ttt_beta2**self.steps)).sqrt() + 1e-10)
+            p *= 1 - lr * c.ttt_weight_decay
+            p -= lr * g / ((s / (1 - c.ttt_beta2**self.steps)).sqrt() + 1e-10)
 
     def remove(self):
         """Takes the hooks away; returns A."""
@@ -282,6 +283,7 @@ def first_adapters(patch):
                 TTT_O_LORA=0,
                 TTT_BETA2=0.5,
                 TTT_WEIGHT_DECAY=5,
+                TTT_LORAPLUS_LR_RATIO=3,
                 TIE_EMBEDDINGS=0,
             ),
         ),

@@ -2380,6 +2380,15 @@ def config_from_env(environment: dict[str, str], cuda: bool) -> tuple[Config, se
     return config, set(given), remarks + followed + idle_knobs(config, command) + warnings_of(foreign, environment)
 
 
+# A knob of a command, another that the command does not set, and the value that this one then has.
+OVERRIDES = (
+    ("warmdown_iters", "warmdown_frac", 0.0),  # older commands set only steps: they override the preset's fraction
+    ("warmdown_frac", "warmdown_iters", 0),  # so that WARMDOWN_FRAC=0 turns the warmdown off
+    ("phased_ttt_prefix_docs", "phased_ttt_prefix_tokens", 0),  # documents override the default's tokens
+    ("ttt_lora_lr", "ttt_loraplus_lr_ratio", 1.0),  # one rate is meant for A and B
+)
+
+
 def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> tuple[Config, list[str]]:
     """The configuration of the knobs that are given; what stands in the preset alone follows them, with remarks."""
     values = {**command.base, **given}
@@ -2392,14 +2401,9 @@ def followed_config(command: Command, given: Mapping[str, Any], cuda: bool) -> t
     except ConfigError as error:
         raise command.error(*error.parts) from None
     values |= recurrence
-    if "warmdown_iters" in given and "warmdown_frac" not in given:
-        values["warmdown_frac"] = 0.0  # older commands set only steps: they override the preset's fraction
-    if "warmdown_frac" in given and "warmdown_iters" not in given:
-        values["warmdown_iters"] = 0  # so that WARMDOWN_FRAC=0 turns the warmdown off
-    if "phased_ttt_prefix_docs" in given and "phased_ttt_prefix_tokens" not in given:
-        values["phased_ttt_prefix_tokens"] = 0  # a command that counts documents overrides the default's tokens
-    if "ttt_lora_lr" in given and "ttt_loraplus_lr_ratio" not in given:
-        values["ttt_loraplus_lr_ratio"] = 1.0  # a command that sets one rate means it for A and B
+    for name, other, value in OVERRIDES:
+        if name in given and other not in given:
+            values[other] = value
     remarks = []
 
     def follow(name: str, value: Any, leader: str) -> None:

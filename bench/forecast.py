@@ -661,10 +661,9 @@ def taken_for_speed(config: Mapping[str, Any]) -> list[str]:
         (1 / 8, ""): "windows of 1/8",
         (1 / 4, most): "windows of 1/4 in most layers",
     }
-    both = {(1 / 4, most): "half the heads, windows of 1/4", (1 / 8, most): "half the heads, windows of 1/8"}
     kind = (window / config["train_seq_len"], config.get("window_attn_layers", ""))
-    if width == 128 and kind in both:
-        return [both[kind]]
+    if width == 128 and kind == (1 / 4, most):
+        return ["half the heads, windows of 1/4"]
     if width not in (64, 128) or (window and kind not in windows):
         raise ForecastError(f"{TABLE}: no row of bench/lab_ideas.py has its heads of {width} or its window of {window}")
     return ([windows[kind]] if window else []) + (["half the heads"] if width == 128 else [])

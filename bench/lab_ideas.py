@@ -199,7 +199,6 @@ ROWS: dict[str, Row] = {
     "windows of 1/4 in most layers": Row(dict(WINDOW_ATTN_SIZE=64), by_size=most_windows, source=SPEEDRUN),
     # Both at once, the windows in most layers.
     "half the heads, windows of 1/4": Row(dict(WINDOW_ATTN_SIZE=64), by_size=fast_attention, source=SPEEDRUN),
-    "half the heads, windows of 1/8": Row(dict(WINDOW_ATTN_SIZE=32), by_size=fast_attention, source=SPEEDRUN),
     # Embeddings
     "SmearGate by channel": Row(dict(SMEAR_GATE_TYPE="channel")),
     "SmearGate by window": Row(dict(SMEAR_GATE_TYPE="window")),

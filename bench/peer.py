@@ -41,11 +41,11 @@ PEERS = PEER, IN_ROWS = "peer", "peer, rows"
 OURS, IN_TIME = "frontier", "frontier, equal seconds"
 ORIGINAL = dict(PRESET="record", ORIGINAL=1, **strict.ORDERS["length"])
 # Of the rate that all others get for a short text, `frontier` takes the same share as of the peer's at full size.
-RATES = t.PRESETS["frontier"]["ttt_lora_lr"] / t.Config.ttt_lora_lr, t.PRESETS["frontier"]["ttt_loraplus_lr_ratio"]
+AT_FULL_SIZE = t.PRESETS["frontier"]
 FRONTIER = dict(
     PRESET="frontier",
-    TTT_LORA_LR=float(strict.SMALL["TTT_LORA_LR"]) * RATES[0],
-    TTT_LORAPLUS_LR_RATIO=RATES[1],
+    TTT_LORA_LR=float(strict.SMALL["TTT_LORA_LR"]) * AT_FULL_SIZE["ttt_lora_lr"] / t.Config.ttt_lora_lr,
+    TTT_LORAPLUS_LR_RATIO=AT_FULL_SIZE["ttt_loraplus_lr_ratio"],
 )
 SYSTEMS: dict[str, dict[str, Any]] = {
     PEER: ORIGINAL,

@@ -2223,6 +2223,8 @@ class Command:
     def lora_rate(self, name: str, text: str) -> bool:
         """TTT_LOCAL_LR_MULT, a factor of LoRA's learning rate."""
         rate = self.value("ttt_lora_lr") * self.number(name)
+        if not {"TTT_LORA_LR", "TTT_LORAPLUS_LR_RATIO"} & set(self.texts):  # the preset's ratio stays
+            self.put("TTT_LORAPLUS_LR_RATIO", f"{self.value('ttt_loraplus_lr_ratio'):g}", name)
         self.texts.pop("TTT_LORA_LR", None)
         self.put("TTT_LORA_LR", f"{rate:g}", name)
         return True

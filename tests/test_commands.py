@@ -76,6 +76,7 @@ TRANSLATED = [
     ("record", dict(TTT_LOCAL_LR_MULT=0.5, TTT_LORA_LR=0.0002), dict(ttt_lora_lr=1e-4)),
     ("frontier", dict(), dict(ttt_lora_lr=2.5e-5, ttt_loraplus_lr_ratio=10.0)),
     ("frontier", dict(TTT_LORA_LR=8e-5), dict(ttt_lora_lr=8e-5, ttt_loraplus_lr_ratio=1.0)),
+    ("frontier", dict(TTT_LOCAL_LR_MULT=0.5), dict(ttt_lora_lr=1.25e-5, ttt_loraplus_lr_ratio=10.0)),
     ("record", dict(TTT_SHORT_SCORE_FIRST_ENABLED=1), dict(ttt_short_doc_chunks=True)),
     ("record", dict(TRAIN_SEQ_SCHEDULE="1024@0.1,3072@1"), dict(train_seq_len=3072)),
     ("baseline", dict(MATRIX_CLIP_SIGMAS=9), dict(attn_clip_sigmas=9.0, mlp_clip_sigmas=9.0)),
